@@ -1,0 +1,52 @@
+"""Errors that end a command. Each message names the thing, what was got, what is needed and what to do.
+
+The command line prints them without a stack trace and exits with `exit_code`:
+0 done, 2 bad configuration, data or files, 3 numerics, 143 or 130 interrupted after a saved checkpoint.
+"""
+
+from __future__ import annotations
+
+
+class SssdError(Exception):
+    """Base class: a problem the user can act on."""
+
+    exit_code = 2
+
+
+class ConfigError(SssdError):
+    """One or more settings are unknown, of the wrong type or out of range; the message lists all of them."""
+
+
+class DataError(SssdError):
+    """Images, manifests or splits that cannot be used as they are."""
+
+
+class CheckpointError(SssdError):
+    """A checkpoint that is missing, damaged, or does not fit this run."""
+
+
+class WeightsError(SssdError):
+    """Foreign weights that do not match the model well enough."""
+
+
+class RunExistsError(SssdError):
+    """The run folder already holds a run, and the command was not told to resume or overwrite it."""
+
+
+class DependencyError(SssdError):
+    """An optional package is needed for what was asked; the message names the extra that installs it."""
+
+
+class NumericsError(SssdError):
+    """Loss or gradients stayed non-finite; training stopped before anything was damaged."""
+
+    exit_code = 3
+
+
+class Interrupted(SssdError):
+    """A signal ended the run after a checkpoint was saved; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+        self.exit_code = 128 + signum
