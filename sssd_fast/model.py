@@ -1,0 +1,270 @@
+"""The masked autoencoder (He et al., arXiv 2111.06377) and the classifier made of its encoder.
+
+Shapes: B images, L patches, K visible, M = L - K masked, p prefix tokens (1 with a cls token, else 0), N = tokens in a block,
+D encoder width, E decoder width, H heads, V = P*P*C values of one patch in the order (row, column, channel).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from mae_kernels import Masking, attention, embed_patches, random_masking, restore_tokens
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import ModelConfig
+
+
+class MAEOutput(NamedTuple):
+    pred_BMV: Tensor  # predicted masked patches, in the order of masking.ids_masked
+    masking: Masking
+    student_BKD: Tensor  # LayerNorm(encoder) of the visible patches, without the cls token
+    teacher_BKE: Tensor  # LayerNorm(decoder) at the same positions
+
+
+def sincos_positions(width: int, grid: tuple[int, int], prefix: int) -> Tensor:
+    """[prefix + rows*cols, width] fixed 2-D sin-cos positions; prefix rows are zero.
+
+    Half of the width encodes the column, half the row, each as sin then cos of position / 10000^(i / (width/4)):
+    the layout of facebookresearch/mae, so that its weights fit.
+    """
+    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * omega for axis in (cols, rows)]
+    table = torch.cat([torch.cat((a.sin(), a.cos()), 1) for a in angles], 1)
+    return torch.cat([torch.zeros(prefix, width, dtype=torch.float64), table]).float()
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        B, N, D = x_BND.shape
+        out_BNHd = attention(self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads))
+        out: Tensor = self.proj(out_BNHd.reshape(B, N, D))
+        return out
+
+    def probabilities(self, x_BND: Tensor) -> Tensor:
+        """[B, H, N, N] softmax(q k^T / sqrt(d)): row = query."""
+        B, N, D = x_BND.shape
+        q_BHNd, k_BHNd, _ = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).float()
+        return (q_BHNd @ k_BHNd.transpose(-1, -2) * (D // self.heads) ** -0.5).softmax(-1)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `drop_path` skips a branch per image (stochastic depth, arXiv 1603.09382)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.drop_path = drop_path
+
+    def _branch(self, x_BND: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0.0:
+            return x_BND
+        keep = 1.0 - self.drop_path
+        return x_BND * (torch.rand(x_BND.shape[0], 1, 1, device=x_BND.device) < keep) / keep
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = x_BND + self._branch(self.attn(self.norm1(x_BND)))
+        return x_BND + self._branch(self.mlp(self.norm2(x_BND)))
+
+
+class PatchEmbed(nn.Module):
+    """Holds the projection of patches to tokens under the usual name `proj`; mae_kernels.embed_patches does the work."""
+
+    def __init__(self, patch_size: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
+
+
+class Encoder(nn.Module):
+    """ViT encoder over the visible patches, or over all of them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig, *, final_norm: bool = True, drop_path: float = 0.0) -> None:
+        super().__init__()
+        width, depth, heads = config.encoder_shape
+        self.patch_size, self.grid, self.in_channels = config.patch_size, config.grid, config.in_channels
+        self.image_size, self.num_prefix, self.width = config.image_size, int(config.cls_token), width
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.cls_token else None
+        self.pos_embed = nn.Parameter(sincos_positions(width, config.grid, self.num_prefix), requires_grad=False)
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(width, heads, config.mlp_ratio, config.norm_eps, drop_path=rate) for rate in rates
+        )
+        self.norm: nn.Module = nn.LayerNorm(width, eps=config.norm_eps) if final_norm else nn.Identity()
+        for name in ("mean", "std"):  # not in the state dict: they belong to the data, and stay float32 under .half()
+            values = getattr(config, name)
+            tensor = torch.tensor(values * (config.in_channels // len(values)), dtype=torch.float32)
+            self.register_buffer(name, tensor, persistent=False)
+
+    def tokens(self, images_BCHW: Tensor, ids_BK: Tensor | None) -> Tensor:
+        """[B, p+K, D] input of the first block. `ids` None = all patches in order."""
+        if tuple(images_BCHW.shape[1:]) != (self.in_channels, *self.image_size):
+            raise ValueError(
+                f"images have shape {tuple(images_BCHW.shape)}, the model needs [B, {self.in_channels}, {self.image_size[0]}, "
+                f"{self.image_size[1]}]; resize them or set model.image_size and model.in_channels"
+            )
+        B, p = images_BCHW.shape[0], self.num_prefix
+        if ids_BK is None:
+            ids_BK = torch.arange(self.grid[0] * self.grid[1], device=images_BCHW.device).expand(B, -1)
+        proj = self.patch_embed.proj
+        scale = (self.mean, self.std) if images_BCHW.dtype == torch.uint8 else (None, None)
+        x_BKD = embed_patches(
+            images_BCHW, ids_BK, proj.weight, proj.bias, self.pos_embed[p:], mean=scale[0], std=scale[1]
+        )
+        if self.cls_token is None:
+            return x_BKD
+        cls_B1D = (self.cls_token + self.pos_embed[:p]).expand(B, -1, -1)
+        return torch.cat([cls_B1D.to(x_BKD.dtype), x_BKD], 1)
+
+    def forward(self, images_BCHW: Tensor, ids_BK: Tensor | None = None) -> Tensor:
+        """uint8 (scaled by mean and std here) or already normalised float images -> [B, p+K, D] tokens after the final norm."""
+        x_BND = self.tokens(images_BCHW, ids_BK)
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        out: Tensor = self.norm(x_BND)
+        return out
+
+    @torch.no_grad()
+    def attention_maps(self, images_BCHW: Tensor) -> Tensor:
+        """[B, H, N, N] attention probabilities of the last block over all patches, N = p + L."""
+        x_BND = self.tokens(images_BCHW, None)
+        for block in self.blocks[:-1]:
+            x_BND = block(x_BND)
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        return last.attn.probabilities(last.norm1(x_BND))
+
+
+class Decoder(nn.Module):
+    """Restores the full sequence with mask tokens and predicts pixels."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, self.num_prefix = config.decoder_width, int(config.cls_token)
+        self.embed = nn.Linear(config.encoder_shape[0], width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(sincos_positions(width, config.grid, self.num_prefix), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(width, config.decoder_heads, config.mlp_ratio, config.norm_eps) for _ in range(config.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.pred = nn.Linear(width, config.patch_size**2 * config.in_channels)
+
+    def forward(self, x_BND: Tensor, ids_restore_BL: Tensor) -> Tensor:
+        """[B, p+K, D] encoder output -> [B, L, E] patch tokens after the final norm, in image order."""
+        x_BNE = restore_tokens(
+            self.embed(x_BND), ids_restore_BL, self.mask_token.flatten(), self.pos_embed, prefix=self.num_prefix
+        )
+        for block in self.blocks:
+            x_BNE = block(x_BNE)
+        out: Tensor = self.norm(x_BNE[:, self.num_prefix :])
+        return out
+
+
+class MAE(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.apply(_init)
+        _init_tokens(self.encoder)
+        nn.init.normal_(self.decoder.mask_token, std=0.02)
+
+    def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> MAEOutput:
+        """`noise` orders the patches: the K smallest stay visible. Only masked patches are predicted."""
+        masking = random_masking(noise_BL, self.config.num_visible)
+        x_BND = self.encoder(images_BCHW, masking.ids_keep)
+        y_BLE = self.decoder(x_BND, masking.ids_restore)
+        pred_BMV = self.decoder.pred(_take(y_BLE, masking.ids_masked))
+        return MAEOutput(pred_BMV, masking, x_BND[:, self.encoder.num_prefix :], _take(y_BLE, masking.ids_keep))
+
+    @torch.no_grad()
+    def reconstruct(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Masking]:
+        """([B, L, V] predictions of every patch in image order, masking); for pictures."""
+        masking = random_masking(noise_BL, self.config.num_visible)
+        y_BLE = self.decoder(self.encoder(images_BCHW, masking.ids_keep), masking.ids_restore)
+        return self.decoder.pred(y_BLE), masking
+
+
+class Classifier(nn.Module):
+    """Encoder over all patches, pooled, with a linear head; names as in timm's VisionTransformer below `encoder.`."""
+
+    def __init__(self, config: ModelConfig, num_classes: int, pool: str = "mean", drop_path: float = 0.0) -> None:
+        super().__init__()
+        if pool not in ("mean", "cls") or (pool == "cls" and not config.cls_token):
+            raise ValueError(f"pool is {pool!r}, needs 'mean', or 'cls' with a cls token in the model")
+        self.config, self.pool, self.num_classes = config, pool, num_classes
+        self.encoder = Encoder(config, final_norm=pool == "cls", drop_path=drop_path)
+        self.encoder.pos_embed.requires_grad_(True)  # as in facebookresearch/mae's fine-tuning
+        width = config.encoder_shape[0]
+        self.fc_norm: nn.Module = nn.LayerNorm(width, eps=config.norm_eps) if pool == "mean" else nn.Identity()
+        self.head = nn.Linear(width, num_classes)
+        self.apply(_init)
+        _init_tokens(self.encoder)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE fine-tuning: near-zero logits at the start
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """[B, D] pooled features: the mean over patch tokens (cls excluded) then norm, or the normalised cls token."""
+        x_BND = self.encoder(images_BCHW)
+        pooled_BD = x_BND[:, 0] if self.pool == "cls" else x_BND[:, self.encoder.num_prefix :].mean(1)
+        out: Tensor = self.fc_norm(pooled_BD)
+        return out
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images_BCHW))
+        return logits
+
+
+def build_mae(config: ModelConfig) -> MAE:
+    return MAE(config)
+
+
+def build_classifier(config: ModelConfig, num_classes: int, pool: str = "mean", drop_path: float = 0.0) -> Classifier:
+    return Classifier(config, num_classes, pool, drop_path)
+
+
+def _take(x_BLE: Tensor, ids_BK: Tensor) -> Tensor:
+    return x_BLE.gather(1, ids_BK.unsqueeze(-1).expand(-1, -1, x_BLE.shape[-1]))
+
+
+def _init(module: nn.Module) -> None:
+    """Xavier-uniform linear layers, as facebookresearch/mae; the patch projection like a linear layer too."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
+
+
+def _init_tokens(encoder: Encoder) -> None:
+    if encoder.cls_token is not None:
+        nn.init.normal_(encoder.cls_token, std=0.02)

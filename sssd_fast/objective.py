@@ -1,0 +1,113 @@
+"""The SSSD-COVID objective: masked reconstruction plus self-distillation between decoder and encoder.
+
+total = w * distillation + (1 - w) * reconstruction, both as in SD-MAE (Luo, Chen et al., arXiv 2203.16983, read off its released code):
+the student is LayerNorm(encoder), the teacher LayerNorm(decoder), both at the visible patches; each passes its own projection head;
+cross-entropy from the centred, sharpened teacher to the student (DINO, arXiv 2104.14294, eq. 1), per image.
+
+Shapes: B images, K visible patches, D any width, S prototypes, F bottleneck features.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from mae_kernels import masked_reconstruction_loss, sssd_loss
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import ModelConfig, ObjectiveConfig
+from .model import MAE
+
+
+class SSSDOutput(NamedTuple):
+    total: Tensor
+    reconstruction: Tensor
+    distillation: Tensor
+    batch_center: Tensor | None  # [S] mean of this batch's teacher; None where the loss has no centre
+
+
+class ProjectionHead(nn.Module):
+    """Linear-GELU-Linear-GELU-Linear, L2-normalised, then (with prototypes) a weight-normalised linear layer of gain 1."""
+
+    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int | None) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, bottleneck)
+        self.prototypes = None if prototypes is None else nn.Parameter(torch.empty(prototypes, bottleneck))
+        for layer in (self.fc1, self.fc2, self.fc3):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        if self.prototypes is not None:
+            nn.init.trunc_normal_(self.prototypes, std=0.02)
+
+    def forward(self, x_BKD: Tensor, pooling: str) -> Tensor:
+        """pooling "image": [B, S]; "token": [B*K, S]. Without prototypes S is the bottleneck F.
+
+        The last layer is linear, so mean_k(W f_k) = W mean_k(f_k): pooling before it gives SD-MAE's image-level logits without
+        ever storing [B, K, S].
+        """
+        f_BKF = F.normalize(self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x_BKD))))).float(), dim=-1)
+        f = f_BKF.mean(1) if pooling == "image" else f_BKF.flatten(0, 1)
+        if self.prototypes is None:
+            return f
+        return F.linear(f, F.normalize(self.prototypes.float(), dim=-1))
+
+
+class SSSD(nn.Module):
+    """Masked autoencoder, both heads and the centre: what pre-training trains and its checkpoints hold."""
+
+    center: Tensor
+
+    def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
+        super().__init__()
+        self.mae = MAE(model)
+        self.objective = objective
+        self.student_head: ProjectionHead | None = None
+        self.teacher_head: ProjectionHead | None = None
+        if objective.weight > 0:
+            prototypes = objective.prototypes if objective.kind == "dino" else None
+            sizes = objective.head_hidden, objective.head_bottleneck, prototypes
+            self.student_head = ProjectionHead(model.encoder_shape[0], *sizes)
+            self.teacher_head = ProjectionHead(model.decoder_width, *sizes)
+        self.register_buffer("center", torch.zeros(objective.prototypes))
+
+    def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> SSSDOutput:
+        """One batch: uint8 (or already normalised float) images and the noise that chooses the masked patches."""
+        cfg, encoder = self.objective, self.mae.encoder
+        out = self.mae(images_BCHW, noise_BL)
+        uint8 = images_BCHW.dtype == torch.uint8
+        mean, std = (encoder.mean, encoder.std) if uint8 else (None, None)
+        norm = None if cfg.norm == "none" else cfg.norm
+        reconstruction = {
+            "ids": out.masking.ids_masked,
+            "patch_size": encoder.patch_size,
+            "norm": norm,
+            "mean": mean,
+            "std": std,
+        }
+        if self.student_head is None or self.teacher_head is None:
+            loss = masked_reconstruction_loss(out.pred_BMV, images_BCHW, **reconstruction)
+            return SSSDOutput(loss, loss.detach(), torch.zeros_like(loss), None)
+        student = self.student_head(out.student_BKD, cfg.pooling)
+        teacher = self.teacher_head(out.teacher_BKE, cfg.pooling)
+        loss = sssd_loss(
+            out.pred_BMV,
+            images_BCHW,
+            student,
+            teacher,
+            weight=cfg.weight,
+            kind=cfg.kind,
+            center=self.center if cfg.kind == "dino" else None,
+            center_mode=cfg.center,
+            student_temp=cfg.student_temp,
+            teacher_temp=cfg.teacher_temp,
+            detach_teacher=cfg.detach_teacher,
+            **reconstruction,
+        )
+        return SSSDOutput(*loss)
+
+    @torch.no_grad()
+    def update_center(self, batch_center_S: Tensor) -> None:
+        """c <- m c + (1 - m) mean(teacher); the caller averages over ranks and micro-batches, and passes finite values only."""
+        m = self.objective.center_momentum
+        self.center.mul_(m).add_(batch_center_S.to(self.center.dtype), alpha=1 - m)
