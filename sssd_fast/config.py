@@ -195,7 +195,8 @@ class TrainConfig(Section):
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     clip_grad: Positive | None = None  # largest norm of all gradients together
     augment: AugmentConfig = AugmentConfig()
-    checkpoint_epochs: Count = 1  # a checkpoint every so many epochs
+    checkpoint_epochs: Count = 1  # a checkpoint every so many epochs, and at the end
+    checkpoint_steps: Count | None = None  # and every so many optimizer steps
     keep_last: Annotated[int, Field(ge=1)] = 2
 
     @model_validator(mode="after")
@@ -207,7 +208,7 @@ class TrainConfig(Section):
 
 class PretrainConfig(TrainConfig):
     image_epochs: Annotated[int, Field(ge=0)] = 20  # a reconstruction picture every so many epochs; 0 = only at the end
-    num_images: Count = 8
+    num_images: Count = 8  # images in a picture
 
 
 class FinetuneConfig(TrainConfig):
@@ -245,6 +246,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"  # auto = cuda where there is one, else cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on sm_80 and newer, fp16 on older GPUs, fp32 on the CPU
+    compile: bool = False  # torch.compile the model; the first step then takes a minute or more
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads for torch; 0 = torch's own choice
     log_seconds: Positive = 10.0  # a plain log line at least this often
     tensorboard: bool = True

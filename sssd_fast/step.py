@@ -1,0 +1,112 @@
+"""One optimizer step: precision, micro-batches, clipping, and the rule that nothing non-finite is ever applied.
+
+The decision is taken on the device: the fused optimizer and the centre read a flag there, so that no step waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .distributed import World
+from .errors import ConfigError
+from .optim import set_lr
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TaskLoss(NamedTuple):
+    """What a task computes from one micro-batch. `parts` are logged; `carry` (or None) is averaged and handed to `after`."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    carry: Tensor | None = None
+
+
+class StepResult(NamedTuple):
+    parts: dict[str, Tensor]  # scalars, averaged over micro-batches (not over processes)
+    grad_norm: Tensor
+    finite: Tensor  # bool scalar: False = this step was skipped
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto: bf16 from sm_80 on, fp16 on older GPUs, fp32 on the CPU."""
+    if name != "auto":
+        if name == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            raise ConfigError(
+                f"precision is bf16, but {torch.cuda.get_device_name(device)} has no bf16 units; use precision=fp16"
+            )
+        return name
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+class Step:
+    """Callable that does forward, backward and update for a list of micro-batches.
+
+    `loss(module, batch, position)` returns a TaskLoss; `after(carry, finite)` updates state that is no parameter (the centre).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[nn.Module, Any, int], TaskLoss],
+        *,
+        world: World,
+        precision: str = "fp32",
+        clip_grad: float | None = None,
+        after: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.module, self.optimizer, self.loss, self.after = module, optimizer, loss, after
+        self.world, self.precision = world, precision
+        self.max_norm = float("inf") if clip_grad is None else clip_grad
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(world.device.type) if precision == "fp16" else None  # type: ignore[attr-defined]
+
+    def autocast(self) -> torch.autocast:
+        dtype = AUTOCAST.get(self.precision)
+        return torch.autocast(self.world.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def __call__(self, micro_batches: Sequence[Any], lr: float) -> StepResult:
+        set_lr(self.optimizer, lr)
+        n = len(micro_batches)
+        sums: dict[str, Tensor] = {}
+        carry_sum: Tensor | None = None
+        for i, batch in enumerate(micro_batches):
+            last = i == n - 1
+            ddp = self.module if isinstance(self.module, DistributedDataParallel) else None
+            with ddp.no_sync() if ddp is not None and not last else nullcontext():
+                with self.autocast():
+                    total, parts, carry = self.loss(self.module, batch, i)
+                scaled = total / n
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            for name, value in {"loss": total, **parts}.items():
+                value = value.detach().float() / n
+                sums[name] = value if name not in sums else sums[name] + value
+            if carry is not None:
+                carry = carry.detach() / n
+                carry_sum = carry if carry_sum is None else carry_sum + carry
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        loss_mean = self.world.mean_(sums["loss"].clone())
+        finite = torch.isfinite(grad_norm) & torch.isfinite(loss_mean)
+        if carry_sum is not None:
+            self.world.mean_(carry_sum)
+            finite = finite & torch.isfinite(carry_sum).all()
+        # the fused optimizers leave parameters, moments and step counts alone where found_inf is 1
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.scaler is not None:
+            self.scaler.update()
+        if carry_sum is not None and self.after is not None:
+            self.after(carry_sum, finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(sums, grad_norm, finite)
