@@ -1,0 +1,185 @@
+"""Image files to uint8 arrays: one decoder, used by the check, the loaders and the evaluation alike.
+
+Rules, so that a picture never depends on who opened it:
+- the content (first bytes) decides the format; whether the suffix agrees is the check's business (index.py);
+- 8-bit grey stays [H, W]; colour, palette, CMYK and YCbCr become RGB [H, W, 3]; 1-bit becomes 0 / 255;
+- transparency is composited on black;
+- 16-bit grey is scaled linearly, 0 -> 0 and 2^b - 1 -> 255, b = the smallest of 8, 12, 16 bits that holds the largest
+  value (CT stored as 12 bits in 16 would otherwise turn black); 16-bit colour keeps the high byte (Pillow's rule);
+- an EXIF orientation is applied;
+- a truncated file is an error, never a picture with a grey rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from io import BytesIO
+from os import PathLike, fspath
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, ImageOps
+
+from sssd_fast.errors import DataError
+
+ImageArray = npt.NDArray[np.uint8]  # [H, W] grey or [H, W, 3] RGB
+
+SUFFIXES = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+}
+MIN_SIDE = 8  # pixels: the smallest patch
+MAX_PIXELS = 64 * 2**20  # 8192 x 8192: far above any CT slice, far below what would exhaust memory
+
+_MAGIC = (
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (8, b"WEBP", "WEBP"),
+    (0, b"GIF8", "GIF"),
+    (128, b"DICM", "DICOM"),
+    (0, b"%PDF", "PDF"),
+    (0, b"PK\x03\x04", "ZIP"),
+    (0, b"\x1f\x8b", "GZIP"),
+    (0, b"<", "HTML or XML"),
+)
+
+
+class ImageError(DataError):
+    """One file that is not a usable image. `reason` is the message without the file's name."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{shown(name)}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+class Decoded(NamedTuple):
+    pixels: ImageArray
+    mode: str  # Pillow's mode of the stored file, before conversion
+    format: str  # one of SUFFIXES' values, by content
+
+
+def shown(name: str) -> str:
+    """The name as one printable line: newlines, terminal escapes and undecodable bytes become \\-escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in name)
+
+
+def sniff_format(data: bytes) -> str | None:
+    """The format that the first bytes announce, or None."""
+    for offset, magic, name in _MAGIC:
+        if data[offset : offset + len(magic)] == magic:
+            return name
+    return None
+
+
+def read_file(path: str | PathLike[str]) -> bytes:
+    """The bytes of `path`. Raises ImageError when it vanished, cannot be read or is empty."""
+    name = fspath(path)
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise ImageError(name, "no such file") from None
+    except OSError as error:
+        raise ImageError(name, f"cannot be read ({error.strerror or error})") from error
+    if not data:
+        raise ImageError(name, "empty file (0 bytes)")
+    return data
+
+
+def decode_bytes(data: bytes, name: str) -> Decoded:
+    """Decode the whole of a file already in memory; `name` only appears in errors.
+
+    Raises ImageError: not one of the known formats, truncated or damaged data, fewer than MIN_SIDE pixels a side, more
+    than MAX_PIXELS in all, a pixel type without a rule (32-bit float).
+    """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise DataError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: damaged files would be read as half grey pictures. "
+            "Some imported package or your code set it; set it to False."
+        )
+    found = sniff_format(data)
+    if found is None or found not in SUFFIXES.values():
+        content = f"the content is {found}" if found else "the content is no known image format"
+        raise ImageError(name, f"{content}; needed: {', '.join(sorted(set(SUFFIXES.values())))}")
+    try:
+        # MPO: a JPEG with further pictures behind the first, as some cameras write; Pillow re-labels it by itself.
+        with Image.open(BytesIO(data), formats=[found, "MPO"] if found == "JPEG" else [found]) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(name, f"{width} x {height} pixels is over the limit of {MAX_PIXELS} (2^26)")
+            if min(width, height) < MIN_SIDE:
+                raise ImageError(name, f"{width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
+            mode = image.mode
+            image.load()
+            return Decoded(_to_uint8(ImageOps.exif_transpose(image), name), mode, found)
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(name, f"too many pixels ({error})") from error
+    except Exception as error:  # Pillow's parsers raise a dozen types on damaged data; all mean the same here
+        raise ImageError(name, f"truncated or damaged {found} ({type(error).__name__}: {error})") from error
+
+
+def decode_image(path: str | PathLike[str]) -> ImageArray:
+    """Read and decode one file -> uint8 [H, W] or [H, W, 3]. Raises ImageError (a DataError) naming the file."""
+    return decode_bytes(read_file(path), fspath(path)).pixels
+
+
+def _to_uint8(image: Image.Image, name: str) -> ImageArray:
+    if image.mode.startswith("I"):
+        return _scale_16_bit(np.asarray(image), name)
+    if image.has_transparency_data:  # RGBA, LA, and the one transparent colour a palette, grey or RGB PNG may name
+        grey = image.mode in ("L", "LA", "La")
+        rgba = image.convert("RGBA")
+        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
+        rgb = Image.alpha_composite(black, rgba).convert("RGB")
+        return np.array(rgb)[:, :, 0].copy() if grey else np.array(rgb)
+    if image.mode in ("L", "1"):
+        return np.array(image.convert("L"))
+    if image.mode in ("RGB", "P", "CMYK", "YCbCr", "RGBX"):
+        return np.array(image.convert("RGB"))
+    raise ImageError(
+        name, f"pixels of Pillow mode {image.mode!r} have no fixed range; convert the file to 8 or 16 bits"
+    )
+
+
+def _scale_16_bit(values: npt.NDArray[np.generic], name: str) -> ImageArray:
+    wide = values.astype(np.int64)
+    low, high = int(wide.min()), int(wide.max())
+    if low < 0 or high > 65535:
+        raise ImageError(
+            name, f"integer pixels from {low} to {high}; 0 to 65535 is needed (window the CT values first)"
+        )
+    top = next(t for t in (255, 4095, 65535) if high <= t)
+    return ((wide * 255 + top // 2) // top).astype(np.uint8)
+
+
+def to_channels(image: ImageArray, channels: int) -> ImageArray:
+    """uint8 [H, W] or [H, W, 3] -> [H, W] for channels=1, [H, W, 3] for channels=3.
+
+    RGB to grey is ITU-R 601 luma in Pillow's fixed-point form, which returns v for (v, v, v); grey is repeated.
+    """
+    if channels not in (1, 3):
+        raise DataError(f"channels is {channels}; 1 (grey) or 3 (RGB) is needed")
+    if image.ndim == 2:
+        return image if channels == 1 else np.repeat(image[:, :, None], 3, axis=2)
+    return image if channels == 3 else np.array(Image.fromarray(image).convert("L"))
+
+
+def pixel_hash(image: ImageArray) -> str:
+    """SHA-256 of the picture: equal for the same pixels in other formats, and for grey stored as RGB."""
+    if image.ndim == 3 and (image[:, :, :1] == image).all():
+        image = image[:, :, 0]
+    digest = hashlib.sha256(repr(image.shape).encode())
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.hexdigest()

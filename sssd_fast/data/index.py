@@ -1,0 +1,399 @@
+"""The validated list of images: every file decoded once, every bad one named, before anything is trained on.
+
+Sources: a folder with one folder per class (any depth below), or a CSV manifest with the columns
+path,label[,split][,patient], paths relative to the data folder. Class numbers are the sorted class names.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TextIO
+
+from sssd_fast.data.images import SUFFIXES, ImageError, decode_bytes, pixel_hash, read_file, shown
+from sssd_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from sssd_fast.data.splits import Split
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+SPLIT_NAMES = ("train", "val", "test")
+_FORMAT = "sssd_fast.index"
+_VERSION = 1
+_LISTED = 20  # names printed before "and N more"
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    path: str  # relative to the index's root, with /
+    label: int  # number of the class in DataIndex.classes
+    sha256: str  # of the file
+    pixel_hash: str  # of the decoded picture (images.pixel_hash)
+    height: int
+    width: int
+    mode: str  # Pillow's mode of the stored file
+    split: str | None = None  # from the manifest: train, val, test
+    patient: str | None = None
+
+
+@dataclass(frozen=True)
+class Excluded:
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DataIndex:
+    root: Path
+    classes: list[str]  # sorted by name; a label is a position here
+    records: list[ImageRecord]
+    excluded: list[Excluded] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was passed over without being an error
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def file(self, i: int) -> Path:
+        """Full path of record i."""
+        return self.root / self.records[i].path
+
+    @property
+    def labels(self) -> list[int]:
+        return [r.label for r in self.records]
+
+    def counts(self, ids: Iterable[int] | None = None) -> dict[str, int]:
+        """Images per class name, over all records or over `ids`."""
+        found = Counter(self.records[i].label for i in (range(len(self)) if ids is None else ids))
+        return {name: found[label] for label, name in enumerate(self.classes)}
+
+    def fingerprint(self, ids: Iterable[int] | None = None) -> str:
+        """SHA-256 over path, label and content of the records in order: equal means the same data set."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for i in range(len(self)) if ids is None else ids:
+            r = self.records[i]
+            digest.update(json.dumps([r.path, r.label, r.sha256]).encode())
+        return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON, atomically."""
+        body = {"format": _FORMAT, "version": _VERSION, "root": str(self.root.absolute()), "classes": self.classes}
+        lists = {"records": [asdict(r) for r in self.records], "excluded": [asdict(e) for e in self.excluded]}
+        write_text_atomic(path, json.dumps({**body, "notes": self.notes, **lists}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> DataIndex:
+        """Read an index; `root` overrides the data folder when it moved. Raises DataError when it is not an index."""
+        try:
+            body = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: not a readable index ({error}); make it with `sssd-fast data check`") from error
+        if not isinstance(body, dict) or body.get("format") != _FORMAT or body.get("version") != _VERSION:
+            raise DataError(
+                f"{path}: not an index of version {_VERSION} ('format' and 'version' do not match); "
+                "make it again with `sssd-fast data check`"
+            )
+        try:
+            index = cls(
+                root=Path(root if root is not None else body["root"]),
+                classes=[str(name) for name in body["classes"]],
+                records=[ImageRecord(**r) for r in body["records"]],
+                excluded=[Excluded(**e) for e in body["excluded"]],
+                notes=list(body["notes"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: damaged index ({error}); make it again with `sssd-fast data check`") from error
+        if not all(0 <= r.label < len(index.classes) for r in index.records):
+            raise DataError(f"{path}: damaged index (a label outside its {len(index.classes)} classes)")
+        if not index.root.is_dir():
+            raise DataError(f"{path}: its data folder {index.root} does not exist; pass the folder's new place")
+        return index
+
+    def summary(self) -> str:
+        """Several lines: counts, sizes, modes, splits, excluded files by name, duplicates."""
+        sides = [(r.height, r.width) for r in self.records]
+        heights, widths = [h for h, _ in sides], [w for _, w in sides]
+        modes = Counter(r.mode for r in self.records)
+        lines = [
+            f"{len(self)} images in {len(self.classes)} classes under {shown(str(self.root))}",
+            "  classes: " + ", ".join(f"{shown(name)} {n}" for name, n in self.counts().items()),
+            f"  height {min(heights)}-{max(heights)}, width {min(widths)}-{max(widths)} pixels; "
+            + "modes: "
+            + ", ".join(f"{mode} {n}" for mode, n in modes.most_common()),
+        ]
+        if any(r.split for r in self.records):
+            for name in SPLIT_NAMES:
+                ids = [i for i, r in enumerate(self.records) if r.split == name]
+                lines.append(f"  {name}: " + ", ".join(f"{shown(c)} {n}" for c, n in self.counts(ids).items()))
+        if any(r.patient for r in self.records):
+            lines.append(f"  patients: {len({r.patient for r in self.records if r.patient})}")
+        lines += [f"  note: {note}" for note in self.notes]
+        lines.append(f"  excluded: {len(self.excluded)}")
+        lines += [f"    {shown(e.path)}: {e.reason}" for e in self.excluded]
+        return "\n".join(lines + report_duplicates(self).lines())
+
+    def print_summary(self, file: TextIO | None = None) -> None:
+        print(self.summary(), file=file or sys.stdout)
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Groups of records with identical pixels; lists of paths."""
+
+    groups: list[list[str]]
+    across_splits: list[list[str]]  # each path followed by its split
+    conflicting: list[list[str]]  # each path followed by its class
+
+    def lines(self) -> list[str]:
+        lines = [f"  identical pictures: {len(self.groups)} groups"]
+        for title, groups in (("IN SEVERAL SPLITS", self.across_splits), ("WITH DIFFERENT LABELS", self.conflicting)):
+            if groups:
+                lines.append(f"  identical pictures {title}: {len(groups)} groups")
+                lines += _first([" = ".join(shown(name) for name in group) for group in groups])
+        return lines
+
+
+def report_duplicates(index: DataIndex, split: Split | None = None) -> Duplicates:
+    """Find pictures with equal pixels; `split` None uses the manifest's split column."""
+    part_of = {i: r.split for i, r in enumerate(index.records)} if split is None else split.part_of()
+    by_hash: dict[str, list[int]] = defaultdict(list)
+    for i, record in enumerate(index.records):
+        by_hash[record.pixel_hash].append(i)
+    groups = [ids for ids in by_hash.values() if len(ids) > 1]
+
+    def path(i: int) -> str:
+        return index.records[i].path
+
+    def class_of(i: int) -> str:
+        return index.classes[index.records[i].label]
+
+    across, conflicting = [], []
+    for ids in groups:
+        placed = [i for i in ids if part_of.get(i)]
+        if len({part_of[i] for i in placed}) > 1:
+            across.append([f"{path(i)} ({part_of[i]})" for i in placed])
+        if len({class_of(i) for i in ids}) > 1:
+            conflicting.append([f"{path(i)} ({class_of(i)})" for i in ids])
+    return Duplicates([[path(i) for i in ids] for ids in groups], across, conflicting)
+
+
+def check_data(
+    source: str | os.PathLike[str],
+    manifest: str | os.PathLike[str] | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    max_bad_fraction: float = 0.01,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    accept_wrong_extension: bool = False,
+) -> DataIndex:
+    """Decode every image once and return the index of the good ones.
+
+    source: the data folder (folder per class, or with `manifest` the folder its paths start from), or a CSV manifest,
+    whose own folder is then the data folder. out: also save the index there. threads: default one per core, at most 8.
+    accept_wrong_extension: keep files such as a JPEG named .png, which decode well, and only note their names (COVID-CT
+    has 34 of them); by default they are excluded like other bad files.
+    Raises DataError: nothing found, a bad manifest (all problems at once), a class left empty, or more than
+    `max_bad_fraction` of the files unusable.
+    """
+    if not 0 <= max_bad_fraction <= 1:
+        raise DataError(f"max_bad_fraction is {max_bad_fraction}; a fraction from 0 to 1 is needed")
+    place = Path(source)
+    if not place.exists():
+        raise DataError(f"{shown(str(place))}: no such file or folder")
+    if place.is_file():
+        if manifest is not None:
+            raise DataError(
+                f"{shown(str(place))} is a file; with a manifest the source is the folder its paths start from"
+            )
+        place, manifest = place.parent, place
+    notes: list[str] = []
+    rows = _scan_folders(place, notes) if manifest is None else read_manifest(manifest, notes)
+    classes = sorted({row["label"] for row in rows})
+    results = _decode_all(place, rows, classes, progress, threads or min(8, os.cpu_count() or 1))
+    records, excluded, renamed = [], [], []
+    for record, problem in results:
+        if record is not None and (problem is None or accept_wrong_extension):
+            records.append(record)
+            renamed += [f"{shown(problem.path)}: {problem.reason}"] if problem else []
+        elif problem is not None:
+            excluded.append(problem)
+            renamed += [problem.path] if record is not None else []
+    if len(excluded) > max_bad_fraction * len(rows) or not records:
+        listed = "\n".join(_first([f"{shown(e.path)}: {e.reason}" for e in excluded]))
+        raise DataError(
+            f"{len(excluded)} of {len(rows)} images are unusable ({len(excluded) / len(rows):.1%}); "
+            f"the limit is {max_bad_fraction:.1%}:\n{listed}\n"
+            f"Repair or remove them, or raise the limit: --max-bad-fraction (max_bad_fraction) above "
+            f"{len(excluded) / len(rows):.3f}."
+            + (
+                f" {len(renamed)} of them are good images under a wrong extension; keep those with "
+                "--accept-wrong-extension (accept_wrong_extension=True)."
+                if renamed
+                else ""
+            )
+        )
+    if accept_wrong_extension and renamed:
+        notes += [f"kept {len(renamed)} images with a wrong extension:", *(f"  {line}" for line in renamed)]
+    index = DataIndex(place, classes, records, excluded, notes)
+    empty = [name for name, n in index.counts().items() if n == 0]
+    if empty:
+        raise DataError(
+            f"no usable image left in class {', '.join(map(shown, empty))}; see the excluded files: {excluded}"
+        )
+    if out is not None:
+        index.save(out)
+    return index
+
+
+def _decode_all(
+    root: Path, rows: Sequence[Mapping[str, str]], classes: list[str], progress: Progress | None, threads: int
+) -> list[tuple[ImageRecord | None, Excluded | None]]:
+    """Per row its record, its problem, or both for a good image whose suffix belongs to another format."""
+    number = {name: label for label, name in enumerate(classes)}
+
+    def check(row: Mapping[str, str]) -> tuple[ImageRecord | None, Excluded | None]:
+        path = row["path"]
+        try:
+            data = read_file(root / path)
+            decoded = decode_bytes(data, path)
+        except ImageError as error:
+            return None, Excluded(path, error.reason)
+        height, width = decoded.pixels.shape[:2]
+        record = ImageRecord(
+            path=path,
+            label=number[row["label"]],
+            sha256=hashlib.sha256(data).hexdigest(),
+            pixel_hash=pixel_hash(decoded.pixels),
+            height=height,
+            width=width,
+            mode=decoded.mode,
+            split=row.get("split") or None,
+            patient=row.get("patient") or None,
+        )
+        suffix = PurePosixPath(path).suffix
+        named = SUFFIXES.get(suffix.lower(), shown(suffix) or "nothing")
+        if named == decoded.format:
+            return record, None
+        return record, Excluded(path, f"wrong extension: the name says {named}, the content is {decoded.format}")
+
+    results = []
+    pool = ThreadPoolExecutor(threads)  # Pillow and hashlib release the GIL
+    try:
+        for done, result in enumerate(pool.map(check, rows), 1):
+            results.append(result)
+            if progress is not None:
+                progress(done, len(rows))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return results
+
+
+def _scan_folders(root: Path, notes: list[str]) -> list[dict[str, str]]:
+    """One row per image file below root/<class>/. Hidden names are skipped, other files counted by suffix."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{shown(str(error.filename))}: folder cannot be read ({error.strerror})") from error
+
+    rows: list[dict[str, str]] = []
+    ignored: Counter[str] = Counter()
+    for folder, subfolders, files in os.walk(root, onerror=refuse):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        inside = Path(folder).relative_to(root)
+        for name in sorted(files):
+            if name.startswith("."):
+                continue
+            suffix = Path(name).suffix.lower()
+            if suffix in SUFFIXES and inside.parts:
+                rows.append({"path": (inside / name).as_posix(), "label": inside.parts[0]})
+            else:
+                ignored[(suffix or "no suffix") + ("" if inside.parts else " directly in the folder")] += 1
+    listed = ", ".join(f"{n} {shown(kind)}" for kind, n in ignored.most_common())
+    if ignored:
+        notes.append(f"ignored {sum(ignored.values())} files that are not images of a class: {listed}")
+    if not rows:
+        raise DataError(
+            f"{shown(str(root))}: no images found ({'ignored ' + listed if listed else 'no files'}); "
+            f"needed: one folder per class with {', '.join(SUFFIXES)} files, "
+            "or a CSV manifest path,label[,split][,patient]"
+        )
+    return rows
+
+
+def read_manifest(manifest: str | os.PathLike[str], notes: list[str] | None = None) -> list[dict[str, str]]:
+    """Rows of a CSV path,label[,split][,patient], paths normalised. Raises DataError listing every problem at once."""
+    where = shown(str(manifest))
+    try:
+        with open(manifest, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = list(reader.fieldnames or [])
+            raw = [(reader.line_num, row) for row in reader]
+    except (OSError, csv.Error) as error:
+        raise DataError(f"{where}: cannot be read as CSV ({error})") from error
+    missing = [name for name in ("path", "label") if name not in header]
+    if missing:
+        raise DataError(
+            f"{where}: no column {' and '.join(missing)}; the header is {','.join(map(shown, header))!r}, "
+            "needed is path,label[,split][,patient] separated by commas"
+        )
+    problems: list[str] = []
+    rows: list[dict[str, str]] = []
+    seen: dict[str, int] = {}
+    for line, cells in raw:
+        if None in cells or None in cells.values():  # DictReader's marks for too many and too few cells
+            problems.append(f"line {line}: not {len(header)} cells")
+            continue
+        row = {name: cells[name].strip() for name in header if name in ("label", "split", "patient")}
+        path = PurePosixPath(cells["path"])
+        name = shown(cells["path"])
+        if not cells["path"].strip():
+            problems.append(f"line {line}: empty path")
+        elif path.is_absolute() or ".." in path.parts:
+            problems.append(f"line {line}: path {name} leaves the data folder; only relative paths without .. are read")
+        elif path.as_posix() in seen:
+            problems.append(f"line {line}: path {name} was already in line {seen[path.as_posix()]}")
+        seen.setdefault(path.as_posix(), line)
+        if not row["label"]:
+            problems.append(f"line {line}: empty label")
+        if "split" in row and row["split"] not in SPLIT_NAMES:
+            problems.append(f"line {line}: split {shown(row['split'])!r} is not one of {', '.join(SPLIT_NAMES)}")
+        rows.append({"path": path.as_posix(), **row})
+    if problems:
+        raise DataError(f"{where}: {len(problems)} problems\n" + "\n".join(_first(problems)))
+    if not rows:
+        raise DataError(f"{where}: no rows")
+    extra = [name for name in header if name not in ("path", "label", "split", "patient")]
+    if extra and notes is not None:
+        notes.append(f"columns of {where} not used: {', '.join(map(shown, extra))}")
+    return rows
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text so that a kill leaves the old file or the new one: temporary file, fsync, rename."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _first(lines: list[str]) -> list[str]:
+    more = [f"    and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    return [f"    {line}" for line in lines[:_LISTED]] + more

@@ -1,0 +1,114 @@
+"""From the data section of a configuration to a checked index and a split, the same on every process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, DataConfig
+from ..errors import DataError
+from ..metrics import positive_class
+from ..runs import Run
+from .index import DataIndex, check_data, report_duplicates
+from .phantom import write_phantom_dataset
+from .splits import (
+    Split,
+    carve_validation,
+    find_leaks,
+    split_block,
+    split_csv,
+    split_kfold,
+    split_manifest,
+    split_patient,
+    split_random,
+)
+
+
+def prepare_data(run: Run) -> tuple[DataIndex, Split]:
+    """Checks every image, splits, and records both in the run folder (index.json, split.csv, data.json).
+
+    With several processes the first one does the work and the others read its files. On resume the recorded index and split are
+    used again, so that a file added to the folder since cannot change the run.
+    """
+    out, world = run.out, run.world
+    if world.main and not (run.resume and (out / "index.json").exists()):
+        _make(run)
+    world.barrier()
+    index = DataIndex.load(out / "index.json")
+    split = split_csv(index, out / "split.csv")
+    run.data_fingerprint = index.fingerprint([*split.train, *split.val, *split.test])
+    return index, split
+
+
+def positive_label(config: Config, index: DataIndex) -> int:
+    """The class that sensitivity and the score are about: data.positive, or the one not named as a negation."""
+    name = config.data.positive
+    if name is None:
+        return positive_class(index.classes)
+    if name not in index.classes:
+        raise DataError(f"data.positive is {name!r}, needs one of the classes: {', '.join(index.classes)}")
+    return index.classes.index(name)
+
+
+def make_split(config: DataConfig, index: DataIndex) -> Split:
+    """The protocol that data.split names; parts given without validation get one of val_fraction from their training part."""
+    val, seed = config.val_fraction, config.split_seed
+    if config.split == "random":
+        return split_random(index, config.test_fraction, seed, val=val)
+    if config.split == "block":
+        return split_block(index, config.test_fraction, val=val)
+    if config.split == "patient":
+        return split_patient(index, config.test_fraction, seed, val=val)
+    if config.split == "kfold":
+        return split_kfold(index, config.folds, config.fold, seed, val=val)
+    given = split_manifest(index) if config.split == "manifest" else split_csv(index, config.split)
+    return given if given.val or val == 0 else carve_validation(index, given, val, seed)
+
+
+def _make(run: Run) -> None:
+    config, console = run.config.data, run.console
+    synthetic = config.source == "phantom"
+    source: Path = Path(config.source)
+    if synthetic:
+        source = _phantom(run)
+    with console.announce(f"checking every image in {source}"):
+        index = check_data(
+            source,
+            config.manifest,
+            max_bad_fraction=config.max_bad_fraction,
+            accept_wrong_extension=config.accept_wrong_extension,
+        )
+    split = make_split(config, index)
+    index.save(run.out / "index.json")
+    split.save(run.out / "split.csv", index)
+    console.info(index.summary())
+    console.info(split.summary(index))
+    run.write_json("data.json", _facts(index, split, synthetic))
+
+
+def _phantom(run: Run) -> Path:
+    """The synthetic slices of this size and number, written once beside the run folder and used again."""
+    config, (height, width) = run.config, run.config.model.image_size
+    count = config.data.phantom_images
+    folder = run.out.absolute().parent / f"synthetic-ct-{count}-{height}x{width}-seed{config.data.split_seed}"
+    if not (folder / "manifest.csv").exists():
+        with run.console.announce(f"drawing {count} synthetic chest-CT-like slices of {height}x{width} into {folder}"):
+            write_phantom_dataset(folder, count, (height, width), seed=config.data.split_seed)
+    return folder
+
+
+def _facts(index: DataIndex, split: Split, synthetic: bool) -> dict[str, Any]:
+    """data.json: what the report says about the data."""
+    parts = {"train": split.train, "val": split.val, "test": split.test}
+    duplicates = report_duplicates(index, split)
+    return {
+        "source": str(index.root),
+        "synthetic": synthetic,
+        "classes": index.classes,
+        "counts": {name: index.counts(ids) for name, ids in parts.items()},
+        "excluded": [{"path": e.path, "reason": e.reason} for e in index.excluded],
+        "notes": index.notes,
+        "duplicates": duplicates.lines(),
+        "leaks": find_leaks(index, split),
+        "split_protocol": split.protocol,
+    }
