@@ -18,7 +18,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +190,18 @@ def split_manifest(index: DataIndex) -> Split:
     return _given(index, parts, "manifest", "given by the manifest")
 
 
+def carve_validation(index: DataIndex, split: Split, val: float, seed: int = 0) -> Split:
+    """The same split with a validation part (`val` as a fraction of all its images) cut from its training part."""
+    if split.val:
+        raise DataError(f"split {split.name} already has a validation part of {len(split.val)} images")
+    if not 0 < val < 1:
+        raise DataError(f"val is {val}; a fraction above 0 and below 1 is needed")
+    total = len(split.train) + len(split.test)
+    train, valid = _validation(index, split.train, val, seed, total=total)
+    protocol = f"{split.protocol}; {len(valid)} images cut from train for validation, seed {seed}"
+    return replace(split, train=train, val=valid, protocol=protocol)
+
+
 def natural_key(path: str) -> list[tuple[int, int, str]]:
     """Sort key that puts Covid_9 before Covid_10."""
     pieces = re.split(r"([0-9]+)", path)
@@ -239,13 +251,16 @@ def _portion(count: int, fraction: float) -> int:
     return int(count * fraction + 1e-9)
 
 
-def _validation(index: DataIndex, train: list[int], val: float, seed: int) -> tuple[list[int], list[int]]:
-    """Cut `val` (a fraction of ALL images) from the training part."""
+def _validation(
+    index: DataIndex, train: list[int], val: float, seed: int, total: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Cut `val` (a fraction of all images, or of `total`) from the training part."""
     if val == 0:
         return train, []
-    share = val * len(index) / len(train)
+    total = len(index) if total is None else total
+    share = val * total / len(train)
     if share >= 1:
-        raise DataError(f"val {val:g} of {len(index)} images leaves nothing of the {len(train)} training images")
+        raise DataError(f"val {val:g} of {total} images leaves nothing of the {len(train)} training images")
     cut = _group_part if all(index.records[i].patient for i in train) else _random_part
     return cut(index, train, share, seed + 1, "val")
 
