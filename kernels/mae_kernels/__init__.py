@@ -1,0 +1,31 @@
+"""Operations of masked autoencoders with self-distillation, for any PyTorch project. See kernels/README.md."""
+
+from __future__ import annotations
+
+from ._checks import debug_checks
+from ._runtime import backend, info
+from .distillation import distillation_loss
+from .linear_reconstruction import linear_reconstruction_loss
+from .masking import Masking, random_masking
+from .patches import embed_patches, gather_patches
+from .reconstruction import masked_reconstruction_loss
+from .restore import restore_tokens
+from .short_attention import attention
+from .sssd import SSSDLoss, sssd_loss
+
+__all__ = [
+    "Masking",
+    "SSSDLoss",
+    "attention",
+    "backend",
+    "debug_checks",
+    "distillation_loss",
+    "embed_patches",
+    "gather_patches",
+    "info",
+    "linear_reconstruction_loss",
+    "masked_reconstruction_loss",
+    "random_masking",
+    "restore_tokens",
+    "sssd_loss",
+]

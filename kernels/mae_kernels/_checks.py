@@ -1,0 +1,123 @@
+"""Argument checks shared by the ops: every message names the argument, what it got and what it needs.
+
+Shapes: B images, C channels, H x W pixels, P patch side, L = (H/P)*(W/P) patches, K or M listed patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_debug = False
+
+
+def debug_checks(enabled: bool = True) -> None:
+    """Also check on CUDA what needs a device synchronisation: patch ids in range and not repeated within an image.
+
+    On the CPU the range is always checked in eager mode, because it is free there.
+    """
+    global _debug
+    _debug = bool(enabled)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a torch.Tensor")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    check_tensor(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: got dtype {x.dtype}, needs a floating point dtype")
+
+
+def check_shape(name: str, x: Tensor, shape: Sequence[int | None], meaning: str) -> None:
+    """`shape` holds the size needed in each dimension, None where any size will do; `meaning` is its spelling."""
+    ok = x.dim() == len(shape) and all(need is None or got == need for got, need in zip(x.shape, shape, strict=True))
+    if not ok:
+        needed = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, needs {meaning} = ({needed})")
+
+
+def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name}: got device {x.device}, needs the device of {other_name}, {other.device}")
+
+
+def check_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs an int")
+    if value < minimum:
+        raise ValueError(f"{name}: got {value}, needs at least {minimum}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(repr(c) for c in choices)}")
+
+
+def check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a Python number")
+    if not value > 0:
+        raise ValueError(f"{name}: got {value}, needs a positive number")
+
+
+def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:
+    """Checks images [B,C,H,W] against the patch side and returns the patch grid (rows, columns)."""
+    check_tensor("images", images)
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images: got dtype {images.dtype}, needs uint8 or a floating point dtype")
+    check_int("patch_size", patch_size, 1)
+    check_shape("images", images, (None, None, None, None), "[B, C, H, W]")
+    height, width = images.shape[2], images.shape[3]
+    if images.shape[1] < 1 or height < 1 or width < 1:
+        raise ValueError(f"images: got shape {tuple(images.shape)}, needs C, H and W of at least 1")
+    if height % patch_size != 0 or width % patch_size != 0:
+        raise ValueError(
+            f"images: got {height} x {width} pixels, needs a height and width divisible by patch_size = {patch_size}"
+        )
+    return height // patch_size, width // patch_size
+
+
+def check_ids(name: str, ids: Tensor, rows: int, upper: int) -> None:
+    """ids [B, any] int64 in [0, upper), unique within a row."""
+    check_tensor(name, ids)
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name}: got dtype {ids.dtype}, needs torch.int64")
+    check_shape(name, ids, (rows, None), "[B, K]")
+    if torch.compiler.is_compiling() or ids.numel() == 0 or (ids.device.type != "cpu" and not _debug):
+        return
+    if ids.device.type not in ("cpu", "cuda"):
+        return
+    low, high = (int(v) for v in torch.aminmax(ids))
+    if low < 0 or high >= upper:
+        raise ValueError(f"{name}: got ids from {low} to {high}, needs ids from 0 to {upper - 1}")
+    if _debug and bool((ids.sort(1).values.diff(dim=1) == 0).any()):
+        raise ValueError(f"{name}: got an id more than once in one row, needs every id at most once per image")
+
+
+def check_channel_stats(
+    mean: float | Sequence[float] | None, std: float | Sequence[float] | None, channels: int
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Per-channel mean and std as tuples of C floats; (None, None) when neither is given."""
+    if mean is None and std is None:
+        return None, None
+    means = _channel_values("mean", 0.0 if mean is None else mean, channels)
+    stds = _channel_values("std", 1.0 if std is None else std, channels)
+    if not all(s > 0 for s in stds):
+        raise ValueError(f"std: got {stds}, needs positive numbers")
+    return means, stds
+
+
+def _channel_values(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: got a Tensor, needs a number or {channels} numbers (tensor.tolist())")
+    if isinstance(value, (int, float)):
+        return (float(value),) * channels
+    values = tuple(float(v) for v in value)
+    if len(values) != channels:
+        raise ValueError(f"{name}: got {len(values)} numbers, needs one per image channel = {channels}")
+    return values
