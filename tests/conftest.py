@@ -1,0 +1,130 @@
+"""What every test gets: fixed seeds, one torch thread, no network, NaN in fresh memory for the ops, and a line about what was left out."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# For this process before torch is imported, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(REPOSITORY), str(REPOSITORY / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEFT_OUT] = Counter()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects what this machine cannot run; `pytest_terminal_summary` says how many and why."""
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "no CUDA device"
+    if not os.environ.get("SSSD_FAST_DATA"):
+        reasons["realdata"] = "SSSD_FAST_DATA does not name a folder with the CT data sets"
+    kept, left_out = [], []
+    for item in items:
+        marker = next((name for name in reasons if item.get_closest_marker(name)), None)
+        (kept if marker is None else left_out).append(item)
+        if marker is not None:
+            config.stash[LEFT_OUT][f"marked {marker}: {reasons[marker]}"] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist: only its parent can print
+        session.config.workeroutput["left_out"] = dict(session.config.stash[LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    found = getattr(node, "workeroutput", {}).get("left_out", {})
+    node.config.stash[LEFT_OUT] |= Counter(found)  # every process collects all tests: the largest count, not the sum
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for reason, count in sorted(config.stash[LEFT_OUT].items()):
+        terminalreporter.write_line(f"left out: {count} tests {reason}")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test may use the global generator
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that leave this machine raise. Processes that a test starts are not covered."""
+
+    def guarded(real: Callable[..., Any]) -> Callable[..., Any]:
+        def connect(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_local(address[0]):
+                raise RuntimeError(f"a test tried to connect to {address[0]!r}: tests must not need the network")
+            return real(self, address)
+
+        return connect
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+
+
+def _is_local(host: str) -> bool:
+    if host in ("localhost", socket.gethostname()):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and its kin return NaN (integers: their largest value), so that memory nobody wrote is seen at once."""
+
+    def poisoned(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+            out = real(*args, **kwargs)
+            if out.dtype.is_floating_point or out.dtype.is_complex:
+                return out.detach().fill_(float("nan")).requires_grad_(out.requires_grad)
+            return out if out.dtype == torch.bool else out.fill_(torch.iinfo(out.dtype).max)
+
+        return empty
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def _poison_ops(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of the ops runs on poisoned memory without asking for it."""
+    if REPOSITORY / "tests" / "kernels" in request.path.parents:
+        request.getfixturevalue("poisoned_empty")
+    yield
