@@ -29,7 +29,7 @@ setup: .venv/.installed ## make .venv and install everything in it, once; again 
 	  echo "Making .venv with $$found ($$("$$found" --version 2>&1))"; \
 	  "$$found" -m venv --clear .venv; \
 	fi
-	@echo "Installing sssd_fast and the pinned versions of what it needs into .venv: 2.5 GB with a CPU build of torch, more with CUDA; 2 to 15 minutes, pip stays quiet"
+	@echo "Installing sssd_fast and the pinned versions of what it needs into .venv: 3 GB with a CPU build of torch, more with CUDA; 2 to 15 minutes, pip stays quiet"
 	@start=$$(date +%s) && \
 	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools && \
 	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[all]' && \

@@ -83,10 +83,19 @@ def print_doctor(write: Callable[[str], Any] = print, *, path: str | Path = ".")
         ("sssd_fast", own["version"] + commit),
         ("Python", f"{env['python']['version']} ({env['python']['implementation']})"),
         ("system", env["system"]["os"]),
-        ("CPU", f"{cpu['model']}, {cpu['cores_usable']} of {cpu['cores']} cores usable, torch uses {cpu['torch_threads']}"),
-        ("memory", f"{memory['available_gib']} of {memory['total_gib']} GiB free{limit}; /dev/shm {memory['shm_free_gib']} GiB free"),
+        (
+            "CPU",
+            f"{cpu['model']}, {cpu['cores_usable']} of {cpu['cores']} cores usable, torch uses {cpu['torch_threads']}",
+        ),
+        (
+            "memory",
+            f"{memory['available_gib']} of {memory['total_gib']} GiB free{limit}; /dev/shm {memory['shm_free_gib']} GiB free",
+        ),
         ("disk", f"{env['disk']['free_gib']} GiB free"),
-        ("torch", f"{env['torch']['version']}, CUDA {env['torch']['cuda_build'] or 'not built in'}, cuDNN {env['torch']['cudnn']}"),
+        (
+            "torch",
+            f"{env['torch']['version']}, CUDA {env['torch']['cuda_build'] or 'not built in'}, cuDNN {env['torch']['cudnn']}",
+        ),
         ("driver", env["driver"]["version"] or f"none: {env['driver']['reason']}"),
     ]
     rows += [("GPU", f"{g['name']}, {g['memory_gib']} GiB, sm_{g['capability']}") for g in env["gpus"]]
@@ -115,17 +124,23 @@ def advice(env: dict[str, Any]) -> list[str]:
         lines.append(f"There is an NVIDIA driver ({driver}), but torch sees no GPU: {env['gpu_reason']}.")
     dali = env["providers"]["dali"]
     if len(dali["distributions"]) > 1:
-        lines.append("Both DALI packages are installed and overwrite each other's files: uninstall both, then install one.")
+        lines.append(
+            "Both DALI packages are installed and overwrite each other's files: uninstall both, then install one."
+        )
     elif driver and dali["distributions"] and int(driver.split(".")[0]) < DALI_DRIVER[dali["distributions"][0]]:
         name = dali["distributions"][0]
-        lines.append(f"{name} needs driver {DALI_DRIVER[name]} or newer, here is {driver}: take the other DALI extra or a new driver.")
+        lines.append(
+            f"{name} needs driver {DALI_DRIVER[name]} or newer, here is {driver}: take the other DALI extra or a new driver."
+        )
     for name, state in env["providers"].items():
         if state["status"] == "refused" and state["version"] and gpus:
             lines.append(f"{name} {state['version']} is installed but cannot be used: {state['reason']}.")
     if env["packages"]["rich"] is None or env["packages"]["pydantic"] is None:
         lines.append("Only the fused ops are installed; for training: pip install 'sssd-fast[train]'.")
     if env["disk"]["free_gib"] is not None and env["disk"]["free_gib"] < 2:
-        lines.append(f"Only {env['disk']['free_gib']} GiB of disk are free; one ViT-B training checkpoint takes about 1.3 GiB.")
+        lines.append(
+            f"Only {env['disk']['free_gib']} GiB of disk are free; one ViT-B training checkpoint takes about 1.3 GiB."
+        )
     return lines
 
 
@@ -224,7 +239,9 @@ def _checkout(root: Path) -> dict[str, Any]:
         return nothing  # installed; a repository further up would be somebody else's
     try:
         commit, status = (
-            subprocess.run(["git", "-C", str(root), *what], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            subprocess.check_output(
+                ["git", "-C", str(root), *what], stderr=subprocess.DEVNULL, text=True, timeout=10
+            ).strip()
             for what in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
     except (OSError, subprocess.SubprocessError):

@@ -7,7 +7,7 @@ import os
 import random
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _poison_ops(request: pytest.FixtureRequest) -> Iterator[None]:
+def _poison_ops(request: pytest.FixtureRequest) -> None:
     """Every test of the ops runs on poisoned memory without asking for it."""
     if REPOSITORY / "tests" / "kernels" in request.path.parents:
         request.getfixturevalue("poisoned_empty")
-    yield

@@ -51,7 +51,9 @@ def test_it_reports_this_process_and_survives_json() -> None:
 def test_without_probing_it_is_quick_and_starts_no_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is written at the start of every run: an import of xformers or DALI would cost seconds and side effects."""
     real, started = subprocess.Popen, []
-    monkeypatch.setattr(doctor.subprocess, "Popen", lambda command, **kw: started.append(command) or real(command, **kw))
+    monkeypatch.setattr(
+        doctor.subprocess, "Popen", lambda command, **kw: started.append(command) or real(command, **kw)
+    )
     before = {name for name in ("xformers", "nvidia.dali", "torchao") if name in sys.modules}
     start = time.perf_counter()
     doctor.collect_environment()
@@ -63,7 +65,10 @@ def test_without_probing_it_is_quick_and_starts_no_optional_package(monkeypatch:
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("raise OSError('libcudart.so.12: cannot open shared object file')", "OSError: libcudart.so.12: cannot open shared object file"),
+        (
+            "raise OSError('libcudart.so.12: cannot open shared object file')",
+            "OSError: libcudart.so.12: cannot open shared object file",
+        ),
         ("import a_module_nobody_has", "ModuleNotFoundError: No module named 'a_module_nobody_has'"),
         ("import os; os.abort()", "ended the process with signal 6"),
         ("import sys; sys.exit('killed itself')", "killed itself"),
@@ -91,7 +96,9 @@ def test_an_import_that_hangs_is_refused_in_time(module_path: Path, monkeypatch:
     assert time.perf_counter() - start < 20
 
 
-def test_a_working_provider_is_usable_and_a_missing_one_absent(module_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_working_provider_is_usable_and_a_missing_one_absent(
+    module_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _package(module_path, "torchao", "", "0.14")
     (module_path / "torchao" / "optim.py").write_text("class AdamW8bit: pass\n")
     _package(module_path, "xformers", "raise ModuleNotFoundError(\"No module named 'xformers'\", name='xformers')", "0")
@@ -101,13 +108,17 @@ def test_a_working_provider_is_usable_and_a_missing_one_absent(module_path: Path
     assert (found["xformers"]["status"], found["xformers"]["version"]) == ("absent", None)
 
 
-def test_xformers_that_imports_is_still_refused_without_a_gpu(module_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xformers_that_imports_is_still_refused_without_a_gpu(
+    module_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the CPU its import succeeds with a warning and the call raises."""
     _package(module_path, "xformers", "", "0.0.35")
     (module_path / "xformers" / "ops.py").write_text("def memory_efficient_attention(): pass\n")
     _fake_version(monkeypatch, {"xformers": "0.0.35"})
     monkeypatch.setattr(doctor, "_gpus", lambda: ([], "none here"))
-    assert doctor.collect_environment(probe=True)["providers"]["xformers"]["reason"] == "its attention needs a CUDA device"
+    assert (
+        doctor.collect_environment(probe=True)["providers"]["xformers"]["reason"] == "its attention needs a CUDA device"
+    )
     gpu = {"name": "card", "memory_gib": 24.0, "capability": "86", "multiprocessors": 82}
     monkeypatch.setattr(doctor, "_gpus", lambda: ([gpu], None))
     assert doctor.collect_environment(probe=True)["providers"]["xformers"]["status"] == "usable"
