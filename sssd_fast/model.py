@@ -100,9 +100,6 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """ViT encoder over the visible patches, or over all of them."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: ModelConfig, *, final_norm: bool = True, drop_path: float = 0.0) -> None:
         super().__init__()
         width, depth, heads = config.encoder_shape
@@ -116,10 +113,9 @@ class Encoder(nn.Module):
             Block(width, heads, config.mlp_ratio, config.norm_eps, drop_path=rate) for rate in rates
         )
         self.norm: nn.Module = nn.LayerNorm(width, eps=config.norm_eps) if final_norm else nn.Identity()
-        for name in ("mean", "std"):  # not in the state dict: they belong to the data, and stay float32 under .half()
-            values = getattr(config, name)
-            tensor = torch.tensor(values * (config.in_channels // len(values)), dtype=torch.float32)
-            self.register_buffer(name, tensor, persistent=False)
+        # plain numbers: not in the state dict, since they belong to the data, and exact whatever the model's dtype
+        self.mean = config.mean * (config.in_channels // len(config.mean))
+        self.std = config.std * (config.in_channels // len(config.std))
 
     def tokens(self, images_BCHW: Tensor, ids_BK: Tensor | None) -> Tensor:
         """[B, p+K, D] input of the first block. `ids` None = all patches in order."""
