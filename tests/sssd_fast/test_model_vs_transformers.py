@@ -1,0 +1,215 @@
+"""Protects: with the same weights and the same noise, our MAE is transformers' ViTMAEForPreTraining: masking, predictions, loss and
+the gradient of every parameter, in float64, through the weight conversion. A wrong pixel order, patch order, position layout, target
+normalisation or q/k/v order shows here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from mae_kernels import masked_reconstruction_loss
+
+from sssd_fast.config import ModelConfig
+from sssd_fast.model import MAE, build_classifier, build_mae, sincos_positions
+from sssd_fast.weight_formats import to_own_names
+from sssd_fast.weights import load_into, save_huggingface
+
+CASES = {
+    "grey_norm_pix": {"image": 64, "patch": 16, "channels": 1, "norm": True, "eps": 1e-6, "ratio": 0.75},
+    "colour_norm_pix": {"image": 48, "patch": 8, "channels": 3, "norm": True, "eps": 1e-6, "ratio": 0.6},
+    "colour_raw_pixels": {"image": 56, "patch": 14, "channels": 3, "norm": False, "eps": 1e-12, "ratio": 0.5},
+}
+
+
+def hf_config(case: dict, **overrides: object) -> transformers.ViTMAEConfig:
+    sizes = {
+        "image_size": case["image"],
+        "patch_size": case["patch"],
+        "num_channels": case["channels"],
+        "norm_pix_loss": case["norm"],
+        "mask_ratio": case["ratio"],
+        "layer_norm_eps": case["eps"],
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "decoder_hidden_size": 32,
+        "decoder_num_hidden_layers": 2,
+        "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "attn_implementation": "sdpa",  # "eager" takes the softmax in float32 whatever the model's dtype
+    }
+    return transformers.ViTMAEConfig(**sizes | overrides)
+
+
+def our_config(case: dict, **overrides: object) -> ModelConfig:
+    sizes = {
+        "image_size": (case["image"], case["image"]),
+        "patch_size": case["patch"],
+        "in_channels": case["channels"],
+        "mask_ratio": case["ratio"],
+        "norm_eps": case["eps"],
+        "width": 48,
+        "depth": 3,
+        "heads": 4,
+        "mlp_ratio": 2.0,
+        "decoder_width": 32,
+        "decoder_depth": 2,
+        "decoder_heads": 2,
+    }
+    return ModelConfig(**sizes | overrides)
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Biases, norms and tokens away from 0 and 1, so that a dropped or swapped one shows. Position tables stay."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def with_positions(model: transformers.ViTMAEForPreTraining) -> transformers.ViTMAEForPreTraining:
+    """transformers 5.23 leaves the position tables of a model that is not from a file at zero; its own initialisation fills them."""
+    embeddings = model.vit.embeddings
+    for marked in (embeddings.patch_embeddings.projection, *model.parameters()):
+        marked._is_hf_initialized = False
+    embeddings.initialize_weights()
+    model.decoder.initialize_weights(embeddings.patch_embeddings.num_patches)
+    assert embeddings.position_embeddings.abs().max() == model.decoder.decoder_pos_embed.abs().max() == 1
+    return model
+
+
+def hf_pretraining(case: dict) -> transformers.ViTMAEForPreTraining:
+    model = with_positions(transformers.ViTMAEForPreTraining(hf_config(case)).double())
+    randomize(model)
+    return model
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_noise_gives_the_same_masking_predictions_loss_and_gradients(name: str) -> None:
+    case = CASES[name]
+    theirs = hf_pretraining(case)
+    ours = build_mae(our_config(case)).double()
+    report = load_into(ours, theirs.state_dict())
+    assert not report.missing
+    assert not report.unexpected
+    assert not report.expected_missing
+
+    images = torch.randn(3, case["channels"], case["image"], case["image"], dtype=torch.float64)
+    noise = torch.rand(3, ours.config.num_patches, dtype=torch.float64)
+    expected = theirs(images, noise=noise)
+    got = ours(images, noise)
+    loss = masked_reconstruction_loss(
+        got.pred_BMV,
+        images,
+        ids=got.masking.ids_masked,
+        patch_size=case["patch"],
+        norm="patch" if case["norm"] else None,
+    )
+
+    assert torch.equal(got.masking.ids_restore, expected.ids_restore)
+    assert torch.equal(got.masking.mask, expected.mask.bool())
+    ids = got.masking.ids_masked.unsqueeze(-1).expand(-1, -1, expected.logits.shape[-1])
+    torch.testing.assert_close(got.pred_BMV, expected.logits.gather(1, ids), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours.reconstruct(images, noise)[0], expected.logits.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(loss.double(), expected.loss, rtol=2e-6, atol=0)  # the op's result is float32
+
+    loss.backward()
+    expected.loss.backward()
+    _, gradients = to_own_names({n: p.grad for n, p in theirs.named_parameters() if p.grad is not None})
+    trained = {n for n, p in ours.named_parameters() if p.requires_grad}
+    assert trained == gradients.keys()
+    for parameter_name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            want = gradients[parameter_name].tensor
+            assert want.abs().max() > 0, parameter_name
+            # the gradient passes the float32 loss
+            tolerance = 2e-6 * want.abs().max().item()
+            torch.testing.assert_close(
+                parameter.grad, want, rtol=2e-6, atol=tolerance, msg=lambda m, n=parameter_name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("grid", [4, 7, 14])
+def test_position_tables_equal_those_transformers_initialises(grid: int) -> None:
+    model = with_positions(transformers.ViTMAEForPreTraining(hf_config(CASES["grey_norm_pix"], image_size=16 * grid)))
+    encoder, decoder = model.vit.embeddings.position_embeddings[0], model.decoder.decoder_pos_embed[0]
+    torch.testing.assert_close(sincos_positions(48, (grid, grid), 1), encoder.detach(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sincos_positions(32, (grid, grid), 1), decoder.detach(), rtol=0, atol=1e-7)
+
+
+def test_folder_written_by_save_pretrained_loads_with_its_decoder(tmp_path: Path) -> None:
+    """The names in files differ from those in memory, and transformers 5.x has renamed both."""
+    case = CASES["colour_norm_pix"]
+    theirs = hf_pretraining(case).float()
+    theirs.save_pretrained(tmp_path)
+    ours = build_mae(our_config(case))
+    report = load_into(ours, tmp_path)
+    assert not report.missing + report.unexpected + report.expected_missing + report.unused
+    images, noise = torch.randn(2, 3, 48, 48), torch.rand(2, 36)
+    torch.testing.assert_close(
+        ours.reconstruct(images, noise)[0], theirs(images, noise=noise).logits, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_folder_made_with_other_heads_is_refused(tmp_path: Path) -> None:
+    """Weights have the same shapes for any number of heads; only config.json tells."""
+    case = CASES["colour_norm_pix"]
+    hf_pretraining(case).save_pretrained(tmp_path)
+    model = build_mae(our_config(case, heads=8))
+    with pytest.raises(Exception, match=r"made with 4 attention heads, the model has 8; set model.heads=4"):
+        load_into(model, tmp_path)
+
+
+def test_vit_model_loads_the_exported_encoder_and_gives_the_same_tokens(tmp_path: Path) -> None:
+    case = CASES["colour_norm_pix"]
+    ours: MAE = build_mae(our_config(case))
+    randomize(ours)
+    save_huggingface(tmp_path, ours)
+    theirs, info = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        got, want = ours.encoder(images), theirs.eval()(images).last_hidden_state
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_vit_for_image_classification_loads_the_exported_classifier_and_back(tmp_path: Path) -> None:
+    case = CASES["grey_norm_pix"]
+    config = our_config(case)
+    ours = build_classifier(config, 3, pool="cls").eval()
+    randomize(ours)
+    save_huggingface(tmp_path, ours)
+    theirs, info = transformers.ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    images = torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs.eval()(images).logits, rtol=1e-4, atol=1e-5)
+    back = build_classifier(config, 3, pool="cls").eval()
+    theirs.save_pretrained(tmp_path / "again")
+    assert not load_into(back, tmp_path / "again").missing
+    with torch.no_grad():
+        assert torch.equal(back(images), ours(images))
+
+
+def test_vitmae_loads_the_exported_autoencoder(tmp_path: Path) -> None:
+    """With the decoder: the released facebookresearch weights lack it, ours need not."""
+    case = CASES["colour_norm_pix"]
+    ours = build_mae(our_config(case))
+    randomize(ours)
+    save_huggingface(tmp_path, ours, decoder=True)
+    theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    images, noise = torch.randn(2, 3, 48, 48), torch.rand(2, 36)
+    with torch.no_grad():
+        want = theirs.eval()(images, noise=noise)
+    torch.testing.assert_close(ours.reconstruct(images, noise)[0], want.logits, rtol=1e-4, atol=1e-5)
