@@ -56,7 +56,7 @@ test-gpu: ## run the tests marked gpu with the torch of PYTHON (python3 if not g
 
 constraints: ## for maintainers: resolve constraints.txt anew (needs uv)
 	@tmp=$$(mktemp -d) && trap 'rm -r "$$tmp"' EXIT && \
-	uv pip compile pyproject.toml --extra all --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url --quiet -o "$$tmp/pins" && \
+	uv pip compile pyproject.toml --extra all --universal --python-version 3.10 --no-header --no-annotate --quiet -o "$$tmp/pins" && \
 	{ sed -n '/^#/p' constraints.txt && \
 	  awk -F' ; ' '{ split($$1, a, "==") } NR == FNR { n[a[1]]++; next } { print n[a[1]] == 1 ? $$1 : $$0 }' "$$tmp/pins" "$$tmp/pins" | \
 	  sed -E "s/ and \(?sys_platform.*//; s/ and python_full_version < '3\.15'//"; } > "$$tmp/constraints.txt" && \
