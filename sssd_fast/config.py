@@ -42,12 +42,14 @@ class DataConfig(Section):
     phantom_images: Annotated[int, Field(ge=40)] = 1600
     split: str = "random"  # random | block | patient | kfold | manifest (its split column) | a CSV file
     test_fraction: OpenFraction = 0.2
-    val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # of what is left after the test part; 0 = no validation
+    val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # of all images, cut from the training part; 0 = no validation
     folds: Annotated[int, Field(ge=2)] = 5
     fold: Annotated[int, Field(ge=0)] = 0
     split_seed: Annotated[int, Field(ge=0)] = 0
     positive: str | None = None  # class whose score counts in sensitivity and AUC; None = see `positive_class`
-    max_bad_fraction: Fraction = 0.01
+    max_bad_fraction: Fraction = 0.01  # more unusable files than this is an error
+    accept_wrong_extension: bool = False  # keep good images whose file name ends in another format's extension
+    fit: Literal["crop", "stretch"] = "crop"  # evaluation view: largest centred part of the model's aspect, or the whole image
     workers: Annotated[int, Field(ge=0)] = 0
     cache: Literal["auto", "ram", "none"] = "auto"
     cache_gib: Positive = 4.0  # decoded images are kept in memory up to this size
@@ -167,7 +169,7 @@ class AugmentConfig(Section):
 
     crop_scale: tuple[Area, Area] = (0.2, 1.0)  # area of the random crop
     crop_ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
-    hflip: bool = True
+    hflip: Fraction = 0.5  # probability
     rotation_deg: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
     brightness: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     contrast: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -225,15 +227,12 @@ class FinetuneConfig(TrainConfig):
     select: Literal["auc", "accuracy", "loss", "last"] = "auc"  # which validation figure picks best.pt
 
 
-class ProbeConfig(TrainConfig):
-    """Linear probe: the encoder frozen, features normalised without parameters, one linear layer (MAE appendix A.1)."""
+class ProbeConfig(Section):
+    """Linear probe: the encoder frozen, logistic regression on its standardised features."""
 
-    base_lr: Positive = 0.1
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
-    weight_decay: NonNegative = 0.0
-    warmup_epochs: NonNegative = 0.0
     pool: Literal["mean", "cls"] = "mean"
-    select: Literal["auc", "accuracy", "loss", "last"] = "auc"
+    batch_size: Count = 64
+    inverse_penalties: tuple[Positive, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C; validation chooses
 
 
 class EvaluateConfig(Section):

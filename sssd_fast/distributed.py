@@ -26,10 +26,7 @@ class World:
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """Mean over all processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-            tensor.div_(self.size)
-        return tensor
+        return self.sum_(tensor).div_(self.size)
 
     def any(self, flag: bool) -> bool:
         """True everywhere when true anywhere."""
@@ -39,13 +36,11 @@ class World:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Rows of all processes, interleaved as the loaders deal them: row g came from rank g % size."""
-        if self.size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.stack(parts, 1).flatten(0, 1)
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def barrier(self) -> None:
         if self.size > 1:

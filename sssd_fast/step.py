@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import World
 from .errors import ConfigError
+from .guards import all_finite
 from .optim import set_lr
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,17 +48,25 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
+def generator(device: torch.device, *key: int) -> torch.Generator:
+    """Random numbers that depend on `key`, such as (seed, step, micro), and on nothing that happened before."""
+    state = 0
+    for part in key:
+        state = (state * 1_000_003 + part + 1) % (1 << 61)
+    return torch.Generator(device).manual_seed(state)
+
+
 class Step:
     """Callable that does forward, backward and update for a list of micro-batches.
 
-    `loss(module, batch, position)` returns a TaskLoss; `after(carry, finite)` updates state that is no parameter (the centre).
+    `loss(module, batch, step, micro)` returns a TaskLoss; `after(carry, finite)` updates state that is no parameter (the centre).
     """
 
     def __init__(
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loss: Callable[[nn.Module, Any, int], TaskLoss],
+        loss: Callable[[nn.Module, Any, int, int], TaskLoss],
         *,
         world: World,
         precision: str = "fp32",
@@ -74,7 +83,7 @@ class Step:
         dtype = AUTOCAST.get(self.precision)
         return torch.autocast(self.world.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
-    def __call__(self, micro_batches: Sequence[Any], lr: float) -> StepResult:
+    def __call__(self, micro_batches: Sequence[Any], step: int, lr: float) -> StepResult:
         set_lr(self.optimizer, lr)
         n = len(micro_batches)
         sums: dict[str, Tensor] = {}
@@ -84,7 +93,7 @@ class Step:
             ddp = self.module if isinstance(self.module, DistributedDataParallel) else None
             with ddp.no_sync() if ddp is not None and not last else nullcontext():
                 with self.autocast():
-                    total, parts, carry = self.loss(self.module, batch, i)
+                    total, parts, carry = self.loss(self.module, batch, step, i)
                 scaled = total / n
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
             for name, value in {"loss": total, **parts}.items():
@@ -97,10 +106,8 @@ class Step:
             self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         loss_mean = self.world.mean_(sums["loss"].clone())
-        finite = torch.isfinite(grad_norm) & torch.isfinite(loss_mean)
-        if carry_sum is not None:
-            self.world.mean_(carry_sum)
-            finite = finite & torch.isfinite(carry_sum).all()
+        others = [] if carry_sum is None else [self.world.mean_(carry_sum)]
+        finite = all_finite(loss_mean, grad_norm, *others)
         # the fused optimizers leave parameters, moments and step counts alone where found_inf is 1
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, DataConfig
+from ..config import AugmentConfig, Config, DataConfig
 from ..errors import DataError
+from ..loaders import Loader, build_loader
+from ..loaders.augment import AugmentSpec
 from ..metrics import positive_class
 from ..runs import Run
 from .index import DataIndex, check_data, report_duplicates
@@ -63,6 +66,41 @@ def make_split(config: DataConfig, index: DataIndex) -> Split:
         return split_kfold(index, config.folds, config.fold, seed, val=val)
     given = split_manifest(index) if config.split == "manifest" else split_csv(index, config.split)
     return given if given.val or val == 0 else carve_validation(index, given, val, seed)
+
+
+def make_loader(
+    run: Run,
+    index: DataIndex,
+    ids: Sequence[int],
+    *,
+    batch_size: int,
+    augment: AugmentConfig | None = None,
+    shard: bool = True,
+) -> Loader:
+    """The loader of this run's settings: augmented and shuffled with `augment`, else the evaluation view in order.
+
+    `shard` deals the images to all processes; without it each process sees all of them.
+    """
+    config, world = run.config, run.world
+    loader = build_loader(
+        index,
+        ids,
+        batch_size=batch_size,
+        image_size=config.model.image_size,
+        channels=config.model.in_channels,
+        train=None if augment is None else AugmentSpec(**augment.model_dump()),
+        seed=config.seed,
+        rank=world.rank if shard else 0,
+        world=world.size if shard else 1,
+        workers=config.data.workers,
+        cache=config.data.cache,
+        cache_limit_bytes=int(config.data.cache_gib * 2**30),
+        device=world.device,
+        fit=config.data.fit,
+    )
+    if augment is not None:
+        run.console.info(f"loader: {loader.describe()}")
+    return loader
 
 
 def _make(run: Run) -> None:

@@ -1,0 +1,146 @@
+"""Fine-tuning: a classifier on the pre-trained encoder, and its predictions on any part of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import FinetuneConfig
+from .data.index import DataIndex
+from .data.prepare import make_loader, positive_label, prepare_data
+from .data.splits import Split
+from .distributed import World
+from .errors import DataError
+from .loaders import Batch, Loader
+from .loaders.augment import mix_batch, random_erasing, soft_targets
+from .metrics import binary_metrics, multiclass_metrics
+from .model import Classifier
+from .optim import parameter_groups
+from .runs import Run
+from .step import Step, TaskLoss, generator
+from .train import Progress, fit
+from .weights import load_into
+
+
+class Predictions(NamedTuple):
+    """One row per image, in the order of `ids`."""
+
+    labels: NDArray[np.int64]  # [N]
+    scores: NDArray[np.float64]  # [N, classes] softmax
+
+    def binary(self, positive: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """([N] 1 = positive class, [N] score of the positive class)."""
+        return (self.labels == positive).astype(np.int64), self.scores[:, positive]
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, loader: Loader, ids: Sequence[int], num_classes: int, world: World, autocast: torch.autocast
+) -> Predictions:
+    """Scores of the images `ids` that `loader` deals out, gathered from all processes; leaves the model in the mode it was in."""
+    row_of = {image: row for row, image in enumerate(ids)}
+    logits_NC = torch.zeros(len(row_of), num_classes, device=world.device)
+    labels_N = torch.zeros(len(row_of), device=world.device, dtype=torch.int64)
+    training = model.training
+    model.eval()
+    for batch in loader.epoch(0):
+        keep = batch.valid
+        rows = torch.tensor([row_of[i] for i in batch.indices[keep].tolist()], device=world.device, dtype=torch.int64)
+        with autocast:
+            logits = model(batch.images)
+        logits_NC[rows] = logits[keep].float()
+        labels_N[rows] = batch.labels[keep]
+    model.train(training)
+    world.sum_(logits_NC)
+    world.sum_(labels_N)
+    if not torch.isfinite(logits_NC).all():
+        raise DataError("the model's scores are not finite; the checkpoint is unusable, or fp16 overflows (precision=fp32)")
+    return Predictions(labels_N.cpu().numpy(), logits_NC.double().softmax(1).cpu().numpy())
+
+
+class FinetuneTask:
+    """The Task of `fit` for a classifier; `best` is finetune.select on the validation images."""
+
+    name = "finetune"
+
+    def __init__(self, run: Run, index: DataIndex, split: Split) -> None:
+        config = run.config
+        self.run, self.index = run, index
+        self.settings: FinetuneConfig = config.finetune
+        self.best = (self.settings.select, self.settings.select != "loss")
+        self.num_classes = len(index.classes)
+        if self.num_classes < 2:
+            raise DataError(f"the data have {self.num_classes} class ({', '.join(index.classes)}); a classifier needs 2 or more")
+        torch.manual_seed(config.seed)
+        self.module = Classifier(config.model, self.num_classes, self.settings.pool, self.settings.drop_path)
+        self.module.to(run.world.device)
+        counts = np.bincount([index.records[i].label for i in split.train], minlength=self.num_classes)
+        weights = np.ones(self.num_classes)
+        if self.settings.class_weights == "balanced":
+            weights = counts.sum() / (self.num_classes * np.maximum(counts, 1))
+        self.class_weights = torch.tensor(weights, dtype=torch.float32, device=run.world.device)
+        self.val_ids, self.val_loader = split.val, None
+        if split.val:
+            batch_size = config.evaluate.batch_size
+            self.val_loader = make_loader(run, index, split.val, batch_size=batch_size)
+
+    def groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(
+            self.module,
+            weight_decay=self.settings.weight_decay,
+            layer_decay=self.settings.layer_decay,
+            depth=self.run.config.model.encoder_shape[1],
+        )
+
+    def loss(self, module: nn.Module, batch: Batch, step: int, micro: int) -> TaskLoss:
+        """Soft-target cross-entropy after mixing and erasing, all on the device and all uint8."""
+        s, world = self.settings, self.run.world
+        random = generator(torch.device("cpu"), self.run.config.seed, step, micro, world.rank)
+        targets_BC = soft_targets(batch.labels, self.num_classes, s.label_smoothing)
+        images = batch.images
+        if s.mixup or s.cutmix:
+            images, targets_BC = mix_batch(
+                images, targets_BC, mixup_alpha=s.mixup, cutmix_alpha=s.cutmix, generator=random
+            )
+        if s.random_erasing:
+            images = random_erasing(images, s.random_erasing, random)
+        log_q_BC = F.log_softmax(module(images).float(), 1)
+        return TaskLoss(-(targets_BC * self.class_weights * log_q_BC).sum(1).mean(), {})
+
+    def after(self, carry: Tensor, finite: Tensor) -> None:
+        """A classifier has no state beside its parameters."""
+
+    def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
+        if self.val_loader is None:
+            return {}
+        found = predict(self.module, self.val_loader, self.val_ids, self.num_classes, self.run.world, step.autocast())
+        if self.num_classes == 2:
+            metrics = binary_metrics(*found.binary(positive_label(self.run.config, self.index)))
+        else:
+            metrics = multiclass_metrics(found.labels, found.scores)
+        chosen = np.clip(found.scores[np.arange(len(found.labels)), found.labels], 1e-12, None)
+        figures = {"loss": float(-np.log(chosen).mean()), "accuracy": metrics.accuracy, "auc": metrics.auc}
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"classes": list(self.index.classes), "pool": self.settings.pool}
+
+
+def finetune(run: Run, init: str | None) -> Progress:
+    """Fine-tunes the encoder in `init` (None = from scratch, the supervised control) or resumes."""
+    index, split = prepare_data(run)
+    task = FinetuneTask(run, index, split)
+    if init is not None and not run.resume:
+        run.console.info(load_into(task.module, init).table())
+    config = run.config
+    settings = config.finetune
+    loader = build_loader(
+        config, index, split.train, batch_size=settings.batch_size, augment=settings.augment
+    )
+    return fit(task, loader, run)

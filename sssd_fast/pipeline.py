@@ -1,0 +1,108 @@
+"""The whole job: pre-train, fine-tune, evaluate, report; once, or over several seeds or folds with mean and deviation."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import atomic_write_text
+from .config import Config, to_yaml
+from .console import Console
+from .distributed import World, world
+from .evaluate import RATE_NAMES, aggregate_runs
+from .finetune import finetune
+from .inference import checkpoint_of, evaluate_run
+from .pretrain import pretrain
+from .report import write_combined_report
+from .runs import open_run
+
+STAGES = ("pretrain", "finetune")
+
+
+def run_all(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    seeds: list[int] | None = None,
+    folds: bool = False,
+    pretraining: bool = True,
+) -> None:
+    """Writes out/pretrain, out/finetune and out/report.html, or the same below out/seed-N or out/fold-N and out/summary.json."""
+    with world(config.device) as here:
+        if seeds is None and not folds:
+            _once(config, out, here, resume=resume, overwrite=overwrite, pretraining=pretraining, top=out)
+            return
+        results: dict[str, dict[str, Any]] = {}
+        for name, variant in _variants(config, seeds):
+            results[name] = _once(
+                variant, out / name, here, resume=resume, overwrite=overwrite, pretraining=pretraining, top=out
+            )
+        if here.main:
+            _summary(config, out, results)
+
+
+def stages_of(out: Path) -> list[Path]:
+    """The runs inside a folder that `sssd-fast run` wrote, in order."""
+    return [out / name for name in STAGES if (out / name / "config.yaml").exists()]
+
+
+def _variants(config: Config, seeds: list[int] | None) -> list[tuple[str, Config]]:
+    def changed(seed: int, **data: Any) -> Config:
+        return config.model_copy(update={"seed": seed, "data": config.data.model_copy(update=data)})
+
+    if seeds is not None:
+        return [(f"seed-{s}", changed(s, split_seed=s)) for s in seeds]
+    return [(f"fold-{k}", changed(config.seed, split="kfold", fold=k)) for k in range(config.data.folds)]
+
+
+def _once(
+    config: Config, out: Path, here: World, *, resume: bool, overwrite: bool, pretraining: bool, top: Path
+) -> dict[str, Any]:
+    """One pass; a stage that is already complete is not trained again on resume."""
+    hint = f"sssd-fast run --resume {shlex.quote(str(top))}"
+    init = None
+    if here.main:
+        top.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES if pretraining else STAGES[1:]:
+        place = out / stage
+        again = resume and (place / "config.yaml").exists()
+        with open_run(stage, config, place, here, resume=again, overwrite=overwrite, resume_with=hint) as run:
+            if here.main:
+                atomic_write_text(top / "config.yaml", to_yaml(config))
+            if stage == "pretrain":
+                pretrain(run)
+                init = str(checkpoint_of(place, "last"))
+            else:
+                finetune(run, init)
+                result = evaluate_run(run)
+            console = run.console
+    if here.main:
+        report = write_combined_report(out, stages_of(out))
+        console.info(f"report: {report[1]}")
+    return result
+
+
+def _summary(config: Config, out: Path, results: dict[str, dict[str, Any]]) -> None:
+    """summary.json and a table: each rate's mean and sample deviation over the runs, per image and per patient where known."""
+    summary: dict[str, Any] = {"runs": list(results)}
+    console = Console(log_file=out / "train.log")
+    for level in ("image", "patient"):
+        found = [r[level] for r in results.values() if r[level] is not None]
+        if not found:
+            continue
+        summary[level] = aggregate_runs(found)
+        rows = [
+            (RATE_NAMES[rate], _percent(value["mean"]), _percent(value["deviation"]), str(value["n"]))
+            for rate, value in summary[level].items()
+        ]
+        console.table(f"over {len(results)} runs, per {level}", ("", "mean", "deviation", "runs"), rows)
+    atomic_write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    console.info(f"summary: {out / 'summary.json'}; each run's report lies in its own folder")
+
+
+def _percent(value: float | None) -> str:
+    return "undefined" if value is None else f"{100 * value:.2f} %"

@@ -1,0 +1,130 @@
+"""Pre-training: reconstruct masked patches and distil the decoder into the encoder, without labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import PretrainConfig
+from .data.index import DataIndex
+from .data.prepare import make_loader, prepare_data
+from .data.splits import Split
+from .loaders import Batch, Loader
+from .objective import SSSD, SSSDOutput
+from .optim import parameter_groups
+from .runs import Run
+from .step import Step, TaskLoss, generator
+from .train import Progress, fit
+from .visualize import attention_grid, reconstruction_grid
+from .weights import load_into
+
+VALIDATION_SEED = 2**31  # masks of the validation images, the same in every epoch
+
+
+class PretrainTask:
+    """The Task of `fit` for SSSD. best.pt has the lowest loss on the validation images, whose masks stay the same."""
+
+    name = "pretrain"
+    best = ("loss", False)
+
+    def __init__(self, run: Run, index: DataIndex, split: Split) -> None:
+        config = run.config
+        self.run = run
+        self.settings: PretrainConfig = config.pretrain
+        torch.manual_seed(config.seed)
+        self.module = SSSD(config.model, config.objective).to(run.world.device)
+        self.val_loader: Loader | None = None
+        if split.val:
+            self.val_loader = make_loader(run, index, split.val, batch_size=self.settings.batch_size)
+        shown = (split.val or split.train)[: self.settings.num_images]
+        self.pictured = make_loader(run, index, shown, batch_size=len(shown), shard=False)
+
+    def groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self.module, weight_decay=self.settings.weight_decay)
+
+    def loss(self, module: nn.Module, batch: Batch, step: int, micro: int) -> TaskLoss:
+        out: SSSDOutput = module(batch.images, self._noise(len(batch.images), self.run.config.seed, step, micro))
+        parts = {"loss_reconstruction": out.reconstruction, "loss_distillation": out.distillation}
+        return TaskLoss(out.total, parts, out.batch_center)
+
+    def after(self, carry: Tensor, finite: Tensor) -> None:
+        self.module.update_center(torch.where(finite, carry, self.module.center))
+
+    def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
+        every = self.settings.image_epochs
+        if self.run.world.main and (last or (every and epoch % every == 0)):
+            self._draw(epoch, step)
+        return {} if self.val_loader is None else self._validate(self.val_loader, step)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def _noise(self, images: int, *key: int) -> Tensor:
+        """[B, L]: this process's rows of one draw for all processes, so that N processes mask as one would."""
+        world = self.run.world
+        shape = images * world.size, self.run.config.model.num_patches
+        noise = torch.rand(shape, generator=generator(world.device, *key), device=world.device)
+        return noise[world.rank :: world.size]
+
+    @torch.no_grad()
+    def _validate(self, loader: Loader, step: Step) -> dict[str, float]:
+        """Means over the validation images; the centre stays as training left it."""
+        world, names = self.run.world, ("loss", "loss_reconstruction", "loss_distillation")
+        sums = torch.zeros(len(names) + 1, device=world.device, dtype=torch.float64)
+        self.module.eval()
+        for i, batch in enumerate(loader.epoch(0)):
+            noise = self._noise(len(batch.images), VALIDATION_SEED, i)
+            images, noise = batch.images[batch.valid], noise[batch.valid]
+            if len(images):
+                with step.autocast():
+                    out = self.module(images, noise)
+                values = [out.total, out.reconstruction, out.distillation, torch.ones_like(out.total)]
+                sums += torch.stack(values).double() * len(images)
+        self.module.train()
+        world.mean_(sums)
+        return {name: float(sums[i] / sums[-1]) for i, name in enumerate(names)}
+
+    @torch.no_grad()
+    def _draw(self, epoch: int, step: Step) -> None:
+        """images/reconstruction-eNNNN.png and attention-eNNNN.png of the first validation images."""
+        model, out = self.run.config.model, self.run.out / "images"
+        encoder = self.module.mae.encoder
+        images = next(iter(self.pictured.epoch(0))).images
+        noise = torch.rand(
+            len(images), model.num_patches, generator=generator(images.device, VALIDATION_SEED), device=images.device
+        )
+        self.module.eval()
+        with step.autocast():
+            pred, masking = self.module.mae.reconstruct(images, noise)
+            attention = encoder.attention_maps(images)
+        self.module.train()
+        reconstruction_grid(
+            images,
+            pred.float(),
+            masking.mask,
+            model.patch_size,
+            path=out / f"reconstruction-e{epoch:04d}.png",
+            norm=self.run.config.objective.norm,
+            mean=list(encoder.mean),
+            std=list(encoder.std),
+        )
+        attention_grid(images, attention, encoder.grid, encoder.num_prefix, path=out / f"attention-e{epoch:04d}.png")
+
+
+def pretrain(run: Run, init: str | None = None) -> Progress:
+    """Trains from scratch, from the weights in `init`, or from the newest checkpoint of a resumed run."""
+    index, split = prepare_data(run)
+    task = PretrainTask(run, index, split)
+    if init is not None and not run.resume:
+        run.console.info(load_into(task.module.mae, init).table())
+    config = run.config
+    loader = make_loader(
+        run,
+        index,
+        split.train,
+        batch_size=config.pretrain.batch_size,
+        augment=config.pretrain.augment,
+    )
+    return fit(task, loader, run)

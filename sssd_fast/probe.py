@@ -1,0 +1,101 @@
+"""Linear probe: how much of the classes a frozen encoder already separates.
+
+Features are computed once without augmentation and standardised; scikit-learn's logistic regression is fitted on the training part, and
+the penalty with the highest validation AUC is taken. The result is folded into a Classifier's head, so that `evaluate`, `predict` and
+`export` treat a probe like any fine-tuned model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from .config import to_dict
+from .data.prepare import make_loader, prepare_data
+from .distributed import World
+from .errors import ConfigError
+from .loaders import Loader
+from .model import Classifier
+from .runs import Run
+from .step import AUTOCAST
+from .weights import load_into
+
+
+@torch.no_grad()
+def features(
+    model: Classifier, loader: Loader, ids: Sequence[int], world: World, precision: str
+) -> NDArray[np.float64]:
+    """[N, D] pooled features in the order of `ids`."""
+    row_of = {image: row for row, image in enumerate(ids)}
+    result = np.zeros((len(row_of), model.head.in_features))
+    model.eval()
+    dtype = AUTOCAST.get(precision)
+    for batch in loader.epoch(0):
+        with torch.autocast(world.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            values = model.features(batch.images)[batch.valid].double().cpu().numpy()
+        result[[row_of[i] for i in batch.indices[batch.valid].tolist()]] = values
+    return result
+
+
+def probe(run: Run, init: str) -> dict[str, float]:
+    """Fits the probe on the encoder in `init` and saves it as checkpoints/best.pt. Returns the validation figures."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import accuracy_score, log_loss
+
+    if run.world.size > 1:
+        raise ConfigError("probe runs in one process; start it without torchrun")
+    index, split = prepare_data(run)
+    config, settings = run.config, run.config.probe
+    model = Classifier(config.model, len(index.classes), settings.pool).to(run.world.device)
+    run.console.info(load_into(model, init).table())
+    x, y = {}, {}
+    for part in ("train", "val"):
+        ids = split.part(part)
+        if ids:
+            loader = make_loader(run, index, ids, batch_size=settings.batch_size)
+            with run.console.announce(f"computing features of {len(ids)} {part} images"):
+                x[part] = features(model, loader, ids, run.world, run.precision)
+            y[part] = np.array([index.records[i].label for i in ids])
+    mean, std = x["train"].mean(0), x["train"].std(0) + 1e-6
+    x = {part: (values - mean) / std for part, values in x.items()}
+    judge = "val" if "val" in x else "train"
+    rows, best = [], None
+    for c in settings.inverse_penalties:
+        fitted = LogisticRegression(C=c, max_iter=5000, random_state=config.seed).fit(x["train"], y["train"])
+        p = fitted.predict_proba(x[judge])
+        loss = float(log_loss(y[judge], p, labels=list(range(len(index.classes)))))
+        accuracy = float(accuracy_score(y[judge], p.argmax(1)))
+        rows.append((f"{c:g}", f"{loss:.4f}", f"{accuracy:.4f}"))
+        if best is None or loss < best[0]:
+            best = loss, accuracy, c, fitted
+    assert best is not None
+    loss, accuracy, c, fitted = best
+    run.console.table(f"linear probe, judged on the {judge} part", ("C", "loss", "accuracy"), rows)
+    _fold(model.head, fitted.coef_, fitted.intercept_, mean, std)
+    state = {
+        "task": "probe",
+        "model": model.state_dict(),
+        "config": to_dict(config),
+        "classes": list(index.classes),
+        "pool": settings.pool,
+        "inverse_penalty": c,
+    }
+    run.checkpoints.save(state, 1, loss, higher_is_better=False)
+    figures = {"loss": loss, "accuracy": accuracy}
+    run.tracker.start(0)
+    run.tracker.log("val", 1, epoch=1.0, **figures)
+    return figures
+
+
+def _fold(head: nn.Linear, weight: NDArray[np.float64], bias: NDArray[np.float64], mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
+    """softmax(head(f)) = the regression's probabilities of (f - mean) / std; two classes have one row, split as -z/2, +z/2."""
+    if len(bias) == 1:
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    scaled = weight / std
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(scaled))
+        head.bias.copy_(torch.from_numpy(bias - scaled @ mean))

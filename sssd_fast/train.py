@@ -1,0 +1,275 @@
+"""The training loop. Every command that trains builds a Task and calls `fit`; read it top to bottom.
+
+A run is a pure function of its configuration: the order of images, their augmentation, the masks and every random number of step s are
+derived from (seed, s), so a checkpoint needs no random state, and resuming continues bit for bit on the same number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .checkpoint import load_checkpoint
+from .config import TrainConfig, to_dict
+from .errors import CheckpointError, DataError, Interrupted
+from .guards import FiniteGuard, SignalGuard, peak_memory_gib
+from .loaders import Batch, Loader
+from .optim import build_optimizer, lr_at, scaled_lr
+from .runs import Run
+from .step import Step, StepResult, TaskLoss, generator
+
+SKIPS_ALLOWED = {"fp32": 3, "bf16": 3, "fp16": 25}  # fp16 starts at a loss scale of 65536 and has to find its way down
+
+
+class Task(Protocol):
+    """What differs between pre-training, fine-tuning and probing."""
+
+    name: str
+    module: nn.Module
+    settings: TrainConfig
+    best: tuple[str, bool]  # (figure of `end_epoch` that chooses best.pt, whether higher is better)
+
+    def groups(self) -> list[dict[str, Any]]: ...
+
+    def loss(self, module: nn.Module, batch: Batch, step: int, micro: int) -> TaskLoss: ...
+
+    def after(self, carry: Tensor, finite: Tensor) -> None: ...
+
+    def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
+        """Validation and pictures after `epoch` (from 1); the figures go to metrics.jsonl. Empty = nothing measured."""
+        ...
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides parameters, such as class names."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands; this and the tensors are all that a checkpoint holds."""
+
+    epoch: int = 0  # epochs finished
+    step_in_epoch: int = 0  # optimizer steps done in the current epoch
+    step: int = 0  # optimizer steps done
+    best: float | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    peak_lr: float
+    effective_batch: int
+
+    @classmethod
+    def of(cls, settings: TrainConfig, micro_steps: int, processes: int) -> Schedule:
+        per_epoch = micro_steps // settings.accumulate
+        if per_epoch == 0:
+            raise DataError(
+                f"an epoch has {micro_steps} batches of {settings.batch_size}, accumulate={settings.accumulate} needs at least "
+                f"{settings.accumulate}; lower accumulate or batch_size"
+            )
+        total = settings.epochs * per_epoch
+        if settings.max_steps is not None:
+            total = min(total, settings.max_steps)
+        effective = settings.batch_size * settings.accumulate * processes
+        warmup = min(round(settings.warmup_epochs * per_epoch), max(0, total - 1))
+        return cls(per_epoch, total, warmup, scaled_lr(settings.base_lr, effective), effective)
+
+
+def fit(task: Task, loader: Loader, run: Run) -> Progress:
+    """Trains `task` to the end of its schedule, or from the newest checkpoint on when the run was opened to resume."""
+    settings, config, world = task.settings, run.config, run.world
+    schedule = Schedule.of(settings, loader.steps_per_epoch, world.size)
+    optimizer = build_optimizer(task.groups(), (settings.beta1, settings.beta2))
+    progress = Progress()
+    module = task.module
+    if config.compile:
+        module.compile()  # in place: the state dict keeps its names
+    if world.size > 1:
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        module = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    step = Step(
+        module,
+        optimizer,
+        task.loss,
+        world=world,
+        precision=run.precision,
+        clip_grad=settings.clip_grad,
+        after=task.after,
+    )
+    if run.resume:
+        progress = _restore(task, step, run)
+    run.tracker.start(progress.step)
+    run.console.info(
+        f"{task.name}: {schedule.total_steps} steps, {schedule.steps_per_epoch} per epoch, effective batch {schedule.effective_batch}, "
+        f"peak lr {schedule.peak_lr:.3g}, {run.precision} on {world.device}"
+        + (f", {world.size} processes" if world.size > 1 else "")
+    )
+    guard = FiniteGuard(limit=SKIPS_ALLOWED[run.precision], folder=run.out if world.main else None)
+    record_every = max(1, schedule.total_steps // 2000)
+    sync_every = 1 if world.device.type == "cpu" else 10  # reading a device flag waits for the device
+    meter = _Meter(loader.batch_size * world.size * settings.accumulate)
+
+    with SignalGuard() as signals, run.console.progress(schedule.total_steps, task.name, start=progress.step) as bar:
+        while progress.step < schedule.total_steps:
+            micro_batches = _micro_batches(loader, progress, settings.accumulate, schedule.steps_per_epoch, meter)
+            for batches in micro_batches:
+                torch.manual_seed(generator(world.device, config.seed, progress.step, world.rank).initial_seed())  # drop path
+                lr = lr_at(
+                    progress.step,
+                    total_steps=schedule.total_steps,
+                    warmup_steps=schedule.warmup_steps,
+                    peak=schedule.peak_lr,
+                    minimum=scaled_lr(settings.min_lr, schedule.effective_batch),
+                )
+                if config.compile and meter.steps == 0:
+                    with run.console.announce("compiling the training step, once per run; this can take a few minutes"):
+                        result = step(batches, progress.step, lr)
+                        float(result.grad_norm)
+                else:
+                    result = step(batches, progress.step, lr)
+                progress.step += 1
+                progress.step_in_epoch += 1
+                meter.add(result)
+                last = progress.step == schedule.total_steps
+                if progress.step % sync_every == 0 or last:
+                    for finite in meter.flags():
+                        guard.check(finite, progress.step, f"loss {float(result.parts['loss']):.4g}, lr {lr:.3g}")
+                if progress.step % record_every == 0 or progress.step % sync_every == 0 or last:
+                    record = meter.record(world.device)
+                    if progress.step % record_every == 0 or last:
+                        epoch = progress.epoch + progress.step_in_epoch / schedule.steps_per_epoch
+                        run.tracker.log("train", progress.step, epoch=round(epoch, 4), lr=lr, **record)
+                    bar.update(progress.step, lr=lr, **record)
+                if settings.checkpoint_steps and progress.step % settings.checkpoint_steps == 0 and not last:
+                    _save(task, step, progress, run)
+                if last:
+                    break
+                if (world.size == 1 or progress.step % 10 == 0) and (signum := _signal(signals, run)):
+                    _save(task, step, progress, run)
+                    raise Interrupted(
+                        f"stopped by {signum} at step {progress.step}; a checkpoint was saved. Continue with:\n  {run.resume_command()}",
+                        signum,
+                    )
+            if progress.step_in_epoch == schedule.steps_per_epoch:
+                progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+            last = progress.step == schedule.total_steps
+            figures = task.end_epoch(progress.epoch, last, step)
+            metric = figures.get(task.best[0])
+            if figures:
+                run.tracker.log("val", progress.step, epoch=float(progress.epoch), **figures)
+                bar.note(_sentence(progress.epoch, figures))
+            improved = metric is not None and math.isfinite(metric) and _better(metric, progress.best, task.best[1])
+            if improved:
+                progress.best = metric
+            if improved or last or progress.epoch % settings.checkpoint_epochs == 0:
+                _save(task, step, progress, run, metric if improved else None)
+    run.tracker.close()
+    return progress
+
+
+class _Meter:
+    """Throughput, waiting time and device-side sums between two records."""
+
+    def __init__(self, images_per_step: int) -> None:
+        self.images_per_step, self.steps = images_per_step, 0
+        self._flags: list[Tensor] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._started, self._waited, self._pending = time.perf_counter(), 0.0, list[StepResult]()
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def add(self, result: StepResult) -> None:
+        self.steps += 1
+        self._pending.append(result)
+        self._flags.append(result.finite)
+
+    def flags(self) -> list[bool]:
+        """Whether each step since the last call was applied; waits for the device."""
+        flags, self._flags = self._flags, []
+        return [bool(flag) for flag in torch.stack(flags).tolist()] if flags else []
+
+    def record(self, device: torch.device) -> dict[str, float]:
+        """Means of the losses since the last record, speed and memory; waits for the device."""
+        values = {
+            name: float(torch.stack([r.parts[name] for r in self._pending]).mean()) for name in self._pending[0].parts
+        }
+        values["grad_norm"] = float(self._pending[-1].grad_norm)
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        values["images_per_s"] = len(self._pending) * self.images_per_step / elapsed
+        values["data_wait_fraction"] = min(1.0, self._waited / elapsed)
+        values["memory_gib"] = peak_memory_gib(device)
+        values["step_time_s"] = elapsed / len(self._pending)
+        self._reset()
+        return values
+
+
+def _micro_batches(
+    loader: Loader, progress: Progress, accumulate: int, steps_per_epoch: int, meter: _Meter
+) -> Iterator[list[Batch]]:
+    """The rest of the current epoch in groups of `accumulate`; what does not fill a group is left out."""
+    batches = loader.epoch(progress.epoch, start_step=progress.step_in_epoch * accumulate)
+    for _ in range(steps_per_epoch - progress.step_in_epoch):
+        started = time.perf_counter()
+        group = [next(batches) for _ in range(accumulate)]
+        meter.waited(time.perf_counter() - started)
+        yield group
+
+
+def _signal(signals: SignalGuard, run: Run) -> Any:
+    if run.world.any(signals.requested is not None):
+        return signals.requested or 15
+    return None
+
+
+def _better(value: float, best: float | None, higher: bool) -> bool:
+    return best is None or (value > best if higher else value < best)
+
+
+def _sentence(epoch: int, figures: dict[str, float]) -> str:
+    return f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+def _save(task: Task, step: Step, progress: Progress, run: Run, metric: float | None = None) -> None:
+    """Writes step-N.pt, and best.pt with a `metric` that is the best so far, on the main process; the others wait, so that none runs ahead of a failing disk."""
+    if run.world.main:
+        state = {
+            "task": task.name,
+            "model": task.module.state_dict(),
+            "optimizer": step.optimizer.state_dict(),
+            "scaler": None if step.scaler is None else step.scaler.state_dict(),
+            "progress": vars(progress).copy(),
+            "config": to_dict(run.config),
+            "processes": run.world.size,
+            "data": run.data_fingerprint,
+            **task.extra_state(),
+        }
+        run.checkpoints.save(state, progress.step, metric, higher_is_better=task.best[1])
+    run.world.barrier()
+
+
+def _restore(task: Task, step: Step, run: Run) -> Progress:
+    newest = run.checkpoints.latest()
+    if newest is None:
+        raise CheckpointError(f"{run.out} holds no checkpoint to resume from; start again with --overwrite")
+    state = load_checkpoint(newest.path, map_location=run.world.device)
+    run.check_resumable(state, newest.path)
+    task.module.load_state_dict(state["model"])
+    step.optimizer.load_state_dict(state["optimizer"])
+    if step.scaler is not None and state["scaler"] is not None:
+        step.scaler.load_state_dict(state["scaler"])
+    progress = Progress(**state["progress"])
+    run.console.info(f"resuming from {newest.path.name}: step {progress.step}, epoch {progress.epoch}")
+    return progress
