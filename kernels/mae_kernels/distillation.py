@@ -99,9 +99,7 @@ def reference(
     teacher_temp: float,
 ) -> tuple[Tensor, Tensor | None]:
     acc = accumulate_dtype(student, teacher)
-    s_RK, t_RK = student.flatten(0, -2).to(acc), teacher.flatten(0, -2).to(acc)
-    if student.dim() == 1:
-        s_RK, t_RK = student[None].to(acc), teacher[None].to(acc)
+    s_RK, t_RK = (t.reshape(-1, student.shape[-1]).to(acc) for t in (student, teacher))
     rows = max(s_RK.shape[0], 1)
     if kind == "dino":
         centred_RK = t_RK if center is None else t_RK - center.detach().flatten().to(acc)

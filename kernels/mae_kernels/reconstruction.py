@@ -135,8 +135,9 @@ def target_pixels(
         return t
     if norm == "channel":
         t = torch.unflatten(t, 2, (patch_size * patch_size, -1))
-    var, centre = torch.var_mean(t, dim=2, correction=1, keepdim=True)
-    t = (t - centre) / (var + eps).sqrt()
+    t = t - t.mean(2, keepdim=True)
+    var = t.square().sum(2, keepdim=True) / (t.shape[2] - 1)
+    t = t / (var + eps).sqrt()
     return t.flatten(2) if norm == "channel" else t
 
 
@@ -153,9 +154,9 @@ def reference(
 ) -> Tensor:
     acc = accumulate_dtype(pred_BMV, images_BCHW)
     target_BMV = target_pixels(images_BCHW, ids_BM, patch_size, norm, eps, mean, std, acc)
-    per_patch_BM = (pred_BMV.to(acc) - target_BMV).square().mean(2)
+    difference_BMV = pred_BMV.to(acc) - target_BMV
     if mask_BL is None:
-        return per_patch_BM.sum() / max(per_patch_BM.shape[0] * per_patch_BM.shape[1], 1)
-    masked = mask_BL.to(acc)
-    # where, not a product: an infinite prediction of a visible patch must not turn the loss into NaN
-    return torch.where(mask_BL, per_patch_BM, 0.0).sum() / masked.sum().clamp(min=1)
+        return difference_BMV.square().sum() / max(difference_BMV.numel(), 1)
+    # where, not a product: an infinite prediction of a visible patch must turn neither loss nor gradient into NaN
+    difference_BMV = torch.where(mask_BL[..., None], difference_BMV, 0.0)
+    return difference_BMV.square().sum() / (mask_BL.sum().clamp(min=1) * difference_BMV.shape[2])

@@ -1,0 +1,210 @@
+"""distillation_loss and sssd_loss: the written formula, both gradients, the centre."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mae_kernels import backend, distillation_loss, masked_reconstruction_loss, sssd_loss
+
+
+def by_hand(student, teacher, kind, center=None, ts=0.1, tt=0.04):
+    """Row by row, from exp and log; returns (loss, mean of P, mean of the teacher)."""
+    width = student.shape[-1]
+    s, t = student.reshape(-1, width), teacher.reshape(-1, width)
+    rows, losses, probs = max(len(s), 1), [], []
+    for a, b in zip(s, t, strict=True):
+        if kind == "dino":
+            z = (b - (0 if center is None else center)) / tt
+            p = (z - z.max().detach()).exp()
+            p = p / p.sum()
+            y = a / ts - (a / ts).max().detach()
+            losses.append(-(p * (y - y.exp().sum().log())).sum())
+            probs.append(p.detach())
+        elif kind == "cosine":
+            losses.append(1 - (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt())
+        elif kind == "mse":
+            losses.append(((a - b) ** 2).sum() / width)
+        else:
+            d = (a - b).abs()
+            losses.append(sum(0.5 * x * x if x < 1 else x - 0.5 for x in d) / width)
+    loss = sum(losses, start=(student.sum() + teacher.sum()) * 0) / rows
+    mean_p = torch.stack(probs).sum(0) / rows if probs else None
+    return loss, mean_p, t.detach().sum(0) / rows
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("shape", [(4, 37), (2, 3, 64), (1, 1000), (19,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("centred", "mode"), [(True, "prob"), (False, "prob"), (True, "logit")])
+def test_dino_equals_a_loop(shape, dtype, centred, mode, device, close: Callable[..., None]) -> None:
+    student, teacher = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    center = torch.randn(shape[-1], device=device) if centred else None
+    copies = student.clone(), teacher.clone()
+
+    def run(op, dtype=None):
+        leaves = [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in (student, teacher)]
+        loss, statistic = op(*leaves)
+        return [loss.detach(), statistic, *torch.autograd.grad(loss * 1.5, leaves)]
+
+    def loop(s, t):
+        c = None if center is None else center.to(s.dtype)
+        loss, mean_p, mean_t = by_hand(s, t, "dino", c, 0.2, 0.07)
+        return loss, mean_p if mode == "prob" else mean_t
+
+    def fp32_loop(s, t):
+        loss, statistic = loop(s.float(), t.float())
+        return loss, statistic
+
+    got = run(
+        lambda s, t: distillation_loss(s, t, center=center, center_mode=mode, student_temp=0.2, teacher_temp=0.07)
+    )
+    assert got[0].dtype == got[1].dtype == torch.float32
+    assert not got[1].requires_grad
+    close(got, run(loop, torch.float64), run(fp32_loop), atol=3e-6)
+    assert torch.equal(copies[0], student)
+    assert torch.equal(copies[1], teacher)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mse", "smooth_l1"])
+def test_other_kinds_equal_a_loop(kind) -> None:
+    student, teacher = (torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loss, statistic = distillation_loss(student * 2, teacher, kind=kind)
+    want, _, _ = by_hand(student * 2, teacher, kind)
+    assert statistic is None
+    torch.testing.assert_close(loss, want)
+    for got, expected in zip(
+        torch.autograd.grad(loss, (student, teacher)), torch.autograd.grad(want, (student, teacher)), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.kernel
+def test_detach_stops_only_the_teacher(device) -> None:
+    student, teacher = (torch.randn(3, 24, device=device, requires_grad=True) for _ in range(2))
+    free, _ = distillation_loss(student, teacher)
+    held, _ = distillation_loss(student, teacher, detach_teacher=True)
+    assert torch.equal(free, held)
+    assert torch.equal(
+        torch.autograd.grad(free, student, retain_graph=True)[0],
+        torch.autograd.grad(held, student, retain_graph=True)[0],
+    )
+    assert torch.autograd.grad(held, teacher, allow_unused=True)[0] is None
+    assert torch.autograd.grad(free, teacher)[0].abs().sum() > 0
+
+
+@pytest.mark.kernel
+def test_large_logits_strided_rows_and_reruns(device) -> None:
+    wide = torch.full((4, 50), float("nan"), device=device)
+    wide[:, 5:45] = torch.randn(4, 40, device=device) * 1e4
+    student, teacher = wide[:, 5:45], wide[:, 5:45].flip(0)
+    first = distillation_loss(student, teacher)
+    again = distillation_loss(student.contiguous(), teacher)
+    assert torch.isfinite(first[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.kernel
+def test_no_rows(device) -> None:
+    loss, statistic = distillation_loss(torch.zeros(0, 5, device=device), torch.zeros(0, 5, device=device))
+    assert loss.item() == 0
+    assert torch.equal(statistic, torch.zeros(5, device=device))
+
+
+@pytest.mark.parametrize("kind", ["dino", "cosine", "mse", "smooth_l1"])
+def test_gradcheck(kind) -> None:
+    student, teacher = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    center = torch.randn(5, dtype=torch.float64) if kind == "dino" else None
+    for name in ("auto", "reference"):
+        with backend(name):
+            assert torch.autograd.gradcheck(
+                lambda s, t: distillation_loss(s, t, kind=kind, center=center, student_temp=0.5, teacher_temp=0.7)[0],
+                (student, teacher),
+            )
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("use_mask", [False, True])
+def test_sssd_is_the_weighted_sum_with_its_gradients(use_mask, device, close: Callable[..., None]) -> None:
+    images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8, device=device)
+    ids = torch.tensor([[0, 3, 5], [4, 1, 2]], device=device)
+    mask = torch.zeros(2, 6, dtype=torch.bool, device=device).scatter_(1, ids, True)
+    pred = torch.randn(2, 6 if use_mask else 3, 48, device=device, requires_grad=True)
+    student, teacher = (torch.randn(2, 21, device=device, requires_grad=True) for _ in range(2))
+    center = torch.randn(21, device=device)
+    which = {"mask": mask} if use_mask else {"ids": ids}
+    out = sssd_loss(
+        pred, images, student, teacher, weight=0.3, patch_size=4, norm="channel", std=0.3, center=center, **which
+    )
+    rec = masked_reconstruction_loss(pred.double(), images, patch_size=4, norm="channel", std=0.3, **which)
+    dis, statistic = distillation_loss(student.double(), teacher.double(), center=center)
+    leaves = (pred, student, teacher)
+    for got, want in ((out.total, 0.3 * dis + 0.7 * rec), (out.reconstruction * 2 + out.distillation, 2 * rec + dis)):
+        g = torch.autograd.grad(got, leaves, retain_graph=True)
+        w = torch.autograd.grad(want, leaves, retain_graph=True)
+        close([got.detach(), *g], [want.detach(), *w], [got.detach(), *g], atol=2e-6)
+    torch.testing.assert_close(out.batch_center.double(), statistic, rtol=1e-5, atol=1e-7)
+
+
+S = torch.zeros(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda: distillation_loss(S, S[:, 1:]),
+            ValueError,
+            r"teacher: got shape \(2, 4\), needs the student's shape = \(2, 5\)",
+        ),
+        (
+            lambda: distillation_loss(S, S, kind="kl"),
+            ValueError,
+            "kind: got 'kl', needs one of 'dino', 'cosine', 'mse', 'smooth_l1'",
+        ),
+        (
+            lambda: distillation_loss(S, S, center=torch.zeros(4)),
+            ValueError,
+            r"center: got shape \(4,\), needs K = 5 numbers",
+        ),
+        (
+            lambda: distillation_loss(S, S, kind="mse", center=torch.zeros(5)),
+            ValueError,
+            "center: got a tensor with kind 'mse'",
+        ),
+        (
+            lambda: distillation_loss(S, S, teacher_temp=0.0),
+            ValueError,
+            "teacher_temp: got 0.0, needs a positive number",
+        ),
+        (
+            lambda: distillation_loss(S, S, center_mode="mean"),
+            ValueError,
+            "center_mode: got 'mean', needs one of 'prob', 'logit'",
+        ),
+        (lambda: distillation_loss(S.int(), S), TypeError, "student: got dtype torch.int32"),
+        (
+            lambda: distillation_loss(torch.zeros(()), torch.zeros(())),
+            ValueError,
+            r"student: got shape \(\), needs \[..., K\]",
+        ),
+        (
+            lambda: sssd_loss(
+                torch.zeros(2, 1, 16),
+                torch.zeros(2, 1, 4, 4),
+                S,
+                S,
+                weight=1.5,
+                ids=torch.zeros(2, 1, dtype=torch.int64),
+                patch_size=4,
+            ),
+            ValueError,
+            "weight: got 1.5, needs a number between 0 and 1",
+        ),
+    ],
+)
+def test_refuses(call: Callable[[], object], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()

@@ -1,0 +1,80 @@
+"""random_masking: the same choice as argsort(argsort), ties by index, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mae_kernels import random_masking
+
+
+def by_hand(noise: torch.Tensor, keep: int) -> tuple[list[list[int]], ...]:
+    """Python's sort is stable; no torch sort takes part."""
+    shuffle = [sorted(range(len(row)), key=lambda i: row[i]) for row in noise.tolist()]
+    restore = [[s.index(i) for i in range(len(s))] for s in shuffle]
+    return [s[:keep] for s in shuffle], restore, [s[keep:] for s in shuffle], [[r >= keep for r in x] for x in restore]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("batch", "patches", "keep"), [(3, 12, 3), (2, 49, 49), (1, 196, 1), (5, 7, 4), (0, 16, 4), (2, 1, 1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_equals_a_stable_sort_by_hand(
+    batch: int, patches: int, keep: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    noise = torch.rand(batch, patches, device=device).to(dtype)
+    got = random_masking(noise, keep)
+    want = by_hand(noise, keep)
+    for name, g, w in zip(got._fields, got, want, strict=True):
+        assert g.tolist() == w, name
+    assert [t.dtype for t in got] == [torch.int64] * 3 + [torch.bool]
+    assert got.ids_masked.shape == (batch, patches - keep)
+
+
+@pytest.mark.kernel
+def test_ties_negative_zero_and_infinities_keep_index_order(device: torch.device) -> None:
+    noise = torch.tensor([[0.0, -0.0, 1.0, 0.0, float("inf"), -float("inf"), 1.0, -2.5, -0.0]], device=device)
+    assert random_masking(noise, 4).ids_keep.tolist() == [[5, 7, 0, 1]]
+    assert random_masking(noise, 4).ids_masked.tolist() == [[3, 8, 2, 6, 4]]
+
+
+@pytest.mark.kernel
+def test_nan_sorts_last_whatever_its_sign(device: torch.device) -> None:
+    noise = torch.tensor([[float("nan"), 3.0, float("inf"), -1.0]], device=device)
+    noise = torch.cat([noise, -noise[:, :1]], 1)
+    assert random_masking(noise, 3).ids_keep.tolist() == [[3, 1, 2]]
+
+
+@pytest.mark.kernel
+def test_strided_noise_and_repeatability(device: torch.device) -> None:
+    noise = torch.rand(37, 4, device=device).t()
+    before = noise.clone()
+    first, second = random_masking(noise, 9), random_masking(noise.contiguous(), 9)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(noise, before)
+
+
+def test_float64_and_4096_patches_and_a_permutation() -> None:
+    noise = torch.rand(2, 4096, dtype=torch.float64)
+    got = random_masking(noise, 1000)
+    everything = torch.cat([got.ids_keep, got.ids_masked], 1)
+    assert torch.equal(everything.gather(1, got.ids_restore), torch.arange(4096).expand(2, -1))
+    assert (noise.gather(1, everything).diff(dim=1) >= 0).all()
+    assert torch.equal(got.mask, got.ids_restore >= 1000)
+
+
+@pytest.mark.parametrize(
+    ("noise", "keep", "error", "text"),
+    [
+        (torch.zeros(2, 4, dtype=torch.int64), 1, TypeError, "noise: got dtype torch.int64, needs a floating"),
+        (torch.zeros(4), 1, ValueError, r"noise: got shape \(4,\), needs \[B, L\]"),
+        (torch.zeros(2, 4), 0, ValueError, "num_keep: got 0, needs at least 1"),
+        (torch.zeros(2, 4), 5, ValueError, "num_keep: got 5, needs at most the number of patches L = 4"),
+        (torch.zeros(2, 4), 1.0, TypeError, "num_keep: got float, needs an int"),
+        ([[0.0]], 1, TypeError, "noise: got list, needs a torch.Tensor"),
+    ],
+)
+def test_refuses(noise: object, keep: object, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        random_masking(noise, keep)  # type: ignore[arg-type]

@@ -1,0 +1,82 @@
+"""The package as a whole: what it needs to import, how the backend is chosen, what info tells."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mae_kernels
+
+ROOT = Path(mae_kernels.__file__).parents[1]
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    full = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MAE_KERNELS_BACKEND")}
+    full |= {"PYTHONPATH": str(ROOT), **env}
+    return subprocess.run([sys.executable, "-c", code], env=full, capture_output=True, text=True, timeout=120)
+
+
+def test_works_without_triton() -> None:
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+import torch, mae_kernels as mk
+m = mk.random_masking(torch.rand(2, 4), 2)
+pred = torch.zeros(2, 2, 48, requires_grad=True)
+mk.masked_reconstruction_loss(pred, torch.rand(2, 3, 8, 8), ids=m.ids_masked, patch_size=4).backward()
+mk.attention(torch.rand(1, 5, 3, 2, 16, requires_grad=True)).sum().backward()
+assert "triton" not in sys.modules
+print(pred.grad.abs().sum().item() > 0)
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+
+
+def test_the_environment_variable_is_checked() -> None:
+    done = run_python("import mae_kernels", MAE_KERNELS_BACKEND="cuda")
+    assert "MAE_KERNELS_BACKEND: got 'cuda', needs one of auto, triton, reference" in done.stderr
+
+
+def test_the_triton_backend_is_refused_on_the_cpu_with_a_reason() -> None:
+    with mae_kernels.backend("triton"), pytest.raises(RuntimeError, match="random_masking: backend 'triton' was asked"):
+        mae_kernels.random_masking(torch.rand(1, 4), 2)
+    mae_kernels.random_masking(torch.rand(1, 4), 2)  # the choice ended with the block
+    with (
+        pytest.raises(ValueError, match="backend: got 'cuda', needs one of auto, triton, reference"),
+        mae_kernels.backend("cuda"),
+    ):
+        pass
+
+
+def test_info_covers_every_op_and_the_command_prints_it() -> None:
+    told = mae_kernels.info()
+    ops = {
+        name
+        for name in mae_kernels.__all__
+        if name[0].islower() and name not in ("backend", "debug_checks", "info", "patch_model", "unpatch_model")
+    }
+    assert set(told) == ops
+    done = run_python("import runpy; runpy.run_module('mae_kernels', run_name='__main__')")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ops)
+
+
+def test_debug_checks_find_repeated_ids() -> None:
+    ids = torch.tensor([[0, 1, 1]])
+    images = torch.zeros(1, 1, 4, 4)
+    mae_kernels.gather_patches(images, ids, 2)
+    mae_kernels.debug_checks(True)
+    try:
+        with pytest.raises(ValueError, match="ids: got an id more than once in one row"):
+            mae_kernels.gather_patches(images, ids, 2)
+    finally:
+        mae_kernels.debug_checks(False)
