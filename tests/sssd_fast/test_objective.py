@@ -1,0 +1,160 @@
+"""The SSSD loss against a straightforward numpy-style float64 computation that stores everything, and the centre's rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sssd_fast.config import load_config
+from sssd_fast.objective import SSSD, ProjectionHead
+
+SMALL = [
+    "model.image_size=[32,48]",
+    "model.patch_size=8",
+    "model.width=24",
+    "model.depth=2",
+    "model.heads=2",
+    "model.decoder_width=16",
+    "model.decoder_depth=1",
+    "model.decoder_heads=2",
+    "objective.head_hidden=20",
+    "objective.head_bottleneck=12",
+    "objective.prototypes=30",
+]
+
+
+def _build(*overrides: str, channels: int = 1) -> tuple[SSSD, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    config = load_config(None, [*SMALL, f"model.in_channels={channels}", *overrides])
+    module = SSSD(config.model, config.objective)
+    images = torch.randint(0, 256, (3, channels, 32, 48), dtype=torch.uint8)
+    return module, images, torch.rand(3, 24)
+
+
+def _head(head: ProjectionHead, x: torch.Tensor) -> torch.Tensor:
+    """Logits of every token in float64, stored at full size: [B, K, S]."""
+    for layer, last in ((head.fc1, False), (head.fc2, False), (head.fc3, True)):
+        x = x @ layer.weight.double().T + layer.bias.double()
+        x = x if last else F.gelu(x)
+    x = x / x.norm(dim=-1, keepdim=True)
+    if head.prototypes is None:
+        return x
+    w = head.prototypes.double()
+    return x @ (w / w.norm(dim=1, keepdim=True)).T
+
+
+def _reference(module: SSSD, images: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Everything after the transformer, by the formulas of SD-MAE, image by image."""
+    cfg, mae = module.objective, module.mae
+    out = mae(images, noise)
+    P, C = 8, images.shape[1]
+    x = (images.double() / 255 - torch.tensor(mae.encoder.mean).view(1, -1, 1, 1)) / torch.tensor(mae.encoder.std).view(
+        1, -1, 1, 1
+    )
+    losses = []
+    for b in range(len(images)):
+        for row, patch in enumerate(out.masking.ids_masked[b].tolist()):
+            r, c = divmod(patch, 6)
+            target = x[b, :, r * P : (r + 1) * P, c * P : (c + 1) * P].permute(1, 2, 0)  # (row, col, channel)
+            if cfg.norm == "patch":
+                target = (target - target.mean()) / (target.var(unbiased=True) + 1e-6).sqrt()
+            elif cfg.norm == "channel":
+                flat = target.reshape(-1, C)
+                target = ((flat - flat.mean(0)) / (flat.var(0, unbiased=True) + 1e-6).sqrt()).view(P, P, C)
+            losses.append((out.pred_BMV[b, row].double() - target.flatten()).square().mean())
+    reconstruction = torch.stack(losses).mean()
+    s = _head(module.student_head, out.student_BKD.double())  # type: ignore[arg-type]
+    t = _head(module.teacher_head, out.teacher_BKE.double())  # type: ignore[arg-type]
+    s, t = (s.mean(1), t.mean(1)) if cfg.pooling == "image" else (s.flatten(0, 1), t.flatten(0, 1))
+    t_loss = t.detach() if cfg.detach_teacher else t
+    center = None
+    if cfg.kind == "dino":
+        p = ((t_loss - module.center.double()) / cfg.teacher_temp).softmax(-1)
+        log_q = (s / cfg.student_temp).log_softmax(-1)
+        distillation = -(p * log_q).sum(-1).mean()
+        center = (p if cfg.center == "prob" else t).mean(0).detach()
+    elif cfg.kind == "cosine":
+        distillation = (1 - (s * t_loss).sum(-1) / (s.norm(dim=-1) * t_loss.norm(dim=-1))).mean()
+    elif cfg.kind == "mse":
+        distillation = (s - t_loss).square().mean()
+    else:
+        d = (s - t_loss).abs()
+        distillation = torch.where(d < 1, 0.5 * d * d, d - 0.5).mean()
+    total = cfg.weight * distillation + (1 - cfg.weight) * reconstruction
+    return {"total": total, "reconstruction": reconstruction, "distillation": distillation, "center": center}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("channels", "overrides"),
+    [
+        (1, []),
+        (3, ["objective.norm=channel", "objective.weight=0.5"]),
+        (3, ["objective.norm=none", "objective.pooling=token"]),
+        (1, ["objective.center=logit", "objective.detach_teacher=true"]),
+        (1, ["objective.kind=cosine"]),
+        (1, ["objective.kind=mse", "objective.pooling=token"]),
+        (1, ["objective.kind=smooth_l1", "objective.detach_teacher=true", "model.cls_token=false"]),
+    ],
+)
+def test_loss_and_gradients_equal_the_formula(channels: int, overrides: list[str]) -> None:
+    module, images, noise = _build(*overrides, channels=channels)
+    module.center.uniform_(-0.1, 0.1)
+    out = module(images, noise)
+    want = _reference(module, images, noise)
+    for name in ("total", "reconstruction", "distillation"):
+        torch.testing.assert_close(getattr(out, name).double(), want[name], rtol=2e-5, atol=1e-6)
+    if want["center"] is None:
+        assert out.batch_center is None
+    else:
+        torch.testing.assert_close(out.batch_center.double(), want["center"], rtol=1e-4, atol=1e-6)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    got = torch.autograd.grad(out.total, parameters, allow_unused=True)
+    expected = torch.autograd.grad(want["total"], parameters, allow_unused=True)
+    for (name, _), g, e in zip(
+        [(n, p) for n, p in module.named_parameters() if p.requires_grad], got, expected, strict=True
+    ):
+        assert (g is None) == (e is None), name
+        if g is not None and e is not None:
+            error = float((g.double() - e.double()).norm() / e.double().norm().clamp_min(1e-6))
+            assert error < 1e-3, (name, error)
+
+
+def test_stop_gradient_switch_cuts_exactly_the_teacher() -> None:
+    for detach in (False, True):
+        module, images, noise = _build(f"objective.detach_teacher={str(detach).lower()}")
+        module(images, noise).total.backward()
+        assert module.student_head is not None and module.teacher_head is not None
+        assert module.student_head.fc3.weight.grad is not None
+        reached = module.teacher_head.fc3.weight.grad is not None and bool(module.teacher_head.fc3.weight.grad.any())
+        assert reached is not detach
+
+
+def test_without_distillation_there_are_no_heads_and_the_loss_is_the_reconstruction() -> None:
+    module, images, noise = _build("objective.weight=0")
+    assert not [name for name, _ in module.named_parameters() if "head" in name]
+    out = module(images, noise)
+    assert float(out.total.detach()) == float(out.reconstruction)
+    assert float(out.distillation) == 0.0 and out.batch_center is None
+
+
+def test_the_centre_moves_by_its_momentum_and_is_saved() -> None:
+    module, images, noise = _build("objective.center_momentum=0.75")
+    before = module.center.clone()
+    batch = module(images, noise).batch_center
+    assert batch is not None
+    module.update_center(batch)
+    torch.testing.assert_close(module.center, 0.75 * before + 0.25 * batch)
+    assert "center" in module.state_dict()  # SD-MAE's released code forgets it
+
+
+def test_the_centre_changes_the_teacher_not_the_student() -> None:
+    """A prototype that is always likely is pulled down by its centre: a sign error would push it up."""
+    module, images, noise = _build()
+    first = module(images, noise).batch_center
+    assert first is not None
+    likely = int(first.argmax())
+    module.center[likely] += 0.5
+    second = module(images, noise).batch_center
+    assert second is not None
+    assert float(second[likely]) < 0.1 * float(first[likely])
