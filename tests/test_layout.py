@@ -335,6 +335,41 @@ def test_make_says_what_it_needs_when_there_is_no_suitable_python(tmp_path: Path
     assert not (clone / ".venv").exists()
 
 
+@pytest.mark.parametrize(
+    ("prints", "code", "last", "status"),
+    [
+        ("all good\n3 passed, 1 warning in 1.25s", 0, "3 passed, 1 warning in 1.25s", 0),
+        ("FAILED a\n1 failed, 2 passed in 9.10s (0:00:09)\nmake: *** Error 1", 2, "1 failed, 2 passed in 9.10s (0:00:09)", 2),
+        ("no tests ran in 0.01s\nmake: *** Error 5", 2, "no tests ran in 0.01s", 2),
+        ("Found 1 error.\nmake: *** Error 1", 2, "no pytest summary: the tests did not run", 2),
+        ("nothing", 0, "no pytest summary: the tests did not run", 1),
+    ],
+    ids=["passes", "fails", "no test", "lint fails", "tests silently left out"],
+)  # fmt: skip
+def test_ci_ends_with_the_summary_and_fails_when_anything_failed(
+    tmp_path: Path, prints: str, code: int, last: str, status: int
+) -> None:
+    clone = tmp_path / "a clone"
+    (clone / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", clone / ".ci" / "run")
+    fake = tmp_path / "bin" / "make"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"#!/bin/sh\necho asked for \"$@\"\necho secret=$SECRET proxy=$https_proxy\ncat <<'END'\n{prints}\nEND\nexit {code}\n"
+    )
+    fake.chmod(0o755)
+    env = {
+        **os.environ,
+        "PATH": f"{fake.parent}{os.pathsep}{os.environ['PATH']}",
+        "SECRET": "leaked",
+        "https_proxy": "kept",
+    }
+    done = subprocess.run([clone / ".ci" / "run"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[:2] == ["asked for check test", "secret= proxy=kept"]
+    assert done.stdout.splitlines()[-1] == last
+    assert done.returncode == status
+
+
 def tracked() -> list[Path]:
     """Files that git tracks or would; every file in an unpacked sdist."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
