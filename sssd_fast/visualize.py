@@ -11,78 +11,28 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .errors import DataError, DependencyError
+from .reconstruct import (
+    STATISTICS_TEXT,
+    Bytes,
+    Floats,
+    Statistics,
+    as_array,
+    patchify,
+    uint8_images,
+    unnormalise,
+    unpatchify,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Floats = NDArray[np.float64]
-Bytes = NDArray[np.uint8]
-Statistics = Literal["visible", "target"]
-Norm = Literal["patch", "channel", "none"]
-
 INK, QUIET = "#1d2733", "#66727f"
 HIDDEN = 128  # grey of a patch that is not shown
-STATISTICS_TEXT = {
-    "visible": "brightness and contrast of masked patches estimated from visible patches only",
-    "target": "uses target statistics: brightness and contrast of masked patches are taken from the answer",
-}
-
-
-def unnormalise(
-    pred: Any,
-    images: Any,
-    mask: Any,
-    patch_size: int,
-    statistics: Statistics = "visible",
-    *,
-    norm: Norm = "patch",
-    mean: Sequence[float] = (0.0,),
-    std: Sequence[float] = (1.0,),
-    eps: float = 1e-6,
-) -> Floats:
-    """Predictions as pixel values 0..255 (not clipped), [n, L, P*P*C] in (row, column, channel) order; visible rows
-    are 0.
-
-    pred [n, L, P*P*C] is in the space of the training target: (x / 255 - mean) / std, then, for norm "patch" or
-    "channel", minus the patch's mean and divided by its sqrt(unbiased variance + eps) (He et al. 2022, section 4.2). A
-    masked patch's own mean and variance are part of the answer. statistics="visible" never reads a masked pixel: both
-    are interpolated from the visible patches, weighted by 1 / distance^4 between patch centres. statistics="target"
-    shows the answer's contrast and must be asked for. mask [n, L] bool, True = masked. Raises DataError for shapes
-    that do not fit, or an image without any visible patch.
-    """
-    images_nCHW, mask_nL = _uint8_images(images), np.asarray(_array(mask), dtype=bool)
-    pred_nLX = _array(pred).astype(np.float64)
-    n, channels = images_nCHW.shape[:2]
-    rows, cols = _grid(images_nCHW, patch_size)
-    if statistics not in STATISTICS_TEXT:
-        raise DataError(f"statistics is {statistics!r}; give 'visible', or 'target' to use the answer's own statistics")
-    for name, got, need in (
-        ("pred", pred_nLX.shape, (n, rows * cols, patch_size**2 * channels)),
-        ("mask", mask_nL.shape, (n, rows * cols)),
-    ):
-        if got != need:
-            raise DataError(
-                f"{name}: got shape {list(got)}, need {list(need)} for these images and patch size {patch_size}"
-            )
-    pred_nLSC = pred_nLX.reshape(n, rows * cols, patch_size**2, channels)
-    if norm != "none":
-        pixels_nLSC = patchify(images_nCHW, patch_size).reshape(pred_nLSC.shape)
-        known_nLSC = (pixels_nLSC / 255 - np.asarray(mean)) / np.asarray(std)
-        axes = (2, 3) if norm == "patch" else 2
-        center = known_nLSC.mean(axis=axes, keepdims=True)
-        spread = np.sqrt(known_nLSC.var(axis=axes, ddof=1, keepdims=True) + eps)
-        if statistics == "visible":
-            weights_nLL = _visible_weights(mask_nL, rows, cols)
-            center, spread = (np.einsum("nlm,nmsc->nlsc", weights_nLL, value) for value in (center, spread))
-        pred_nLSC = pred_nLSC * spread + center
-    values_nLSC = 255 * (pred_nLSC * np.asarray(std) + np.asarray(mean))
-    return np.where(mask_nL[:, :, None], values_nLSC.reshape(pred_nLX.shape), 0.0)
 
 
 def reconstruction_columns(
@@ -93,7 +43,7 @@ def reconstruction_columns(
 
     `target` are norm, mean, std and eps of `unnormalise`.
     """
-    images_nCHW, masked_nL1 = _uint8_images(images), np.asarray(_array(mask), dtype=bool)[:, :, None]
+    images_nCHW, masked_nL1 = uint8_images(images), np.asarray(as_array(mask), dtype=bool)[:, :, None]
     values = unnormalise(pred, images_nCHW, masked_nL1[:, :, 0], patch_size, norm_statistics, **target)
     predicted = np.clip(np.rint(values), 0, 255).astype(np.uint8)
     original = patchify(images_nCHW, patch_size)
@@ -123,7 +73,7 @@ def reconstruction_grid(
     and eps.
     """
     columns = reconstruction_columns(images, pred, mask, patch_size, norm_statistics=norm_statistics, **target)
-    share = np.asarray(_array(mask), dtype=bool).mean()
+    share = np.asarray(as_array(mask), dtype=bool).mean()
     caption = f"{share:.0%} of patches masked"
     if target.get("norm", "patch") != "none":
         caption += f"; {STATISTICS_TEXT[norm_statistics]}"
@@ -141,7 +91,7 @@ def attention_grid(
     the mean over all queries. Each map is scaled to its own maximum. Raises DataError where N is not num_prefix + rows
     * cols.
     """
-    images_nCHW, maps_nhL = _uint8_images(images), attention_maps(attention, grid, num_prefix)
+    images_nCHW, maps_nhL = uint8_images(images), attention_maps(attention, grid, num_prefix)
     shown = maps_nhL[:, :max_heads]
     titles = ["image", "mean of heads", *(f"head {head + 1}" for head in range(shown.shape[1]))]
     rows = []
@@ -161,7 +111,7 @@ def attention_maps(attention: Any, grid: tuple[int, int], num_prefix: int) -> Fl
     """[n, heads, N, N] probabilities -> [n, heads, L]: attention of the cls token, or the mean over queries without
     prefix.
     """
-    attention_nhNN = _array(attention).astype(np.float64)
+    attention_nhNN = as_array(attention).astype(np.float64)
     need = num_prefix + grid[0] * grid[1]
     if attention_nhNN.ndim != 4 or attention_nhNN.shape[2:] != (need, need):
         raise DataError(
@@ -177,58 +127,6 @@ def thumbnail(image: Bytes, *, path: str | Path, side: int = 192) -> Path:
     picture = _pillow().fromarray(np.ascontiguousarray(image))
     picture.thumbnail((side, side))
     return _write_png(picture, path)
-
-
-def patchify(images_nCHW: NDArray[Any], patch_size: int) -> NDArray[Any]:
-    """[n, C, H, W] -> [n, L, P*P*C], pixels of a patch in (row, column, channel) order."""
-    n, channels = images_nCHW.shape[:2]
-    rows, cols = _grid(images_nCHW, patch_size)
-    cells = images_nCHW.reshape(n, channels, rows, patch_size, cols, patch_size)
-    return cells.transpose(0, 2, 4, 3, 5, 1).reshape(n, rows * cols, patch_size**2 * channels)
-
-
-def unpatchify(patches_nLX: NDArray[Any], shape: tuple[int, ...], patch_size: int) -> NDArray[Any]:
-    """Inverse of `patchify` for images of `shape` [n, C, H, W], as [n, H, W, C]."""
-    n, channels, height, width = shape
-    cells = patches_nLX.reshape(n, height // patch_size, width // patch_size, patch_size, patch_size, channels)
-    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(n, height, width, channels)
-
-
-def _visible_weights(mask_nL: NDArray[np.bool_], rows: int, cols: int) -> Floats:
-    """[n, L, L] rows that sum to 1 over visible patches and are exactly 0 at masked ones."""
-    if mask_nL.all(axis=1).any():
-        raise DataError(
-            "mask: an image has no visible patch, so its statistics cannot be estimated; mask fewer patches"
-        )
-    place_L2 = np.stack(np.divmod(np.arange(rows * cols), cols), axis=1)
-    distance_LL = ((place_L2[:, None] - place_L2[None]) ** 2).sum(axis=2).astype(np.float64)
-    np.fill_diagonal(distance_LL, 1.0)
-    weights_nLL = np.where(mask_nL[:, None], 0.0, distance_LL**-2)
-    return np.asarray(weights_nLL / weights_nLL.sum(axis=2, keepdims=True))
-
-
-def _array(value: Any) -> NDArray[Any]:
-    """numpy array of an array or of a torch tensor on any device."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value
-    return np.asarray(value)
-
-
-def _uint8_images(images: Any) -> Bytes:
-    array = _array(images)
-    if array.ndim != 4 or array.dtype != np.uint8 or array.shape[1] not in (1, 3):
-        raise DataError(
-            f"images: got {array.dtype} of shape {list(array.shape)}, need uint8 [n, C, H, W] with C = 1 or 3"
-        )
-    return array
-
-
-def _grid(images_nCHW: NDArray[Any], patch_size: int) -> tuple[int, int]:
-    height, width = images_nCHW.shape[2:]
-    if height % patch_size or width % patch_size:
-        raise DataError(f"images of {height} x {width} pixels cannot be cut into patches of {patch_size}")
-    return height // patch_size, width // patch_size
 
 
 def _rgb(image_HWC: Bytes) -> Bytes:

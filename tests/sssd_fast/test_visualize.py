@@ -12,16 +12,8 @@ from PIL import Image
 
 from sssd_fast.errors import DataError
 from sssd_fast.plots import confusion_picture, curves, roc_picture
-from sssd_fast.visualize import (
-    attention_grid,
-    attention_maps,
-    patchify,
-    reconstruction_columns,
-    reconstruction_grid,
-    thumbnail,
-    unnormalise,
-    unpatchify,
-)
+from sssd_fast.reconstruct import patchify, unnormalise, unpatchify
+from sssd_fast.visualize import attention_grid, attention_maps, reconstruction_columns, reconstruction_grid, thumbnail
 
 P, ROWS, COLS = 4, 3, 5
 
@@ -81,23 +73,76 @@ def test_target_statistics_invert_the_training_target(norm):
     assert (values[~mask] == 0).all()
 
 
+def plain_fit(pred_SPPC, known, mask, center, spread):
+    """(deviation, mean) per patch by dense least squares over explicit rows, one per pair of touching pixels."""
+    rows, values = [], []
+    weight = 1 / math.sqrt(P * pred_SPPC.shape[-1])
+    for index in range(ROWS * COLS):
+        row, col = divmod(index, COLS)
+        prior_row = np.zeros((2, 2 * ROWS * COLS))
+        prior_row[0, 2 * index] = prior_row[1, 2 * index + 1] = 0.1  # sqrt of the prior's weight 0.01
+        rows += list(prior_row)
+        values += [0.1 * spread[index], 0.1 * center[index]]
+        touching = []
+        if col + 1 < COLS:
+            touching += [((k, P - 1), (k, 0), index + 1) for k in range(P)]
+        if row + 1 < ROWS:
+            touching += [((P - 1, k), (0, k), index + COLS) for k in range(P)]
+        for here, there, other in touching:
+            for c in range(pred_SPPC.shape[-1]):
+                line, value = np.zeros(2 * ROWS * COLS), 0.0
+                for patch, pixel, sign in ((index, here, 1), (other, there, -1)):
+                    if mask[patch]:
+                        line[2 * patch] += sign * pred_SPPC[patch][pixel][c]
+                        line[2 * patch + 1] += sign
+                    else:
+                        value -= sign * known[patch][pixel][c]
+                rows.append(weight * line)
+                values.append(weight * value)
+    found = np.linalg.lstsq(np.array(rows), np.array(values), rcond=None)[0].reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
 @pytest.mark.parametrize("norm", ["patch", "channel"])
-def test_visible_statistics_equal_a_plain_loop(norm):
-    """Centre and spread are the means over visible patches weighted by 1 / distance^4."""
+def test_visible_statistics_equal_a_plain_least_squares_fit(norm):
+    """The block conjugate gradients find the optimum of the stated problem, whose prior is weighted by 1 / distance^4."""
     images, pred, mask = make_case(channels=3)
     mean, std, eps = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 1e-6
     values = unnormalise(pred, images, mask, P, norm=norm, mean=mean, std=std, eps=eps)
-    target = plain_target(images[1], norm, mean, std, eps)
-    for index in np.flatnonzero(mask[1]):
-        place = divmod(int(index), COLS)
-        weights = {
-            other: 1 / math.dist(place, other) ** 4 for other in target if not mask[1][other[0] * COLS + other[1]]
-        }
-        total = sum(weights.values())
-        center = sum(weight * target[other][1] for other, weight in weights.items()) / total
-        spread = sum(weight * target[other][2] for other, weight in weights.items()) / total
-        expected = 255 * ((pred[1, index].reshape(-1, 3) * spread + center) * np.array(std) + np.array(mean))
-        assert np.allclose(values[1, index], expected.ravel(), atol=1e-9)
+    cells = (patchify(images, P)[1] / 255).reshape(ROWS * COLS, P, P, 3)
+    known = (cells - np.array(mean)) / np.array(std)
+    target = list(plain_target(images[1], norm, mean, std, eps).values())
+    center, spread = np.zeros((ROWS * COLS, 3)), np.zeros((ROWS * COLS, 3))
+    for index in range(ROWS * COLS):
+        weights = np.zeros(ROWS * COLS)
+        for other in np.flatnonzero(~mask[1]):
+            distance = math.dist(divmod(index, COLS), divmod(int(other), COLS)) or 1.0
+            weights[other] = distance**-4
+        weights /= weights.sum()
+        center[index] = sum(weight * target[other][1] for other, weight in enumerate(weights))
+        spread[index] = sum(weight * target[other][2] for other, weight in enumerate(weights))
+    shown = pred[1].reshape(ROWS * COLS, P, P, 3)
+    for channels in [[0, 1, 2]] if norm == "patch" else [[0], [1], [2]]:
+        fit = plain_fit(
+            shown[..., channels], known[..., channels], mask[1], center[:, channels[0]], spread[:, channels[0]]
+        )
+        for index in np.flatnonzero(mask[1]):
+            joined = shown[index][..., channels] * max(fit[0][index], 0) + fit[1][index]
+            expected = 255 * (joined * np.array(std)[channels] + np.array(mean)[channels])
+            got = values[1, index].reshape(P, P, 3)[..., channels]
+            assert np.allclose(got, expected, atol=1e-4)
+
+
+def test_visible_statistics_restore_a_smooth_image():
+    """A perfect prediction of a smooth image comes back to a few grey levels with half of it masked."""
+    y, x = np.mgrid[: ROWS * P, : COLS * P]
+    images = np.stack([128 + 90 * np.sin(x / 4) * np.cos(y / 5), 40 + 8 * x + 2 * y]).astype(np.uint8)[:, None]
+    mask = np.random.default_rng(0).random((2, ROWS * COLS)) < 0.5
+    pred = np.stack(
+        [[vector for vector, _, _ in plain_target(image, "patch", [0], [1], 1e-6).values()] for image in images]
+    )
+    error = (unnormalise(pred, images, mask, P) - patchify(images, P))[mask]
+    assert np.sqrt((error**2).mean()) < 9
 
 
 def test_unnormalised_prediction_without_norm_is_only_scaled():
@@ -179,6 +224,8 @@ def test_wrong_reconstruction_input_is_named():
         unnormalise(pred[:, 1:], images, mask, P)
     with pytest.raises(DataError, match="no visible patch"):
         unnormalise(pred, images, np.ones_like(mask), P)
+    with pytest.raises(DataError, match="not finite"):
+        unnormalise(np.where(pred > 0, np.nan, pred), images, mask, P)
     with pytest.raises(DataError, match="cannot be cut into patches of 5"):
         unnormalise(pred, images, mask, 5)
     with pytest.raises(DataError, match="need uint8"):
