@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -66,6 +67,7 @@ def collect_environment(path: str | Path = ".", *, probe: bool = False, timeout_
         "driver": {"version": driver, "reason": driver_reason},
         "gpus": gpus,
         "gpu_reason": gpu_reason,
+        "build_tools": _build_tools(),
         "packages": {name: _version(name) for name in PACKAGES},
         "providers": _providers(probe, bool(gpus), timeout_s),
         "mae_kernels": _kernels(),
@@ -100,6 +102,12 @@ def print_doctor(write: Callable[[str], Any] = print, *, path: str | Path = ".")
     ]
     rows += [("GPU", f"{g['name']}, {g['memory_gib']} GiB, sm_{g['capability']}") for g in env["gpus"]]
     rows += [] if env["gpus"] else [("GPU", f"none: {env['gpu_reason']}")]
+    rows.append(
+        (
+            "build tools",
+            ", ".join(f"{what.replace('_', ' ')} {found or 'not found'}" for what, found in env["build_tools"].items()),
+        )
+    )
     for name, state in env["providers"].items():
         version = f"{state['version']} " if state["version"] else ""
         rows.append((name, version + state["status"] + (f": {state['reason']}" if state["reason"] else "")))
@@ -135,6 +143,12 @@ def advice(env: dict[str, Any]) -> list[str]:
     for name, state in env["providers"].items():
         if state["status"] == "refused" and state["version"] and gpus:
             lines.append(f"{name} {state['version']} is installed but cannot be used: {state['reason']}.")
+    missing = [what for what, found in env["build_tools"].items() if not found]
+    if gpus and missing:
+        what = " and ".join(missing).replace("_", " ")
+        lines.append(
+            f"No {what} found: Triton builds its launchers with them. On Debian or Ubuntu: apt install gcc python3-dev."
+        )
     if env["packages"]["rich"] is None or env["packages"]["pydantic"] is None:
         lines.append("Only the fused ops are installed; for training: pip install 'sssd-fast[train]'.")
     if env["disk"]["free_gib"] is not None and env["disk"]["free_gib"] < 2:
@@ -177,6 +191,17 @@ def _driver() -> tuple[str | None, str | None]:
     except (OSError, AttributeError):
         return None, "no NVIDIA driver library on this machine"
     return text.value.decode(), None
+
+
+def _build_tools() -> dict[str, str | None]:
+    """What Triton needs on first use of a kernel: a C compiler, and Python's headers."""
+    names = (os.environ.get("CC", "gcc"), "gcc", "clang", "cc")
+    compiler = next((name for name in names if shutil.which(name)), None)
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return {
+        "compiler": Path(compiler).name if compiler else None,
+        "python_headers": header.name if header.is_file() else None,
+    }
 
 
 def _cudnn() -> int | None:

@@ -165,6 +165,17 @@ def test_advice_names_both_dali_packages_an_old_driver_and_an_unused_gpu() -> No
     assert "overwrite each other" in "\n".join(doctor.advice(env))
 
 
+def test_missing_build_tools_matter_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton fails in its first kernel without them, with a message that does not say what to install."""
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: "no such folder")
+    env = doctor.collect_environment()
+    assert env["build_tools"] == {"compiler": None, "python_headers": None}
+    assert "Triton" not in "\n".join(doctor.advice(env))
+    env["gpus"] = [{"name": "card", "memory_gib": 24.0, "capability": "86", "multiprocessors": 82}]
+    assert "No compiler and python headers found" in "\n".join(doctor.advice(env))
+
+
 def test_the_commit_is_that_of_the_own_checkout_only(tmp_path: Path) -> None:
     """Installed inside another project's repository, that project's commit must not be reported."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@localhost"]
