@@ -78,15 +78,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
-        if not found:
-            raise WeightsError(_damaged(path, error)) from error
-        raise WeightsError(
-            f"weights {path} hold {found[1]}, which cannot be read without running code from the file: refused. "
-            f"If you trust where the file comes from, convert it once (this does run that code):\n"
-            f"  python -c \"import torch; c = torch.load('{path.name}', map_location='cpu', weights_only=False); "
-            f"torch.save({{'model': c['model']}}, 'converted.pth')\""
-        ) from error
+        raise WeightsError(_refused(path, str(error))) from error
     except _UNREADABLE as error:
         raise WeightsError(_damaged(path, error)) from error
     config = content.get("config") if isinstance(content, Mapping) else None
@@ -102,6 +94,24 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise WeightsError(f"weights {path} hold a {type(content).__name__}, needs a state dict (name -> tensor)")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     return tensors, _own_facts(config.get("model")) if isinstance(config, dict) else {}
+
+
+def _refused(path: Path, message: str) -> str:
+    """In place of torch's message, whose first advice is to load the file without protection."""
+    found = re.search(r"GLOBAL (\S+)", message)
+    if not found:
+        reason = message.rpartition("WeightsUnpickler error:")[2].strip().splitlines()[0]
+        return f"{path} is damaged or not what its name says: {reason}. Copy or download it again"
+    if "is blocked" in message:
+        return (
+            f"weights {path} call {found[1]} when read, which no weights need: refused. Do not open this file elsewhere"
+        )
+    return (
+        f"weights {path} hold {found[1]}, which cannot be read without running code from the file: refused. "
+        f"If you trust where the file comes from, convert it once (this does run that code):\n"
+        f"  python -c \"import torch; c = torch.load('{path.name}', map_location='cpu', weights_only=False); "
+        f"torch.save({{'model': c['model']}}, 'converted.pth')\""
+    )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

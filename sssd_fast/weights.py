@@ -114,10 +114,7 @@ def load_into(
     Raises WeightsError listing names where too little fits, where a shape cannot be converted, or where the number of
     blocks or heads differs; the model is then unchanged.
     """
-    if isinstance(source, Mapping):
-        given = Source(strip_wrappers(source), "the given state dict")
-    else:
-        given = read_source(source)
+    given = read_source(source) if isinstance(source, (str, Path)) else Source(strip_wrappers(source), "the state dict")
     try:
         format_, named = to_own_names(given.state)
     except WeightsError as error:

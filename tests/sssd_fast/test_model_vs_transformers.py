@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from mae_kernels import masked_reconstruction_loss
 
+from mae_kernels import masked_reconstruction_loss
 from sssd_fast.config import ModelConfig
 from sssd_fast.model import MAE, build_classifier, build_mae, sincos_positions
 from sssd_fast.weight_formats import to_own_names

@@ -1,0 +1,261 @@
+"""Protects the model: equal to a vision transformer written by hand for every supported geometry, masking that hides what it masks,
+attention maps that are the attention, drop path that keeps the expectation, and one meaning of uint8 and float images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sssd_fast.config import ModelConfig
+from sssd_fast.model import Block, build_classifier, build_mae, sincos_positions
+from sssd_fast.weights import export_state
+from tests.sssd_fast import vit_by_hand
+
+GEOMETRIES = {
+    "square grey patch 16": {"image_size": (64, 64), "patch_size": 16, "in_channels": 1},
+    "wide colour patch 8": {"image_size": (24, 40), "patch_size": 8, "in_channels": 3},
+    "tall grey patch 14 without cls": {"image_size": (70, 42), "patch_size": 14, "in_channels": 1, "cls_token": False},
+    "wide colour patch 16 without cls": {
+        "image_size": (32, 80),
+        "patch_size": 16,
+        "in_channels": 3,
+        "cls_token": False,
+    },
+    "tall grey patch 8, odd mlp": {"image_size": (40, 16), "patch_size": 8, "in_channels": 1, "mlp_ratio": 1.5},
+}
+
+
+def small(**overrides: object) -> ModelConfig:
+    sizes = {
+        "width": 24,
+        "depth": 3,
+        "heads": 3,
+        "decoder_width": 16,
+        "decoder_depth": 2,
+        "decoder_heads": 2,
+        "norm_eps": 1e-5,
+    }
+    return ModelConfig(**sizes | overrides)
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Every parameter away from 0 and 1, positions too, so that one that is dropped or swapped shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def images_for(config: ModelConfig, batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(batch, config.in_channels, *config.image_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_classifier_equals_the_hand_written_one_on_exported_weights(name: str, pool: str) -> None:
+    config = small(**GEOMETRIES[name])
+    if pool == "cls" and not config.cls_token:
+        with pytest.raises(ValueError, match="pool is 'cls', needs 'mean', or 'cls' with a cls token"):
+            build_classifier(config, 5, pool)
+        return
+    model = build_classifier(config, 5, pool).double().eval()
+    randomize(model)
+    images = images_for(config)
+    want = vit_by_hand.classify(images, export_state(model, "timm"), config.encoder_shape[2], config.norm_eps)
+    torch.testing.assert_close(model(images), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_autoencoder_equals_the_hand_written_one(name: str) -> None:
+    """Masked encoder, restored sequence, decoder and prediction, from weights under facebookresearch/mae's names."""
+    config = small(**GEOMETRIES[name], mask_ratio=0.6)
+    model = build_mae(config).double().eval()
+    randomize(model)
+    images, noise = images_for(config), torch.rand(2, config.num_patches, dtype=torch.float64)
+    weights = export_state(model, "timm", decoder=True)
+    decoder = {n.removeprefix("decoder_"): t for n, t in weights.items() if n.startswith("decoder_")}
+    encoder = {n: t for n, t in weights.items() if not n.startswith("decoder_")}
+    order = torch.from_numpy(np.argsort(noise.numpy(), axis=1, kind="stable"))
+    keep = order[:, : config.num_visible]
+
+    x, _ = vit_by_hand.encode(images, encoder, config.encoder_shape[2], config.norm_eps, keep)
+    x = vit_by_hand.layer_norm(x, encoder, "norm", config.norm_eps)
+    visible = vit_by_hand.linear(x, decoder, "embed")
+    prefix = int(config.cls_token)
+    full = weights["mask_token"].reshape(1, 1, -1).repeat(2, prefix + config.num_patches, 1)
+    for b in range(2):
+        full[b, :prefix] = visible[b, :prefix]
+        for k, patch in enumerate(keep[b].tolist()):
+            full[b, prefix + patch] = visible[b, prefix + k]
+    full = full + decoder["pos_embed"]
+    for i in range(config.decoder_depth):
+        full, _ = vit_by_hand.block(full, decoder, f"blocks.{i}", config.decoder_heads, config.norm_eps)
+    teacher = vit_by_hand.layer_norm(full, decoder, "norm", config.norm_eps)[:, prefix:]
+    want = vit_by_hand.linear(teacher, decoder, "pred")
+
+    pred, masking = model.reconstruct(images, noise)
+    out = model(images, noise)
+    torch.testing.assert_close(pred, want, rtol=1e-9, atol=1e-9)
+    assert torch.equal(masking.ids_keep, keep)
+    for b in range(2):
+        masked = masking.ids_masked[b]
+        assert sorted([*masked.tolist(), *keep[b].tolist()]) == list(range(config.num_patches))
+        torch.testing.assert_close(out.pred_BMV[b], want[b, masked], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(out.teacher_BKE[b], teacher[b, keep[b]], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.student_BKD, x[:, prefix:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_attention_maps_are_the_last_blocks_probabilities(name: str) -> None:
+    config = small(**GEOMETRIES[name])
+    model = build_mae(config).double().eval()
+    randomize(model)
+    images = images_for(config)
+    maps = model.encoder.attention_maps(images)
+    _, want = vit_by_hand.encode(images, export_state(model, "timm"), config.encoder_shape[2], config.norm_eps)
+    tokens = config.num_patches + int(config.cls_token)
+    assert maps.shape == (2, config.encoder_shape[2], tokens, tokens)
+    torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps.sum(-1)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(maps.double(), want, rtol=1e-5, atol=1e-7)  # computed in float32 by design
+
+
+def test_attention_maps_come_from_the_weights_that_mix_the_values() -> None:
+    """maps @ values, projected, is what the attention layer of the same block returns."""
+    config = small(image_size=(64, 64))
+    encoder = build_mae(config).encoder
+    randomize(encoder)
+    last = encoder.blocks[-1]
+    x = torch.randn(2, 17, 24)
+    _, _, v = last.attn.qkv(x).view(2, 17, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    mixed = (last.attn.probabilities(x) @ v).transpose(1, 2).reshape(2, 17, 24)
+    torch.testing.assert_close(last.attn.proj(mixed), last.attn(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_predictions_depend_on_visible_patches_only(cls_token: bool) -> None:
+    """Whatever stands in masked patches, every prediction is equal to the bit; a visible pixel changes them all."""
+    config = small(image_size=(64, 48), cls_token=cls_token)
+    model = build_mae(config).eval()
+    randomize(model)
+    images = torch.randint(0, 256, (3, 1, 64, 48), dtype=torch.uint8)
+    noise = torch.rand(3, config.num_patches)
+    before, masking = model.reconstruct(images, noise)
+    assert masking.mask.sum(1).tolist() == [config.num_patches - config.num_visible] * 3
+    hidden = masking.mask.view(3, 1, *config.grid).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    noise_image = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+    after, _ = model.reconstruct(torch.where(hidden, noise_image, images), noise)
+    assert torch.equal(before, after)
+    assert torch.equal(model(images, noise).pred_BMV, model(torch.where(hidden, noise_image, images), noise).pred_BMV)
+    shown, _ = model.reconstruct(torch.where(hidden, images, noise_image), noise)
+    assert bool((shown != before).any(-1).all())
+
+
+@pytest.mark.parametrize(
+    ("channels", "mean", "std"),
+    [(1, (0.4,), (0.2,)), (3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), (3, (0.5,), (0.25,))],
+)
+def test_uint8_images_mean_the_same_as_normalised_floats(
+    channels: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    config = small(image_size=(32, 48), in_channels=channels, mean=mean, std=std)
+    model = build_mae(config)
+    randomize(model)
+    images = torch.randint(0, 256, (2, channels, 32, 48), dtype=torch.uint8)
+    scaled = (images / 255.0 - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
+    noise = torch.rand(2, config.num_patches)
+    torch.testing.assert_close(model(images, noise).pred_BMV, model(scaled, noise).pred_BMV, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.encoder(images), model.encoder(scaled), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "grid"), [(24, (3, 5)), (16, (7, 2)), (192, (14, 14)), (32, (1, 6))])
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_positions_equal_the_table_by_loops(width: int, grid: tuple[int, int], prefix: int) -> None:
+    want = vit_by_hand.sincos_table(width, *grid)
+    got = sincos_positions(width, grid, prefix)
+    assert got[:prefix].abs().sum() == 0
+    np.testing.assert_allclose(got[prefix:].numpy(), want, rtol=0, atol=1e-7)
+    assert len(np.unique(want.round(6), axis=0)) == grid[0] * grid[1]  # every place has its own code
+
+
+def test_positions_are_fixed_in_pre_training_and_trained_in_fine_tuning() -> None:
+    config = small(image_size=(32, 32))
+    mae = build_mae(config)
+    assert not mae.encoder.pos_embed.requires_grad
+    assert not mae.decoder.pos_embed.requires_grad
+    assert build_classifier(config, 2).encoder.pos_embed.requires_grad
+
+
+def test_drop_path_is_the_identity_in_evaluation_and_keeps_the_expectation_in_training() -> None:
+    block = Block(16, 2, 2.0, 1e-6, drop_path=0.3)
+    plain = Block(16, 2, 2.0, 1e-6)
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(1, 4, 16)
+    assert torch.equal(block.eval()(x), plain(x))
+    branch = torch.randn(20_000, 1, 1).expand(-1, 3, 2)
+    dropped = block.train()._branch(branch)
+    kept = dropped[:, 0, 0] != 0
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=0.02)  # 6 standard deviations
+    torch.testing.assert_close(dropped[kept], branch[kept] / 0.7)  # so that the mean over draws is the branch
+    assert bool((dropped == 0).flatten(1).all(1).eq(~kept).all())  # a whole image at a time
+
+
+def test_drop_path_grows_linearly_with_depth() -> None:
+    model = build_classifier(small(image_size=(32, 32), depth=5), 2, drop_path=0.2)
+    rates = [block.drop_path for block in model.encoder.blocks]
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+    model.train()
+    images = torch.randn(2, 1, 32, 32)
+    assert not torch.equal(model.features(images), model.features(images))
+    model.eval()
+    assert torch.equal(model.features(images), model.features(images))
+
+
+def test_mean_pooling_leaves_out_the_cls_token() -> None:
+    config = small(image_size=(32, 32))
+    model = build_classifier(config, 2).eval()
+    randomize(model)
+    images = torch.randn(2, 1, 32, 32)
+    tokens = model.encoder(images)
+    want = model.head(model.fc_norm(tokens[:, 1:].sum(1) / config.num_patches))
+    torch.testing.assert_close(model(images), want, rtol=1e-5, atol=1e-6)
+
+
+def test_initial_values_follow_the_published_recipes() -> None:
+    """Xavier-uniform linear layers and patch projection, zero biases, tokens of deviation 0.02, a head near zero."""
+    model = build_mae(ModelConfig(name="tiny", depth=1, decoder_depth=1, decoder_width=192, decoder_heads=3))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.abs().max() == 0, name
+        elif parameter.requires_grad and parameter.ndim >= 2 and "token" not in name:
+            fan_out, fan_in = parameter.flatten(1).shape
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            assert 0.99 * bound < parameter.abs().max().item() <= bound, name
+            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.02), name
+        elif "token" in name:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.3), name
+    classifier = build_classifier(ModelConfig(name="tiny", depth=1), 2)
+    assert classifier(torch.randn(2, 1, 224, 224)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 32, 48), (2, 1, 48, 32)])
+def test_images_of_another_shape_are_refused_with_the_needed_one(shape: tuple[int, ...]) -> None:
+    model = build_mae(small(image_size=(32, 32)))
+    with pytest.raises(
+        ValueError, match=r"needs \[B, 1, 32, 32\]; resize them or set model.image_size and model.in_channels"
+    ):
+        model.encoder(torch.randn(shape))
+
+
+def test_state_dict_names_are_those_that_checkpoints_and_conversions_rely_on() -> None:
+    names = set(build_mae(small(image_size=(32, 32), depth=1, decoder_depth=1)).state_dict())
+    layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    blocks = {
+        f"{part}.blocks.0.{layer}.{kind}"
+        for part in ("encoder", "decoder")
+        for layer in layers
+        for kind in ("weight", "bias")
+    }
+    ends = ("encoder.patch_embed.proj", "encoder.norm", "decoder.embed", "decoder.norm", "decoder.pred")
+    single = {"encoder.cls_token", "encoder.pos_embed", "decoder.mask_token", "decoder.pos_embed"}
+    assert names == blocks | {f"{layer}.{kind}" for layer in ends for kind in ("weight", "bias")} | single
