@@ -311,9 +311,11 @@ class Progress:
         self._console.info(text)
 
     def _line_is_due(self, step: int, now: float) -> bool:
-        if self._line is None or step >= self.total:
+        if self._line is None:
             return True
         line_step, line_time = self._line
+        if step >= self.total:
+            return line_step < step
         every = max(1, self.total // 20)
         return now - line_time >= self._console.interval or (
             step // every > line_step // every and now - line_time >= 1
@@ -349,7 +351,7 @@ class Progress:
         left = self.seconds_left()
         fraction = min(1.0, self.step / max(1, self.total))
         after = f" {self.step}/{self.total}  {fraction:>4.0%}  {duration(self.elapsed())}"
-        after += "  " + ("estimating" if left is None else f"{duration(left)} left")
+        after += "  " + ("estimating" if left is None else f"{duration(left)} left" if left else "finishing")
         bar_width = min(40, width - len(self.description) - len(after) - 1)
         line = Text(self.description, style="bold")
         if bar_width >= 8:
