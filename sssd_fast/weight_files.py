@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint import atomic_write_bytes
+from .checkpoint import atomic_write_bytes, verify_checkpoint
 from .config import ModelConfig
 from .errors import DependencyError, WeightsError
 from .model import MAE, Classifier
@@ -45,7 +45,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Torch files are read with weights_only=True; of classes only argparse.Namespace is let through (plain data that
     training scripts such as facebookresearch/mae save beside the weights). Unwraps {"model"}, {"state_dict"}, {"module"}
     and strips `module.` and `_orig_mod.`. Raises WeightsError for anything missing, damaged, without tensors, with NaN
-    or infinity, or that would have to run code.
+    or infinity, or that would have to run code; CheckpointError where a checksum beside the file does not fit it.
     """
     return read_source(path).state
 
@@ -74,6 +74,8 @@ def _accepted() -> str:
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if path.with_name(path.name + ".sha256").is_file():  # a checkpoint of this package
+        verify_checkpoint(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
