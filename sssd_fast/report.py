@@ -9,26 +9,23 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .checkpoint import atomic_write_text
 from .errors import DataError
-from .evaluate import RATE_NAMES, aggregate_runs, result_rows
 from .plots import curves
-from .report_read import STAGES, RunFiles, read_run, section
+from .report_read import RunFiles, read_run, section
 from .report_render import (
     Banner,
     Block,
-    Cards,
     Code,
     Facts,
-    Gallery,
     Heading,
     Lead,
     Missing,
-    Pair,
     Picture,
     Points,
     Table,
@@ -36,10 +33,22 @@ from .report_render import (
     to_html,
     to_markdown,
 )
+from .report_result import comparison_blocks, result_blocks
 
 SECTIONS = {"pretrain": ("objective", "pretrain"), "finetune": ("finetune", "evaluate"), "probe": ("probe", "evaluate")}
+PICTURES = {
+    "reconstruction": (
+        "Reconstructions",
+        "Left to right: the image, what the encoder saw, the decoder's prediction of the masked patches alone, both together. "
+        "Each patch is predicted after normalisation; the line under the picture says where brightness and contrast come from.",
+    ),
+    "attention": (
+        "Attention",
+        "Where the last encoder block looks. A map of attention shows what was read, not why a decision was taken.",
+    ),
+}
 LISTED = 40  # longest list of files in the report; data.json and index.json hold all
-FOOTER = f"Written by sssd_fast {__version__}. Research software: not a medical device, not for diagnosis."
+FOOTER = f"Written by sssd_fast {__version__} on {{date}}. Research software: not a medical device, not for diagnosis."
 
 
 def write_report(run_folder: str | Path) -> tuple[Path, Path]:
@@ -51,7 +60,7 @@ def write_report(run_folder: str | Path) -> tuple[Path, Path]:
 
 
 def write_combined_report(folder: str | Path, subfolders: Sequence[str | Path]) -> tuple[Path, Path]:
-    """Write one report on several runs in `folder` (relative names or paths inside it): results side by side, then each run.
+    """Write one report on several runs in `folder` (names or paths inside it): results side by side, then each run.
 
     Runs of one stage with the same classes and split are also averaged over (seeds, folds). Raises DataError for a folder
     that does not exist or lies outside `folder`.
@@ -59,31 +68,32 @@ def write_combined_report(folder: str | Path, subfolders: Sequence[str | Path]) 
     folder = _folder(folder)
     runs = []
     for sub in subfolders:
-        path = _folder(folder / sub)
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"{path} lies outside {folder}; a combined report covers runs inside its folder")
-        runs.append(read_run(path))
+        found = [path for path in (Path(sub), folder / sub) if path.resolve().is_relative_to(folder.resolve())]
+        if not found:
+            raise DataError(f"{sub} lies outside {folder}; a combined report covers runs inside its folder")
+        path = _folder(next((path for path in found if path.is_dir()), found[-1]))
+        runs.append(read_run(path, path.resolve().relative_to(folder.resolve()).as_posix()))
     title = f"Report: {folder.resolve().name}"
     blocks: list[Block] = [Heading(1, title), Lead(_lead(runs)), *_banner(runs), Heading(2, "Results")]
-    blocks += _comparison(runs)
-    for run in runs:
-        blocks += [Heading(2, run.title), *_run_blocks(run, 3)]
+    blocks += comparison_blocks(runs)
+    for place, run in enumerate(runs):
+        blocks += [Heading(2, run.title), *_run_blocks(run, 3, runs[:place])]
     return _write(folder, title, blocks)
 
 
-def _run_blocks(run: RunFiles, level: int) -> list[Block]:
-    trains = run.stage != "evaluate"
+def _run_blocks(run: RunFiles, level: int, earlier: Sequence[RunFiles] = ()) -> list[Block]:
+    """The sections of one run; data and machine are not repeated where an `earlier` run of the same report shows them."""
     blocks: list[Block] = [Missing(problem) for problem in run.problems]
     if run.stage != "pretrain":
-        blocks += [Heading(level, "Result"), *_result(run, level + 1)]
-    if trains:
+        blocks += [Heading(level, "Result"), *result_blocks(run, level + 1)]
+    if run.stage != "evaluate" and (run.stage != "probe" or run.records):  # a probe is fitted without steps
         blocks += [Heading(level, "Training"), *_training(run)]
-    if run.stage in ("pretrain", ""):
-        blocks += [Heading(level, "Reconstructions"), *_latest(run, "reconstruction")]
-    if trains:
-        blocks += [Heading(level, "Attention"), *_latest(run, "attention")]
-    blocks += [Heading(level, "Data"), *_data(run)]
-    blocks += [Heading(level, "What ran"), *_what_ran(run)]
+    for kind in ("reconstruction", "attention"):
+        pictures = _pictures(run, kind)
+        if pictures or run.stage == "pretrain":
+            blocks += [Heading(level, PICTURES[kind][0]), *_latest(pictures, kind)]
+    blocks += [Heading(level, "Data"), *_data(run, earlier)]
+    blocks += [Heading(level, "What ran, where, with which settings"), *_what_ran(run, level + 1, earlier)]
     return blocks
 
 
@@ -99,86 +109,6 @@ def _banner(runs: Sequence[RunFiles]) -> list[Block]:
         return []
     text = "These images were drawn by a program. The figures show that the software works; they say nothing about patients."
     return [Banner("Synthetic data", text)]
-
-
-def _result(run: RunFiles, level: int) -> list[Block]:
-    result = run.evaluation
-    if not result:
-        return [Missing("No evaluation yet: eval/metrics.json is not there. `sssd-fast evaluate` writes it.")]
-    image, patient = result["image"], result.get("patient")
-    kind = f"positive: {result['positive_class']}" if result.get("positive_class") else "macro averages"
-    what = f"{result['split']} split, {image['n']} images" + (f" of {patient['n']} patients" if patient else "")
-    cards = []
-    for rate in ("accuracy", "sensitivity", "specificity", "auc"):
-        interval = image["intervals"][rate]
-        bounds = (
-            f"95 %: {_percent(interval['low'])} to {_percent(interval['high'])}" if interval["low"] is not None else ""
-        )
-        value = _percent(image[rate]) if image[rate] is not None else "undefined"
-        cards.append((RATE_NAMES[rate], value, bounds))
-    rows = [row if patient else row[:2] for row in result_rows(result)]
-    header = ["", "per image (95 % interval)"] + (["per patient (95 % interval)"] if patient else [])
-    blocks: list[Block] = [
-        Text(f"{what[0].upper()}{what[1:]}; {kind}."),
-        Cards(cards),
-        Table(header, rows, numeric=True),
-    ]
-    blocks += [Points(notes)] if (notes := _notes(result)) else []
-    pictures = []
-    for name, caption in (
-        (
-            "roc",
-            "ROC curve; the dot is the threshold in use."
-            if result.get("positive_class")
-            else "ROC curves, one class against the rest.",
-        ),
-        ("confusion", "Confusion matrix: counts, and the share of each true class."),
-    ):
-        path = run.path / "eval" / f"{name}.png"
-        if path.is_file():
-            pictures.append(Picture(path, caption, caption.partition(";")[0].partition(":")[0]))
-    blocks += [Pair(pictures)] if pictures else []
-    return [*blocks, *_mistakes(run, level)]
-
-
-def _notes(result: Mapping[str, Any]) -> list[str]:
-    boot = result["bootstrap"]
-    notes = [
-        f"Intervals: {boot['level']:.0%} percentile bootstrap, {boot['resamples']} resamples of whole {boot['unit']}s, not stratified, "
-        f"seed {boot['seed']}."
-    ]
-    if boot["unit"] == "image":
-        notes.append(
-            "The data name no patients, so images count as independent; with several images per patient the intervals are too narrow."
-        )
-    for level in ("image", "patient"):
-        intervals = (result.get(level) or {}).get("intervals", {})
-        left_out = {rate: i["left_out"] for rate, i in intervals.items() if i["low"] is not None and i["left_out"]}
-        for rate, count in left_out.items():
-            notes.append(f"{RATE_NAMES[rate]} per {level}: {count} resamples where it is undefined were left out.")
-        if any(i["low"] is not None and i["low"] == i["high"] for i in intervals.values()):
-            notes.append(
-                f"An interval of width zero (per {level}) means that no resample could differ, not that no error is possible."
-            )
-    if result.get("threshold") is not None:
-        prevalence = result["image"]["prevalence"]
-        notes.append(
-            f"Threshold {result['threshold']:g} on the score of {result['positive_class']}; prevalence {_percent(prevalence)}."
-        )
-    return [*notes, *result.get("notes", [])]
-
-
-def _mistakes(run: RunFiles, level: int) -> list[Block]:
-    mistakes, total = run.evaluation.get("mistakes", []), run.evaluation.get("num_mistakes", 0)
-    if not mistakes:
-        return [Heading(level, "Worst mistakes"), Text("No image was classified wrongly.")]
-    entries = []
-    for mistake in mistakes:
-        file = run.path / mistake["thumbnail"] if mistake["thumbnail"] else None
-        lines = [f"is {mistake['label']}, called {mistake['prediction']}", f"score {mistake['score']:.3f}"]
-        entries.append((file if file and file.is_file() else None, mistake["path"], lines))
-    text = f"{total} of {run.evaluation['image']['n']} images are wrong; shown are the {len(mistakes)} most confident."
-    return [Heading(level, "Worst mistakes"), Text(text), Gallery(entries)]
 
 
 def _training(run: RunFiles) -> list[Block]:
@@ -223,29 +153,25 @@ def _progress(run: RunFiles) -> list[tuple[str, str]]:
     return rows
 
 
-def _latest(run: RunFiles, kind: str) -> list[Block]:
-    """The picture of the last epoch, by number and not by name."""
-    found = sorted((run.path / "images").glob(f"{kind}*.png"), key=lambda path: (_number(path), path.name))
+def _pictures(run: RunFiles, kind: str) -> list[Path]:
+    """By epoch, that is by number and not by name."""
+    return sorted((run.path / "images").glob(f"{kind}*.png"), key=lambda path: (_number(path), path.name))
+
+
+def _latest(found: Sequence[Path], kind: str) -> list[Block]:
     if not found:
         return [Missing(f"No {kind} pictures in images/ yet.")]
-    captions = {
-        "reconstruction": "Left to right: the image, what the encoder saw, the decoder's prediction of the masked patches alone, and both "
-        "together. The model is trained to predict each patch after normalisation; the line under the picture says where the brightness and "
-        "contrast shown here come from.",
-        "attention": "Where the last encoder block looks. A map of attention shows what was read, not why a decision was taken.",
-    }
-    earlier = f" {len(found) - 1} earlier pictures are in images/." if len(found) > 1 else ""
-    return [
-        Picture(
-            found[-1], f"{captions[kind]} File: {found[-1].name}.{earlier}", f"{kind.capitalize()} of sample images"
-        )
-    ]
+    title, caption = PICTURES[kind]
+    earlier = f" Earlier pictures in images/: {len(found) - 1}." if len(found) > 1 else ""
+    return [Picture(found[-1], f"{caption} File: {found[-1].name}.{earlier}", f"{title} of sample images")]
 
 
-def _data(run: RunFiles) -> list[Block]:
+def _data(run: RunFiles, earlier: Sequence[RunFiles]) -> list[Block]:
     data = run.data
     if not data:
         return [Missing("No data.json: what the run was trained on is not recorded.")]
+    if same := next((other for other in earlier if other.data == data), None):
+        return [Text(f"The same images and split as in {same.title}.")]
     blocks: list[Block] = []
     rows = [
         (name, str(data[key])) for key, name in (("source", "Source"), ("split_protocol", "Split")) if data.get(key)
@@ -261,93 +187,44 @@ def _data(run: RunFiles) -> list[Block]:
     blocks.append(Text(f"Files left out because they cannot be used: {len(excluded) or 'none'}."))
     blocks += _listed([f"{item['path']}: {item['reason']}" for item in excluded])
     duplicates, leaks = data.get("duplicates", []), data.get("leaks", [])
-    blocks.append(Text(f"Identical images: {len(duplicates)} groups." if duplicates else "Identical images: none."))
-    blocks += _listed([_line(item) for item in duplicates])
+    blocks.append(Text("Identical images:" if duplicates else "Identical images: none recorded."))
+    blocks += _listed([_line(item).strip() for item in duplicates])
     if leaks:
-        blocks.append(
-            Banner(
-                "The split leaks",
-                f"{len(leaks)} images or patients are in more than one part; test figures are too good.",
-            )
-        )
-        blocks += _listed([_line(item) for item in leaks])
-    return [*blocks, *_listed([_line(item) for item in data.get("notes", [])])]
+        text = f"{len(leaks)} patients or groups of identical images lie in more than one part, so the test figures are too good."
+        blocks += [Banner("The split leaks", text), *_listed([_line(item) for item in leaks])]
+    notes = [_line(item) for item in data.get("notes", [])]
+    return [*blocks, Text("From the check of the images:"), *_listed(notes)] if notes else blocks
 
 
-def _what_ran(run: RunFiles) -> list[Block]:
-    blocks: list[Block] = [Code(run.command)] if run.command else [Missing("No command.txt.")]
-    rows = _flat(run.env)
-    if rows:
-        blocks += [
-            Text("Environment (env.json)"),
-            Facts([row for row in rows if row[1] not in ("None", "")], wide=True),
-        ]
-    else:
-        blocks.append(Missing("No env.json: the machine is not recorded."))
+def _what_ran(run: RunFiles, level: int, earlier: Sequence[RunFiles]) -> list[Block]:
+    blocks: list[Block] = [
+        Code(run.command) if run.command else Missing("No command.txt: the command is not recorded.")
+    ]
+    blocks.append(Heading(level, "Settings"))
     shown = {
         key: value for key, value in run.config.items() if not isinstance(value, dict) or _concerns(run.stage, key)
     }
-    if shown:
-        blocks += [
-            Text("Configuration (resolved, config.yaml; sections of this stage)"),
-            Facts(_flat(shown), wide=True),
-        ]
+    blocks.append(
+        Facts(_flat(shown), wide=True) if shown else Missing("No config.yaml: the settings are not recorded.")
+    )
+    blocks.append(Heading(level, "Environment"))
+    same = next((other for other in earlier if run.env and _machine(other) == _machine(run)), None)
+    if same:
+        blocks.append(Text(f"The same machine and versions as in {same.title}."))
+    elif rows := [row for row in _flat(run.env) if row[1] not in ("None", "")]:
+        blocks.append(Facts(rows, wide=True))
     else:
-        blocks.append(Missing("No config.yaml: the settings are not recorded."))
+        blocks.append(Missing("No env.json: the machine is not recorded."))
     return blocks
+
+
+def _machine(run: RunFiles) -> dict[str, Any]:
+    """env.json without what changes from minute to minute."""
+    return {key: value for key, value in run.env.items() if key not in ("memory", "disk")}
 
 
 def _concerns(stage: str, section: str) -> bool:
     return stage not in SECTIONS or section in ("data", "model", *SECTIONS[stage])
-
-
-def _comparison(runs: Sequence[RunFiles]) -> list[Block]:
-    evaluated = [run for run in runs if run.evaluation]
-    if not evaluated:
-        return [Missing("No evaluation yet: none of the runs holds eval/metrics.json.")]
-    rates = list(RATE_NAMES)
-    rows = []
-    for run in evaluated:
-        cells = {rate: cell for rate, (_, cell, _) in zip(rates, result_rows(run.evaluation), strict=True)}
-        rows.append(
-            [
-                run.title,
-                f"{run.evaluation['split']}, n = {run.evaluation['image']['n']}",
-                *(cells[rate] for rate in rates),
-            ]
-        )
-    blocks: list[Block] = [Text("Per image, with 95 % bootstrap intervals.")]
-    names = [f"{RATE_NAMES[rate]}" for rate in rates]
-    blocks.append(
-        Table(
-            ["measure", *(row[0] for row in rows)],
-            [list(line) for line in zip(["images", *names], *(row[1:] for row in rows), strict=True)],
-            numeric=True,
-        )
-    )
-    groups: dict[tuple[str, ...], list[RunFiles]] = {}
-    for run in evaluated:
-        key = (run.stage, run.evaluation["split"], *map(str, run.evaluation["classes"]))
-        groups.setdefault(key, []).append(run)
-    for members in groups.values():
-        blocks += _over_runs(members) if len(members) > 1 else []
-    return blocks
-
-
-def _over_runs(members: Sequence[RunFiles]) -> list[Block]:
-    names = ", ".join(run.path.name for run in members)
-    rows = []
-    summary = aggregate_runs([run.evaluation["image"] for run in members])
-    for rate, found in summary.items():
-        mean, deviation = found["mean"], found["deviation"]
-        spread = f"{100 * deviation:.1f}" if deviation is not None else "-"
-        rows.append([RATE_NAMES[rate], _percent(mean) if mean is not None else "undefined", spread, str(found["n"])])
-    stage = STAGES.get(members[0].stage, "Runs")
-    return [
-        Heading(3, f"{stage} over {len(members)} runs"),
-        Text(f"Mean and sample standard deviation (in points) over {names}."),
-        Table(["", "mean", "deviation", "runs"], rows, numeric=True),
-    ]
 
 
 def _folder(path: str | Path) -> Path:
@@ -359,8 +236,9 @@ def _folder(path: str | Path) -> Path:
 
 def _write(folder: Path, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
     markdown, page = folder / "report.md", folder / "report.html"
-    atomic_write_text(markdown, to_markdown(blocks, folder, FOOTER))
-    atomic_write_text(page, to_html(title, blocks, FOOTER))
+    footer = FOOTER.format(date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
+    atomic_write_text(markdown, to_markdown(blocks, folder, footer))
+    atomic_write_text(page, to_html(title, blocks, footer))
     return markdown, page
 
 
@@ -393,10 +271,6 @@ def _event(record: Mapping[str, Any]) -> str:
 def _number(path: Path) -> int:
     numbers = re.findall(r"\d+", path.stem)
     return int(numbers[-1]) if numbers else -1
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 def _duration(seconds: float) -> str:

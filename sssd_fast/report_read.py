@@ -15,7 +15,17 @@ STAGES = {
     "probe": "Linear probe",
     "evaluate": "Evaluation",
 }
-EVALUATION_KEYS = {"split", "classes", "image", "bootstrap"}
+EVALUATION_KEYS = {
+    "split",
+    "classes",
+    "positive_class",
+    "bootstrap",
+    "image",
+    "patient",
+    "mistakes",
+    "num_mistakes",
+    "notes",
+}
 
 
 @dataclass
@@ -23,6 +33,7 @@ class RunFiles:
     """What was found in one run folder; `problems` names files that could not be read."""
 
     path: Path
+    name: str
     stage: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     command: str = ""
@@ -41,17 +52,20 @@ class RunFiles:
 
     @property
     def title(self) -> str:
-        return f"{STAGES.get(self.stage, 'Run')}: {self.path.resolve().name}"
+        """Stage, and the folder's name where it says more than the stage: "Fine-tuning: seed-0"."""
+        stage, names = STAGES.get(self.stage, "Run"), self.name.split("/")
+        names = names[:-1] if names[-1] == self.stage else names
+        return ": ".join(filter(None, (stage, "/".join(names))))
 
     def trained(self) -> list[dict[str, Any]]:
         return [record for record in self.records if record.get("kind") == "train"]
 
 
-def read_run(folder: str | Path) -> RunFiles:
-    """Everything a report needs from a run folder; unreadable files are listed in `problems`."""
+def read_run(folder: str | Path, name: str = "") -> RunFiles:
+    """Everything a report needs from a run folder; unreadable files are listed in `problems`. `name` is what to call it."""
     import yaml
 
-    run = RunFiles(Path(folder))
+    run = RunFiles(Path(folder), name or Path(folder).resolve().name)
     run.config = _read(run, "config.yaml", yaml.safe_load, yaml.YAMLError)
     run.env = _read(run, "env.json", json.loads, ValueError)
     run.data = _read(run, "data.json", json.loads, ValueError)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -215,7 +216,7 @@ def _block_markdown(block: Block, folder: Path) -> str:
     for path, title, lines in block.entries:
         shown = f"![{_md(title)}]({_link(path, folder)})" if path else "no picture"
         rows.append((shown, "<br>".join(_md(text) for text in (title, *lines))))
-    return "\n".join(["| Image | |", "|---|---|", *(f"| {image} | {text} |" for image, text in rows)])
+    return "\n".join(["| Image | |", "| --- | --- |", *(f"| {image} | {text} |" for image, text in rows)])
 
 
 def _table_markdown(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool) -> str:
@@ -235,12 +236,12 @@ def _html(text: str) -> str:
 
 def _md(text: str) -> str:
     """Characters that Markdown or its embedded HTML would act on are escaped; line breaks become blanks."""
-    escaped = re.sub(r"([\\`*_\[\]|#])", r"\\\1", " ".join(_clean(text).split()))
-    return escaped.replace("<", "&lt;").replace(">", "&gt;")
+    escaped = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(_clean(text).split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _link(path: Path, folder: Path) -> str:
-    return quote(path.relative_to(folder).as_posix())
+    return quote(Path(os.path.relpath(path, folder)).as_posix())
 
 
 def _data(path: Path) -> str:

@@ -155,24 +155,27 @@ def _compose(rows: Sequence[Sequence[Bytes]], titles: Sequence[str], caption: st
     pillow = _pillow()
     height, width = rows[0][0].shape[:2]
     zoom = max(1, math.ceil(150 / width)) if len(titles) <= 6 else max(1, math.ceil(100 / width))
-    cell_w, cell_h, gap, top, foot = width * zoom, height * zoom, 6, 26, 30
-    small_font = ImageFont.load_default(13)
-    title_size = next(size for size in range(14, 0, -1) if _widest(titles, size) <= cell_w or size == 8)
-    words, lines, limit = caption.split(), [""], len(titles) * (cell_w + gap) - 2 * gap
-    for word in words:
+    cell_w, cell_h, gap = width * zoom, height * zoom, 6
+    sheet_w = len(titles) * (cell_w + gap) + gap
+    unit = max(1.0, sheet_w / 1000)  # a wide sheet is shown reduced, so its text is larger
+    small, line_h, top = round(13 * unit), round(17 * unit), round(26 * unit)
+    title_size = next(size for size in range(round(14 * unit), 0, -1) if _widest(titles, size) <= cell_w or size == 8)
+    lines = [""]
+    for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if small_font.getlength(longer) <= limit else [*lines, word]
-    size = (len(titles) * (cell_w + gap) + gap, top + len(rows) * (cell_h + gap) + foot + 16 * (len(lines) - 1))
-    sheet = pillow.new("RGB", size, "white")
+        lines = [*lines[:-1], longer] if _widest([longer], small) <= sheet_w - 2 * gap else [*lines, word]
+    bottom = top + len(rows) * (cell_h + gap)
+    sheet = pillow.new("RGB", (sheet_w, bottom + line_h * len(lines) + 2 * gap), "white")
     draw = ImageDraw.Draw(sheet)
     for col, title in enumerate(titles):
-        place = (gap + col * (cell_w + gap), top / 2)
-        draw.text(place, title, fill=INK, font=ImageFont.load_default(title_size), anchor="lm")
+        font = ImageFont.load_default(title_size)
+        draw.text((gap + col * (cell_w + gap), top / 2), title, fill=INK, font=font, anchor="lm")
     for row, cells in enumerate(rows):
         for col, cell in enumerate(cells):
             picture = pillow.fromarray(np.ascontiguousarray(cell)).resize((cell_w, cell_h), resample=0)  # 0 = nearest
             sheet.paste(picture, (gap + col * (cell_w + gap), top + row * (cell_h + gap)))
-    draw.text((gap, top + len(rows) * (cell_h + gap) + 6), "\n".join(lines), fill=QUIET, font=small_font)
+    for row, line in enumerate(lines):
+        draw.text((gap, bottom + row * line_h), line, fill=QUIET, font=ImageFont.load_default(small))
     return _write_png(sheet, path)
 
 
