@@ -1,9 +1,25 @@
-"""`python -m mae_kernels`: which implementation of each op would run here."""
+"""`python -m mae_kernels`: which implementation of each op would run here. `--lint`: compile all kernels and judge them."""
 
 from __future__ import annotations
 
+import argparse
+
 from . import info
 
-if __name__ == "__main__":
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mae_kernels", description=__doc__)
+    parser.add_argument(
+        "--lint", action="store_true", help="compile every kernel for every architecture; no GPU needed"
+    )
+    if parser.parse_args().lint:
+        from .lint import table
+
+        print(table())
+        return
     for name, implementation in info().items():
         print(f"{name:28} {implementation}")
+
+
+if __name__ == "__main__":
+    main()

@@ -101,10 +101,10 @@ def check_ids(name: str, ids: Tensor, rows: int, upper: int) -> None:
 
 def check_channel_stats(
     mean: float | Sequence[float] | None, std: float | Sequence[float] | None, channels: int
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Per-channel mean and std as tuples of C floats; (None, None) when neither is given."""
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per-channel mean and std as tuples of C floats; two empty tuples when neither is given."""
     if mean is None and std is None:
-        return None, None
+        return (), ()
     means = _channel_values("mean", 0.0 if mean is None else mean, channels)
     stds = _channel_values("std", 1.0 if std is None else std, channels)
     if not all(s > 0 for s in stds):

@@ -1,28 +1,61 @@
-"""Which implementation of an op runs: its Triton kernels or the plain torch reference."""
+"""Which implementation of an op runs, and how a kernel is started.
+
+Each op is a functional `torch.library.triton_op` that branches on the device inside its function, because that function
+is what torch.compile traces again, on any device. Its backward is a second op. Triton is optional: without it the
+kernels below are plain functions that nobody calls.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+
+tl: Any
+try:
+    import triton
+    import triton.language as tl  # type: ignore[no-redef]
+
+    HAVE_TRITON = True
+    jit: Callable[[Callable[..., Any]], Any] = triton.jit
+except ImportError:
+    HAVE_TRITON = False
+    tl = None
+
+    def jit(kernel: Callable[..., Any]) -> Any:
+        return kernel
+
+
+def triton_module() -> Any:
+    """The triton package. Raises RuntimeError when it is not installed."""
+    if not HAVE_TRITON:
+        raise RuntimeError("triton: not installed; the CUDA builds of torch bring it, for others `pip install triton`")
+    return triton
+
+
+# TRITON_INTERPRET=1 makes Triton run kernels in Python on CPU tensors: for tests, with the backend "triton"
+INTERPRET = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 BACKENDS = ("auto", "triton", "reference")
+OLDEST_ARCHITECTURE = 75
 
 # every op, and why it has no Triton kernel (None: it has one)
-NO_KERNEL: dict[str, str | None] = dict.fromkeys(
-    (
-        "random_masking",
-        "gather_patches",
-        "embed_patches",
-        "restore_tokens",
-        "masked_reconstruction_loss",
-        "linear_reconstruction_loss",
-        "distillation_loss",
-        "sssd_loss",
-        "attention",
-    ),
-    "this version has no kernel for this op",
-)
+NO_KERNEL: dict[str, str | None] = {
+    "random_masking": "this version has no kernel for it",
+    "gather_patches": None,
+    "embed_patches": None,
+    "restore_tokens": "this version has no kernel for it",
+    "masked_reconstruction_loss": "this version has no kernel for it",
+    "linear_reconstruction_loss": "this version has no kernel for it",
+    "distillation_loss": "this version has no kernel for it",
+    "sssd_loss": "this version has no kernel for it",
+    "attention": "this version has no kernel for it",
+}
 
 
 def _from_environment() -> str:
@@ -33,13 +66,15 @@ def _from_environment() -> str:
 
 
 _backend = _from_environment()
+_recording: tuple[int, list[Launch]] | None = None
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Choose the implementation inside a `with` block: "auto", "triton" or "reference".
 
-    "triton" raises RuntimeError, with the reason, where an op's kernel cannot run; "auto" takes the reference there.
+    "reference" is plain torch with torch's own autograd. "auto" takes the kernels on a GPU where they can run, and plain
+    torch elsewhere. "triton" raises RuntimeError, with the reason, where an op's kernels cannot run.
     The environment variable MAE_KERNELS_BACKEND sets the choice at import. A compiled function keeps the choice that
     was in force when it was traced. Raises ValueError for any other name.
     """
@@ -53,14 +88,137 @@ def backend(name: str) -> Iterator[None]:
         _backend = before
 
 
-def use_triton(op: str) -> bool:
-    """Whether the op's kernels run. Raises RuntimeError when the backend is "triton" and they cannot."""
-    reason = NO_KERNEL[op]
+def wants_reference(on: Tensor) -> bool:
+    """Whether a public function takes the reference, past its registered op.
+
+    On the CPU it does unless the backend is "triton": what an op saves in memory by computing twice costs time there.
+    """
+    return _backend == "reference" or (_backend == "auto" and not on.is_cuda)
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def architecture(device: torch.device) -> int:
+    """75 for sm_75 and so on; 75 under the interpreter; the architecture asked for while the lint records."""
+    if _recording is not None:
+        return _recording[0]
+    if device.type != "cuda":
+        return 75
+    major, minor = _capability(device.index)
+    return 10 * major + minor
+
+
+def why_not_triton(op: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """The reason why the op's kernels cannot run on this device with these dtypes; None when they can."""
+    if NO_KERNEL[op] is not None:
+        return NO_KERNEL[op]
+    if not HAVE_TRITON:
+        return "triton is not installed"
+    if device.type == "cpu" and not INTERPRET:
+        return "the tensors are on the CPU"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "the kernels are checked for NVIDIA GPUs only"
+    if device.type == "cuda" and architecture(device) < OLDEST_ARCHITECTURE:
+        return f"the GPU is sm_{architecture(device)}, older than sm_{OLDEST_ARCHITECTURE}"
+    if device.type not in ("cpu", "cuda") and _recording is None:
+        return f"the tensors are on a {device.type} device"
+    wide = [d for d in dtypes if d == torch.float64]
+    return "the kernels compute in fp32 and the tensors are fp64" if wide else None
+
+
+def use_triton(op: str, device: torch.device, *dtypes: torch.dtype, refused: str | None = None) -> bool:
+    """Whether the op's kernels run; `refused` is a reason of the op's own against them.
+
+    Raises RuntimeError, with the reason, when the backend is "triton" and they cannot.
+    """
+    reason = why_not_triton(op, device, *dtypes) or refused
     if _backend == "triton" and reason is not None:
         raise RuntimeError(f"{op}: backend 'triton' was asked for, but {reason}")
+    if device.type == "cpu" and _backend != "triton":
+        return False  # the interpreter is for tests that ask for it
     return _backend != "reference" and reason is None
 
 
+class Launch(NamedTuple):
+    """A kernel launch that the lint compiles instead of running."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+@contextmanager
+def record_launches(arch: int) -> Iterator[list[Launch]]:
+    """Inside the block, ops on meta tensors choose their kernels as for sm_<arch>, and launches are only recorded."""
+    global _recording
+    _recording = (arch, [])
+    try:
+        yield _recording[1]
+    finally:
+        _recording = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:
+    """Start a kernel on the device of `on`; an empty grid starts nothing."""
+    if any(size == 0 for size in grid):
+        return
+    if _recording is not None:
+        _recording[1].append(Launch(kernel, args, constants))
+    elif INTERPRET:
+        kernel[grid](*args, **constants)
+    elif on.is_cuda and torch.cuda.is_initialized() and on.device.index != torch.cuda.current_device():
+        with torch.cuda.device(on.device):
+            wrap_triton(kernel)[grid](*args, **constants)
+    else:
+        wrap_triton(kernel)[grid](*args, **constants)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For matrix products whose dtype has been chosen already."""
+    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# Tiles of the memory-bound kernels, by (oldest architecture, widest tile row): (elements per program, warps).
+# The first line that fits holds. Chosen from the 16 bytes a thread loads at once; not tuned on any GPU yet.
+TILES: tuple[tuple[int, int, int, int], ...] = (
+    (75, 1024, 2048, 4),
+    (75, 4096, 4096, 8),
+    (75, 16384, 16384, 16),
+)
+MAX_TILE_WIDTH = TILES[-1][1]
+
+
+def rows_per_program(device: torch.device, width: int) -> tuple[int, int]:
+    """Rows of `width` values (a power of two) that one program handles, and its warps."""
+    arch = architecture(device)
+    for oldest, widest, elements, warps in TILES:
+        if arch >= oldest and width <= widest:
+            return max(1, min(elements // width, 64)), warps
+    raise ValueError(f"width: got a tile row of {width} values, needs at most {MAX_TILE_WIDTH}")
+
+
+def column_block(width: int) -> int:
+    """The widest power of two up to 512 that divides the width, when it is at least 64; else one padded block."""
+    divisor = width & -width
+    return min(divisor, 512) if divisor >= 64 else min(next_power_of_2(width), 512)
+
+
 def info() -> dict[str, str]:
-    """For each op, the implementation that would run here and why others are refused."""
-    return {op: f"reference ({reason})" for op, reason in NO_KERNEL.items()}
+    """For each op, the implementation that would run on this machine, and why the Triton kernels are refused."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    told = {}
+    for op in NO_KERNEL:
+        reason = why_not_triton(op, device)
+        if _backend == "reference":
+            reason = "the backend is set to 'reference'"
+        if reason is None and device.type == "cpu" and _backend != "triton":
+            reason = "the tensors are on the CPU"
+        told[op] = "triton" if reason is None else f"reference ({reason})"
+    return told

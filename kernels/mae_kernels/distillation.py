@@ -55,7 +55,7 @@ def distillation_loss(
     Raises: TypeError or ValueError naming the argument.
     """
     check_distillation(student, teacher, kind, center, center_mode, student_temp, teacher_temp)
-    use_triton("distillation_loss")
+    use_triton("distillation_loss", student.device)
     if detach_teacher:
         teacher = teacher.detach()
     return reference(student, teacher, kind, center, center_mode, student_temp, teacher_temp)

@@ -67,7 +67,7 @@ def linear_reconstruction_loss(
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
-    use_triton("linear_reconstruction_loss")
+    use_triton("linear_reconstruction_loss", hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):  # `dtype` was chosen; keep it
         head_bias = None if bias is None else bias.to(dtype)
         pred_BMV = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), head_bias)

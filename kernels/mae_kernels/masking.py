@@ -55,5 +55,5 @@ def random_masking(noise: Tensor, num_keep: int) -> Masking:
     check_int("num_keep", num_keep, 1)
     if num_keep > noise.shape[1]:
         raise ValueError(f"num_keep: got {num_keep}, needs at most the number of patches L = {noise.shape[1]}")
-    use_triton("random_masking")
+    use_triton("random_masking", noise.device)
     return Masking(*_reference(noise.detach(), num_keep))

@@ -11,23 +11,316 @@ Source: He et al., arXiv 2111.06377, section 3 (patch embedding); the order of t
 Pixels: uint8 images are used as x / 255, then (x - mean) / std where mean or std is given; float images are used as
 they are, then (x - mean) / std where mean or std is given.
 
-Shapes: B images, C channels, H x W pixels, P patch side, L patches (row-major over the grid), K listed, D width.
+On a GPU one kernel gathers, cuBLAS multiplies, one kernel adds the positions. For the backward only ids and the images
+as they came are kept: the vectors are gathered again. Each position's gradient is summed in a fixed order, no atomics.
+A patch id out of range, which only debug_checks reports on a GPU, gives NaN and reads nothing.
+
+Shapes: B images, C channels, H x W pixels, P patch side, L patches (row-major over the grid), K listed, D width,
+V = C*P*P values per patch.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton types the arguments of kernels)
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 
 from ._checks import check_channel_stats, check_floating, check_ids, check_images, check_same_device, check_shape
-from ._pixels import accumulate_dtype, listed_pixels
-from ._runtime import use_triton
+from ._pixels import accumulate_dtype, fold_pixels, listed_pixels, scale_pixels
+from ._runtime import (
+    column_block,
+    jit,
+    launch,
+    next_power_of_2,
+    no_autocast,
+    rows_per_program,
+    tl,
+    use_triton,
+    wants_reference,
+)
 
 Numbers = float | Sequence[float] | None
 
 
+# ---------------------------------------------------------------------------------------------------- reference
+def gather_reference(
+    images_BCHW: Tensor,
+    ids_BK: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    exact = torch.float64 if dtype == torch.float64 else accumulate_dtype(images_BCHW)
+    plain = not mean and images_BCHW.dtype != torch.uint8  # a copy: no arithmetic, so no wider dtype
+    return listed_pixels(images_BCHW, ids_BK, patch_size, "crp", mean, std, dtype if plain else exact).to(dtype)
+
+
+def embed_reference(
+    images_BCHW: Tensor,
+    ids_BK: Tensor,
+    weight_DCPP: Tensor,
+    bias_D: Tensor | None,
+    pos_embed_LD: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    x_BKV = gather_reference(images_BCHW, ids_BK, weight_DCPP.shape[-1], mean, std, dtype)
+    return _project(x_BKV, weight_DCPP, bias_D) + pos_embed_LD[ids_BK]
+
+
+def _project(x_BKV: Tensor, weight_DCPP: Tensor, bias_D: Tensor | None) -> Tensor:
+    with no_autocast(x_BKV.device):
+        bias = None if bias_D is None else bias_D.to(x_BKV.dtype)
+        return torch.nn.functional.linear(x_BKV, weight_DCPP.flatten(1).to(x_BKV.dtype), bias)
+
+
+# ------------------------------------------------------------------------------------------------------ kernels
+@jit
+def _gather_kernel(
+    IMAGES,
+    IDS,
+    OUT,
+    num_rows,
+    listed,
+    patches,
+    grid_cols,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    P: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    A0: tl.constexpr,
+    A1: tl.constexpr,
+    A2: tl.constexpr,
+    A3: tl.constexpr,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    B3: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    value = tl.arange(0, BLOCK_V)
+    in_rows = row < num_rows
+    patch = tl.load(IDS + row, mask=in_rows, other=0)
+    valid = (patch >= 0) & (patch < patches)
+    channel = value // (P * P)
+    corner = (row // listed) * stride_b + (patch // grid_cols) * P * stride_h + (patch % grid_cols) * P * stride_w
+    inside = channel.to(tl.int64) * stride_c + (value // P % P).to(tl.int64) * stride_h + (value % P) * stride_w
+    wanted = in_rows[:, None] & (value < V)[None, :]
+    x = tl.load(IMAGES + (corner[:, None] + inside[None, :]), mask=wanted & valid[:, None], other=0)
+    if AFFINE != 0:
+        x = scale_pixels(x, channel[None, :], AFFINE, A0, A1, A2, A3, B0, B1, B2, B3)
+    x = tl.where(valid[:, None], x.to(OUT.dtype.element_ty), float("nan"))
+    tl.store(OUT + (row[:, None] * V + value[None, :]), x.to(OUT.dtype.element_ty), mask=wanted)
+
+
+@jit
+def _add_positions_kernel(
+    TOKENS, POS, IDS, OUT, num_rows, patches, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_rows = row < num_rows
+    patch = tl.load(IDS + row, mask=in_rows, other=0)
+    valid = (patch >= 0) & (patch < patches)
+    wanted = in_rows[:, None] & (col < D)[None, :]
+    at = row[:, None] * D + col[None, :]
+    pos = tl.load(POS + (patch[:, None] * D + col[None, :]), mask=wanted & valid[:, None], other=float("nan"))
+    out = tl.load(TOKENS + at, mask=wanted, other=0.0).to(tl.float32) + pos.to(tl.float32)
+    tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=wanted)
+
+
+@jit
+def _invert_kernel(IDS, SLOTS, num_rows, listed, patches, BLOCK: tl.constexpr):
+    """SLOTS[b, ids[b, k]] = k, where SLOTS starts as -1."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    patch = tl.load(IDS + row, mask=row < num_rows, other=-1)
+    tl.store(
+        SLOTS + (row // listed) * patches + patch, (row % listed).to(tl.int32), mask=(patch >= 0) & (patch < patches)
+    )
+
+
+@jit
+def _sum_positions_kernel(
+    GRAD, SLOTS, DPOS, batch, listed, patches, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+):
+    """DPOS[l] = sum over images, in order, of the gradient of the token that sits on patch l."""
+    patch = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, batch, ROWS):
+        image = first + tl.arange(0, ROWS)
+        slot = tl.load(SLOTS + image.to(tl.int64) * patches + patch, mask=image < batch, other=-1)
+        row = image.to(tl.int64) * listed + slot
+        grad = tl.load(
+            GRAD + (row[:, None] * D + col[None, :]), mask=(slot >= 0)[:, None] & (col < D)[None, :], other=0.0
+        )
+        total += tl.sum(grad.to(tl.float32), 0)
+    tl.store(DPOS + patch * D + col, total.to(DPOS.dtype.element_ty), mask=col < D)
+
+
+# ---------------------------------------------------------------------------------------------------- launchers
+def _launch_gather(
+    images_BCHW: Tensor,
+    ids_BK: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    images_BCHW, constants = fold_pixels(images_BCHW, mean, std)
+    ids_BK = ids_BK.contiguous()
+    batch, channels, height, width = images_BCHW.shape
+    listed, values = ids_BK.shape[1], channels * patch_size * patch_size
+    out_BKV = torch.empty((batch, listed, values), dtype=dtype, device=images_BCHW.device)
+    grid_cols = width // patch_size
+    patches = height // patch_size * grid_cols
+    num_rows, block = batch * listed, next_power_of_2(values)
+    rows, warps = rows_per_program(images_BCHW.device, block)
+    grid = (-(-num_rows // rows),)
+    sizes = (num_rows, listed, patches, grid_cols, *images_BCHW.stride())
+    shape = {"P": patch_size, "V": values, "BLOCK_V": block, "ROWS": rows, "num_warps": warps}
+    launch(_gather_kernel, grid, out_BKV, images_BCHW, ids_BK, out_BKV, *sizes, **shape, **constants)
+    return out_BKV
+
+
+def _launch_add_positions(tokens_BKD: Tensor, pos_embed_LD: Tensor, ids_BK: Tensor, dtype: torch.dtype) -> Tensor:
+    tokens_BKD, pos_embed_LD, ids_BK = tokens_BKD.contiguous(), pos_embed_LD.contiguous(), ids_BK.contiguous()
+    width, num_rows = tokens_BKD.shape[2], ids_BK.shape[0] * ids_BK.shape[1]
+    out_BKD = torch.empty(tokens_BKD.shape, dtype=dtype, device=tokens_BKD.device)
+    block = column_block(width)
+    rows, warps = rows_per_program(tokens_BKD.device, block)
+    grid = (-(-num_rows // rows), -(-width // block))
+    args = (tokens_BKD, pos_embed_LD, ids_BK, out_BKD, num_rows, pos_embed_LD.shape[0])
+    launch(_add_positions_kernel, grid, out_BKD, *args, D=width, BLOCK_D=block, ROWS=rows, num_warps=warps)
+    return out_BKD
+
+
+def _launch_sum_positions(grad_BKD: Tensor, ids_BK: Tensor, patches: int, dtype: torch.dtype) -> Tensor:
+    grad_BKD, ids_BK = grad_BKD.contiguous(), ids_BK.contiguous()
+    batch, listed, width = grad_BKD.shape
+    slots_BL = torch.full((batch, patches), -1, dtype=torch.int32, device=grad_BKD.device)
+    num_rows = batch * listed
+    launch(_invert_kernel, (-(-num_rows // 256),), grad_BKD, ids_BK, slots_BL, num_rows, listed, patches, BLOCK=256)
+    dpos_LD = torch.empty((patches, width), dtype=dtype, device=grad_BKD.device)
+    block = column_block(width)
+    rows, warps = rows_per_program(grad_BKD.device, block)
+    args = (grad_BKD, slots_BL, dpos_LD, batch, listed, patches)
+    grid = (patches, -(-width // block))
+    launch(_sum_positions_kernel, grid, grad_BKD, *args, D=width, BLOCK_D=block, ROWS=rows, num_warps=warps)
+    return dpos_LD
+
+
+# ------------------------------------------------------------------------------------------------- registration
+@triton_op("mae_kernels::gather_patches", mutates_args=())
+def _gather_op(
+    images: Tensor, ids: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    if use_triton("gather_patches", images.device, images.dtype, dtype):
+        return _launch_gather(images, ids, patch_size, mean, std, dtype)
+    return gather_reference(images, ids, patch_size, mean, std, dtype)
+
+
+@triton_op("mae_kernels::embed_patches", mutates_args=())
+def _embed_op(
+    images: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    if not use_triton("embed_patches", images.device, images.dtype, weight.dtype, pos_embed.dtype, dtype):
+        return embed_reference(images, ids, weight, bias, pos_embed, mean, std, dtype)
+    x_BKV = _launch_gather(images, ids, weight.shape[-1], mean, std, dtype)
+    tokens_BKD = _project(x_BKV, weight, bias)
+    return _launch_add_positions(tokens_BKD, pos_embed, ids, torch.promote_types(dtype, pos_embed.dtype))
+
+
+@triton_op("mae_kernels::embed_patches_backward", mutates_args=())
+def _embed_backward_op(
+    grad: Tensor,
+    images: Tensor,
+    ids: Tensor,
+    patch_size: int,
+    patches: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    pos_dtype: torch.dtype,
+    needs_weight: bool,
+    needs_bias: bool,
+    needs_pos: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight [D,C*P*P], bias [D] and pos_embed [L,D]; an empty tensor for one that is not needed."""
+    triton = use_triton("embed_patches", images.device, images.dtype, grad.dtype, dtype, weight_dtype, pos_dtype)
+    width = grad.shape[2]
+    acc = accumulate_dtype(grad)
+    dweight = dbias = dpos = grad.new_empty(0)
+    if needs_weight:
+        gather = _launch_gather if triton else gather_reference
+        x_NV = gather(images, ids, patch_size, mean, std, dtype).flatten(0, 1)
+        with no_autocast(grad.device):
+            dweight = (grad.to(dtype).reshape(-1, width).t() @ x_NV).to(weight_dtype)
+    if needs_bias:
+        dbias = grad.sum((0, 1), dtype=acc).to(bias_dtype)
+    if needs_pos and triton:
+        dpos = _launch_sum_positions(grad, ids, patches, pos_dtype)
+    elif needs_pos:
+        zeros_LD = torch.zeros((patches, width), dtype=acc, device=grad.device)
+        dpos = zeros_LD.index_add(0, ids.flatten(), grad.reshape(-1, width).to(acc)).to(pos_dtype)
+    # outputs of a functional op must not share memory
+    return dweight, dbias if needs_bias else grad.new_empty(0), dpos if needs_pos else grad.new_empty(0)
+
+
+def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, ids, weight, bias, pos_embed, ctx.mean, ctx.std, ctx.dtype = inputs
+    ctx.save_for_backward(images, ids)
+    ctx.weight_shape, ctx.patches = weight.shape, pos_embed.shape[0]
+    ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype, pos_embed.dtype
+
+
+def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    images, ids = ctx.saved_tensors
+    _, _, weight, bias, pos, *_ = ctx.needs_input_grad
+    dweight, dbias, dpos = _embed_backward_op(
+        grad,
+        images,
+        ids,
+        ctx.weight_shape[-1],
+        ctx.patches,
+        ctx.mean,
+        ctx.std,
+        ctx.dtype,
+        *ctx.dtypes,
+        weight,
+        bias,
+        pos,
+    )
+    dweight = dweight.view(ctx.weight_shape) if weight else None
+    return None, None, dweight, dbias if bias else None, dpos if pos else None, None, None, None
+
+
+_embed_op.register_autograd(_embed_backward, setup_context=_embed_setup)
+
+
+# ------------------------------------------------------------------------------------------------------- public
 def gather_patches(
     images: Tensor,
     ids: Tensor,
@@ -46,7 +339,7 @@ def gather_patches(
         mean, std: a number, or one per channel; applied to x / 255 for uint8 images, to x itself for float images.
         dtype: of the result; default the images' dtype, or torch's default dtype for uint8.
 
-    Returns: [B, K, C*P*P]. Float images that require a gradient get one.
+    Returns: [B, K, C*P*P]. Float images that require a gradient get one; they take the plain torch path.
 
     Raises: TypeError or ValueError naming the argument.
     """
@@ -58,21 +351,9 @@ def gather_patches(
         dtype = torch.get_default_dtype() if images.dtype == torch.uint8 else images.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
-    use_triton("gather_patches")
-    return _gather_reference(images, ids, patch_size, means, stds, dtype)
-
-
-def _gather_reference(
-    images_BCHW: Tensor,
-    ids_BK: Tensor,
-    patch_size: int,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    exact = torch.float64 if dtype == torch.float64 else accumulate_dtype(images_BCHW)
-    plain = mean is None and images_BCHW.dtype != torch.uint8  # a copy: no arithmetic, so no wider dtype
-    return listed_pixels(images_BCHW, ids_BK, patch_size, "crp", mean, std, dtype if plain else exact).to(dtype)
+    if wants_reference(images) or images.requires_grad:
+        return gather_reference(images, ids, patch_size, means, stds, dtype)
+    return _gather_op(images, ids, patch_size, means, stds, dtype)
 
 
 def embed_patches(
@@ -98,7 +379,7 @@ def embed_patches(
         dtype: of the matrix product; default the autocast dtype under autocast, else the weight's dtype.
 
     Returns: [B, K, D] in the wider of the product's and pos_embed's dtypes, as `conv(x) + pos_embed` would be.
-    Gradients reach weight, bias, pos_embed, and float images that require one.
+    Gradients reach weight, bias, pos_embed, and float images that require one (these take the plain torch path).
 
     Raises: TypeError or ValueError naming the argument.
     """
@@ -128,22 +409,6 @@ def embed_patches(
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
     means, stds = check_channel_stats(mean, std, channels)
-    use_triton("embed_patches")
-    return _embed_reference(images, ids, weight, bias, pos_embed, means, stds, dtype)
-
-
-def _embed_reference(
-    images_BCHW: Tensor,
-    ids_BK: Tensor,
-    weight_DCPP: Tensor,
-    bias_D: Tensor | None,
-    pos_embed_LD: Tensor,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    x_BKV = _gather_reference(images_BCHW, ids_BK, weight_DCPP.shape[-1], mean, std, dtype)
-    with torch.autocast(images_BCHW.device.type, enabled=False):  # `dtype` was chosen; keep it
-        bias = None if bias_D is None else bias_D.to(dtype)
-        tokens_BKD = torch.nn.functional.linear(x_BKV, weight_DCPP.flatten(1).to(dtype), bias)
-    return tokens_BKD + pos_embed_LD[ids_BK]
+    if wants_reference(images) or images.requires_grad:
+        return embed_reference(images, ids, weight, bias, pos_embed, means, stds, dtype)
+    return _embed_op(images, ids, weight, bias, pos_embed, means, stds, dtype)

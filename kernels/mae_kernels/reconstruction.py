@@ -70,7 +70,7 @@ def masked_reconstruction_loss(
     Raises: TypeError or ValueError naming the argument.
     """
     options = check_reconstruction(pred, images, ids, mask, patch_size, norm, eps, mean, std)
-    use_triton("masked_reconstruction_loss")
+    use_triton("masked_reconstruction_loss", pred.device)
     return reference(pred, images, ids, mask, patch_size, norm, eps, *options)
 
 
@@ -84,8 +84,8 @@ def check_reconstruction(
     eps: float,
     mean: Numbers,
     std: Numbers,
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """The checks of every op with a reconstruction loss; returns mean and std as tuples or None."""
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The checks of every op with a reconstruction loss; returns mean and std as tuples, empty when not given."""
     check_floating("pred", pred)
     check_target(images, ids, mask, patch_size, norm, eps)
     batch, channels = images.shape[:2]
@@ -125,8 +125,8 @@ def target_pixels(
     patch_size: int,
     norm: str | None,
     eps: float,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
+    mean: Sequence[float],
+    std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
     """[B,M,V] normalised target pixels (row, column, channel); every patch when ids is None."""
@@ -149,8 +149,8 @@ def reference(
     patch_size: int,
     norm: str | None,
     eps: float,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> Tensor:
     acc = accumulate_dtype(pred_BMV, images_BCHW)
     target_BMV = target_pixels(images_BCHW, ids_BM, patch_size, norm, eps, mean, std, acc)

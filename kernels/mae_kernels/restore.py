@@ -54,7 +54,7 @@ def restore_tokens(
     if pos_embed.dim() == 3 and pos_embed.shape[0] == 1:
         pos_embed = pos_embed[0]
     check_shape("pos_embed", pos_embed, (prefix + patches, width), "[p+L, D]")
-    use_triton("restore_tokens")
+    use_triton("restore_tokens", visible.device)
     return _reference(visible, ids_restore, mask_token, pos_embed, prefix)
 
 

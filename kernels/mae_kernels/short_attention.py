@@ -32,6 +32,6 @@ def attention(qkv: Tensor, *, scale: float | None = None) -> Tensor:
     check_shape("qkv", qkv, (None, None, 3, None, None), "[B, N, 3, H, d]")
     if scale is not None:
         check_positive("scale", scale)
-    use_triton("attention")
+    use_triton("attention", qkv.device)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()

@@ -66,7 +66,7 @@ def sssd_loss(
         raise TypeError(f"weight: got {type(weight).__name__}, needs a Python number")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: got {weight}, needs a number between 0 and 1")
-    use_triton("sssd_loss")
+    use_triton("sssd_loss", pred.device)
     reconstruction = masked_reconstruction_loss(
         pred, images, ids=ids, mask=mask, patch_size=patch_size, norm=norm, eps=eps, mean=mean, std=std
     )

@@ -1,0 +1,107 @@
+"""The registered ops on the CPU: opcheck, fp64 gradcheck of their own backward, one compiled graph, bytes kept.
+
+The public functions take torch's own autograd on the CPU, so these tests call the registered ops themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import mae_kernels  # noqa: F401  (registers the ops)
+
+OPS = torch.ops.mae_kernels
+
+
+class Case(NamedTuple):
+    make: Callable[[int, torch.dtype], tuple[Any, ...]]  # batch, dtype -> arguments
+    first: Callable[[Any], Tensor] = lambda out: out[0] if isinstance(out, (tuple, list)) else out
+
+
+def floats(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def ids_of(batch: int, patches: int, listed: int) -> Tensor:
+    return torch.stack([torch.randperm(patches) for _ in range(batch)])[:, :listed].contiguous()
+
+
+def pixels(batch: int, channels: int, height: int, width: int) -> Tensor:
+    return torch.randint(0, 256, (batch, channels, height, width), dtype=torch.uint8)
+
+
+def embed_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    weight, bias, pos = floats(5, 3, 4, 4, dtype=dtype), floats(5, dtype=dtype), floats(6, 5, dtype=dtype)
+    return pixels(batch, 3, 8, 12), ids_of(batch, 6, 4), weight, bias, pos, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], dtype
+
+
+CASES = {
+    "gather_patches": Case(lambda b, t: (pixels(b, 3, 8, 12), ids_of(b, 6, 4), 4, [0.5], [0.2], t)),
+    "embed_patches": Case(embed_arguments),
+}
+
+
+def leaves_of(arguments: tuple[Any, ...]) -> list[Tensor]:
+    return [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str) -> None:
+    opcheck(getattr(OPS, name).default, CASES[name].make(3, torch.float32))
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if leaves_of(CASES[n].make(1, torch.float64))])
+def test_gradcheck_of_the_registered_backward(name: str) -> None:
+    arguments = CASES[name].make(2, torch.float64)
+    places = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.requires_grad]
+
+    def call(*leaves: Tensor) -> Tensor:
+        full = list(arguments)
+        for place, leaf in zip(places, leaves, strict=True):
+            full[place] = leaf
+        return CASES[name].first(getattr(OPS, name)(*full))
+
+    assert torch.autograd.gradcheck(call, [arguments[p] for p in places])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_compiled_graph_for_every_batch_size(name: str) -> None:
+    torch._dynamo.reset()
+    op, first = getattr(OPS, name), CASES[name].first
+    compiled = torch.compile(lambda *a: first(op(*a)).float() * 2, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 3, 5):
+            arguments = CASES[name].make(batch, torch.float32)
+            results = []
+            for call in (compiled, lambda *a: first(op(*a)).float() * 2):
+                out = call(*arguments)
+                leaves = leaves_of(arguments)
+                results.append([out.detach(), *(torch.autograd.grad(out.square().sum(), leaves) if leaves else [])])
+            for got, want in zip(*results, strict=True):
+                torch.testing.assert_close(got, want)
+
+
+def kept_bytes(call: Callable[[], Tensor], inputs: tuple[Any, ...]) -> int:
+    """Bytes of the tensors that autograd keeps for the backward and that are not inputs."""
+    given = {a.untyped_storage().data_ptr() for a in inputs if isinstance(a, Tensor)}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in given:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = call()
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+def test_embedding_keeps_nothing_but_its_inputs() -> None:
+    arguments = embed_arguments(2, torch.float32)
+    assert kept_bytes(lambda: OPS.embed_patches(*arguments), arguments) == 0
