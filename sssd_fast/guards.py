@@ -172,6 +172,13 @@ class SignalGuard:
         os._exit(128 + signum)
 
 
+def ignore_signals_in_worker(worker_id: int) -> None:
+    """A `worker_init_fn` for torch's DataLoader: batch systems signal the whole process group, and a worker that dies of
+    it makes the parent's next batch fail before the parent can save. Workers still end when the parent does."""
+    for signum in SignalGuard.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
 # ---- memory ----
 
 

@@ -27,6 +27,7 @@ from sssd_fast.guards import (
     FiniteGuard,
     SignalGuard,
     all_finite,
+    ignore_signals_in_worker,
     is_out_of_memory,
     peak_memory_gib,
     require_run_folder,
@@ -214,6 +215,37 @@ def test_forked_workers_outlive_ctrl_c_and_die_of_sigterm() -> None:
     """Protects the last checkpoint (a worker killed by Ctrl-C fails the parent's step) and against immortal workers."""
     child, pipe = in_child(parent_of_a_worker)
     assert pipe.recv() == (True, -signal.SIGTERM, None)
+    assert status(child) == 0
+
+
+class Slow(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 400
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.01)
+        return index
+
+
+def train_with_workers(pipe: Connection) -> None:
+    os.setpgid(0, 0)
+    loader = torch.utils.data.DataLoader(Slow(), 4, num_workers=2, worker_init_fn=ignore_signals_in_worker)
+    steps = 0
+    with SignalGuard() as guard:
+        for steps, _ in enumerate(loader):
+            if steps == 2:
+                pipe.send("training")
+            if guard.requested and steps >= 40:  # long after the signal: workers still deliver
+                break
+    pipe.send((guard.requested, steps))
+
+
+def test_a_signal_to_the_whole_group_leaves_loader_workers_at_work() -> None:
+    """Protects the last checkpoint under Slurm, `timeout` and `docker stop`, which signal workers and parent alike."""
+    child, pipe = in_child(train_with_workers)
+    assert pipe.recv() == "training"
+    os.killpg(child.pid, signal.SIGTERM)
+    assert pipe.recv() == (signal.SIGTERM, 40)
     assert status(child) == 0
 
 
