@@ -317,7 +317,7 @@ def _scan_folders(root: Path, notes: list[str]) -> list[dict[str, str]]:
                 rows.append({"path": (inside / name).as_posix(), "label": inside.parts[0]})
             else:
                 ignored[(suffix or "no suffix") + ("" if inside.parts else " directly in the folder")] += 1
-    listed = ", ".join(f"{n} {shown(kind)}" for kind, n in ignored.most_common())
+    listed = ", ".join(f"{n} {shown(kind)}" for kind, n in sorted(ignored.items()))
     if ignored:
         notes.append(f"ignored {sum(ignored.values())} files that are not images of a class: {listed}")
     if not rows:
