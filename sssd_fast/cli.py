@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
 import sys
 import tempfile
@@ -126,7 +125,7 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _data_check(args: argparse.Namespace) -> None:
-    from .data.index import check_data, report_duplicates
+    from .data.index import check_data
     from .data.splits import find_leaks, split_manifest
 
     index = check_data(
@@ -138,8 +137,6 @@ def _data_check(args: argparse.Namespace) -> None:
     )
     index.print_summary()
     split = split_manifest(index) if any(r.split for r in index.records) else None
-    lines = report_duplicates(index, split).lines()
-    print("\n".join(lines) if lines else "no identical images")
     if split is not None:
         print(split.summary(index) if find_leaks(index, split) else f"{split.summary(index)}\n  no leak found")
     print(f"index written to {args.out}" if args.out else "nothing written (give --out FILE.json to keep the index)")
@@ -300,7 +297,6 @@ def _opened(task: str, args: argparse.Namespace, existing: str | None = None) ->
             resume=resume is not None,
             overwrite=getattr(args, "overwrite", False),
             existing=existing is not None,
-            command=shlex.join(["sssd-fast", *sys.argv[1:]]),
         ) as run:
             yield run
 
@@ -308,7 +304,7 @@ def _opened(task: str, args: argparse.Namespace, existing: str | None = None) ->
 def _report(run: Any) -> None:
     from .report import write_report
 
-    run.close()  # the report reads metrics.csv and the log
+    run.tracker.close()  # the report reads what it wrote
     if run.world.main:
         run.console.info(f"report: {write_report(run.out)[1]}")
 

@@ -137,10 +137,9 @@ def finetune(run: Run, init: str | None) -> Progress:
     index, split = prepare_data(run)
     task = FinetuneTask(run, index, split)
     if init is not None and not run.resume:
-        run.console.info(load_into(task.module, init).table())
-    config = run.config
-    settings = config.finetune
-    loader = build_loader(
-        config, index, split.train, batch_size=settings.batch_size, augment=settings.augment
+        run.console.info(load_into(task.module, init).summary)
+    settings = run.config.finetune
+    loader = make_loader(
+        run, index, split.train, batch_size=settings.batch_size, augment=settings.augment
     )
     return fit(task, loader, run)

@@ -50,7 +50,7 @@ def checkpoint_of(path: str | Path, which: str = "best") -> Path:
     if not (path / "checkpoints").is_dir():
         raise CheckpointError(f"{path} is neither a checkpoint file nor a run folder with checkpoints/ in it")
     manager = CheckpointManager(path / "checkpoints")
-    return manager.resolve("best" if which == "best" and manager.best is not None else "last")
+    return manager.resolve(which if manager.best_path.exists() else "last")
 
 
 def load_trained(path: str | Path, device: torch.device) -> Trained:
@@ -129,7 +129,7 @@ def predict_files(
                 bad.append((paths[row], str(error)))
                 continue
             view = resize_center_crop(picture, config.model.image_size, fit=config.data.fit)
-            images.append(torch.from_numpy(np.atleast_3d(view)).permute(2, 0, 1))
+            images.append(torch.from_numpy(np.array(view, ndmin=3) if view.ndim == 2 else view.transpose(2, 0, 1).copy()))
             rows.append(row)
         if rows:
             with torch.no_grad(), torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):

@@ -118,7 +118,7 @@ def pretrain(run: Run, init: str | None = None) -> Progress:
     index, split = prepare_data(run)
     task = PretrainTask(run, index, split)
     if init is not None and not run.resume:
-        run.console.info(load_into(task.module.mae, init).table())
+        run.console.info(load_into(task.module.mae, init).summary)
     config = run.config
     loader = make_loader(
         run,

@@ -51,7 +51,7 @@ def probe(run: Run, init: str) -> dict[str, float]:
     index, split = prepare_data(run)
     config, settings = run.config, run.config.probe
     model = Classifier(config.model, len(index.classes), settings.pool).to(run.world.device)
-    run.console.info(load_into(model, init).table())
+    run.console.info(load_into(model, init).summary)
     x, y = {}, {}
     for part in ("train", "val"):
         ids = split.part(part)
@@ -84,7 +84,7 @@ def probe(run: Run, init: str) -> dict[str, float]:
         "pool": settings.pool,
         "inverse_penalty": c,
     }
-    run.checkpoints.save(state, 1, loss, higher_is_better=False)
+    run.checkpoints.save(state, 1, best=True)
     figures = {"loss": loss, "accuracy": accuracy}
     run.tracker.start(0)
     run.tracker.log("val", 1, epoch=1.0, **figures)

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,8 @@ class Run:
     checkpoints: CheckpointManager
     precision: str
     resume: bool = False
+    resume_with: str = ""
     data_fingerprint: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def resume_command(self) -> str:
-        return f"sssd-fast {self.task} --resume {shlex.quote(str(self.out))}"
 
     def write_json(self, name: str, content: Any) -> None:
         if self.world.main:
@@ -100,36 +97,45 @@ def open_run(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    keep_last: int = 2,
+    existing: bool = False,
+    resume_with: str | None = None,
 ) -> Iterator[Run]:
     """Makes or reopens the run folder `out`; writes what was asked for and where, before anything is computed.
 
-    Raises RunExistsError for an existing run unless told to resume or overwrite it.
+    existing: use a finished run without changing what it says of itself (evaluate). resume_with: the command that continues this run
+    where it is part of a larger one. Raises RunExistsError for an existing run unless told to resume or overwrite it.
     """
     out = Path(out)
-    if world.main:
+    if existing:
+        if not (out / "config.yaml").is_file():
+            raise CheckpointError(f"{out} is no run folder (config.yaml is missing); give the folder of a finished run")
+    elif world.main:
         require_run_folder(out, resume=resume, overwrite=overwrite)
     world.barrier()
     if config.threads:
         torch.set_num_threads(config.threads)
-    console = Console(log_file=out / "train.log", enabled=world.main, interval=config.log_seconds)
-    run = Run(
-        out=out,
-        task=task,
-        config=config,
-        world=world,
-        console=console,
-        tracker=Tracker(out, tensorboard=config.tensorboard, enabled=world.main),
-        checkpoints=CheckpointManager(out / "checkpoints", keep_last=keep_last, report=console.warn),
-        precision=pick_precision(config.precision, world.device),
-        resume=resume,
-    )
-    if world.main:
-        atomic_write_text(out / "config.yaml", to_yaml(config))
-        command = " ".join(shlex.quote(part) for part in ["sssd-fast", *sys.argv[1:]])
-        atomic_write_text(out / "command.txt", command + "\n")
-        run.write_json("env.json", {"sssd_fast": __version__, **collect_environment()})
-    with console:
+    settings = getattr(config, task, None)
+    with Console(log_file=out / "train.log", enabled=world.main, interval=config.log_seconds) as console:
+        run = Run(
+            out=out,
+            task=task,
+            config=config,
+            world=world,
+            console=console,
+            tracker=Tracker(out, tensorboard=config.tensorboard and not existing, enabled=world.main and not existing),
+            checkpoints=CheckpointManager(
+                out / "checkpoints", keep_last=getattr(settings, "keep_last", 2), report=console.warn
+            ),
+            precision=pick_precision(config.precision, world.device),
+            resume=resume,
+            resume_with=resume_with or f"sssd-fast {task} --resume {shlex.quote(str(out))}",
+        )
+        if world.main and not existing:
+            atomic_write_text(out / "config.yaml", to_yaml(config))
+            command = shlex.join(["sssd-fast", *sys.argv[1:]])
+            with open(out / "command.txt", "a", encoding="utf-8") as file:  # a resumed run lists every command
+                file.write(command + "\n")
+            run.write_json("env.json", {"sssd_fast": __version__, **collect_environment(out)})
         try:
             yield run
         finally:

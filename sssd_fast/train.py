@@ -157,22 +157,23 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                 if (world.size == 1 or progress.step % 10 == 0) and (signum := _signal(signals, run)):
                     _save(task, step, progress, run)
                     raise Interrupted(
-                        f"stopped by {signum} at step {progress.step}; a checkpoint was saved. Continue with:\n  {run.resume_command()}",
+                        f"stopped by {signum} at step {progress.step}; a checkpoint was saved. Continue with:\n  {run.resume_with}",
                         signum,
                     )
+            epoch = progress.epoch + progress.step_in_epoch / schedule.steps_per_epoch
             if progress.step_in_epoch == schedule.steps_per_epoch:
                 progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
             last = progress.step == schedule.total_steps
-            figures = task.end_epoch(progress.epoch, last, step)
+            figures = task.end_epoch(math.ceil(epoch), last, step)
             metric = figures.get(task.best[0])
             if figures:
-                run.tracker.log("val", progress.step, epoch=float(progress.epoch), **figures)
-                bar.note(_sentence(progress.epoch, figures))
+                run.tracker.log("val", progress.step, epoch=round(epoch, 4), **figures)
+                bar.note(_sentence(epoch, figures))
             improved = metric is not None and math.isfinite(metric) and _better(metric, progress.best, task.best[1])
             if improved:
                 progress.best = metric
             if improved or last or progress.epoch % settings.checkpoint_epochs == 0:
-                _save(task, step, progress, run, metric if improved else None)
+                _save(task, step, progress, run, best=improved)
     run.tracker.close()
     return progress
 
@@ -238,12 +239,12 @@ def _better(value: float, best: float | None, higher: bool) -> bool:
     return best is None or (value > best if higher else value < best)
 
 
-def _sentence(epoch: int, figures: dict[str, float]) -> str:
-    return f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+def _sentence(epoch: float, figures: dict[str, float]) -> str:
+    return f"epoch {epoch:.4g}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
-def _save(task: Task, step: Step, progress: Progress, run: Run, metric: float | None = None) -> None:
-    """Writes step-N.pt, and best.pt with a `metric` that is the best so far, on the main process; the others wait, so that none runs ahead of a failing disk."""
+def _save(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = False) -> None:
+    """Writes step-N.pt (and best.pt) on the main process; the others wait, so that none runs ahead of a failing disk."""
     if run.world.main:
         state = {
             "task": task.name,
@@ -256,7 +257,7 @@ def _save(task: Task, step: Step, progress: Progress, run: Run, metric: float | 
             "data": run.data_fingerprint,
             **task.extra_state(),
         }
-        run.checkpoints.save(state, progress.step, metric, higher_is_better=task.best[1])
+        run.checkpoints.save(state, progress.step, best=best)
     run.world.barrier()
 
 
@@ -264,12 +265,12 @@ def _restore(task: Task, step: Step, run: Run) -> Progress:
     newest = run.checkpoints.latest()
     if newest is None:
         raise CheckpointError(f"{run.out} holds no checkpoint to resume from; start again with --overwrite")
-    state = load_checkpoint(newest.path, map_location=run.world.device)
-    run.check_resumable(state, newest.path)
+    state = load_checkpoint(newest, map_location=run.world.device)
+    run.check_resumable(state, newest)
     task.module.load_state_dict(state["model"])
     step.optimizer.load_state_dict(state["optimizer"])
     if step.scaler is not None and state["scaler"] is not None:
         step.scaler.load_state_dict(state["scaler"])
     progress = Progress(**state["progress"])
-    run.console.info(f"resuming from {newest.path.name}: step {progress.step}, epoch {progress.epoch}")
+    run.console.info(f"resuming from {newest.name}: step {progress.step}, epoch {progress.epoch}")
     return progress

@@ -1,0 +1,52 @@
+"""A small synthetic image set and the settings of a model that trains on it in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sssd_fast.data.phantom import write_phantom_dataset
+
+TINY = [
+    "model.name=tiny",
+    "model.image_size=32",
+    "model.patch_size=8",
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=2",
+    "model.decoder_width=16",
+    "model.decoder_depth=1",
+    "model.decoder_heads=2",
+    "objective.head_hidden=16",
+    "objective.head_bottleneck=8",
+    "objective.prototypes=24",
+    "tensorboard=false",
+    "threads=1",
+    "device=cpu",
+    "pretrain.batch_size=8",
+    "pretrain.warmup_epochs=1",
+    "pretrain.epochs=3",
+    "pretrain.base_lr=0.01",
+    "pretrain.image_epochs=0",
+    "pretrain.num_images=2",
+    "finetune.batch_size=8",
+    "finetune.warmup_epochs=1",
+    "finetune.epochs=3",
+    "finetune.drop_path=0.1",
+    "evaluate.batch_size=16",
+    "evaluate.bootstrap=100",
+]
+
+
+@pytest.fixture(scope="session")
+def slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 synthetic slices of 32 x 32 in two folders."""
+    folder = tmp_path_factory.mktemp("data") / "slices"
+    write_phantom_dataset(folder, 48, (32, 32), seed=1)
+    return folder
+
+
+@pytest.fixture
+def tiny(slices: Path) -> list[str]:
+    return [*TINY, f"data.source={slices}"]

@@ -1,0 +1,216 @@
+"""The loop: exact resume after a kill, signals, NaN, several processes, and a run folder that says everything."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sssd_fast.checkpoint import CheckpointManager, load_checkpoint
+from sssd_fast.cli import main
+from sssd_fast.config import load_config
+from sssd_fast.train import Schedule
+
+# Runs the command line in a process of its own and sends it a signal right before optimizer step KILL_AT.
+CHILD = """
+import os, sys
+from sssd_fast import step
+real, count = step.Step.__call__, [0]
+def call(self, batches, number, lr):
+    if number == int(os.environ["KILL_AT"]) and not count[0]:
+        count[0] = 1
+        os.kill(os.getpid(), int(os.environ["KILL_WITH"]))
+    return real(self, batches, number, lr)
+step.Step.__call__ = call
+from sssd_fast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def _child(arguments: list[str], kill_at: int, kill_with: int) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "KILL_AT": str(kill_at), "KILL_WITH": str(kill_with)}
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, *arguments], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def _last(out: Path) -> dict[str, Any]:
+    path = CheckpointManager(out / "checkpoints").latest()
+    assert path is not None
+    return load_checkpoint(path)
+
+
+def _assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Bit for bit, down to optimizer moments, step counts and the centre."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            _assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            _assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def _losses(out: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_a_killed_run_continues_bit_for_bit(task: str, tiny: list[str], tmp_path: Path) -> None:
+    """10 steps = 5 steps + checkpoint + two more steps + kill -9 + a new process. Drop path, mixup and erasing draw random numbers."""
+    settings = [*tiny, f"{task}.max_steps=10", f"{task}.checkpoint_steps=5"]
+    if task == "finetune":
+        settings += ["finetune.mixup=0.8", "finetune.random_erasing=0.5"]
+    else:
+        settings += ["pretrain.accumulate=2", "pretrain.batch_size=4", "pretrain.epochs=5"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main([task, "--out", str(whole), *settings]) == 0
+    killed = _child([task, "--out", str(broken), *settings], 7, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert _last(broken)["progress"]["step"] == 5
+    assert main([task, "--resume", str(broken)]) == 0
+    a, b = _last(whole), _last(broken)
+    for name in ("model", "optimizer", "progress"):
+        _assert_same(a[name], b[name], name)
+    assert a["progress"]["step"] == 10
+    assert _losses(whole) == _losses(broken)  # nothing twice, nothing missing
+    assert [step for step, _ in _losses(whole)] == list(range(1, 11))
+
+
+def test_sigterm_saves_and_names_the_command_that_continues(tiny: list[str], tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "my runs"
+    settings = [*tiny, "pretrain.max_steps=8"]
+    assert main(["pretrain", "--out", str(whole), *settings]) == 0
+    stopped = _child(["pretrain", "--out", str(broken), *settings], 3, signal.SIGTERM)
+    assert stopped.returncode == 143, stopped.stderr
+    assert f"sssd-fast pretrain --resume '{broken}'" in stopped.stderr
+    assert _last(broken)["progress"]["step"] == 4  # the step under way was finished
+    assert main(["pretrain", "--resume", str(broken)]) == 0
+    _assert_same(_last(whole)["model"], _last(broken)["model"])
+
+
+def test_nan_ends_the_run_and_leaves_the_last_good_state(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sssd_fast.objective import SSSD
+
+    real = SSSD.forward
+
+    def poisoned(self: SSSD, images: torch.Tensor, noise: torch.Tensor) -> Any:
+        out = real(self, images, noise)
+        calls[0] += self.training
+        return out._replace(total=out.total * math.nan) if calls[0] > 5 else out
+
+    calls = [0]
+    monkeypatch.setattr(SSSD, "forward", poisoned)
+    out = tmp_path / "run"
+    settings = [*tiny, "pretrain.max_steps=12", "pretrain.checkpoint_steps=1", "pretrain.keep_last=20"]
+    assert main(["pretrain", "--out", str(out), *settings]) == 3
+    assert "finite" in capsys.readouterr().err
+    manager = CheckpointManager(out / "checkpoints", keep_last=20)
+    good, bad = (load_checkpoint(manager.path(step)) for step in (5, 7))  # steps 6 and 7 were skipped, step 8 ended the run
+    assert manager.steps()[-1] == 7
+    _assert_same(good["model"], bad["model"])  # no weight, and not the centre
+    _assert_same(good["optimizer"]["state"], bad["optimizer"]["state"])
+    assert not torch.equal(load_checkpoint(manager.path(4))["model"]["center"], good["model"]["center"])
+
+
+def _torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*command, "-m", "sssd_fast", *arguments], capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_two_processes_train_as_one(task: str, tiny: list[str], tmp_path: Path) -> None:
+    """The same images, masks and centre: losses and weights of 2 x batch 4 equal those of 1 x batch 8."""
+    settings = [*tiny, f"{task}.max_steps=6", "finetune.drop_path=0", "objective.center_momentum=0.5"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([task, "--out", str(one), *settings, f"{task}.batch_size=8"]) == 0
+    run = _torchrun(2, [task, "--out", str(two), *settings, f"{task}.batch_size=4"])
+    assert run.returncode == 0, run.stderr[-3000:]
+    a, b = _last(one)["model"], _last(two)["model"]
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    vals = []
+    for out in (one, two):
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        vals.append([r["loss"] for r in records if r["kind"] == "val"])
+    assert vals[0] == pytest.approx(vals[1], rel=1e-4) and len(vals[0]) >= 1
+    trains = [[loss for _, loss in _losses(out)] for out in (one, two)]
+    assert trains[0] == pytest.approx(trains[1], rel=1e-4)
+    if task == "finetune":
+        scores = [(out / "eval" / "predictions.csv").read_text().splitlines() for out in (one, two)]
+        assert [row.split(",")[0] for row in scores[0]] == [row.split(",")[0] for row in scores[1]]
+
+
+def test_schedule_counts_optimizer_steps() -> None:
+    settings = load_config(
+        None, ["pretrain.epochs=10", "pretrain.batch_size=16", "pretrain.accumulate=3", "pretrain.warmup_epochs=2"]
+    ).pretrain
+    schedule = Schedule.of(settings, micro_steps=10, processes=2)
+    assert (schedule.steps_per_epoch, schedule.total_steps, schedule.warmup_steps) == (3, 30, 6)
+    assert schedule.effective_batch == 96 and schedule.peak_lr == pytest.approx(1.5e-4 * 96 / 256)
+
+
+def test_an_existing_run_is_refused_until_told(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    command = ["pretrain", "--out", str(out), *tiny, "pretrain.max_steps=1"]
+    assert main(command) == 0
+    assert main(command) == 2
+    assert "--resume" in (text := capsys.readouterr().err) and "--overwrite" in text
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_resume_refuses_another_run(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["pretrain", "--out", str(out), *tiny, "pretrain.max_steps=2"]) == 0
+    capsys.readouterr()
+    assert main(["pretrain", "--resume", str(out), "pretrain.base_lr=0.5", "data.workers=0"]) == 2
+    assert "pretrain.base_lr was 0.01, is 0.5" in capsys.readouterr().err
+    assert main(["finetune", "--resume", str(out)]) == 2
+    assert "`pretrain`, this command is `finetune`" in capsys.readouterr().err
+    assert main(["pretrain", "--resume", str(tmp_path / "nothing")]) == 2
+
+
+def test_dry_run_trains_two_steps_and_keeps_nothing(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for task in ("pretrain", "finetune", "run"):
+        assert main([task, "--dry-run", "--out", str(tmp_path / "run"), *tiny]) == 0
+        assert "dry run:" in (text := capsys.readouterr().out) and "2/2" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_run_folder_says_everything(tiny: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(["pretrain", "--out", str(out), *tiny, "pretrain.max_steps=4", "pretrain.image_epochs=1"]) == 0
+    names = {path.name for path in out.iterdir()}
+    assert {"config.yaml", "command.txt", "env.json", "data.json", "index.json", "split.csv", "train.log"} <= names
+    assert {"metrics.jsonl", "metrics.csv", "checkpoints", "images", "report.md", "report.html"} <= names
+    assert "pretrain" in (out / "command.txt").read_text()
+    assert load_config(out / "config.yaml").pretrain.max_steps == 4
+    facts = json.loads((out / "data.json").read_text())
+    assert facts["classes"] == ["synthetic_covid", "synthetic_normal"]
+    assert sum(sum(part.values()) for part in facts["counts"].values()) == 48
+    record = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"loss", "loss_reconstruction", "loss_distillation", "lr", "images_per_s", "data_wait_fraction", "grad_norm"} <= set(
+        record
+    )
+    assert len(list((out / "images").glob("reconstruction-*.png"))) >= 1
+    assert json.loads((out / "env.json").read_text())["python"]
