@@ -105,7 +105,7 @@ def test_over_the_limit_the_error_lists_files_and_says_how_to_go_on(data: Path):
     assert "1 of them are good images under a wrong extension" in text
     assert "--accept-wrong-extension" in text
     assert len(check_data(data, max_bad_fraction=0.15)) == 12
-    with pytest.raises(DataError, match="max_bad_fraction is 1.5"):
+    with pytest.raises(DataError, match=r"max_bad_fraction is 1\.5"):
         check_data(data, max_bad_fraction=1.5)
 
 
@@ -228,7 +228,7 @@ def test_a_damaged_index_is_refused(data: Path, tmp_path: Path, damage: str):
     elif damage == "list":
         body = []
     out.write_text(out.read_text()[:500] if damage == "cut" else json.dumps(body))
-    with pytest.raises(DataError, match="sssd-fast data check|damaged index"):
+    with pytest.raises(DataError, match=r"sssd-fast data check|damaged index"):
         DataIndex.load(out)
 
 
@@ -277,7 +277,7 @@ def test_real_sets_pass_the_check():
     covid = check_data(root / "covid-ct" / "split_official.csv", accept_wrong_extension=True)
     assert covid.counts() == {"CT_COVID": 349, "CT_NonCOVID": 397}
     assert not covid.excluded
-    with pytest.raises(DataError, match="34 of 746 .*\n(.*\n)*.*--accept-wrong-extension"):
+    with pytest.raises(DataError, match=r"34 of 746 .*\n(.*\n)*.*--accept-wrong-extension"):
         check_data(root / "covid-ct" / "split_official.csv")
     sars = check_data(root / "sars-cov-2-ct" / "split_xdnn.csv")
     assert sars.counts() == {"COVID": 1252, "non-COVID": 1229}
