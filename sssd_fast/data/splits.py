@@ -62,7 +62,9 @@ class Split:
         """Write CSV path,label,split[,patient], atomically: a manifest that `check_data` and `split_csv` read."""
         patients = any(r.patient for r in index.records)
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        # Python before 3.13 leaves a lone carriage return unquoted, and its reader then takes it for a line end.
+        tricky = any("\r" in r.path for r in index.records)
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if tricky else csv.QUOTE_MINIMAL)
         writer.writerow(["path", "label", "split"] + ["patient"] * patients)
         for name in SPLIT_NAMES:
             for i in self.part(name):

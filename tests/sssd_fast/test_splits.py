@@ -136,10 +136,11 @@ def test_kfold_tests_every_image_once_and_keeps_patients_whole(per_patient: int)
     assert tested == Counter(range(160))
 
 
-def test_saved_split_reads_back_as_csv_and_as_manifest(tmp_path: Path):
+@pytest.mark.parametrize("odd", ['odd, "name"\n%0 (1)\r.png', "return\r.png", " spaced .png"])
+def test_saved_split_reads_back_as_csv_and_as_manifest(tmp_path: Path, odd: str):
     index = make_index((20, 20), per_patient=2)
     records = list(index.records)
-    records[5] = ImageRecord(**{**vars(records[5]), "path": 'CT_COVID/odd, "name"\n%0 (1)\r.png'})
+    records[5] = ImageRecord(**{**vars(records[5]), "path": f"CT_COVID/{odd}"})
     index = DataIndex(index.root, index.classes, records)
     split = split_patient(index, 0.25, val=0.25)
     split.save(tmp_path / "mine.csv", index)
