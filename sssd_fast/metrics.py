@@ -311,11 +311,11 @@ def _reason(name: str, confusion_KK: Ints, binary: bool) -> str:
     images_K, predictions_K = confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
     if binary:
         reasons = {
-            "sensitivity": "no positive images",
-            "specificity": "no negative images",
+            "sensitivity": "no positives",
+            "specificity": "no negatives",
             "precision": "nothing was predicted positive",
-            "f1": "no positive images and none predicted positive",
-            "auc": "only positive images" if images_K[0] == 0 else "only negative images",
+            "f1": "no positives and none predicted positive",
+            "auc": "only positives" if images_K[0] == 0 else "only negatives",
         }
         return reasons[name]
     empty = np.flatnonzero(predictions_K == 0) if name == "precision" else np.flatnonzero(images_K == 0)

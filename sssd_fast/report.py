@@ -187,8 +187,7 @@ def _data(run: RunFiles, earlier: Sequence[RunFiles]) -> list[Block]:
     blocks.append(Text(f"Files left out because they cannot be used: {len(excluded) or 'none'}."))
     blocks += _listed([f"{item['path']}: {item['reason']}" for item in excluded])
     duplicates, leaks = data.get("duplicates", []), data.get("leaks", [])
-    blocks.append(Text("Identical images:" if duplicates else "Identical images: none recorded."))
-    blocks += _listed([_line(item).strip() for item in duplicates])
+    blocks += _listed([_line(item).strip() for item in duplicates]) or [Text("Identical pictures: not recorded.")]
     if leaks:
         text = f"{len(leaks)} patients or groups of identical images lie in more than one part, so the test figures are too good."
         blocks += [Banner("The split leaks", text), *_listed([_line(item) for item in leaks])]

@@ -86,6 +86,8 @@ def _mistakes(run: RunFiles, level: int) -> list[Block]:
         lines = [f"is {mistake['label']}, called {mistake['prediction']}", f"score {mistake['score']:.3f}"]
         entries.append((file if file and file.is_file() else None, mistake["path"], lines))
     text = f"{total} of {run.evaluation['image']['n']} images are wrong; shown are the {len(mistakes)} most confident."
+    if positive := run.evaluation["positive_class"]:
+        text += f" The score is that of {positive}."
     return [Heading(level, "Worst mistakes"), Text(text), Gallery(entries)]
 
 

@@ -76,17 +76,17 @@ def test_a_score_equal_to_the_threshold_is_positive():
 @pytest.mark.parametrize(
     ("labels", "scores", "undefined"),
     [
-        ([1, 1, 1], [0.9, 0.2, 0.6], {"specificity": "no negative images", "auc": "only positive images"}),
-        ([0, 0], [0.1, 0.9], {"sensitivity": "no positive images", "auc": "only negative images"}),
+        ([1, 1, 1], [0.9, 0.2, 0.6], {"specificity": "no negatives", "auc": "only positives"}),
+        ([0, 0], [0.1, 0.9], {"sensitivity": "no positives", "auc": "only negatives"}),
         ([0, 1], [0.1, 0.2], {"precision": "nothing was predicted positive"}),
         (
             [0, 0],
             [0.1, 0.2],
             {
-                "sensitivity": "no positive images",
+                "sensitivity": "no positives",
                 "precision": "nothing was predicted positive",
-                "f1": "no positive images and none predicted positive",
-                "auc": "only negative images",
+                "f1": "no positives and none predicted positive",
+                "auc": "only negatives",
             },
         ),
         ([], [], dict.fromkeys(RATES, "no images")),
@@ -322,8 +322,8 @@ def test_one_class_split_leaves_a_note_and_no_stale_roc(tmp_path):
     write(tmp_path)
     result = write(tmp_path, labels=np.zeros(8, dtype=int))
     assert not (tmp_path / "eval" / "roc.png").exists()
-    assert result["notes"] == ["No ROC curve: only positive images."]
-    assert {name: cell for name, cell, _ in result_rows(result)}["AUC"] == "undefined: only positive images"
+    assert result["notes"] == ["No ROC curve: only positives."]
+    assert {name: cell for name, cell, _ in result_rows(result)}["AUC"] == "undefined: only positives"
     assert (tmp_path / "eval" / "confusion.png").exists()
 
 

@@ -263,8 +263,8 @@ def test_leaks_and_one_class_are_announced(tmp_path):
     text = Page(write_report(folder)[1].read_text()).text
     assert "The split leaks 1 patients or groups" in text
     assert "patient 7 in test, train" in text
-    assert "undefined: only positive images" in text
-    assert "No ROC curve: only positive images." in text
+    assert "undefined: only positives" in text
+    assert "No ROC curve: only positives." in text
 
 
 def test_combined_report_averages_over_seeds(tmp_path):
