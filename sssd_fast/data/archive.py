@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from sssd_fast.data.images import shown
+from sssd_fast.data.manifest import first_lines
 from sssd_fast.errors import DataError
 
 MAX_BYTES = 64 * 2**30
@@ -55,7 +56,7 @@ def extract_archive(
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        with _members(source) as members:
+        with _members(source, min(max_bytes, max(_RATIO_FREE, max_ratio * source.stat().st_size))) as members:
             total = _refuse_unsafe(source, members, max_bytes, max_ratio)
             _write(part, members, total)
         part.chmod(0o755)  # mkdtemp makes it private
@@ -68,13 +69,20 @@ def extract_archive(
 
 
 @contextmanager
-def _members(source: Path) -> Iterator[list[_Member]]:
+def _members(source: Path, limit: float) -> Iterator[list[_Member]]:
+    """The table of contents, cut where the sizes pass `limit`: the next header of a tar bomb lies behind its zeros."""
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as pack:
             yield [_zip_member(pack, info) for info in pack.infolist()]
     elif tarfile.is_tarfile(source):
         with tarfile.open(source) as tar:
-            yield [_tar_member(tar, info) for info in tar]
+            members, total = [], 0
+            for info in tar:
+                members.append(_tar_member(tar, info))
+                total += info.size
+                if total > limit:
+                    break
+            yield members
     else:
         raise DataError(f"{source}: neither a zip nor a tar archive")
 
@@ -122,9 +130,8 @@ def _refuse_unsafe(source: Path, members: list[_Member], max_bytes: int, max_rat
     if total > _RATIO_FREE and total > max_ratio * packed:
         problems.append(f"{total} bytes out of {packed}, over {max_ratio:g} times (max_ratio): a decompression bomb?")
     if problems:
-        listed = "\n".join(f"    {p}" for p in problems[:20])
-        more = f"\n    and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise DataError(f"{source}: refused, nothing was unpacked\n{listed}{more}")
+        listed = "\n".join(first_lines(problems))
+        raise DataError(f"{source}: refused, nothing was unpacked\n{listed}")
     return total
 
 

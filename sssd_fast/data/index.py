@@ -6,7 +6,6 @@ path,label[,split][,patient], paths relative to the data folder. Class numbers a
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TextIO
 
 from sssd_fast.data.images import SUFFIXES, ImageError, decode_bytes, pixel_hash, read_file, shown
+from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
 from sssd_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # (done, total)
 
-SPLIT_NAMES = ("train", "val", "test")
 _FORMAT = "sssd_fast.index"
 _VERSION = 1
-_LISTED = 20  # names printed before "and N more"
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ class Duplicates:
         for title, groups in (("IN SEVERAL SPLITS", self.across_splits), ("WITH DIFFERENT LABELS", self.conflicting)):
             if groups:
                 lines.append(f"  identical pictures {title}: {len(groups)} groups")
-                lines += _first([" = ".join(shown(name) for name in group) for group in groups])
+                lines += first_lines([" = ".join(shown(name) for name in group) for group in groups])
         return lines
 
 
@@ -229,7 +227,7 @@ def check_data(
             excluded.append(problem)
             renamed += [problem.path] if record is not None else []
     if len(excluded) > max_bad_fraction * len(rows) or not records:
-        listed = "\n".join(_first([f"{shown(e.path)}: {e.reason}" for e in excluded]))
+        listed = "\n".join(first_lines([f"{shown(e.path)}: {e.reason}" for e in excluded]))
         raise DataError(
             f"{len(excluded)} of {len(rows)} images are unusable ({len(excluded) / len(rows):.1%}); "
             f"the limit is {max_bad_fraction:.1%}:\n{listed}\n"
@@ -329,54 +327,6 @@ def _scan_folders(root: Path, notes: list[str]) -> list[dict[str, str]]:
     return rows
 
 
-def read_manifest(manifest: str | os.PathLike[str], notes: list[str] | None = None) -> list[dict[str, str]]:
-    """Rows of a CSV path,label[,split][,patient], paths normalised. Raises DataError listing every problem at once."""
-    where = shown(str(manifest))
-    try:
-        with open(manifest, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = list(reader.fieldnames or [])
-            raw = [(reader.line_num, row) for row in reader]
-    except (OSError, csv.Error) as error:
-        raise DataError(f"{where}: cannot be read as CSV ({error})") from error
-    missing = [name for name in ("path", "label") if name not in header]
-    if missing:
-        raise DataError(
-            f"{where}: no column {' and '.join(missing)}; the header is {','.join(map(shown, header))!r}, "
-            "needed is path,label[,split][,patient] separated by commas"
-        )
-    problems: list[str] = []
-    rows: list[dict[str, str]] = []
-    seen: dict[str, int] = {}
-    for line, cells in raw:
-        if None in cells or None in cells.values():  # DictReader's marks for too many and too few cells
-            problems.append(f"line {line}: not {len(header)} cells")
-            continue
-        row = {name: cells[name].strip() for name in header if name in ("label", "split", "patient")}
-        path = PurePosixPath(cells["path"])
-        name = shown(cells["path"])
-        if not cells["path"].strip():
-            problems.append(f"line {line}: empty path")
-        elif path.is_absolute() or ".." in path.parts:
-            problems.append(f"line {line}: path {name} leaves the data folder; only relative paths without .. are read")
-        elif path.as_posix() in seen:
-            problems.append(f"line {line}: path {name} was already in line {seen[path.as_posix()]}")
-        seen.setdefault(path.as_posix(), line)
-        if not row["label"]:
-            problems.append(f"line {line}: empty label")
-        if "split" in row and row["split"] not in SPLIT_NAMES:
-            problems.append(f"line {line}: split {shown(row['split'])!r} is not one of {', '.join(SPLIT_NAMES)}")
-        rows.append({"path": path.as_posix(), **row})
-    if problems:
-        raise DataError(f"{where}: {len(problems)} problems\n" + "\n".join(_first(problems)))
-    if not rows:
-        raise DataError(f"{where}: no rows")
-    extra = [name for name in header if name not in ("path", "label", "split", "patient")]
-    if extra and notes is not None:
-        notes.append(f"columns of {where} not used: {', '.join(map(shown, extra))}")
-    return rows
-
-
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text so that a kill leaves the old file or the new one: temporary file, fsync, rename."""
     target = Path(path)
@@ -392,8 +342,3 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _first(lines: list[str]) -> list[str]:
-    more = [f"    and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-    return [f"    {line}" for line in lines[:_LISTED]] + more

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from sssd_fast.data.images import shown
-from sssd_fast.data.index import SPLIT_NAMES, DataIndex, read_manifest, report_duplicates, write_text_atomic
+from sssd_fast.data.index import DataIndex, report_duplicates, write_text_atomic
+from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
 from sssd_fast.errors import DataError
 
 _PROPOSALS = 200  # random groupings tried for whole-patient parts; the best balanced one is taken
@@ -178,9 +179,8 @@ def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
         else:
             parts[row["split"]].append(i)
     if problems:
-        more = f"\n    and {len(problems) - 20} more" if len(problems) > 20 else ""
-        listed = "\n".join(f"    {p}" for p in problems[:20])
-        raise DataError(f"{where}: {len(problems)} rows do not fit the index of {index.root}\n{listed}{more}")
+        listed = "\n".join(first_lines(problems))
+        raise DataError(f"{where}: {len(problems)} rows do not fit the index of {index.root}\n{listed}")
     return _given(index, parts, Path(path).stem, f"given by {shown(Path(path).name)}")
 
 

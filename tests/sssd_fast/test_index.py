@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from sssd_fast.data import index as index_module
-from sssd_fast.data.index import DataIndex, check_data, read_manifest, report_duplicates, write_text_atomic
+from sssd_fast.data.index import DataIndex, check_data, report_duplicates, write_text_atomic
+from sssd_fast.data.manifest import read_manifest
 from sssd_fast.data.splits import Split
 from sssd_fast.errors import DataError
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sssd_fast.data.index import DataIndex, Excluded, ImageRecord, read_manifest
+from sssd_fast.data.index import DataIndex, Excluded, ImageRecord
+from sssd_fast.data.manifest import read_manifest
 from sssd_fast.data.splits import (
     Split,
     carve_validation,

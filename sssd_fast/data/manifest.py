@@ -1,0 +1,67 @@
+"""CSV manifests: path,label[,split][,patient], one image per row, paths relative to the data folder."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import PurePosixPath
+
+from sssd_fast.data.images import shown
+from sssd_fast.errors import DataError
+
+SPLIT_NAMES = ("train", "val", "test")
+_LISTED = 20  # lines of a list printed before "and N more"
+
+
+def read_manifest(manifest: str | os.PathLike[str], notes: list[str] | None = None) -> list[dict[str, str]]:
+    """Rows of a CSV path,label[,split][,patient], paths normalised. Raises DataError listing every problem at once."""
+    where = shown(str(manifest))
+    try:
+        with open(manifest, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = list(reader.fieldnames or [])
+            raw = [(reader.line_num, row) for row in reader]
+    except (OSError, csv.Error) as error:
+        raise DataError(f"{where}: cannot be read as CSV ({error})") from error
+    missing = [name for name in ("path", "label") if name not in header]
+    if missing:
+        raise DataError(
+            f"{where}: no column {' and '.join(missing)}; the header is {','.join(map(shown, header))!r}, "
+            "needed is path,label[,split][,patient] separated by commas"
+        )
+    problems: list[str] = []
+    rows: list[dict[str, str]] = []
+    seen: dict[str, int] = {}
+    for line, cells in raw:
+        if None in cells or None in cells.values():  # DictReader's marks for too many and too few cells
+            problems.append(f"line {line}: not {len(header)} cells")
+            continue
+        row = {name: cells[name].strip() for name in header if name in ("label", "split", "patient")}
+        path = PurePosixPath(cells["path"])
+        name = shown(cells["path"])
+        if not cells["path"].strip():
+            problems.append(f"line {line}: empty path")
+        elif path.is_absolute() or ".." in path.parts:
+            problems.append(f"line {line}: path {name} leaves the data folder; only relative paths without .. are read")
+        elif path.as_posix() in seen:
+            problems.append(f"line {line}: path {name} was already in line {seen[path.as_posix()]}")
+        seen.setdefault(path.as_posix(), line)
+        if not row["label"]:
+            problems.append(f"line {line}: empty label")
+        if "split" in row and row["split"] not in SPLIT_NAMES:
+            problems.append(f"line {line}: split {shown(row['split'])!r} is not one of {', '.join(SPLIT_NAMES)}")
+        rows.append({"path": path.as_posix(), **row})
+    if problems:
+        raise DataError(f"{where}: {len(problems)} problems\n" + "\n".join(first_lines(problems)))
+    if not rows:
+        raise DataError(f"{where}: no rows")
+    extra = [name for name in header if name not in ("path", "label", "split", "patient")]
+    if extra and notes is not None:
+        notes.append(f"columns of {where} not used: {', '.join(map(shown, extra))}")
+    return rows
+
+
+def first_lines(lines: list[str]) -> list[str]:
+    """The lines, indented, and how many more there are when they are too many to print."""
+    more = [f"    and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    return [f"    {line}" for line in lines[:_LISTED]] + more
