@@ -92,9 +92,7 @@ class Console:
         except ImportError:
             self.warn('no live display, because rich is not installed: pip install "sssd-fast[train]"')
             return
-        self._rich = RichConsole(
-            file=cast(IO[str], self._out), force_terminal=True, markup=False, emoji=False, highlight=False
-        )
+        self._rich = RichConsole(file=cast(IO[str], self._out), force_terminal=True)
 
     # ---- lines ----
 
