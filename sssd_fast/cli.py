@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,7 @@ OVERRIDES = "settings as key=value, such as pretrain.epochs=400 data.source=ct/ 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
+    args.command = shlex.join(["sssd-fast", *(sys.argv[1:] if argv is None else argv)])
     try:
         args.function(args)
     except SssdError as error:
@@ -95,6 +97,7 @@ def _run(args: argparse.Namespace) -> None:
             seeds=args.seeds,
             folds=args.folds,
             pretraining=not args.from_scratch,
+            command=args.command,
         )
 
 
@@ -246,7 +249,9 @@ def _config(args: argparse.Namespace) -> Any:
         if source is None and folder and Path(folder, "config.yaml").is_file():
             source = Path(folder, "config.yaml")
     if getattr(args, "resume", None) and not Path(args.resume, "config.yaml").is_file():
-        raise ConfigError(f"--resume {args.resume}: no config.yaml there, so it is no run folder; give the folder of a run")
+        raise ConfigError(
+            f"--resume {args.resume}: no config.yaml there, so it is no run folder; give the folder of a run"
+        )
     return load_config(source, args.overrides)
 
 
@@ -274,7 +279,9 @@ def _dry(args: argparse.Namespace, out: Path) -> Iterator[tuple[Path, dict[str, 
     place = Path(tempfile.mkdtemp(prefix=".dry-run-", dir=out.absolute().parent))
     try:
         yield place / "run", {"max_steps": 2}
-        print(f"dry run: configuration, data, two steps, checkpoint and evaluation worked; nothing was kept ({out} is untouched)")
+        print(
+            f"dry run: configuration, data, two steps, checkpoint and evaluation worked; nothing was kept ({out} is untouched)"
+        )
     finally:
         shutil.rmtree(place)
 
@@ -297,6 +304,7 @@ def _opened(task: str, args: argparse.Namespace, existing: str | None = None) ->
             resume=resume is not None,
             overwrite=getattr(args, "overwrite", False),
             existing=existing is not None,
+            command=args.command,
         ) as run:
             yield run
 
@@ -320,7 +328,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def trains(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--config", metavar="NAME|FILE", help="a shipped configuration (`sssd-fast configs`) or a YAML file")
+        sub.add_argument(
+            "--config", metavar="NAME|FILE", help="a shipped configuration (`sssd-fast configs`) or a YAML file"
+        )
         sub.add_argument("--out", metavar="DIR", help="run folder to make (default runs/COMMAND)")
         sub.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its configuration")
         sub.add_argument("--overwrite", action="store_true", help="replace an existing run in --out")
@@ -330,12 +340,20 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("run", _run, "pre-train, fine-tune, evaluate and report")
     trains(sub)
     several = sub.add_mutually_exclusive_group()
-    several.add_argument("--seeds", type=int, nargs="+", metavar="N", help="repeat with these seeds (training and split); mean and deviation")
+    several.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="repeat with these seeds (training and split); mean and deviation",
+    )
     several.add_argument("--folds", action="store_true", help="repeat for every fold of data.folds; mean and deviation")
     sub.add_argument("--from-scratch", action="store_true", help="leave out pre-training: the supervised control")
 
     sub = command("pretrain", _pretrain, "pre-train SSSD without labels")
-    sub.add_argument("--init", metavar="WEIGHTS", help="start from these weights (MAE .pth, Hugging Face, timm, a checkpoint)")
+    sub.add_argument(
+        "--init", metavar="WEIGHTS", help="start from these weights (MAE .pth, Hugging Face, timm, a checkpoint)"
+    )
     trains(sub)
     for name, function, text in (
         ("finetune", _finetune, "fine-tune a classifier and evaluate it"),
@@ -343,7 +361,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = command(name, function, text)
         sub.add_argument(
-            "--init", metavar="RUN|WEIGHTS", required=name == "probe", help="pre-training run, checkpoint, or foreign weights"
+            "--init",
+            metavar="RUN|WEIGHTS",
+            required=name == "probe",
+            help="pre-training run, checkpoint, or foreign weights",
         )
         sub.add_argument("--part", default="test", choices=("train", "val", "test"), help="part to evaluate at the end")
         trains(sub)
@@ -361,7 +382,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     sub.add_argument("--batch-size", type=int, default=64)
 
-    data = command("data", None, "check, split, extract or generate image sets").add_subparsers(required=True, metavar="ACTION")
+    data = command("data", None, "check, split, extract or generate image sets").add_subparsers(
+        required=True, metavar="ACTION"
+    )
     sub = command("check", _data_check, "decode every image once; list bad files and duplicates", to=data)
     sub.add_argument("source", metavar="DIR|CSV")
     sub.add_argument("--out", metavar="FILE.json", help="keep the index")

@@ -42,14 +42,18 @@ class DataConfig(Section):
     phantom_images: Annotated[int, Field(ge=40)] = 1600
     split: str = "random"  # random | block | patient | kfold | manifest (its split column) | a CSV file
     test_fraction: OpenFraction = 0.2
-    val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # of all images, cut from the training part; 0 = no validation
+    val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = (
+        0.1  # of all images, cut from the training part; 0 = no validation
+    )
     folds: Annotated[int, Field(ge=2)] = 5
     fold: Annotated[int, Field(ge=0)] = 0
     split_seed: Annotated[int, Field(ge=0)] = 0
     positive: str | None = None  # class whose score counts in sensitivity and AUC; None = see `positive_class`
     max_bad_fraction: Fraction = 0.01  # more unusable files than this is an error
     accept_wrong_extension: bool = False  # keep good images whose file name ends in another format's extension
-    fit: Literal["crop", "stretch"] = "crop"  # evaluation view: largest centred part of the model's aspect, or the whole image
+    fit: Literal["crop", "stretch"] = (
+        "crop"  # evaluation view: largest centred part of the model's aspect, or the whole image
+    )
     workers: Annotated[int, Field(ge=0)] = 0
     cache: Literal["auto", "ram", "none"] = "auto"
     cache_gib: Positive = 4.0  # decoded images are kept in memory up to this size
@@ -244,7 +248,9 @@ class EvaluateConfig(Section):
 class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on sm_80 and newer, fp16 on older GPUs, fp32 on the CPU
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # auto = bf16 on sm_80 and newer, fp16 on older GPUs, fp32 on the CPU
+    )
     compile: bool = False  # torch.compile the model; the first step then takes a minute or more
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads for torch; 0 = torch's own choice
     log_seconds: Positive = 10.0  # a plain log line at least this often
@@ -315,7 +321,9 @@ def _find(name: str) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         if not path.is_file():
-            raise ConfigError(f"configuration file {name!r} does not exist; give a path to a YAML file or one of: {_names()}")
+            raise ConfigError(
+                f"configuration file {name!r} does not exist; give a path to a YAML file or one of: {_names()}"
+            )
         return path
     if (CONFIG_DIR / f"{name}.yaml").is_file():
         return CONFIG_DIR / f"{name}.yaml"
@@ -341,7 +349,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, unique)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:

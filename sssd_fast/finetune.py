@@ -60,7 +60,9 @@ def predict(
     world.sum_(logits_NC)
     world.sum_(labels_N)
     if not torch.isfinite(logits_NC).all():
-        raise DataError("the model's scores are not finite; the checkpoint is unusable, or fp16 overflows (precision=fp32)")
+        raise DataError(
+            "the model's scores are not finite; the checkpoint is unusable, or fp16 overflows (precision=fp32)"
+        )
     return Predictions(labels_N.cpu().numpy(), logits_NC.double().softmax(1).cpu().numpy())
 
 
@@ -76,7 +78,9 @@ class FinetuneTask:
         self.best = (self.settings.select, self.settings.select != "loss")
         self.num_classes = len(index.classes)
         if self.num_classes < 2:
-            raise DataError(f"the data have {self.num_classes} class ({', '.join(index.classes)}); a classifier needs 2 or more")
+            raise DataError(
+                f"the data have {self.num_classes} class ({', '.join(index.classes)}); a classifier needs 2 or more"
+            )
         torch.manual_seed(config.seed)
         self.module = Classifier(config.model, self.num_classes, self.settings.pool, self.settings.drop_path)
         self.module.to(run.world.device)
@@ -139,7 +143,5 @@ def finetune(run: Run, init: str | None) -> Progress:
     if init is not None and not run.resume:
         run.console.info(load_into(task.module, init).summary)
     settings = run.config.finetune
-    loader = make_loader(
-        run, index, split.train, batch_size=settings.batch_size, augment=settings.augment
-    )
+    loader = make_loader(run, index, split.train, batch_size=settings.batch_size, augment=settings.augment)
     return fit(task, loader, run)

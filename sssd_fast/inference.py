@@ -129,7 +129,9 @@ def predict_files(
                 bad.append((paths[row], str(error)))
                 continue
             view = resize_center_crop(picture, config.model.image_size, fit=config.data.fit)
-            images.append(torch.from_numpy(np.array(view, ndmin=3) if view.ndim == 2 else view.transpose(2, 0, 1).copy()))
+            images.append(
+                torch.from_numpy(np.array(view, ndmin=3) if view.ndim == 2 else view.transpose(2, 0, 1).copy())
+            )
             rows.append(row)
         if rows:
             with torch.no_grad(), torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from mae_kernels import Masking, attention, embed_patches, random_masking, restore_tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mae_kernels import Masking, attention, embed_patches, random_masking, restore_tokens
 
 from .config import ModelConfig
 

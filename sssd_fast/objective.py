@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from mae_kernels import masked_reconstruction_loss, sssd_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mae_kernels import masked_reconstruction_loss, sssd_loss
 
 from .config import ModelConfig, ObjectiveConfig
 from .model import MAE
@@ -32,7 +33,11 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int | None) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, bottleneck)
+        self.fc1, self.fc2, self.fc3 = (
+            nn.Linear(width, hidden),
+            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, bottleneck),
+        )
         self.prototypes = None if prototypes is None else nn.Parameter(torch.empty(prototypes, bottleneck))
         for layer in (self.fc1, self.fc2, self.fc3):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -107,7 +112,8 @@ class SSSD(nn.Module):
         return SSSDOutput(*loss)
 
     @torch.no_grad()
-    def update_center(self, batch_center_S: Tensor) -> None:
-        """c <- m c + (1 - m) mean(teacher); the caller averages over ranks and micro-batches, and passes finite values only."""
+    def update_center(self, batch_center_S: Tensor, apply: Tensor) -> None:
+        """c <- m c + (1 - m) mean(teacher) where the bool scalar `apply` is true; the caller averages over ranks and micro-batches."""
         m = self.objective.center_momentum
-        self.center.mul_(m).add_(batch_center_S.to(self.center.dtype), alpha=1 - m)
+        moved_S = m * self.center + (1 - m) * batch_center_S.to(self.center.dtype)
+        self.center.copy_(torch.where(apply, moved_S, self.center))

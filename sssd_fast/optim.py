@@ -46,9 +46,7 @@ def parameter_groups(
         plain = parameter.ndim <= 1 or name.endswith(("cls_token", "mask_token", "pos_embed"))
         decay = 0.0 if plain else weight_decay
         scale = layer_decay ** (depth + 1 - layer_of(name, depth))
-        group = groups.setdefault(
-            (decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale, "names": []}
-        )
+        group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale, "names": []})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

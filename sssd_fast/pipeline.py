@@ -30,16 +30,26 @@ def run_all(
     seeds: list[int] | None = None,
     folds: bool = False,
     pretraining: bool = True,
+    command: str = "",
 ) -> None:
     """Writes out/pretrain, out/finetune and out/report.html, or the same below out/seed-N or out/fold-N and out/summary.json."""
     with world(config.device) as here:
         if seeds is None and not folds:
-            _once(config, out, here, resume=resume, overwrite=overwrite, pretraining=pretraining, top=out)
+            _once(
+                config, out, here, resume=resume, overwrite=overwrite, pretraining=pretraining, command=command, top=out
+            )
             return
         results: dict[str, dict[str, Any]] = {}
         for name, variant in _variants(config, seeds):
             results[name] = _once(
-                variant, out / name, here, resume=resume, overwrite=overwrite, pretraining=pretraining, top=out
+                variant,
+                out / name,
+                here,
+                resume=resume,
+                overwrite=overwrite,
+                pretraining=pretraining,
+                command=command,
+                top=out,
             )
         if here.main:
             _summary(config, out, results)
@@ -60,7 +70,7 @@ def _variants(config: Config, seeds: list[int] | None) -> list[tuple[str, Config
 
 
 def _once(
-    config: Config, out: Path, here: World, *, resume: bool, overwrite: bool, pretraining: bool, top: Path
+    config: Config, out: Path, here: World, *, resume: bool, overwrite: bool, pretraining: bool, command: str, top: Path
 ) -> dict[str, Any]:
     """One pass; a stage that is already complete is not trained again on resume."""
     hint = f"sssd-fast run --resume {shlex.quote(str(top))}"
@@ -70,7 +80,9 @@ def _once(
     for stage in STAGES if pretraining else STAGES[1:]:
         place = out / stage
         again = resume and (place / "config.yaml").exists()
-        with open_run(stage, config, place, here, resume=again, overwrite=overwrite, resume_with=hint) as run:
+        with open_run(
+            stage, config, place, here, resume=again, overwrite=overwrite, resume_with=hint, command=command
+        ) as run:
             if here.main:
                 atomic_write_text(top / "config.yaml", to_yaml(config))
             if stage == "pretrain":
@@ -79,29 +91,29 @@ def _once(
             else:
                 finetune(run, init)
                 result = evaluate_run(run)
-            console = run.console
     if here.main:
         report = write_combined_report(out, stages_of(out))
-        console.info(f"report: {report[1]}")
+        with Console(log_file=out / "train.log") as console:
+            console.info(f"report: {report[1]}")
     return result
 
 
 def _summary(config: Config, out: Path, results: dict[str, dict[str, Any]]) -> None:
     """summary.json and a table: each rate's mean and sample deviation over the runs, per image and per patient where known."""
     summary: dict[str, Any] = {"runs": list(results)}
-    console = Console(log_file=out / "train.log")
-    for level in ("image", "patient"):
-        found = [r[level] for r in results.values() if r[level] is not None]
-        if not found:
-            continue
-        summary[level] = aggregate_runs(found)
-        rows = [
-            (RATE_NAMES[rate], _percent(value["mean"]), _percent(value["deviation"]), str(value["n"]))
-            for rate, value in summary[level].items()
-        ]
-        console.table(f"over {len(results)} runs, per {level}", ("", "mean", "deviation", "runs"), rows)
-    atomic_write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    console.info(f"summary: {out / 'summary.json'}; each run's report lies in its own folder")
+    with Console(log_file=out / "train.log") as console:
+        for level in ("image", "patient"):
+            found = [r[level] for r in results.values() if r[level] is not None]
+            if not found:
+                continue
+            summary[level] = aggregate_runs(found)
+            rows = [
+                (RATE_NAMES[rate], _percent(value["mean"]), _percent(value["deviation"]), str(value["n"]))
+                for rate, value in summary[level].items()
+            ]
+            console.table(f"over {len(results)} runs, per {level}", ("", "mean", "deviation", "runs"), rows)
+        atomic_write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        console.info(f"summary: {out / 'summary.json'}; each run's report lies in its own folder")
 
 
 def _percent(value: float | None) -> str:

@@ -50,7 +50,7 @@ class PretrainTask:
         return TaskLoss(out.total, parts, out.batch_center)
 
     def after(self, carry: Tensor, finite: Tensor) -> None:
-        self.module.update_center(torch.where(finite, carry, self.module.center))
+        self.module.update_center(carry, finite)
 
     def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
         every = self.settings.image_epochs

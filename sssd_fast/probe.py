@@ -91,7 +91,13 @@ def probe(run: Run, init: str) -> dict[str, float]:
     return figures
 
 
-def _fold(head: nn.Linear, weight: NDArray[np.float64], bias: NDArray[np.float64], mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
+def _fold(
+    head: nn.Linear,
+    weight: NDArray[np.float64],
+    bias: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    std: NDArray[np.float64],
+) -> None:
     """softmax(head(f)) = the regression's probabilities of (f - mean) / std; two classes have one row, split as -z/2, +z/2."""
     if len(bias) == 1:
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,11 +98,13 @@ def open_run(
     overwrite: bool = False,
     existing: bool = False,
     resume_with: str | None = None,
+    command: str = "",
 ) -> Iterator[Run]:
     """Makes or reopens the run folder `out`; writes what was asked for and where, before anything is computed.
 
-    existing: use a finished run without changing what it says of itself (evaluate). resume_with: the command that continues this run
-    where it is part of a larger one. Raises RunExistsError for an existing run unless told to resume or overwrite it.
+    existing: use a finished run without changing what it says of itself (evaluate). resume_with: the command that continues
+    this run where it is part of a larger one. command: what the user typed. Raises RunExistsError for an existing run unless
+    told to resume or overwrite it.
     """
     out = Path(out)
     if existing:
@@ -132,7 +133,6 @@ def open_run(
         )
         if world.main and not existing:
             atomic_write_text(out / "config.yaml", to_yaml(config))
-            command = shlex.join(["sssd-fast", *sys.argv[1:]])
             with open(out / "command.txt", "a", encoding="utf-8") as file:  # a resumed run lists every command
                 file.write(command + "\n")
             run.write_json("env.json", {"sssd_fast": __version__, **collect_environment(out)})

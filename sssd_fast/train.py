@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import load_checkpoint
 from .config import TrainConfig, to_dict
+from .distributed import World
 from .errors import CheckpointError, DataError, Interrupted
 from .guards import FiniteGuard, SignalGuard, peak_memory_gib
 from .loaders import Batch, Loader
@@ -123,7 +124,9 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
         while progress.step < schedule.total_steps:
             micro_batches = _micro_batches(loader, progress, settings.accumulate, schedule.steps_per_epoch, meter)
             for batches in micro_batches:
-                torch.manual_seed(generator(world.device, config.seed, progress.step, world.rank).initial_seed())  # drop path
+                torch.manual_seed(
+                    generator(world.device, config.seed, progress.step, world.rank).initial_seed()
+                )  # drop path
                 lr = lr_at(
                     progress.step,
                     total_steps=schedule.total_steps,
@@ -145,7 +148,7 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                     for finite in meter.flags():
                         guard.check(finite, progress.step, f"loss {float(result.parts['loss']):.4g}, lr {lr:.3g}")
                 if progress.step % record_every == 0 or progress.step % sync_every == 0 or last:
-                    record = meter.record(world.device)
+                    record = meter.record(world)
                     if progress.step % record_every == 0 or last:
                         epoch = progress.epoch + progress.step_in_epoch / schedule.steps_per_epoch
                         run.tracker.log("train", progress.step, epoch=round(epoch, 4), lr=lr, **record)
@@ -202,16 +205,16 @@ class _Meter:
         flags, self._flags = self._flags, []
         return [bool(flag) for flag in torch.stack(flags).tolist()] if flags else []
 
-    def record(self, device: torch.device) -> dict[str, float]:
-        """Means of the losses since the last record, speed and memory; waits for the device."""
-        values = {
-            name: float(torch.stack([r.parts[name] for r in self._pending]).mean()) for name in self._pending[0].parts
-        }
+    def record(self, world: World) -> dict[str, float]:
+        """Means of the losses over all processes since the last record, speed and memory; waits for the device."""
+        names = list(self._pending[0].parts)
+        means = torch.stack([torch.stack([r.parts[name] for r in self._pending]).mean() for name in names])
+        values = dict(zip(names, world.mean_(means).tolist(), strict=True))
         values["grad_norm"] = float(self._pending[-1].grad_norm)
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         values["images_per_s"] = len(self._pending) * self.images_per_step / elapsed
         values["data_wait_fraction"] = min(1.0, self._waited / elapsed)
-        values["memory_gib"] = peak_memory_gib(device)
+        values["memory_gib"] = peak_memory_gib(world.device)
         values["step_time_s"] = elapsed / len(self._pending)
         self._reset()
         return values

@@ -124,7 +124,8 @@ def test_stop_gradient_switch_cuts_exactly_the_teacher() -> None:
     for detach in (False, True):
         module, images, noise = _build(f"objective.detach_teacher={str(detach).lower()}")
         module(images, noise).total.backward()
-        assert module.student_head is not None and module.teacher_head is not None
+        assert module.student_head is not None
+        assert module.teacher_head is not None
         assert module.student_head.fc3.weight.grad is not None
         reached = module.teacher_head.fc3.weight.grad is not None and bool(module.teacher_head.fc3.weight.grad.any())
         assert reached is not detach
@@ -135,7 +136,8 @@ def test_without_distillation_there_are_no_heads_and_the_loss_is_the_reconstruct
     assert not [name for name, _ in module.named_parameters() if "head" in name]
     out = module(images, noise)
     assert float(out.total.detach()) == float(out.reconstruction)
-    assert float(out.distillation) == 0.0 and out.batch_center is None
+    assert float(out.distillation) == 0.0
+    assert out.batch_center is None
 
 
 def test_the_centre_moves_by_its_momentum_and_is_saved() -> None:
@@ -143,8 +145,11 @@ def test_the_centre_moves_by_its_momentum_and_is_saved() -> None:
     before = module.center.clone()
     batch = module(images, noise).batch_center
     assert batch is not None
-    module.update_center(batch)
-    torch.testing.assert_close(module.center, 0.75 * before + 0.25 * batch)
+    module.update_center(batch, torch.tensor(True))
+    after = module.center.clone()
+    torch.testing.assert_close(after, 0.75 * before + 0.25 * batch)
+    module.update_center(batch * float("nan"), torch.tensor(False))
+    assert torch.equal(module.center, after)
     assert "center" in module.state_dict()  # SD-MAE's released code forgets it
 
 

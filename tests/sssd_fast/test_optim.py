@@ -48,7 +48,12 @@ def test_biases_norms_and_tokens_are_not_decayed() -> None:
     groups = parameter_groups(model, weight_decay=0.05)
     decay = {name: g["weight_decay"] for g in groups for name in g["names"]}
     assert decay["mae.encoder.blocks.0.mlp.fc1.weight"] == decay["student_head.fc1.weight"] == 0.05
-    for name in ("mae.encoder.cls_token", "mae.decoder.mask_token", "mae.encoder.blocks.0.norm1.weight", "mae.decoder.pred.bias"):
+    for name in (
+        "mae.encoder.cls_token",
+        "mae.decoder.mask_token",
+        "mae.encoder.blocks.0.norm1.weight",
+        "mae.decoder.pred.bias",
+    ):
         assert decay[name] == 0.0
     assert "mae.encoder.pos_embed" not in decay  # fixed positions are no parameters of pre-training
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
