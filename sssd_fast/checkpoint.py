@@ -35,7 +35,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import torch
 
-from sssd_fast.errors import CheckpointError, ConfigError, SssdError
+from .errors import CheckpointError, ConfigError, SssdError
 
 _STEP_NAME = re.compile(r"step-(\d+)\.pt")
 _SIDECAR_LINE = re.compile(r"([0-9a-f]{64})[ *]+\S.*")

@@ -21,19 +21,9 @@ from typing import IO, Any, cast
 
 SILENCE_S = 30.0
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-_]?|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_ASCII = {
-    "—": "-",
-    "–": "-",
-    "…": "...",
-    "×": "x",
-    "±": "+-",
-    "→": "->",
-    "≤": "<=",
-    "≥": ">=",
-    "µ": "u",
-    "━": "=",
-    "─": "-",
-}
+_ASCII = str.maketrans(
+    dict(zip("—–…×±→≤≥µ━─", ["-", "-", "...", "x", "+-", "->", "<=", ">=", "u", "=", "-"], strict=True))
+)
 _SPINNERS = {True: "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", False: "|/-\\"}
 
 _own_streams: list[tuple[Any, Any]] = []  # what standard output and error were before a live display took them over
@@ -394,9 +384,7 @@ class _SafeStream:
         try:
             text.encode(self.encoding)
         except UnicodeEncodeError:
-            for character, replacement in _ASCII.items():
-                text = text.replace(character, replacement)
-            text = text.encode(self.encoding, "replace").decode(self.encoding)
+            text = text.translate(_ASCII).encode(self.encoding, "replace").decode(self.encoding)
         with contextlib.suppress(OSError, ValueError):  # a closed pipe, a full disk, a closed file
             self._stream.write(text)
             self._stream.flush()

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sssd_fast.checkpoint import atomic_write_text
-from sssd_fast.errors import CheckpointError, ConfigError, NumericsError, RunExistsError
+from .checkpoint import atomic_write_text
+from .errors import CheckpointError, ConfigError, NumericsError, RunExistsError
 
 RUN_MARKER = ".sssd-fast-run"
 _MARKER_TEXT = "This is a run folder of sssd-fast. With --overwrite, everything in this folder may be deleted.\n"

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from sssd_fast.checkpoint import atomic_write_text
-from sssd_fast.errors import DataError, RunExistsError, SssdError
+from .checkpoint import atomic_write_text
+from .errors import DataError, RunExistsError, SssdError
 
 METRICS_JSONL = "metrics.jsonl"
 METRICS_CSV = "metrics.csv"

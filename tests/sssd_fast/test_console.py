@@ -116,7 +116,6 @@ def test_silence_is_broken_and_names_what_is_waited_for(monkeypatch: pytest.Monk
     assert re.search(r"pretrain: still at step 3/9, 0\.\d s since then\n", text)
     assert re.search(r"compiling the step: still working after 0\.\d s\n", text)
     assert re.search(r"compiling the step \.\.\.\n(.*\n)*compiling the step: done in 0\.\d s\n", text)
-    assert text.count("still") in range(2, 6)
     assert lines(out)[-1].startswith("pretrain: 3 steps in")
 
 

@@ -117,7 +117,7 @@ def status(child: Any) -> int | None:
 
 def wait_for_request(pipe: Connection) -> None:
     """What a training does: works until the flag is there, saves, exits with 128 + the signal's number."""
-    with SignalGuard(repeat_after_s=0.2) as guard:
+    with SignalGuard() as guard:
         pipe.send("ready")
         while guard.requested is None:
             time.sleep(0.01)
@@ -143,9 +143,9 @@ def test_two_signals_at_once_are_one_request_and_a_later_one_ends_at_once() -> N
     os.kill(child.pid, signal.SIGINT)
     assert pipe.recv() == signal.SIGINT
     os.kill(child.pid, signal.SIGTERM)
-    time.sleep(0.05)
+    time.sleep(0.1)
     assert child.is_alive()
-    time.sleep(0.25)
+    time.sleep(1)
     started = time.monotonic()
     os.kill(child.pid, signal.SIGTERM)
     assert status(child) == 143
@@ -252,17 +252,27 @@ def test_a_signal_to_the_whole_group_leaves_loader_workers_at_work() -> None:
 # ---- memory ----
 
 
-def test_peak_memory_on_the_cpu_is_this_process_in_gib() -> None:
-    """Protects the unit and the word peak: grows by what is touched, does not shrink, agrees with the kernel's figure."""
+def measure_memory(pipe: Connection) -> None:
     before = peak_memory_gib("cpu")
     block = torch.ones(3 << 26)  # 0.75 GiB
     during = peak_memory_gib(torch.device("cpu"))
-    del block
-    assert during - before == pytest.approx(0.75, abs=0.2)
-    assert peak_memory_gib("cpu") >= during - 0.01  # the kernel batches its counters
     with open("/proc/self/statm") as statm:
         resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
-    assert resident <= during + 0.01
+    del block
+    pipe.send((before, during, resident, peak_memory_gib("cpu")))
+
+
+def test_peak_memory_on_the_cpu_is_this_process_in_gib() -> None:
+    """Protects the unit and the word peak: grows by what is touched, does not shrink, agrees with the kernel's figure.
+
+    In a fresh process, as the peak of this one depends on the tests before.
+    """
+    child, pipe = in_child(measure_memory)
+    before, during, resident, after = pipe.recv()
+    assert during - before == pytest.approx(0.75, abs=0.1)
+    assert during == pytest.approx(resident, abs=0.05)
+    assert after == pytest.approx(during, abs=0.05)  # the kernel batches its counters
+    assert status(child) == 0
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:
