@@ -90,10 +90,10 @@ def make_run(folder, *, source="ct", evaluated=True, shift=0, patients=None):
     records += [{"kind": "val", "step": 10, "epoch": 2.0, "loss": 0.5, "accuracy": 0.7}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for name, grey in (
-        ("attention-e0002", 20),
-        ("attention-e0010", 200),
-        ("reconstruction-e0002", 30),
-        ("reconstruction-e0010", 210),
+        ("attention-e2", 20),
+        ("attention-e10", 200),
+        ("reconstruction-e2", 30),
+        ("reconstruction-e10", 210),
     ):
         if stage == "pretrain" or "attention" in name:
             Image.new("L", (8, 8), grey).save(folder / "images" / f"{name}.png")
@@ -175,7 +175,7 @@ def test_html_is_one_file_without_script_or_network(tmp_path):
         "eval/mistakes/01.png",
         "eval/mistakes/02.png",
     ]
-    files += ["images/curves.png", "images/attention-e0010.png"]
+    files += ["images/curves.png", "images/attention-e10.png"]
     assert pictures == [(folder / name).read_bytes() for name in files]
     assert all(value for tag, name, value in html.attributes if tag == "img" and name == "alt")
     assert "prefers-color-scheme: dark" in text
@@ -198,7 +198,7 @@ def test_pretraining_report_shows_the_latest_pictures(tmp_path):
     folder = make_run(tmp_path / "pretrain", evaluated=False)
     html = Page(write_report(folder)[1].read_text(encoding="utf-8"))
     shown = [base64.b64decode(value.partition(",")[2]) for value in html.pictures()]
-    names = ("curves.png", "reconstruction-e0010.png", "attention-e0010.png")
+    names = ("curves.png", "reconstruction-e10.png", "attention-e10.png")
     assert shown == [(folder / "images" / name).read_bytes() for name in names]
     assert "Earlier pictures in images/: 1." in html.text
     assert "No evaluation" not in html.text
