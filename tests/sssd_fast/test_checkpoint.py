@@ -265,11 +265,11 @@ sys.path.insert(0, sys.argv[2])
 from sssd_fast.checkpoint import CheckpointManager
 manager = CheckpointManager(sys.argv[1])
 step = int(manager.latest().stem[5:]) if manager.latest() else 0
-print("ready", flush=True)
 while True:
     step += 1
     value = torch.full((200_000,), float(step))
     manager.save({"step": step, "value": value}, step, best=step % 2 == 0)
+    print("saved", flush=True)
 """
 
 
@@ -282,7 +282,7 @@ def test_kill_9_while_saving_never_costs_a_checkpoint(tmp_path: Path) -> None:
         command = [sys.executable, "-c", KILLED_CHILD, str(tmp_path), root]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
+        assert child.stdout.readline() == "saved\n"
         time.sleep(moments.uniform(0.1, 0.3))
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
