@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,21 +79,27 @@ class LoadReport:
         )
 
     def table(self) -> str:
-        """The summary, then one line per kind of tensor; blocks that fared alike share a line."""
+        """The summary, then one line per kind of tensor: blocks that fared alike share a line, a part left out is one line."""
         lines = [self.summary, *(f"note: {note}" for note in self.notes)]
         labels = {"expected_missing": "new", "unused": "not used"}
         for status in ("matched", "converted", "missing", "expected_missing", "unexpected", "unused"):
+            rows: list[Row] = getattr(self, status)
+            by_part = Counter((row.name.split(".")[0], row.how) for row in rows)
             groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
-            for row in getattr(self, status):
+            for row in rows:
+                part = row.name.split(".")[0]
                 block = re.search(r"(?<=\.)\d+(?=\.)", row.name)
+                if status in labels and by_part[part, row.how] > 4:
+                    groups[f"{part}.* ({by_part[part, row.how]} tensors)", row.how] = []
+                    continue
                 pattern = row.name[: block.start()] + "*" + row.name[block.end() :] if block else row.name
                 groups.setdefault((pattern, row.how), []).append((block[0] if block else "", row.source))
             for (pattern, how), members in groups.items():
                 blocks = _ranges([int(index) for index, _ in members if index])
-                source = re.sub(r"(?<=\.)\d+(?=\.)", "*", members[0][1])
+                source = re.sub(r"(?<=\.)\d+(?=\.)", "*", members[0][1]) if members else ""
+                name = pattern.replace("*", blocks, 1) if blocks else pattern
                 arrow = f" <- {source}" if source not in ("", pattern) else ""
-                note = f" [{how}]" if how else ""
-                lines.append(f"{labels.get(status, status):<10} {pattern.replace('*', blocks, 1)}{arrow}{note}")
+                lines.append(f"{labels.get(status, status):<10} {name}{arrow}" + (f" [{how}]" if how else ""))
         return "\n".join(lines)
 
 

@@ -609,6 +609,9 @@ def test_the_table_groups_blocks_and_tells_every_conversion() -> None:
     assert "new        head.weight [not in the source: keeps its initial value]" in lines
     assert "unexpected odd.weight" in lines
     assert "not used   head.weight [head of 1000 classes, this model has 2]" in lines
+    lines = load_into(classifier(), export_state(mae(), "huggingface", decoder=True)).table().splitlines()
+    assert "not used   decoder.* (32 tensors) [a classifier has no decoder]" in lines
+    assert sum(line.startswith("not used") for line in lines) == 3  # and the two of the final norm
 
 
 def test_exported_tensors_share_no_memory_with_the_model() -> None:
