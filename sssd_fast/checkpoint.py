@@ -22,7 +22,6 @@ import fcntl
 import hashlib
 import os
 import pickle
-import random
 import re
 import secrets
 import shutil
@@ -32,7 +31,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import numpy as np
 import torch
 
 from .errors import CheckpointError, ConfigError, SssdError
@@ -466,7 +464,7 @@ class CheckpointManager:
                 )
 
 
-# ---- state dict names and random numbers ----
+# ---- state dict names ----
 
 
 def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -487,36 +485,3 @@ def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             )
         stripped[plain] = value
     return stripped
-
-
-def rng_state() -> dict[str, Any]:
-    """States of python's, numpy's global, torch's CPU and the current CUDA device's generators, as weights_only-safe
-    values.
-
-    Only the current device: asking every visible GPU would open a context on each of them in each process of a DDP run.
-    """
-    legacy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - what third-party augmentations draw from
-    legacy = {**legacy, "state": {**legacy["state"], "key": legacy["state"]["key"].tolist()}}
-    state = {"python": random.getstate(), "numpy": legacy, "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restores `rng_state()`; do it last, after models, optimizers and loaders were built (building them draws
-    numbers).
-
-    A CUDA state is not used on a machine without CUDA: such a resume cannot be bit-equal in any case.
-    """
-    missing = {"python", "numpy", "torch"} - set(state)
-    if missing:
-        raise CheckpointError(f"the random number state lacks {sorted(missing)}: not made by rng_state()")
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    legacy = dict(state["numpy"])
-    legacy["state"] = {**legacy["state"], "key": np.asarray(legacy["state"]["key"], dtype=np.uint32)}
-    np.random.set_state(legacy)  # noqa: NPY002
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())

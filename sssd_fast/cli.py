@@ -58,7 +58,7 @@ def _pretrain(args: argparse.Namespace) -> None:
     from .pretrain import pretrain
 
     with _opened("pretrain", args) as run:
-        pretrain(run, args.init)
+        pretrain(run, _init(args.init), _norm(args))
         _report(run)
 
 
@@ -67,7 +67,7 @@ def _finetune(args: argparse.Namespace) -> None:
     from .inference import evaluate_run
 
     with _opened("finetune", args) as run:
-        finetune(run, _init(args.init))
+        finetune(run, _init(args.init), _norm(args))
         evaluate_run(run, args.part)
         _report(run)
 
@@ -77,7 +77,7 @@ def _probe(args: argparse.Namespace) -> None:
     from .probe import probe
 
     with _opened("probe", args) as run:
-        probe(run, _init(args.init))
+        probe(run, str(_init(args.init)), _norm(args))
         evaluate_run(run, args.part)
         _report(run)
 
@@ -189,13 +189,10 @@ def _data_extract(args: argparse.Namespace) -> None:
 
 
 def _weights(args: argparse.Namespace) -> None:
-    from .inference import checkpoint_of
     from .model import MAE
     from .weights import load_into
 
-    model = MAE(_config(args).model)
-    path = checkpoint_of(args.path, "last") if Path(args.path, "checkpoints").is_dir() else args.path
-    print(load_into(model, path).table())
+    print(load_into(MAE(_config(args).model), str(_init(args.path))).table())
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -264,6 +261,14 @@ def _init(path: str | None) -> str | None:
     return path
 
 
+def _norm(args: argparse.Namespace) -> Any:
+    """(mean, std) of --init-norm, None for the model's own."""
+    from .weights import IMAGENET
+
+    half = (0.5, 0.5, 0.5)
+    return {"imagenet": IMAGENET, "half": (half, half), "model": None}[args.init_norm]
+
+
 def _limited(config: Any, limits: dict[str, Any]) -> Any:
     stages = {name: getattr(config, name).model_copy(update=limits) for name in ("pretrain", "finetune")}
     return config.model_copy(update=stages) if limits else config
@@ -330,6 +335,13 @@ def _parser() -> argparse.ArgumentParser:
     def trains(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--config", metavar="NAME|FILE", help="a shipped configuration (`sssd-fast configs`) or a YAML file"
+        )
+        sub.add_argument(
+            "--init-norm",
+            choices=("model", "imagenet", "half"),
+            default="model",
+            help="pixel mean and std the --init weights were trained with: this model's (default), ImageNet's (public MAE "
+            "weights), or 0.5 each; the difference is folded into the patch projection, exactly",
         )
         sub.add_argument("--out", metavar="DIR", help="run folder to make (default runs/COMMAND)")
         sub.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its configuration")

@@ -25,6 +25,7 @@ from .optim import parameter_groups
 from .runs import Run
 from .step import Step, TaskLoss, generator
 from .train import Progress, fit
+from .weight_files import Norm
 from .weights import load_into
 
 
@@ -75,7 +76,7 @@ class FinetuneTask:
         config = run.config
         self.run, self.index = run, index
         self.settings: FinetuneConfig = config.finetune
-        self.best = (self.settings.select, self.settings.select != "loss")
+        self.best: tuple[str, bool] = (self.settings.select, self.settings.select != "loss")
         self.num_classes = len(index.classes)
         if self.num_classes < 2:
             raise DataError(
@@ -136,12 +137,12 @@ class FinetuneTask:
         return {"classes": list(self.index.classes), "pool": self.settings.pool}
 
 
-def finetune(run: Run, init: str | None) -> Progress:
+def finetune(run: Run, init: str | None, norm: Norm | None = None) -> Progress:
     """Fine-tunes the encoder in `init` (None = from scratch, the supervised control) or resumes."""
     index, split = prepare_data(run)
     task = FinetuneTask(run, index, split)
     if init is not None and not run.resume:
-        run.console.info(load_into(task.module, init).summary)
+        run.console.info(load_into(task.module, init, source_norm=norm).summary)
     settings = run.config.finetune
     loader = make_loader(run, index, split.train, batch_size=settings.batch_size, augment=settings.augment)
     return fit(task, loader, run)

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import math
 import os
-import random
 import resource
 import shutil
 import signal
@@ -18,7 +17,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -220,16 +218,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-# ---- seeds and run folders ----
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds python, numpy's global generator, and torch on every device. Raises ConfigError outside 0 .. 2^32 - 1."""
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed is {seed}; it must be from 0 to 4294967295")
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - what third-party augmentations draw from
-    torch.manual_seed(seed)
+# ---- run folders ----
 
 
 _held: dict[Path, int] = {}

@@ -28,6 +28,7 @@ from .loaders.augment import resize_center_crop
 from .model import Classifier
 from .runs import Run
 from .step import AUTOCAST, pick_precision
+from .visualize import attention_grid
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
@@ -96,6 +97,16 @@ def evaluate_run(run: Run, part: str = "test") -> dict[str, Any]:
             seed=run.config.seed,
             resamples=run.config.evaluate.bootstrap,
             load_image=lambda path: decode_image(index.root / path),
+        )
+        first = make_loader(run, index, ids[:8], batch_size=len(ids[:8]), shard=False)
+        images = next(iter(first.epoch(0))).images
+        encoder = trained.model.encoder
+        attention_grid(
+            images,
+            encoder.attention_maps(images),
+            encoder.grid,
+            encoder.num_prefix,
+            path=run.out / "images" / f"attention-{part}.png",
         )
         _print(run.console, result, len(ids), part, trained.path)
     return result

@@ -95,7 +95,7 @@ class SSSD(nn.Module):
             return SSSDOutput(loss, loss.detach(), torch.zeros_like(loss), None)
         student = self.student_head(out.student_BKD, cfg.pooling)
         teacher = self.teacher_head(out.teacher_BKE, cfg.pooling)
-        loss = sssd_loss(
+        both = sssd_loss(
             out.pred_BMV,
             images_BCHW,
             student,
@@ -109,7 +109,7 @@ class SSSD(nn.Module):
             detach_teacher=cfg.detach_teacher,
             **reconstruction,
         )
-        return SSSDOutput(*loss)
+        return SSSDOutput(*both)
 
     @torch.no_grad()
     def update_center(self, batch_center_S: Tensor, apply: Tensor) -> None:

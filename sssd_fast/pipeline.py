@@ -56,8 +56,9 @@ def run_all(
 
 
 def stages_of(out: Path) -> list[Path]:
-    """The runs inside a folder that `sssd-fast run` wrote, in order."""
-    return [out / name for name in STAGES if (out / name / "config.yaml").exists()]
+    """The runs inside a folder that `sssd-fast run` wrote, in order: both stages, or the fine-tuning of each seed or fold."""
+    single = [out / name for name in STAGES if (out / name / "config.yaml").exists()]
+    return single or sorted(path.parent for path in out.glob("*-*/finetune/config.yaml"))
 
 
 def _variants(config: Config, seeds: list[int] | None) -> list[tuple[str, Config]]:
@@ -113,7 +114,8 @@ def _summary(config: Config, out: Path, results: dict[str, dict[str, Any]]) -> N
             ]
             console.table(f"over {len(results)} runs, per {level}", ("", "mean", "deviation", "runs"), rows)
         atomic_write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        console.info(f"summary: {out / 'summary.json'}; each run's report lies in its own folder")
+        report = write_combined_report(out, [out / name / "finetune" for name in results])
+        console.info(f"summary: {out / 'summary.json'}\nreport: {report[1]}")
 
 
 def _percent(value: float | None) -> str:

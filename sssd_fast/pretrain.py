@@ -18,6 +18,7 @@ from .runs import Run
 from .step import Step, TaskLoss, generator
 from .train import Progress, fit
 from .visualize import attention_grid, reconstruction_grid
+from .weight_files import Norm
 from .weights import load_into
 
 VALIDATION_SEED = 2**31  # masks of the validation images, the same in every epoch
@@ -113,12 +114,12 @@ class PretrainTask:
         attention_grid(images, attention, encoder.grid, encoder.num_prefix, path=out / f"attention-e{epoch:04d}.png")
 
 
-def pretrain(run: Run, init: str | None = None) -> Progress:
+def pretrain(run: Run, init: str | None = None, norm: Norm | None = None) -> Progress:
     """Trains from scratch, from the weights in `init`, or from the newest checkpoint of a resumed run."""
     index, split = prepare_data(run)
     task = PretrainTask(run, index, split)
     if init is not None and not run.resume:
-        run.console.info(load_into(task.module.mae, init).summary)
+        run.console.info(load_into(task.module.mae, init, source_norm=norm).summary)
     config = run.config
     loader = make_loader(
         run,

@@ -22,6 +22,7 @@ from .loaders import Loader
 from .model import Classifier
 from .runs import Run
 from .step import AUTOCAST
+from .weight_files import Norm
 from .weights import load_into
 
 
@@ -41,7 +42,7 @@ def features(
     return result
 
 
-def probe(run: Run, init: str) -> dict[str, float]:
+def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
     """Fits the probe on the encoder in `init` and saves it as checkpoints/best.pt. Returns the validation figures."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import accuracy_score, log_loss
@@ -51,7 +52,7 @@ def probe(run: Run, init: str) -> dict[str, float]:
     index, split = prepare_data(run)
     config, settings = run.config, run.config.probe
     model = Classifier(config.model, len(index.classes), settings.pool).to(run.world.device)
-    run.console.info(load_into(model, init).summary)
+    run.console.info(load_into(model, init, source_norm=norm).summary)
     x, y = {}, {}
     for part in ("train", "val"):
         ids = split.part(part)

@@ -123,7 +123,12 @@ def open_run(
             config=config,
             world=world,
             console=console,
-            tracker=Tracker(out, tensorboard=config.tensorboard and not existing, enabled=world.main and not existing),
+            tracker=Tracker(
+                out,
+                tensorboard=config.tensorboard and not existing,
+                enabled=world.main and not existing,
+                notify=console.warn,
+            ),
             checkpoints=CheckpointManager(
                 out / "checkpoints", keep_last=getattr(settings, "keep_last", 2), report=console.warn
             ),

@@ -77,7 +77,7 @@ class Step:
         self.world, self.precision = world, precision
         self.max_norm = float("inf") if clip_grad is None else clip_grad
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.scaler = torch.amp.GradScaler(world.device.type) if precision == "fp16" else None  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(world.device.type) if precision == "fp16" else None
 
     def autocast(self) -> torch.autocast:
         dtype = AUTOCAST.get(self.precision)

@@ -32,10 +32,19 @@ SKIPS_ALLOWED = {"fp32": 3, "bf16": 3, "fp16": 25}  # fp16 starts at a loss scal
 class Task(Protocol):
     """What differs between pre-training, fine-tuning and probing."""
 
-    name: str
-    module: nn.Module
-    settings: TrainConfig
-    best: tuple[str, bool]  # (figure of `end_epoch` that chooses best.pt, whether higher is better)
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def settings(self) -> TrainConfig: ...
+
+    @property
+    def best(self) -> tuple[str, bool]:
+        """(figure of `end_epoch` that chooses best.pt, whether higher is better)."""
+        ...
 
     def groups(self) -> list[dict[str, Any]]: ...
 
@@ -118,7 +127,7 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
     guard = FiniteGuard(limit=SKIPS_ALLOWED[run.precision], folder=run.out if world.main else None)
     record_every = max(1, schedule.total_steps // 2000)
     sync_every = 1 if world.device.type == "cpu" else 10  # reading a device flag waits for the device
-    meter = _Meter(loader.batch_size * world.size * settings.accumulate)
+    meter = _Meter(schedule.effective_batch)
 
     with SignalGuard() as signals, run.console.progress(schedule.total_steps, task.name, start=progress.step) as bar:
         while progress.step < schedule.total_steps:

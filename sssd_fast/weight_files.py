@@ -184,7 +184,10 @@ def _own_facts(tree: Any) -> dict[str, Any]:
 
 
 def _huggingface_facts(tree: dict[str, Any]) -> dict[str, Any]:
-    sizes, patches = (n if isinstance(n, list) else [n, n] for n in (tree.get("image_size"), tree.get("patch_size")))
+    def pair(value: Any) -> list[Any]:
+        return value if isinstance(value, list) else [value, value]
+
+    sizes, patches = pair(tree.get("image_size")), pair(tree.get("patch_size"))
     known = all(isinstance(n, int) and n > 0 for n in (*sizes, *patches))
     return {
         "grid": (sizes[0] // patches[0], sizes[1] // patches[1]) if known else None,

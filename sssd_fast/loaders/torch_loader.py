@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sssd_fast.data.images import ImageArray, decode_image, to_channels
 from sssd_fast.data.index import DataIndex
 from sssd_fast.errors import ConfigError, DataError
+from sssd_fast.guards import ignore_signals_in_worker
 from sssd_fast.loaders import PAD_INDEX, PAD_LABEL, Batch
 from sssd_fast.loaders.augment import AugmentSpec, augment, resize_center_crop
 
@@ -87,6 +88,7 @@ class TorchLoader:
             collate_fn=_take,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=ignore_signals_in_worker,
             pin_memory=self._device.type == "cuda",
         )
         self._position = (0, 0)

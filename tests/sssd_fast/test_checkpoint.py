@@ -6,7 +6,6 @@ import hashlib
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +26,7 @@ from sssd_fast.checkpoint import (
     atomic_write_text,
     load_checkpoint,
     remove_leftovers,
-    rng_state,
     save_checkpoint,
-    set_rng_state,
     strip_prefixes,
     verify_checkpoint,
 )
@@ -484,22 +481,3 @@ def test_prefixes_of_compile_and_ddp_are_removed_in_any_order() -> None:
     assert list(strip_prefixes({"head.module.weight": 1, "module": 2})) == ["head.module.weight", "module"]
     with pytest.raises(CheckpointError, match=r"both 'a\.b'"):
         strip_prefixes({"a.b": 1, "module.a.b": 2})
-
-
-def test_random_states_survive_a_checkpoint_exactly(tmp_path: Path) -> None:
-    """Protects bit-for-bit resuming, the cached second Gaussian of python and numpy included."""
-
-    def draw() -> tuple[Any, ...]:
-        numbers = [random.random(), random.gauss(0, 1), *np.random.standard_normal(3), np.random.randint(1 << 30)]  # noqa: NPY002
-        return (*numbers, torch.randn(5).tolist(), torch.randperm(7).tolist())
-
-    random.gauss(0, 1)
-    np.random.standard_normal()  # noqa: NPY002
-    save_checkpoint(tmp_path / "a.pt", {"rng": rng_state()})
-    expected = draw()
-    draw()
-    shutil.copy(tmp_path / "a.pt", tmp_path / "b.pt")
-    set_rng_state(load_checkpoint(tmp_path / "a.pt")["rng"])
-    assert draw() == expected
-    with pytest.raises(CheckpointError, match="lacks"):
-        set_rng_state({"torch": torch.get_rng_state()})

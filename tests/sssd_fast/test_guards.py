@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -31,7 +29,6 @@ from sssd_fast.guards import (
     is_out_of_memory,
     peak_memory_gib,
     require_run_folder,
-    seed_everything,
 )
 
 # ---- non-finite numbers ----
@@ -290,25 +287,6 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
     assert not is_out_of_memory(RuntimeError("out of resource: shared memory, Required: 232448"))
     assert not is_out_of_memory(RuntimeError("DataLoader worker is killed: workers are out of shared memory"))
     assert not is_out_of_memory(None)
-
-
-# ---- seeds ----
-
-
-def test_one_seed_fixes_every_generator() -> None:
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
-
-    seed_everything(5)
-    first = draw()
-    assert draw() != first
-    seed_everything(5)
-    assert draw() == first
-    seed_everything(6)
-    assert all(a != b for a, b in zip(draw(), first, strict=True))
-    for seed in (-1, 2**32):
-        with pytest.raises(ConfigError, match=f"seed is {seed}"):
-            seed_everything(seed)
 
 
 # ---- run folders ----
