@@ -26,7 +26,7 @@ import re
 import secrets
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -462,26 +462,3 @@ class CheckpointManager:
                 self.report(
                     f"could not delete {self.path(step)}: {error.strerror}; trying again at the next checkpoint"
                 )
-
-
-# ---- state dict names ----
-
-
-def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Names as the plain module has them: `_orig_mod.` (torch.compile) removed wherever it stands, leading `module.`
-    (DDP) too.
-
-    Raises CheckpointError if two names become one.
-    """
-    stripped: dict[str, Any] = {}
-    for name, value in state_dict.items():
-        parts = [part for part in name.split(".") if part != "_orig_mod"]
-        while len(parts) > 1 and parts[0] == "module":
-            parts.pop(0)
-        plain = ".".join(parts)
-        if plain in stripped:
-            raise CheckpointError(
-                f"two entries of the state dict are both {plain!r} without torch.compile's and DDP's prefixes"
-            )
-        stripped[plain] = value
-    return stripped

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from sssd_fast.checkpoint import (
     load_checkpoint,
     remove_leftovers,
     save_checkpoint,
-    strip_prefixes,
     verify_checkpoint,
 )
 from sssd_fast.errors import CheckpointError, ConfigError, SssdError
@@ -462,22 +461,3 @@ def test_reading_while_the_training_replaces_the_file(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(checkpoint, "_read_sidecar", replace_first)
     assert load_checkpoint(path)["value"] == 2.0
-
-
-# ---- names and random numbers ----
-
-
-def test_prefixes_of_compile_and_ddp_are_removed_in_any_order() -> None:
-    """Protects loading between plain, compiled and distributed runs (all four pairs, and torch.compile of a part)."""
-    plain = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    expected = list(plain.state_dict())
-    compiled = torch.compile(plain)
-    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module._orig_mod."):
-        state = OrderedDict((prefix + name, value) for name, value in plain.state_dict().items())
-        assert list(strip_prefixes(state)) == expected
-    assert list(strip_prefixes(compiled.state_dict())) == expected
-    assert list(compiled.state_dict()) != expected
-    assert list(strip_prefixes({"encoder._orig_mod.blocks.0.weight": 1})) == ["encoder.blocks.0.weight"]
-    assert list(strip_prefixes({"head.module.weight": 1, "module": 2})) == ["head.module.weight", "module"]
-    with pytest.raises(CheckpointError, match=r"both 'a\.b'"):
-        strip_prefixes({"a.b": 1, "module.a.b": 2})
