@@ -5,23 +5,159 @@
 
 Source: He et al., arXiv 2111.06377, section 3: the decoder's last layer is a linear projection to P*P*C pixel values.
 
+Neither the predictions nor their gradient exist at full size: the patches are cut into CHUNKS parts, and each part's
+predictions, loss and gradients are made and dropped before the next. The gradients of hidden, weight and bias are made in
+the forward, up to the factor that only the backward knows, and are what is kept for it.
+
 Shapes: B images, M masked patches, D decoder width, V = P*P*C values per patch, (row, column, channel).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.library import triton_op
 
 from ._checks import check_channel_stats, check_floating, check_same_device, check_shape
-from ._runtime import use_triton
-from .reconstruction import check_target, reference
+from ._pixels import accumulate_dtype
+from ._runtime import no_autocast, use_triton, wants_reference
+from .reconstruction import (
+    check_target,
+    difference,
+    launch_loss_backward,
+    launch_loss_rows,
+    refusal,
+)
+from .reconstruction import (
+    reference as loss_reference,
+)
 
 Numbers = float | Sequence[float] | None
+CHUNKS = 8
+# Gradients are kept for d(loss)/d(pred) = KEPT_SCALE * (pred - target), which neither overflows nor vanishes in fp16
+KEPT_SCALE = 1 / 64
 
 
+# ---------------------------------------------------------------------------------------------------- reference
+def reference(
+    hidden_BMD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    images_BCHW: Tensor,
+    ids_BM: Tensor,
+    patch_size: int,
+    norm: str,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    pred_BMV = _predict(hidden_BMD.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype))
+    return loss_reference(pred_BMV, images_BCHW, ids_BM, None, patch_size, norm, eps, mean, std)
+
+
+def _predict(hidden_BMD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    with no_autocast(hidden_BMD.device):
+        return F.linear(hidden_BMD, weight_VD, bias_V)
+
+
+# ------------------------------------------------------------------------------------------------- registration
+@triton_op("mae_kernels::linear_reconstruction_loss", mutates_args=())
+def _linear_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    images: Tensor,
+    ids: Tensor,
+    patch_size: int,
+    norm: str,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, and the gradients of hidden, weight and bias up to a factor (empty when not needed)."""
+    op = "linear_reconstruction_loss"
+    refused = refusal(weight.shape[0], images.shape[1], norm)
+    triton = use_triton(op, hidden.device, hidden.dtype, weight.dtype, images.dtype, dtype, refused=refused)
+    acc = accumulate_dtype(hidden, weight, images)
+    w_VD, b_V = weight.to(dtype), None if bias is None else bias.to(dtype)
+    unit = torch.ones((), dtype=acc, device=hidden.device)
+    # the backward of the loss multiplies by 2 grad / (V count)
+    grad = torch.full((), KEPT_SCALE * weight.shape[0] / 2, dtype=acc, device=hidden.device)
+    losses = []
+    dhidden_BMD = torch.empty(hidden.shape if needs_grad else (0,), dtype=hidden.dtype, device=hidden.device)
+    dweight_VD = torch.zeros(weight.shape if needs_grad else (0,), dtype=acc, device=hidden.device)
+    dbias_V = torch.zeros(weight.shape[:1] if needs_grad else (0,), dtype=acc, device=hidden.device)
+    masked = ids.shape[1]
+    chunks = max(1, min(CHUNKS, masked))
+    for i in range(chunks):
+        first, last = masked * i // chunks, masked * (i + 1) // chunks
+        h_BMD = hidden[:, first:last].to(dtype)
+        pred_BMV = _predict(h_BMD, w_VD, b_V)
+        options = (images, ids[:, first:last], None, patch_size, norm, eps, mean, std)
+        if triton:
+            losses.append(launch_loss_rows(pred_BMV, *options))
+            dpred_BMV = launch_loss_backward(grad, unit, pred_BMV, *options) if needs_grad else None
+        else:
+            d_BMV = difference(pred_BMV, *options)
+            losses.append(d_BMV.square().mean(2))
+            dpred_BMV = (KEPT_SCALE * d_BMV).to(dtype) if needs_grad else None
+        if dpred_BMV is not None:
+            with no_autocast(hidden.device):
+                dhidden_BMD[:, first:last].copy_(dpred_BMV @ w_VD)
+                dweight_VD = dweight_VD + dpred_BMV.flatten(0, 1).t() @ h_BMD.flatten(0, 1)
+            dbias_V = dbias_V + dpred_BMV.sum((0, 1), dtype=acc)
+    loss = torch.cat(losses, 1).sum() / max(ids.shape[0] * ids.shape[1], 1)
+    return loss, dhidden_BMD, dweight_VD, dbias_V
+
+
+@triton_op("mae_kernels::linear_reconstruction_loss_backward", mutates_args=())
+def _linear_backward_op(
+    grad: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    masked: int,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept gradients times what was missing: 2 grad / (KEPT_SCALE * V * number of masked patches)."""
+    factor = grad * (2 / KEPT_SCALE) / (dweight.shape[0] * max(masked, 1))
+    return (
+        (dhidden.to(grad.dtype) * factor).to(dhidden.dtype),
+        (dweight * factor).to(weight_dtype),
+        (dbias * factor).to(bias_dtype),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, bias, _, ids, *_ = inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.masked = ids.shape[0] * ids.shape[1]
+    ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
+    ctx.needs = inputs[-1]
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    if not ctx.needs:
+        raise RuntimeError(
+            "mae_kernels::linear_reconstruction_loss: called with needs_grad=False, needs True to differentiate"
+        )
+    dhidden, dweight, dbias = _linear_backward_op(grad, *ctx.saved_tensors, ctx.masked, *ctx.dtypes)
+    return dhidden, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 9
+
+
+_linear_op.register_autograd(_backward, setup_context=_setup)
+
+
+# ------------------------------------------------------------------------------------------------------- public
 def linear_reconstruction_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -67,8 +203,8 @@ def linear_reconstruction_loss(
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
-    use_triton("linear_reconstruction_loss", hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):  # `dtype` was chosen; keep it
-        head_bias = None if bias is None else bias.to(dtype)
-        pred_BMV = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), head_bias)
-    return reference(pred_BMV, images, ids, None, patch_size, norm, eps, means, stds)
+    arguments = (hidden, weight, bias, images, ids, patch_size, norm or "none", float(eps), means, stds, dtype)
+    if wants_reference(hidden):
+        return reference(*arguments)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    return _linear_op(*arguments, needs_grad)[0]

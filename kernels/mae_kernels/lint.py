@@ -24,7 +24,7 @@ from ._runtime import INTERPRET, Launch, backend, record_launches, triton_module
 SHARED_LIMITS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 ARCHITECTURES = tuple(SHARED_LIMITS)
 # kernels that scatter small integers: no layout lets them use 16-byte accesses
-SCATTERS = ("invert_kernel",)
+SCATTERS = ("invert_kernel", "masking_kernel")
 
 
 class Row(NamedTuple):
@@ -80,6 +80,41 @@ def cases() -> Iterator[LintCase]:
             _meta(64, 49, 768, dtype=t), rgb, *fields, 16, 196, mean, std, t, t, t, t, True, True, True
         ),
     )
+    masked, mask = _ids(64, 147), _meta(64, 196, dtype=torch.bool)
+    scalar = _meta(dtype=torch.float32)
+    losses = (("patch", rgb, "rgb"), ("patch", ct, "ct"), ("channel", rgb, "rgb"), ("none", nhwc, "nhwc mask"))
+    for norm, images, layout in losses:
+        name = f"masked_reconstruction_loss {layout} {norm}"
+        channels, select = images.shape[1], (None, mask) if norm == "none" else (masked, None)
+        rest = (images, *select, 16, norm, 1e-6, mean[:channels], std[:channels])
+        shape = (64, 196 if norm == "none" else 147, channels * 256)
+
+        def forward(t: torch.dtype, rest: Any = rest, shape: Any = shape) -> object:
+            return ops.masked_reconstruction_loss(_meta(*shape, dtype=t), *rest)
+
+        def backward(t: torch.dtype, rest: Any = rest, shape: Any = shape) -> object:
+            return ops.masked_reconstruction_loss_backward(scalar, scalar, _meta(*shape, dtype=t), *rest)
+
+        yield LintCase(name, forward)
+        yield LintCase(name, backward)
+    for patches in (196, 4096):
+        noise = _meta(64, patches, dtype=torch.float32)
+        yield LintCase(f"random_masking {patches}", lambda t, noise=noise: ops.random_masking(noise, 49))  # type: ignore[misc]
+    yield from _restore_cases(512)
+    yield from _restore_cases(768)
+
+
+def _restore_cases(width: int) -> Iterator[LintCase]:
+    ops, ids, pos = torch.ops.mae_kernels, _ids(64, 196), _meta(197, width, dtype=torch.float32)
+
+    def forward(t: torch.dtype) -> object:
+        return ops.restore_tokens(_meta(64, 50, width, dtype=t), ids, pos[0], pos, 1)
+
+    def backward(t: torch.dtype) -> object:
+        return ops.restore_tokens_backward(_meta(64, 197, width, dtype=t), ids, 50, 1, t, t, t, False)
+
+    yield LintCase(f"restore_tokens {width}", forward)
+    yield LintCase(f"restore_tokens {width}", backward)
 
 
 def lint(arch: int) -> list[Row]:

@@ -12,15 +12,19 @@ The noise is an argument, so that eager, compiled and CPU runs can use the same 
 Shapes: B images, L patches, K visible, M = L - K masked.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton types the arguments of kernels)
+
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 
 from ._checks import check_floating, check_int, check_shape
-from ._runtime import use_triton
+from ._runtime import jit, launch, next_power_of_2, tl, use_triton, wants_reference
 
 
 class Masking(NamedTuple):
@@ -32,13 +36,74 @@ class Masking(NamedTuple):
     mask: Tensor
 
 
-def _reference(noise_BL: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+# ---------------------------------------------------------------------------------------------------- reference
+def reference(noise_BL: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ids_shuffle = torch.argsort(noise_BL, dim=1, stable=True)
     ranks = torch.arange(noise_BL.shape[1], device=noise_BL.device).expand_as(ids_shuffle)
     ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, ranks)
     return ids_shuffle[:, :num_keep].clone(), ids_restore, ids_shuffle[:, num_keep:].clone(), ids_restore >= num_keep
 
 
+# ------------------------------------------------------------------------------------------------------- kernel
+@jit
+def _masking_kernel(
+    NOISE,
+    KEEP,
+    RESTORE,
+    MASKED,
+    MASK,
+    stride_b,
+    stride_l,
+    num_keep,
+    L: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One image per program: sort (noise, index) pairs packed into one 64-bit integer, then write all four results."""
+    image = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, BLOCK_L)
+    noise = tl.load(NOISE + image * stride_b + index * stride_l, mask=index < L, other=0.0).to(tl.float32)
+    # the bits of a float order like an integer once negative numbers are reversed; + 0.0 makes -0.0 equal 0.0
+    bits = (noise + 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = tl.where(noise != noise, 0x7FFFFFFE, bits)  # NaN last, whatever its sign
+    bits = tl.where(index < L, bits, 0x7FFFFFFF)  # padding after NaN
+    key = (bits.to(tl.int64) << 32) | index.to(tl.int64)
+    patch = tl.sort(key) & 0xFFFFFFFF
+    rank = tl.arange(0, BLOCK_L)
+    real = rank < L
+    masked = rank >= num_keep
+    tl.store(KEEP + image * num_keep + rank, patch, mask=real & (rank < num_keep))
+    tl.store(MASKED + image * (L - num_keep) + rank - num_keep, patch, mask=real & masked)
+    tl.store(RESTORE + image * L + patch, rank.to(tl.int64), mask=real)
+    tl.store(MASK + image * L + patch, masked, mask=real)
+
+
+MAX_PATCHES = 4096
+
+
+def _launch(noise_BL: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, patches = noise_BL.shape
+    sizes = ((batch, num_keep), (batch, patches), (batch, patches - num_keep))
+    keep, restore, masked = (torch.empty(s, dtype=torch.int64, device=noise_BL.device) for s in sizes)
+    mask = torch.empty((batch, patches), dtype=torch.bool, device=noise_BL.device)
+    block = next_power_of_2(patches)
+    warps = 1 if block <= 128 else 4 if block <= 1024 else 8
+    arguments = (noise_BL, keep, restore, masked, mask, *noise_BL.stride(), num_keep)
+    launch(_masking_kernel, (batch,), noise_BL, *arguments, L=patches, BLOCK_L=block, num_warps=warps)
+    return keep, restore, masked, mask
+
+
+# ------------------------------------------------------------------------------------------------- registration
+@triton_op("mae_kernels::random_masking", mutates_args=())
+def _masking_op(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    too_many = f"there are {noise.shape[1]} patches and the kernel sorts at most {MAX_PATCHES}"
+    refused = too_many if noise.shape[1] > MAX_PATCHES else None
+    if use_triton("random_masking", noise.device, noise.dtype, refused=refused):
+        return _launch(noise, num_keep)
+    return reference(noise, num_keep)
+
+
+# ------------------------------------------------------------------------------------------------------- public
 def random_masking(noise: Tensor, num_keep: int) -> Masking:
     """Keep the `num_keep` patches with the smallest noise of each image.
 
@@ -55,5 +120,5 @@ def random_masking(noise: Tensor, num_keep: int) -> Masking:
     check_int("num_keep", num_keep, 1)
     if num_keep > noise.shape[1]:
         raise ValueError(f"num_keep: got {num_keep}, needs at most the number of patches L = {noise.shape[1]}")
-    use_triton("random_masking", noise.device)
-    return Masking(*_reference(noise.detach(), num_keep))
+    noise = noise.detach()
+    return Masking(*(reference(noise, num_keep) if wants_reference(noise) else _masking_op(noise, num_keep)))

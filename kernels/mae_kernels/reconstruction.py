@@ -12,15 +12,24 @@ norm_pix_loss, "channel" is the variant of SD-MAE (arXiv 2203.16983).
 Pixels: uint8 images are used as x / 255, then (x - mean) / std where mean or std is given; float images are used as
 they are, then (x - mean) / std where mean or std is given.
 
+On a GPU one kernel reads each masked patch and its prediction once; the losses of the patches are then summed in a fixed
+order. The target is never written: the backward reads the pixels again and writes the gradient of pred, nothing else.
+A patch id out of range, which only debug_checks reports on a GPU, gives NaN and reads nothing.
+
 Shapes: B images, C channels, P patch side, L patches, M masked patches, V = P*P*C values per patch.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton types the arguments of kernels)
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 
 from ._checks import (
     check_channel_stats,
@@ -33,13 +42,357 @@ from ._checks import (
     check_shape,
     check_tensor,
 )
-from ._pixels import accumulate_dtype, listed_pixels
-from ._runtime import use_triton
+from ._pixels import accumulate_dtype, fold_pixels, listed_pixels, scale_pixels
+from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, rows_per_program, tl, use_triton, wants_reference
 
 Numbers = float | Sequence[float] | None
 NORMS = ("patch", "channel", None)
+NORM_CODES = {"none": 0, "patch": 1, "channel": 2}
+MAX_NORM_CHANNELS = 16
 
 
+# ---------------------------------------------------------------------------------------------------- reference
+def target_pixels(
+    images_BCHW: Tensor,
+    ids_BM: Tensor | None,
+    patch_size: int,
+    norm: str,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B,M,V] normalised target pixels (row, column, channel); every patch when ids is None."""
+    t = listed_pixels(images_BCHW.detach(), ids_BM, patch_size, "rpc", mean, std, dtype)
+    if norm == "none":
+        return t
+    if norm == "channel":
+        t = torch.unflatten(t, 2, (patch_size * patch_size, -1))
+    t = t - t.mean(2, keepdim=True)
+    var = t.square().sum(2, keepdim=True) / (t.shape[2] - 1)
+    t = t / (var + eps).sqrt()
+    return t.flatten(2) if norm == "channel" else t
+
+
+def difference(
+    pred_BMV: Tensor,
+    images_BCHW: Tensor,
+    ids_BM: Tensor | None,
+    mask_BL: Tensor | None,
+    patch_size: int,
+    norm: str,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """pred - target [B,M,V] in fp32, or fp64; zero for visible patches."""
+    acc = accumulate_dtype(pred_BMV, images_BCHW)
+    d_BMV = pred_BMV.to(acc) - target_pixels(images_BCHW, ids_BM, patch_size, norm, eps, mean, std, acc)
+    # where, not a product: an infinite prediction of a visible patch must turn neither loss nor gradient into NaN
+    return d_BMV if mask_BL is None else torch.where(mask_BL[..., None], d_BMV, 0.0)
+
+
+def reference(
+    pred_BMV: Tensor,
+    images_BCHW: Tensor,
+    ids_BM: Tensor | None,
+    mask_BL: Tensor | None,
+    patch_size: int,
+    norm: str,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    d_BMV = difference(pred_BMV, images_BCHW, ids_BM, mask_BL, patch_size, norm, eps, mean, std)
+    if mask_BL is None:
+        return d_BMV.square().sum() / max(d_BMV.numel(), 1)
+    return d_BMV.square().sum() / (mask_BL.sum().clamp(min=1) * d_BMV.shape[2])
+
+
+# ------------------------------------------------------------------------------------------------------ kernels
+@jit
+def masked_difference(
+    PRED,
+    IMAGES,
+    SELECT,
+    row,
+    num_rows,
+    listed,
+    patches,
+    grid_cols,
+    pred_stride_b,
+    pred_stride_m,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EPS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    A0: tl.constexpr,
+    A1: tl.constexpr,
+    A2: tl.constexpr,
+    A3: tl.constexpr,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    B3: tl.constexpr,
+):
+    """pred - target of some rows, fp32 [ROWS, BLOCK_V]; zeros for visible patches and beyond the ends.
+
+    SELECT holds patch ids, or with HAS_MASK the mask. NORM: 0 none, 1 patch, 2 channel.
+    """
+    V: tl.constexpr = C * P * P
+    value = tl.arange(0, BLOCK_V)
+    channel = value % C
+    chosen = row < num_rows
+    if HAS_MASK:
+        patch = row % listed
+        chosen = chosen & (tl.load(SELECT + row, mask=chosen, other=0) != 0)
+    else:
+        patch = tl.load(SELECT + row, mask=chosen, other=0)
+    in_range = (patch >= 0) & (patch < patches)
+    wanted = chosen[:, None] & (value < V)[None, :]
+    image = row // listed
+    corner = image * stride_b + (patch // grid_cols) * P * stride_h + (patch % grid_cols) * P * stride_w
+    inside = channel.to(tl.int64) * stride_c + (value // (C * P)).to(tl.int64) * stride_h + (value // C % P) * stride_w
+    x = tl.load(IMAGES + (corner[:, None] + inside[None, :]), mask=wanted & in_range[:, None], other=0)
+    x = scale_pixels(x, channel[None, :], AFFINE, A0, A1, A2, A3, B0, B1, B2, B3)
+    x = tl.where(wanted, x, 0.0)
+    if NORM == 1:
+        x = tl.where(wanted, x - (tl.sum(x, 1) / V)[:, None], 0.0)
+        x = x * (1.0 / tl.sqrt(tl.sum(x * x, 1) / (V - 1) + EPS))[:, None]
+    if NORM == 2:
+        for c in tl.static_range(C):
+            own = wanted & (channel == c)[None, :]
+            x = tl.where(own, x - (tl.sum(tl.where(own, x, 0.0), 1) / (P * P))[:, None], x)
+            variance = tl.sum(tl.where(own, x * x, 0.0), 1) / (P * P - 1)
+            x = tl.where(own, x * (1.0 / tl.sqrt(variance + EPS))[:, None], x)
+    at = image * pred_stride_b + (row % listed) * pred_stride_m
+    pred = tl.load(PRED + (at[:, None] + value[None, :]), mask=wanted, other=0.0).to(tl.float32)
+    difference = tl.where(wanted, pred - x, 0.0)
+    return tl.where(in_range[:, None], difference, float("nan"))
+
+
+@jit
+def _loss_kernel(
+    PRED,
+    IMAGES,
+    SELECT,
+    LOSSES,
+    num_rows,
+    listed,
+    patches,
+    grid_cols,
+    pred_stride_b,
+    pred_stride_m,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EPS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    A0: tl.constexpr,
+    A1: tl.constexpr,
+    A2: tl.constexpr,
+    A3: tl.constexpr,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    B3: tl.constexpr,
+):
+    """LOSSES[row] = mean squared difference of the patch; 0 for a visible one."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = masked_difference(
+        PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
+        stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_V, NORM, HAS_MASK, EPS, AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
+    )  # fmt: skip
+    tl.store(LOSSES + row, tl.sum(d * d, 1) / (C * P * P), mask=row < num_rows)
+
+
+@jit
+def _loss_backward_kernel(
+    GRAD,
+    COUNT,
+    PRED,
+    IMAGES,
+    SELECT,
+    DPRED,
+    num_rows,
+    listed,
+    patches,
+    grid_cols,
+    pred_stride_b,
+    pred_stride_m,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EPS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    A0: tl.constexpr,
+    A1: tl.constexpr,
+    A2: tl.constexpr,
+    A3: tl.constexpr,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    B3: tl.constexpr,
+):
+    """DPRED = GRAD * 2 (pred - target) / (V * number of masked patches); the target is read from the images again."""
+    V: tl.constexpr = C * P * P
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = masked_difference(
+        PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
+        stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_V, NORM, HAS_MASK, EPS, AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
+    )  # fmt: skip
+    factor = tl.load(GRAD) * (2.0 / V) / tl.load(COUNT)
+    value = tl.arange(0, BLOCK_V)
+    at = row[:, None] * V + value[None, :]
+    tl.store(DPRED + at, (d * factor).to(DPRED.dtype.element_ty), mask=(row < num_rows)[:, None] & (value < V)[None, :])
+
+
+# ---------------------------------------------------------------------------------------------------- launchers
+def kernel_arguments(
+    pred_BMV: Tensor,
+    images_BCHW: Tensor,
+    ids_BM: Tensor | None,
+    mask_BL: Tensor | None,
+    patch_size: int,
+    norm: str,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], dict[str, Any]]:
+    """(pred, images, select), the integers, and the constants of the kernels above, num_warps included."""
+    images_BCHW, folded = fold_pixels(images_BCHW, mean, std)
+    channels, height, width = images_BCHW.shape[1:]
+    grid_cols = width // patch_size
+    patches = height // patch_size * grid_cols
+    if pred_BMV.stride(2) != 1:
+        pred_BMV = pred_BMV.contiguous()
+    select = (mask_BL if ids_BM is None else ids_BM).contiguous()  # type: ignore[union-attr]
+    batch, listed, values = pred_BMV.shape
+    block = next_power_of_2(values)
+    rows, warps = rows_per_program(pred_BMV.device, block)
+    if norm == "channel":
+        rows = max(rows // 2, 1)  # one channel at a time needs more registers
+    integers = (batch * listed, listed, patches, grid_cols, *pred_BMV.stride()[:2], *images_BCHW.stride())
+    constants = {
+        "C": channels, "P": patch_size, "BLOCK_V": block, "ROWS": rows, "NORM": NORM_CODES[norm],
+        "HAS_MASK": ids_BM is None, "EPS": eps, "num_warps": warps, **folded,
+    }  # fmt: skip
+    return (pred_BMV, images_BCHW, select), integers, constants
+
+
+def finish(losses_BM: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean over the masked patches of their losses, and their number as fp32; both scalars on the device."""
+    if mask_BL is None:
+        count = losses_BM.new_full((), max(losses_BM.shape[0] * losses_BM.shape[1], 1))
+    else:
+        count = mask_BL.sum().clamp(min=1).to(losses_BM.dtype)
+    return losses_BM.sum() / count, count
+
+
+def launch_loss_rows(pred_BMV: Tensor, *options: Any) -> Tensor:
+    """The loss of each patch, fp32 [B,M]."""
+    tensors, integers, constants = kernel_arguments(pred_BMV, *options)
+    losses_BM = torch.empty(pred_BMV.shape[:2], dtype=torch.float32, device=pred_BMV.device)
+    grid = (-(-integers[0] // constants["ROWS"]),)
+    launch(_loss_kernel, grid, losses_BM, *tensors, losses_BM, *integers, **constants)
+    return losses_BM
+
+
+def launch_loss_backward(grad: Tensor, count: Tensor, pred_BMV: Tensor, *options: Any) -> Tensor:
+    tensors, integers, constants = kernel_arguments(pred_BMV, *options)
+    dpred_BMV = torch.empty(pred_BMV.shape, dtype=pred_BMV.dtype, device=pred_BMV.device)
+    grid = (-(-integers[0] // constants["ROWS"]),)
+    launch(_loss_backward_kernel, grid, dpred_BMV, grad, count, *tensors, dpred_BMV, *integers, **constants)
+    return dpred_BMV
+
+
+# ------------------------------------------------------------------------------------------------- registration
+def refusal(values: int, channels: int, norm: str) -> str | None:
+    """Why the kernels cannot take patches of so many values and channels; None when they can."""
+    if next_power_of_2(values) > MAX_TILE_WIDTH:
+        return f"a patch has {values} values and the kernel holds at most {MAX_TILE_WIDTH}"
+    if norm == "channel" and channels > MAX_NORM_CHANNELS:
+        return f"norm 'channel' is compiled for up to {MAX_NORM_CHANNELS} channels"
+    return None
+
+
+@triton_op("mae_kernels::masked_reconstruction_loss", mutates_args=())
+def _loss_op(
+    pred: Tensor,
+    images: Tensor,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    patch_size: int,
+    norm: str,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """(loss, number of masked patches), both scalars; norm is "patch", "channel" or "none"."""
+    op = "masked_reconstruction_loss"
+    if use_triton(op, pred.device, pred.dtype, images.dtype, refused=refusal(pred.shape[2], images.shape[1], norm)):
+        return finish(launch_loss_rows(pred, images, ids, mask, patch_size, norm, eps, mean, std), mask)
+    d_BMV = difference(pred, images, ids, mask, patch_size, norm, eps, mean, std)
+    return finish(d_BMV.square().mean(2), mask)
+
+
+@triton_op("mae_kernels::masked_reconstruction_loss_backward", mutates_args=())
+def _loss_backward_op(
+    grad: Tensor,
+    count: Tensor,
+    pred: Tensor,
+    images: Tensor,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    patch_size: int,
+    norm: str,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    op = "masked_reconstruction_loss"
+    if use_triton(op, pred.device, pred.dtype, images.dtype, refused=refusal(pred.shape[2], images.shape[1], norm)):
+        return launch_loss_backward(grad, count, pred, images, ids, mask, patch_size, norm, eps, mean, std)
+    d_BMV = difference(pred, images, ids, mask, patch_size, norm, eps, mean, std)
+    return (d_BMV * (grad * 2 / (count * d_BMV.shape[2]))).to(pred.dtype)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    pred, images, ids, mask, *ctx.options = inputs
+    ctx.save_for_backward(pred, images, ids, mask, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    pred, images, ids, mask, count = ctx.saved_tensors
+    return _loss_backward_op(grad, count, pred, images, ids, mask, *ctx.options), *[None] * 8
+
+
+_loss_op.register_autograd(_backward, setup_context=_setup)
+
+
+# ------------------------------------------------------------------------------------------------------- public
 def masked_reconstruction_loss(
     pred: Tensor,
     images: Tensor,
@@ -69,9 +422,9 @@ def masked_reconstruction_loss(
 
     Raises: TypeError or ValueError naming the argument.
     """
-    options = check_reconstruction(pred, images, ids, mask, patch_size, norm, eps, mean, std)
-    use_triton("masked_reconstruction_loss", pred.device)
-    return reference(pred, images, ids, mask, patch_size, norm, eps, *options)
+    stats = check_reconstruction(pred, images, ids, mask, patch_size, norm, eps, mean, std)
+    arguments = (pred, images, ids, mask, patch_size, norm or "none", float(eps), *stats)
+    return reference(*arguments) if wants_reference(pred) else _loss_op(*arguments)[0]
 
 
 def check_reconstruction(
@@ -117,46 +470,3 @@ def check_target(
             raise TypeError(f"mask: got dtype {mask.dtype}, needs torch.bool with True = masked (use mask.bool())")
         check_shape("mask", mask, (batch, grid_rows * grid_cols), "[B, L]")
         check_same_device("mask", mask, "images", images)
-
-
-def target_pixels(
-    images_BCHW: Tensor,
-    ids_BM: Tensor | None,
-    patch_size: int,
-    norm: str | None,
-    eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    """[B,M,V] normalised target pixels (row, column, channel); every patch when ids is None."""
-    t = listed_pixels(images_BCHW.detach(), ids_BM, patch_size, "rpc", mean, std, dtype)
-    if norm is None:
-        return t
-    if norm == "channel":
-        t = torch.unflatten(t, 2, (patch_size * patch_size, -1))
-    t = t - t.mean(2, keepdim=True)
-    var = t.square().sum(2, keepdim=True) / (t.shape[2] - 1)
-    t = t / (var + eps).sqrt()
-    return t.flatten(2) if norm == "channel" else t
-
-
-def reference(
-    pred_BMV: Tensor,
-    images_BCHW: Tensor,
-    ids_BM: Tensor | None,
-    mask_BL: Tensor | None,
-    patch_size: int,
-    norm: str | None,
-    eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
-    acc = accumulate_dtype(pred_BMV, images_BCHW)
-    target_BMV = target_pixels(images_BCHW, ids_BM, patch_size, norm, eps, mean, std, acc)
-    difference_BMV = pred_BMV.to(acc) - target_BMV
-    if mask_BL is None:
-        return difference_BMV.square().sum() / max(difference_BMV.numel(), 1)
-    # where, not a product: an infinite prediction of a visible patch must turn neither loss nor gradient into NaN
-    difference_BMV = torch.where(mask_BL[..., None], difference_BMV, 0.0)
-    return difference_BMV.square().sum() / (mask_BL.sum().clamp(min=1) * difference_BMV.shape[2])

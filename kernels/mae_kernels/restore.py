@@ -7,18 +7,218 @@
 Source: He et al., arXiv 2111.06377, section 3 (decoder input); the same numbers as the concatenate, gather and add of
 facebookresearch/mae.
 
+On a GPU one kernel writes every output once. Only ids_restore is kept for the backward, which reads the gradient once:
+a visible row has one place, so plain stores do, and the mask token's gradient is summed in a fixed order.
+A rank out of range, which only debug_checks reports on a GPU, gives NaN and reads nothing.
+
 Shapes: B images, L patches, K visible, p prefix tokens, D decoder width.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton types the arguments of kernels)
+
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 
 from ._checks import check_floating, check_ids, check_int, check_same_device, check_shape
-from ._runtime import use_triton
+from ._pixels import accumulate_dtype
+from ._runtime import column_block, jit, launch, rows_per_program, tl, use_triton, wants_reference
 
 
+# ---------------------------------------------------------------------------------------------------- reference
+def reference(
+    visible_BTD: Tensor, ids_restore_BL: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor, prefix: int
+) -> Tensor:
+    dtype = _result_dtype(visible_BTD, mask_token_D, pos_embed_ND)
+    num_visible = visible_BTD.shape[1] - prefix
+    # one extra row, the mask token, stands for every masked patch
+    table = torch.cat([visible_BTD.to(dtype), mask_token_D.to(dtype).expand(visible_BTD.shape[0], 1, -1)], 1)
+    rows_BL = ids_restore_BL.clamp(max=num_visible) + prefix
+    rows_BN = torch.cat([torch.arange(prefix, device=rows_BL.device).expand(rows_BL.shape[0], -1), rows_BL], 1)
+    return table.gather(1, rows_BN[..., None].expand(-1, -1, table.shape[2])) + pos_embed_ND
+
+
+def _result_dtype(visible: Tensor, mask_token: Tensor, pos_embed: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(visible.dtype, mask_token.dtype), pos_embed.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ kernels
+@jit
+def _restore_kernel(
+    VISIBLE,
+    IDS,
+    MASK_TOKEN,
+    POS,
+    OUT,
+    num_rows,
+    patches,
+    keep,
+    stride_b,
+    stride_t,
+    PREFIX: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tokens = PREFIX + patches
+    image, token = row // tokens, row % tokens
+    is_patch = token >= PREFIX
+    in_rows = row < num_rows
+    rank = tl.load(IDS + image * patches + token - PREFIX, mask=in_rows & is_patch, other=0)
+    in_range = (rank >= 0) & (rank < patches)
+    source = tl.where(is_patch, PREFIX + rank, token)
+    visible = in_range & (source < PREFIX + keep)
+    wanted = in_rows[:, None] & (col < D)[None, :]
+    at = image * stride_b + source * stride_t
+    x = tl.load(VISIBLE + (at[:, None] + col[None, :]), mask=wanted & visible[:, None], other=0.0).to(tl.float32)
+    mask_token = tl.load(MASK_TOKEN + col, mask=col < D, other=0.0).to(tl.float32)
+    pos = tl.load(POS + (token[:, None] * D + col[None, :]), mask=wanted, other=0.0).to(tl.float32)
+    x = tl.where(visible[:, None], x, mask_token[None, :]) + pos
+    x = tl.where(in_range[:, None], x, float("nan"))
+    tl.store(OUT + (row[:, None] * D + col[None, :]), x.to(OUT.dtype.element_ty), mask=wanted)
+
+
+@jit
+def _restore_backward_kernel(
+    GRAD,
+    IDS,
+    DVISIBLE,
+    PARTIAL,
+    num_rows,
+    patches,
+    keep,
+    steps,
+    PREFIX: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One pass over the gradient: a visible row goes to its one place, masked rows add up in this program's partial."""
+    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tokens = PREFIX + patches
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for step in range(steps):
+        row = (tl.program_id(0).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
+        image, token = row // tokens, row % tokens
+        is_patch = token >= PREFIX
+        in_rows = row < num_rows
+        rank = tl.load(IDS + image * patches + token - PREFIX, mask=in_rows & is_patch, other=0)
+        target = tl.where(is_patch, PREFIX + rank, token)
+        visible = (rank >= 0) & (target < PREFIX + keep)
+        wanted = in_rows[:, None] & (col < D)[None, :]
+        grad = tl.load(GRAD + (row[:, None] * D + col[None, :]), mask=wanted, other=0.0)
+        at = (image * (PREFIX + keep) + target) * D
+        tl.store(
+            DVISIBLE + (at[:, None] + col[None, :]),
+            grad.to(DVISIBLE.dtype.element_ty),
+            mask=wanted & visible[:, None],
+        )
+        total += tl.sum(tl.where(visible[:, None], 0.0, grad.to(tl.float32)), 0)
+    tl.store(PARTIAL + tl.program_id(0) * D + col, total, mask=col < D)
+
+
+# ---------------------------------------------------------------------------------------------------- launchers
+# Programs of the backward: enough to fill every GPU in the table, few enough that their partial sums cost nothing
+BACKWARD_PROGRAMS = 512
+
+
+def _launch_restore(
+    visible_BTD: Tensor, ids_restore_BL: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor, prefix: int
+) -> Tensor:
+    if visible_BTD.stride(2) != 1:
+        visible_BTD = visible_BTD.contiguous()
+    tensors = (visible_BTD, ids_restore_BL.contiguous(), mask_token_D.contiguous(), pos_embed_ND.contiguous())
+    (batch, patches), width = ids_restore_BL.shape, visible_BTD.shape[2]
+    dtype = _result_dtype(visible_BTD, mask_token_D, pos_embed_ND)
+    out_BND = torch.empty((batch, prefix + patches, width), dtype=dtype, device=visible_BTD.device)
+    num_rows, block = batch * (prefix + patches), column_block(width)
+    rows, warps = rows_per_program(visible_BTD.device, block)
+    grid = (-(-num_rows // rows), -(-width // block))
+    integers = (num_rows, patches, visible_BTD.shape[1] - prefix, *visible_BTD.stride()[:2])
+    constants = {"PREFIX": prefix, "D": width, "BLOCK_D": block, "ROWS": rows, "num_warps": warps}
+    launch(_restore_kernel, grid, out_BND, *tensors, out_BND, *integers, **constants)
+    return out_BND
+
+
+def _launch_restore_backward(
+    grad_BND: Tensor, ids_restore_BL: Tensor, num_tokens: int, prefix: int, visible_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    grad_BND, ids_restore_BL = grad_BND.contiguous(), ids_restore_BL.contiguous()
+    (batch, patches), width = ids_restore_BL.shape, grad_BND.shape[2]
+    num_rows, block = batch * (prefix + patches), column_block(width)
+    rows, warps = rows_per_program(grad_BND.device, block)
+    steps = -(-num_rows // (rows * BACKWARD_PROGRAMS))
+    programs = -(-num_rows // (rows * max(steps, 1)))
+    dvisible_BTD = torch.empty((batch, num_tokens, width), dtype=visible_dtype, device=grad_BND.device)
+    partial_SD = torch.empty((programs, width), dtype=torch.float32, device=grad_BND.device)
+    grid = (programs, -(-width // block))
+    integers = (num_rows, patches, num_tokens - prefix, steps)
+    constants = {"PREFIX": prefix, "D": width, "BLOCK_D": block, "ROWS": rows, "num_warps": warps}
+    tensors = (grad_BND, ids_restore_BL, dvisible_BTD, partial_SD)
+    launch(_restore_backward_kernel, grid, grad_BND, *tensors, *integers, **constants)
+    return dvisible_BTD, partial_SD.sum(0)
+
+
+# ------------------------------------------------------------------------------------------------- registration
+@triton_op("mae_kernels::restore_tokens", mutates_args=())
+def _restore_op(visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, prefix: int) -> Tensor:
+    if use_triton("restore_tokens", visible.device, visible.dtype, mask_token.dtype, pos_embed.dtype):
+        return _launch_restore(visible, ids_restore, mask_token, pos_embed, prefix)
+    return reference(visible, ids_restore, mask_token, pos_embed, prefix)
+
+
+@triton_op("mae_kernels::restore_tokens_backward", mutates_args=())
+def _restore_backward_op(
+    grad: Tensor,
+    ids_restore: Tensor,
+    num_tokens: int,
+    prefix: int,
+    visible_dtype: torch.dtype,
+    mask_dtype: torch.dtype,
+    pos_dtype: torch.dtype,
+    needs_pos: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of visible [B,p+K,D], mask_token [D] and pos_embed [p+L,D] (empty when not needed)."""
+    acc = accumulate_dtype(grad)
+    dpos = grad.sum(0, dtype=acc).to(pos_dtype) if needs_pos else grad.new_empty(0, dtype=pos_dtype)
+    if use_triton("restore_tokens", grad.device, grad.dtype, visible_dtype, mask_dtype, pos_dtype):
+        dvisible, dmask = _launch_restore_backward(grad, ids_restore, num_tokens, prefix, visible_dtype)
+        return dvisible, dmask.to(mask_dtype), dpos
+    keep = num_tokens - prefix
+    patches_BLD = grad[:, prefix:]
+    places_BK = torch.argsort(ids_restore, dim=1)[:, :keep]
+    dvisible = torch.cat(
+        [grad[:, :prefix], patches_BLD.gather(1, places_BK[..., None].expand(-1, -1, grad.shape[2]))], 1
+    )
+    dmask = torch.where((ids_restore >= keep)[..., None], patches_BLD, 0.0).sum((0, 1), dtype=acc)
+    return dvisible.to(visible_dtype), dmask.to(mask_dtype), dpos
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    visible, ids_restore, mask_token, pos_embed, ctx.prefix = inputs
+    ctx.save_for_backward(ids_restore)
+    ctx.num_tokens = visible.shape[1]
+    ctx.dtypes = visible.dtype, mask_token.dtype, pos_embed.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (ids_restore,) = ctx.saved_tensors
+    needs_pos = ctx.needs_input_grad[3]
+    dvisible, dmask, dpos = _restore_backward_op(grad, ids_restore, ctx.num_tokens, ctx.prefix, *ctx.dtypes, needs_pos)
+    return dvisible, None, dmask, dpos if needs_pos else None, None
+
+
+_restore_op.register_autograd(_backward, setup_context=_setup)
+
+
+# ------------------------------------------------------------------------------------------------------- public
 def restore_tokens(
     visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, *, prefix: int
 ) -> Tensor:
@@ -54,17 +254,5 @@ def restore_tokens(
     if pos_embed.dim() == 3 and pos_embed.shape[0] == 1:
         pos_embed = pos_embed[0]
     check_shape("pos_embed", pos_embed, (prefix + patches, width), "[p+L, D]")
-    use_triton("restore_tokens", visible.device)
-    return _reference(visible, ids_restore, mask_token, pos_embed, prefix)
-
-
-def _reference(
-    visible_BTD: Tensor, ids_restore_BL: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor, prefix: int
-) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(visible_BTD.dtype, mask_token_D.dtype), pos_embed_ND.dtype)
-    num_visible = visible_BTD.shape[1] - prefix
-    # one extra row, the mask token, stands for every masked patch
-    table = torch.cat([visible_BTD.to(dtype), mask_token_D.to(dtype).expand(visible_BTD.shape[0], 1, -1)], 1)
-    rows_BL = ids_restore_BL.clamp(max=num_visible) + prefix
-    rows_BN = torch.cat([torch.arange(prefix, device=rows_BL.device).expand(rows_BL.shape[0], -1), rows_BL], 1)
-    return table.gather(1, rows_BN[..., None].expand(-1, -1, table.shape[2])) + pos_embed_ND
+    arguments = (visible, ids_restore, mask_token, pos_embed, prefix)
+    return reference(*arguments) if wants_reference(visible) else _restore_op(*arguments)

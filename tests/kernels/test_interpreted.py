@@ -29,7 +29,7 @@ def run_marked(file: str, **env: str) -> int:
 
 
 # file and the least number of its tests that must have run
-FILES = [("test_patches.py", 50)]
+FILES = [("test_patches.py", 50), ("test_reconstruction.py", 20), ("test_restore.py", 12), ("test_masking.py", 15)]
 
 
 @pytest.mark.parametrize(("file", "at_least"), FILES)

@@ -40,10 +40,38 @@ def embed_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
     return pixels(batch, 3, 8, 12), ids_of(batch, 6, 4), weight, bias, pos, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], dtype
 
 
+def loss_arguments(batch: int, dtype: torch.dtype, use_mask: bool = False) -> tuple[Any, ...]:
+    ids = ids_of(batch, 6, 4)
+    mask = torch.zeros(batch, 6, dtype=torch.bool).scatter_(1, ids, True)
+    select = (None, mask) if use_mask else (ids, None)
+    pred = floats(batch, 6 if use_mask else 4, 48, dtype=dtype)
+    return pred, pixels(batch, 3, 8, 12), *select, 4, "channel" if use_mask else "patch", 1e-6, [0.5], [0.2]
+
+
+def linear_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    hidden, weight, bias = floats(batch, 2, 5, dtype=dtype), floats(48, 5, dtype=dtype), floats(48, dtype=dtype)
+    rest = (4, "patch", 1e-6, [0.5], [0.2], dtype, True)
+    return hidden, weight, bias, pixels(batch, 3, 8, 12), ids_of(batch, 6, 2), *rest
+
+
+def restore_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    visible, token, pos = floats(batch, 3, 5, dtype=dtype), floats(5, dtype=dtype), floats(7, 5, dtype=dtype)
+    return visible, ids_of(batch, 6, 6), token, pos, 1
+
+
 CASES = {
     "gather_patches": Case(lambda b, t: (pixels(b, 3, 8, 12), ids_of(b, 6, 4), 4, [0.5], [0.2], t)),
     "embed_patches": Case(embed_arguments),
+    "random_masking": Case(lambda b, t: (torch.rand(b, 9, dtype=t), 4)),
+    "restore_tokens": Case(restore_arguments),
+    "linear_reconstruction_loss": Case(linear_arguments),
+    "masked_reconstruction_loss": Case(loss_arguments),
+    "masked_reconstruction_loss/mask": Case(lambda b, t: loss_arguments(b, t, use_mask=True)),
 }
+
+
+def op_of(name: str) -> Any:
+    return getattr(OPS, name.split("/")[0])
 
 
 def leaves_of(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -52,7 +80,7 @@ def leaves_of(arguments: tuple[Any, ...]) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str) -> None:
-    opcheck(getattr(OPS, name).default, CASES[name].make(3, torch.float32))
+    opcheck(op_of(name).default, CASES[name].make(3, torch.float32))
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if leaves_of(CASES[n].make(1, torch.float64))])
@@ -64,7 +92,7 @@ def test_gradcheck_of_the_registered_backward(name: str) -> None:
         full = list(arguments)
         for place, leaf in zip(places, leaves, strict=True):
             full[place] = leaf
-        return CASES[name].first(getattr(OPS, name)(*full))
+        return CASES[name].first(op_of(name)(*full))
 
     assert torch.autograd.gradcheck(call, [arguments[p] for p in places])
 
@@ -72,7 +100,7 @@ def test_gradcheck_of_the_registered_backward(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_one_compiled_graph_for_every_batch_size(name: str) -> None:
     torch._dynamo.reset()
-    op, first = getattr(OPS, name), CASES[name].first
+    op, first = op_of(name), CASES[name].first
     compiled = torch.compile(lambda *a: first(op(*a)).float() * 2, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (2, 3, 5):
@@ -102,6 +130,17 @@ def kept_bytes(call: Callable[[], Tensor], inputs: tuple[Any, ...]) -> int:
     return sum(kept.values())
 
 
-def test_embedding_keeps_nothing_but_its_inputs() -> None:
-    arguments = embed_arguments(2, torch.float32)
-    assert kept_bytes(lambda: OPS.embed_patches(*arguments), arguments) == 0
+# beyond the inputs: nothing; the number of masked patches as one fp32; the gradients of hidden, weight and bias
+KEPT = {
+    "embed_patches": 0,
+    "restore_tokens": 0,
+    "linear_reconstruction_loss": 4 * (2 * 2 * 5 + 48 * 5 + 48),
+    "masked_reconstruction_loss": 4,
+    "masked_reconstruction_loss/mask": 4,
+}
+
+
+@pytest.mark.parametrize(("name", "stated"), KEPT.items())
+def test_bytes_kept_for_the_backward(name: str, stated: int) -> None:
+    arguments = CASES[name].make(2, torch.float32)
+    assert kept_bytes(lambda: CASES[name].first(op_of(name)(*arguments)), arguments) == stated
