@@ -52,8 +52,8 @@ NO_KERNEL: dict[str, str | None] = {
     "restore_tokens": None,
     "masked_reconstruction_loss": None,
     "linear_reconstruction_loss": None,
-    "distillation_loss": "this version has no kernel for it",
-    "sssd_loss": "this version has no kernel for it",
+    "distillation_loss": None,
+    "sssd_loss": None,
     "attention": "this version has no kernel for it",
 }
 

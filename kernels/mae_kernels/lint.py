@@ -100,8 +100,41 @@ def cases() -> Iterator[LintCase]:
     for patches in (196, 4096):
         noise = _meta(64, patches, dtype=torch.float32)
         yield LintCase(f"random_masking {patches}", lambda t, noise=noise: ops.random_masking(noise, 49))  # type: ignore[misc]
+    for logits in (4096, 16384):
+        yield from _distillation_cases(logits)
+    yield from _sssd_cases(rgb, "rgb")
+    yield from _sssd_cases(ct, "ct")
     yield from _restore_cases(512)
     yield from _restore_cases(768)
+
+
+def _distillation_cases(logits: int) -> Iterator[LintCase]:
+    ops, centre, grad = torch.ops.mae_kernels, _meta(logits, dtype=torch.float32), _meta(dtype=torch.float32)
+
+    def rows(t: torch.dtype) -> tuple[Tensor, Tensor]:
+        return _meta(256, logits, dtype=t), _meta(256, logits, dtype=t)
+
+    def backward(t: torch.dtype) -> object:
+        return ops.distillation_loss_backward(grad, *rows(t), centre, 0.1, 0.04, True)
+
+    yield LintCase(f"distillation_loss {logits}", lambda t: ops.distillation_loss(*rows(t), centre, False, 0.1, 0.04))
+    yield LintCase(f"distillation_loss {logits}", backward)
+
+
+def _sssd_cases(images: Tensor, name: str) -> Iterator[LintCase]:
+    ops, grad, centre = torch.ops.mae_kernels, _meta(dtype=torch.float32), _meta(4096, dtype=torch.float32)
+    channels = images.shape[1]
+    options = (16, "patch", 1e-6, [0.5] * channels, [0.25] * channels, 0.2)
+
+    def tensors(t: torch.dtype) -> tuple[Any, ...]:
+        logits = _meta(64, 4096, dtype=t), _meta(64, 4096, dtype=t)
+        return _meta(64, 147, channels * 256, dtype=t), images, *logits, _ids(64, 147), None, centre
+
+    def backward(t: torch.dtype) -> object:
+        return ops.sssd_loss_backward(*[grad] * 4, *tensors(t), *options, 0.1, 0.04, True)
+
+    yield LintCase(f"sssd_loss {name}", lambda t: ops.sssd_loss(*tensors(t), *options, False, 0.1, 0.04))
+    yield LintCase(f"sssd_loss {name}", backward)
 
 
 def _restore_cases(width: int) -> Iterator[LintCase]:

@@ -4,22 +4,254 @@
 
 Source: Tan et al., Computer Methods and Programs in Biomedicine 243 (2024) 107876 (abstract); Luo et al., SD-MAE,
 arXiv 2203.16983, for the form and weight = 0.2. The two terms are masked_reconstruction_loss and distillation_loss.
+
+On a GPU, with kind "dino", both terms are one kernel launch forward and one backward: the first programs take rows of
+logits, the others patches. Small torch sums, in a fixed order, finish what the programs leave. Nothing but the inputs and
+the number of masked patches is kept for the backward.
+
+Shapes: B images, M masked patches, V = P*P*C values per patch, R rows of K logits.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton types the arguments of kernels)
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.library import triton_op
 
-from ._runtime import use_triton
-from .distillation import distillation_loss
-from .reconstruction import masked_reconstruction_loss
+from . import distillation as _distillation
+from . import reconstruction as _reconstruction
+from ._checks import check_same_device
+from ._runtime import jit, launch, tl, use_triton, wants_reference
+from .distillation import distillation_gradient_row, distillation_group, distillation_loss
+from .reconstruction import masked_difference, masked_reconstruction_loss
 
 Numbers = float | Sequence[float] | None
 
 
+# ------------------------------------------------------------------------------------------------------ kernels
+@jit
+def _sssd_kernel(
+    STUDENT, TEACHER, CENTER, LOGIT_LOSSES, PARTIAL,
+    PRED, IMAGES, SELECT, PATCH_LOSSES,
+    num_logit_rows, group_rows, groups, stride_s, stride_t,
+    num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
+    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
+    A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < groups:
+        distillation_group(
+            STUDENT, TEACHER, CENTER, LOGIT_LOSSES, PARTIAL, program, num_logit_rows, group_rows, stride_s, stride_t,
+            K, BLOCK_K, HAS_CENTER, LOGIT, STUDENT_TEMP, TEACHER_TEMP,
+        )  # fmt: skip
+    else:
+        row = (program - groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        d = masked_difference(
+            PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
+            stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_V, NORM, HAS_MASK, EPS,
+            AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
+        )  # fmt: skip
+        tl.store(PATCH_LOSSES + row, tl.sum(d * d, 1) / (C * P * P), mask=row < num_rows)
+
+
+@jit
+def _sssd_backward_kernel(
+    GRAD_TOTAL, GRAD_RECONSTRUCTION, GRAD_DISTILLATION, COUNT,
+    STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER,
+    PRED, IMAGES, SELECT, DPRED,
+    num_logit_rows, stride_s, stride_t,
+    num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
+    WEIGHT: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr,
+    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
+    A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    total = tl.load(GRAD_TOTAL)
+    if program < num_logit_rows:
+        factor = (tl.load(GRAD_DISTILLATION) + total * WEIGHT) / num_logit_rows
+        distillation_gradient_row(
+            factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, program.to(tl.int64), stride_s, stride_t,
+            K, BLOCK_K, HAS_CENTER, NEEDS_TEACHER, STUDENT_TEMP, TEACHER_TEMP,
+        )  # fmt: skip
+    else:
+        V: tl.constexpr = C * P * P
+        row = (program - num_logit_rows).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        d = masked_difference(
+            PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
+            stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_V, NORM, HAS_MASK, EPS,
+            AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
+        )  # fmt: skip
+        factor = (tl.load(GRAD_RECONSTRUCTION) + total * (1.0 - WEIGHT)) * (2.0 / V) / tl.load(COUNT)
+        value = tl.arange(0, BLOCK_V)
+        wanted = (row < num_rows)[:, None] & (value < V)[None, :]
+        at = row[:, None] * V + value[None, :]
+        tl.store(DPRED + at, (d * factor).to(DPRED.dtype.element_ty), mask=wanted)
+
+
+# ---------------------------------------------------------------------------------------------------- launchers
+def _constants(pixels: dict[str, Any], logits: dict[str, Any]) -> dict[str, Any]:
+    """Both kernels' constants; the wider of the two picks the warps, and a program takes as many patches as fill them."""
+    warps = max(pixels["num_warps"], _distillation.warps_for(logits["BLOCK_K"]))
+    rows = pixels["ROWS"] * warps // pixels["num_warps"]
+    return {**pixels, **logits, "num_warps": warps, "ROWS": rows}
+
+
+def _launch(
+    pred: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    weight: float,
+    logit: bool,
+    temps: tuple[float, float],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors, integers, pixel_constants = _reconstruction.kernel_arguments(pred, *options)
+    logits, rows, strides, logit_constants = _distillation.logit_arguments(student, teacher, center, *temps)
+    groups, group_rows = _distillation.groups_of(rows)
+    constants = _constants(pixel_constants, {**logit_constants, "LOGIT": logit})
+    patch_losses = torch.empty(pred.shape[:2], dtype=torch.float32, device=pred.device)
+    logit_losses = torch.empty(rows, dtype=torch.float32, device=pred.device)
+    partial_GK = torch.empty((groups, student.shape[-1]), dtype=torch.float32, device=pred.device)
+    grid = (groups + -(-integers[0] // constants["ROWS"]),)
+    buffers = (*logits, logit_losses, partial_GK, *tensors, patch_losses)
+    launch(_sssd_kernel, grid, pred, *buffers, rows, group_rows, groups, *strides, *integers, **constants)
+    reconstruction, count = _reconstruction.finish(patch_losses, options[2])
+    loss, batch_center = logit_losses.sum() / max(rows, 1), partial_GK.sum(0) / max(rows, 1)
+    return weight * loss + (1 - weight) * reconstruction, reconstruction, loss, batch_center, count
+
+
+def _launch_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    count: Tensor,
+    pred: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    weight: float,
+    temps: tuple[float, float],
+    needs_teacher: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, integers, pixel_constants = _reconstruction.kernel_arguments(pred, *options)
+    logits, rows, strides, logit_constants = _distillation.logit_arguments(student, teacher, center, *temps)
+    constants = _constants(pixel_constants, {**logit_constants, "NEEDS_TEACHER": needs_teacher, "WEIGHT": weight})
+    dpred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    dstudent = torch.empty(student.shape, dtype=student.dtype, device=pred.device)
+    dteacher = torch.empty(teacher.shape if needs_teacher else (0,), dtype=teacher.dtype, device=pred.device)
+    grid = (rows + -(-integers[0] // constants["ROWS"]),)
+    buffers = (*grads, count, *logits, dstudent, dteacher, *tensors, dpred)
+    launch(_sssd_backward_kernel, grid, pred, *buffers, rows, *strides, *integers, **constants)
+    return dpred, dstudent, dteacher
+
+
+# ------------------------------------------------------------------------------------------------- registration
+def _use_triton(pred: Tensor, images: Tensor, student: Tensor, teacher: Tensor, norm: str) -> bool:
+    refused = _reconstruction.refusal(pred.shape[2], images.shape[1], norm) or _distillation.refusal(student.shape[-1])
+    dtypes = (pred.dtype, images.dtype, student.dtype, teacher.dtype)
+    return use_triton("sssd_loss", pred.device, *dtypes, refused=refused)
+
+
+@triton_op("mae_kernels::sssd_loss", mutates_args=())
+def _sssd_op(
+    pred: Tensor,
+    images: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    center: Tensor | None,
+    patch_size: int,
+    norm: str,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    weight: float,
+    logit: bool,
+    student_temp: float,
+    teacher_temp: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Kind "dino": (total, reconstruction, distillation, batch_center, number of masked patches)."""
+    options = (images, ids, mask, patch_size, norm, eps, mean, std)
+    temps = (student_temp, teacher_temp)
+    if _use_triton(pred, images, student, teacher, norm):
+        return _launch(pred, student, teacher, center, weight, logit, temps, *options)
+    losses_BM = _reconstruction.difference(pred, *options).square().mean(2)
+    reconstruction, count = _reconstruction.finish(losses_BM, mask)
+    mode = "logit" if logit else "prob"
+    loss, batch_center = _distillation.reference(student, teacher, "dino", center, mode, *temps)
+    assert batch_center is not None  # for "dino" it never is
+    return weight * loss + (1 - weight) * reconstruction, reconstruction, loss, batch_center, count
+
+
+@triton_op("mae_kernels::sssd_loss_backward", mutates_args=())
+def _sssd_backward_op(
+    grad_total: Tensor,
+    grad_reconstruction: Tensor,
+    grad_distillation: Tensor,
+    count: Tensor,
+    pred: Tensor,
+    images: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    center: Tensor | None,
+    patch_size: int,
+    norm: str,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    weight: float,
+    student_temp: float,
+    teacher_temp: float,
+    needs_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of pred, student and teacher; the teacher's is empty when not needed."""
+    options = (images, ids, mask, patch_size, norm, eps, mean, std)
+    temps = (student_temp, teacher_temp)
+    if _use_triton(pred, images, student, teacher, norm):
+        grads = (grad_total, grad_reconstruction, grad_distillation)
+        return _launch_backward(grads, count, pred, student, teacher, center, weight, temps, needs_teacher, *options)
+    d_BMV = _reconstruction.difference(pred, *options)
+    factor = (grad_reconstruction + grad_total * (1 - weight)) * 2 / (count * d_BMV.shape[2])
+    grad = grad_distillation + grad_total * weight
+    dstudent, dteacher = _distillation.gradients(grad, student, teacher, center, *temps)
+    return (d_BMV * factor).to(pred.dtype), dstudent, dteacher if needs_teacher else dteacher.new_empty(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.patch_size, ctx.norm, ctx.eps, ctx.mean, ctx.std, ctx.weight, _, ts, tt = inputs
+    ctx.save_for_backward(*tensors, output[4])
+    ctx.mark_non_differentiable(output[3], output[4])
+    ctx.temps = ts, tt
+
+
+def _backward(ctx: Any, total: Tensor, reconstruction: Tensor, distillation: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    *tensors, count = ctx.saved_tensors
+    needs_teacher = ctx.needs_input_grad[3]
+    options = (ctx.patch_size, ctx.norm, ctx.eps, ctx.mean, ctx.std, ctx.weight, *ctx.temps, needs_teacher)
+    dpred, dstudent, dteacher = _sssd_backward_op(total, reconstruction, distillation, count, *tensors, *options)
+    return dpred, None, dstudent, dteacher if needs_teacher else None, *[None] * 12
+
+
+_sssd_op.register_autograd(_backward, setup_context=_setup)
+
+
+# ------------------------------------------------------------------------------------------------------- public
 class SSSDLoss(NamedTuple):
     """total, reconstruction and distillation are scalars; batch_center [K] or None, without a gradient."""
 
@@ -59,6 +291,7 @@ def sssd_loss(
         weight: of the distillation loss, between 0 and 1.
 
     Returns: SSSDLoss(total, reconstruction, distillation, batch_center). Each of the three scalars is differentiable.
+    With a kind other than "dino" the two losses are the two ops, one after the other.
 
     Raises: TypeError or ValueError naming the argument.
     """
@@ -66,7 +299,14 @@ def sssd_loss(
         raise TypeError(f"weight: got {type(weight).__name__}, needs a Python number")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: got {weight}, needs a number between 0 and 1")
-    use_triton("sssd_loss", pred.device)
+    if kind == "dino" and not wants_reference(pred):
+        stats = _reconstruction.check_reconstruction(pred, images, ids, mask, patch_size, norm, eps, mean, std)
+        _distillation.check_distillation(student, teacher, kind, center, center_mode, student_temp, teacher_temp)
+        check_same_device("student", student, "pred", pred)
+        teacher = teacher.detach() if detach_teacher else teacher
+        tensors = (pred, images, student, teacher, ids, mask, center)
+        options = (patch_size, norm or "none", float(eps), *stats, float(weight), center_mode == "logit")
+        return SSSDLoss(*_sssd_op(*tensors, *options, float(student_temp), float(teacher_temp))[:4])
     reconstruction = masked_reconstruction_loss(
         pred, images, ids=ids, mask=mask, patch_size=patch_size, norm=norm, eps=eps, mean=mean, std=std
     )

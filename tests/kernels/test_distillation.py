@@ -63,7 +63,8 @@ def test_dino_equals_a_loop(shape, dtype, centred, mode, device, close: Callable
     )
     assert got[0].dtype == got[1].dtype == torch.float32
     assert not got[1].requires_grad
-    close(got, run(loop, torch.float64), run(fp32_loop), atol=3e-6)
+    # logits / temperature reach 50, where one fp32 rounding is 4e-6, and it becomes the relative error of P and Q
+    close(got, run(loop, torch.float64), run(fp32_loop), atol=1e-5)
     assert torch.equal(copies[0], student)
     assert torch.equal(copies[1], teacher)
 
@@ -138,8 +139,9 @@ def test_sssd_is_the_weighted_sum_with_its_gradients(use_mask, device, close: Ca
     out = sssd_loss(
         pred, images, student, teacher, weight=0.3, patch_size=4, norm="channel", std=0.3, center=center, **which
     )
-    rec = masked_reconstruction_loss(pred.double(), images, patch_size=4, norm="channel", std=0.3, **which)
-    dis, statistic = distillation_loss(student.double(), teacher.double(), center=center)
+    with backend("reference"):  # in float64
+        rec = masked_reconstruction_loss(pred.double(), images, patch_size=4, norm="channel", std=0.3, **which)
+        dis, statistic = distillation_loss(student.double(), teacher.double(), center=center)
     leaves = (pred, student, teacher)
     for got, want in ((out.total, 0.3 * dis + 0.7 * rec), (out.reconstruction * 2 + out.distillation, 2 * rec + dis)):
         g = torch.autograd.grad(got, leaves, retain_graph=True)

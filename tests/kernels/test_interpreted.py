@@ -29,7 +29,13 @@ def run_marked(file: str, **env: str) -> int:
 
 
 # file and the least number of its tests that must have run
-FILES = [("test_patches.py", 50), ("test_reconstruction.py", 20), ("test_restore.py", 12), ("test_masking.py", 15)]
+FILES = [
+    ("test_patches.py", 50),
+    ("test_reconstruction.py", 20),
+    ("test_restore.py", 12),
+    ("test_masking.py", 15),
+    ("test_distillation.py", 29),
+]
 
 
 @pytest.mark.parametrize(("file", "at_least"), FILES)

@@ -49,7 +49,7 @@ def test_the_environment_variable_is_checked() -> None:
 def test_the_triton_backend_is_refused_on_the_cpu_with_a_reason() -> None:
     with (
         mae_kernels.backend("triton"),
-        pytest.raises(RuntimeError, match="random_masking: .* asked for, but the tensors"),
+        pytest.raises(RuntimeError, match=r"random_masking: .* asked for, but the tensors"),
     ):
         mae_kernels.random_masking(torch.rand(1, 4), 2)
     mae_kernels.random_masking(torch.rand(1, 4), 2)  # the choice ended with the block

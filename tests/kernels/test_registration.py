@@ -59,9 +59,19 @@ def restore_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
     return visible, ids_of(batch, 6, 6), token, pos, 1
 
 
+def sssd_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    pred, images, ids, mask, *options = loss_arguments(batch, dtype)
+    tensors = (pred, images, floats(batch, 9, dtype=dtype), floats(batch, 9, dtype=dtype), ids, mask, torch.rand(9))
+    return *tensors, *options, 0.2, False, 0.2, 0.1
+
+
 CASES = {
     "gather_patches": Case(lambda b, t: (pixels(b, 3, 8, 12), ids_of(b, 6, 4), 4, [0.5], [0.2], t)),
     "embed_patches": Case(embed_arguments),
+    "distillation_loss": Case(
+        lambda b, t: (floats(b, 9, dtype=t), floats(b, 9, dtype=t), torch.rand(9), False, 0.2, 0.1)
+    ),
+    "sssd_loss": Case(sssd_arguments, lambda out: out[0] * 2 + out[1] + out[2] * 3),
     "random_masking": Case(lambda b, t: (torch.rand(b, 9, dtype=t), 4)),
     "restore_tokens": Case(restore_arguments),
     "linear_reconstruction_loss": Case(linear_arguments),
@@ -134,6 +144,8 @@ def kept_bytes(call: Callable[[], Tensor], inputs: tuple[Any, ...]) -> int:
 KEPT = {
     "embed_patches": 0,
     "restore_tokens": 0,
+    "distillation_loss": 0,
+    "sssd_loss": 4,
     "linear_reconstruction_loss": 4 * (2 * 2 * 5 + 48 * 5 + 48),
     "masked_reconstruction_loss": 4,
     "masked_reconstruction_loss/mask": 4,
