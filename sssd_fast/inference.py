@@ -27,7 +27,7 @@ from .finetune import predict
 from .loaders.augment import resize_center_crop
 from .model import Classifier
 from .runs import Run
-from .step import AUTOCAST, pick_precision
+from .step import autocast, pick_precision
 from .visualize import attention_grid
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -78,9 +78,8 @@ def evaluate_run(run: Run, part: str = "test") -> dict[str, Any]:
     if not ids:
         raise DataError(f"the split of {run.out} has no {part} images; choose --part among those of data.json")
     loader = make_loader(run, index, ids, batch_size=run.config.evaluate.batch_size, shard=True)
-    dtype = AUTOCAST.get(run.precision)
-    autocast = torch.autocast(run.world.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-    found = predict(trained.model, loader, ids, len(trained.classes), run.world, autocast)
+    context = autocast(run.precision, run.world.device)
+    found = predict(trained.model, loader, ids, len(trained.classes), run.world, context)
     records = [index.records[i] for i in ids]
     result: dict[str, Any] = {}
     if run.world.main:
@@ -127,7 +126,7 @@ def predict_files(
 ) -> tuple[NDArray[np.float64], list[tuple[Path, str]]]:
     """[N, classes] scores, NaN rows for files that cannot be read, and those files with the reason."""
     config, device = trained.config, next(trained.model.parameters()).device
-    dtype = AUTOCAST.get(pick_precision(precision, device))
+    context = autocast(pick_precision(precision, device), device)
     scores = np.full((len(paths), len(trained.classes)), np.nan)
     bad: list[tuple[Path, str]] = []
     for start in range(0, len(paths), batch_size):
@@ -145,7 +144,7 @@ def predict_files(
             )
             rows.append(row)
         if rows:
-            with torch.no_grad(), torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            with torch.no_grad(), context:
                 logits = trained.model(torch.stack(images).to(device))
             scores[rows] = logits.double().softmax(1).cpu().numpy()
     return scores, bad

@@ -21,7 +21,7 @@ from .errors import ConfigError
 from .loaders import Loader
 from .model import Classifier
 from .runs import Run
-from .step import AUTOCAST
+from .step import autocast
 from .weight_files import Norm
 from .weights import load_into
 
@@ -34,9 +34,8 @@ def features(
     row_of = {image: row for row, image in enumerate(ids)}
     result = np.zeros((len(row_of), model.head.in_features))
     model.eval()
-    dtype = AUTOCAST.get(precision)
     for batch in loader.epoch(0):
-        with torch.autocast(world.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(precision, world.device):
             values = model.features(batch.images)[batch.valid].double().cpu().numpy()
         result[[row_of[i] for i in batch.indices[batch.valid].tolist()]] = values
     return result

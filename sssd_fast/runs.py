@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from . import __version__
 from .checkpoint import CheckpointManager, atomic_write_text
 from .config import Config, from_dict, to_dict, to_yaml
 from .console import Console
@@ -140,7 +139,7 @@ def open_run(
             atomic_write_text(out / "config.yaml", to_yaml(config))
             with open(out / "command.txt", "a", encoding="utf-8") as file:  # a resumed run lists every command
                 file.write(command + "\n")
-            run.write_json("env.json", {"sssd_fast": __version__, **collect_environment(out)})
+            run.write_json("env.json", collect_environment(out))
         try:
             yield run
         finally:

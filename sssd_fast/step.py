@@ -48,6 +48,12 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context that computes in bf16 or fp16 where that is safe; with fp32 it changes nothing."""
+    dtype = AUTOCAST.get(precision)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 def generator(device: torch.device, *key: int) -> torch.Generator:
     """Random numbers that depend on `key`, such as (seed, step, micro), and on nothing that happened before."""
     state = 0
@@ -80,8 +86,7 @@ class Step:
         self.scaler = torch.amp.GradScaler(world.device.type) if precision == "fp16" else None
 
     def autocast(self) -> torch.autocast:
-        dtype = AUTOCAST.get(self.precision)
-        return torch.autocast(self.world.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+        return autocast(self.precision, self.world.device)
 
     def __call__(self, micro_batches: Sequence[Any], step: int, lr: float) -> StepResult:
         set_lr(self.optimizer, lr)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TextIO
 
+from sssd_fast.checkpoint import atomic_write_bytes
 from sssd_fast.data.images import SUFFIXES, ImageError, decode_bytes, pixel_hash, read_file, shown
 from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
 from sssd_fast.errors import DataError
@@ -86,7 +86,8 @@ class DataIndex:
         """Write JSON, atomically."""
         body = {"format": _FORMAT, "version": _VERSION, "root": str(self.root.absolute()), "classes": self.classes}
         lists = {"records": [asdict(r) for r in self.records], "excluded": [asdict(e) for e in self.excluded]}
-        write_text_atomic(path, json.dumps({**body, "notes": self.notes, **lists}, indent=1) + "\n")
+        text = json.dumps({**body, "notes": self.notes, **lists}, indent=1) + "\n"
+        atomic_write_bytes(Path(path), text.encode("utf-8", "surrogateescape"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> DataIndex:
@@ -325,20 +326,3 @@ def _scan_folders(root: Path, notes: list[str]) -> list[dict[str, str]]:
             "or a CSV manifest path,label[,split][,patient]"
         )
     return rows
-
-
-def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text so that a kill leaves the old file or the new one: temporary file, fsync, rename."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

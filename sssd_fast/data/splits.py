@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sssd_fast.checkpoint import atomic_write_bytes
 from sssd_fast.data.images import shown
-from sssd_fast.data.index import DataIndex, report_duplicates, write_text_atomic
+from sssd_fast.data.index import DataIndex, report_duplicates
 from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
 from sssd_fast.errors import DataError
 
@@ -71,7 +72,7 @@ class Split:
             for i in self.part(name):
                 r = index.records[i]
                 writer.writerow([r.path, index.classes[r.label], name] + [r.patient or ""] * patients)
-        write_text_atomic(path, text.getvalue())
+        atomic_write_bytes(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
 
     def summary(self, index: DataIndex) -> str:
         """Counts per part and class, then every leak found."""

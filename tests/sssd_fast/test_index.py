@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sssd_fast.data import index as index_module
-from sssd_fast.data.index import DataIndex, check_data, report_duplicates, write_text_atomic
+from sssd_fast.data.index import DataIndex, check_data, report_duplicates
 from sssd_fast.data.manifest import read_manifest
 from sssd_fast.data.splits import Split
 from sssd_fast.errors import DataError
@@ -238,20 +237,6 @@ def test_fingerprint_sees_content_label_and_order(data: Path):
     assert index.fingerprint() == index.fingerprint(range(12)) != index.fingerprint([1, 0, *range(2, 12)])
     (data / index.records[0].path).write_bytes((data / index.records[1].path).read_bytes())
     assert check_data(data).fingerprint() != index.fingerprint()
-
-
-def test_atomic_write_keeps_the_old_file_when_interrupted(tmp_path: Path, monkeypatch):
-    target = tmp_path / "file.json"
-    write_text_atomic(target, "old")
-
-    def interrupted(_: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(index_module.os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_text_atomic(target, "new")
-    assert target.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
 
 
 def test_identical_pictures_are_found_across_formats_splits_and_labels(tmp_path: Path):
