@@ -54,7 +54,7 @@ NO_KERNEL: dict[str, str | None] = {
     "linear_reconstruction_loss": None,
     "distillation_loss": None,
     "sssd_loss": None,
-    "attention": "this version has no kernel for it",
+    "attention": None,
 }
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import short_attention
 from ._runtime import INTERPRET, Launch, backend, record_launches, triton_module
 
 # KiB of shared memory that one block may use
@@ -102,6 +103,8 @@ def cases() -> Iterator[LintCase]:
         yield LintCase(f"random_masking {patches}", lambda t, noise=noise: ops.random_masking(noise, 49))  # type: ignore[misc]
     for logits in (4096, 16384):
         yield from _distillation_cases(logits)
+    for tokens, heads, width in ((50, 12, 64), (197, 16, 32), (256, 8, 32), (37, 3, 16)):
+        yield from _attention_cases(tokens, heads, width)
     yield from _sssd_cases(rgb, "rgb")
     yield from _sssd_cases(ct, "ct")
     yield from _restore_cases(512)
@@ -137,6 +140,20 @@ def _sssd_cases(images: Tensor, name: str) -> Iterator[LintCase]:
     yield LintCase(f"sssd_loss {name}", backward)
 
 
+def _attention_cases(tokens: int, heads: int, width: int) -> Iterator[LintCase]:
+    ops = torch.ops.mae_kernels
+
+    def forward(t: torch.dtype) -> object:
+        return ops.attention(_meta(8, tokens, 3, heads, width, dtype=t), width**-0.5)
+
+    def backward(t: torch.dtype) -> object:
+        out, lse = _meta(8, tokens, heads, width, dtype=t), _meta(8, heads, tokens, dtype=torch.float32)
+        return ops.attention_backward(out, _meta(8, tokens, 3, heads, width, dtype=t), out, lse, width**-0.5)
+
+    yield LintCase(f"attention {tokens} x {heads} x {width}", forward)
+    yield LintCase(f"attention {tokens} x {heads} x {width}", backward)
+
+
 def _restore_cases(width: int) -> Iterator[LintCase]:
     ops, ids, pos = torch.ops.mae_kernels, _ids(64, 196), _meta(197, width, dtype=torch.float32)
 
@@ -157,6 +174,8 @@ def lint(arch: int) -> list[Row]:
     dtype = torch.float16 if arch < 80 else torch.bfloat16
     rows, seen = [], set()
     for case in cases():
+        if case.op.startswith("attention") and arch < short_attention.OLDEST_ARCHITECTURE:
+            continue  # never launched there
         with backend("triton"), record_launches(arch) as launches:
             case.call(dtype)
         if not launches:

@@ -72,6 +72,7 @@ CASES = {
         lambda b, t: (floats(b, 9, dtype=t), floats(b, 9, dtype=t), torch.rand(9), False, 0.2, 0.1)
     ),
     "sssd_loss": Case(sssd_arguments, lambda out: out[0] * 2 + out[1] + out[2] * 3),
+    "attention": Case(lambda b, t: (floats(b, 9, 3, 2, 4, dtype=t), 0.4)),
     "random_masking": Case(lambda b, t: (torch.rand(b, 9, dtype=t), 4)),
     "restore_tokens": Case(restore_arguments),
     "linear_reconstruction_loss": Case(linear_arguments),
@@ -140,10 +141,11 @@ def kept_bytes(call: Callable[[], Tensor], inputs: tuple[Any, ...]) -> int:
     return sum(kept.values())
 
 
-# beyond the inputs: nothing; the number of masked patches as one fp32; the gradients of hidden, weight and bias
+# beyond the inputs: nothing; out and log-sum-exp; the number of masked patches as one fp32; the gradients of hidden, weight and bias
 KEPT = {
     "embed_patches": 0,
     "restore_tokens": 0,
+    "attention": 2 * 9 * 2 * (4 + 1) * 4,
     "distillation_loss": 0,
     "sssd_loss": 4,
     "linear_reconstruction_loss": 4 * (2 * 2 * 5 + 48 * 5 + 48),
