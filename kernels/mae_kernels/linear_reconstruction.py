@@ -98,9 +98,9 @@ def _linear_op(
     chunks = max(1, min(CHUNKS, masked))
     for i in range(chunks):
         first, last = masked * i // chunks, masked * (i + 1) // chunks
-        h_BMD = hidden[:, first:last].to(dtype)
+        h_BMD = hidden.narrow(1, first, last - first).to(dtype)
         pred_BMV = _predict(h_BMD, w_VD, b_V)
-        options = (images, ids[:, first:last], None, patch_size, norm, eps, mean, std)
+        options = (images, ids.narrow(1, first, last - first), None, patch_size, norm, eps, mean, std)
         if triton:
             losses.append(launch_loss_rows(pred_BMV, *options))
             dpred_BMV = launch_loss_backward(grad, unit, pred_BMV, *options) if needs_grad else None
@@ -110,7 +110,7 @@ def _linear_op(
             dpred_BMV = (KEPT_SCALE * d_BMV).to(dtype) if needs_grad else None
         if dpred_BMV is not None:
             with no_autocast(hidden.device):
-                dhidden_BMD[:, first:last].copy_(dpred_BMV @ w_VD)
+                dhidden_BMD.narrow(1, first, last - first).copy_(dpred_BMV @ w_VD)
                 dweight_VD = dweight_VD + dpred_BMV.flatten(0, 1).t() @ h_BMD.flatten(0, 1)
             dbias_V = dbias_V + dpred_BMV.sum((0, 1), dtype=acc)
     loss = torch.cat(losses, 1).sum() / max(ids.shape[0] * ids.shape[1], 1)
