@@ -7,15 +7,23 @@ from ._runtime import backend, info
 from .distillation import distillation_loss
 from .linear_reconstruction import linear_reconstruction_loss
 from .masking import Masking, random_masking
+from .modules import MaskedReconstructionLoss, PatchEmbedVisible, ReconstructionHead, RestoreTokens, ShortAttention
 from .patches import embed_patches, gather_patches
+from .patching import PatchReport, patch_model, unpatch_model
 from .reconstruction import masked_reconstruction_loss
 from .restore import restore_tokens
 from .short_attention import attention
 from .sssd import SSSDLoss, sssd_loss
 
 __all__ = [
+    "MaskedReconstructionLoss",
     "Masking",
+    "PatchEmbedVisible",
+    "PatchReport",
+    "ReconstructionHead",
+    "RestoreTokens",
     "SSSDLoss",
+    "ShortAttention",
     "attention",
     "backend",
     "debug_checks",
@@ -25,7 +33,9 @@ __all__ = [
     "info",
     "linear_reconstruction_loss",
     "masked_reconstruction_loss",
+    "patch_model",
     "random_masking",
     "restore_tokens",
     "sssd_loss",
+    "unpatch_model",
 ]

@@ -140,6 +140,7 @@ class PackedAttention(nn.Module):
 
     qkv: nn.Module
     proj: nn.Module
+    proj_drop: Any
     num_heads: int
     scale: float
 
@@ -168,7 +169,10 @@ MAE_ENCODER = Part(
 MAE_DECODER = Part(MaeDecoder, "forward_decoder", "restore_tokens", "")
 MAE_LOSS = Part(MaeLoss, "forward_loss", "masked_reconstruction_loss", "the images require a gradient")
 MAE_ATTENTION = Part(
-    PackedAttention, "forward", "attention", "attn_drop is above 0 in training, or the call has a mask or other arguments"
+    PackedAttention,
+    "forward",
+    "attention",
+    "attn_drop is above 0 in training, or the call has a mask or other arguments",
 )
 
 
@@ -266,7 +270,7 @@ class HFLoss(nn.Module):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
-        return output if return_dict else output.to_tuple()  # type: ignore[attr-defined]
+        return output if return_dict else output.to_tuple()
 
 
 class SplitAttention(nn.Module):
