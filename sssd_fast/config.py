@@ -40,6 +40,7 @@ class DataConfig(Section):
     source: str = "phantom"  # "phantom" = the seeded synthetic slices; else a folder with one folder per class, or the images' root
     manifest: str | None = None  # CSV path,label[,split][,patient], paths relative to `source`
     phantom_images: Annotated[int, Field(ge=40)] = 1600
+    phantom_seed: Annotated[int, Field(ge=0)] = 0
     split: str = "random"  # random | block | patient | kfold | manifest (its split column) | a CSV file
     test_fraction: OpenFraction = 0.2
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = (

@@ -128,10 +128,10 @@ def _phantom(run: Run) -> Path:
     """The synthetic slices of this size and number, written once beside the run folder and used again."""
     config, (height, width) = run.config, run.config.model.image_size
     count = config.data.phantom_images
-    folder = run.out.absolute().parent / f"synthetic-ct-{count}-{height}x{width}-seed{config.data.split_seed}"
+    folder = run.out.absolute().parent / f"synthetic-ct-{count}-{height}x{width}-seed{config.data.phantom_seed}"
     if not (folder / "manifest.csv").exists():
         with run.console.announce(f"drawing {count} synthetic chest-CT-like slices of {height}x{width} into {folder}"):
-            write_phantom_dataset(folder, count, (height, width), seed=config.data.split_seed)
+            write_phantom_dataset(folder, count, (height, width), seed=config.data.phantom_seed)
     return folder
 
 

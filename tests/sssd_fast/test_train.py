@@ -252,3 +252,18 @@ def test_compiled_training_is_announced_and_equal(
         )
         == 0
     )
+
+
+def test_training_on_the_ops_equals_training_on_plain_torch(tiny: list[str], tmp_path: Path) -> None:
+    """20 steps with the registered ops (their own backward formulas) and with MAE_KERNELS_BACKEND=reference (torch's autograd)."""
+    import mae_kernels
+
+    losses = []
+    for backend in ("auto", "reference"):
+        out = tmp_path / backend
+        with mae_kernels.backend(backend):
+            assert main(["pretrain", "--out", str(out), *tiny, "pretrain.max_steps=20", "pretrain.epochs=5"]) == 0
+        losses.append([loss for _, loss in _losses(out)])
+    assert len(losses[0]) == 20
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
