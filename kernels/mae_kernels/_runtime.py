@@ -43,19 +43,24 @@ def triton_module() -> Any:
 INTERPRET = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 BACKENDS = ("auto", "triton", "reference")
 OLDEST_ARCHITECTURE = 75
-
-# every op, and why it has no Triton kernel (None: it has one)
-NO_KERNEL: dict[str, str | None] = {
-    "random_masking": None,
-    "gather_patches": None,
-    "embed_patches": None,
-    "restore_tokens": None,
-    "masked_reconstruction_loss": None,
-    "linear_reconstruction_loss": None,
-    "distillation_loss": None,
-    "sssd_loss": None,
-    "attention": None,
+TENSOR_CORES_FROM = {"attention": 80}  # before sm_80 Triton multiplies matrices without tensor cores
+PARTLY = {
+    "attention": "for the sizes in short_attention.py; others take scaled_dot_product_attention",
+    "distillation_loss": "for kind 'dino'; the other kinds are plain torch",
+    "sssd_loss": "for kind 'dino'; with the other kinds it is the two losses one after the other",
 }
+
+OPS = (
+    "random_masking",
+    "gather_patches",
+    "embed_patches",
+    "restore_tokens",
+    "masked_reconstruction_loss",
+    "linear_reconstruction_loss",
+    "distillation_loss",
+    "sssd_loss",
+    "attention",
+)
 
 
 def _from_environment() -> str:
@@ -113,8 +118,6 @@ def architecture(device: torch.device) -> int:
 
 def why_not_triton(op: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
     """The reason why the op's kernels cannot run on this device with these dtypes; None when they can."""
-    if NO_KERNEL[op] is not None:
-        return NO_KERNEL[op]
     if not HAVE_TRITON:
         return "triton is not installed"
     if device.type == "cpu" and not INTERPRET:
@@ -123,6 +126,8 @@ def why_not_triton(op: str, device: torch.device, *dtypes: torch.dtype) -> str |
         return "the kernels are checked for NVIDIA GPUs only"
     if device.type == "cuda" and architecture(device) < OLDEST_ARCHITECTURE:
         return f"the GPU is sm_{architecture(device)}, older than sm_{OLDEST_ARCHITECTURE}"
+    if device.type == "cuda" and architecture(device) < TENSOR_CORES_FROM.get(op, 0):
+        return f"Triton has no tensor cores on sm_{architecture(device)}, before sm_{TENSOR_CORES_FROM[op]}"
     if device.type not in ("cpu", "cuda") and _recording is None:
         return f"the tensors are on a {device.type} device"
     wide = [d for d in dtypes if d == torch.float64]
@@ -214,11 +219,12 @@ def info() -> dict[str, str]:
     """For each op, the implementation that would run on this machine, and why the Triton kernels are refused."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     told = {}
-    for op in NO_KERNEL:
+    for op in OPS:
         reason = why_not_triton(op, device)
         if _backend == "reference":
             reason = "the backend is set to 'reference'"
         if reason is None and device.type == "cpu" and _backend != "triton":
             reason = "the tensors are on the CPU"
-        told[op] = "triton" if reason is None else f"reference ({reason})"
+        partly = f" {PARTLY[op]}" if op in PARTLY else ""
+        told[op] = f"triton{partly}" if reason is None else f"reference ({reason})"
     return told
