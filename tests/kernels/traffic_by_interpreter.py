@@ -1,0 +1,156 @@
+"""What each kernel reads and writes, counted access by access under the interpreter (test_interpreted.py runs this file).
+
+Every element of a large input is read exactly once, and only where it is needed; every element of an output is written
+exactly once. Position tables, mask tokens, centres and scalars, which stay in the cache, may be read by every program.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
+
+from mae_kernels import _runtime
+
+pytestmark = pytest.mark.kernel
+OPS = torch.ops.mae_kernels
+
+
+class Traffic:
+    """Addresses of every element read and written."""
+
+    def __init__(self) -> None:
+        self.read: list[np.ndarray[Any, Any]] = []
+        self.written: list[np.ndarray[Any, Any]] = []
+
+    def of(self, addresses: list[np.ndarray[Any, Any]], x: Tensor) -> tuple[int, int]:
+        """(accesses, different elements) of a tensor's memory."""
+        first, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+        inside = np.concatenate([a[(a >= first) & (a < first + size)] for a in addresses] or [np.zeros(0)])
+        return inside.size, np.unique(inside).size
+
+    def assert_read_once(self, x: Tensor, elements: int | None = None) -> None:
+        want = x.numel() if elements is None else elements
+        assert self.of(self.read, x) == (want, want)
+
+    def assert_written_once(self, *outputs: Tensor) -> None:
+        """The outputs, whole, and nothing else but buffers that no argument or result shares."""
+        for x in outputs:
+            assert self.of(self.written, x) == (x.numel(), x.numel())
+
+
+@pytest.fixture
+def traffic(monkeypatch: pytest.MonkeyPatch) -> Traffic:
+    assert _runtime.INTERPRET, "run with TRITON_INTERPRET=1"
+    seen = Traffic()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        seen.read.append(ptrs.data[mask.data].ravel())
+        return load(self, ptrs, mask, *rest)
+
+    def counted_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        seen.written.append(ptrs.data[mask.data].ravel())
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+    return seen
+
+
+def ids_of(batch: int, patches: int, listed: int) -> Tensor:
+    return torch.stack([torch.randperm(patches) for _ in range(batch)])[:, :listed].contiguous()
+
+
+def pixels(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def test_random_masking(traffic: Traffic) -> None:
+    noise = torch.rand(3, 12)
+    out = OPS.random_masking(noise, 5)
+    traffic.assert_read_once(noise)
+    traffic.assert_written_once(*out)
+
+
+def test_gather(traffic: Traffic) -> None:
+    images, ids = pixels(2, 3, 16, 24), ids_of(2, 6, 4)
+    out = OPS.gather_patches(images, ids, 8, [], [], torch.float32)
+    traffic.assert_read_once(images, 2 * 4 * 192)
+    traffic.assert_read_once(ids)
+    traffic.assert_written_once(out)
+
+
+def test_embed_backward_reads_the_gradient_once(traffic: Traffic) -> None:
+    grad, images, ids = torch.randn(3, 4, 10), pixels(3, 1, 8, 12), ids_of(3, 6, 4)
+    dtypes = (torch.float32,) * 3
+    _, _, dpos = OPS.embed_patches_backward(grad, images, ids, 4, 6, [], [], torch.float32, *dtypes, False, False, True)
+    traffic.assert_read_once(grad)
+    traffic.assert_written_once(dpos)
+
+
+def test_restore(traffic: Traffic) -> None:
+    visible, ids, pos = torch.randn(3, 5, 24), ids_of(3, 12, 12), torch.randn(13, 24)
+    out = OPS.restore_tokens(visible, ids, torch.randn(24), pos, 1)
+    traffic.assert_read_once(visible)
+    traffic.assert_written_once(out)
+
+
+def test_restore_backward(traffic: Traffic) -> None:
+    grad, ids = torch.randn(3, 13, 24), ids_of(3, 12, 12)
+    dtypes = (torch.float32,) * 3
+    dvisible, _, _ = OPS.restore_tokens_backward(grad, ids, 5, 1, *dtypes, False)
+    traffic.assert_read_once(grad)
+    traffic.assert_written_once(dvisible)
+
+
+@pytest.mark.parametrize("norm", ["patch", "channel", "none"])
+@pytest.mark.parametrize("use_mask", [False, True])
+def test_reconstruction(traffic: Traffic, norm: str, use_mask: bool) -> None:
+    images, ids = pixels(2, 3, 16, 24), ids_of(2, 6, 4)
+    mask = torch.zeros(2, 6, dtype=torch.bool).scatter_(1, ids, True)
+    pred = torch.randn(2, 6 if use_mask else 4, 192)
+    select = (None, mask) if use_mask else (ids, None)
+    options = (images, *select, 8, norm, 1e-6, [0.4], [0.2])
+    OPS.masked_reconstruction_loss(pred, *options)
+    for x in (pred, images):
+        traffic.assert_read_once(x, 2 * 4 * 192)  # with a mask too: visible predictions are not read
+    traffic.read.clear()
+    one = torch.ones(())
+    dpred = OPS.masked_reconstruction_loss_backward(one, one, pred, *options)
+    for x in (pred, images):
+        traffic.assert_read_once(x, 2 * 4 * 192)
+    traffic.assert_written_once(dpred)
+
+
+def test_sssd(traffic: Traffic) -> None:
+    images, ids, pred = pixels(2, 3, 16, 24), ids_of(2, 6, 4), torch.randn(2, 4, 192)
+    student, teacher, center = torch.randn(2, 37), torch.randn(2, 37), torch.randn(37)
+    tensors = (pred, images, student, teacher, ids, None, center)
+    options = (8, "patch", 1e-6, [0.4], [0.2], 0.2)
+    OPS.sssd_loss(*tensors, *options, False, 0.1, 0.04)
+    large = ((pred, None), (images, 2 * 4 * 192), (student, None), (teacher, None), (ids, None))
+    for x, elements in large:
+        traffic.assert_read_once(x, elements)
+    traffic.read.clear()
+    grads = [torch.ones(()) for _ in range(4)]
+    gradients = OPS.sssd_loss_backward(*grads, *tensors, *options, 0.1, 0.04, True)
+    for x, elements in large:
+        traffic.assert_read_once(x, elements)
+    traffic.assert_written_once(*gradients)
+
+
+def test_attention(traffic: Traffic) -> None:
+    qkv, grad = torch.randn(2, 21, 3, 2, 16), torch.randn(2, 21, 2, 16)
+    out, lse = OPS.attention(qkv, 0.25)
+    traffic.assert_read_once(qkv)
+    traffic.assert_written_once(out, lse)
+    traffic.read.clear()
+    dqkv = OPS.attention_backward(grad, qkv, out, lse, 0.25)
+    for x in (qkv, grad, out):
+        traffic.assert_read_once(x)
+    traffic.assert_written_once(dqkv)
