@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import short_attention
-from ._runtime import INTERPRET, Launch, backend, record_launches, triton_module
+from ._runtime import INTERPRET, TENSOR_CORES_FROM, Launch, backend, record_launches, triton_module
 
 # KiB of shared memory that one block may use
 SHARED_LIMITS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -47,6 +46,7 @@ class LintCase(NamedTuple):
     op: str
     call: Callable[[torch.dtype], object]
     wide: bool = True
+    architectures: tuple[int, ...] = ARCHITECTURES  # those where the op launches kernels
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -103,8 +103,11 @@ def cases() -> Iterator[LintCase]:
         yield LintCase(f"random_masking {patches}", lambda t, noise=noise: ops.random_masking(noise, 49))  # type: ignore[misc]
     for logits in (4096, 16384):
         yield from _distillation_cases(logits)
-    for tokens, heads, width in ((50, 12, 64), (197, 16, 32)):
-        yield from _attention_cases(tokens, heads, width)
+    tensor_cores = tuple(a for a in ARCHITECTURES if a >= TENSOR_CORES_FROM["attention"])
+    for half in (torch.bfloat16, torch.float16):
+        yield from _attention_cases(50, 12, 64, half, tensor_cores)
+        yield from _attention_cases(197, 16, 32, half, tensor_cores)
+    yield from _attention_cases(197, 12, 64, torch.bfloat16, tuple(a for a in tensor_cores if a < 120))
     yield from _sssd_cases(rgb, "rgb")
     yield from _restore_cases(512)
 
@@ -138,18 +141,14 @@ def _sssd_cases(images: Tensor, name: str) -> Iterator[LintCase]:
     yield LintCase(f"sssd_loss {name}", backward)
 
 
-def _attention_cases(tokens: int, heads: int, width: int) -> Iterator[LintCase]:
-    ops = torch.ops.mae_kernels
-
-    def forward(t: torch.dtype) -> object:
-        return ops.attention(_meta(8, tokens, 3, heads, width, dtype=t), width**-0.5)
-
-    def backward(t: torch.dtype) -> object:
-        out, lse = _meta(8, tokens, heads, width, dtype=t), _meta(8, heads, tokens, dtype=torch.float32)
-        return ops.attention_backward(out, _meta(8, tokens, 3, heads, width, dtype=t), out, lse, width**-0.5)
-
-    yield LintCase(f"attention {tokens} x {heads} x {width}", forward)
-    yield LintCase(f"attention {tokens} x {heads} x {width}", backward)
+def _attention_cases(
+    tokens: int, heads: int, width: int, half: torch.dtype, architectures: tuple[int, ...]
+) -> Iterator[LintCase]:
+    ops, qkv = torch.ops.mae_kernels, _meta(8, tokens, 3, heads, width, dtype=half)
+    out, lse = _meta(8, tokens, heads, width, dtype=half), _meta(8, heads, tokens, dtype=torch.float32)
+    name = f"attention {tokens} x {heads} x {width}{' fp16' if half == torch.float16 else ''}"
+    yield LintCase(name, lambda t: ops.attention(qkv, width**-0.5), True, architectures)
+    yield LintCase(name, lambda t: ops.attention_backward(out, qkv, out, lse, width**-0.5), True, architectures)
 
 
 def _restore_cases(width: int) -> Iterator[LintCase]:
@@ -172,8 +171,8 @@ def lint(arch: int) -> list[Row]:
     dtype = torch.float16 if arch < 80 else torch.bfloat16
     rows, seen = [], set()
     for case in cases():
-        if case.op.startswith("attention") and arch < short_attention.OLDEST_ARCHITECTURE:
-            continue  # never launched there
+        if arch not in case.architectures:
+            continue
         with backend("triton"), record_launches(arch) as launches:
             case.call(dtype)
         if not launches:

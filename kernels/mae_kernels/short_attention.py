@@ -1,20 +1,24 @@
 """Self-attention on the packed output of a qkv linear layer.
 
     q, k, v = qkv.unbind(2)
-    out     = softmax(q k^T * scale) v        per head, scale = d ** -0.5 by default
-    backward, with P = softmax, D = rowsum(out * dout):
-    dv = P^T dout,  dS = P * (dout v^T - D) * scale,  dq = dS k,  dk = dS^T q
+    P       = softmax(q k^T * scale)          per head, scale = d ** -0.5 by default
+    out     = P v
+    backward, with delta = rowsum(out * dout) = rowsum(P * dP):
+    dP = dout v^T,  dS = P * (dP - delta) * scale,  dq = dS k,  dk = dS^T q,  dv = P^T dout
 
 Source: Vaswani et al., Attention Is All You Need, arXiv 1706.03762, equation 1; the backward from the log-sum-exp as in
 Dao et al., FlashAttention, arXiv 2205.14135, appendix B.
 
-Masked autoencoders attend over short sequences, so one program holds all keys and values of a head on the chip: no
-transposes of qkv, one launch each way, no atomics, no fp32 buffer for dq. CONFIGURATIONS tells the sizes that fit without
-spilling registers; longer sequences, wider heads, fp32 and GPUs before sm_80, where Triton has no tensor cores, take
-torch's scaled_dot_product_attention.
+Masked autoencoders attend over short sequences. One program holds all keys and values of one head on the chip: qkv is
+read and its gradient written as they lie, one launch each way, no atomics, no fp32 buffer for dq. Up to 64 tokens the
+backward reads only qkv and dout, and nothing but qkv is kept for it; beyond, out and the log-sum-exp are kept as well.
+fp16 and bf16 products run on tensor cores with fp32 sums; the softmax is fp32. Longer sequences, other head widths, fp32
+(tensor cores would round it), fp64, GPUs before sm_80 (Triton has no tensor cores there) and the CPU take torch's
+scaled_dot_product_attention with torch's own backward.
 
 Shapes: B images, N tokens, H heads, d head width. The packed order (3, H, d) is that of timm and facebookresearch/mae.
 """
+
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (Triton types the arguments of kernels)
 
@@ -30,196 +34,361 @@ from torch.library import triton_op
 
 from ._checks import check_floating, check_positive, check_shape
 from ._pixels import accumulate_dtype
-from ._runtime import INTERPRET, architecture, jit, launch, next_power_of_2, tl, use_triton, wants_reference
+from ._runtime import (
+    TENSOR_CORES_FROM,
+    architecture,
+    jit,
+    launch,
+    next_power_of_2,
+    no_autocast,
+    tl,
+    use_triton,
+    wants_reference,
+)
+
+LOG2_E = math.log2(math.e)
 
 
 # ---------------------------------------------------------------------------------------------------- reference
-def reference(qkv_BN3HD: Tensor, scale: float) -> Tensor:
-    q, k, v = qkv_BN3HD.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+def reference(qkv_BN3Hd: Tensor, scale: float | None) -> Tensor:
+    q, k, v = qkv_BN3Hd.permute(2, 0, 3, 1, 4).unbind(0)
+    with no_autocast(qkv_BN3Hd.device):  # the dtype of qkv has been chosen already
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 
 
-def _forward(qkv_BN3HD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out, log2 of the sum of exponentials [B,H,N]) by the written formula."""
-    q, k, v = qkv_BN3HD.to(accumulate_dtype(qkv_BN3HD)).permute(2, 0, 3, 1, 4).unbind(0)
-    scores = q @ k.transpose(-1, -2) * scale
-    out = (scores.softmax(-1) @ v).transpose(1, 2).to(qkv_BN3HD.dtype).contiguous()
-    return out, torch.logsumexp(scores, -1) * math.log2(math.e)
-
-
-def _backward_formula(grad: Tensor, qkv_BN3HD: Tensor, out: Tensor, lse2: Tensor, scale: float) -> Tensor:
-    acc = accumulate_dtype(qkv_BN3HD)
-    q, k, v = qkv_BN3HD.to(acc).permute(2, 0, 3, 1, 4).unbind(0)
-    do, o = grad.to(acc).transpose(1, 2), out.to(acc).transpose(1, 2)
-    p = torch.exp(q @ k.transpose(-1, -2) * scale - lse2[..., None] * math.log(2))
-    ds = p * (do @ v.transpose(-1, -2) - (o * do).sum(-1, keepdim=True)) * scale
-    grads = (ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do)
-    return torch.stack(grads, 0).permute(1, 3, 0, 2, 4).to(qkv_BN3HD.dtype).contiguous()
+def gradient(dout_BNHd: Tensor, qkv_BN3Hd: Tensor, scale: float) -> Tensor:
+    """dqkv [B,N,3,H,d] by the formula, [B,H,N,N] at full size."""
+    acc = accumulate_dtype(qkv_BN3Hd)
+    q, k, v = qkv_BN3Hd.to(acc).permute(2, 0, 3, 1, 4).unbind(0)
+    dout = dout_BNHd.to(acc).transpose(1, 2)
+    with no_autocast(qkv_BN3Hd.device):
+        p = (q @ k.transpose(-1, -2) * scale).softmax(-1)
+        dp = dout @ v.transpose(-1, -2)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        d = torch.stack((ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dout))
+    return d.permute(1, 3, 0, 2, 4).to(qkv_BN3Hd.dtype).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------ kernels
+# One program = one head of one image. The keys are cut into up to three tiles of T0 + T1 + T2 >= N rows (powers of two,
+# 197 -> 128 + 64 + 16), held on chip; the queries are walked in blocks of ROWS. Only the last tile can have padding.
 @jit
-def _attention_kernel(QKV, OUT, LSE, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_M: tl.constexpr, SCALE_LOG2: tl.constexpr):  # fmt: skip
-    """One head: all keys stay on the chip, queries come in blocks, each output row is written once."""
-    image, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    col, key = tl.arange(0, D), tl.arange(0, BLOCK_N)
-    base = QKV + image * (N * 3 * H * D) + head * D
-    keys_at = key[:, None] * (3 * H * D) + col[None, :]
-    k = tl.load(base + H * D + keys_at, mask=(key < N)[:, None], other=0.0)
-    v = tl.load(base + 2 * H * D + keys_at, mask=(key < N)[:, None], other=0.0)
-    for first in range(0, N, BLOCK_M):
-        query = first + tl.arange(0, BLOCK_M)
-        real = (query < N)[:, None]
-        q = tl.load(base + query[:, None] * (3 * H * D) + col[None, :], mask=real, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = tl.where((key < N)[None, :], s * SCALE_LOG2, float("-inf"))
-        top = tl.max(s, 1)
-        p = tl.exp2(s - top[:, None])
-        total = tl.sum(p, 1)
-        out = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1.0 / total)[:, None]
-        out_at = image * (N * H * D) + head * D + query[:, None] * (H * D) + col[None, :]
-        tl.store(OUT + out_at, out.to(OUT.dtype.element_ty), mask=real)
-        tl.store(LSE + (image * H + head) * N + query, top + tl.log2(total), mask=query < N)
+def _load_rows(X, n, stride, N: tl.constexpr, D: tl.constexpr):
+    return tl.load(X + (n[:, None] * stride + tl.arange(0, D)[None, :]), mask=(n < N)[:, None], other=0.0)
 
 
 @jit
-def _attention_backward_kernel(QKV, OUT, LSE, DOUT, DQKV, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-                               BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SCALE: tl.constexpr,
-                               SCALE_LOG2: tl.constexpr):  # fmt: skip
-    """One head: dk and dv add up in registers while the queries pass by in blocks; transposed scores [keys, queries]."""
-    image, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    col, key = tl.arange(0, D), tl.arange(0, BLOCK_N)
-    base = QKV + image * (N * 3 * H * D) + head * D
-    grads = DQKV + image * (N * 3 * H * D) + head * D
-    keys_at = key[:, None] * (3 * H * D) + col[None, :]
-    k = tl.load(base + H * D + keys_at, mask=(key < N)[:, None], other=0.0)
-    v = tl.load(base + 2 * H * D + keys_at, mask=(key < N)[:, None], other=0.0)
-    dk = tl.zeros([BLOCK_N, D], tl.float32)
-    dv = tl.zeros([BLOCK_N, D], tl.float32)
-    for first in range(0, N, BLOCK_M):
-        query = first + tl.arange(0, BLOCK_M)
-        real = (query < N)[:, None]
-        q = tl.load(base + query[:, None] * (3 * H * D) + col[None, :], mask=real, other=0.0)
-        out_at = image * (N * H * D) + head * D + query[:, None] * (H * D) + col[None, :]
-        do = tl.load(DOUT + out_at, mask=real, other=0.0)
-        o = tl.load(OUT + out_at, mask=real, other=0.0)
-        # an infinite log-sum-exp makes P zero for the queries beyond N; keys beyond N are zero and are never stored
-        lse = tl.load(LSE + (image * H + head) * N + query, mask=query < N, other=float("inf"))
+def _store_rows(X, n, x, stride, N: tl.constexpr, D: tl.constexpr):
+    at = X + (n[:, None] * stride + tl.arange(0, D)[None, :])
+    tl.store(at, x.to(X.dtype.element_ty), mask=(n < N)[:, None])
+
+
+@jit
+def _scores(q, k, n, N: tl.constexpr, PADDED: tl.constexpr):
+    s = tl.dot(q, tl.trans(k))
+    if PADDED:
+        s = tl.where((n < N)[None, :], s, float("-inf"))
+    return s
+
+
+@jit
+def _attention_kernel(QKV, OUT, LSE, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+                      T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, ROWS: tl.constexpr,
+                      KEEP_LSE: tl.constexpr, SCALE_LOG2: tl.constexpr):  # fmt: skip
+    """OUT, and with KEEP_LSE the row's log2(sum(2^(SCALE_LOG2 * q k))), which is what the backward needs of the softmax."""
+    head = tl.program_id(0)
+    first = (head // H).to(tl.int64) * N * (H * D) + (head % H) * D
+    Q = QKV + (head // H).to(tl.int64) * N * (3 * H * D) + (head % H) * D
+    K, V = Q + H * D, Q + 2 * H * D
+    n0 = tl.arange(0, T0)
+    k0, v0 = _load_rows(K, n0, 3 * H * D, N, D), _load_rows(V, n0, 3 * H * D, N, D)
+    if T1 > 0:
+        n1 = T0 + tl.arange(0, T1)
+        k1, v1 = _load_rows(K, n1, 3 * H * D, N, D), _load_rows(V, n1, 3 * H * D, N, D)
+    if T2 > 0:
+        n2 = T0 + T1 + tl.arange(0, T2)
+        k2, v2 = _load_rows(K, n2, 3 * H * D, N, D), _load_rows(V, n2, 3 * H * D, N, D)
+    for block in tl.range(0, (N + ROWS - 1) // ROWS, num_stages=1):
+        m = block * ROWS + tl.arange(0, ROWS)
+        q = _load_rows(Q, m, 3 * H * D, N, D)
+        s0 = _scores(q, k0, n0, N, T0 > N)
+        top = tl.max(s0, 1)
+        if T1 > 0:
+            s1 = _scores(q, k1, n1, N, T0 + T1 > N)
+            top = tl.maximum(top, tl.max(s1, 1))
+        if T2 > 0:
+            s2 = _scores(q, k2, n2, N, T0 + T1 + T2 > N)
+            top = tl.maximum(top, tl.max(s2, 1))
+        top = top * SCALE_LOG2
+        p0 = tl.exp2(s0 * SCALE_LOG2 - top[:, None])
+        total = tl.sum(p0, 1)
+        o = tl.dot(p0.to(v0.dtype), v0)
+        if T1 > 0:
+            p1 = tl.exp2(s1 * SCALE_LOG2 - top[:, None])
+            total += tl.sum(p1, 1)
+            o = tl.dot(p1.to(v1.dtype), v1, o)
+        if T2 > 0:
+            p2 = tl.exp2(s2 * SCALE_LOG2 - top[:, None])
+            total += tl.sum(p2, 1)
+            o = tl.dot(p2.to(v2.dtype), v2, o)
+        _store_rows(OUT + first, m, o * (1.0 / total)[:, None], H * D, N, D)
+        if KEEP_LSE:
+            tl.store(LSE + head.to(tl.int64) * N + m, top + tl.log2(total), mask=m < N)
+
+
+@jit
+def _backward_rows_kernel(QKV, DOUT, DQKV, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+                          SCALE: tl.constexpr, SCALE_LOG2: tl.constexpr):  # fmt: skip
+    """All queries against all keys at once: P is made again from the scores, so neither OUT nor LSE is read."""
+    head = tl.program_id(0)
+    packed = (head // H).to(tl.int64) * N * (3 * H * D) + (head % H) * D
+    first = (head // H).to(tl.int64) * N * (H * D) + (head % H) * D
+    Q, DQ = QKV + packed, DQKV + packed
+    n = tl.arange(0, TILE)
+    q, do = _load_rows(Q, n, 3 * H * D, N, D), _load_rows(DOUT + first, n, H * D, N, D)
+    k, v = _load_rows(Q + H * D, n, 3 * H * D, N, D), _load_rows(Q + 2 * H * D, n, 3 * H * D, N, D)
+    s = _scores(q, k, n, N, TILE > N)
+    dp = tl.dot(do, tl.trans(v))
+    p = tl.exp2(s * SCALE_LOG2 - (tl.max(s, 1) * SCALE_LOG2)[:, None])
+    p = p * (1.0 / tl.sum(p, 1))[:, None]
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
+    _store_rows(DQ + 2 * H * D, n, tl.dot(tl.trans(p.to(q.dtype)), do), 3 * H * D, N, D)
+    _store_rows(DQ + H * D, n, tl.dot(tl.trans(ds), q) * SCALE, 3 * H * D, N, D)
+    _store_rows(DQ, n, tl.dot(ds, k) * SCALE, 3 * H * D, N, D)
+
+
+@jit
+def _key_tile(k, v, n, q, do, lse, delta, dk, dv, dq, N: tl.constexpr, PADDED: tl.constexpr, SCALE_LOG2: tl.constexpr):
+    """One tile of keys against one block of queries, transposed: P^T and dS^T enter the products from registers."""
+    log2_p = tl.dot(k, tl.trans(q)) * SCALE_LOG2 - lse[None, :]
+    if PADDED:  # the score of padding is 0, perhaps far above the row's LSE: its P must stay finite
+        log2_p = tl.minimum(log2_p, 0.0)
+    pt = tl.exp2(log2_p)
+    dst = (pt * (tl.dot(v, tl.trans(do)) - delta[None, :])).to(q.dtype)
+    return tl.dot(dst, q, dk), tl.dot(pt.to(q.dtype), do, dv), tl.dot(tl.trans(dst), k, dq)
+
+
+@jit
+def _backward_keys_kernel(QKV, DOUT, OUT, LSE, DQKV, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+                          T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, ROWS: tl.constexpr,
+                          SCALE: tl.constexpr, SCALE_LOG2: tl.constexpr):  # fmt: skip
+    """P = 2^(scores - LSE) and delta = rowsum(OUT * DOUT): no reduction over a row of scores."""
+    head = tl.program_id(0)
+    packed = (head // H).to(tl.int64) * N * (3 * H * D) + (head % H) * D
+    first = (head // H).to(tl.int64) * N * (H * D) + (head % H) * D
+    Q, DQ = QKV + packed, DQKV + packed
+    K, V = Q + H * D, Q + 2 * H * D
+    n0 = tl.arange(0, T0)
+    k0, v0 = _load_rows(K, n0, 3 * H * D, N, D), _load_rows(V, n0, 3 * H * D, N, D)
+    dk0, dv0 = tl.zeros([T0, D], tl.float32), tl.zeros([T0, D], tl.float32)
+    if T1 > 0:
+        n1 = T0 + tl.arange(0, T1)
+        k1, v1 = _load_rows(K, n1, 3 * H * D, N, D), _load_rows(V, n1, 3 * H * D, N, D)
+        dk1, dv1 = tl.zeros([T1, D], tl.float32), tl.zeros([T1, D], tl.float32)
+    if T2 > 0:
+        n2 = T0 + T1 + tl.arange(0, T2)
+        k2, v2 = _load_rows(K, n2, 3 * H * D, N, D), _load_rows(V, n2, 3 * H * D, N, D)
+        dk2, dv2 = tl.zeros([T2, D], tl.float32), tl.zeros([T2, D], tl.float32)
+    for block in tl.range(0, (N + ROWS - 1) // ROWS, num_stages=1):
+        m = block * ROWS + tl.arange(0, ROWS)
+        q, do = _load_rows(Q, m, 3 * H * D, N, D), _load_rows(DOUT + first, m, H * D, N, D)
+        o = _load_rows(OUT + first, m, H * D, N, D)
+        lse = tl.load(LSE + head.to(tl.int64) * N + m, mask=m < N, other=float("inf"))
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE_LOG2 - lse[None, :])
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
-        dk = tl.dot(ds, q, dk, input_precision="ieee")
-        dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * SCALE
-        tl.store(grads + query[:, None] * (3 * H * D) + col[None, :], dq.to(DQKV.dtype.element_ty), mask=real)
-    tl.store(grads + H * D + keys_at, (dk * SCALE).to(DQKV.dtype.element_ty), mask=(key < N)[:, None])
-    tl.store(grads + 2 * H * D + keys_at, dv.to(DQKV.dtype.element_ty), mask=(key < N)[:, None])
+        dq = tl.zeros([ROWS, D], tl.float32)
+        dk0, dv0, dq = _key_tile(k0, v0, n0, q, do, lse, delta, dk0, dv0, dq, N, T0 > N, SCALE_LOG2)
+        if T1 > 0:
+            dk1, dv1, dq = _key_tile(k1, v1, n1, q, do, lse, delta, dk1, dv1, dq, N, T0 + T1 > N, SCALE_LOG2)
+        if T2 > 0:
+            dk2, dv2, dq = _key_tile(k2, v2, n2, q, do, lse, delta, dk2, dv2, dq, N, T0 + T1 + T2 > N, SCALE_LOG2)
+        _store_rows(DQ, m, dq * SCALE, 3 * H * D, N, D)
+    _store_rows(DQ + H * D, n0, dk0 * SCALE, 3 * H * D, N, D)
+    _store_rows(DQ + 2 * H * D, n0, dv0, 3 * H * D, N, D)
+    if T1 > 0:
+        _store_rows(DQ + H * D, n1, dk1 * SCALE, 3 * H * D, N, D)
+        _store_rows(DQ + 2 * H * D, n1, dv1, 3 * H * D, N, D)
+    if T2 > 0:
+        _store_rows(DQ + H * D, n2, dk2 * SCALE, 3 * H * D, N, D)
+        _store_rows(DQ + 2 * H * D, n2, dv2, 3 * H * D, N, D)
 
 
 # ---------------------------------------------------------------------------------------------------- launchers
-class Configuration(NamedTuple):
-    """Up to `tokens` tokens and heads up to `width`: queries per block and warps, forward and backward."""
+class Sizes(NamedTuple):
+    """From sm_<oldest> on, for up to so many tokens and so wide heads."""
 
+    oldest: int
     tokens: int
     width: int
-    forward_queries: int
-    forward_warps: int
-    backward_queries: int
-    backward_warps: int
+    split: bool  # more than 128 keys in tiles with little padding; else in one tile
+    rows: int  # of queries in a block
+    warps: int
 
 
-# The first line that fits holds, on every architecture from sm_80 on: none of them spills a register there (the lint).
-# Not tuned on any GPU yet.
-CONFIGURATIONS = (
-    Configuration(tokens=64, width=64, forward_queries=64, forward_warps=4, backward_queries=64, backward_warps=4),
-    Configuration(tokens=256, width=32, forward_queries=64, forward_warps=4, backward_queries=32, backward_warps=8),
+# Of the lines with the newest architecture that is not newer than the GPU, the first that fits holds. Chosen by what the
+# compiler makes of them (no spills, then most programs per multiprocessor); not tuned on any GPU yet.
+FORWARD = (
+    Sizes(120, 128, 128, False, 64, 4),
+    Sizes(120, 256, 32, True, 64, 4),
+    Sizes(90, 128, 128, False, 64, 4),
+    Sizes(90, 256, 64, True, 64, 4),
+    Sizes(80, 128, 128, False, 64, 4),
+    Sizes(80, 256, 32, True, 64, 4),
+    Sizes(80, 256, 64, True, 32, 4),
 )
-WIDTHS = (16, 32, 64)
-OLDEST_ARCHITECTURE = 80
+# The kernel that takes keys in columns; up to ROWS_KERNEL_TOKENS the other one runs, with all queries in one block.
+BACKWARD = (
+    Sizes(120, 128, 32, False, 16, 4),
+    Sizes(120, 128, 128, False, 16, 8),
+    Sizes(120, 256, 32, False, 32, 8),
+    Sizes(90, 128, 64, False, 16, 4),
+    Sizes(90, 256, 32, False, 16, 4),
+    Sizes(90, 128, 128, False, 16, 8),
+    Sizes(90, 256, 64, False, 16, 8),
+    Sizes(80, 128, 64, False, 16, 4),
+    Sizes(80, 128, 128, False, 16, 8),
+    Sizes(80, 224, 32, True, 16, 4),
+    Sizes(80, 256, 32, False, 32, 8),
+    Sizes(80, 224, 64, True, 16, 8),
+)
+ROWS_KERNEL_TOKENS = 64
+WIDTHS = (16, 32, 64, 128)
 
 
-def configuration(tokens: int, width: int) -> Configuration | None:
-    return next((c for c in CONFIGURATIONS if tokens <= c.tokens and width <= c.width), None)
+@torch.compiler.assume_constant_result
+def _architecture(device: torch.device) -> int:
+    return max(architecture(device), TENSOR_CORES_FROM["attention"])  # under the interpreter the oldest one's sizes
 
 
-def refusal(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> str | None:
-    """Why these sizes take scaled_dot_product_attention; None when the kernels can take them."""
-    if width not in WIDTHS or configuration(tokens, width) is None:
-        return f"{tokens} tokens with heads of {width} fit none of its configurations"
-    if INTERPRET:
-        return None
-    if dtype == torch.float32:
-        return "fp32 has no tensor cores at full precision"
-    if architecture(device) < OLDEST_ARCHITECTURE:
-        return f"Triton has no tensor cores on sm_{architecture(device)}, before sm_{OLDEST_ARCHITECTURE}"
+def sizes_for(table: tuple[Sizes, ...], device: torch.device, tokens: int, width: int) -> Sizes | None:
+    """The line of the table for these sizes; None when there is none, and the tensors go to SDPA."""
+    arch = _architecture(device)
+    oldest = max([line.oldest for line in table if line.oldest <= arch])
+    for line in table:
+        if line.oldest == oldest and tokens <= line.tokens and width <= line.width:
+            return line
+    return None
+
+
+def tile_of(tokens: int) -> int:
+    return max(16, next_power_of_2(tokens))  # a tensor-core product has sides of at least 16
+
+
+def key_tiles(tokens: int, split: bool) -> tuple[int, int, int]:
+    """Powers of two, padding in the last one only; 0 for a tile that is not needed."""
+    if tokens <= 128 or not split:
+        return tile_of(tokens), 0, 0
+    rest = tokens - 128
+    pairs = [(a, b) for a in (16, 32, 64, 128) for b in (0, 16, 32, 64) if b <= a and a + b >= rest]
+    return 128, *min(pairs, key=lambda pair: (sum(pair), pair[1] > 0))
+
+
+def _launch_attention(qkv_BN3Hd: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    qkv_BN3Hd = qkv_BN3Hd.contiguous()
+    batch, tokens, heads, width = _sizes(qkv_BN3Hd)
+    sizes = sizes_for(FORWARD, qkv_BN3Hd.device, tokens, width)
+    assert sizes is not None  # refusal() was asked before
+    keep = tokens > ROWS_KERNEL_TOKENS
+    out_BNHd = torch.empty((batch, tokens, heads, width), dtype=qkv_BN3Hd.dtype, device=qkv_BN3Hd.device)
+    lse = torch.empty((batch, heads, tokens) if keep else (0,), dtype=torch.float32, device=qkv_BN3Hd.device)
+    t0, t1, t2 = key_tiles(tokens, sizes.split)
+    launch(
+        _attention_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, out_BNHd, lse, N=tokens, H=heads, D=width,
+        T0=t0, T1=t1, T2=t2, ROWS=min(sizes.rows, tile_of(tokens)), KEEP_LSE=keep, SCALE_LOG2=scale * LOG2_E,
+        num_warps=sizes.warps,
+    )  # fmt: skip
+    return out_BNHd, lse
+
+
+def _launch_attention_backward(
+    dout_BNHd: Tensor, qkv_BN3Hd: Tensor, out_BNHd: Tensor | None, lse_BHN: Tensor | None, scale: float
+) -> Tensor:
+    dout_BNHd, qkv_BN3Hd = dout_BNHd.contiguous(), qkv_BN3Hd.contiguous()
+    batch, tokens, heads, width = _sizes(qkv_BN3Hd)
+    dqkv_BN3Hd = torch.empty(qkv_BN3Hd.shape, dtype=qkv_BN3Hd.dtype, device=qkv_BN3Hd.device)
+    scales = {"SCALE": scale, "SCALE_LOG2": scale * LOG2_E}
+    if tokens <= ROWS_KERNEL_TOKENS:
+        tile, warps = tile_of(tokens), 4 if width <= 64 else 8
+        launch(
+            _backward_rows_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, dout_BNHd, dqkv_BN3Hd,
+            N=tokens, H=heads, D=width, TILE=tile, num_warps=warps, **scales,
+        )  # fmt: skip
+        return dqkv_BN3Hd
+    sizes = sizes_for(BACKWARD, qkv_BN3Hd.device, tokens, width)
+    assert sizes is not None and out_BNHd is not None and lse_BHN is not None
+    t0, t1, t2 = key_tiles(tokens, sizes.split)
+    launch(
+        _backward_keys_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, dout_BNHd, out_BNHd.contiguous(),
+        lse_BHN.contiguous(), dqkv_BN3Hd, N=tokens, H=heads, D=width, T0=t0, T1=t1, T2=t2, ROWS=sizes.rows,
+        num_warps=sizes.warps, **scales,
+    )  # fmt: skip
+    return dqkv_BN3Hd
+
+
+def _sizes(qkv_BN3Hd: Tensor) -> tuple[int, int, int, int]:
+    """B, N, H, d; only B can stay symbolic, because the kernels are compiled for the others."""
+    batch, tokens, _, heads, width = qkv_BN3Hd.shape
+    return batch, int(tokens), int(heads), int(width)
+
+
+# ------------------------------------------------------------------------------------------------- registration
+def refusal(qkv_BN3Hd: Tensor) -> str | None:
+    """Why this qkv takes scaled_dot_product_attention; None when the kernels can take it."""
+    tokens, width = qkv_BN3Hd.shape[1], qkv_BN3Hd.shape[4]
+    if qkv_BN3Hd.is_cuda and qkv_BN3Hd.dtype == torch.float32:
+        return "tensor cores would round the fp32 products"
+    if width not in WIDTHS:
+        return f"only heads of {WIDTHS} values have kernels"
+    if tokens < 1:
+        return "it needs at least one token"
+    if sizes_for(BACKWARD, qkv_BN3Hd.device, tokens, width) is None:
+        return "so many tokens with such wide heads do not fit the chip"
     return None
 
 
 @torch.compiler.assume_constant_result
-def _takes_kernels(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> bool:
-    return use_triton("attention", device, dtype, refused=refusal(device, dtype, tokens, width))
+def _kernels_run(device: torch.device, dtype: torch.dtype, refused: str | None) -> bool:
+    return use_triton("attention", device, dtype, refused=refused)
 
 
-def _sizes(qkv: Tensor, scale: float) -> tuple[Configuration, dict[str, Any]]:
-    _, tokens, _, heads, width = qkv.shape
-    chosen = configuration(tokens, width)
-    assert chosen is not None  # refusal() was asked before
-    constants = {"N": tokens, "H": heads, "D": width, "BLOCK_N": max(16, next_power_of_2(tokens))}
-    return chosen, {**constants, "SCALE_LOG2": scale * math.log2(math.e)}
-
-
-def _launch(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    qkv = qkv.contiguous()
-    batch, tokens, _, heads, width = qkv.shape
-    chosen, constants = _sizes(qkv, scale)
-    out = torch.empty((batch, tokens, heads, width), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=qkv.device)
-    constants |= {"BLOCK_M": min(chosen.forward_queries, constants["BLOCK_N"]), "num_warps": chosen.forward_warps}
-    launch(_attention_kernel, (batch * heads,), qkv, qkv, out, lse, **constants)
-    return out, lse
-
-
-def _launch_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    grad, qkv = grad.contiguous(), qkv.contiguous()
-    chosen, constants = _sizes(qkv, scale)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    constants |= {"BLOCK_M": min(chosen.backward_queries, constants["BLOCK_N"]), "num_warps": chosen.backward_warps}
-    grid = (qkv.shape[0] * qkv.shape[3],)
-    launch(_attention_backward_kernel, grid, qkv, qkv, out, lse, grad, dqkv, SCALE=scale, **constants)
-    return dqkv
-
-
-# ------------------------------------------------------------------------------------------------- registration
 @triton_op("mae_kernels::attention", mutates_args=())
 def _attention_op(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [B,N,H,d], log2-sum-exp of the scores [B,H,N])."""
-    refused = refusal(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[4])
-    if use_triton("attention", qkv.device, qkv.dtype, refused=refused):
-        return _launch(qkv, scale)
-    return _forward(qkv, scale)
+    """(out [B,N,H,d], log2-sum-exp of the scores [B,H,N], or [0] where the backward does not need it)."""
+    if _kernels_run(qkv.device, qkv.dtype, refusal(qkv)):
+        return _launch_attention(qkv, scale)
+    return reference(qkv, scale), torch.empty(0, dtype=torch.float32, device=qkv.device)
 
 
 @triton_op("mae_kernels::attention_backward", mutates_args=())
-def _attention_backward_op(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    refused = refusal(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[4])
-    if use_triton("attention", qkv.device, qkv.dtype, refused=refused):
-        return _launch_backward(grad, qkv, out, lse, scale)
-    return _backward_formula(grad, qkv, out, lse, scale)
+def _attention_backward_op(dout: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor | None, scale: float) -> Tensor:
+    if _kernels_run(qkv.device, qkv.dtype, refusal(qkv)):
+        return _launch_attention_backward(dout, qkv, out, lse, scale)
+    return gradient(dout, qkv, scale)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, ctx.scale = inputs
-    ctx.save_for_backward(qkv, *output)
-    ctx.mark_non_differentiable(output[1])
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, *((out, lse) if lse.dim() == 3 else (None, None)))
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return _attention_backward_op(grad, *ctx.saved_tensors, ctx.scale), None
+def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return _attention_backward_op(dout, *ctx.saved_tensors, ctx.scale), None
+
+
+def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dout, qkv, _, _, ctx.scale = inputs
+    ctx.save_for_backward(dout, qkv)
+
+
+def _backward_twice(ctx: Any, d_dqkv: Tensor) -> tuple[Any, ...]:
+    """The gradient of the formula; out and lse are functions of qkv in it, so nothing goes to them."""
+    pull_back = torch.func.vjp(lambda dout, qkv: gradient(dout, qkv, ctx.scale), *ctx.saved_tensors)[1]
+    return *pull_back(d_dqkv), None, None, None
 
 
 _attention_op.register_autograd(_backward, setup_context=_setup)
+_attention_backward_op.register_autograd(_backward_twice, setup_context=_setup_twice)
 
 
 # ------------------------------------------------------------------------------------------------------- public
@@ -227,18 +396,21 @@ def attention(qkv: Tensor, *, scale: float | None = None) -> Tensor:
     """Multi-head self-attention without dropout or mask.
 
     Args:
-        qkv: [B, N, 3, H, d] floating point, any strides: the qkv linear layer's output, viewed.
-        scale: of the scores; default d ** -0.5.
+        qkv: [B, N, 3, H, d] floating point, any strides: the qkv linear layer's output, viewed. Read without a copy
+            when contiguous.
+        scale: of the scores, positive; default d ** -0.5.
 
-    Returns: [B, N, H, d], contiguous, in qkv's dtype. `out.flatten(2)` is the input of the output projection.
+    Returns: [B, N, H, d], contiguous, in qkv's dtype, under autocast too. `out.flatten(2)` is the input of the output
+    projection. The gradient reaches qkv, and can be differentiated again.
 
     Raises: TypeError or ValueError naming the argument.
     """
     check_floating("qkv", qkv)
     check_shape("qkv", qkv, (None, None, 3, None, None), "[B, N, 3, H, d]")
+    if qkv.shape[3] < 1 or qkv.shape[4] < 1:
+        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, needs H and d of at least 1")
     if scale is not None:
         check_positive("scale", scale)
-    scale = float(qkv.shape[4] ** -0.5 if scale is None else scale)
-    if wants_reference(qkv) or not _takes_kernels(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[4]):
+    if wants_reference(qkv) or not _kernels_run(qkv.device, qkv.dtype, refusal(qkv)):
         return reference(qkv, scale)
-    return _attention_op(qkv, scale)[0]
+    return _attention_op(qkv, qkv.shape[4] ** -0.5 if scale is None else float(scale))[0]

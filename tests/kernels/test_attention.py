@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.library import opcheck
 
-from mae_kernels import attention, backend
+import mae_kernels
+from mae_kernels import _runtime, attention, backend, short_attention
+from mae_kernels.short_attention import BACKWARD, FORWARD, ROWS_KERNEL_TOKENS, refusal, sizes_for
+
+OPS = torch.ops.mae_kernels
+# what the kernels take: fp32 only where no tensor core rounds it, bf16 where the interpreter does not get it wrong
+ON_GPU = os.environ.get("MAE_KERNELS_TEST_DEVICE") == "cuda"
+DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
 
 
 def by_hand(qkv, scale=None):
@@ -17,41 +27,175 @@ def by_hand(qkv, scale=None):
     return torch.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdim=True), v)
 
 
+def out_and_gradient(op, qkv, upstream, dtype=None):
+    leaf = (qkv if dtype is None else qkv.to(dtype)).detach().requires_grad_()
+    out = op(leaf)
+    return [out.detach(), torch.autograd.grad(out, leaf, upstream.to(out.dtype))[0]]
+
+
+def inside_nan(x: torch.Tensor) -> torch.Tensor:
+    """x with the same values, contiguous, and NaN right before and after it."""
+    flat = torch.full((x.numel() + 512,), float("nan"), dtype=x.dtype, device=x.device)
+    flat[256:-256] = x.flatten()
+    return flat[256:-256].view(x.shape)
+
+
+@pytest.fixture
+def on_architecture(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    return lambda arch: monkeypatch.setattr(short_attention, "_architecture", lambda device: arch)
+
+
 @pytest.mark.kernel
-@pytest.mark.parametrize(
-    ("batch", "tokens", "heads", "width"),
-    [(2, 50, 3, 64), (1, 197, 1, 32), (2, 5, 2, 16), (1, 1, 1, 32), (3, 37, 1, 32)],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_equals_einsum(batch, tokens, heads, width, dtype, scale, device, close: Callable[..., None]) -> None:
-    qkv = torch.randn(batch, tokens, 3, heads, width, device=device).to(dtype)
-    upstream = torch.randn(batch, tokens, heads, width, device=device)
-
-    def run(op, dtype=None):
-        leaf = (qkv if dtype is None else qkv.to(dtype)).detach().requires_grad_()
-        out = op(leaf, scale)
-        return [out.detach(), torch.autograd.grad(out, leaf, upstream.to(out.dtype))[0]]
-
-    got = run(lambda x, s: attention(x, scale=s))
+@pytest.mark.parametrize("tokens", [1, 5, 37, 50, 64, 130, 197, 256])
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_einsum(tokens, width, dtype, device, close: Callable[..., None]) -> None:
+    if sizes_for(BACKWARD, device, tokens, width) is None:
+        tokens = 224  # the longest for which this GPU has a kernel of this width
+    batch, heads = (2, 2) if tokens < 60 else (1, 1)
+    qkv = inside_nan(torch.randn(batch, tokens, 3, heads, width, device=device).to(dtype))
+    upstream = inside_nan(torch.randn(batch, tokens, heads, width, device=device).to(dtype))
+    before = qkv.clone(), upstream.clone()
+    got = out_and_gradient(attention, qkv, upstream)
     assert got[0].is_contiguous()
-    close(got, run(by_hand, torch.float64), run(by_hand), atol=2e-6)
+    assert torch.equal(qkv, before[0]) and torch.equal(upstream, before[1])
+    exact = out_and_gradient(by_hand, qkv, upstream, torch.float64)
+    close(got, exact, out_and_gradient(by_hand, qkv, upstream), atol=2e-6)
+
+
+# every line of both tables: architecture, tokens with and without padding, head width
+LINES = [
+    (80, 100, 64), (80, 128, 128), (80, 224, 32), (80, 250, 32), (80, 200, 64), (90, 128, 64), (90, 70, 128),
+    (90, 197, 32), (90, 197, 64), (120, 100, 32), (120, 128, 128), (120, 197, 32),
+]  # fmt: skip
+
+
+def test_the_lines_below_are_the_whole_tables(on_architecture) -> None:
+    taken = set()
+    for arch, tokens, width in LINES:
+        on_architecture(arch)
+        taken |= {sizes_for(table, torch.device("cpu"), tokens, width) for table in (FORWARD, BACKWARD)}
+    assert taken == {*FORWARD, *BACKWARD}
 
 
 @pytest.mark.kernel
-def test_strided_input_expanded_gradient_and_reruns(device) -> None:
-    wide = torch.full((2, 9, 3, 2, 24), float("nan"), device=device)
-    wide[..., 4:20] = torch.randn(2, 9, 3, 2, 16, device=device)
+@pytest.mark.parametrize(("arch", "tokens", "width"), LINES)
+def test_every_line_of_the_tables(arch, tokens, width, device, on_architecture, close: Callable[..., None]) -> None:
+    on_architecture(arch)
+    for dtype in DTYPES:
+        qkv = torch.randn(1, tokens, 3, 2, width, device=device).to(dtype)
+        upstream = torch.randn(1, tokens, 2, width, device=device).to(dtype)
+        got = out_and_gradient(lambda x: attention(x, scale=0.1), qkv, upstream)
+        exact = out_and_gradient(lambda x: by_hand(x, 0.1), qkv, upstream, torch.float64)
+        close(got, exact, out_and_gradient(lambda x: by_hand(x, 0.1), qkv, upstream), atol=2e-6)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("tokens", [37, 130, 197])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_padding_counts_for_nothing_beside_scores_far_from_zero(tokens, sign, device, close) -> None:
+    """Padded keys have score 0: e^900 times any real one when all of these are very negative."""
+    qkv = torch.randn(1, tokens, 3, 1, 32, device=device) * 0.1
+    qkv[:, :, 0] += 13
+    qkv[:, :, 1] += 13 * sign
+    qkv = qkv.to(DTYPES[0])
+    upstream = torch.randn(1, tokens, 1, 32, device=device).to(DTYPES[0])
+    exact = out_and_gradient(by_hand, qkv, upstream, torch.float64)
+    assert exact[0].isfinite().all() and exact[1].isfinite().all()
+    close(out_and_gradient(attention, qkv, upstream), exact, out_and_gradient(by_hand, qkv, upstream), atol=1e-4)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("tokens", [9, 70])
+def test_strided_input_expanded_gradient_and_reruns(tokens, device) -> None:
+    wide = torch.full((2, tokens, 3, 2, 24), float("nan"), device=device, dtype=DTYPES[0])
+    wide[..., 4:20] = torch.randn(2, tokens, 3, 2, 16, device=device)
     leaf = wide[..., 4:20].requires_grad_()
     copy = leaf.detach().contiguous().requires_grad_()
     results = []
     for x in (leaf, copy, copy):
         out = attention(x)
-        results.append((out.detach(), torch.autograd.grad(out.sum(), x)[0]))
+        first = torch.autograd.grad(out.sum(), x, retain_graph=True)[0]
+        assert torch.equal(first, torch.autograd.grad(out.sum(), x)[0])
+        results.append((out.detach(), first))
     for out, gradient in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(gradient, results[0][1])
-    assert attention(torch.zeros(0, 9, 3, 2, 16, device=device)).shape == (0, 9, 2, 16)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("tokens", [9, 70])
+def test_no_images(tokens, device) -> None:
+    qkv = torch.zeros(0, tokens, 3, 2, 16, device=device, dtype=DTYPES[0], requires_grad=True)
+    out = attention(qkv)
+    assert out.shape == (0, tokens, 2, 16)
+    assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("tokens", [9, 70])
+def test_the_gradient_of_the_op_can_be_differentiated(tokens, device, close) -> None:
+    qkv = torch.randn(1, tokens, 3, 2, 16, device=device).to(DTYPES[0])
+
+    def twice(op, dtype):
+        leaf = qkv.to(dtype).requires_grad_()
+        gradient = torch.autograd.grad(op(leaf).square().sum(), leaf, create_graph=True)[0]
+        return torch.autograd.grad(gradient.square().sum(), leaf)[0]
+
+    got = twice(lambda x: OPS.attention(x, 16**-0.5)[0], qkv.dtype)
+    close(got, twice(by_hand, torch.float64), twice(by_hand, qkv.dtype), atol=5e-6)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("tokens", [9, 70])
+def test_what_is_kept_for_the_backward(tokens, device) -> None:
+    """Up to 64 tokens only qkv; beyond, out and one fp32 per row."""
+    if device.type == "cpu" and not _runtime.INTERPRET:
+        return  # torch's own backward
+    qkv = torch.randn(2, tokens, 3, 2, 16, device=device).to(DTYPES[0]).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)), lambda t: t):
+        attention(qkv)
+    beyond = [(2, tokens, 2, 16), (2, 2, tokens)] if tokens > ROWS_KERNEL_TOKENS else []
+    assert kept == [tuple(qkv.shape), *beyond]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        ((1, 257, 3, 2, 16), DTYPES[1], "do not fit the chip"),
+        ((1, 129, 3, 2, 128), DTYPES[1], "do not fit the chip"),
+        ((1, 0, 3, 2, 16), DTYPES[1], "needs at least one token"),
+        ((1, 9, 3, 2, 24), DTYPES[1], "only heads of .16, 32, 64, 128. values have kernels"),
+        ((1, 9, 3, 2, 16), torch.float64, "the tensors are fp64"),
+    ],
+)
+def test_other_sizes_take_sdpa(shape, dtype, reason, device) -> None:
+    qkv = torch.randn(shape, device=device).to(dtype)
+    if device.type == "cuda" or _runtime.INTERPRET:
+        with pytest.raises(RuntimeError, match=f"attention: backend 'triton' was asked for, but .*{reason}"):
+            attention(qkv)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    with backend("auto"):
+        assert torch.equal(attention(qkv), F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+
+
+def test_sizes_that_only_some_architectures_have(on_architecture) -> None:
+    qkv = torch.empty(1, 197, 3, 2, 64, device="meta")
+    told = []
+    for arch in (80, 90, 100, 120):
+        on_architecture(arch)
+        told.append(refusal(qkv) is None)
+    assert told == [True, True, True, False]
+
+
+def test_a_gpu_without_tensor_cores_in_triton_is_told_in_info(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_runtime, "architecture", lambda device: 75)
+    reason = _runtime.why_not_triton("attention", torch.device("cuda"))
+    assert reason == "Triton has no tensor cores on sm_75, before sm_80"
+    assert _runtime.why_not_triton("restore_tokens", torch.device("cuda")) is None
+    assert mae_kernels.info()["attention"].endswith(f"({reason})") or not torch.cuda.is_available()
 
 
 def test_gradcheck() -> None:
@@ -59,6 +203,39 @@ def test_gradcheck() -> None:
     for name in ("auto", "reference"):
         with backend(name):
             assert torch.autograd.gradcheck(lambda x: attention(x, scale=0.7), qkv)
+    assert torch.autograd.gradgradcheck(lambda x: OPS.attention(x, 0.7)[0], qkv)
+
+
+def test_opcheck_of_the_backward() -> None:
+    dout, qkv = torch.randn(2, 5, 3, 4, requires_grad=True), torch.randn(2, 5, 3, 3, 4, requires_grad=True)
+    opcheck(OPS.attention_backward.default, (dout, qkv, None, None, 0.4))
+
+
+@pytest.mark.parametrize("ask_the_device", [False, True])
+def test_one_compiled_graph_for_every_batch_size(ask_the_device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ask_the_device: with the choice that a GPU makes, traced too."""
+    torch._dynamo.reset()
+    if ask_the_device:
+        monkeypatch.setattr(short_attention, "wants_reference", lambda qkv: False)
+    compiled = torch.compile(lambda x: attention(x) * 2, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (7, 3, 5):
+            qkv, upstream = torch.randn(batch, 9, 3, 2, 16), torch.randn(batch, 9, 2, 16)
+            got = out_and_gradient(compiled, qkv, upstream)
+            torch.testing.assert_close(got, out_and_gradient(lambda x: attention(x) * 2, qkv, upstream))
+
+
+def test_autocast_keeps_the_dtype() -> None:
+    qkv = torch.randn(2, 9, 3, 2, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        want = out_and_gradient(attention, qkv, torch.ones(2, 9, 2, 16), dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = out_and_gradient(attention, qkv, torch.ones(2, 9, 2, 16), dtype)
+            registered = out_and_gradient(lambda x: OPS.attention(x, 0.25)[0], qkv, torch.ones(2, 9, 2, 16), dtype)
+        assert got[0].dtype == registered[0].dtype == dtype
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        if dtype == torch.float32:
+            torch.testing.assert_close(registered, want)
 
 
 @pytest.mark.parametrize(
@@ -66,10 +243,59 @@ def test_gradcheck() -> None:
     [
         (torch.zeros(2, 4, 2, 3, 8), None, ValueError, r"qkv: got shape .* needs \[B, N, 3, H, d\]"),
         (torch.zeros(2, 4, 24), None, ValueError, "qkv: got shape"),
+        (torch.zeros(2, 4, 3, 3, 0), None, ValueError, "qkv: got shape .* needs H and d of at least 1"),
         (torch.zeros(2, 4, 3, 3, 8, dtype=torch.int64), None, TypeError, "qkv: got dtype torch.int64"),
+        ([1.0], None, TypeError, "qkv: got list, needs a torch.Tensor"),
         (torch.zeros(2, 4, 3, 3, 8), -1.0, ValueError, "scale: got -1.0, needs a positive number"),
     ],
 )
 def test_refuses(qkv, scale, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         attention(qkv, scale=scale)
+
+
+# -------------------------------------------------------------------------------------------------------- GPU
+@pytest.fixture
+def triton_backend() -> Iterator[None]:
+    with backend("triton"):
+        yield
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("shape", [(256, 50, 3, 12, 64), (256, 197, 3, 16, 32), (32, 197, 3, 12, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_real_sizes_on_a_gpu(shape, dtype, close) -> None:
+    def sdpa_math(x):
+        q, k, v = x.permute(2, 0, 3, 1, 4)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    qkv = torch.randn(shape, device="cuda").to(dtype)
+    upstream = torch.randn(*shape[:2], *shape[3:], device="cuda").to(dtype)
+    got = out_and_gradient(attention, qkv, upstream)
+    close(got, out_and_gradient(sdpa_math, qkv, upstream, torch.float64), out_and_gradient(sdpa_math, qkv, upstream))
+    again = out_and_gradient(attention, qkv, upstream)
+    torch._dynamo.reset()
+    compiled = out_and_gradient(torch.compile(attention, fullgraph=True), qkv, upstream)
+    for other in (again, compiled):
+        assert torch.equal(other[0], got[0]) and torch.equal(other[1], got[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_offsets_beyond_two_to_the_31_on_a_gpu(tokens) -> None:
+    images = 2**31 // (tokens * 3 * 16 * 64) + 2
+    qkv = torch.zeros(images, tokens, 3, 16, 64, device="cuda", dtype=torch.bfloat16)
+    upstream = torch.zeros(images, tokens, 16, 64, device="cuda", dtype=torch.bfloat16)
+    qkv[-1:], upstream[-1:] = torch.randn_like(qkv[-1:]), torch.randn_like(upstream[-1:])
+    got = out_and_gradient(attention, qkv, upstream)
+    alone = out_and_gradient(attention, qkv[-1:].clone(), upstream[-1:].clone())
+    for many, one in zip(got, alone, strict=True):
+        assert torch.equal(many[-1:], one) and not many[0].any()
+
+
+@pytest.mark.gpu
+def test_fp32_on_a_gpu_takes_sdpa() -> None:
+    assert refusal(torch.zeros(1, 9, 3, 2, 16, device="cuda")) == "tensor cores would round the fp32 products"

@@ -114,7 +114,7 @@ def test_one_compiled_graph_for_every_batch_size(name: str) -> None:
     op, first = op_of(name), CASES[name].first
     compiled = torch.compile(lambda *a: first(op(*a)).float() * 2, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch in (7, 3, 5):  # 7 is no other size here: equal sizes would be compiled as one
+        for batch in (11, 3, 5):  # 11 is no other size here: equal sizes would be compiled as one
             arguments = CASES[name].make(batch, torch.float32)
             results = []
             for call in (compiled, lambda *a: first(op(*a)).float() * 2):
@@ -145,7 +145,7 @@ def kept_bytes(call: Callable[[], Tensor], inputs: tuple[Any, ...]) -> int:
 KEPT = {
     "embed_patches": 0,
     "restore_tokens": 0,
-    "attention": 2 * 9 * 2 * (4 + 1) * 4,
+    "attention": 0,
     "distillation_loss": 0,
     "sssd_loss": 4,
     "linear_reconstruction_loss": 4 * (2 * 2 * 5 + 48 * 5 + 48),

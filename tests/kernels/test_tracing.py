@@ -122,10 +122,16 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]], list[list
         lambda: [*scalars(4), cuda(8, 147, 768), images(), *logits(), cuda(8, 147, dtype=I64), cuda(4096, dtype=F32)],
         [["DPRED", "DSTUDENT", "DTEACHER"]],
     ),
-    "attention": (lambda q: OPS.attention(q, 0.125), lambda: [cuda(8, 50, 3, 12, 64)], [["LSE", "OUT"]]),
+    "attention up to 64 tokens": (lambda q: OPS.attention(q, 0.125), lambda: [cuda(8, 50, 3, 12, 64)], [["OUT"]]),
+    "attention_backward up to 64 tokens": (
+        lambda g, q: OPS.attention_backward(g, q, None, None, 0.125),
+        lambda: [cuda(8, 50, 12, 64), cuda(8, 50, 3, 12, 64)],
+        [["DQKV"]],
+    ),
+    "attention": (lambda q: OPS.attention(q, 0.125), lambda: [cuda(8, 197, 3, 16, 32)], [["LSE", "OUT"]]),
     "attention_backward": (
         lambda g, q, o, n: OPS.attention_backward(g, q, o, n, 0.125),
-        lambda: [cuda(8, 50, 12, 64), cuda(8, 50, 3, 12, 64), cuda(8, 50, 12, 64), cuda(8, 12, 50, dtype=F32)],
+        lambda: [cuda(8, 197, 16, 32), cuda(8, 197, 3, 16, 32), cuda(8, 197, 16, 32), cuda(8, 16, 197, dtype=F32)],
         [["DQKV"]],
     ),
 }
