@@ -167,12 +167,12 @@ MAE_ENCODER = Part(
     "another image size, no visible patch, hooks on patch_embed, or a random_masking set on the instance",
 )
 MAE_DECODER = Part(MaeDecoder, "forward_decoder", "restore_tokens", "")
-MAE_LOSS = Part(MaeLoss, "forward_loss", "masked_reconstruction_loss", "the images require a gradient")
+MAE_LOSS = Part(MaeLoss, "forward_loss", "masked_reconstruction_loss", "images that require a gradient")
 MAE_ATTENTION = Part(
     PackedAttention,
     "forward",
     "attention",
-    "attn_drop is above 0 in training, or the call has a mask or other arguments",
+    "attn_drop above 0 in training, or a mask or other arguments",
 )
 
 
@@ -329,7 +329,8 @@ HF_ATTENTION = Part(
     SplitAttention,
     "forward",
     "attention",
-    "attention_probs_dropout_prob is above 0 in training, an attention mask, output_attentions, or hooks on a projection",
+    "attention_probs_dropout_prob above 0 in training, an attention mask, output_attentions, or adapters or hooks on q_proj, "
+    "k_proj or v_proj",
 )
 # the outputs that the two hosts' methods return, found in the module that defines the host's class
 HF_OUTPUTS = {HFDecoder: "ViTMAEDecoderOutput", HFLoss: "ViTMAEForPreTrainingOutput"}

@@ -7,9 +7,14 @@ way back; no part taken over whose numbers would differ, and none left to the ho
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
+import re
+import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import mae_kernels
 from mae_kernels import PatchReport, patch_model, unpatch_model
 from tests.kernels import mae_by_hand
 from tests.kernels.mae_by_hand import MaskedAutoencoderViT
@@ -609,3 +615,30 @@ def test_the_report_is_readable() -> None:
     assert text.startswith("facebookresearch/mae: 7 parts replaced, 0 left to the host\n")
     assert "attention in blocks.0.attn to decoder_blocks.1.attn (4)" in text
     assert "restore_tokens in forward_decoder" in text
+
+
+def test_the_examples_of_the_readme(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every code block of "Use it in another MAE" runs, the two sides of each pair agree, and the printed report is the one shown."""
+    text = (Path(mae_kernels.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Use it in another MAE\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    printed = re.findall(r"```\n(facebookresearch.*?)\n```", section, re.DOTALL)
+    published = types.ModuleType("models_mae")
+    published.mae_vit_base_patch16 = functools.partial(make_mae, depth=12, decoder_depth=8)
+    monkeypatch.setitem(sys.modules, "models_mae", published)
+    monkeypatch.setattr(transformers.ViTMAEForPreTraining, "from_pretrained", lambda name: make_hf())
+    images = images_for()
+    losses = []
+    for block in blocks:
+        names = {"images": images}
+        torch.manual_seed(6)
+        exec(block, names)
+        for name in ("loss_before", "loss_after"):
+            if name in names:
+                torch.manual_seed(6)
+                names["loss"] = names[name](make_mae(), images)
+        losses.append(names["loss"])
+    assert len(losses) == 6
+    for before, after in zip(losses[::2], losses[1::2], strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=0)
+    assert len(printed) == 1 and printed[0] in capsys.readouterr().out
