@@ -7,8 +7,10 @@ derived from (seed, s), so a checkpoint needs no random state, and resuming cont
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +28,7 @@ from .optim import build_optimizer, lr_at, scaled_lr
 from .runs import Run
 from .step import Step, StepResult, TaskLoss, generator
 
+COMPILING = "compiling the training step, once per run; this can take a few minutes"
 SKIPS_ALLOWED = {"fp32": 3, "bf16": 3, "fp16": 25}  # fp16 starts at a loss scale of 65536 and has to find its way down
 
 
@@ -77,6 +80,7 @@ class Schedule:
     total_steps: int
     warmup_steps: int
     peak_lr: float
+    min_lr: float
     effective_batch: int
 
     @classmethod
@@ -92,7 +96,12 @@ class Schedule:
             total = min(total, settings.max_steps)
         effective = settings.batch_size * settings.accumulate * processes
         warmup = min(round(settings.warmup_epochs * per_epoch), max(0, total - 1))
-        return cls(per_epoch, total, warmup, scaled_lr(settings.base_lr, effective), effective)
+        peak, low = scaled_lr(settings.base_lr, effective), scaled_lr(settings.min_lr, effective)
+        return cls(per_epoch, total, warmup, peak, low, effective)
+
+    def lr(self, step: int) -> float:
+        steps = {"total_steps": self.total_steps, "warmup_steps": self.warmup_steps}
+        return lr_at(step, peak=self.peak_lr, minimum=self.min_lr, **steps)
 
 
 def fit(task: Task, loader: Loader, run: Run) -> Progress:
@@ -125,30 +134,21 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
         + (f", {world.size} processes" if world.size > 1 else "")
     )
     guard = FiniteGuard(limit=SKIPS_ALLOWED[run.precision], folder=run.out if world.main else None)
-    record_every = max(1, schedule.total_steps // 2000)
-    sync_every = 1 if world.device.type == "cpu" else 10  # reading a device flag waits for the device
+    sync_every = 1 if world.device.type == "cpu" else 10  # reading a figure waits for the device
+    record_every = sync_every * max(1, schedule.total_steps // (2000 * sync_every))
     meter = _Meter(schedule.effective_batch)
 
     with SignalGuard() as signals, run.console.progress(schedule.total_steps, task.name, start=progress.step) as bar:
         while progress.step < schedule.total_steps:
             micro_batches = _micro_batches(loader, progress, settings.accumulate, schedule.steps_per_epoch, meter)
             for batches in micro_batches:
-                torch.manual_seed(
-                    generator(world.device, config.seed, progress.step, world.rank).initial_seed()
-                )  # drop path
-                lr = lr_at(
-                    progress.step,
-                    total_steps=schedule.total_steps,
-                    warmup_steps=schedule.warmup_steps,
-                    peak=schedule.peak_lr,
-                    minimum=scaled_lr(settings.min_lr, schedule.effective_batch),
-                )
-                if config.compile and meter.steps == 0:
-                    with run.console.announce("compiling the training step, once per run; this can take a few minutes"):
-                        result = step(batches, progress.step, lr)
-                        float(result.grad_norm)
-                else:
+                lr = schedule.lr(progress.step)
+                # what draws from torch's own generator (drop path) depends on the step alone, like everything else
+                torch.manual_seed(generator(world.device, config.seed, progress.step, world.rank).initial_seed())
+                with run.console.announce(COMPILING) if config.compile and meter.steps == 0 else nullcontext():
                     result = step(batches, progress.step, lr)
+                    if config.compile and meter.steps == 0:
+                        float(result.grad_norm)  # waits for the device, so that the announced time is the real one
                 progress.step += 1
                 progress.step_in_epoch += 1
                 meter.add(result)
@@ -169,7 +169,8 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                 if (world.size == 1 or progress.step % 10 == 0) and (signum := _signal(signals, run)):
                     _save(task, step, progress, run)
                     raise Interrupted(
-                        f"stopped by {signum} at step {progress.step}; a checkpoint was saved. Continue with:\n  {run.resume_with}",
+                        f"stopped by {signal.Signals(signum).name} at step {progress.step}; a checkpoint was saved. Continue with:\n"
+                        f"  {run.resume_with}",
                         signum,
                     )
             epoch = progress.epoch + progress.step_in_epoch / schedule.steps_per_epoch
