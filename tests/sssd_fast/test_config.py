@@ -72,7 +72,7 @@ def test_every_problem_is_reported_at_once() -> None:
     ("override", "message"),
     [
         ("model.image_size=100", "needs a multiple of patch_size 8 (nearest: 96)"),
-        ("model.heads=5", "width is 192, needs a multiple of heads (5)"),
+        ("model.heads=5", "width is 128, needs a multiple of heads (5)"),
         ("model.mask_ratio=0.999", "leaves 0 visible; needs at least 1 visible and 1 masked"),
         ("model.mean=[0.1,0.2]", "mean has 2 values, needs 1 or one per channel (in_channels is 1)"),
         ("model.patch_size=10", "needs to be 8, 14 or 16"),
