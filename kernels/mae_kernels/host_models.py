@@ -47,7 +47,9 @@ def observed(*modules: nn.Module) -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module is `kind.forward` on its weight and bias and nothing else."""
-    return type(module).forward is kind.forward and not observed(module)
+    if type(module).forward is not kind.forward or observed(module):
+        return False
+    return type(module.weight) in (nn.Parameter, Tensor)  # no quantised or sharded kind of tensor
 
 
 def is_patch_convolution(conv: nn.Module) -> bool:
@@ -148,7 +150,8 @@ class PackedAttention(nn.Module):
         """[B,N,D] -> [B,N,D]."""
         dropout = getattr(self, "attn_drop", None)
         asked = any(a is not None and a is not False for a in (*args, *kwargs.values()))
-        if asked or (isinstance(dropout, nn.Dropout) and dropout.p > 0 and (self.training or dropout.training)):
+        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and (self.training or dropout.training)
+        if asked or drops or (isinstance(dropout, nn.Module) and observed(dropout)):
             return super().forward(x, *args, **kwargs)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         x = self.proj(attention(qkv, scale=self.scale).flatten(2))
@@ -172,7 +175,7 @@ MAE_ATTENTION = Part(
     PackedAttention,
     "forward",
     "attention",
-    "attn_drop above 0 in training, or a mask or other arguments",
+    "attn_drop above 0 in training, hooks on attn_drop, or a mask or other arguments",
 )
 
 

@@ -4,9 +4,9 @@ A module is patched by giving it a subclass of its own class that overrides one 
 buffer or attribute is added or moved; unpatching gives the module its own class back.
 
 Whether an op does the same as the method it takes over is not guessed from names. Before anything is patched, a copy of
-each module with random parameters, in float64 on the CPU, runs the host's method and the op on random input, in training
-and in evaluation mode. Where they differ, or where the host's method cannot run there, the host keeps its own code and
-the report says so.
+each module with random parameters, in float64 on the CPU, runs the host's method and the op on random input, forward and
+backward, in training and in evaluation mode. Where they differ, or where the host's method cannot run there, the host
+keeps its own code and the report says so.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ class PatchReport(NamedTuple):
         return "\n".join(lines)
 
 
+Trial = tuple[list[Tensor], Any]  # differentiable inputs, outputs
+
+
 class _Site(NamedTuple):
     """A module of the model, the part that may take it over, and how to run that part's method on a copy."""
 
@@ -69,7 +72,7 @@ class _Site(NamedTuple):
     module: nn.Module
     part: Part
     emptied: tuple[str, ...]  # children that the copy goes without
-    run: Callable[[Any, bool], Any]
+    run: Callable[[Any, bool], Trial]
 
 
 # ------------------------------------------------------------------------------------------------------- public
@@ -163,11 +166,12 @@ def _defined_with(host: type, name: str) -> type:
     return found[0]
 
 
-def _reduce(self: nn.Module, protocol: int) -> Any:
+def _reduce(self: Any, protocol: int) -> Any:
     """Pickle and deepcopy: the patched class has no place that pickle could import it from, so it is made again."""
-    cls: Any = type(self)
+    cls: Any = next(base for base in type(self).__mro__ if "_mae_host" in vars(base))
     reduced = super(cls, self).__reduce_ex__(max(int(protocol), 2))
-    if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+    plain = isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__  # type: ignore[attr-defined]
+    if cls is not type(self) or not plain:
         raise TypeError(f"{cls.__name__} is pickled in its own way; call unpatch_model before pickling or copying it")
     return _make_again, (cls._mae_host, cls._mae_parts), *reduced[2:]
 
@@ -253,7 +257,7 @@ def _why_not(site: _Site) -> str | None:
         return f"{site.part.method} was replaced on the instance"
     try:
         with (
-            torch.no_grad(),
+            torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.device("cpu"),
             backend("reference"),
@@ -266,7 +270,7 @@ def _why_not(site: _Site) -> str | None:
                 for cls in (host, _patched_class(host, (site.part.takes_over,))):
                     trial.__class__ = cls
                     torch.default_generator.manual_seed(0)
-                    results.append(list(_tensors(site.run(trial.train(training), training))))
+                    results.append(_outcome(trial, *site.run(trial.train(training), training)))
                 if (difference := _difference(*results)) is not None:
                     return f"its own code computes something else ({difference})"
     except Exception as error:  # noqa: BLE001 - someone else's code, in a situation it may not have been written for
@@ -283,7 +287,7 @@ def _random_copy(module: nn.Module, emptied: tuple[str, ...]) -> Any:
         if id(parameter) not in dropped:
             fan_in = parameter.shape[1:].numel() if parameter.dim() > 1 else 4
             random = torch.randn(parameter.shape, dtype=torch.float64) / fan_in**0.5
-            memo[id(parameter)] = nn.Parameter(random, requires_grad=parameter.requires_grad)
+            memo[id(parameter)] = nn.Parameter(random)
     for buffer in module.buffers():
         memo[id(buffer)] = buffer.detach().to("cpu", torch.float64 if buffer.is_floating_point() else None, copy=True)
     trial = copy.deepcopy(module, memo)
@@ -291,6 +295,17 @@ def _random_copy(module: nn.Module, emptied: tuple[str, ...]) -> Any:
         for hooks in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks):
             hooks.clear()
     return trial
+
+
+def _outcome(trial: nn.Module, inputs: list[Tensor], outputs: Any) -> list[Tensor]:
+    """The outputs, and the gradients of inputs and parameters for fixed random gradients of the outputs."""
+    found, generator = list(_tensors(outputs)), torch.Generator().manual_seed(1)
+    leaves = [*inputs, *trial.parameters()]
+    total = torch.stack([leaf.sum() for leaf in leaves]).sum() * 0
+    for output in found:
+        if output.requires_grad:
+            total = total + (output * torch.randn(output.shape, generator=generator, dtype=torch.float64)).sum()
+    return [*(t.detach() for t in found), *torch.autograd.grad(total, leaves)]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -315,6 +330,10 @@ def _difference(expected: list[Tensor], got: list[Tensor]) -> str | None:
     return None
 
 
+def _leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
 def _mae_images(trial: Any) -> Tensor:
     conv, patches = trial.patch_embed.proj, trial.pos_embed.shape[1] - 1
     size = getattr(trial.patch_embed, "img_size", None)
@@ -323,28 +342,29 @@ def _mae_images(trial: Any) -> Tensor:
     return torch.rand(2, conv.in_channels, height, width, dtype=torch.float64)
 
 
-def _run_mae_encoder(trial: Any, training: bool) -> Any:
+def _run_mae_encoder(trial: Any, training: bool) -> Trial:
     # ratios whose number of visible patches shows how it is rounded
-    return trial.forward_encoder(_mae_images(trial), 0.4 if training else 0.7)
+    return [], trial.forward_encoder(_mae_images(trial), 0.4 if training else 0.7)
 
 
-def _run_mae_decoder(trial: Any, training: bool) -> Any:
+def _run_mae_decoder(trial: Any, training: bool) -> Trial:
     patches = trial.pos_embed.shape[1] - 1
-    latent = torch.randn(2, 2 + patches // 3, trial.cls_token.shape[-1], dtype=torch.float64)
-    return trial.forward_decoder(latent, torch.rand(2, patches).argsort(1))
+    latent = _leaf(2, 2 + patches // 3, trial.cls_token.shape[-1])
+    return [latent], trial.forward_decoder(latent, torch.rand(2, patches).argsort(1))
 
 
-def _run_mae_loss(trial: Any, training: bool) -> Any:
+def _run_mae_loss(trial: Any, training: bool) -> Trial:
     images, patches = _mae_images(trial), trial.pos_embed.shape[1] - 1
     trial.norm_pix_loss = training
-    pred = torch.randn(2, patches, trial.decoder_pred.weight.shape[0], dtype=torch.float64)
+    pred = _leaf(2, patches, trial.decoder_pred.weight.shape[0])
     mask = (torch.rand(2, patches, dtype=torch.float64) < 0.6).double()
     mask[0, 0] = 1
-    return trial.forward_loss(images, pred, mask)
+    return [pred], trial.forward_loss(images, pred, mask)
 
 
-def _run_mae_attention(trial: Any, training: bool) -> Any:
-    return trial(torch.randn(2, 5, trial.qkv.weight.shape[1], dtype=torch.float64))
+def _run_mae_attention(trial: Any, training: bool) -> Trial:
+    x = _leaf(2, 5, trial.qkv.weight.shape[1])
+    return [x], trial(x)
 
 
 def _hf_images(embeddings: Any) -> Tensor:
@@ -352,23 +372,24 @@ def _hf_images(embeddings: Any) -> Tensor:
     return torch.rand(2, channels, *embeddings.patch_embeddings.image_size, dtype=torch.float64)
 
 
-def _run_hf_embeddings(trial: Any, training: bool) -> Any:
+def _run_hf_embeddings(trial: Any, training: bool) -> Trial:
     trial.config.mask_ratio = 0.4 if training else 0.7
     images = _hf_images(trial)
     noise = torch.rand(2, trial.position_embeddings.shape[1] - 1)
-    return trial(images), trial(images, noise=noise)
+    return [], (trial(images), trial(images, noise=noise))
 
 
-def _run_hf_decoder(trial: Any, training: bool) -> Any:
+def _run_hf_decoder(trial: Any, training: bool) -> Trial:
     patches = trial.decoder_pos_embed.shape[1] - 1
-    latent = torch.randn(2, 2 + patches // 3, trial.decoder_embed.weight.shape[1], dtype=torch.float64)
-    return trial(latent, torch.rand(2, patches).argsort(1))
+    latent = _leaf(2, 2 + patches // 3, trial.decoder_embed.weight.shape[1])
+    return [latent], trial(latent, torch.rand(2, patches).argsort(1))
 
 
-def _run_hf_loss(trial: Any, training: bool) -> Any:
+def _run_hf_loss(trial: Any, training: bool) -> Trial:
     trial.config.norm_pix_loss = training
-    return trial(_hf_images(trial.vit.embeddings))
+    return [], trial(_hf_images(trial.vit.embeddings))
 
 
-def _run_hf_attention(trial: Any, training: bool) -> Any:
-    return trial(torch.randn(2, 5, trial.q_proj.weight.shape[1], dtype=torch.float64))[0]
+def _run_hf_attention(trial: Any, training: bool) -> Trial:
+    x = _leaf(2, 5, trial.q_proj.weight.shape[1])
+    return [x], trial(x)[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import io
 import pickle
 import re
@@ -252,6 +253,8 @@ def test_state_dict_and_parameters_stay_and_unpatch_restores(host: str) -> None:
     assert [(name, id(p)) for name, p in model.named_parameters()] == parameters
     assert {n: (set(vars(m)), repr(m)) for n, m in model.named_modules()} == {n: k[1:] for n, k in kept.items()}
     assert all(isinstance(m, kept[name][0]) for name, m in model.named_modules())
+    own, patched = (inspect.signature(cls.forward).parameters for cls in (kept[""][0], type(model)))
+    assert list(own) == list(patched), "trainers choose the columns of a batch by the names of the arguments"
     results(host, model, images)
     unpatch_model(model)
     assert {n: (type(m), set(vars(m)), repr(m)) for n, m in model.named_modules()} == kept
@@ -396,6 +399,8 @@ def test_unpatch_refuses_to_drop_what_came_on_top() -> None:
     attention.__class__ = type("OnTop", (type(attention),), {})
     with pytest.raises(ValueError, match=r"the class of blocks.0.attn was changed after patch_model"):
         unpatch_model(model)
+    with pytest.raises(TypeError, match="Attention is pickled in its own way; call unpatch_model before"):
+        copy.deepcopy(model)
 
 
 # ------------------------------------------------------------------------- parts that stay with the host, and are told
@@ -420,11 +425,10 @@ class WithBias(mae_by_hand.Attention):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.bias = nn.Parameter(torch.zeros(self.num_heads, 1, 1))
-        self.slope = nn.Parameter(torch.zeros(()))
+        self.register_buffer("places", torch.arange(64))
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        places = torch.arange(q.shape[1], device=q.device, dtype=q.dtype)
-        return super().scores(q, k) + self.bias + self.slope * places
+        return super().scores(q, k) + self.bias * self.places[: q.shape[1]]
 
 
 class WithHiddenDropout(mae_by_hand.Attention):
@@ -434,6 +438,11 @@ class WithHiddenDropout(mae_by_hand.Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.other_drop(super().forward(x))
+
+
+class WithStoppedGradient(mae_by_hand.Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
 
 
 class OnlyOnTheGPU(mae_by_hand.Attention):
@@ -449,6 +458,7 @@ class OnlyOnTheGPU(mae_by_hand.Attention):
         (WithNorm, "its own code computes something else"),
         (WithBias, "its own code computes something else"),
         (WithHiddenDropout, "its own code computes something else"),
+        (WithStoppedGradient, "its own code computes something else"),
         (OnlyOnTheGPU, "could not be compared on the CPU in float64 (RuntimeError: this attention needs a GPU)"),
     ],
 )
@@ -489,6 +499,22 @@ class OtherOrder(MaskedAutoencoderViT):
         return nn.functional.unfold(imgs, 8, stride=8).transpose(1, 2)  # channels first
 
 
+class StoppedGradient(MaskedAutoencoderViT):
+    def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
+        return super().forward_decoder(x.detach(), ids_restore)
+
+
+class FrozenEmbedding(MaskedAutoencoderViT):
+    """Stops the gradient of the patch embedding, as some do for stable training."""
+
+    def forward_encoder(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        hook = self.patch_embed.register_forward_hook(lambda module, args, out: out.detach())
+        try:
+            return super().forward_encoder(x, mask_ratio)
+        finally:
+            hook.remove()
+
+
 class OtherDecoder(MaskedAutoencoderViT):
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         return super().forward_decoder(x, ids_restore).tanh()
@@ -502,6 +528,8 @@ class OtherDecoder(MaskedAutoencoderViT):
         (OtherLoss, "forward_loss"),
         (OtherOrder, "forward_loss"),
         (OtherDecoder, "forward_decoder"),
+        (StoppedGradient, "forward_decoder"),
+        (FrozenEmbedding, "forward_encoder"),
     ],
 )
 def test_another_method_stays(kind: type[nn.Module], where: str) -> None:
@@ -557,15 +585,23 @@ def test_calls_that_an_op_cannot_serve_get_the_hosts_code() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_attention_dropout_gets_the_hosts_code_in_training_only(training: bool) -> None:
+def test_attention_dropout_gets_the_hosts_code_in_training_only(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, images = make_mae(), images_for()
     model.blocks[0].attn = mae_by_hand.Attention(24, 3, attn_drop=0.5)
     randomised(model).train(training)
     want = results("mae", model, images)
     assert patch_model(model).left == ()
-    calls = watch(model.blocks[0].attn.attn_drop)
+    own_code = []
+    scores = mae_by_hand.Attention.scores
+    monkeypatch.setattr(mae_by_hand.Attention, "scores", lambda self, q, k: own_code.append(self) or scores(self, q, k))
     torch.testing.assert_close(results("mae", model, images), want, rtol=1e-4, atol=1e-4)
-    assert calls == (["called"] if training else [])
+    assert own_code == ([model.blocks[0].attn] if training else [])
+
+    calls = watch(model.blocks[1].attn.attn_drop)  # how attention maps are often read
+    torch.testing.assert_close(results("mae", model, images), want, rtol=1e-4, atol=1e-4)
+    assert calls == ["called"]
 
 
 def test_transformers_exceptions() -> None:
