@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import mae_kernels
@@ -223,6 +226,35 @@ def test_one_compiled_graph_for_every_batch_size(ask_the_device, monkeypatch: py
             qkv, upstream = torch.randn(batch, 9, 3, 2, 16), torch.randn(batch, 9, 2, 16)
             got = out_and_gradient(compiled, qkv, upstream)
             torch.testing.assert_close(got, out_and_gradient(lambda x: attention(x) * 2, qkv, upstream))
+
+
+class FakeH200:
+    """Enough of a Triton driver to analyse kernels without a GPU."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize(("tokens", "written"), [(50, ["OUT"]), (197, ["LSE", "OUT"])])
+def test_compiled_for_a_gpu_the_public_function_is_one_launch(tokens, written, monkeypatch) -> None:
+    """Traced with a fake CUDA tensor and dynamic sizes: the choice of kernel needs no graph break."""
+    triton = pytest.importorskip("triton", reason="the kernels need it")
+    monkeypatch.setattr(_runtime, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(triton.runtime.driver, "_active", FakeH200())
+    torch._dynamo.reset()
+    launches = []
+
+    def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nodes = [n for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+        launches.extend(sorted(n.kwargs["tensors_to_clone"]) for n in nodes)
+        return graph.forward
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        qkv = torch.empty(8, tokens, 3, 4, 32, device="cuda", dtype=torch.bfloat16)
+        torch.compile(attention, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=look))(qkv)
+    assert launches == [written]
 
 
 def test_autocast_keeps_the_dtype() -> None:
