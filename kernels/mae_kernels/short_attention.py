@@ -158,11 +158,11 @@ def _backward_rows_kernel(QKV, DOUT, DQKV, N: tl.constexpr, H: tl.constexpr, D: 
 
 
 @jit
-def _key_tile(k, v, n, q, do, lse, delta, dk, dv, dq, N: tl.constexpr, PADDED: tl.constexpr, SCALE_LOG2: tl.constexpr):
+def _key_tile(k, v, q, do, lse, delta, dk, dv, dq, PADDED: tl.constexpr, SCALE_LOG2: tl.constexpr):
     """One tile of keys against one block of queries, transposed: P^T and dS^T enter the products from registers."""
     log2_p = tl.dot(k, tl.trans(q)) * SCALE_LOG2 - lse[None, :]
     if PADDED:  # the score of padding is 0, perhaps far above the row's LSE: its P must stay finite
-        log2_p = tl.minimum(log2_p, 0.0)
+        log2_p = tl.minimum(log2_p, 0.0, propagate_nan=tl.PropagateNan.ALL)
     pt = tl.exp2(log2_p)
     dst = (pt * (tl.dot(v, tl.trans(do)) - delta[None, :])).to(q.dtype)
     return tl.dot(dst, q, dk), tl.dot(pt.to(q.dtype), do, dv), tl.dot(tl.trans(dst), k, dq)
@@ -196,11 +196,11 @@ def _backward_keys_kernel(QKV, DOUT, OUT, LSE, DQKV, N: tl.constexpr, H: tl.cons
         lse = tl.load(LSE + head.to(tl.int64) * N + m, mask=m < N, other=float("inf"))
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         dq = tl.zeros([ROWS, D], tl.float32)
-        dk0, dv0, dq = _key_tile(k0, v0, n0, q, do, lse, delta, dk0, dv0, dq, N, T0 > N, SCALE_LOG2)
+        dk0, dv0, dq = _key_tile(k0, v0, q, do, lse, delta, dk0, dv0, dq, T0 > N, SCALE_LOG2)
         if T1 > 0:
-            dk1, dv1, dq = _key_tile(k1, v1, n1, q, do, lse, delta, dk1, dv1, dq, N, T0 + T1 > N, SCALE_LOG2)
+            dk1, dv1, dq = _key_tile(k1, v1, q, do, lse, delta, dk1, dv1, dq, T0 + T1 > N, SCALE_LOG2)
         if T2 > 0:
-            dk2, dv2, dq = _key_tile(k2, v2, n2, q, do, lse, delta, dk2, dv2, dq, N, T0 + T1 + T2 > N, SCALE_LOG2)
+            dk2, dv2, dq = _key_tile(k2, v2, q, do, lse, delta, dk2, dv2, dq, T0 + T1 + T2 > N, SCALE_LOG2)
         _store_rows(DQ, m, dq * SCALE, 3 * H * D, N, D)
     _store_rows(DQ + H * D, n0, dk0 * SCALE, 3 * H * D, N, D)
     _store_rows(DQ + 2 * H * D, n0, dv0, 3 * H * D, N, D)

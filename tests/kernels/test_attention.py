@@ -110,6 +110,17 @@ def test_padding_counts_for_nothing_beside_scores_far_from_zero(tokens, sign, de
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("tokens", [9, 70])
+def test_nan_spreads_over_its_head_and_no_further(tokens, device) -> None:
+    qkv = torch.randn(2, tokens, 3, 2, 16, device=device).to(DTYPES[0])
+    qkv[1, tokens - 1, 1, 0, 3] = float("nan")
+    out, gradient = out_and_gradient(attention, qkv, torch.randn(2, tokens, 2, 16, device=device))
+    assert out[1, :, 0].isnan().all() and gradient[1, :, :, 0].isnan().all()
+    assert out[0].isfinite().all() and out[1, :, 1].isfinite().all()
+    assert gradient[0].isfinite().all() and gradient[1, :, :, 1].isfinite().all()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("tokens", [9, 70])
 def test_strided_input_expanded_gradient_and_reruns(tokens, device) -> None:
     wide = torch.full((2, tokens, 3, 2, 24), float("nan"), device=device, dtype=DTYPES[0])
     wide[..., 4:20] = torch.randn(2, tokens, 3, 2, 16, device=device)

@@ -35,7 +35,7 @@ FILES = [
     ("test_restore.py", 12),
     ("test_masking.py", 15),
     ("test_distillation.py", 29),
-    ("test_attention.py", 79),
+    ("test_attention.py", 81),
 ]
 
 
