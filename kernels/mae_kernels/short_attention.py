@@ -401,7 +401,8 @@ def attention(qkv: Tensor, *, scale: float | None = None) -> Tensor:
         scale: of the scores, positive; default d ** -0.5.
 
     Returns: [B, N, H, d], contiguous, in qkv's dtype, under autocast too. `out.flatten(2)` is the input of the output
-    projection. The gradient reaches qkv, and can be differentiated again.
+    projection. The gradient reaches qkv. Where the kernels run it can be differentiated again; elsewhere that is up to
+    scaled_dot_product_attention, whose fused backward on the CPU cannot.
 
     Raises: TypeError or ValueError naming the argument.
     """
