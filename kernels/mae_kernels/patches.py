@@ -13,6 +13,7 @@ they are, then (x - mean) / std where mean or std is given.
 
 On a GPU one kernel gathers, cuBLAS multiplies, one kernel adds the positions. For the backward only ids and the images
 as they came are kept: the vectors are gathered again. Each position's gradient is summed in a fixed order, no atomics.
+An image may list a patch more than once: it gives as many equal tokens, and all their gradients reach weight and position.
 A patch id out of range, which only debug_checks reports on a GPU, gives NaN and reads nothing.
 
 Shapes: B images, C channels, H x W pixels, P patch side, L patches (row-major over the grid), K listed, D width,
@@ -143,31 +144,56 @@ def _add_positions_kernel(
 
 
 @jit
-def _invert_kernel(IDS, SLOTS, num_rows, listed, patches, BLOCK: tl.constexpr):
-    """SLOTS[b, ids[b, k]] = k, where SLOTS starts as -1."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    patch = tl.load(IDS + row, mask=row < num_rows, other=-1)
-    tl.store(
-        SLOTS + (row // listed) * patches + patch, (row % listed).to(tl.int32), mask=(patch >= 0) & (patch < patches)
-    )
+def _invert_kernel(IDS, FIRST, NEXT, listed, patches, BLOCK: tl.constexpr):
+    """Where each patch is in its image's list, so that its gradients can be summed without atomics.
+
+    FIRST[b, l] = 2 k + r, where k is the first token on patch l and r = 1 if there are more; FIRST starts as -2.
+    NEXT[b, k] = the next token on the patch of token k, -1 after the last.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    patch = tl.load(IDS + image * listed + k, mask=k < listed, other=-1)
+    in_range = (patch >= 0) & (patch < patches)
+    before = tl.zeros([BLOCK], tl.int32)
+    after = tl.zeros([BLOCK], tl.int32) + listed
+    for start in range(0, listed, 16):
+        j = start + tl.arange(0, 16)
+        other = tl.load(IDS + image * listed + j, mask=j < listed, other=-1)
+        same = patch[:, None] == other[None, :]
+        before = tl.maximum(before, tl.max((same & (j[None, :] < k[:, None])).to(tl.int32), 1))
+        after = tl.minimum(after, tl.min(tl.where(same & (j[None, :] > k[:, None]), j[None, :], listed), 1))
+    more = after < listed
+    tl.store(FIRST + image * patches + patch, 2 * k + more.to(tl.int32), mask=in_range & (before == 0))
+    tl.store(NEXT + image * listed + k, tl.where(more, after, -1), mask=in_range)
 
 
 @jit
 def _sum_positions_kernel(
-    GRAD, SLOTS, DPOS, batch, listed, patches, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+    GRAD, FIRST, NEXT, DPOS, batch, listed, patches, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
 ):
-    """DPOS[l] = sum over images, in order, of the gradient of the token that sits on patch l."""
+    """DPOS[l] = sum of the gradients of the tokens on patch l: the first of each image in order, then the repeated."""
     patch = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, batch, ROWS):
-        image = first + tl.arange(0, ROWS)
-        slot = tl.load(SLOTS + image.to(tl.int64) * patches + patch, mask=image < batch, other=-1)
-        row = image.to(tl.int64) * listed + slot
-        grad = tl.load(
-            GRAD + (row[:, None] * D + col[None, :]), mask=(slot >= 0)[:, None] & (col < D)[None, :], other=0.0
-        )
+    more = tl.zeros([ROWS], tl.int32)
+    for start in range(0, batch, ROWS):
+        image = (start + tl.arange(0, ROWS)).to(tl.int64)
+        slot = tl.load(FIRST + image * patches + patch, mask=image < batch, other=-2)
+        more = tl.maximum(more, slot & 1)
+        slot = slot >> 1
+        at = (image * listed + slot)[:, None] * D + col[None, :]
+        grad = tl.load(GRAD + at, mask=(slot >= 0)[:, None] & (col < D)[None, :], other=0.0)
         total += tl.sum(grad.to(tl.float32), 0)
+    if tl.max(more, 0) > 0:  # in a masked autoencoder no patch is listed twice, and this never runs
+        for start in range(0, batch, ROWS):
+            image = (start + tl.arange(0, ROWS)).to(tl.int64)
+            slot = tl.load(FIRST + image * patches + patch, mask=image < batch, other=-2)
+            slot = tl.load(NEXT + image * listed + (slot >> 1), mask=(slot & 1) == 1, other=-1)
+            while tl.max(slot, 0) >= 0:
+                at = (image * listed + slot)[:, None] * D + col[None, :]
+                grad = tl.load(GRAD + at, mask=(slot >= 0)[:, None] & (col < D)[None, :], other=0.0)
+                total += tl.sum(grad.to(tl.float32), 0)
+                slot = tl.load(NEXT + image * listed + slot, mask=slot >= 0, other=-1)
     tl.store(DPOS + patch * D + col, total.to(DPOS.dtype.element_ty), mask=col < D)
 
 
@@ -211,13 +237,14 @@ def _launch_add_positions(tokens_BKD: Tensor, pos_embed_LD: Tensor, ids_BK: Tens
 def _launch_sum_positions(grad_BKD: Tensor, ids_BK: Tensor, patches: int, dtype: torch.dtype) -> Tensor:
     grad_BKD, ids_BK = grad_BKD.contiguous(), ids_BK.contiguous()
     batch, listed, width = grad_BKD.shape
-    slots_BL = torch.full((batch, patches), -1, dtype=torch.int32, device=grad_BKD.device)
-    num_rows = batch * listed
-    launch(_invert_kernel, (-(-num_rows // 256),), grad_BKD, ids_BK, slots_BL, num_rows, listed, patches, BLOCK=256)
+    first_BL = torch.full((batch, patches), -2, dtype=torch.int32, device=grad_BKD.device)
+    next_BK = torch.empty((batch, listed), dtype=torch.int32, device=grad_BKD.device)
+    grid = (batch, -(-listed // 64))
+    launch(_invert_kernel, grid, grad_BKD, ids_BK, first_BL, next_BK, listed, patches, BLOCK=64)
     dpos_LD = torch.empty((patches, width), dtype=dtype, device=grad_BKD.device)
     block = column_block(width)
     rows, warps = rows_per_program(grad_BKD.device, block)
-    args = (grad_BKD, slots_BL, dpos_LD, batch, listed, patches)
+    args = (grad_BKD, first_BL, next_BK, dpos_LD, batch, listed, patches)
     grid = (patches, -(-width // block))
     launch(_sum_positions_kernel, grid, grad_BKD, *args, D=width, BLOCK_D=block, ROWS=rows, num_warps=warps)
     return dpos_LD
@@ -334,7 +361,7 @@ def gather_patches(
 
     Args:
         images: [B, C, H, W] uint8 or floating point with any strides (a channels-last buffer needs no copy).
-        ids: [B, K] int64 patch numbers, row-major over the (H/P, W/P) grid.
+        ids: [B, K] int64 patch numbers, row-major over the (H/P, W/P) grid, in any order, repeats included.
         patch_size: P; H and W must be divisible by it.
         mean, std: a number, or one per channel; applied to x / 255 for uint8 images, to x itself for float images.
         dtype: of the result; default the images' dtype, or torch's default dtype for uint8.
@@ -371,7 +398,7 @@ def embed_patches(
 
     Args:
         images: [B, C, H, W] uint8 or floating point, any strides.
-        ids: [B, K] int64 patch numbers.
+        ids: [B, K] int64 patch numbers, in any order, repeats included.
         weight: [D, C, P, P] the patch embedding convolution's weight.
         bias: [D] or None.
         pos_embed: [L, D], or [1, L, D], positions of the L patches (without a class token's row).

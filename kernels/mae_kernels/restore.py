@@ -241,7 +241,8 @@ def restore_tokens(
     check_shape("visible", visible, (None, None, None), "[B, p+K, D]")
     check_int("prefix", prefix, 0)
     batch, tokens, width = visible.shape
-    check_ids("ids_restore", ids_restore, batch, ids_restore.shape[-1] if isinstance(ids_restore, Tensor) else 0)
+    listed = ids_restore.shape[-1] if isinstance(ids_restore, Tensor) else 0
+    check_ids("ids_restore", ids_restore, batch, listed, distinct=True)
     check_same_device("ids_restore", ids_restore, "visible", visible)
     patches = ids_restore.shape[1]
     if not prefix <= tokens <= prefix + patches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -73,13 +74,14 @@ def test_info_covers_every_op_and_the_command_prints_it() -> None:
     assert all(name in done.stdout for name in ops)
 
 
-def test_debug_checks_find_repeated_ids() -> None:
-    ids = torch.tensor([[0, 1, 1]])
-    images = torch.zeros(1, 1, 4, 4)
-    mae_kernels.gather_patches(images, ids, 2)
+def test_debug_checks_find_what_is_no_permutation() -> None:
+    ids, width = torch.tensor([[0, 1, 1]]), torch.zeros(4)
+    call = functools.partial(mae_kernels.restore_tokens, torch.zeros(1, 2, 4), ids, width, torch.zeros(3, 4), prefix=0)
+    call()
     mae_kernels.debug_checks(True)
     try:
-        with pytest.raises(ValueError, match="ids: got an id more than once in one row"):
-            mae_kernels.gather_patches(images, ids, 2)
+        with pytest.raises(ValueError, match="ids_restore: got an id more than once in one row, needs a permutation"):
+            call()
+        mae_kernels.gather_patches(torch.zeros(1, 1, 4, 4), ids, 2)  # a patch may be listed twice
     finally:
         mae_kernels.debug_checks(False)

@@ -133,6 +133,28 @@ def test_embed_without_bias_and_with_an_expanded_gradient(device: torch.device) 
     assert torch.equal(pos.grad, count[:, None].expand(6, 5))
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize(("batch", "listed"), [(3, 5), (9, 70)])
+def test_a_patch_listed_more_than_once_gets_every_gradient(batch: int, listed: int, device: torch.device) -> None:
+    """Twice, four times and in one image only; a table of slots per patch would keep one of the gradients."""
+    images, ids = torch.rand(batch, 1, 8, 12, device=device), torch.randint(0, 6, (batch, listed), device=device)
+    ids[:, -1], ids[0] = ids[:, 0], 2
+    weight = torch.randn(5, 1, 4, 4, device=device, requires_grad=True)
+    pos = torch.randn(6, 5, device=device, requires_grad=True)
+    upstream = torch.randn(batch, listed, 5, device=device)
+    out = embed_patches(images, ids, weight, None, pos)
+    got = torch.autograd.grad(out, (weight, pos), upstream, retain_graph=True)
+    want = torch.zeros(6, 5, dtype=torch.float64)
+    for i, row in zip(ids.flatten().tolist(), upstream.flatten(0, 1).double().cpu(), strict=True):
+        want[i] += row
+    torch.testing.assert_close(got[1].double().cpu(), want, rtol=1e-5, atol=1e-5)
+    vectors = by_hand(images, ids, 4).flatten(0, 1)
+    torch.testing.assert_close(
+        got[0].double().view(5, 16), upstream.double().flatten(0, 1).t() @ vectors, rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(got[1], torch.autograd.grad(out, pos, upstream)[0])
+
+
 def test_gradcheck() -> None:
     images, ids = torch.rand(2, 3, 4, 6, dtype=torch.float64), make_ids(2, 6, 3, torch.device("cpu"))
     weight = torch.randn(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)

@@ -77,7 +77,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]], list[list
     "embed_patches_backward": (
         lambda g, a, i: OPS.embed_patches_backward(g, a, i, 16, 196, *STATS, BF16, F32, F32, F32, True, True, True),
         lambda: [cuda(8, 49, 768), images(), cuda(8, 49, dtype=I64)],
-        [["OUT"], ["SLOTS"], ["DPOS"]],
+        [["OUT"], ["FIRST", "NEXT"], ["DPOS"]],
     ),
     "restore_tokens": (
         lambda v, i, t, p: OPS.restore_tokens(v, i, t, p, 1),
