@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import mae_kernels
-
-ROOT = Path(mae_kernels.__file__).parents[1]
-
-
-def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    full = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MAE_KERNELS_BACKEND")}
-    full |= {"PYTHONPATH": str(ROOT), **env}
-    return subprocess.run([sys.executable, "-c", code], env=full, capture_output=True, text=True, timeout=120)
+from mae_kernels import _runtime
 
 
 def test_works_without_triton() -> None:
@@ -38,13 +31,18 @@ mk.attention(torch.rand(1, 5, 3, 2, 16, requires_grad=True)).sum().backward()
 assert "triton" not in sys.modules
 print(pred.grad.abs().sum().item() > 0)
 """
-    done = run_python(code)
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MAE_KERNELS_BACKEND")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
 
 
-def test_the_environment_variable_is_checked() -> None:
-    done = run_python("import mae_kernels", MAE_KERNELS_BACKEND="cuda")
-    assert "MAE_KERNELS_BACKEND: got 'cuda', needs one of auto, triton, reference" in done.stderr
+def test_the_environment_variable_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("auto", "triton", "reference"):
+        monkeypatch.setenv("MAE_KERNELS_BACKEND", name)
+        assert _runtime._from_environment() == name
+    monkeypatch.setenv("MAE_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="MAE_KERNELS_BACKEND: got 'cuda', needs one of auto, triton, reference"):
+        _runtime._from_environment()
 
 
 def test_the_triton_backend_is_refused_on_the_cpu_with_a_reason() -> None:
@@ -61,7 +59,7 @@ def test_the_triton_backend_is_refused_on_the_cpu_with_a_reason() -> None:
         pass
 
 
-def test_info_covers_every_op_and_the_command_prints_it() -> None:
+def test_info_covers_every_op_and_the_command_prints_it(monkeypatch, capsys) -> None:
     told = mae_kernels.info()
     ops = {
         name
@@ -69,9 +67,9 @@ def test_info_covers_every_op_and_the_command_prints_it() -> None:
         if name[0].islower() and name not in ("backend", "debug_checks", "info", "patch_model", "unpatch_model")
     }
     assert set(told) == ops
-    done = run_python("import runpy; runpy.run_module('mae_kernels', run_name='__main__')")
-    assert done.returncode == 0
-    assert all(name in done.stdout for name in ops)
+    monkeypatch.setattr(sys, "argv", ["mae_kernels"])
+    runpy.run_module("mae_kernels", run_name="__main__")
+    assert capsys.readouterr().out.splitlines() == [f"{name:28} {text}" for name, text in told.items()]
 
 
 def test_debug_checks_find_what_is_no_permutation() -> None:
