@@ -86,6 +86,7 @@ def _once(
         ) as run:
             if here.main:
                 atomic_write_text(top / "config.yaml", to_yaml(config))
+            run.console.rule(f"{stage}: {place}")
             if stage == "pretrain":
                 pretrain(run)
                 init = str(checkpoint_of(place, "last"))
