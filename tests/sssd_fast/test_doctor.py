@@ -48,16 +48,14 @@ def test_it_reports_this_process_and_survives_json() -> None:
     assert 0 < env["memory"]["available_gib"] <= env["memory"]["total_gib"]
 
 
-def test_without_probing_it_is_quick_and_starts_no_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_probing_it_starts_no_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is written at the start of every run: an import of xformers or DALI would cost seconds and side effects."""
     real, started = subprocess.Popen, []
     monkeypatch.setattr(
         doctor.subprocess, "Popen", lambda command, **kw: started.append(command) or real(command, **kw)
     )
     before = {name for name in ("xformers", "nvidia.dali", "torchao") if name in sys.modules}
-    start = time.perf_counter()
     doctor.collect_environment()
-    assert time.perf_counter() - start < 3
     assert all(command[0] == "git" for command in started)
     assert {name for name in ("xformers", "nvidia.dali", "torchao") if name in sys.modules} == before
 
@@ -93,7 +91,7 @@ def test_an_import_that_hangs_is_refused_in_time(module_path: Path, monkeypatch:
     start = time.perf_counter()
     found = doctor.collect_environment(probe=True, timeout_s=0.5)["providers"]["torchao"]
     assert found["reason"] == "importing it took more than 0.5 s"
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 50  # not the 60 s of the import
 
 
 def test_a_working_provider_is_usable_and_a_missing_one_absent(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import time
 
 import numpy as np
 import pytest
@@ -199,12 +198,9 @@ def test_bootstrap_without_enough_units_gives_a_reason():
     assert same["accuracy"].low is not None
 
 
-def test_bootstrap_is_seeded_and_fast():
-    """2000 resamples of 500 images in under 2 s (measured: about 0.1 s)."""
+def test_bootstrap_is_seeded():
     labels, scores = make_binary(500)
-    start = time.perf_counter()
     first = bootstrap_intervals(labels, scores, seed=1)
-    assert time.perf_counter() - start < 2
     assert first == bootstrap_intervals(labels, scores, seed=1)
     assert first != bootstrap_intervals(labels, scores, seed=2)
 

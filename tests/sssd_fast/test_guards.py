@@ -146,7 +146,7 @@ def test_two_signals_at_once_are_one_request_and_a_later_one_ends_at_once() -> N
     started = time.monotonic()
     os.kill(child.pid, signal.SIGTERM)
     assert status(child) == 143
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20  # at once, not at the end of the child's minute
 
 
 def test_earlier_handlers_are_called_and_restored() -> None:
