@@ -143,10 +143,8 @@ def test_two_signals_at_once_are_one_request_and_a_later_one_ends_at_once() -> N
     time.sleep(0.1)
     assert child.is_alive()
     time.sleep(1)
-    started = time.monotonic()
     os.kill(child.pid, signal.SIGTERM)
-    assert status(child) == 143
-    assert time.monotonic() - started < 20  # at once, not at the end of the child's minute
+    assert status(child) == 143  # at once; a finished child would have returned 130
 
 
 def test_earlier_handlers_are_called_and_restored() -> None:
