@@ -158,6 +158,8 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                         guard.check(finite, progress.step, f"loss {float(result.parts['loss']):.4g}, lr {lr:.3g}")
                 if progress.step % record_every == 0 or progress.step % sync_every == 0 or last:
                     record = meter.record(world)
+                    if guard.skipped:
+                        record["skipped_steps"] = guard.skipped
                     if progress.step % record_every == 0 or last:
                         epoch = progress.epoch + progress.step_in_epoch / schedule.steps_per_epoch
                         run.tracker.log("train", progress.step, epoch=round(epoch, 4), lr=lr, **record)

@@ -129,6 +129,12 @@ def test_nan_ends_the_run_and_leaves_the_last_good_state(
     _assert_same(good["model"], bad["model"])  # no weight, and not the centre
     _assert_same(good["optimizer"]["state"], bad["optimizer"]["state"])
     assert not torch.equal(load_checkpoint(manager.path(4))["model"]["center"], good["model"]["center"])
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {r["step"]: r.get("skipped_steps") for r in records if r["kind"] == "train" and r["step"] > 4} == {
+        5: None,
+        6: 1,
+        7: 2,
+    }
 
 
 def _torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
