@@ -266,9 +266,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     student, teacher, center, _, *ctx.temps = inputs
     ctx.save_for_backward(student, teacher, center)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 6
     needs_teacher = ctx.needs_input_grad[1]
     dstudent, dteacher = _distillation_backward_op(grad, *ctx.saved_tensors, *ctx.temps, needs_teacher)
     return dstudent, dteacher if needs_teacher else None, None, None, None, None

@@ -7,7 +7,8 @@ Source: He et al., arXiv 2111.06377, section 3: the decoder's last layer is a li
 
 Neither the predictions nor their gradient exist at full size: the patches are cut into CHUNKS parts, and each part's
 predictions, loss and gradients are made and dropped before the next. The gradients of hidden, weight and bias are made in
-the forward, up to the factor that only the backward knows, and are what is kept for it.
+the forward, up to the factor that only the backward knows, and are what is kept for it. Above the inputs, forward and
+backward hold two gradients of hidden, two parts (predictions and their gradient), and a few copies of the weight.
 
 Shapes: B images, M masked patches, D decoder width, V = P*P*C values per patch, (row, column, channel).
 """
@@ -113,6 +114,7 @@ def _linear_op(
                 dhidden_BMD.narrow(1, first, last - first).copy_(dpred_BMV @ w_VD)
                 dweight_VD = dweight_VD + dpred_BMV.flatten(0, 1).t() @ h_BMD.flatten(0, 1)
             dbias_V = dbias_V + dpred_BMV.sum((0, 1), dtype=acc)
+        del pred_BMV, dpred_BMV  # before the next part's are made
     loss = torch.cat(losses, 1).sum() / max(ids.shape[0] * ids.shape[1], 1)
     return loss, dhidden_BMD, dweight_VD, dbias_V
 
@@ -128,24 +130,25 @@ def _linear_backward_op(
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kept gradients times what was missing: 2 grad / (KEPT_SCALE * V * number of masked patches)."""
-    factor = grad * (2 / KEPT_SCALE) / (dweight.shape[0] * max(masked, 1))
-    return (
-        (dhidden.to(grad.dtype) * factor).to(dhidden.dtype),
-        (dweight * factor).to(weight_dtype),
-        (dbias * factor).to(bias_dtype),
-    )
+    factor = (grad * (2 / KEPT_SCALE) / (dweight.shape[0] * max(masked, 1))).reshape(1)
+    # with `out` a GPU multiplies in fp32 and writes hidden's dtype, and no fp32 copy of the gradient exists
+    scaled = torch.mul(dhidden, factor, out=torch.empty_like(dhidden))
+    return scaled, (dweight * factor).to(weight_dtype), (dbias * factor).to(bias_dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, weight, bias, _, ids, *_ = inputs
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
     ctx.masked = ids.shape[0] * ids.shape[1]
     ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
     ctx.needs = inputs[-1]
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 12
     if not ctx.needs:
         raise RuntimeError(
             "mae_kernels::linear_reconstruction_loss: called with needs_grad=False, needs True to differentiate"

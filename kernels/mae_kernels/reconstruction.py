@@ -382,9 +382,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     pred, images, ids, mask, *ctx.options = inputs
     ctx.save_for_backward(pred, images, ids, mask, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 9
     pred, images, ids, mask, count = ctx.saved_tensors
     return _loss_backward_op(grad, count, pred, images, ids, mask, *ctx.options), *[None] * 8
 

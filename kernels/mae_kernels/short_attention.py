@@ -369,10 +369,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     qkv, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
     ctx.save_for_backward(qkv, *((out, lse) if lse.dim() == 3 else (None, None)))
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
+    if dout is None:
+        return None, None
     return _attention_backward_op(dout, *ctx.saved_tensors, ctx.scale), None
 
 

@@ -5,46 +5,53 @@ The interpreter must be chosen before triton is imported. It is right for fp32 a
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-
-
-def run_marked(file: str, **env: str) -> int:
-    """Runs the `kernel` tests of a file with the backend "triton"; returns how many passed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "kernel", str(HERE / file)]
-    full = {**os.environ, "MAE_KERNELS_BACKEND": "triton", **env}
-    done = subprocess.run(command, env=full, cwd=HERE.parents[1], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout, done.stdout[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None, done.stdout[-2000:]
-    return int(passed[1])
-
-
 # file and the least number of its tests that must have run
-FILES = [
-    ("test_patches.py", 50),
-    ("test_reconstruction.py", 20),
-    ("test_restore.py", 12),
-    ("test_masking.py", 15),
-    ("test_distillation.py", 29),
-    ("test_attention.py", 81),
-]
+FILES = {
+    "test_patches.py": 28,
+    "test_reconstruction.py": 20,
+    "test_restore.py": 12,
+    "test_masking.py": 15,
+    "test_distillation.py": 29,
+    "test_attention.py": 57,
+    "test_patch_model.py": 2,
+}
+INTERPRETED = FILES | {"test_gpu.py": 12, "test_memory.py": 2, "traffic_by_interpreter.py": 14}
 
 
-@pytest.mark.parametrize(("file", "at_least"), [*FILES, ("traffic_by_interpreter.py", 14)])
-def test_kernels_under_the_interpreter(file: str, at_least: int) -> None:
-    assert run_marked(file, TRITON_INTERPRET="1") >= at_least
+@functools.cache
+def run_marked(files: tuple[str, ...], **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs the `kernel` tests of the files with the backend "triton", all in one process, once."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", "-m", "kernel"]
+    command += [str(HERE / file) for file in files]
+    full = {**os.environ, "MAE_KERNELS_BACKEND": "triton", **env}
+    return subprocess.run(command, env=full, cwd=HERE.parents[1], capture_output=True, text=True, timeout=280)
+
+
+def passed(files: dict[str, int], **env: str) -> Counter[str]:
+    """How many tests of each file passed; none may fail or be skipped."""
+    done = run_marked(tuple(files), **env)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " skipped" not in done.stdout, done.stdout[-2000:]
+    return Counter(re.findall(r"^PASSED tests/kernels/(\w+\.py)::", done.stdout, re.MULTILINE))
+
+
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_kernels_under_the_interpreter(file: str) -> None:
+    assert passed(INTERPRETED, TRITON_INTERPRET="1")[file] >= INTERPRETED[file]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("file", "at_least"), FILES)
-def test_kernels_on_a_gpu(file: str, at_least: int) -> None:
-    assert run_marked(file, MAE_KERNELS_TEST_DEVICE="cuda", TRITON_INTERPRET="0") >= at_least
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_on_a_gpu(file: str) -> None:
+    assert passed(FILES, MAE_KERNELS_TEST_DEVICE="cuda", TRITON_INTERPRET="0")[file] >= FILES[file]

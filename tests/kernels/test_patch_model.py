@@ -27,7 +27,6 @@ import mae_kernels
 from mae_kernels import PatchReport, patch_model, unpatch_model
 from tests.kernels import mae_by_hand
 from tests.kernels.mae_by_hand import MaskedAutoencoderViT
-from tests.kernels.test_interpreted import run_marked
 
 HF_SIZES = {
     "image_size": 32, "patch_size": 8, "num_channels": 3, "norm_pix_loss": True, "mask_ratio": 0.7, "layer_norm_eps": 1e-6,
@@ -133,7 +132,7 @@ def test_autocast(host: str) -> None:
 @pytest.mark.kernel
 @BOTH
 def test_float16_with_whatever_runs_on_this_device(host: str, device: torch.device) -> None:
-    """The CPU's path, the Triton kernels interpreted, or a GPU: see test_kernels_inside_the_hosts."""
+    """The CPU's path, the Triton kernels interpreted, or a GPU: see test_interpreted.py."""
     wide = {
         "mae": {"embed_dim": 48, "decoder_embed_dim": 32},
         "transformers": {"hidden_size": 48, "decoder_hidden_size": 32},
@@ -154,15 +153,6 @@ def test_float16_with_whatever_runs_on_this_device(host: str, device: torch.devi
     for g, x, e in zip(got, exact, eager, strict=True):
         x = x.to(device)
         assert (g.double() - x).norm() <= 2 * (e.double() - x).norm() + 1e-3 * x.norm() + 1e-6
-
-
-def test_kernels_inside_the_hosts() -> None:
-    assert run_marked("test_patch_model.py", TRITON_INTERPRET="1") == 2
-
-
-@pytest.mark.gpu
-def test_kernels_inside_the_hosts_on_a_gpu() -> None:
-    assert run_marked("test_patch_model.py", MAE_KERNELS_TEST_DEVICE="cuda", TRITON_INTERPRET="0") == 2
 
 
 @BOTH
