@@ -227,7 +227,8 @@ _held: dict[Path, int] = {}
 def require_run_folder(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Makes a new run folder, or reopens (resume) or empties (overwrite) an old one; returns its absolute path.
 
-    A marker file tells a run folder; nothing is ever deleted in a folder without one. The marker stays locked until
+    A marker file tells a run folder; nothing is ever deleted in a folder without one. A run that ended before its first
+    checkpoint may be started again without `overwrite`. The marker stays locked until
     the process ends, so that two processes cannot write to one run. Call it on rank 0 only.
 
     Raises RunExistsError for a folder that holds something and neither flag was given, is not a run folder, or is in
@@ -248,6 +249,8 @@ def require_run_folder(path: str | Path, *, resume: bool = False, overwrite: boo
                 f"{path} is not empty and not a run folder of sssd-fast (it lacks {RUN_MARKER}), so nothing in it was "
                 "touched. Choose another folder"
             )
+        if not any((path / "checkpoints").glob("*.pt")):
+            overwrite = True  # it failed before it trained anything: nothing is lost by starting again
         if not overwrite:
             raise RunExistsError(
                 f"{path} already holds a run. Continue it with --resume, delete it and start again with --overwrite, "

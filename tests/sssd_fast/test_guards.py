@@ -302,6 +302,11 @@ def test_a_new_run_folder_is_made_and_marked(tmp_path: Path) -> None:
 
 def test_an_existing_run_is_refused_naming_both_ways_out(tmp_path: Path) -> None:
     path = require_run_folder(tmp_path / "a")
+    (path / "train.log").write_text("it failed before its first checkpoint")
+    assert require_run_folder(path) == path  # nothing to lose: started again without a flag
+    assert [item.name for item in path.iterdir()] == [RUN_MARKER]
+    (path / "checkpoints").mkdir()
+    (path / "checkpoints" / "step-0000001.pt").write_bytes(b"x")
     (path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(RunExistsError, match=r"already holds a run\. .*--resume.*--overwrite"):
         require_run_folder(path)
