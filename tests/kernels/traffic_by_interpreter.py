@@ -85,6 +85,14 @@ def test_gather(traffic: Traffic) -> None:
     traffic.assert_written_once(out)
 
 
+def test_embed(traffic: Traffic) -> None:
+    images, ids = pixels(3, 1, 8, 12), ids_of(3, 6, 4)
+    weight, pos = torch.randn(10, 1, 4, 4), torch.randn(6, 10)
+    out = OPS.embed_patches(images, ids, weight, None, pos, [], [], torch.float32)
+    traffic.assert_read_once(images, 3 * 4 * 16)
+    traffic.assert_written_once(out)
+
+
 def test_embed_backward_reads_the_gradient_once(traffic: Traffic) -> None:
     grad, images, ids = torch.randn(3, 4, 10), pixels(3, 1, 8, 12), ids_of(3, 6, 4)
     dtypes = (torch.float32,) * 3
@@ -141,6 +149,18 @@ def test_sssd(traffic: Traffic) -> None:
     gradients = OPS.sssd_loss_backward(*grads, *tensors, *options, 0.1, 0.04, True)
     for x, elements in large:
         traffic.assert_read_once(x, elements)
+    traffic.assert_written_once(*gradients)
+
+
+def test_distillation(traffic: Traffic) -> None:
+    student, teacher, center = torch.randn(5, 37), torch.randn(5, 37), torch.randn(37)
+    OPS.distillation_loss(student, teacher, center, False, 0.1, 0.04)
+    for x in (student, teacher):
+        traffic.assert_read_once(x)
+    traffic.read.clear()
+    gradients = OPS.distillation_loss_backward(torch.ones(()), student, teacher, center, 0.1, 0.04, True)
+    for x in (student, teacher):
+        traffic.assert_read_once(x)
     traffic.assert_written_once(*gradients)
 
 
