@@ -91,7 +91,10 @@ def leaves_of(arguments: tuple[Any, ...]) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str) -> None:
-    opcheck(op_of(name).default, CASES[name].make(3, torch.float32))
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if "/" not in name:  # once for each op: the slow one
+        tests.append("test_aot_dispatch_dynamic")
+    opcheck(op_of(name).default, CASES[name].make(3, torch.float32), test_utils=tests)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if leaves_of(CASES[n].make(1, torch.float64))])
