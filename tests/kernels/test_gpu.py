@@ -185,6 +185,21 @@ def upstream_of(case: Case, s: Sizes, inputs: Inputs) -> Tensor:
     return torch.randn_like(first, dtype=torch.float32) if first.dim() else torch.full_like(first, 1024.0)
 
 
+def backward_again(call: Callable[..., Any], leaves: tuple[Tensor, ...], upstream: Tensor) -> None:
+    """A second and third backward through one graph: an in-place update of a kept or returned gradient would show."""
+    leaves = tuple(t.detach().requires_grad_() for t in leaves)
+    out = call(leaves)
+    first = out if isinstance(out, Tensor) else out[0]
+    upstream = upstream.to(first.dtype)
+    gradients = torch.autograd.grad(first, leaves, upstream, retain_graph=True)
+    copies = [g.clone() for g in gradients]
+    torch.autograd.grad(first, leaves, upstream * -0.5, retain_graph=True)
+    again = torch.autograd.grad(first, leaves, upstream)
+    for returned, copy, repeated in zip(gradients, copies, again, strict=True):
+        assert torch.equal(returned, copy), "a later backward changed a gradient that was already returned"
+        assert torch.equal(repeated, copy), "a backward through the same graph differs from the first one"
+
+
 # ----------------------------------------------------------------------------------------------- the properties
 def check_accuracy(name: str, s: Sizes, dtype: torch.dtype, device: torch.device, kernels: str) -> None:
     """Error against fp64 at most twice that of the eager reference in the same dtype, plus a small absolute term."""
@@ -201,6 +216,8 @@ def check_accuracy(name: str, s: Sizes, dtype: torch.dtype, device: torch.device
     got, again = run(kernels, *leaves), run(kernels, *leaves)
     assert all(torch.equal(a, b) for a, b in zip(before, (*leaves, *others), strict=True)), "an input was changed"
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+    with backend(kernels):
+        backward_again(lambda x: case.call(s, x, others), leaves, upstream)
     eager, exact = run("reference", *leaves), run("reference", *(t.double() for t in leaves))
     for i, (g, e, x) in enumerate(zip(got, eager, exact, strict=True)):
         assert (g.shape, g.dtype) == (e.shape, e.dtype), f"result {i}"

@@ -111,6 +111,21 @@ def test_gradcheck_of_the_registered_backward(name: str) -> None:
     assert torch.autograd.gradcheck(call, [arguments[p] for p in places])
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if leaves_of(CASES[n].make(1, torch.float64))])
+def test_a_second_backward_through_one_graph_is_the_first(name: str) -> None:
+    """Protects gradients from in-place scaling: of what the graph keeps, and of what an earlier backward returned."""
+    arguments = CASES[name].make(3, torch.float32)
+    leaves = leaves_of(arguments)
+    out = CASES[name].first(op_of(name)(*arguments))
+    upstream = torch.full_like(out, 3.0)
+    gradients = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+    copies = [g.clone() for g in gradients]
+    torch.autograd.grad(out, leaves, upstream * -0.5, retain_graph=True)
+    again = torch.autograd.grad(out, leaves, upstream)
+    for returned, copy, repeated in zip(gradients, copies, again, strict=True):
+        assert torch.equal(returned, copy) and torch.equal(repeated, copy)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_compiled_graph_for_every_batch_size(name: str) -> None:
     torch._dynamo.reset()
