@@ -347,7 +347,7 @@ def _read_sidecar(path: Path) -> list[CheckpointInfo]:
 class CheckpointManager:
     """`step-0000500.pt` files of one run, and `best.pt`. One writer (rank 0); readers may look at any time.
 
-    keep_last: how many of the newest stay (>= 1); keep_every: steps divisible by it stay as well.
+    keep_last: how many of the newest stay (>= 1).
     report: where one-line notes go (a damaged file passed over, a deletion that failed).
     """
 
@@ -355,15 +355,14 @@ class CheckpointManager:
         self,
         folder: str | Path,
         keep_last: int = 2,
-        keep_every: int | None = None,
         *,
         report: Callable[[str], None] = print,
     ) -> None:
-        if keep_last < 1 or (keep_every is not None and keep_every < 1):
+        if keep_last < 1:
             raise ConfigError(
-                f"keep_last={keep_last}, keep_every={keep_every}: at least 1 each (keep_every may be None)"
+                f"keep_last is {keep_last}, at least 1 is needed: resuming starts from the newest checkpoint"
             )
-        self.folder, self.keep_last, self.keep_every, self.report = Path(folder), keep_last, keep_every, report
+        self.folder, self.keep_last, self.report = Path(folder), keep_last, report
         self.best_path = self.folder / "best.pt"
         self._resumed = False
         remove_leftovers(self.folder)
@@ -450,8 +449,7 @@ class CheckpointManager:
         """
         past = [step for step in self.steps() if step <= newest]
         beyond = [step for step in self.steps() if step > newest]
-        every = self.keep_every
-        doomed = [step for step in past[: -self.keep_last] if not (every and step % every == 0)]
+        doomed = past[: -self.keep_last]
         if beyond and not self._resumed:
             self.report(f"left alone: steps {beyond} in {self.folder}, newer than step {newest}, are of an earlier run")
         for step in doomed + (beyond if self._resumed else []):

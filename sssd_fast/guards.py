@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import atomic_write_text
-from .errors import CheckpointError, ConfigError, NumericsError, RunExistsError
+from .errors import CheckpointError, ConfigError, NumericsError, RunExistsError, SssdError
 
 RUN_MARKER = ".sssd-fast-run"
 _MARKER_TEXT = "This is a run folder of sssd-fast. With --overwrite, everything in this folder may be deleted.\n"
@@ -44,18 +44,16 @@ class FiniteGuard:
     """Host-side policy: a non-finite step is skipped; `limit` of them in a row end the run.
 
     fp16 needs a larger limit than bf16 or fp32 (3): its loss scale starts too high and halves at every overflow.
-    folder: the run folder, for `failure/step-N.json`; dump: called with the path `failure/step-N.pt` to save what
-    reproduces the failure (batch, parts of the loss). Without a folder nothing is written.
+    folder: the run folder, for `failure/step-N.json`; without one nothing is written. Steps draw from (seed, step) alone, so
+    resuming from the last checkpoint reproduces the failure.
     """
 
-    def __init__(
-        self, limit: int = 3, *, folder: str | Path | None = None, dump: Callable[[Path], object] | None = None
-    ) -> None:
+    def __init__(self, limit: int = 3, *, folder: str | Path | None = None) -> None:
         if limit < 1:
             raise ConfigError(
                 f"the number of non-finite steps in a row that ends a run is {limit}, at least 1 is needed"
             )
-        self.limit, self.dump = limit, dump
+        self.limit = limit
         self.folder = None if folder is None else Path(folder) / "failure"
         self.consecutive = 0
         self.skipped = 0
@@ -96,9 +94,7 @@ class FiniteGuard:
         path = self.folder / f"step-{step}.json"
         try:
             atomic_write_text(path, json.dumps(safe, indent=2, default=str) + "\n")
-            if self.dump is not None:
-                self.dump(path.with_suffix(".pt"))
-        except Exception as error:  # noqa: BLE001 - see above
+        except (OSError, SssdError) as error:
             return f" (Writing {self.folder} failed as well: {error})"
         return f" Details: {path}"
 

@@ -238,14 +238,6 @@ class Classifier(nn.Module):
         return logits
 
 
-def build_mae(config: ModelConfig) -> MAE:
-    return MAE(config)
-
-
-def build_classifier(config: ModelConfig, num_classes: int, pool: str = "mean", drop_path: float = 0.0) -> Classifier:
-    return Classifier(config, num_classes, pool, drop_path)
-
-
 def _take(x_BLE: Tensor, ids_BK: Tensor) -> Tensor:
     return x_BLE.gather(1, ids_BK.unsqueeze(-1).expand(-1, -1, x_BLE.shape[-1]))
 

@@ -22,7 +22,7 @@ from sssd_fast.checkpoint import save_checkpoint
 from sssd_fast.config import Config, ModelConfig, to_dict
 from sssd_fast.errors import CheckpointError, DependencyError, SssdError, WeightsError
 from sssd_fast.export import PortableClassifier, export_classifier, export_encoder
-from sssd_fast.model import Classifier, build_classifier
+from sssd_fast.model import Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.weights import load_into
 from tests.sssd_fast import vit_by_hand
@@ -37,9 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def model_of(name: str) -> Classifier:
     pool, overrides = CASES[name]
     config = ModelConfig(image_size=(24, 40), patch_size=8, width=24, depth=2, heads=3, **overrides)
-    model = build_classifier(
-        config, 3, pool, drop_path=0.5
-    ).train()  # exported as in evaluation, whatever mode it is in
+    model = Classifier(config, 3, pool, drop_path=0.5).train()  # exported as in evaluation, whatever mode it is in
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -174,7 +172,7 @@ def checkpoints(folder: Path) -> tuple[Path, Path, Config]:
     common = {"config": to_dict(config), "optimizer": {}}
     trained = SSSD(config.model, config.objective).state_dict()
     save_checkpoint(folder / "pretrain.pt", {"task": "pretrain", "model": trained, **common})
-    tuned = build_classifier(config.model, 2, "cls").state_dict()
+    tuned = Classifier(config.model, 2, "cls").state_dict()
     extra = {"classes": ["covid", "normal"], "pool": "cls"}
     save_checkpoint(folder / "finetune.pt", {"task": "finetune", "model": tuned, **common, **extra})
     return folder / "pretrain.pt", folder / "finetune.pt", config
@@ -188,7 +186,7 @@ def test_encoders_of_checkpoints_are_exported_and_read_back(tmp_path: Path, form
         line = export_encoder(source, out, format_)
         assert line.startswith(str(out))
         assert line.endswith(f"tensors of {source} under {format_} names, read back equal")
-        want, got = (build_classifier(config.model, 2, "cls") for _ in range(2))
+        want, got = (Classifier(config.model, 2, "cls") for _ in range(2))
         load_into(want, source)
         load_into(got, out)
         for name, tensor in got.state_dict().items():
@@ -205,5 +203,5 @@ def test_a_damaged_checkpoint_is_not_exported_or_loaded(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         export_encoder(source, tmp_path / "out", "timm")
     with pytest.raises(CheckpointError, match="damaged"):
-        load_into(build_classifier(config.model, 2), source)
+        load_into(Classifier(config.model, 2), source)
     assert not (tmp_path / "out").exists()

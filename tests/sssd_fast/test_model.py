@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sssd_fast.config import ModelConfig
-from sssd_fast.model import Block, build_classifier, build_mae, sincos_positions
+from sssd_fast.model import MAE, Block, Classifier, sincos_positions
 from sssd_fast.weights import export_state
 from tests.sssd_fast import vit_by_hand
 
@@ -57,9 +57,9 @@ def test_classifier_equals_the_hand_written_one_on_exported_weights(name: str, p
     config = small(**GEOMETRIES[name])
     if pool == "cls" and not config.cls_token:
         with pytest.raises(ValueError, match="pool is 'cls', needs 'mean', or 'cls' with a cls token"):
-            build_classifier(config, 5, pool)
+            Classifier(config, 5, pool)
         return
-    model = build_classifier(config, 5, pool).double().eval()
+    model = Classifier(config, 5, pool).double().eval()
     randomize(model)
     images = images_for(config)
     want = vit_by_hand.classify(images, export_state(model, "timm"), config.encoder_shape[2], config.norm_eps)
@@ -70,7 +70,7 @@ def test_classifier_equals_the_hand_written_one_on_exported_weights(name: str, p
 def test_autoencoder_equals_the_hand_written_one(name: str) -> None:
     """Masked encoder, restored sequence, decoder and prediction, from weights under facebookresearch/mae's names."""
     config = small(**GEOMETRIES[name], mask_ratio=0.6)
-    model = build_mae(config).double().eval()
+    model = MAE(config).double().eval()
     randomize(model)
     images, noise = images_for(config), torch.rand(2, config.num_patches, dtype=torch.float64)
     weights = export_state(model, "timm", decoder=True)
@@ -109,7 +109,7 @@ def test_autoencoder_equals_the_hand_written_one(name: str) -> None:
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_attention_maps_are_the_last_blocks_probabilities(name: str) -> None:
     config = small(**GEOMETRIES[name])
-    model = build_mae(config).double().eval()
+    model = MAE(config).double().eval()
     randomize(model)
     images = images_for(config)
     maps = model.encoder.attention_maps(images)
@@ -123,7 +123,7 @@ def test_attention_maps_are_the_last_blocks_probabilities(name: str) -> None:
 def test_attention_maps_come_from_the_weights_that_mix_the_values() -> None:
     """maps @ values, projected, is what the attention layer of the same block returns."""
     config = small(image_size=(64, 64))
-    encoder = build_mae(config).encoder
+    encoder = MAE(config).encoder
     randomize(encoder)
     last = encoder.blocks[-1]
     x = torch.randn(2, 17, 24)
@@ -136,7 +136,7 @@ def test_attention_maps_come_from_the_weights_that_mix_the_values() -> None:
 def test_predictions_depend_on_visible_patches_only(cls_token: bool) -> None:
     """Whatever stands in masked patches, every prediction is equal to the bit; a visible pixel changes them all."""
     config = small(image_size=(64, 48), cls_token=cls_token)
-    model = build_mae(config).eval()
+    model = MAE(config).eval()
     randomize(model)
     images = torch.randint(0, 256, (3, 1, 64, 48), dtype=torch.uint8)
     noise = torch.rand(3, config.num_patches)
@@ -159,7 +159,7 @@ def test_uint8_images_mean_the_same_as_normalised_floats(
     channels: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
     config = small(image_size=(32, 48), in_channels=channels, mean=mean, std=std)
-    model = build_mae(config)
+    model = MAE(config)
     randomize(model)
     images = torch.randint(0, 256, (2, channels, 32, 48), dtype=torch.uint8)
     scaled = (images / 255.0 - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
@@ -180,10 +180,10 @@ def test_positions_equal_the_table_by_loops(width: int, grid: tuple[int, int], p
 
 def test_positions_are_fixed_in_pre_training_and_trained_in_fine_tuning() -> None:
     config = small(image_size=(32, 32))
-    mae = build_mae(config)
+    mae = MAE(config)
     assert not mae.encoder.pos_embed.requires_grad
     assert not mae.decoder.pos_embed.requires_grad
-    assert build_classifier(config, 2).encoder.pos_embed.requires_grad
+    assert Classifier(config, 2).encoder.pos_embed.requires_grad
 
 
 def test_drop_path_is_the_identity_in_evaluation_and_keeps_the_expectation_in_training() -> None:
@@ -201,7 +201,7 @@ def test_drop_path_is_the_identity_in_evaluation_and_keeps_the_expectation_in_tr
 
 
 def test_drop_path_grows_linearly_with_depth() -> None:
-    model = build_classifier(small(image_size=(32, 32), depth=5), 2, drop_path=0.2)
+    model = Classifier(small(image_size=(32, 32), depth=5), 2, drop_path=0.2)
     rates = [block.drop_path for block in model.encoder.blocks]
     assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
     model.train()
@@ -213,7 +213,7 @@ def test_drop_path_grows_linearly_with_depth() -> None:
 
 def test_mean_pooling_leaves_out_the_cls_token() -> None:
     config = small(image_size=(32, 32))
-    model = build_classifier(config, 2).eval()
+    model = Classifier(config, 2).eval()
     randomize(model)
     images = torch.randn(2, 1, 32, 32)
     tokens = model.encoder(images)
@@ -223,7 +223,7 @@ def test_mean_pooling_leaves_out_the_cls_token() -> None:
 
 def test_initial_values_follow_the_published_recipes() -> None:
     """Xavier-uniform linear layers and patch projection, zero biases, tokens of deviation 0.02, a head near zero."""
-    model = build_mae(ModelConfig(name="tiny", depth=1, decoder_depth=1, decoder_width=192, decoder_heads=3))
+    model = MAE(ModelConfig(name="tiny", depth=1, decoder_depth=1, decoder_width=192, decoder_heads=3))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert parameter.abs().max() == 0, name
@@ -234,13 +234,13 @@ def test_initial_values_follow_the_published_recipes() -> None:
             assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.02), name
         elif "token" in name:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.3), name
-    classifier = build_classifier(ModelConfig(name="tiny", depth=1), 2)
+    classifier = Classifier(ModelConfig(name="tiny", depth=1), 2)
     assert classifier(torch.randn(2, 1, 224, 224)).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 32, 48), (2, 1, 48, 32)])
 def test_images_of_another_shape_are_refused_with_the_needed_one(shape: tuple[int, ...]) -> None:
-    model = build_mae(small(image_size=(32, 32)))
+    model = MAE(small(image_size=(32, 32)))
     with pytest.raises(
         ValueError, match=r"needs \[B, 1, 32, 32\]; resize them or set model.image_size and model.in_channels"
     ):
@@ -248,7 +248,7 @@ def test_images_of_another_shape_are_refused_with_the_needed_one(shape: tuple[in
 
 
 def test_state_dict_names_are_those_that_checkpoints_and_conversions_rely_on() -> None:
-    names = set(build_mae(small(image_size=(32, 32), depth=1, decoder_depth=1)).state_dict())
+    names = set(MAE(small(image_size=(32, 32), depth=1, decoder_depth=1)).state_dict())
     layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     blocks = {
         f"{part}.blocks.0.{layer}.{kind}"

@@ -12,7 +12,7 @@ import transformers
 
 from mae_kernels import masked_reconstruction_loss
 from sssd_fast.config import ModelConfig
-from sssd_fast.model import MAE, build_classifier, build_mae, sincos_positions
+from sssd_fast.model import MAE, Classifier, sincos_positions
 from sssd_fast.weight_formats import to_own_names
 from sssd_fast.weights import load_into, save_huggingface
 
@@ -94,7 +94,7 @@ def hf_pretraining(case: dict) -> transformers.ViTMAEForPreTraining:
 def test_same_noise_gives_the_same_masking_predictions_loss_and_gradients(name: str) -> None:
     case = CASES[name]
     theirs = hf_pretraining(case)
-    ours = build_mae(our_config(case)).double()
+    ours = MAE(our_config(case)).double()
     report = load_into(ours, theirs.state_dict())
     assert not report.missing
     assert not report.unexpected
@@ -148,7 +148,7 @@ def test_folder_written_by_save_pretrained_loads_with_its_decoder(tmp_path: Path
     case = CASES["colour_norm_pix"]
     theirs = hf_pretraining(case).float()
     theirs.save_pretrained(tmp_path)
-    ours = build_mae(our_config(case))
+    ours = MAE(our_config(case))
     report = load_into(ours, tmp_path)
     assert not report.missing + report.unexpected + report.expected_missing + report.unused
     images, noise = torch.randn(2, 3, 48, 48), torch.rand(2, 36)
@@ -161,14 +161,14 @@ def test_a_folder_made_with_other_heads_is_refused(tmp_path: Path) -> None:
     """Weights have the same shapes for any number of heads; only config.json tells."""
     case = CASES["colour_norm_pix"]
     hf_pretraining(case).save_pretrained(tmp_path)
-    model = build_mae(our_config(case, heads=8))
+    model = MAE(our_config(case, heads=8))
     with pytest.raises(Exception, match=r"made with 4 attention heads, the model has 8; set model.heads=4"):
         load_into(model, tmp_path)
 
 
 def test_vit_model_loads_the_exported_encoder_and_gives_the_same_tokens(tmp_path: Path) -> None:
     case = CASES["colour_norm_pix"]
-    ours: MAE = build_mae(our_config(case))
+    ours: MAE = MAE(our_config(case))
     randomize(ours)
     save_huggingface(tmp_path, ours)
     theirs, info = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False, output_loading_info=True)
@@ -184,7 +184,7 @@ def test_vit_model_loads_the_exported_encoder_and_gives_the_same_tokens(tmp_path
 def test_vit_for_image_classification_loads_the_exported_classifier_and_back(tmp_path: Path) -> None:
     case = CASES["grey_norm_pix"]
     config = our_config(case)
-    ours = build_classifier(config, 3, pool="cls").eval()
+    ours = Classifier(config, 3, pool="cls").eval()
     randomize(ours)
     save_huggingface(tmp_path, ours)
     theirs, info = transformers.ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
@@ -193,7 +193,7 @@ def test_vit_for_image_classification_loads_the_exported_classifier_and_back(tmp
     images = torch.randn(2, 1, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs.eval()(images).logits, rtol=1e-4, atol=1e-5)
-    back = build_classifier(config, 3, pool="cls").eval()
+    back = Classifier(config, 3, pool="cls").eval()
     theirs.save_pretrained(tmp_path / "again")
     assert not load_into(back, tmp_path / "again").missing
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_vit_for_image_classification_loads_the_exported_classifier_and_back(tmp
 def test_vitmae_loads_the_exported_autoencoder(tmp_path: Path) -> None:
     """With the decoder: the released facebookresearch weights lack it, ours need not."""
     case = CASES["colour_norm_pix"]
-    ours = build_mae(our_config(case))
+    ours = MAE(our_config(case))
     randomize(ours)
     save_huggingface(tmp_path, ours, decoder=True)
     theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)

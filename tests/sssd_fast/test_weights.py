@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sssd_fast.config import Config, ModelConfig, to_dict
 from sssd_fast.errors import WeightsError
-from sssd_fast.model import MAE, Classifier, build_classifier, build_mae
+from sssd_fast.model import MAE, Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.weights import IMAGENET, export_state, load_into, read_weights, save_safetensors
 from tests.sssd_fast import vit_by_hand
@@ -48,13 +48,13 @@ def randomized(model: MAE | Classifier) -> MAE | Classifier:
 
 
 def mae(**overrides: object) -> MAE:
-    model = randomized(build_mae(small(**overrides)))
+    model = randomized(MAE(small(**overrides)))
     assert isinstance(model, MAE)
     return model
 
 
 def classifier(num_classes: int = 2, pool: str = "mean", **overrides: object) -> Classifier:
-    model = randomized(build_classifier(small(**overrides), num_classes, pool))
+    model = randomized(Classifier(small(**overrides), num_classes, pool))
     assert isinstance(model, Classifier)
     return model
 
