@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is loaded, which is later: torch's CPU threads then sleep while they wait for each other. Spinning, the
     # default, makes a step 2.5 times slower where another process shares the cores (measured: 2 threads on 2 busy cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Torch's own choice is a temporary folder, which the next start of the machine empties.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sssd_fast", "inductor")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     parser = _parser()
     args = parser.parse_args(argv)
     args.command = shlex.join(["sssd-fast", *(sys.argv[1:] if argv is None else argv)])

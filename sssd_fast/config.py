@@ -194,6 +194,9 @@ class TrainConfig(Section):
     max_steps: Count | None = None  # stop after this many optimizer steps whatever `epochs` says
     batch_size: Count = 64  # per process and micro-step
     accumulate: Count = 1
+    batch: Literal["auto"] | None = (
+        None  # auto = the largest micro-batch that fits; effective batch as the two lines above give it
+    )
     base_lr: Positive = 1.5e-4  # lr = base_lr * effective batch / 256
     min_lr: NonNegative = 0.0
     warmup_epochs: NonNegative = 5.0
@@ -246,19 +249,55 @@ class EvaluateConfig(Section):
     threshold: Fraction = 0.5
 
 
+class StepConfig(Section):
+    """How a training step is computed: speed and memory. Except for `residual` and `optimizer` a run may be resumed with other values."""
+
+    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto = on a CUDA GPU, see `pick_compile`
+    cuda_graphs: Literal["auto", True, False] = (
+        "auto"  # replay a step as one launch; auto = for small batches, compiled only
+    )
+    attention: Literal["auto", "fused", "xformers", "sdpa", "eager"] = "auto"  # of the encoder
+    decoder_attention: Literal["auto", "fused", "xformers", "sdpa", "eager"] = "auto"
+    mlp: Literal["auto", "fused", "plain"] = "auto"  # fused = mae_kernels.gelu_linear; auto = where its kernels run
+    residual: Literal["fp32", "bf16"] = "fp32"  # dtype between the blocks with precision bf16; statistics stay fp32
+    activation_budget: Area = (
+        1.0  # compiled only: share of activations to keep for the backward, the rest is recomputed
+    )
+    checkpoint: Literal["none", "selective", "full"] = (
+        "none"  # not compiled only: recompute norms and GELU, or whole blocks
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8-bit moments through torchao
+
+    @model_validator(mode="after")
+    def _check(self) -> StepConfig:
+        problems = []
+        if self.compile is False and self.cuda_graphs is True:
+            problems.append("cuda_graphs is true with compile false; needs compile true or auto")
+        if self.compile is False and self.activation_budget < 1:
+            problems.append(
+                f"activation_budget is {self.activation_budget:g} with compile false, which nothing would read; set checkpoint "
+                f"to selective or full instead"
+            )
+        if self.compile is True and self.checkpoint != "none":
+            problems.append(f"checkpoint is {self.checkpoint!r} with compile true; lower activation_budget instead")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
 class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"  # auto = cuda where there is one, else cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = (
         "auto"  # auto = bf16 on sm_80 and newer, fp16 on older GPUs, fp32 on the CPU
     )
-    compile: bool = False  # torch.compile the model; the first step then takes a minute or more
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads for torch; 0 = torch's own choice
     log_seconds: Positive = 10.0  # a plain log line at least this often
     tensorboard: bool = True
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    step: StepConfig = StepConfig()
     pretrain: PretrainConfig = PretrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     probe: ProbeConfig = ProbeConfig()

@@ -29,9 +29,16 @@ PACKAGES = (
     "numpy", "torch", "triton", "pillow", "pydantic", "pyyaml", "rich", "safetensors", "scikit-learn", "matplotlib", "tensorboard",
     "onnx", "onnxscript", "onnxruntime", "transformers",
 )  # fmt: skip
+# The attention of a ViT-B/16 masked autoencoder at 224 x 224: setting, tokens, heads, head width
+ATTENTION = (("step.attention", 50, 12, 64), ("step.decoder_attention", 197, 16, 32))
+# As attention.load_xformers: it also imports without its compiled part, and then refuses every GPU
+XFORMERS = """import xformers; from xformers.ops import memory_efficient_attention
+problem = getattr(getattr(xformers, "_cpp_lib", None), "_cpp_library_load_exception", None)
+while getattr(problem, "__cause__", None): problem = problem.__cause__
+raise SystemExit(problem and f"its compiled part does not load, and without it every GPU is refused: {problem!r}")"""
 # provider: (distributions that may hold it, what it must be able to do)
 PROVIDERS = {
-    "xformers": (("xformers",), "from xformers.ops import memory_efficient_attention"),
+    "xformers": (("xformers",), XFORMERS),
     "dali": (("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "from nvidia.dali import pipeline_def, fn"),
     "torchao": (("torchao",), "from torchao.optim import AdamW8bit"),
 }
@@ -50,6 +57,7 @@ def collect_environment(path: str | Path = ".", *, probe: bool = False, timeout_
     """
     gpus, gpu_reason = _gpus()
     driver, driver_reason = _driver()
+    providers = _providers(probe, bool(gpus), timeout_s)
     return {
         "schema": 1,
         "sssd_fast": {"version": __version__, **_checkout(Path(__file__).resolve().parent.parent)},
@@ -69,8 +77,9 @@ def collect_environment(path: str | Path = ".", *, probe: bool = False, timeout_
         "gpu_reason": gpu_reason,
         "build_tools": _build_tools(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "providers": _providers(probe, bool(gpus), timeout_s),
+        "providers": providers,
         "mae_kernels": _kernels(),
+        "attention": _attention(gpus, providers["xformers"]),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
@@ -114,6 +123,10 @@ def print_doctor(write: Callable[[str], Any] = print, *, path: str | Path = ".")
     kernels = env["mae_kernels"]
     rows.append(("mae_kernels", kernels["reason"] or "importable"))
     rows += [("", line) for line in _lines(kernels["info"])]
+    rows += [("attention", env["attention"]["reason"])] if env["attention"]["reason"] else []
+    for block, told in env["attention"]["blocks"].items():
+        rows.append(("attention", f"{block} ({told['site']}): {told['provider']}, because {told['reason']}"))
+        rows += [("", f"{name}: {why or 'can run, when it is named'}") for name, why in told["others"].items()]
     rows.append(("packages", ", ".join(f"{name} {v or '-'}" for name, v in env["packages"].items())))
     rows += [(name, value) for name, value in env["variables"].items()]
     width = max(len(name) for name, _ in rows)
@@ -218,6 +231,29 @@ def _kernels() -> dict[str, Any]:
         return {"info": mae_kernels.info(), "reason": None}
     except Exception as error:  # noqa: BLE001 - a broken Triton must not hide the rest of the report
         return {"info": None, "reason": f"cannot be used: {_one_line(error)}"}
+
+
+def _attention(gpus: list[dict[str, Any]], xformers: dict[str, Any]) -> dict[str, Any]:
+    """For each of ATTENTION what `auto` takes on the first GPU, or the CPU, and why the others refuse (None: they can run)."""
+    problem = xformers["reason"] if xformers["status"] in ("refused", "usable") else xformers["status"]
+    device, capability, dtype = torch.device("cpu"), (0, 0), torch.float32
+    if gpus:  # the dtypes are those of step.pick_precision
+        device, capability = torch.device("cuda", 0), divmod(int(gpus[0]["capability"]), 10)
+        dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
+    try:
+        from .attention import BLOCKS, PROVIDERS, Site, choose, refusal
+
+        blocks = {}
+        for setting, tokens, heads, width in ATTENTION:
+            site = Site(device, dtype, tokens, heads, width, compiled=bool(gpus), capability=capability)
+            choice = choose("auto", site, setting)
+            rest = [name for name in PROVIDERS if name != choice.provider]
+            others = {name: refusal(name, site, xformers_problem=lambda: problem) for name in rest}
+            found = {"provider": choice.provider, "reason": choice.reason, "others": others}
+            blocks[BLOCKS[setting]] = {"site": str(site), **found}
+        return {"blocks": blocks, "reason": None}
+    except Exception as error:  # noqa: BLE001 - a broken Triton must not hide the rest of the report
+        return {"blocks": {}, "reason": f"cannot be used: {_one_line(error)}"}
 
 
 def _providers(probe: bool, has_gpu: bool, timeout_s: float) -> dict[str, Any]:

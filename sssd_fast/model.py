@@ -6,22 +6,27 @@ D encoder width, E decoder width, H heads, V = P*P*C values of one patch in the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_kernels import Masking, attention, embed_patches, random_masking, restore_tokens
+from mae_kernels import Masking, embed_patches, gelu_linear, random_masking, restore_tokens
 
+from .attention import attend
 from .config import ModelConfig
+
+
+Rows = Callable[[Tensor], Tensor]
 
 
 class MAEOutput(NamedTuple):
     pred_BMV: Tensor  # predicted masked patches, in the order of masking.ids_masked
     masking: Masking
     student_BKD: Tensor  # LayerNorm(encoder) of the visible patches, without the cls token
-    teacher_BKE: Tensor  # LayerNorm(decoder) at the same positions
+    teacher_BKE: Tensor | None  # LayerNorm(decoder) at the same positions
 
 
 def sincos_positions(width: int, grid: tuple[int, int], prefix: int) -> Tensor:
@@ -37,7 +42,40 @@ def sincos_positions(width: int, grid: tuple[int, int], prefix: int) -> Tensor:
     return torch.cat([torch.zeros(prefix, width, dtype=torch.float64), table]).float()
 
 
+class _PickPatches(torch.autograd.Function):
+    """Rows of x[:, p:] in the order of ids; backward is a gather too, where torch's own would be atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BND: Tensor, ids_BM: Tensor, rank_BL: Tensor) -> Tensor:
+        ctx.save_for_backward(rank_BL)
+        ctx.prefix, ctx.picked = x_BND.shape[1] - rank_BL.shape[1], ids_BM.shape[1]
+        return _rows(x_BND, ids_BM + ctx.prefix)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (rank_BL,), grad_BMD = ctx.saved_tensors, grads[0]
+        rank_BL = F.pad(rank_BL, (ctx.prefix, 0), value=-1)
+        inside_BN = (rank_BL >= 0) & (rank_BL < ctx.picked)
+        dx_BND = _rows(grad_BMD, rank_BL.clamp(0, ctx.picked - 1))
+        return torch.where(inside_BN.unsqueeze(-1), dx_BND, 0), None, None
+
+
+def pick_patches(x_BND: Tensor, ids_BM: Tensor, rank_BL: Tensor) -> Tensor:
+    """[B, M, D]: the patch tokens `ids`, in that order; x is [B, p+L, D] with p prefix tokens, which nothing reads.
+
+    rank [B, L] is the place of each patch in `ids`, and below 0 or from M on for a patch that is not in it.
+    """
+    out: Tensor = _PickPatches.apply(x_BND, ids_BM, rank_BL)
+    return out
+
+
+def _rows(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
+    return x_BND.gather(1, ids_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
+
+
 class Attention(nn.Module):
+    provider = "fused"  # mae_kernels.attention, which chooses by itself; training sets what sssd_fast.attention chose
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -46,7 +84,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         B, N, D = x_BND.shape
-        out_BNHd = attention(self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads))
+        out_BNHd = attend(self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads), self.provider)
         out: Tensor = self.proj(out_BNHd.reshape(B, N, D))
         return out
 
@@ -58,12 +96,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    fused = False  # GELU, both bias gradients and the second product by mae_kernels.gelu_linear; training sets it where that runs
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return gelu_linear(F.linear(x, self.fc1.weight), self.fc1.bias, self.fc2.weight, self.fc2.bias)
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
@@ -85,9 +127,40 @@ class Block(nn.Module):
         keep = 1.0 - self.drop_path
         return x_BND * (torch.rand(x_BND.shape[0], 1, 1, device=x_BND.device) < keep) / keep
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, read: Rows | None = None) -> Tensor:
+        """`read` picks the rows whose result somebody reads: for the last block, whose MLP then does not compute the others.
+
+        It stands behind the attention's projection, where it only changes what the norm's kernel loads; before it, the gather
+        would move more bytes than the projection of the spared rows.
+        """
         x_BND = x_BND + self._branch(self.attn(self.norm1(x_BND)))
+        if read is not None:
+            x_BND = read(x_BND)
         return x_BND + self._branch(self.mlp(self.norm2(x_BND)))
+
+
+class Blocks(nn.ModuleList):
+    """The blocks of an encoder or decoder, and how they are computed; none of the settings changes more than rounding.
+
+    residual: dtype of the tokens between blocks under autocast; None leaves them as they come.
+    recompute: wraps the call of a block so that its activations are computed again in the backward; None keeps them.
+    """
+
+    residual: torch.dtype | None = None
+    recompute: Callable[..., Tensor] | None = None
+
+    def forward(self, x_BND: Tensor, read: Rows | None = None, skip: int = 0) -> Tensor:
+        """All blocks in turn without the last `skip`; `read` picks rows in the last one."""
+        if self.residual is not None:
+            x_BND = x_BND.to(self.residual)
+        blocks = list(self)[: len(self) - skip]
+        for i, block in enumerate(blocks):
+            rows = read if i == len(self) - 1 else None
+            if self.recompute is not None and torch.is_grad_enabled():
+                x_BND = self.recompute(block, x_BND, rows)
+            else:
+                x_BND = block(x_BND, rows)
+        return x_BND
 
 
 class PatchEmbed(nn.Module):
@@ -110,9 +183,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.cls_token else None
         self.pos_embed = nn.Parameter(sincos_positions(width, config.grid, self.num_prefix), requires_grad=False)
         rates = torch.linspace(0, drop_path, depth).tolist()
-        self.blocks = nn.ModuleList(
-            Block(width, heads, config.mlp_ratio, config.norm_eps, drop_path=rate) for rate in rates
-        )
+        self.blocks = Blocks(Block(width, heads, config.mlp_ratio, config.norm_eps, drop_path=rate) for rate in rates)
         self.norm: nn.Module = nn.LayerNorm(width, eps=config.norm_eps) if final_norm else nn.Identity()
         # plain numbers: not in the state dict, since they belong to the data, and exact whatever the model's dtype
         self.mean = config.mean * (config.in_channels // len(config.mean))
@@ -138,20 +209,16 @@ class Encoder(nn.Module):
         cls_B1D = (self.cls_token + self.pos_embed[:p]).expand(B, -1, -1)
         return torch.cat([cls_B1D.to(x_BKD.dtype), x_BKD], 1)
 
-    def forward(self, images_BCHW: Tensor, ids_BK: Tensor | None = None) -> Tensor:
-        """uint8 (scaled by mean and std here) or already normalised float images -> [B, p+K, D] tokens after the final norm."""
-        x_BND = self.tokens(images_BCHW, ids_BK)
-        for block in self.blocks:
-            x_BND = block(x_BND)
-        out: Tensor = self.norm(x_BND)
+    def forward(self, images_BCHW: Tensor, ids_BK: Tensor | None = None, read: Rows | None = None) -> Tensor:
+        """uint8 (scaled by mean and std here) or already normalised float images -> [B, p+K, D] tokens after the final norm,
+        or only the rows that `read` picks."""
+        out: Tensor = self.norm(self.blocks(self.tokens(images_BCHW, ids_BK), read))
         return out
 
     @torch.no_grad()
     def attention_maps(self, images_BCHW: Tensor) -> Tensor:
         """[B, H, N, N] attention probabilities of the last block over all patches, N = p + L."""
-        x_BND = self.tokens(images_BCHW, None)
-        for block in self.blocks[:-1]:
-            x_BND = block(x_BND)
+        x_BND = self.blocks(self.tokens(images_BCHW, None), skip=1)
         last = self.blocks[-1]
         assert isinstance(last, Block)
         return last.attn.probabilities(last.norm1(x_BND))
@@ -166,21 +233,22 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(config.encoder_shape[0], width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_positions(width, config.grid, self.num_prefix), requires_grad=False)
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(width, config.decoder_heads, config.mlp_ratio, config.norm_eps) for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.pred = nn.Linear(width, config.patch_size**2 * config.in_channels)
 
-    def forward(self, x_BND: Tensor, ids_restore_BL: Tensor) -> Tensor:
-        """[B, p+K, D] encoder output -> [B, L, E] patch tokens after the final norm, in image order."""
+    def forward(self, x_BND: Tensor, ids_restore_BL: Tensor, read: Rows | None = None) -> Tensor:
+        """[B, p+K, D] encoder output -> [B, L, E] patch tokens before the final norm, in image order, or the rows of `read`."""
         x_BNE = restore_tokens(
             self.embed(x_BND), ids_restore_BL, self.mask_token.flatten(), self.pos_embed, prefix=self.num_prefix
         )
-        for block in self.blocks:
-            x_BNE = block(x_BNE)
-        out: Tensor = self.norm(x_BNE[:, self.num_prefix :])
+        out: Tensor = self.blocks(x_BNE, read or self.patches)
         return out
+
+    def patches(self, x_BNE: Tensor) -> Tensor:
+        return x_BNE[:, self.num_prefix :]
 
 
 class MAE(nn.Module):
@@ -193,20 +261,33 @@ class MAE(nn.Module):
         _init_tokens(self.encoder)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
 
-    def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> MAEOutput:
-        """`noise` orders the patches: the K smallest stay visible. Only masked patches are predicted."""
-        masking = random_masking(noise_BL, self.config.num_visible)
+    def forward(self, images_BCHW: Tensor, noise_BL: Tensor, *, teacher: bool = True) -> MAEOutput:
+        """`noise` orders the patches: the K smallest stay visible. Only masked patches are predicted.
+
+        Behind the decoder's last attention the patches go on as visible, then masked, without the cls token; without `teacher`
+        only the masked ones do, and teacher_BKE is None.
+        """
+        config, decoder = self.config, self.decoder
+        masking, K = random_masking(noise_BL, config.num_visible), config.num_visible
         x_BND = self.encoder(images_BCHW, masking.ids_keep)
-        y_BLE = self.decoder(x_BND, masking.ids_restore)
-        pred_BMV = self.decoder.pred(_take(y_BLE, masking.ids_masked))
-        return MAEOutput(pred_BMV, masking, x_BND[:, self.encoder.num_prefix :], _take(y_BLE, masking.ids_keep))
+
+        def read(y_BNE: Tensor) -> Tensor:
+            if teacher:
+                return pick_patches(y_BNE, torch.cat([masking.ids_keep, masking.ids_masked], 1), masking.ids_restore)
+            return pick_patches(y_BNE, masking.ids_masked, masking.ids_restore - K)
+
+        y_BLE = decoder(x_BND, masking.ids_restore, read)
+        # the norm writes both parts contiguous, which the layers behind them need
+        teacher_BKE = decoder.norm(y_BLE[:, :K]) if teacher else None
+        pred_BMV = decoder.pred(decoder.norm(y_BLE[:, -masking.ids_masked.shape[1] :]))
+        return MAEOutput(pred_BMV, masking, x_BND[:, self.encoder.num_prefix :], teacher_BKE)
 
     @torch.no_grad()
     def reconstruct(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Masking]:
         """([B, L, V] predictions of every patch in image order, masking); for pictures."""
         masking = random_masking(noise_BL, self.config.num_visible)
         y_BLE = self.decoder(self.encoder(images_BCHW, masking.ids_keep), masking.ids_restore)
-        return self.decoder.pred(y_BLE), masking
+        return self.decoder.pred(self.decoder.norm(y_BLE)), masking
 
 
 class Classifier(nn.Module):
@@ -228,18 +309,16 @@ class Classifier(nn.Module):
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """[B, D] pooled features: the mean over patch tokens (cls excluded) then norm, or the normalised cls token."""
-        x_BND = self.encoder(images_BCHW)
-        pooled_BD = x_BND[:, 0] if self.pool == "cls" else x_BND[:, self.encoder.num_prefix :].mean(1)
+        p = self.encoder.num_prefix
+        rows = slice(0, 1) if self.pool == "cls" else slice(p, None)
+        x_BND = self.encoder(images_BCHW, read=lambda x_BND: x_BND[:, rows])
+        pooled_BD = x_BND[:, 0] if self.pool == "cls" else x_BND.mean(1)
         out: Tensor = self.fc_norm(pooled_BD)
         return out
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(images_BCHW))
         return logits
-
-
-def _take(x_BLE: Tensor, ids_BK: Tensor) -> Tensor:
-    return x_BLE.gather(1, ids_BK.unsqueeze(-1).expand(-1, -1, x_BLE.shape[-1]))
 
 
 def _init(module: nn.Module) -> None:

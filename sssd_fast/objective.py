@@ -79,7 +79,7 @@ class SSSD(nn.Module):
     def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> SSSDOutput:
         """One batch: uint8 (or already normalised float) images and the noise that chooses the masked patches."""
         cfg, encoder = self.objective, self.mae.encoder
-        out = self.mae(images_BCHW, noise_BL)
+        out = self.mae(images_BCHW, noise_BL, teacher=self.teacher_head is not None)
         uint8 = images_BCHW.dtype == torch.uint8
         mean, std = (encoder.mean, encoder.std) if uint8 else (None, None)
         norm = None if cfg.norm == "none" else cfg.norm
@@ -90,7 +90,7 @@ class SSSD(nn.Module):
             "mean": mean,
             "std": std,
         }
-        if self.student_head is None or self.teacher_head is None:
+        if self.student_head is None or self.teacher_head is None or out.teacher_BKE is None:
             loss = masked_reconstruction_loss(out.pred_BMV, images_BCHW, **reconstruction)
             return SSSDOutput(loss, loss.detach(), torch.zeros_like(loss), None)
         student = self.student_head(out.student_BKD, cfg.pooling)

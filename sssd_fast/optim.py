@@ -1,16 +1,22 @@
-"""AdamW parameter groups with layer-wise learning rates, and the schedule.
+"""AdamW with parameter groups, layer-wise learning rates and a schedule.
 
 Layer decay (Clark et al., arXiv 2003.10555; BEiT, arXiv 2106.08254): the learning rate of block i of n is multiplied by
 decay ** (n + 1 - (i + 1)), of the embedding by decay ** (n + 1), of the head by 1.
+
+Whatever changes from step to step (learning rate, gradient scale, the flag that skips a step) reaches the device as a tensor: nothing
+waits for the device, and a compiled step is compiled once.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .errors import DependencyError
+from .guards import all_finite
 
 
 def scaled_lr(base_lr: float, effective_batch: int) -> float:
@@ -52,11 +58,130 @@ def parameter_groups(
     return list(groups.values())
 
 
-def build_optimizer(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Fused AdamW: one kernel per group, and it can skip a step on the device (`found_inf`), which guards rely on."""
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+# torch.compile cannot trace torch's multi-tensor kernels with a tensor as learning rate, and its own code for a norm over hundreds of
+# tensors is hundreds of kernels: as ops of their own, both stay the few launches that they are.
+@torch.library.custom_op("sssd_fast::global_norm", mutates_args=())
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of all elements of all tensors together, fp32 scalar."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)))
+
+
+@global_norm.register_fake
+def _(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("sssd_fast::adamw_", mutates_args=("params", "grads", "exp_avgs", "exp_avg_sqs", "steps"))
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
+    scale: Tensor | None,
+    skip: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on gradients divided by `scale`; nothing changes where `skip` is 1."""
+    torch._foreach_add_(steps, 1)
+    torch._fused_adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
+        eps=eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=skip,
+    )  # fmt: skip
+    torch._foreach_sub_(steps, [skip] * len(steps))
+
+
+class Group(NamedTuple):
+    """What AdamW needs of one group, of the parameters that have a gradient."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    lr: Tensor  # scalar, on the parameters' device
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW(fused=True), its state and its state dict, with an update that torch.compile can trace."""
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        super().__init__(groups, lr=0.0, betas=betas, fused=True)
+        device = self.param_groups[0]["params"][0].device
+        self._lr = torch.zeros((), device=device)
+        self._scales_G = torch.tensor([group["lr_scale"] for group in self.param_groups], device=device)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = lr * group["lr_scale"]  # for the checkpoint; the update reads the tensor
+        self._lr.fill_(lr)
+
+    def filled_groups(self) -> list[Group]:
+        """The groups that have gradients."""
+        found = []
+        for group, lr in zip(self.param_groups, (self._lr * self._scales_G).unbind(), strict=True):
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in MOMENTS}
+                    self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+            first, second, steps = ([self.state[p][name] for p in params] for name in (*MOMENTS, "step"))
+            values, grads, (beta1, beta2) = [p.detach() for p in params], [p.grad for p in params], group["betas"]
+            numbers = lr, beta1, beta2, group["eps"], group["weight_decay"]
+            if params:
+                found.append(Group(values, grads, first, second, steps, *numbers))
+        return found
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def clipped_update(groups: list[Group], max_norm: float | None, watched: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """AdamW on gradients clipped to a global norm of `max_norm`: (norm before clipping, bool scalar: whether it was applied).
+
+    Two passes over the gradients: the norm's, and the update's own. Nothing is applied where the norm or anything in `watched`
+    is not finite.
+    """
+    grad_norm = global_norm([grad for group in groups for grad in group.grads])
+    finite = all_finite(grad_norm, *watched)
+    # the inverse of the factor of torch.nn.utils.clip_grad_norm_
+    scale = None if max_norm is None else torch.clamp((grad_norm + 1e-6) / max_norm, min=1.0)
+    for params, grads, exp_avgs, exp_avg_sqs, steps, lr, *numbers in groups:
+        adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, lr, scale, (~finite).float(), *numbers)
+    return grad_norm, finite
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], betas: tuple[float, float], name: str = "adamw"
+) -> torch.optim.Optimizer:
+    """ "adamw": FusedAdamW. "adamw8bit": torchao's AdamW8bit, whose moments take 2 bytes per parameter instead of 8.
+
+    Raises DependencyError where torchao cannot be imported.
+    """
+    if name == "adamw":
+        return FusedAdamW(groups, betas)
+    try:
+        from torchao.optim import AdamW8bit
+    except Exception as error:
+        raise DependencyError(
+            f"step.optimizer is adamw8bit, which needs torchao: {type(error).__name__}: {error}. "
+            f"Install it with pip install 'sssd-fast[torchao]', or set step.optimizer=adamw"
+        ) from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=0.0, betas=betas)
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+    if isinstance(optimizer, FusedAdamW):
+        optimizer.set_lr(lr)
+        return
+    for group in optimizer.param_groups:  # torchao: a tensor on the CPU, which its compiled update takes as an argument
+        group["lr"].fill_(lr * group["lr_scale"])

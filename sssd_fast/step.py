@@ -1,6 +1,7 @@
 """One optimizer step: precision, micro-batches, clipping, and the rule that nothing non-finite is ever applied.
 
 The decision is taken on the device: the fused optimizer and the centre read a flag there, so that no step waits for the host.
+Compiled, a step is two graphs: forward and backward, cut by torch where activations are kept, and the update.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .distributed import World
 from .errors import ConfigError
 from .guards import all_finite
-from .optim import set_lr
+from .optim import FusedAdamW, clipped_update, set_lr
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,6 +67,8 @@ class Step:
     """Callable that does forward, backward and update for a list of micro-batches.
 
     `loss(module, batch, step, micro)` returns a TaskLoss; `after(carry, finite)` updates state that is no parameter (the centre).
+    compiled: compile the update too (the module comes compiled already). graphs: the module runs as CUDA graphs, whose
+    outputs the next replay overwrites.
     """
 
     def __init__(
@@ -78,47 +81,68 @@ class Step:
         precision: str = "fp32",
         clip_grad: float | None = None,
         after: Callable[[Tensor, Tensor], None] | None = None,
+        compiled: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.module, self.optimizer, self.loss, self.after = module, optimizer, loss, after
-        self.world, self.precision = world, precision
-        self.max_norm = float("inf") if clip_grad is None else clip_grad
+        self.world, self.precision, self.graphs = world, precision, graphs
+        self.clip_grad = clip_grad
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(world.device.type) if precision == "fp16" else None
+        self._update: Callable[..., tuple[Tensor, Tensor]] = clipped_update
+        if compiled:
+            self._update = torch.compile(clipped_update, fullgraph=True, dynamic=False)
 
     def autocast(self) -> torch.autocast:
         return autocast(self.precision, self.world.device)
 
     def __call__(self, micro_batches: Sequence[Any], step: int, lr: float) -> StepResult:
         set_lr(self.optimizer, lr)
+        sums, carry = self._forward_backward(micro_batches, step)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        watched = [self.world.mean_(sums["loss"].clone())] + ([] if carry is None else [self.world.mean_(carry)])
+        grad_norm, finite = self._apply(watched)
+        if self.scaler is not None:
+            self.scaler.update()
+        if carry is not None and self.after is not None:
+            self.after(carry, finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(sums, grad_norm, finite)
+
+    def _forward_backward(self, micro_batches: Sequence[Any], step: int) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Gradients of the mean over the micro-batches; returns the means of loss and parts, and of what is carried."""
         n = len(micro_batches)
         sums: dict[str, Tensor] = {}
         carry_sum: Tensor | None = None
         for i, batch in enumerate(micro_batches):
-            last = i == n - 1
+            if self.graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             ddp = self.module if isinstance(self.module, DistributedDataParallel) else None
-            with ddp.no_sync() if ddp is not None and not last else nullcontext():
+            with ddp.no_sync() if ddp is not None and i < n - 1 else nullcontext():
                 with self.autocast():
                     total, parts, carry = self.loss(self.module, batch, step, i)
                 scaled = total / n
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            if self.graphs and n > 1 and i == 0:
+                for p in self.parameters:  # out of the memory of the graph, which the next micro-batch writes again
+                    p.grad = None if p.grad is None else p.grad.clone()
             for name, value in {"loss": total, **parts}.items():
                 value = value.detach().float() / n
                 sums[name] = value if name not in sums else sums[name] + value
             if carry is not None:
                 carry = carry.detach() / n
                 carry_sum = carry if carry_sum is None else carry_sum + carry
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
-        loss_mean = self.world.mean_(sums["loss"].clone())
-        others = [] if carry_sum is None else [self.world.mean_(carry_sum)]
-        finite = all_finite(loss_mean, grad_norm, *others)
-        # the fused optimizers leave parameters, moments and step counts alone where found_inf is 1
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        if self.scaler is not None:
-            self.scaler.update()
-        if carry_sum is not None and self.after is not None:
-            self.after(carry_sum, finite)
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(sums, grad_norm, finite)
+        return sums, carry_sum
+
+    @torch.no_grad()
+    def _apply(self, watched: list[Tensor]) -> tuple[Tensor, Tensor]:
+        optimizer = self.optimizer
+        if isinstance(optimizer, FusedAdamW):
+            return self._update(optimizer.filled_groups(), self.clip_grad, watched)
+        # torchao's update cannot be skipped on the device: here, and only here, a step waits for it
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or float("inf"))
+        finite = all_finite(grad_norm, *watched)
+        if bool(finite):
+            optimizer.step()
+        return grad_norm, finite

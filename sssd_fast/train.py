@@ -19,16 +19,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import load_checkpoint
+from .compute import compile_summary, compiled, prepare
 from .config import TrainConfig, to_dict
 from .distributed import World
 from .errors import CheckpointError, DataError, Interrupted
 from .guards import FiniteGuard, SignalGuard, peak_memory_gib
 from .loaders import Batch, Loader
+from .model import Classifier
+from .objective import SSSD
 from .optim import build_optimizer, lr_at, scaled_lr
 from .runs import Run
 from .step import Step, StepResult, TaskLoss, generator
 
-COMPILING = "compiling the training step, once per run; this can take a few minutes"
+COMPILING = "compiling the training step; this can take minutes the first time, later runs find it in the cache"
 SKIPS_ALLOWED = {"fp32": 3, "bf16": 3, "fp16": 25}  # fp16 starts at a loss scale of 65536 and has to find its way down
 
 
@@ -39,7 +42,7 @@ class Task(Protocol):
     def name(self) -> str: ...
 
     @property
-    def module(self) -> nn.Module: ...
+    def module(self) -> SSSD | Classifier: ...
 
     @property
     def settings(self) -> TrainConfig: ...
@@ -108,11 +111,14 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
     """Trains `task` to the end of its schedule, or from the newest checkpoint on when the run was opened to resume."""
     settings, config, world = task.settings, run.config, run.world
     schedule = Schedule.of(settings, loader.steps_per_epoch, world.size)
-    optimizer = build_optimizer(task.groups(), (settings.beta1, settings.beta2))
+    optimizer = build_optimizer(task.groups(), (settings.beta1, settings.beta2), config.step.optimizer)
     progress = Progress()
-    module = task.module
-    if config.compile:
-        module.compile()  # in place: the state dict keeps its names
+    execution = prepare(task.module, config, run.precision, world.device, settings.batch_size)
+    for line in execution.lines:
+        run.console.info(line)
+    module: nn.Module = task.module
+    if execution.compiled:
+        module = compiled(module, config.step, graphs=execution.graphs)
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
         module = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
@@ -124,6 +130,8 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
         precision=run.precision,
         clip_grad=settings.clip_grad,
         after=task.after,
+        compiled=execution.compiled,
+        graphs=execution.graphs,
     )
     if run.resume:
         progress = _restore(task, step, run)
@@ -145,10 +153,13 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                 lr = schedule.lr(progress.step)
                 # what draws from torch's own generator (drop path) depends on the step alone, like everything else
                 torch.manual_seed(generator(world.device, config.seed, progress.step, world.rank).initial_seed())
-                with run.console.announce(COMPILING) if config.compile and meter.steps == 0 else nullcontext():
+                compiling = execution.compiled and meter.steps == 0
+                with run.console.announce(COMPILING) if compiling else nullcontext():
                     result = step(batches, progress.step, lr)
-                    if config.compile and meter.steps == 0:
+                    if compiling:
                         float(result.grad_norm)  # waits for the device, so that the announced time is the real one
+                if compiling:
+                    run.console.info(compile_summary())
                 progress.step += 1
                 progress.step_in_epoch += 1
                 meter.add(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._checks import debug_checks
 from ._runtime import backend, info
 from .distillation import distillation_loss
+from .gelu_linear import gelu_linear
 from .linear_reconstruction import linear_reconstruction_loss
 from .masking import Masking, random_masking
 from .modules import MaskedReconstructionLoss, PatchEmbedVisible, ReconstructionHead, RestoreTokens, ShortAttention
@@ -30,6 +31,7 @@ __all__ = [
     "distillation_loss",
     "embed_patches",
     "gather_patches",
+    "gelu_linear",
     "info",
     "linear_reconstruction_loss",
     "masked_reconstruction_loss",

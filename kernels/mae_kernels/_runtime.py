@@ -55,6 +55,7 @@ OPS = (
     "gather_patches",
     "embed_patches",
     "restore_tokens",
+    "gelu_linear",
     "masked_reconstruction_loss",
     "linear_reconstruction_loss",
     "distillation_loss",

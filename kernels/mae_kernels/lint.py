@@ -110,6 +110,7 @@ def cases() -> Iterator[LintCase]:
     yield from _attention_cases(197, 16, 32, torch.float16, (90,))  # another type in the same instructions
     yield from _sssd_cases(rgb, "rgb")
     yield from _restore_cases(512)
+    yield from _gelu_cases(3072)
 
 
 def _distillation_cases(logits: int) -> Iterator[LintCase]:
@@ -162,6 +163,22 @@ def _restore_cases(width: int) -> Iterator[LintCase]:
 
     yield LintCase(f"restore_tokens {width}", forward)
     yield LintCase(f"restore_tokens {width}", backward)
+
+
+def _gelu_cases(hidden: int) -> Iterator[LintCase]:
+    """The backward with g made again, and with g kept."""
+    ops, name = torch.ops.mae_kernels, f"gelu_linear {hidden}"
+
+    def tensors(t: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        return _meta(64, 50, hidden, dtype=t), _meta(hidden, dtype=torch.float32), _meta(hidden // 4, hidden, dtype=t)
+
+    def backward(t: torch.dtype, keep: bool) -> object:
+        dout, g = _meta(64, 50, hidden // 4, dtype=t), _meta(64 * 50, hidden, dtype=t) if keep else None
+        return ops.gelu_linear_backward(dout, *tensors(t), g, t, True, False)
+
+    yield LintCase(name, lambda t: ops.gelu_linear(*tensors(t), None, True))
+    yield LintCase(name, lambda t: backward(t, False))
+    yield LintCase(f"{name} g kept", lambda t: backward(t, True))
 
 
 def lint(arch: int, only: Collection[str] | None = None) -> list[Row]:

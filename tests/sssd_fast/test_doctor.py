@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sssd_fast import __version__, doctor
+from sssd_fast.step import pick_precision
 
 
 @pytest.fixture
@@ -122,6 +123,89 @@ def test_xformers_that_imports_is_still_refused_without_a_gpu(
     assert doctor.collect_environment(probe=True)["providers"]["xformers"]["status"] == "usable"
 
 
+GPU = {"name": "card", "memory_gib": 24.0, "capability": "86", "multiprocessors": 82}
+OTHER_CUDA = """
+class _cpp_lib:
+    _cpp_library_load_exception = RuntimeError("xFormers can't load C++/CUDA extensions")
+    _cpp_library_load_exception.__cause__ = OSError("libcudart.so.12: cannot open shared object file")
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [
+        ("", None),
+        (
+            OTHER_CUDA,
+            "its compiled part does not load, and without it every GPU is refused: "
+            "OSError('libcudart.so.12: cannot open shared object file')",
+        ),
+    ],
+    ids=["works", "built for another CUDA"],
+)
+def test_attention_reuses_the_verdict_on_xformers(
+    module_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, reason: str | None
+) -> None:
+    """An xformers built for another CUDA imports, and then refuses every call: it must not be called usable."""
+    _package(module_path, "xformers", package, "0.0.35")
+    (module_path / "xformers" / "ops.py").write_text("def memory_efficient_attention(): pass\n")
+    _fake_version(monkeypatch, {"xformers": "0.0.35"})
+    monkeypatch.setattr(doctor, "_gpus", lambda: ([GPU], None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a real GPU here has no say
+    before = {name for name in sys.modules if name.startswith("xformers")}
+    env = doctor.collect_environment(probe=True)
+    assert {name for name in sys.modules if name.startswith("xformers")} == before
+    assert env["providers"]["xformers"]["status"] == ("usable" if reason is None else "refused")
+    assert env["providers"]["xformers"]["reason"] == reason
+    assert env["attention"]["reason"] is None
+    for block, site in (
+        ("encoder", "50 tokens, 12 heads of 64, bf16"),
+        ("decoder", "197 tokens, 16 heads of 32, bf16"),
+    ):
+        found = env["attention"]["blocks"][block]
+        assert (found["site"], found["provider"]) == (site, "fused")
+        assert found["others"] == {"xformers": reason, "sdpa": None, "eager": None}
+
+
+def test_attention_without_a_gpu_on_an_old_one_and_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    _fake_version(monkeypatch, {"xformers": "0.0.35"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_gpus", lambda: ([], "none here"))
+    found = doctor.collect_environment()["attention"]["blocks"]["encoder"]
+    assert (found["site"], found["provider"]) == ("50 tokens, 12 heads of 64, fp32", "sdpa")
+    assert "no kernel for the cpu" in found["others"]["fused"]
+    assert found["others"]["xformers"] == "its attention needs an NVIDIA GPU"
+    assert found["others"]["eager"] is None
+    monkeypatch.setattr(doctor, "_gpus", lambda: ([{**GPU, "capability": "75"}], None))
+    found = doctor.collect_environment()["attention"]["blocks"]["decoder"]
+    assert (found["site"], found["provider"]) == ("197 tokens, 16 heads of 32, fp16", "sdpa")
+    assert "tensor cores of sm_80" in found["others"]["fused"]
+    assert (
+        found["others"]["xformers"]
+        == "compiled it takes only fp16 and bf16 on sm_80 or newer, with heads of at most 256 values"
+    )
+    monkeypatch.setattr(doctor, "_gpus", lambda: ([{**GPU, "capability": "120"}], None))
+    found = doctor.collect_environment()["attention"]["blocks"]["decoder"]
+    assert (found["provider"], found["others"]["xformers"]) == ("fused", "not probed")
+    _fake_version(monkeypatch, {"xformers": None})
+    assert doctor.collect_environment()["attention"]["blocks"]["decoder"]["others"]["xformers"] == "absent"
+
+
+@pytest.mark.gpu
+def test_attention_is_reported_in_the_dtype_that_training_takes() -> None:
+    blocks = doctor.collect_environment()["attention"]["blocks"]
+    assert all(found["site"].endswith(pick_precision("auto", torch.device("cuda"))) for found in blocks.values())
+
+
+def test_attention_that_cannot_be_imported_does_not_hide_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sssd_fast.attention", None)
+    lines: list[str] = []
+    env = doctor.print_doctor(lines.append)
+    assert env["attention"]["blocks"] == {}
+    assert any(line.startswith("attention") and "cannot be used: ModuleNotFoundError" in line for line in lines)
+    assert env["torch"]["version"] == torch.__version__
+
+
 def test_every_optional_package_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
@@ -208,3 +292,7 @@ def test_the_printed_lines_hold_what_was_collected(tmp_path: Path) -> None:
     for part in (__version__, torch.__version__, env["cpu"]["model"], "xformers", "dali", "mae_kernels", "driver"):
         assert part in text
     assert f"{env['disk']['free_gib']} GiB free" in text
+    for block, found in env["attention"]["blocks"].items():
+        assert f"{block} ({found['site']}): {found['provider']}, because {found['reason']}" in text
+        for name, reason in found["others"].items():
+            assert f"{name}: {reason or 'can run, when it is named'}" in text

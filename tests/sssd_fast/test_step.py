@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sssd_fast.config import load_config
 from sssd_fast.distributed import World, pick_device
-from sssd_fast.errors import ConfigError
-from sssd_fast.optim import build_optimizer, parameter_groups
+from sssd_fast.errors import ConfigError, DependencyError
+from sssd_fast.objective import SSSD
+from sssd_fast.optim import build_optimizer, clipped_update, parameter_groups
 from sssd_fast.step import Step, TaskLoss, generator, pick_precision
 
 CPU = World(torch.device("cpu"))
@@ -65,18 +70,26 @@ def test_the_update_is_adamw_on_the_mean_gradient() -> None:
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
 
 
-def test_clipping_bounds_the_applied_gradient() -> None:
-    model = _model()
-    step = _step(model, clip_grad=0.01)
-    seen: list[float] = []
-    step.optimizer.register_step_pre_hook(
-        lambda optimizer, args, kwargs: seen.append(
-            float(torch.cat([p.grad.flatten() for p in step.parameters if p.grad is not None]).norm())
-        )
-    )
-    result = step([torch.randn(8, 6)], 0, 1e-2)
-    assert float(result.grad_norm) > 0.01  # the norm before clipping is what is logged
-    assert seen == pytest.approx([0.01], rel=1e-3)
+@pytest.mark.parametrize("max_norm", [0.01, 1e6])
+def test_clipping_is_that_of_torch(max_norm: float) -> None:
+    """Against clip_grad_norm_ and torch's own AdamW, where the norm is clipped and where it is not."""
+    data, model = torch.randn(8, 6), _model()
+    twin = copy.deepcopy(model)
+    step = _step(model, clip_grad=max_norm)
+    result = step([data], 0, 1e-2)
+    _loss(twin, data, 0, 0).total.backward()
+    norm = nn.utils.clip_grad_norm_(twin.parameters(), max_norm)
+    torch.testing.assert_close(result.grad_norm, norm)  # the norm before clipping is what is logged
+    optimizer = torch.optim.AdamW(parameter_groups(twin, weight_decay=0.05), lr=1e-2, betas=(0.9, 0.95))
+    optimizer.step()
+    for x, y in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+        for name in (
+            "exp_avg",
+            "exp_avg_sq",
+            "step",
+        ):  # Adam's first step hides the gradient's size, the moments do not
+            torch.testing.assert_close(step.optimizer.state[x][name], optimizer.state[y][name], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -116,6 +129,119 @@ def test_nothing_non_finite_is_applied(precision: str, poison: str) -> None:
     assert bool(step([data], 2, 1e-2).finite)
     assert not all(torch.equal(x, y) for x, y in zip(weights, _weights(model), strict=True))
     assert all(bool(torch.isfinite(w).all()) for w in _weights(model))
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses every operation that makes the host wait for values of the device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "aten.item")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(name in str(func) for name in self.WAITING), f"the step waits for the device in {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(tiny: list[str], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole pre-training step, accumulation, clipping, loss scale and centre included, applied and skipped."""
+    for name, ops in list(sys.modules.items()):
+        if name.startswith("mae_kernels") and hasattr(ops, "check_ids"):
+            monkeypatch.setattr(ops, "check_ids", lambda *args, **kwargs: None)  # ids are looked at on the CPU only
+    config = load_config(None, [*tiny, f"precision={precision}"])
+    module = SSSD(config.model, config.objective)
+    optimizer = build_optimizer(parameter_groups(module, weight_decay=0.05), (0.9, 0.95))
+
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor], step: int, micro: int) -> TaskLoss:
+        out = module(*batch)
+        total = out.total * float("nan") if step == 1 else out.total
+        return TaskLoss(total, {"part": out.reconstruction}, out.batch_center)
+
+    step = Step(module, optimizer, loss, world=CPU, precision=precision, clip_grad=1.0, after=module.update_center)
+    batch = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8), torch.rand(4, config.model.num_patches)
+    with pytest.raises(AssertionError, match="waits for the device"), _NoWaiting():
+        float(torch.ones(()))  # the mode sees what it should
+    with _NoWaiting():
+        results = [step([batch, batch], i, 1e-3) for i in range(3)]
+    expected = [True, False, True] if precision != "fp16" else [bool(r.finite) for r in results]
+    assert [bool(r.finite) for r in results] == expected
+    assert not bool(results[1].finite)
+
+
+def test_the_learning_rate_and_a_skip_compile_nothing_new() -> None:
+    """One graph for the update, whatever changes from step to step; the same numbers as without the compiler."""
+    plain, made = _model(), _model()
+    a, b = _step(plain, clip_grad=0.5), _step(made, clip_grad=0.5)
+    b._update = torch.compile(clipped_update, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i in range(4):
+            data = torch.randn(8, 6) if i != 2 else torch.full((8, 6), float("nan"))
+            for step in (a, b):
+                step([data], i, 1e-2 * (i + 1))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    for x, y in zip(_weights(plain), _weights(made), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+def test_a_checkpoint_of_torchs_adamw_goes_on_in_ours_and_back() -> None:
+    data, ours, theirs = torch.randn(8, 6), _model(), _model()
+    step = _step(ours)
+    reference = torch.optim.AdamW(parameter_groups(theirs, weight_decay=0.05), lr=1e-2, betas=(0.9, 0.95), fused=True)
+
+    def train_theirs() -> None:
+        reference.zero_grad()
+        _loss(theirs, data, 0, 0).total.backward()
+        reference.step()
+
+    for _ in range(2):
+        train_theirs()
+    ours.load_state_dict(theirs.state_dict())
+    step.optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+    for _ in range(2):
+        step([data], 0, 1e-2)
+        train_theirs()
+    for x, y in zip(_weights(ours), _weights(theirs), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+    theirs.load_state_dict(ours.state_dict())
+    reference.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
+    step([data], 0, 1e-2)
+    train_theirs()
+    for x, y in zip(_weights(ours), _weights(theirs), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_8bit_moments_follow_adamw_and_a_skipped_step_leaves_them_alone() -> None:
+    """torchao quantises blocks of 256 values of tensors with 4096 and more; its update is compiled for each shape."""
+    torch.manual_seed(0)
+    exact = nn.Linear(64, 64)
+    small = copy.deepcopy(exact)
+    steps = []
+    for model, name in ((exact, "adamw"), (small, "adamw8bit")):
+        groups = parameter_groups(model, weight_decay=0.05)
+        steps.append(Step(model, build_optimizer(groups, (0.9, 0.95), name), _loss, world=CPU, clip_grad=1.0))
+    before = exact.weight.detach().clone()
+    for i in range(5):
+        data = torch.randn(16, 64)
+        for step in steps:
+            step([data], i, 1e-3 * (i + 1))
+    moved, apart = (exact.weight - before).norm(), (exact.weight - small.weight).norm()
+    assert apart < 0.05 * moved
+    state = steps[1].optimizer.state[small.weight]
+    assert state["exp_avg"].codes.dtype == torch.uint8  # 8 bits are what is stored
+    kept = _weights(small), state["exp_avg"].codes.clone(), float(state["step"])
+    assert not bool(steps[1]([torch.full((16, 64), float("nan"))], 5, 1e-3).finite)
+    assert all(torch.equal(x, y) for x, y in zip(kept[0], _weights(small), strict=True))
+    assert torch.equal(kept[1], state["exp_avg"].codes)
+    assert float(state["step"]) == kept[2]
+
+
+def test_torchao_missing_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(DependencyError, match=r"adamw8bit.*sssd-fast\[torchao\].*step.optimizer=adamw"):
+        build_optimizer(parameter_groups(_model(), weight_decay=0.0), (0.9, 0.95), "adamw8bit")
 
 
 def test_fp16_finds_its_loss_scale() -> None:

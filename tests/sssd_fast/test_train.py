@@ -237,29 +237,6 @@ def test_the_run_folder_says_everything(tiny: list[str], tmp_path: Path) -> None
     assert json.loads((out / "env.json").read_text())["python"]
 
 
-def test_compiled_training_is_announced_and_equal(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The whole module is captured without a graph break, keeps its state-dict names, and a plain run can take its weights."""
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager", fullgraph=True))
-    outs = []
-    for name in ("false", "true"):
-        outs.append(tmp_path / name)
-        settings = [*tiny, f"compile={name}", "pretrain.max_steps=4"]
-        assert main(["pretrain", "--out", str(outs[-1]), *settings]) == 0
-        assert ("compiling the training step, once per run" in capsys.readouterr().out) is (name == "true")
-    plain, compiled = (_losses(out) for out in outs)
-    assert [loss for _, loss in plain] == pytest.approx([loss for _, loss in compiled], rel=1e-4)
-    assert _last(outs[0])["model"].keys() == _last(outs[1])["model"].keys()
-    assert (
-        main(
-            ["finetune", "--init", str(outs[1]), "--out", str(tmp_path / "ft"), "finetune.max_steps=1", "compile=false"]
-        )
-        == 0
-    )
-
-
 def test_training_on_the_ops_equals_training_on_plain_torch(tiny: list[str], tmp_path: Path) -> None:
     """20 steps with the registered ops (their own backward formulas) and with MAE_KERNELS_BACKEND=reference (torch's autograd)."""
     import mae_kernels
