@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -143,7 +144,7 @@ def mix_batch(
     cut = cutmix_alpha > 0 and (mixup_alpha == 0 or coin < 0.5)
     alpha = cutmix_alpha if cut else mixup_alpha
     keep = float(rng.beta(alpha, alpha))
-    partner = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+    partner = _on_device(rng.permutation(len(images)), images.device)
     if cut:
         top, bottom, left, right = _box_of_area(rng, images.shape[-2], images.shape[-1], 1 - keep)
         mixed = images.clone()
@@ -179,7 +180,7 @@ def random_erasing(
     h = np.clip(np.rint(np.sqrt(share / aspect)), 1, height)
     w = np.clip(np.rint(np.sqrt(share * aspect)), 1, width)
     top, left = np.floor(rng.random(batch) * (height - h + 1)), np.floor(rng.random(batch) * (width - w + 1))
-    edges = torch.from_numpy(np.stack([top, top + h * chosen, left, left + w]).astype(np.int64)).to(images.device)
+    edges = _on_device(np.stack([top, top + h * chosen, left, left + w]).astype(np.int64), images.device)
     rows, cols = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     in_rows = (rows >= edges[0, :, None]) & (rows < edges[1, :, None])  # [B, H]
     in_cols = (cols >= edges[2, :, None]) & (cols < edges[3, :, None])  # [B, W]
@@ -188,6 +189,12 @@ def random_erasing(
     noise = torch.randn(images.shape, generator=device_generator, device=images.device)
     std, mean = torch.std_mean(images.float(), dim=(1, 2, 3), keepdim=True)
     return torch.where(erase, (noise * std + mean).round_().clamp_(0, 255).to(torch.uint8), images)
+
+
+def _on_device(array: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    """Through pinned memory, because a copy from other memory waits until the device has done everything before it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _numpy_generator(generator: torch.Generator) -> np.random.Generator:

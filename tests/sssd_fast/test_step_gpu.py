@@ -1,0 +1,186 @@
+"""The step on a CUDA device: it never waits, compiled and captured it computes the same, and it stays within the memory it should.
+
+Run with `make test-gpu`. The model is small in depth and real in width, so that every kernel runs at its real size.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sssd_fast.compute import compiled, prepare
+from sssd_fast.config import Config, load_config
+from sssd_fast.distributed import World
+from sssd_fast.finetune import FinetuneTask
+from sssd_fast.loaders import Batch
+from sssd_fast.model import Classifier
+from sssd_fast.objective import SSSD
+from sssd_fast.optim import build_optimizer, parameter_groups
+from sssd_fast.step import Step, TaskLoss
+
+pytestmark = pytest.mark.gpu
+
+SMALL = ["model.depth=2", "model.decoder_depth=2", "objective.prototypes=512", "objective.head_hidden=256"]
+BATCH, STEPS = 32, 20
+PRECISIONS = ["fp32", "fp16", "bf16"]
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    torch._dynamo.reset()
+    return torch.device("cuda")
+
+
+def _loss(module: nn.Module, batch: tuple[Tensor, Tensor], step: int, micro: int) -> TaskLoss:
+    out = module(*batch)
+    return TaskLoss(out.total, {"reconstruction": out.reconstruction}, out.batch_center)
+
+
+def _train(
+    config: Config,
+    precision: str,
+    device: torch.device,
+    *,
+    accumulate: int = 1,
+    steps: int = STEPS,
+    watch: bool = False,
+) -> Tensor:
+    """Losses of `steps` steps; `watch`: after the first two, a wait for the device is an error."""
+    torch.manual_seed(0)
+    model = SSSD(config.model, config.objective).to(device)
+    execution = prepare(model, config, precision, device, BATCH)
+    module = compiled(model, config.step, graphs=execution.graphs) if execution.compiled else model
+    optimizer = build_optimizer(parameter_groups(model, weight_decay=0.05), (0.9, 0.95), config.step.optimizer)
+    options: dict[str, Any] = {"compiled": execution.compiled, "graphs": execution.graphs}
+    step = Step(
+        module,
+        optimizer,
+        _loss,
+        world=World(device),
+        precision=precision,
+        clip_grad=1.0,
+        after=model.update_center,
+        **options,
+    )
+    g = torch.Generator(device).manual_seed(1)
+    height, width = config.model.image_size
+    losses = []
+    for i in range(steps):
+        batches = [
+            (
+                torch.randint(0, 256, (BATCH, 1, height, width), dtype=torch.uint8, device=device, generator=g),
+                torch.rand(BATCH, config.model.num_patches, device=device, generator=g),
+            )
+            for _ in range(accumulate)
+        ]
+        torch.cuda.set_sync_debug_mode("error" if watch and i >= 2 else "default")
+        try:
+            losses.append(step(batches, i, 1e-4 * (i + 1)).parts["loss"])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return torch.stack(losses).cpu()
+
+
+def _config(*settings: str) -> Config:
+    return load_config(None, [*SMALL, *settings])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("compile_it", ["true", "false"])
+def test_no_step_waits_for_the_device(cuda: torch.device, precision: str, compile_it: str) -> None:
+    config = _config(f"step.compile={compile_it}", "step.cuda_graphs=false")
+    _train(config, precision, cuda, accumulate=2, steps=5, watch=True)
+
+
+def test_no_fine_tuning_loss_waits_for_the_device(cuda: torch.device) -> None:
+    config = load_config(None, [*SMALL, "finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.random_erasing=0.5"])
+    task = FinetuneTask.__new__(FinetuneTask)  # the loss alone: no run folder, no data
+    task.settings, task.num_classes = config.finetune, 2
+    task.class_weights = torch.ones(2, device=cuda)
+    task.run = type("Run", (), {"world": World(cuda), "config": config})()
+    model = Classifier(config.model, 2, drop_path=0.1).to(cuda)
+    images = torch.randint(0, 256, (8, 1, 224, 224), dtype=torch.uint8, device=cuda)
+    labels, kept = torch.zeros(8, dtype=torch.int64, device=cuda), torch.ones(8, dtype=torch.bool, device=cuda)
+    batch = Batch(images, labels, labels, kept)
+    task.loss(model, batch, 0, 0).total.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(1, 8):  # mixup, cutmix and erasing all happen
+            task.loss(model, batch, i, 0).total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("graphs", ["true", "false"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_compiled_and_captured_steps_learn_the_same(
+    cuda: torch.device, precision: str, graphs: str, accumulate: int
+) -> None:
+    """Error against fp32 without the compiler at most twice that of the plain step in the same precision."""
+    exact = _train(_config("step.compile=false"), "fp32", cuda, accumulate=accumulate)
+    plain = _train(_config("step.compile=false"), precision, cuda, accumulate=accumulate)
+    fast = _train(_config("step.compile=true", f"step.cuda_graphs={graphs}"), precision, cuda, accumulate=accumulate)
+    assert exact[-1] < exact[0]
+    assert (fast - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("provider", ["fused", "sdpa", "eager"])
+@pytest.mark.parametrize("mlp", ["fused", "plain"])
+def test_every_provider_learns_the_same(cuda: torch.device, provider: str, mlp: str) -> None:
+    settings = [
+        f"step.attention={provider}",
+        f"step.decoder_attention={provider}",
+        f"step.mlp={mlp}",
+        "step.compile=false",
+    ]
+    exact = _train(_config("step.compile=false"), "fp32", cuda)
+    plain = _train(
+        _config("step.compile=false", "step.attention=eager", "step.decoder_attention=eager", "step.mlp=plain"),
+        "bf16",
+        cuda,
+    )
+    found = _train(_config(*settings), "bf16", cuda)
+    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("setting", ["step.checkpoint=selective", "step.checkpoint=full", "step.activation_budget=0.5"])
+def test_recomputation_needs_less_memory_and_learns_the_same(cuda: torch.device, setting: str) -> None:
+    base = "step.compile=false" if "checkpoint" in setting else "step.compile=true"
+    losses, peaks = [], []
+    for settings in ([base], [base, setting]):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        losses.append(_train(_config(*settings, "step.cuda_graphs=false"), "bf16", cuda))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < peaks[0]
+    torch.testing.assert_close(losses[1], losses[0], rtol=5e-3, atol=5e-3)
+
+
+def test_8bit_moments_learn_the_same(cuda: torch.device) -> None:
+    exact = _train(_config("step.compile=false"), "fp32", cuda)
+    small = _train(_config("step.compile=false", "step.optimizer=adamw8bit"), "fp32", cuda)
+    torch.testing.assert_close(small, exact, rtol=2e-2, atol=2e-2)
+
+
+def test_a_compiled_step_takes_the_state_of_a_plain_one(cuda: torch.device) -> None:
+    """The optimizer's state dict fits in both directions on the device as well."""
+    config = _config()
+    model = SSSD(config.model, config.objective).to(cuda)
+    twin = copy.deepcopy(model)
+    ours = build_optimizer(parameter_groups(model, weight_decay=0.05), (0.9, 0.95))
+    theirs = torch.optim.AdamW(parameter_groups(twin, weight_decay=0.05), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        if p.requires_grad:
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+    theirs.step()
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    state = ours.state_dict()["state"]
+    assert state.keys() == theirs.state_dict()["state"].keys()
+    assert all(value["step"].is_cuda for value in state.values())
