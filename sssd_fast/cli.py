@@ -235,6 +235,14 @@ def _doctor(args: argparse.Namespace) -> None:
         print_doctor()
 
 
+def _profile(args: argparse.Namespace) -> None:
+    from .profile import profile
+
+    profile(
+        _config(args), steps=args.steps, warmup=args.warmup, out=args.out, json_out=args.json, command=args.command
+    )
+
+
 def _configs(args: argparse.Namespace) -> None:
     from .config import load_config, shipped_configs, to_yaml
 
@@ -438,6 +446,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="FILE|DIR")
     sub = command("report", _report_command, "write report.md and report.html of a run again")
     sub.add_argument("run", metavar="RUN")
+    sub = command("profile", _profile, "where the time of a pre-training step goes, by part and as a whole")
+    sub.add_argument("--config", metavar="NAME|FILE", help="a shipped configuration or a YAML file")
+    sub.add_argument("--steps", type=int, default=10, metavar="N", help="steps that are measured (default 10)")
+    sub.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them (default 3)")
+    sub.add_argument("--out", metavar="FILE.png", help="the breakdown as a picture")
+    sub.add_argument("--json", metavar="FILE.json", help="every figure, with command, versions and hardware")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     sub = command("doctor", _doctor, "what this machine has, what will be used, and why not the rest")
     sub.add_argument("--json", action="store_true")
     sub = command("configs", _configs, "list the shipped configurations, or print one with every key")

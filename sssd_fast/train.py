@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import load_checkpoint
-from .compute import compile_summary, compiled, prepare
-from .config import TrainConfig, to_dict
+from .compute import Execution, compile_summary, compiled, prepare
+from .config import Config, TrainConfig, to_dict
 from .distributed import World
 from .errors import CheckpointError, DataError, Interrupted
 from .guards import FiniteGuard, SignalGuard, peak_memory_gib
@@ -107,12 +107,10 @@ class Schedule:
         return lr_at(step, peak=self.peak_lr, minimum=self.min_lr, **steps)
 
 
-def fit(task: Task, loader: Loader, run: Run) -> Progress:
-    """Trains `task` to the end of its schedule, or from the newest checkpoint on when the run was opened to resume."""
-    settings, config, world = task.settings, run.config, run.world
-    schedule = Schedule.of(settings, loader.steps_per_epoch, world.size)
+def make_step(task: Task, run: Run, config: Config) -> tuple[Step, Execution]:
+    """The step that trains `task` as config.step wants it, and what was decided, which is printed too."""
+    settings, world = task.settings, run.world
     optimizer = build_optimizer(task.groups(), (settings.beta1, settings.beta2), config.step.optimizer)
-    progress = Progress()
     execution = prepare(task.module, config, run.precision, world.device, settings.batch_size)
     for line in execution.lines:
         run.console.info(line)
@@ -133,6 +131,15 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
         compiled=execution.compiled,
         graphs=execution.graphs,
     )
+    return step, execution
+
+
+def fit(task: Task, loader: Loader, run: Run) -> Progress:
+    """Trains `task` to the end of its schedule, or from the newest checkpoint on when the run was opened to resume."""
+    settings, config, world = task.settings, run.config, run.world
+    schedule = Schedule.of(settings, loader.steps_per_epoch, world.size)
+    progress = Progress()
+    step, execution = make_step(task, run, config)
     if run.resume:
         progress = _restore(task, step, run)
     run.tracker.start(progress.step)
