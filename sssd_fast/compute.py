@@ -90,7 +90,7 @@ def compile_summary() -> str:
     new = sum(counters["inductor"][f"fxgraph_cache_{how}"] for how in ("miss", "bypass"))
     if new == 0:
         return f"every graph was found in {cache_dir()}"
-    return f"{new} graphs compiled, kept in {cache_dir()} for later runs"
+    return f"{new} graph{'s' * (new > 1)} compiled, kept in {cache_dir()} for later runs"
 
 
 # ---- compile and CUDA graphs -------------------------------------------------------------------------------------------------

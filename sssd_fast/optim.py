@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import DependencyError
+from .adamw8bit import build_adamw8bit
 from .guards import all_finite
 
 
@@ -162,21 +162,8 @@ def clipped_update(groups: list[Group], max_norm: float | None, watched: list[Te
 def build_optimizer(
     groups: list[dict[str, Any]], betas: tuple[float, float], name: str = "adamw"
 ) -> torch.optim.Optimizer:
-    """ "adamw": FusedAdamW. "adamw8bit": torchao's AdamW8bit, whose moments take 2 bytes per parameter instead of 8.
-
-    Raises DependencyError where torchao cannot be imported.
-    """
-    if name == "adamw":
-        return FusedAdamW(groups, betas)
-    try:
-        from torchao.optim import AdamW8bit
-    except Exception as error:
-        raise DependencyError(
-            f"step.optimizer is adamw8bit, which needs torchao: {type(error).__name__}: {error}. "
-            f"Install it with pip install 'sssd-fast[torchao]', or set step.optimizer=adamw"
-        ) from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=0.0, betas=betas)
-    return optimizer
+    """FusedAdamW for "adamw"; for "adamw8bit" torchao's, whose moments take 2 bytes per parameter in place of 8."""
+    return FusedAdamW(groups, betas) if name == "adamw" else build_adamw8bit(groups, betas)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

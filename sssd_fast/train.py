@@ -160,7 +160,7 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                 lr = schedule.lr(progress.step)
                 # what draws from torch's own generator (drop path) depends on the step alone, like everything else
                 torch.manual_seed(generator(world.device, config.seed, progress.step, world.rank).initial_seed())
-                compiling = execution.compiled and meter.steps == 0
+                compiling = (execution.compiled or config.step.optimizer == "adamw8bit") and meter.steps == 0
                 with run.console.announce(COMPILING) if compiling else nullcontext():
                     result = step(batches, progress.step, lr)
                     if compiling:

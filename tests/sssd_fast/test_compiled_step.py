@@ -60,7 +60,7 @@ def test_50_steps_agree_and_checkpoints_go_both_ways(
         said = capsys.readouterr().out
         assert ("compiling the training step" in said) is (name == "true")
         assert f"compile: {'on' if name == 'true' else 'off'}, step.compile is {name}" in said
-    assert re.search(r"\d graphs compiled, kept in ", said)
+    assert re.search(r"[1-9] graphs? compiled, kept in ", said)
     assert counters["stats"]["unique_graphs"] == 2  # forward with backward, and the update; nothing was compiled again
     assert not counters["graph_break"]
     plain, made = (_losses(outs[name]) for name in ("false", "true"))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sssd_fast import adamw8bit
 from sssd_fast.config import load_config
 from sssd_fast.distributed import World, pick_device
 from sssd_fast.errors import ConfigError, DependencyError
@@ -231,6 +232,21 @@ def test_8bit_moments_follow_adamw_and_a_skipped_step_leaves_them_alone() -> Non
     assert apart < 0.05 * moved
     state = steps[1].optimizer.state[small.weight]
     assert state["exp_avg"].codes.dtype == torch.uint8  # 8 bits are what is stored
+    saved = steps[1].optimizer.state_dict()
+    flat = [value for values in saved["state"].values() for value in values.values()]
+    plain = [part for value in flat for part in (value.values() if isinstance(value, dict) else [value])]
+    assert {type(part) for part in plain} == {Tensor, bool}  # what a checkpoint may hold
+    again = copy.deepcopy(small)
+    resumed = Step(
+        again, build_optimizer(parameter_groups(again, weight_decay=0.05), (0.9, 0.95), "adamw8bit"), _loss, world=CPU
+    )
+    resumed.optimizer.load_state_dict(copy.deepcopy(saved))
+    straight = Step(small, steps[1].optimizer, _loss, world=CPU)
+    data = torch.randn(16, 64)
+    for step in (straight, resumed):
+        step([data], 5, 2e-3)
+    assert all(torch.equal(x, y) for x, y in zip(_weights(small), _weights(again), strict=True))
+
     kept = _weights(small), state["exp_avg"].codes.clone(), float(state["step"])
     assert not bool(steps[1]([torch.full((16, 64), float("nan"))], 5, 1e-3).finite)
     assert all(torch.equal(x, y) for x, y in zip(kept[0], _weights(small), strict=True))
@@ -240,6 +256,7 @@ def test_8bit_moments_follow_adamw_and_a_skipped_step_leaves_them_alone() -> Non
 
 def test_torchao_missing_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    adamw8bit._optimizer_class.cache_clear()
     with pytest.raises(DependencyError, match=r"adamw8bit.*sssd-fast\[torchao\].*step.optimizer=adamw"):
         build_optimizer(parameter_groups(_model(), weight_decay=0.0), (0.9, 0.95), "adamw8bit")
 
