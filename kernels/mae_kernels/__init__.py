@@ -8,7 +8,14 @@ from .distillation import distillation_loss
 from .gelu_linear import gelu_linear
 from .linear_reconstruction import linear_reconstruction_loss
 from .masking import Masking, random_masking
-from .modules import MaskedReconstructionLoss, PatchEmbedVisible, ReconstructionHead, RestoreTokens, ShortAttention
+from .modules import (
+    GeluMLP,
+    MaskedReconstructionLoss,
+    PatchEmbedVisible,
+    ReconstructionHead,
+    RestoreTokens,
+    ShortAttention,
+)
 from .patches import embed_patches, gather_patches
 from .patching import PatchReport, patch_model, unpatch_model
 from .reconstruction import masked_reconstruction_loss
@@ -17,6 +24,7 @@ from .short_attention import attention
 from .sssd import SSSDLoss, sssd_loss
 
 __all__ = [
+    "GeluMLP",
     "MaskedReconstructionLoss",
     "Masking",
     "PatchEmbedVisible",

@@ -4,7 +4,7 @@ They hold parameters under the names that timm, facebookresearch/mae and transfo
 nothing else: no buffers, no counters, no random numbers.
 
 Shapes: B images, C channels, H x W pixels, P patch side, L patches, K visible, M masked, N tokens, p prefix tokens,
-D width, V = P*P*C values per patch.
+D width, F hidden width, V = P*P*C values per patch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_int, check_positive
+from .gelu_linear import gelu_linear
 from .linear_reconstruction import linear_reconstruction_loss
 from .patches import embed_patches
 from .reconstruction import NORMS, masked_reconstruction_loss
@@ -115,6 +116,33 @@ class ShortAttention(nn.Module):
         """[B,N,D] -> [B,N,D]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         return self.proj_drop(self.proj(attention(qkv, scale=self.scale).flatten(2)))
+
+
+class GeluMLP(nn.Module):
+    """The MLP of a transformer block, fc2(gelu(fc1(x))) with the exact GELU, under timm's names and without dropout.
+
+    Parameters: fc1.{weight [F,D], bias [F]}, fc2.{weight [D,F], bias [D]}. The two layers hold them; their forward, and hooks
+    on it, are not called.
+
+    Args:
+        dim: D.
+        hidden_dim: F.
+        bias: whether the two layers have one.
+        recompute: as in gelu_linear.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = True, recompute: bool = True) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("hidden_dim", hidden_dim)):
+            check_int(name, value, 1)
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,D] -> [...,D]."""
+        product = nn.functional.linear(x, self.fc1.weight)
+        return gelu_linear(product, self.fc1.bias, self.fc2.weight, self.fc2.bias, recompute=self.recompute)
 
 
 class MaskedReconstructionLoss(nn.Module):

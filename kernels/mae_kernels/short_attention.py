@@ -31,10 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
+from torch.utils.flop_counter import register_flop_formula
 
 from ._checks import check_floating, check_positive, check_shape
 from ._pixels import accumulate_dtype
 from ._runtime import (
+    HAVE_TRITON,
+    INTERPRET,
     TENSOR_CORES_FROM,
     architecture,
     jit,
@@ -392,6 +395,36 @@ def _backward_twice(ctx: Any, d_dqkv: Tensor) -> tuple[Any, ...]:
 
 _attention_op.register_autograd(_backward, setup_context=_setup)
 _attention_backward_op.register_autograd(_backward_twice, setup_context=_setup_twice)
+
+
+def _count_flops() -> None:
+    """Tells torch's FLOP counter what the op and its kernels do: 2 products of N x N x d per head forward, 5 backward
+    (the scores again, dP, dv, dk, dq). Without it, a compiler that weighs what to compute again takes attention for free."""
+
+    def forward(qkv_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        batch, tokens, _, heads, width = qkv_shape
+        return 4 * batch * heads * tokens * tokens * width
+
+    def backward(dout_shape: Any, qkv_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return forward(qkv_shape) * 5 // 2
+
+    def of_kernel(output: str, products: int) -> Any:
+        def flops(*args: Any, kwargs: dict[str, Any], **other: Any) -> int:
+            sizes = kwargs[output]
+            batch, tokens, heads, width = sizes[0], sizes[1], sizes[-2], sizes[-1]
+            return 2 * products * batch * heads * tokens * tokens * width
+
+        return flops
+
+    register_flop_formula(torch.ops.mae_kernels.attention)(forward)
+    register_flop_formula(torch.ops.mae_kernels.attention_backward)(backward)
+    if HAVE_TRITON and not INTERPRET:  # an interpreted kernel never enters a graph
+        register_flop_formula(_attention_kernel)(of_kernel("OUT", 2))
+        register_flop_formula(_backward_rows_kernel)(of_kernel("DQKV", 5))
+        register_flop_formula(_backward_keys_kernel)(of_kernel("DQKV", 5))
+
+
+_count_flops()
 
 
 # ------------------------------------------------------------------------------------------------------- public

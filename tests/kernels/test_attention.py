@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import mae_kernels
 from mae_kernels import _runtime, attention, backend, short_attention
@@ -347,3 +348,12 @@ def test_offsets_beyond_two_to_the_31_on_a_gpu(tokens) -> None:
 @pytest.mark.gpu
 def test_fp32_on_a_gpu_takes_sdpa() -> None:
     assert refusal(torch.zeros(1, 9, 3, 2, 16, device="cuda")) == "tensor cores would round the fp32 products"
+
+
+def test_torchs_flop_counter_counts_the_op_like_scaled_dot_product_attention() -> None:
+    qkv = torch.randn(2, 9, 3, 4, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.mae_kernels.attention(qkv, 0.2)[0].sum().backward()
+    q = (2, 4, 9, 32)
+    expected = sdpa_flop_count(q, q, q) + sdpa_backward_flop_count(q, q, q, q)
+    assert counter.get_total_flops() == expected == 2 * (2 + 5) * 2 * 4 * 9 * 9 * 32

@@ -125,6 +125,13 @@ def make_linear(s: Sizes, device: torch.device) -> Inputs:
     return Inputs(leaves, (pixels(s, device), ids(s, device).ids_masked))
 
 
+def make_gelu(s: Sizes, device: torch.device, decoder: bool) -> Inputs:
+    width, tokens = (s.decoder, 1 + s.patches) if decoder else (s.width, 1 + s.keep)
+    x, bias = normal(s.batch, tokens, 4 * width, device=device), normal(4 * width, device=device)
+    weight = normal(width, 4 * width, device=device) / math.sqrt(4 * width)
+    return Inputs((x, bias, weight, normal(width, device=device)), ())
+
+
 def make_logits(s: Sizes, device: torch.device) -> Inputs:
     rows = (s.batch, s.logits)
     return Inputs((normal(*rows, device=device), normal(*rows, device=device)), (normal(s.logits, device=device),))
@@ -147,6 +154,10 @@ CASES: dict[str, Case] = {
     "embed_patches nhwc uint8": embed_case("nhwc"),
     "embed_patches nhwc float": embed_case("nhwc float"),
     "restore_tokens": Case(make_restore, lambda s, x, o: mk.restore_tokens(x[0], o[0], x[1], x[2], prefix=1)),
+    "gelu_linear encoder": Case(lambda s, d: make_gelu(s, d, False), lambda s, x, o: mk.gelu_linear(*x)),
+    "gelu_linear decoder, g kept": Case(
+        lambda s, d: make_gelu(s, d, True), lambda s, x, o: mk.gelu_linear(*x, recompute=False)
+    ),
     "masked_reconstruction_loss": loss_case("patch", "nchw"),
     "masked_reconstruction_loss channel nhwc": loss_case("channel", "nhwc"),
     "masked_reconstruction_loss mask float": loss_case(None, "nchw float", use_mask=True),
@@ -362,7 +373,7 @@ def test_captured_graph(name: str, cuda: torch.device) -> None:
         torch.cuda.synchronize()
         want = results(lambda x, o: case.call(s, x, o), leaves, static.others)
     for got, eager in zip(captured, want, strict=True):
-        if name.startswith(("embed", "linear")):  # cuBLAS has another workspace while a graph is captured
+        if name.startswith(("embed", "linear", "gelu")):  # cuBLAS has another workspace while a graph is captured
             assert (got.double() - eager.double()).abs().max() <= 4 * torch.finfo(got.dtype).eps * eager.abs().max()
         else:
             assert torch.equal(got.detach(), eager)
@@ -425,6 +436,31 @@ def test_memory_of_the_losses(cuda: torch.device) -> None:
     ):
         CASES["linear_reconstruction_loss"].call(s, *inputs)
     assert max(kept) <= hidden.numel() < predictions // 2, "what is kept for the backward is no prediction"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_of_gelu_linear(recompute: bool, cuda: torch.device) -> None:
+    """Three tensors of x's size at the peak, forward and backward; between the two g, or nothing of that size."""
+    leaves = tuple(t.bfloat16().requires_grad_() for t in make_gelu(VIT["B"], cuda, True).leaves)
+    x, _, weight, _ = leaves
+    out_bytes = x.nbytes * weight.shape[0] // weight.shape[1]
+    slack = 16 * 2**20  # partial sums, gradients of the parameters, workspaces, allocator rounding
+
+    def step() -> object:
+        out = mk.gelu_linear(*leaves, recompute=recompute)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    def forward() -> object:
+        return mk.gelu_linear(*leaves, recompute=recompute)
+
+    with backend("triton"):
+        assert measured(cuda, step) <= 3 * x.nbytes + 2 * out_bytes + slack
+        before = torch.cuda.memory_allocated(cuda)
+        out = forward()
+        kept = torch.cuda.memory_allocated(cuda) - before
+    assert kept <= (0 if recompute else x.nbytes) + out_bytes + slack
+    del out
 
 
 def free_bytes() -> int:
@@ -491,6 +527,31 @@ def test_offsets_beyond_two_to_the_31(name: str, cuda: torch.device) -> None:
         (want,) = torch.autograd.grad(alone, last)
     difference = (gradient[-1:].double() - want.double()).abs().max()
     assert difference <= 2 * torch.finfo(torch.bfloat16).eps * want.abs().max().double()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gelu_linear_beyond_two_to_the_31(recompute: bool, cuda: torch.device) -> None:
+    """The last row of more than 2^31 elements gives what it gives alone, and the sums are its gradients."""
+    need, free = 26 * GIB, free_bytes()
+    if free < need:
+        pytest.skip(f"{free / GIB:.1f} GiB of GPU memory are free and {need / GIB:.0f} are needed")
+    rows = 2**31 // 2048 + 3
+    x, upstream = (torch.zeros(rows, n, device=cuda, dtype=torch.bfloat16) for n in (2048, 64))
+    x[-1], upstream[-1] = torch.randn(2048, device=cuda), torch.randn(64, device=cuda)
+    parameters = [torch.randn(n, device=cuda, dtype=torch.bfloat16) for n in ((2048,), (64, 2048), (64,))]
+
+    def call(x: Tensor, upstream: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+        out = mk.gelu_linear(*leaves, recompute=recompute)
+        dx, *sums = torch.autograd.grad(out, leaves, upstream)
+        return [out.detach()[-1:].clone(), dx[-1:].clone(), *sums]
+
+    with backend("triton"):
+        many, alone = call(x, upstream), call(x[-1:].clone(), upstream[-1:].clone())
+    for got, want in zip(many, alone, strict=True):  # cuBLAS orders the sums of a small product in another way
+        atol = 4 * torch.finfo(torch.bfloat16).eps * want.abs().max().item()
+        torch.testing.assert_close(got, want, rtol=0, atol=atol)
 
 
 @pytest.mark.gpu

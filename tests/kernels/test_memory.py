@@ -1,12 +1,14 @@
-"""Peak memory of the reconstruction losses above their inputs, forward and backward, counted allocation by allocation.
+"""Peak memory of the ops above their inputs, forward and backward, counted allocation by allocation.
 
 Run by test_interpreted.py on the kernels' own path, which allocates on a GPU what it allocates under the interpreter: the
-masked loss one gradient of the predictions, the loss with the head inside no predictions at all at full size.
+masked loss one gradient of the predictions, the loss with the head inside no predictions at all at full size, the MLP's
+second half three tensors of its input's size.
 Here the same calls count the registered ops' plain path.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -99,3 +101,24 @@ def test_linear_reconstruction_loss(images_and_ids: tuple[Tensor, Tensor]) -> No
     assert live.largest <= max(part, HIDDEN), "predictions, or their gradient, at more than an eighth of their size"
     # two gradients of hidden; of one part predictions and gradient (plain path: target and difference too); weight's gradients
     assert live.peak <= 2 * HIDDEN + (2 if INTERPRET else 4) * part + 5 * WEIGHT
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gelu_linear(recompute: bool) -> None:
+    rows, hidden, width = 512, 192, 8
+    x, bias, weight, out_bias = (
+        torch.randn(s, requires_grad=True) for s in ((rows, hidden), (hidden,), (width, hidden), (width,))
+    )
+    leaves = [x, bias, weight, out_bias]
+
+    def call() -> Tensor:
+        out = OPS.gelu_linear(*leaves, recompute)[0].sum()
+        gc.collect()  # the interpreter's frames refer to themselves and hold what the kernel wrote; a GPU launch holds nothing
+        return out
+
+    live = measured(call, leaves, [])
+    large, small = x.nbytes, 4 * (2 * rows * width + 3 * weight.numel() + 64 * hidden)
+    assert live.largest == large
+    # the gradient of g, that of x, and g itself; plain path: intermediate results of the derivative too
+    assert live.peak <= (3 if INTERPRET else 6) * large + small

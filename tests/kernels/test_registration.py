@@ -59,6 +59,11 @@ def restore_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
     return visible, ids_of(batch, 6, 6), token, pos, 1
 
 
+def gelu_arguments(batch: int, dtype: torch.dtype, recompute: bool = True) -> tuple[Any, ...]:
+    x, bias = floats(batch, 2, 6, dtype=dtype), floats(6, dtype=dtype)
+    return x, bias, floats(4, 6, dtype=dtype), floats(4, dtype=dtype), recompute
+
+
 def sssd_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
     pred, images, ids, mask, *options = loss_arguments(batch, dtype)
     tensors = (pred, images, floats(batch, 9, dtype=dtype), floats(batch, 9, dtype=dtype), ids, mask, torch.rand(9))
@@ -75,6 +80,8 @@ CASES = {
     "attention": Case(lambda b, t: (floats(b, 9, 3, 2, 4, dtype=t), 0.4)),
     "random_masking": Case(lambda b, t: (torch.rand(b, 9, dtype=t), 4)),
     "restore_tokens": Case(restore_arguments),
+    "gelu_linear": Case(gelu_arguments),
+    "gelu_linear/kept": Case(lambda b, t: gelu_arguments(b, t, recompute=False)),
     "linear_reconstruction_loss": Case(linear_arguments),
     "masked_reconstruction_loss": Case(loss_arguments),
     "masked_reconstruction_loss/mask": Case(lambda b, t: loss_arguments(b, t, use_mask=True)),
@@ -162,10 +169,13 @@ def kept_bytes(call: Callable[[], Tensor], inputs: tuple[Any, ...]) -> int:
     return sum(kept.values())
 
 
-# beyond the inputs: nothing; out and log-sum-exp; the number of masked patches as one fp32; the gradients of hidden, weight and bias
+# beyond the inputs: nothing; gelu(x + bias); out and log-sum-exp; the number of masked patches as one fp32; the gradients of
+# hidden, weight and bias
 KEPT = {
     "embed_patches": 0,
     "restore_tokens": 0,
+    "gelu_linear": 0,
+    "gelu_linear/kept": 4 * (2 * 2 * 6),
     "attention": 0,
     "distillation_loss": 0,
     "sssd_loss": 4,

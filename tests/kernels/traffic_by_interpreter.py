@@ -6,6 +6,7 @@ exactly once. Position tables, mask tokens, centres and scalars, which stay in t
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from mae_kernels import _runtime
 
 pytestmark = pytest.mark.kernel
 OPS = torch.ops.mae_kernels
+gelu_module = importlib.import_module("mae_kernels.gelu_linear")  # the name in the package is the function's
 
 
 class Traffic:
@@ -114,6 +116,31 @@ def test_restore_backward(traffic: Traffic) -> None:
     dvisible, _, _ = OPS.restore_tokens_backward(grad, ids, 5, 1, *dtypes, False)
     traffic.assert_read_once(grad)
     traffic.assert_written_once(dvisible)
+
+
+@pytest.mark.parametrize("rows", [9, 70])
+def test_gelu(traffic: Traffic, rows: int) -> None:
+    x = torch.randn(rows, 100)
+    _, g = OPS.gelu_linear(x, torch.randn(100), torch.randn(3, 100), None, False)
+    traffic.assert_read_once(x)
+    traffic.assert_written_once(g)
+
+
+@pytest.mark.parametrize("programs", [512, 2])  # one step each; several, the last of them past the end
+def test_gelu_backward(traffic: Traffic, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    """The launch itself: the gradient of g, which it reads, is made and dropped inside the op."""
+    monkeypatch.setattr(gelu_module, "BACKWARD_PROGRAMS", programs)
+    x, dg, bias = torch.randn(150, 100), torch.randn(150, 100), torch.randn(100)
+    dh, _, g = gelu_module._launch_gelu_backward(x, bias, dg, torch.float16)
+    for t in (x, dg):
+        traffic.assert_read_once(t)
+    traffic.assert_written_once(dh, g)
+    traffic.read.clear()
+    dh, _, g = gelu_module._launch_gelu_backward(x, bias, dg, None)
+    for t in (x, dg):
+        traffic.assert_read_once(t)
+    traffic.assert_written_once(dh)
+    assert g.numel() == 0
 
 
 @pytest.mark.parametrize("norm", ["patch", "channel", "none"])
