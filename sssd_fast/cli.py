@@ -238,9 +238,16 @@ def _doctor(args: argparse.Namespace) -> None:
 def _profile(args: argparse.Namespace) -> None:
     from .profile import profile
 
-    profile(
-        _config(args), steps=args.steps, warmup=args.warmup, out=args.out, json_out=args.json, command=args.command
-    )
+    profile(_config(args), steps=args.steps, warmup=args.warmup, out=args.out, json_out=args.json, command=args.command)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from .plan import parse_memory, plan_command
+
+    named = [f"model.name={args.model}"] if args.model else []
+    args.overrides = [*named, *args.overrides]
+    config = _config(args)
+    plan_command(config, args.task, parse_memory(args.memory), effective=args.batch, as_json=args.json)
 
 
 def _configs(args: argparse.Namespace) -> None:
@@ -316,6 +323,10 @@ def _opened(task: str, args: argparse.Namespace, existing: str | None = None) ->
     out = Path(existing or resume or args.out or f"runs/{task}")
     with _dry(args, out) as (place, limits), world(config.device) as here:
         config = _limited(config, limits)
+        if task in ("pretrain", "finetune") and resume is None:
+            from .microbatch import resolve_batch
+
+            config = resolve_batch(config, task, here)
         with open_run(
             task,
             config,
@@ -446,6 +457,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="FILE|DIR")
     sub = command("report", _report_command, "write report.md and report.html of a run again")
     sub.add_argument("run", metavar="RUN")
+    sub = command("plan", _plan, "which micro-batch and settings fit a GPU, predicted")
+    sub.add_argument("--model", choices=("tiny", "small", "base", "large"), help="the ViT, as model.name")
+    sub.add_argument("--config", metavar="NAME|FILE", help="a shipped configuration or a YAML file")
+    sub.add_argument("--memory", required=True, metavar="SIZE", help="12GB, 11.5GiB, 8000MB; auto = the GPU here")
+    sub.add_argument("--task", default="pretrain", choices=("pretrain", "finetune"))
+    sub.add_argument("--batch", type=int, metavar="N", help="effective batch of a process (default: as configured)")
+    sub.add_argument("--json", action="store_true")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     sub = command("profile", _profile, "where the time of a pre-training step goes, by part and as a whole")
     sub.add_argument("--config", metavar="NAME|FILE", help="a shipped configuration or a YAML file")
     sub.add_argument("--steps", type=int, default=10, metavar="N", help="steps that are measured (default 10)")

@@ -56,6 +56,8 @@ def prepare(
             module.residual, module.recompute = residual, recompute
         elif isinstance(module, MLP):
             module.fused = fused
+    if step.activation_budget < 1:
+        _check_budget(model, config, precision, device, batch_size)
     graphs, why_graphs = pick_graphs(model, config, device, batch_size, dtype, compile_it)
     if compile_it:
         lines.append(f"CUDA graphs: {'on' if graphs else 'off'}, {why_graphs}")
@@ -176,6 +178,21 @@ def _check(step: StepConfig, compile_it: bool, why: str, precision: str) -> None
         raise ConfigError(
             f"step.activation_budget is {step.activation_budget:g}, which only a compiled step reads, and compile is off: {why}. "
             f"Set step.compile=true, or step.checkpoint=selective in its place"
+        )
+
+
+def _check_budget(model: SSSD | Classifier, config: Config, precision: str, device: torch.device, batch_size: int) -> None:
+    """torch ignores a budget without a word where activations are no larger than parameters."""
+    from .memory_check import budget_is_ignored
+    from .plan import options_of, work_of
+
+    task, classes = ("pretrain", 2) if isinstance(model, SSSD) else ("finetune", model.num_classes)
+    work = work_of(config, task, classes)
+    if budget_is_ignored(work, options_of(config, work, precision, device, True), batch_size):
+        raise ConfigError(
+            f"step.activation_budget is {config.step.activation_budget:g}, which torch.compile ignores here: a micro-batch of "
+            f"{batch_size} images keeps less than the parameters take. Raise the micro-batch, or set step.activation_budget=1; "
+            f"for less memory at small batches: step.compile=false step.checkpoint=full"
         )
 
 

@@ -18,7 +18,6 @@ from mae_kernels import Masking, embed_patches, gelu_linear, random_masking, res
 from .attention import attend
 from .config import ModelConfig
 
-
 Rows = Callable[[Tensor], Tensor]
 
 
@@ -153,13 +152,10 @@ class Blocks(nn.ModuleList):
         """All blocks in turn without the last `skip`; `read` picks rows in the last one."""
         if self.residual is not None:
             x_BND = x_BND.to(self.residual)
-        blocks = list(self)[: len(self) - skip]
-        for i, block in enumerate(blocks):
+        again = self.recompute if torch.is_grad_enabled() else None
+        for i, block in enumerate(list(self)[: len(self) - skip]):
             rows = read if i == len(self) - 1 else None
-            if self.recompute is not None and torch.is_grad_enabled():
-                x_BND = self.recompute(block, x_BND, rows)
-            else:
-                x_BND = block(x_BND, rows)
+            x_BND = block(x_BND, rows) if again is None else again(block, x_BND, rows)
         return x_BND
 
 

@@ -14,6 +14,7 @@ from .distributed import World, world
 from .evaluate import RATE_NAMES, aggregate_runs
 from .finetune import finetune
 from .inference import checkpoint_of, evaluate_run
+from .microbatch import resolve_batch
 from .pretrain import pretrain
 from .report import write_combined_report
 from .runs import open_run
@@ -81,6 +82,8 @@ def _once(
     for stage in STAGES if pretraining else STAGES[1:]:
         place = out / stage
         again = resume and (place / "config.yaml").exists()
+        if not again:
+            config = resolve_batch(config, stage, here)
         with open_run(
             stage, config, place, here, resume=again, overwrite=overwrite, resume_with=hint, command=command
         ) as run:
