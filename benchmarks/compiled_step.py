@@ -48,6 +48,10 @@ VARIANTS: dict[str, tuple[torch.dtype, bool, float]] = {
 }
 
 
+# Counting reads Inductor's inside, which other versions of torch have elsewhere.
+COUNTABLE = hasattr(scheduler, "_is_gpu_triton_backend")
+
+
 class Counted(Exception):
     """Ends a step whose backward has been counted."""
 
@@ -194,6 +198,8 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
+    if not COUNTABLE:
+        parser.error(f"counting needs the Inductor of torch 2.13; this is torch {torch.__version__}")
     config = load_config(args.config, args.overrides)
     print(
         "| step | kernels: ours / products / Inductor's | MB per image: ours / products / Inductor's | kept for the backward, MB |"

@@ -240,7 +240,7 @@ class Decoder(nn.Module):
         x_BNE = restore_tokens(
             self.embed(x_BND), ids_restore_BL, self.mask_token.flatten(), self.pos_embed, prefix=self.num_prefix
         )
-        out: Tensor = self.blocks(x_BNE, read or self.patches)
+        out: Tensor = self.blocks(x_BNE, self.patches if read is None else read)
         return out
 
     def patches(self, x_BNE: Tensor) -> Tensor:
