@@ -49,7 +49,9 @@ def test_every_product_of_the_model_is_counted(config: Config, counts: dict[tupl
         assert found.kernels["products"] == 3 * layers + 2
 
 
-def test_the_triton_kernels_of_the_step_are_all_there(counts: dict[tuple[torch.dtype, bool], Counts], config: Config) -> None:
+def test_the_triton_kernels_of_the_step_are_all_there(
+    counts: dict[tuple[torch.dtype, bool], Counts], config: Config
+) -> None:
     blocks = len(SSSD(config.model, config.objective).mae.encoder.blocks) + 1
     plain, fused = (counts[torch.bfloat16, f].kernels["ours"] for f in (False, True))
     assert fused - plain == 2 * blocks  # GELU forward and backward of each block
