@@ -89,13 +89,20 @@ def plan(
     effective = effective or settings.batch_size * settings.accumulate
     work = work_of(config, task)
     rows: list[Row] = []
+    told: set[str] = set()
+
+    def once(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            say(text)
+
     for tried in TRIED:
         changes = {k: v for k, v in tried.items() if k != "residual" or precision_of(config) == "bf16"}
         if changes not in [row.settings for row in rows]:
             tree = to_dict(config)
             start = START if changes else {}
             asked = from_dict({**tree, "step": {**tree["step"], **start, **changes}})
-            rows.append(_row(work, asked, changes, memory, effective, capability, say))
+            rows.append(_row(work, asked, changes, memory, effective, capability, once))
     return rows
 
 
