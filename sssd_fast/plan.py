@@ -115,18 +115,17 @@ def _row(
     stages, extra, note = work.stages(o), 0.0, ""
     flops = flops_of(work)
     if step.activation_budget < 1:
-        guess = _largest(work, keeping(stages, step.activation_budget * saved_per_image(stages)), o, memory, effective)
-        if budget_is_ignored(work, o, max(1, guess)):
+        hoped = keeping(stages, step.activation_budget * saved_per_image(stages))
+        guess = max(1, min(effective, _largest(work, hoped, o, memory, effective)))
+        if budget_is_ignored(work, o, guess):
             note = "torch ignores the budget at so few images"
         else:
-            say(
-                f"activation_budget {step.activation_budget:g}: tracing {max(1, guess)} images through torch's partitioner ..."
-            )
-            traced = _traced(work, o, max(1, guess), step.activation_budget)
+            say(f"activation_budget {step.activation_budget:g}: tracing {guess} images through torch's partitioner ...")
+            traced = _traced(work, o, guess, step.activation_budget)
             stages, extra = keeping(stages, traced.per_image), traced.recomputed_flops
     elif step.checkpoint == "full":
         extra = flops / 3  # a forward pass
-    largest = _largest(work, stages, o, memory, limit=4 * effective)
+    largest = _largest(work, stages, o, memory, effective)
     micro = max((n for n in divisors(effective) if n <= largest), default=0)
     accumulate = effective // micro if micro else 0
     peak = total_peak(work, stages, max(micro, 1), o, accumulate=max(accumulate, 1))
@@ -159,13 +158,14 @@ def _traceable(provider: str) -> str:
     return "eager" if provider == "eager" else "sdpa"
 
 
-def _largest(work: Work, stages: list[Stage], o: Options, memory: float, limit: int) -> int:
-    """The largest micro-batch up to `limit` whose peak fits; one of several where the batch is accumulated."""
+def _largest(work: Work, stages: list[Stage], o: Options, memory: float, effective: int) -> int:
+    """The largest micro-batch up to four times the effective batch whose peak fits, with as much accumulation as it then needs."""
 
     def fits(images: int) -> bool:
-        return total_peak(work, stages, images, o, accumulate=2 if images < limit else 1) <= RESERVE.usable(memory)
+        accumulate = -(-effective // images)
+        return total_peak(work, stages, images, o, accumulate=accumulate) <= RESERVE.usable(memory)
 
-    low, high = 0, limit
+    low, high = 0, 4 * effective
     while low < high:  # the peak grows with the images
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
