@@ -326,7 +326,7 @@ def _opened(task: str, args: argparse.Namespace, existing: str | None = None) ->
         if task in ("pretrain", "finetune") and resume is None:
             from .microbatch import resolve_batch
 
-            config = resolve_batch(config, task, here)
+            config = resolve_batch(config, task, here, say=print if here.main else (lambda text: None))
         with open_run(
             task,
             config,

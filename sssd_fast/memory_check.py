@@ -12,10 +12,12 @@ here, so such options need plain_ops; but fused_mlp takes the registered op, whi
 
 from __future__ import annotations
 
+import argparse
 import functools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,16 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .compute import prepare
-from .config import Config, StepConfig
-from .memory_model import FP32, Options, Work, saved_constant, saved_per_image
+from .config import Config, ModelConfig, ObjectiveConfig, StepConfig
+from .memory_model import FP32, Options, Work, peak, saved_constant, saved_per_image
 from .model import MLP, Classifier
 from .objective import SSSD
 from .step import autocast
 
 CPU = torch.device("cpu")
-
-
-# ---- the modules as a run has them ---------------------------------------------------------------------------------------------
 
 
 class _Fp32Norm(nn.LayerNorm):
@@ -57,13 +56,14 @@ class _OpMLP(MLP):
 
 
 class _Unwritten(TorchFunctionMode):
-    """torch.nn.init leaves its tensors as they are."""
+    """Parameters stay as they were allocated: what torch.nn.init would do to them is left out."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+        filled = args[0] if args else (kwargs or {}).get("tensor")  # as torch.nn.init calls it
+        name = getattr(func, "__name__", "")
+        if isinstance(filled, nn.Parameter) and name.endswith("_") and name[-2] != "_" and name != "requires_grad_":
+            return filled
+        return func(*args, **(kwargs or {}))
 
 
 def _module(work: Work, o: Options) -> SSSD | Classifier:
@@ -74,16 +74,9 @@ def _module(work: Work, o: Options) -> SSSD | Classifier:
         model = SSSD(work.model, work.objective)
     else:
         model = Classifier(work.model, work.classes, work.pool, work.drop_path)
-    step = StepConfig.model_validate(
-        {
-            "compile": False,
-            "attention": o.attention,
-            "decoder_attention": o.decoder_attention,
-            "mlp": "plain",
-            "residual": o.residual if o.precision != "fp32" else "fp32",
-            "checkpoint": o.checkpoint,
-        }
-    )
+    residual = o.residual if o.precision != "fp32" else "fp32"
+    settings = {"compile": False, "mlp": "plain", "residual": residual, "checkpoint": o.checkpoint}
+    step = StepConfig.model_validate({**settings, "attention": o.attention, "decoder_attention": o.decoder_attention})
     prepare(model, Config(model=work.model, step=step), o.precision, CPU, 1)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm) and o.device == "cuda" and o.precision != "fp32":
@@ -96,9 +89,6 @@ def _module(work: Work, o: Options) -> SSSD | Classifier:
 def _inputs(work: Work, images: int) -> list[Tensor]:
     pixels = torch.empty((images, work.model.in_channels, *work.model.image_size), dtype=torch.uint8)
     return [pixels] if work.objective is None else [pixels, torch.empty(images, work.model.num_patches)]
-
-
-# ---- measuring -----------------------------------------------------------------------------------------------------------------
 
 
 class LiveBytes(TorchDispatchMode):
@@ -115,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in self.given:
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, self.now())
+        self.peak = max(self.peak, self.now() + _inside(func, args))
         return out
 
     def now(self) -> int:
@@ -123,10 +113,25 @@ class LiveBytes(TorchDispatchMode):
         return sum(size for _, size in self.alive.values())
 
 
+def _inside(op: Any, args: Any) -> int:
+    """Bytes that an op has for a moment, and that no mode sees: gelu_linear's backward makes dh beside the gradient of g and g itself,
+    then the gradient of weight, with the first of both gone."""
+    if op is not torch.ops.mae_kernels.gelu_linear_backward.default:
+        return 0
+    x, weight = args[1], args[3]
+    return int(weight.element_size() * max(2 * x.numel() - weight.numel(), x.numel()))
+
+
 @dataclass(frozen=True)
 class Measured:
     kept: float  # bytes alive when the forward has ended, beside parameters and inputs
     peak: float  # largest since then, gradients included
+
+
+def _cross_entropy(logits_BC: Tensor) -> Tensor:
+    """With soft targets and class weights, as FinetuneTask.loss."""
+    targets_BC, weights_C = torch.full_like(logits_BC, 1 / logits_BC.shape[1], dtype=torch.float32), torch.ones(())
+    return -(targets_BC * weights_C * F.log_softmax(logits_BC.float(), 1)).sum(1).mean()
 
 
 def measure(work: Work, o: Options, images: int) -> Measured:
@@ -139,21 +144,11 @@ def measure(work: Work, o: Options, images: int) -> Measured:
     with LiveBytes([*model.parameters(), *model.buffers(), *inputs]) as live:
         with autocast(o.precision, CPU):
             out = model(*inputs)
-            loss = out.total if work.objective is not None else -F.log_softmax(out.float(), 1).sum(1).mean()
+            loss = out.total if work.objective is not None else _cross_entropy(out)
         del out
         kept = live.peak = live.now()
         loss.backward()
     return Measured(kept, live.peak)
-
-
-def measure_per_image(work: Work, o: Options, images: tuple[int, int] = (2, 5)) -> tuple[float, float]:
-    """(bytes kept per image, bytes whatever their number), from two batch sizes."""
-    few, many = (measure(work, o, n).kept for n in images)
-    slope = (many - few) / (images[1] - images[0])
-    return slope, few - images[0] * slope
-
-
-# ---- asking the partitioner ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -181,7 +176,8 @@ def measured_saved_bytes(work: Work, o: Options, images: int, budget: float = 1.
     import torch._inductor.config as inductor
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.exc import BackendCompilerFailed
-    from torch._inductor.compile_fx import partition_fn, select_decomp_table
+    from torch._inductor.compile_fx import partition_fn
+    from torch._inductor.decomposition import select_decomp_table
 
     started, graphs = time.perf_counter(), []
 
@@ -189,9 +185,12 @@ def measured_saved_bytes(work: Work, o: Options, images: int, budget: float = 1.
         graphs.append((*partition_fn(joint, inputs, **kwargs), kwargs["num_fwd_outputs"]))
         raise _Partitioned
 
+    def unreached(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("the partitioner has not been asked")
+
     def backend(graph: Any, inputs: Any) -> Any:
-        make = aot_autograd(fw_compiler=_nothing, bw_compiler=_nothing, decompositions=select_decomp_table(), partition_fn=partition)
-        return make(graph, inputs)
+        settings = {"decompositions": select_decomp_table(), "partition_fn": partition}
+        return aot_autograd(fw_compiler=unreached, bw_compiler=unreached, **settings)(graph, inputs)
 
     with _Unwritten():
         model = _module(work, o)
@@ -203,13 +202,8 @@ def measured_saved_bytes(work: Work, o: Options, images: int, budget: float = 1.
             if not isinstance(error.inner_exception, _Partitioned):
                 raise
     forward, backward, outputs = graphs[0]
-    per_image, constant = _kept(forward, outputs)
-    flops = _repeated_flops(forward, backward)
-    return Traced(per_image / images, constant, flops / images, time.perf_counter() - started)
-
-
-def _nothing(graph: Any, inputs: Any) -> Any:
-    return graph
+    (of_images, constant), flops = _kept(forward, outputs), _repeated_flops(forward, backward)
+    return Traced(of_images / images, constant, flops / images, time.perf_counter() - started)
 
 
 def _kept(forward: Any, outputs: int) -> tuple[int, int]:
@@ -252,9 +246,101 @@ def budget_is_ignored(work: Work, o: Options, images: int) -> bool:
     than the graph's inputs, parameters included. By formula, so near equality it may be wrong.
     """
     stages = work.stages(o)
-    weights, frozen = [n for stage in stages for n in stage.weights], sum(stage.frozen for stage in stages)
-    inputs = FP32 * (sum(weights) + frozen) + images * work.image_bytes
+    weights = sum(sum(stage.weights) for stage in stages)
+    inputs = FP32 * (weights + sum(stage.frozen for stage in stages)) + images * work.image_bytes
     kept = images * saved_per_image(stages) + saved_constant(stages, o)
     if o.precision == "fp32":  # what products read are the parameters themselves
-        kept += FP32 * sum(weights)
+        kept += FP32 * weights
     return kept <= inputs
+
+
+PRECISIONS = (("fp32", "fp32", "cpu"), *product(["bf16"], ["fp32", "bf16"], ["cuda", "cpu"]))  # and residual, device
+BUDGETS = (1.0, 0.8, 0.5)
+
+
+def small_works() -> dict[str, Work]:
+    """Models of an odd shape or two that take no time."""
+    plain = ModelConfig(
+        image_size=(32, 48), patch_size=8, width=32, depth=3, heads=2, decoder_width=24, decoder_depth=2, decoder_heads=3
+    )  # fmt: skip
+    odd = ModelConfig(
+        image_size=(56, 40), patch_size=8, width=40, depth=2, heads=5, decoder_width=48, decoder_depth=1, decoder_heads=2,
+        cls_token=False, in_channels=3, mlp_ratio=2.7, mask_ratio=0.6,
+    )  # fmt: skip
+    dino = ObjectiveConfig(head_hidden=20, head_bottleneck=12, prototypes=50)
+    return {
+        "SSSD": Work(plain, dino),
+        "MAE": Work(plain, dino.model_copy(update={"weight": 0.0})),
+        "odd SSSD": Work(odd, dino.model_copy(update={"detach_teacher": True, "pooling": "token"})),
+        "odd SSSD, cosine": Work(odd, dino.model_copy(update={"kind": "cosine"})),
+        "classifier, mean": Work(plain, None, 3),
+        "classifier, cls": Work(plain, None, 3, "cls", drop_path=0.2),
+    }
+
+
+def eager_options() -> Iterator[Options]:
+    choices = product(PRECISIONS, ("none", "selective", "full"), ("sdpa", "eager"), (False, True))
+    for (precision, residual, device), kept, provider, fused in choices:
+        yield Options(precision, residual, kept, False, fused, provider, provider, device=device, plain_ops=True)
+
+
+def compiled_options() -> list[Options]:
+    bf16 = Options(compiled=True, plain_ops=True)
+    eager = replace(bf16, attention="eager", decoder_attention="eager")
+    return [replace(bf16, precision="fp32"), bf16, replace(bf16, residual="bf16", fused_mlp=True), eager]
+
+
+def _row(name: str, o: Options, how: str, kept: tuple[float, float], peaks: tuple[float, float] | None = None) -> str:
+    """Pairs of (predicted, measured); predicted is nan where there is no formula."""
+    mlp = "fused" if o.fused_mlp else "plain"
+    texts = [f"{name}; {o.precision}, residual {o.residual}, {o.device}, {o.attention}, {mlp} MLP, {how}"]
+    for predicted, measured in (kept, peaks or (float("nan"), float("nan"))):
+        pair = [f"{n:,.0f}" if n == n else "" for n in (predicted, measured)]
+        texts += [*pair, f"{100 * (predicted / measured - 1):+.2f} %" if predicted == predicted else ""]
+    return f"| {' | '.join(texts)} |"
+
+
+def _eager_row(name: str, work: Work, o: Options, images: tuple[int, int]) -> str:
+    few, many = (measure(work, o, n) for n in images)
+    stages, per_image = work.stages(o), (many.kept - few.kept) / (images[1] - images[0])
+    kept, peaks = (saved_per_image(stages), per_image), (peak(stages, images[1], o), many.peak)
+    return _row(name, o, f"checkpoint {o.checkpoint}", kept, peaks)
+
+
+def _compiled_row(name: str, work: Work, o: Options, images: int, budget: float) -> str:
+    predicted = saved_per_image(work.stages(o)) if budget == 1 else float("nan")
+    traced = measured_saved_bytes(work, o, images, budget)
+    return _row(name, o, f"compiled, {images} images, budget {budget:g}", (predicted, traced.per_image))
+
+
+def rows(full_size: bool) -> Iterator[str]:
+    for name, work in small_works().items():
+        yield from (_eager_row(name, work, o, (2, 5)) for o in eager_options())
+    for (name, work), o, budget in product(small_works().items(), compiled_options(), BUDGETS):
+        yield _compiled_row(name, work, o, 32, budget)
+    if full_size:
+        sizes = {"ViT-B": ModelConfig(in_channels=3), "ViT-L": ModelConfig(name="large", in_channels=3)}
+        for (name, model), fused in product(sizes.items(), (False, True)):
+            o = Options(residual="bf16" if fused else "fp32", fused_mlp=fused, plain_ops=True)
+            for what, work in (("SSSD", Work(model, ObjectiveConfig())), ("classifier", Work(model, None))):
+                yield _eager_row(f"{name} {what}", work, o, (2, 3))
+                for budget in BUDGETS:
+                    yield _compiled_row(f"{name} {what}", work, replace(o, compiled=True), 64, budget)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sssd_fast.memory_check", description="Predicted and measured bytes."
+    )
+    parser.add_argument("--full-size", action="store_true", help="ViT-B and ViT-L at 224 x 224 too: minutes, some 6 GB")
+    print(
+        "| case | predicted bytes per image | measured | difference | predicted peak, bytes | measured | difference |"
+    )
+    print("|---" * 7 + "|")
+    for row in rows(parser.parse_args(argv).full_size):
+        print(row, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

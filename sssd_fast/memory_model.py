@@ -83,7 +83,7 @@ class Stage:
     copies: float = 0.0  # cast weights
     constant: float = 0.0  # other kept bytes
     weights: tuple[int, ...] = ()  # values of each trained tensor; their gradients appear in its backward
-    frozen: int = 0  # values of tensors that are not trained
+    frozen: int = 0  # values of tensors that are not trained, or that no gradient reaches
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,6 @@ class Work:
         return self.model.in_channels * height * width + 2 * INDEX + 1 + noise
 
 
-# ---- parts ---------------------------------------------------------------------------------------------------------------------
-
-
 def _linear(fan_in: int, fan_out: int) -> tuple[int, int]:
     return fan_in * fan_out, fan_out
 
@@ -130,57 +127,73 @@ def _norm(o: Options, rows: int, width: int, stored_rows: int | None = None) -> 
 def _attention(o: Options, provider: str, rows: int, heads: int) -> float:
     """What the provider keeps beside qkv and the output."""
     if provider == "eager":
-        return float(heads * rows * rows * (FP32 + (o.b if o.b < FP32 else 0)))
+        probabilities = rows * (FP32 + (o.b if o.b < FP32 else 0))
+        if o.compiled and o.b < FP32:  # or the scores, two maxima, whether finite, a sum, and the cast probabilities
+            probabilities = min(probabilities, rows * 2 * o.b + 3 * FP32 + 1)
+        return float(heads * rows * probabilities)
     return 0.0 if provider == "fused" and rows <= FUSED_KEEPS_NOTHING else float(heads * rows * FP32)
 
 
 def _block(
     o: Options, name: str, provider: str, rows: int, width: int, heads: int, mlp_ratio: float, *, last: int | None = None,
-    view: bool = False, drop_path: bool = False,
+    view: bool = False, drop_path: bool = False, first: str = "",
 ) -> Stage:  # fmt: skip
-    """last: rows that go on behind the attention, as a view of the stream or gathered into a tensor of their own."""
+    """last: rows that go on behind the attention, as a view of the stream or gathered into a tensor of their own.
+
+    first: a compiled stack's first block reads a stream that is "kept" anyway, so that the projection in b stands for the second
+    norm's input; or one that is made "again" from what the indices' stage keeps.
+    """
     b, D, F, rows2 = o.b, width, int(width * mlp_ratio), rows if last is None else last
     values = rows * D
     softmax = _attention(o, provider, rows, heads)
-    attention = _norm(o, rows, D) + 5 * values * b + softmax  # what the products read, qkv, and the output
-    mlp = _norm(o, rows2, D, rows if view else None) + rows2 * (D + F * (1 if o.fused_mlp else 2)) * b
+    norm1, norm2 = _norm(o, rows, D), _norm(o, rows2, D, rows if view else None)
+    if o.compiled and first:
+        norm1 = rows * ((D * o.r if first == "kept" else 0) + 2.0 * FP32)
+    if o.compiled and first == "kept" and rows2 == rows:
+        norm2 = rows * (D * min(o.r, b) + 2.0 * FP32)
+    attention = norm1 + 5 * values * b + softmax  # what the products read, qkv, and the output
+    mlp = norm2 + rows2 * (D + F * (1 if o.fused_mlp else 2)) * b
     everything = attention + mlp + (2 if drop_path else 0)  # which images skip each branch
     # Temporary beside the stream's gradient: in the MLP, where it is widest, the branch's gradient and that of gelu(h), with the fused
-    # op that of h and gelu(h) too; in the attention, with the MLP's activations gone, gradients of qkv and of what the norm wrote.
-    scores = heads * rows * rows * 2 * FP32 if provider == "eager" else 0
+    # op that of h and gelu(h) too; in the attention, with the MLP's activations gone, gradients of qkv and of what the norm wrote, or
+    # before them those of the output, of v and of the scores, twice, in place of the cast probabilities.
+    scores = heads * rows * rows * (FP32 if b < FP32 else 2 * FP32) if provider == "eager" else 0
     wide_mlp = rows2 * (D + F * (3 if o.fused_mlp else 1)) * b
-    temporary = values * o.r + max(wide_mlp, 5 * values * b + scores - mlp)
+    temporary = values * o.r + max(wide_mlp, max(5 * values * b, 2 * values * b + scores) - mlp)
     matrices = (*_linear(D, 3 * D), *_linear(D, D), *_linear(D, F), *_linear(F, D))
     weights = (D, D, *matrices[:4], D, D, *matrices[4:])
     stage = Stage(name, everything, 0.0, temporary, _copies(o, matrices), 0.0, weights)
     if o.checkpoint == "none":
         return stage
     kept = float(values * o.r)  # the block's input, which may be what the norm keeps
-    shared = kept if o.norm_input == o.r else 0.0
+    # once computed again, the block holds everything, its input where the norm cast it, and the last product, which nothing reads
+    held = everything if o.norm_input == o.r else everything + kept
     if o.checkpoint == "selective":
         kept += (5 * values + rows2 * (F + D)) * b  # qkv, attention, projection, both products of the MLP
         kept += heads * rows * rows * b if provider == "eager" else softmax
-        shared += (0 if provider == "eager" else 4 * values * b + softmax) + rows2 * F * b
-    return replace(stage, kept=kept, again=everything - shared)
+        held += rows2 * D * b
+    return replace(stage, kept=kept, again=held - kept)
 
 
-def _head(o: Options, objective: ObjectiveConfig, rows: int, width: int, *, shares_input: bool, detached: bool) -> Stage:
-    """A projection head with what the loss keeps of it. detached: no gradient reaches it, and only the loss keeps something."""
+def _head(o: Options, objective: ObjectiveConfig, rows: int, width: int, *, shared: bool, detached: bool) -> Stage:
+    """A projection head with what the loss keeps of it. shared: its input is kept by the norm before it, which writes it.
+
+    detached: no gradient reaches it, and only the loss keeps something.
+    """
     b, hidden, F, S = o.b, objective.head_hidden, objective.head_bottleneck, objective.prototypes
     dino, pooled = objective.kind == "dino", rows if objective.pooling == "token" else 1
     layers = (*_linear(width, hidden), *_linear(hidden, hidden), *_linear(hidden, F))
     weights = (*layers, S * F) if dino else layers
-    if dino:
-        logits = pooled * S * (FP32 if o.plain and not o.compiled else b)
-    else:
-        logits = pooled * FP32 * OTHER_KINDS[objective.kind](F)
+    wide = FP32 if o.plain and not o.compiled else b
+    logits = pooled * (S * wide if dino else FP32 * OTHER_KINDS[objective.kind](F))
     if detached:
-        return Stage("projection head", logits, weights=weights)
-    kept = (0 if shares_input else rows * width * b) + 4 * rows * hidden * b + logits
+        return Stage("projection head", logits, frozen=sum(weights))
+    kept = (0 if shared else rows * width * b) + 4 * rows * hidden * b + logits
     # the L2 norm: its input, and the norm before and after it is bounded from below
     kept += rows * F * b + rows * FP32 if o.compiled else rows * F * FP32 + rows * 2 * FP32
-    kept += pooled * F * b if dino else 0
-    constant = 2 * S * FP32 + (S * F * FP32 if o.precision == "fp32" else 0) if dino else 0
+    softmaxes = 6 * FP32 + 2 if o.compiled and o.plain else 0  # of both: maxima, whether finite, sums
+    kept += pooled * (F * b + softmaxes) if dino else 0
+    constant = (1 if o.compiled else 2) * S * FP32 + (S * F * FP32 if o.precision == "fp32" else 0) if dino else 0
     copies = _copies(o, layers) + (S * F * b if dino and o.precision != "fp32" else 0)
     return Stage("projection head", kept, 0.0, 2 * rows * hidden * b, copies, constant, weights)
 
@@ -191,7 +204,8 @@ def _patch_embed(o: Options, model: ModelConfig, listed: int, *, positions: bool
     table = (p + model.num_patches) * D
     weights = (*_linear(V, D), *([D] if p else []), *([table] if positions else []))
     kept = listed * V * o.b if o.plain else 0
-    return Stage("embedding", kept, 0.0, listed * V * o.b, weights=weights, frozen=0 if positions else table)
+    ids = INDEX * listed if positions else 0.0  # all patches in order, the same for every image
+    return Stage("embedding", kept, 0.0, listed * V * o.b, 0.0, ids, weights, 0 if positions else table)
 
 
 def _indices(o: Options, model: ModelConfig, *, teacher: bool) -> float:
@@ -209,48 +223,42 @@ def _indices(o: Options, model: ModelConfig, *, teacher: bool) -> float:
     return float(kept)
 
 
-# ---- steps ---------------------------------------------------------------------------------------------------------------------
-
-
 def pretrain_stages(model: ModelConfig, objective: ObjectiveConfig, o: Options) -> list[Stage]:
     """The SSSD step of objective.py."""
     b, p, L, K = o.b, int(model.cls_token), model.num_patches, model.num_visible
-    M, V, E, (D, depth, heads) = L - K, model.patch_size**2 * model.in_channels, model.decoder_width, model.encoder_shape
+    M, V, E = L - K, model.patch_size**2 * model.in_channels, model.decoder_width
+    D, depth, heads = model.encoder_shape
     teacher, detached, ratio = objective.weight > 0, objective.detach_teacher, model.mlp_ratio
-    encoder = [_block(o, f"encoder block {i}", o.attention, p + K, D, heads, ratio) for i in range(depth)]
+    encoder = [
+        _block(o, f"encoder block {i}", o.attention, p + K, D, heads, ratio, first="" if i else "kept") for i in range(depth)
+    ]  # fmt: skip
     read, decoder = L if teacher else M, model.decoder_depth
     blocks = [
         _block(
             o, f"decoder block {i}", o.decoder_attention, p + L, E, model.decoder_heads, ratio,
-            last=read if i == decoder - 1 else None,
+            last=read if i == decoder - 1 else None, first="" if i else "again" if o.plain else "kept",
         )
         for i in range(decoder)
     ]  # fmt: skip
     embed, pred = _linear(D, E), _linear(E, V)
     between = Stage(
-        "encoder norm, decoder embedding",
-        kept=_norm(o, p + K, D) + (p + K) * D * b,
-        temporary=(p + K) * D * (o.r + FP32 + b),
-        copies=_copies(o, embed),
-        weights=(D, D, *embed, E),
-        frozen=(p + L) * E,
-    )
+        "encoder norm, decoder embedding", kept=_norm(o, p + K, D) + (p + K) * D * b, temporary=(p + K) * D * (o.r + FP32 + b),
+        copies=_copies(o, embed), weights=(D, D, *embed, E), frozen=(p + L) * E,
+    )  # fmt: skip
     normed = L if teacher and not detached else M  # rows that the last norm keeps something of
+    difference = M * V * (FP32 if o.plain else b)
+    if o.plain and o.compiled and not teacher and b < FP32:  # prediction, pixels, their mean and deviation
+        difference = M * V * (b + 1) + 2 * FP32 * M
     prediction = Stage(
-        "decoder norm, prediction, loss",
-        kept=_norm(o, normed, E, read) + M * E * b + M * V * (FP32 if o.plain else b),
-        temporary=M * V * (b + (2 * FP32 if o.plain else 0)) + M * E * (b + FP32),
-        copies=_copies(o, pred),
-        weights=(E, E, *pred),
-    )
-    stages = [
-        Stage("indices", _indices(o, model, teacher=teacher)),
-        *(_patch_embed(o, model, K, positions=False), *encoder, between, *blocks, prediction),
-    ]
+        "decoder norm, prediction, loss", kept=_norm(o, normed, E, read) + M * E * b + difference,
+        temporary=M * V * (b + (2 * FP32 if o.plain else 0)) + M * E * (b + FP32), copies=_copies(o, pred), weights=(E, E, *pred),
+    )  # fmt: skip
+    start = Stage("indices", _indices(o, model, teacher=teacher)), _patch_embed(o, model, K, positions=False)
+    stages = [*start, *encoder, between, *blocks, prediction]
     if teacher:
         shares = p == 0 and (o.precision == "fp32" or (o.device == "cpu" and o.r == 2))  # the norm's own output, whole
-        stages.append(_head(o, objective, K, D, shares_input=shares, detached=False))
-        stages.append(_head(o, objective, K, E, shares_input=False, detached=detached))
+        stages.append(_head(o, objective, K, D, shared=shares, detached=False))
+        stages.append(_head(o, objective, K, E, shared=False, detached=detached))
     return stages
 
 
@@ -263,21 +271,15 @@ def classifier_stages(
     blocks = [
         _block(
             o, f"encoder block {i}", o.attention, p + L, D, heads, model.mlp_ratio, drop_path=drop_path > 0 and i > 0,
-            last=last if i == depth - 1 else None, view=i == depth - 1,
+            last=last if i == depth - 1 else None, view=i == depth - 1, first="" if i else "kept",
         )
         for i in range(depth)
     ]  # fmt: skip
     end = Stage(
-        "norm, head, loss",
-        kept=_norm(o, 1, D) + D * o.b + 2 * classes * FP32,
-        temporary=(last + 1) * D * o.r + 2 * classes * FP32,
-        copies=_copies(o, _linear(D, classes)),
-        weights=(D, D, *_linear(D, classes)),
-    )
+        "norm, head, loss", kept=_norm(o, 1, D) + D * o.b + 2 * classes * FP32, temporary=(last + 1) * D * o.r + 2 * classes * FP32,
+        copies=_copies(o, _linear(D, classes)), weights=(D, D, *_linear(D, classes)),
+    )  # fmt: skip
     return [_patch_embed(o, model, L, positions=True), *blocks, end]
-
-
-# ---- sums ----------------------------------------------------------------------------------------------------------------------
 
 
 def saved_per_image(stages: Sequence[Stage]) -> float:
@@ -320,17 +322,17 @@ def peak(stages: Sequence[Stage], images: int, o: Options, *, accumulate: int = 
     beside them. gradient_copies: of all gradients, such as those that several processes exchange.
     """
     all_gradients = FP32 * sum(n for stage in stages for n in stage.weights)
-    gradients, grow = gradient_copies * all_gradients, 1.0
+    gradients, grow = float(gradient_copies * all_gradients), 1.0
     if accumulate > 1:
         gradients, grow = gradients + all_gradients, float(o.compiled)
-    again = o.checkpoint != "none"
+    again, gradient = o.checkpoint != "none", FP32 + (o.b if o.b < FP32 else 0)  # of a weight, and before it is cast
     kept = images * saved_per_image(stages) + sum(stage.constant for stage in stages)
     copies = sum(stage.copies for stage in stages)
     worst = gradients + kept + copies  # autocast drops its casts when the forward ends
     copies = 0.0 if again else copies
     for stage in reversed(stages):
         own = images * (stage.again + stage.temporary) + (stage.copies if again else 0)
-        worst = max(worst, gradients + kept + copies + own + o.b * max(stage.weights, default=0))
+        worst = max(worst, gradients + kept + copies + own + gradient * max(stage.weights, default=0))
         kept -= images * stage.kept + stage.constant
         copies -= 0 if again else stage.copies
         gradients += grow * FP32 * sum(stage.weights)
@@ -341,8 +343,6 @@ def total_peak(
     work: Work, stages: Sequence[Stage], images: int, o: Options, *, accumulate: int = 1, gradient_copies: int = 0
 ) -> float:
     """Bytes of everything at the worst moment. The loop fetches all micro-batches of a step before it."""
-    weights = [n for stage in stages for n in stage.weights]
-    values = sum(weights) + sum(stage.frozen for stage in stages)
     batch = images * accumulate * work.image_bytes
     moving = peak(stages, images, o, accumulate=accumulate, gradient_copies=gradient_copies)
-    return FP32 * values + optimizer_bytes(weights, o.optimizer) + batch + moving
+    return fixed_bytes(stages, o) - FP32 * sum(sum(stage.weights) for stage in stages) + batch + moving

@@ -23,7 +23,7 @@ from .memory_model import total_peak
 from .model import Classifier
 from .objective import SSSD
 from .optim import build_optimizer, parameter_groups
-from .plan import RESERVE, divisors, options_of, work_of
+from .plan import RESERVE, budgeted, divisors, options_of, work_of
 from .step import Step, TaskLoss, pick_precision
 
 OPTIMISM = 1.15  # sizes are tried up to this share of what the model allows: it is a prediction
@@ -46,17 +46,19 @@ def resolve_batch(config: Config, task: str, world: World, classes: int = 2, say
     precision = pick_precision(config.precision, device)
     compile_it = pick_compile(config.step, device)[0]
     o = options_of(config, work, precision, device, compile_it)
-    free = _free_bytes(device)
+    free, stages = _free_bytes(device), work.stages(o)
+    if compile_it and config.step.activation_budget < 1:
+        stages, _ = budgeted(work, o, config.step.activation_budget, own, say)
 
     def predicted(images: int) -> float:
-        many = own // images
         copies = int(world.size > 1)
-        return total_peak(work, work.stages(o), images, o, accumulate=many, gradient_copies=copies)
+        return total_peak(work, stages, images, o, accumulate=own // images, gradient_copies=copies)
 
     def trial(images: int) -> bool:
-        return _steps_fit(config, task, classes, world, precision, images, min(own // images, 2), say)
+        return _steps_fit(config, task, classes, world, precision, images, own // images, say)
 
-    limit = RESERVE.usable(free) * OPTIMISM if device.type == "cuda" else CPU_SHARE * free
+    # what is free does not hold the CUDA context any more
+    limit = free / (1 + RESERVE.fragments) * OPTIMISM if device.type == "cuda" else CPU_SHARE * free
     found = search(own, lambda n: predicted(n) <= limit, trial if device.type == "cuda" else lambda n: True, world)
     if found is None:
         raise ConfigError(
@@ -95,7 +97,7 @@ def _free_bytes(device: torch.device) -> float:
 def _steps_fit(
     config: Config, task: str, classes: int, world: World, precision: str, images: int, accumulate: int, say: Say
 ) -> bool:  # fmt: skip
-    """Whether two real steps on `accumulate` micro-batches of random images run in the memory that is free."""
+    """Whether two real steps on random images run in the memory that is free, of two micro-batches where there are more."""
     say(f"trying a micro-batch of {images} ...")
     try:
         _two_steps(config, task, classes, world, precision, images, accumulate)
@@ -144,7 +146,7 @@ def _two_steps(
         shape = images, config.model.in_channels, height, width
         batches = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(accumulate)]
         for i in range(2):
-            result = step(batches, i, 0.0)
+            result = step(batches[:2], i, 0.0)  # the other micro-batches of a step only wait in memory
         float(result.grad_norm)  # waits until it really ran
 
 

@@ -83,7 +83,7 @@ def _once(
         place = out / stage
         again = resume and (place / "config.yaml").exists()
         if not again:
-            config = resolve_batch(config, stage, here)
+            config = resolve_batch(config, stage, here, say=print if here.main else (lambda text: None))
         with open_run(
             stage, config, place, here, resume=again, overwrite=overwrite, resume_with=hint, command=command
         ) as run:

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from .attention import Site, choose
-from .config import Config, from_dict, to_dict
+from .config import Config, StepConfig, from_dict, to_dict
 from .console import Console
 from .costs import classifier_parts, train_flops
 from .errors import ConfigError
 from .memory_check import Traced, budget_is_ignored, measured_saved_bytes
 from .memory_model import Options, Stage, Work, fixed_bytes, keeping, saved_per_image, total_peak
-from .step import AUTOCAST
+from .step import AUTOCAST, pick_precision
 
 
 class Reserve(NamedTuple):
@@ -110,25 +110,24 @@ def _row(
     work: Work, config: Config, changes: dict[str, Any], memory: float, effective: int,
     capability: tuple[int, int] | None, say: Callable[[str], Any],
 ) -> Row:  # fmt: skip
-    step = config.step
-    o = options_of(config, work, precision_of(config), torch.device("cuda"), step.compile is not False, capability)
-    stages, extra, note = work.stages(o), 0.0, ""
-    flops = flops_of(work)
+    step, note = config.step, ""
+    o = options_of(config, work, precision_of(config), torch.device("cuda"), would_compile(step), capability)
+    stages, flops, extra = work.stages(o), flops_of(work), 0.0
     if step.activation_budget < 1:
         hoped = keeping(stages, step.activation_budget * saved_per_image(stages))
         guess = max(1, min(effective, _largest(work, hoped, o, memory, effective)))
-        if budget_is_ignored(work, o, guess):
-            note = "torch ignores the budget at so few images"
+        kept, extra = budgeted(work, o, step.activation_budget, guess, say)
+        micro = _dividing(effective, _largest(work, kept, o, memory, effective))
+        if budget_is_ignored(work, o, max(1, micro)):
+            note, extra = "torch ignores the budget at so few images", 0.0
         else:
-            say(f"activation_budget {step.activation_budget:g}: tracing {guess} images through torch's partitioner ...")
-            traced = _traced(work, o, guess, step.activation_budget)
-            stages, extra = keeping(stages, traced.per_image), traced.recomputed_flops
+            stages = kept
     elif step.checkpoint == "full":
         extra = flops / 3  # a forward pass
     largest = _largest(work, stages, o, memory, effective)
-    micro = max((n for n in divisors(effective) if n <= largest), default=0)
+    micro = _dividing(effective, largest)
     accumulate = effective // micro if micro else 0
-    peak = total_peak(work, stages, max(micro, 1), o, accumulate=max(accumulate, 1))
+    peak = total_peak(work, stages, max(micro, 1), o, accumulate=accumulate or effective)
     return Row(
         settings=changes,
         kept_bytes_per_image=saved_per_image(stages),
@@ -140,6 +139,22 @@ def _row(
         speed=flops / (flops + extra),
         note=note,
     )
+
+
+def budgeted(
+    work: Work, o: Options, budget: float, images: int, say: Callable[[str], Any]
+) -> tuple[list[Stage], float]:
+    """(stages that keep what torch keeps at this step.activation_budget, FLOPs per image that it repeats)."""
+    stages = work.stages(o)
+    if budget_is_ignored(work, o, images):
+        return stages, 0.0
+    say(f"activation_budget {budget:g}: tracing {images} images through torch's partitioner ...")
+    traced = _traced(work, o, images, budget)
+    return keeping(stages, traced.per_image), traced.recomputed_flops
+
+
+def _dividing(effective: int, largest: int) -> int:
+    return max((n for n in divisors(effective) if n <= largest), default=0)
 
 
 def _traced(work: Work, o: Options, images: int, budget: float) -> Traced:
@@ -182,7 +197,15 @@ def work_of(config: Config, task: str, classes: int = 2) -> Work:
 
 
 def precision_of(config: Config) -> str:
+    """auto: that of the GPU here; where there is none, of one from sm_80 on."""
+    if torch.cuda.is_available():
+        return pick_precision(config.precision, torch.device("cuda", torch.cuda.current_device()))
     return "bf16" if config.precision == "auto" else config.precision
+
+
+def would_compile(step: StepConfig) -> bool:
+    """compute.pick_compile on a GPU that can."""
+    return step.compile is True or (step.compile == "auto" and step.checkpoint == "none")
 
 
 def options_of(

@@ -9,10 +9,13 @@ import torch
 import yaml
 
 from sssd_fast import microbatch
+from sssd_fast import plan as planner
 from sssd_fast.cli import main
 from sssd_fast.config import Config, load_config
 from sssd_fast.distributed import World
 from sssd_fast.errors import ConfigError
+from sssd_fast.memory_check import Traced
+from sssd_fast.memory_model import saved_per_image
 from sssd_fast.microbatch import resolve_batch, search
 
 CPU = World(torch.device("cpu"))
@@ -84,6 +87,26 @@ def test_the_effective_batch_stays(
     monkeypatch.setattr(microbatch, "_free_bytes", lambda device: 1000.0)
     with pytest.raises(ConfigError, match=rf"{task}\.batch is auto, and not one image fits: .*sssd-fast plan"):
         resolve_batch(config, task, CPU, say=said.append)
+
+
+def test_a_budget_lets_more_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ViT-B with 9 GB: what torch keeps at a budget of a half counts, not what it keeps without one."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(microbatch, "pick_compile", lambda step, device: (True, ""))
+    monkeypatch.setattr(microbatch, "pick_precision", lambda name, device: "bf16")
+    monkeypatch.setattr(microbatch, "_free_bytes", lambda device: 9e9)
+    monkeypatch.setattr(microbatch, "_steps_fit", lambda *args: True)
+    monkeypatch.setattr(
+        planner,
+        "measured_saved_bytes",
+        lambda work, o, images, budget: Traced(budget * saved_per_image(work.stages(o)), 0.0, 0.0, 0.0),
+    )
+    found = []
+    for budget in (1.0, 0.5):
+        settings = ["pretrain.batch=auto", "pretrain.batch_size=1024", f"step.activation_budget={budget}"]
+        resolved = resolve_batch(load_config(None, settings), "pretrain", World(device), say=lambda text: None)
+        found.append(resolved.pretrain.batch_size)
+    assert found[1] >= 2 * found[0]
 
 
 def test_a_number_stays_as_it_is(tiny: list[str]) -> None:

@@ -69,6 +69,25 @@ def test_more_memory_never_gives_less_and_cheaper_rows_keep_more() -> None:
     assert eight.fixed_bytes < 0.7 * full.fixed_bytes
 
 
+def test_recomputation_and_old_gpus_are_planned_as_they_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = load_config(None, ["step.checkpoint=full"]).step
+    assert not planner.would_compile(step)  # auto does not compile then, see compute.pick_compile
+    assert _rows(12e9, "step.checkpoint=full")[0].kept_bytes_per_image < 10e6
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert planner.precision_of(load_config(None, [])) == "fp16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    assert planner.precision_of(load_config(None, [])) == "bf16"
+
+
+def test_a_micro_batch_too_small_for_its_budget_is_planned_without() -> None:
+    """An effective batch whose only small divisor is 1: the size that was traced is not the one that is used."""
+    alone = [row for row in _rows(4.5e9, effective=251) if "activation_budget" in row.settings and row.micro_batch == 1]
+    assert alone
+    assert {row.note for row in alone} == {"torch ignores the budget at so few images"}
+
+
 def test_the_recommendation_prefers_speed_and_then_size() -> None:
     def row(micro: int, speed: float, **settings: Any) -> Row:
         return Row(settings, 1e6, 1e9, micro, micro, 256 // micro if micro else 0, 1e9, speed)
