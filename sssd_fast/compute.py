@@ -181,7 +181,9 @@ def _check(step: StepConfig, compile_it: bool, why: str, precision: str) -> None
         )
 
 
-def _check_budget(model: SSSD | Classifier, config: Config, precision: str, device: torch.device, batch_size: int) -> None:
+def _check_budget(
+    model: SSSD | Classifier, config: Config, precision: str, device: torch.device, batch_size: int
+) -> None:
     """torch ignores a budget without a word where activations are no larger than parameters."""
     from .memory_check import budget_is_ignored
     from .plan import options_of, work_of
