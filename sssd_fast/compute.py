@@ -27,7 +27,7 @@ from .model import MLP, Attention, Blocks, Classifier
 from .objective import SSSD
 from .step import AUTOCAST
 
-# Of a compiled step, counted in Inductor's code for ViT-B (see docs/compiled-step.md), and what one launch costs the CPU: about 5 us.
+# Launches of a compiled step, counted in Inductor's code for ViT-B (docs/compiled-step.md); 5 us for each on the CPU are assumed.
 LAUNCHES_PER_BLOCK, OTHER_LAUNCHES, LAUNCH_S = 36, 120, 5e-6
 
 
