@@ -163,9 +163,10 @@ def test_a_step_never_waits_for_the_device(tiny: list[str], precision: str, monk
         float(torch.ones(()))  # the mode sees what it should
     with _NoWaiting():
         results = [step([batch, batch], i, 1e-3) for i in range(3)]
-    expected = [True, False, True] if precision != "fp16" else [bool(r.finite) for r in results]
-    assert [bool(r.finite) for r in results] == expected
-    assert not bool(results[1].finite)
+    flags = [bool(r.finite) for r in results]
+    assert not flags[1]
+    if precision != "fp16":  # whose loss scale may still be coming down
+        assert flags == [True, False, True]
 
 
 def test_the_learning_rate_and_a_skip_compile_nothing_new() -> None:
