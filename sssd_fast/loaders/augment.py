@@ -1,121 +1,50 @@
-"""Augmentation: per image in numpy / Pillow (crop, flip, rotation, intensity), per batch in torch (erasing, mixing).
+"""What is done to a whole batch on its device, after crop and flip: rotation, brightness, contrast, erasing, mixing.
 
-Every draw comes from a generator that the caller passes. Per-image draws happen in one fixed order whether a switch is
-on or off, so turning the rotation on does not move the crops. Images stay uint8 from the file to the patch kernels.
+Every draw comes from the caller (views.py, or a generator). Images are uint8 [B, C, H, W] before and after.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-from sssd_fast.data.images import ImageArray
 from sssd_fast.errors import ConfigError
+from sssd_fast.loaders.batch import to_device
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the source
-
-_CROP_TRIES = 10
-
-
-@dataclass(frozen=True)
-class AugmentSpec:
-    """Per-image training augmentation. The defaults are MAE's for pre-training: random resized crop and flip."""
-
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the crop over the area of the image
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
-    hflip: float = 0.5  # probability
-    rotation_deg: float = 0.0  # uniform in +- this; corners become black
-    brightness: float = 0.0  # factor uniform in 1 +- this
-    contrast: float = 0.0  # factor around the image's mean, uniform in 1 +- this
-
-    def __post_init__(self) -> None:
-        # YAML and JSON give lists; the spec is hashed and compared, so keep tuples.
-        object.__setattr__(self, "crop_scale", tuple(self.crop_scale))
-        object.__setattr__(self, "crop_ratio", tuple(self.crop_ratio))
-        problems = []
-        if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
-            problems.append(f"crop_scale is {list(self.crop_scale)}; needed: 0 < low <= high <= 1")
-        if not (len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]):
-            problems.append(f"crop_ratio is {list(self.crop_ratio)}; needed: 0 < low <= high")
-        if not 0 <= self.hflip <= 1:
-            problems.append(f"hflip is {self.hflip}; a probability from 0 to 1 is needed")
-        if not 0 <= self.rotation_deg <= 180:
-            problems.append(f"rotation_deg is {self.rotation_deg}; 0 to 180 degrees is needed")
-        for name, value in (("brightness", self.brightness), ("contrast", self.contrast)):
-            if not 0 <= value < 1:
-                problems.append(f"{name} is {value}; 0 (off) to below 1 is needed")
-        if problems:
-            raise ConfigError("; ".join(problems))
+_FLOAT_IMAGES = 32  # images that are float at a time, so that no float copy of the batch exists
 
 
-def augment(image: ImageArray, spec: AugmentSpec, size: tuple[int, int], rng: np.random.Generator) -> ImageArray:
-    """uint8 [H, W] or [H, W, 3] -> the same with [size]: crop, resize, flip, rotate, brightness, contrast."""
-    box = random_crop_box(image.shape[0], image.shape[1], spec.crop_scale, spec.crop_ratio, rng)
-    flip = rng.random() < spec.hflip
-    angle, bright, contrast = rng.uniform(-1, 1, 3) * (spec.rotation_deg, spec.brightness, spec.contrast)
-    out = resize_box(image, box, size)
-    if flip:
-        out = out[:, ::-1]
-    if angle:
-        out = np.asarray(Image.fromarray(out).rotate(angle, Image.Resampling.BICUBIC))
-    if bright or contrast:
-        levels = np.arange(256, dtype=np.float64) * (1 + bright)
-        mean = (1 + bright) * float(out.mean())
-        table = np.clip(np.rint(mean + (1 + contrast) * (levels - mean)), 0, 255).astype(np.uint8)
-        out = table[out]
-    return np.ascontiguousarray(out)
+def turn_and_light(images_BCHW: Tensor, looks_B3: Tensor) -> Tensor:
+    """Rotation about the centre, then brightness, then contrast around the image's mean; a new uint8 tensor.
 
-
-def random_crop_box(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> Box:
-    """Inception crop: area uniform in `scale`, log aspect uniform in `ratio`, place uniform over whole pixels.
-
-    When ten draws do not fit, the largest centred crop of an allowed aspect.
+    looks_B3: float32 degrees counter-clockwise, brightness - 1, contrast - 1, on the images' device. Corners become black.
+    Pixels between the old ones are bicubic (a = -0.75, as torch's grid_sample has it); rounded once, at the end.
     """
-    found: Box | None = None
-    for u_area, u_ratio, u_top, u_left in rng.random((_CROP_TRIES, 4)):
-        area = height * width * (scale[0] + u_area * (scale[1] - scale[0]))
-        aspect = math.exp(math.log(ratio[0]) + u_ratio * math.log(ratio[1] / ratio[0]))
-        w, h = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
-        if w <= width and h <= height:
-            top, left = int(u_top * (height - h + 1)), int(u_left * (width - w + 1))
-            found = (left, top, left + w, top + h)
-            break
-    if found is None:
-        aspect = min(max(width / height, ratio[0]), ratio[1])
-        w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-        left, top = (width - w) // 2, (height - h) // 2
-        found = (left, top, left + w, top + h)
-    return found
+    out = torch.empty_like(images_BCHW)
+    for start in range(0, len(images_BCHW), _FLOAT_IMAGES):
+        part = slice(start, start + _FLOAT_IMAGES)
+        x_BCHW = _turned(images_BCHW[part].float(), looks_B3[part, 0])
+        bright, contrast = (looks_B3[part, i].view(-1, 1, 1, 1) for i in (1, 2))
+        x_BCHW = x_BCHW * (1 + bright)
+        mean = x_BCHW.mean((1, 2, 3), keepdim=True)
+        out[part] = (mean + (1 + contrast) * (x_BCHW - mean)).round_().clamp_(0, 255).to(torch.uint8)
+    return out
 
 
-def resize_center_crop(image: ImageArray, size: tuple[int, int], *, fit: str = "crop") -> ImageArray:
-    """The evaluation view, uint8 [size].
-
-    fit="crop": the largest centred part of the target's aspect, resized; nothing is stretched. fit="stretch": the whole
-    image, so that the edges of wide slices stay visible.
-    """
-    height, width = image.shape[:2]
-    if fit == "stretch":
-        return resize_box(image, (0, 0, width, height), size)
-    if fit != "crop":
-        raise ConfigError(f"evaluation fit is {fit!r}; 'crop' or 'stretch' is needed")
-    scale = min(height / size[0], width / size[1])
-    h, w = scale * size[0], scale * size[1]
-    left, top = (width - w) / 2, (height - h) / 2
-    return resize_box(image, (left, top, min(left + w, width), min(top + h, height)), size)
-
-
-def resize_box(image: ImageArray, box: Box, size: tuple[int, int]) -> ImageArray:
-    """Bicubic, antialiased resize of the part `box` to [size] (height, width); Pillow's kernel, a = -0.5."""
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box))
+def _turned(x_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
+    """An angle of 0 gives the pixels back exactly."""
+    height, width = x_BCHW.shape[-2:]
+    radians = torch.deg2rad(degrees_B)
+    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
+    # From output to input, in the [-1, 1] coordinates of grid_sample, whose unit is half a side; y points down.
+    theta_B23 = torch.stack([cos, -sin * height / width, zero, sin * width / height, cos, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta_B23, list(x_BCHW.shape), align_corners=False)
+    turned = F.grid_sample(x_BCHW, grid, mode="bicubic", padding_mode="zeros", align_corners=False).clamp(0, 255)
+    return torch.where((degrees_B == 0).view(-1, 1, 1, 1), x_BCHW, turned)
 
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
@@ -144,7 +73,7 @@ def mix_batch(
     cut = cutmix_alpha > 0 and (mixup_alpha == 0 or coin < 0.5)
     alpha = cutmix_alpha if cut else mixup_alpha
     keep = float(rng.beta(alpha, alpha))
-    partner = _on_device(rng.permutation(len(images)), images.device)
+    partner = to_device(torch.from_numpy(rng.permutation(len(images))), images.device)
     if cut:
         top, bottom, left, right = _box_of_area(rng, images.shape[-2], images.shape[-1], 1 - keep)
         mixed = images.clone()
@@ -180,7 +109,8 @@ def random_erasing(
     h = np.clip(np.rint(np.sqrt(share / aspect)), 1, height)
     w = np.clip(np.rint(np.sqrt(share * aspect)), 1, width)
     top, left = np.floor(rng.random(batch) * (height - h + 1)), np.floor(rng.random(batch) * (width - w + 1))
-    edges = _on_device(np.stack([top, top + h * chosen, left, left + w]).astype(np.int64), images.device)
+    corners = np.stack([top, top + h * chosen, left, left + w]).astype(np.int64)
+    edges = to_device(torch.from_numpy(corners), images.device)
     rows, cols = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     in_rows = (rows >= edges[0, :, None]) & (rows < edges[1, :, None])  # [B, H]
     in_cols = (cols >= edges[2, :, None]) & (cols < edges[3, :, None])  # [B, W]
@@ -189,12 +119,6 @@ def random_erasing(
     noise = torch.randn(images.shape, generator=device_generator, device=images.device)
     std, mean = torch.std_mean(images.float(), dim=(1, 2, 3), keepdim=True)
     return torch.where(erase, (noise * std + mean).round_().clamp_(0, 255).to(torch.uint8), images)
-
-
-def _on_device(array: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """Through pinned memory, because a copy from other memory waits until the device has done everything before it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _numpy_generator(generator: torch.Generator) -> np.random.Generator:
