@@ -29,6 +29,7 @@ from .console import Console
 from .costs import Ceilings, Part, measure_ceilings, parts, standard_flops, train_flops
 from .data.index import check_data
 from .data.phantom import write_phantom_dataset
+from .data.pixels import cache_folder
 from .data.prepare import make_loader, make_split
 from .distributed import World, world
 from .doctor import collect_environment
@@ -193,6 +194,7 @@ class Bench:
             data.manifest,
             max_bad_fraction=data.max_bad_fraction,
             accept_wrong_extension=data.accept_wrong_extension,
+            known=cache_folder(data.cache),
         )
         self.split = make_split(data, self.index)
         self.loader: Loader = make_loader(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from sssd_fast.checkpoint import atomic_write_bytes
 from sssd_fast.data.images import SUFFIXES, ImageError, decode_bytes, pixel_hash, read_file, shown
+from sssd_fast.data.known import Facts, Known
 from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
 from sssd_fast.errors import DataError
 
@@ -42,6 +43,7 @@ class ImageRecord:
     mode: str  # Pillow's mode of the stored file
     split: str | None = None  # from the manifest: train, val, test
     patient: str | None = None
+    plain: bool = False  # any decoder gives the same picture (images.Decoded)
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ def check_data(
     progress: Progress | None = None,
     threads: int | None = None,
     accept_wrong_extension: bool = False,
+    known: Path | None = None,
 ) -> DataIndex:
     """Decode every image once and return the index of the good ones.
 
@@ -201,6 +204,7 @@ def check_data(
     whose own folder is then the data folder. out: also save the index there. threads: default one per core, at most 8.
     accept_wrong_extension: keep files such as a JPEG named .png, which decode well, and only note their names (COVID-CT
     has 34 of them); by default they are excluded like other bad files.
+    known: folder in which good files are remembered; unchanged ones are not decoded again.
     Raises DataError: nothing found, a bad manifest (all problems at once), a class left empty, or more than
     `max_bad_fraction` of the files unusable.
     """
@@ -218,7 +222,9 @@ def check_data(
     notes: list[str] = []
     rows = _scan_folders(place, notes) if manifest is None else read_manifest(manifest, notes)
     classes = sorted({row["label"] for row in rows})
-    results = _decode_all(place, rows, classes, progress, threads or min(8, os.cpu_count() or 1))
+    memory = Known(known, place)
+    results = _decode_all(place, rows, classes, memory, progress, threads or min(8, os.cpu_count() or 1))
+    memory.save()
     records, excluded, renamed = [], [], []
     for record, problem in results:
         if record is not None and (problem is None or accept_wrong_extension):
@@ -254,8 +260,31 @@ def check_data(
     return index
 
 
+def _examine(path: Path, name: str, known: Known) -> Facts:
+    """What an image file is. Raises ImageError when it is not a good one."""
+    try:
+        status = path.stat()
+    except OSError:
+        status = None  # read_file says what is wrong
+    facts = None if status is None else known.get(name, status)
+    if facts is None:
+        data = read_file(path)
+        decoded = decode_bytes(data, name)
+        height, width = decoded.pixels.shape[:2]
+        digests = hashlib.sha256(data).hexdigest(), pixel_hash(decoded.pixels)
+        facts = Facts(*digests, height, width, decoded.mode, decoded.format, decoded.plain)
+        if status is not None:
+            known.put(name, status, facts)
+    return facts
+
+
 def _decode_all(
-    root: Path, rows: Sequence[Mapping[str, str]], classes: list[str], progress: Progress | None, threads: int
+    root: Path,
+    rows: Sequence[Mapping[str, str]],
+    classes: list[str],
+    known: Known,
+    progress: Progress | None,
+    threads: int,
 ) -> list[tuple[ImageRecord | None, Excluded | None]]:
     """Per row its record, its problem, or both for a good image whose suffix belongs to another format."""
     number = {name: label for label, name in enumerate(classes)}
@@ -263,27 +292,26 @@ def _decode_all(
     def check(row: Mapping[str, str]) -> tuple[ImageRecord | None, Excluded | None]:
         path = row["path"]
         try:
-            data = read_file(root / path)
-            decoded = decode_bytes(data, path)
+            facts = _examine(root / path, path, known)
         except ImageError as error:
             return None, Excluded(path, error.reason)
-        height, width = decoded.pixels.shape[:2]
         record = ImageRecord(
             path=path,
             label=number[row["label"]],
-            sha256=hashlib.sha256(data).hexdigest(),
-            pixel_hash=pixel_hash(decoded.pixels),
-            height=height,
-            width=width,
-            mode=decoded.mode,
+            sha256=facts.sha256,
+            pixel_hash=facts.pixel_hash,
+            height=facts.height,
+            width=facts.width,
+            mode=facts.mode,
             split=row.get("split") or None,
             patient=row.get("patient") or None,
+            plain=facts.plain,
         )
         suffix = PurePosixPath(path).suffix
         named = SUFFIXES.get(suffix.lower(), shown(suffix) or "nothing")
-        if named == decoded.format:
+        if named == facts.format:
             return record, None
-        return record, Excluded(path, f"wrong extension: the name says {named}, the content is {decoded.format}")
+        return record, Excluded(path, f"wrong extension: the name says {named}, the content is {facts.format}")
 
     results = []
     pool = ThreadPoolExecutor(threads)  # Pillow and hashlib release the GIL

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ..config import AugmentConfig, Config, DataConfig
+from ..console import Progress as Bar
 from ..errors import DataError
-from ..loaders import Loader, build_loader
-from ..loaders.augment import AugmentSpec
+from ..loaders import AugmentSpec, Loader, build_loader
 from ..metrics import positive_class
 from ..runs import Run
 from .index import DataIndex, check_data, report_duplicates
 from .phantom import write_phantom_dataset
+from .pixels import cache_folder
 from .splits import (
     Split,
     carve_validation,
@@ -82,25 +84,49 @@ def make_loader(
     `shard` deals the images to all processes; without it each process sees all of them.
     """
     config, world = run.config, run.world
-    loader = build_loader(
-        index,
-        ids,
-        batch_size=batch_size,
-        image_size=config.model.image_size,
-        channels=config.model.in_channels,
-        train=None if augment is None else AugmentSpec(**augment.model_dump()),
-        seed=config.seed,
-        rank=world.rank if shard else 0,
-        world=world.size if shard else 1,
-        workers=config.data.workers,
-        cache=config.data.cache,
-        cache_limit_bytes=int(config.data.cache_gib * 2**30),
-        device=world.device,
-        fit=config.data.fit,
-    )
+    with _Decoding(run) as decoding:
+        loader = build_loader(
+            index,
+            ids,
+            batch_size=batch_size,
+            image_size=config.model.image_size,
+            channels=config.model.in_channels,
+            train=None if augment is None else AugmentSpec(**augment.model_dump()),
+            seed=config.seed,
+            rank=world.rank if shard else 0,
+            world=world.size if shard else 1,
+            workers=config.data.workers,
+            provider=config.data.loader,
+            cache=config.data.cache,
+            limit_gib=config.data.resident_gib,
+            device=world.device,
+            fit=config.data.fit,
+            progress=decoding.progress,
+            say=run.console.warn,
+        )
     if augment is not None:
+        run.console.info(f"loader: {loader.choice}")
         run.console.info(f"loader: {loader.describe()}")
     return loader
+
+
+class _Decoding:
+    """A progress bar that appears with the first image decoded, so that a set read from the cache shows none."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._stack = run, ExitStack()
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> _Decoding:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def progress(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = self._stack.enter_context(self._run.console.progress(total, "decoding the images once"))
+        self._bar.update(done)
 
 
 def _make(run: Run) -> None:
@@ -115,6 +141,7 @@ def _make(run: Run) -> None:
             config.manifest,
             max_bad_fraction=config.max_bad_fraction,
             accept_wrong_extension=config.accept_wrong_extension,
+            known=cache_folder(config.cache),
         )
     split = make_split(config, index)
     index.save(run.out / "index.json")
