@@ -55,9 +55,14 @@ class DataConfig(Section):
     fit: Literal["crop", "stretch"] = (
         "crop"  # evaluation view: largest centred part of the model's aspect, or the whole image
     )
-    workers: Annotated[int, Field(ge=0)] = 0
-    cache: Literal["auto", "ram", "none"] = "auto"
-    cache_gib: Positive = 4.0  # decoded images are kept in memory up to this size
+    loader: Literal["auto", "resident", "dali", "torch"] = (
+        "auto"  # auto = images decoded once and kept where they fit, else DALI, else torch
+    )
+    workers: Annotated[int, Field(ge=0)] = 0  # processes of the torch loader, threads of the others
+    cache: str = "auto"  # file of decoded images: auto = in the user's cache folder, none = no file, or a folder
+    resident_gib: Positive | None = (
+        None  # most that decoded images may take; None = a tenth of the GPU, half of the free host memory
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

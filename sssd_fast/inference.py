@@ -24,7 +24,7 @@ from .data.splits import split_csv
 from .errors import CheckpointError, DataError
 from .evaluate import result_rows, write_evaluation
 from .finetune import predict
-from .loaders.augment import resize_center_crop
+from .loaders.views import evaluation_view
 from .model import Classifier
 from .runs import Run
 from .step import autocast, pick_precision
@@ -138,7 +138,7 @@ def predict_files(
             except (DataError, OSError) as error:
                 bad.append((paths[row], str(error)))
                 continue
-            view = resize_center_crop(picture, config.model.image_size, fit=config.data.fit)
+            view = evaluation_view(picture, config.model.image_size, config.data.fit)
             images.append(
                 torch.from_numpy(np.array(view, ndmin=3) if view.ndim == 2 else view.transpose(2, 0, 1).copy())
             )

@@ -19,6 +19,7 @@ from .distributed import World
 from .doctor import collect_environment
 from .errors import ConfigError
 from .guards import is_out_of_memory
+from .loaders.resident import reserved
 from .memory_model import total_peak
 from .model import Classifier
 from .objective import SSSD
@@ -46,7 +47,8 @@ def resolve_batch(config: Config, task: str, world: World, classes: int = 2, say
     precision = pick_precision(config.precision, device)
     compile_it = pick_compile(config.step, device)[0]
     o = options_of(config, work, precision, device, compile_it)
-    free, stages = _free_bytes(device), work.stages(o)
+    kept = reserved(device, config.data.resident_gib) if config.data.loader in ("auto", "resident") else 0
+    free, stages = _free_bytes(device) - kept, work.stages(o)
     if compile_it and config.step.activation_budget < 1:
         stages, _ = budgeted(work, o, config.step.activation_budget, own, say)
 
@@ -55,7 +57,7 @@ def resolve_batch(config: Config, task: str, world: World, classes: int = 2, say
         return total_peak(work, stages, images, o, accumulate=own // images, gradient_copies=copies)
 
     def trial(images: int) -> bool:
-        return _steps_fit(config, task, classes, world, precision, images, own // images, say)
+        return _steps_fit(config, task, classes, world, precision, images, own // images, kept, say)
 
     # what is free does not hold the CUDA context any more
     limit = free / (1 + RESERVE.fragments) * OPTIMISM if device.type == "cuda" else CPU_SHARE * free
@@ -95,11 +97,24 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def _steps_fit(
-    config: Config, task: str, classes: int, world: World, precision: str, images: int, accumulate: int, say: Say
-) -> bool:  # fmt: skip
-    """Whether two real steps on random images run in the memory that is free, of two micro-batches where there are more."""
+    config: Config,
+    task: str,
+    classes: int,
+    world: World,
+    precision: str,
+    images: int,
+    accumulate: int,
+    kept: int,
+    say: Say,
+) -> bool:
+    """Whether two real steps on random images run in the memory that is free, of two micro-batches where there are more.
+
+    kept: bytes that they must leave, for the decoded images that come later.
+    """
     say(f"trying a micro-batch of {images} ...")
+    held: Tensor | None = None
     try:
+        held = torch.empty(kept, dtype=torch.uint8, device=world.device)
         _two_steps(config, task, classes, world, precision, images, accumulate)
         peak = torch.cuda.max_memory_reserved(world.device) / 1e9 if world.device.type == "cuda" else 0.0
         say(f"trying a micro-batch of {images}: fits, {peak:.2f} GB reserved")
@@ -110,6 +125,7 @@ def _steps_fit(
         say(f"trying a micro-batch of {images}: out of memory")
         return False
     finally:
+        del held
         _forget(world.device)
 
 

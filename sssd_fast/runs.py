@@ -28,9 +28,9 @@ from .tracking import Tracker
 
 # These do not change what is computed, so a run may be resumed with other values.
 FREE_KEYS = (
-    "device", "threads", "log_seconds", "tensorboard", "data.workers", "data.cache", "data.cache_gib", "step.compile",
-    "step.cuda_graphs", "step.attention", "step.decoder_attention", "step.mlp", "step.activation_budget",
-    "step.checkpoint",
+    "device", "threads", "log_seconds", "tensorboard", "data.loader", "data.workers", "data.cache",
+    "data.resident_gib", "step.compile", "step.cuda_graphs", "step.attention", "step.decoder_attention", "step.mlp",
+    "step.activation_budget", "step.checkpoint",
 )  # fmt: skip
 FREE_ENDINGS = (".checkpoint_epochs", ".checkpoint_steps", ".keep_last", ".image_epochs")
 

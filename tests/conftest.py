@@ -6,6 +6,7 @@ import ipaddress
 import os
 import random
 import socket
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -17,6 +18,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# decoded images and compiled steps of tests do not belong in the user's cache
+_CACHE = tempfile.TemporaryDirectory(prefix="sssd_fast_tests_")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(REPOSITORY), str(REPOSITORY / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )

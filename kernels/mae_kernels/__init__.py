@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ._checks import debug_checks
 from ._runtime import backend, info
+from .crop_resize import crop_resize
 from .distillation import distillation_loss
 from .gelu_linear import gelu_linear
 from .linear_reconstruction import linear_reconstruction_loss
@@ -35,6 +36,7 @@ __all__ = [
     "ShortAttention",
     "attention",
     "backend",
+    "crop_resize",
     "debug_checks",
     "distillation_loss",
     "embed_patches",

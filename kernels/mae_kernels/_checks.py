@@ -14,7 +14,7 @@ _debug = False
 
 
 def debug_checks(enabled: bool = True) -> None:
-    """Also check what needs a device synchronisation on CUDA, or a sort: ids in range, ids_restore a permutation.
+    """Also check what needs a device synchronisation on CUDA, or a sort: ids and boxes in range, ids_restore a permutation.
 
     On the CPU the range is always checked in eager mode, because it is nearly free there.
     """
@@ -22,9 +22,21 @@ def debug_checks(enabled: bool = True) -> None:
     _debug = bool(enabled)
 
 
+def can_look(x: Tensor) -> bool:
+    """Whether the values of x may be read now: on the CPU in eager mode, on CUDA with debug_checks."""
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (x.device.type == "cuda" and _debug))
+
+
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, needs a torch.Tensor")
+
+
+def check_dtype(name: str, x: object, dtype: torch.dtype) -> None:
+    check_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: got dtype {x.dtype}, needs {dtype}")
 
 
 def check_floating(name: str, x: Tensor) -> None:
@@ -84,13 +96,9 @@ def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:
 
 def check_ids(name: str, ids: Tensor, rows: int, upper: int, *, distinct: bool = False) -> None:
     """ids [B, any] int64 in [0, upper); `distinct`: within a row, looked at with debug_checks only."""
-    check_tensor(name, ids)
-    if ids.dtype != torch.int64:
-        raise TypeError(f"{name}: got dtype {ids.dtype}, needs torch.int64")
+    check_dtype(name, ids, torch.int64)
     check_shape(name, ids, (rows, None), "[B, K]")
-    if torch.compiler.is_compiling() or ids.numel() == 0 or (ids.device.type != "cpu" and not _debug):
-        return
-    if ids.device.type not in ("cpu", "cuda"):
+    if ids.numel() == 0 or not can_look(ids):
         return
     low, high = (int(v) for v in torch.aminmax(ids))
     if low < 0 or high >= upper:

@@ -61,6 +61,7 @@ OPS = (
     "distillation_loss",
     "sssd_loss",
     "attention",
+    "crop_resize",
 )
 
 

@@ -111,6 +111,8 @@ def cases() -> Iterator[LintCase]:
     yield from _sssd_cases(rgb, "rgb")
     yield from _restore_cases(512)
     yield from _gelu_cases(3072)
+    yield _crop_case(1, "grey")
+    yield _crop_case(3, "rgb")
 
 
 def _distillation_cases(logits: int) -> Iterator[LintCase]:
@@ -179,6 +181,14 @@ def _gelu_cases(hidden: int) -> Iterator[LintCase]:
     yield LintCase(name, lambda t: ops.gelu_linear(*tensors(t), None, True))
     yield LintCase(name, lambda t: backward(t, False))
     yield LintCase(f"{name} g kept", lambda t: backward(t, True))
+
+
+def _crop_case(channels: int, name: str) -> LintCase:
+    """Its loads are single bytes, wherever the taps of a column fall."""
+    index = _meta(64, 8, dtype=torch.int64)
+    tensors = (_meta(10**8, dtype=torch.uint8), index[:, 0], index[:, 1:3], index[:, 3:7], _meta(64, dtype=torch.bool))
+    call = torch.ops.mae_kernels.crop_resize
+    return LintCase(f"crop_resize {name}", lambda t: call(*tensors, [224, 224], channels), wide=False)
 
 
 def lint(arch: int, only: Collection[str] | None = None) -> list[Row]:

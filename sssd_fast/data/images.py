@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from sssd_fast.errors import DataError
 
@@ -67,6 +67,7 @@ class Decoded(NamedTuple):
     pixels: ImageArray
     mode: str  # Pillow's mode of the stored file, before conversion
     format: str  # one of SUFFIXES' values, by content
+    plain: bool  # see `_is_plain`
 
 
 def shown(name: str) -> str:
@@ -121,7 +122,8 @@ def decode_bytes(data: bytes, name: str) -> Decoded:
                 raise ImageError(name, f"{width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
             mode = image.mode
             image.load()
-            return Decoded(_to_uint8(ImageOps.exif_transpose(image), name), mode, found)
+            plain = _is_plain(image, found)
+            return Decoded(_to_uint8(ImageOps.exif_transpose(image), name), mode, found, plain)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -133,6 +135,16 @@ def decode_bytes(data: bytes, name: str) -> Decoded:
 def decode_image(path: str | PathLike[str]) -> ImageArray:
     """Read and decode one file -> uint8 [H, W] or [H, W, 3]. Raises ImageError (a DataError) naming the file."""
     return decode_bytes(read_file(path), fspath(path)).pixels
+
+
+def _is_plain(image: Image.Image, found: str) -> bool:
+    """Whether another decoder gives the same RGB without knowing the rules above: an upright, opaque 8-bit PNG or JPEG."""
+    if found not in ("PNG", "JPEG") or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return False
+    if image.mode in ("RGBA", "LA"):
+        return image.getchannel("A").getextrema() == (255, 255)
+    stored_as_rgb = found == "JPEG" and image.mode == "RGB" and image.info.get("adobe_transform") == 0
+    return image.mode in ("L", "RGB") and not image.has_transparency_data and not stored_as_rgb
 
 
 def _to_uint8(image: Image.Image, name: str) -> ImageArray:

@@ -1,4 +1,4 @@
-"""Augmentation: geometry against Pillow and hand arithmetic, distributions against their definition, all seeded."""
+"""Augmentation of whole batches: rotation against Pillow, linear maps and mixes by hand, distributions, all seeded."""
 
 from __future__ import annotations
 
@@ -8,142 +8,66 @@ import torch
 from PIL import Image
 
 from sssd_fast.errors import ConfigError
-from sssd_fast.loaders.augment import (
-    AugmentSpec,
-    augment,
-    mix_batch,
-    random_crop_box,
-    random_erasing,
-    resize_box,
-    resize_center_crop,
-    soft_targets,
-)
-
-RNG = np.random.default_rng(0)
-IMAGE = RNG.integers(0, 256, (60, 90), dtype=np.uint8)
-WHOLE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.5, 1.5)}  # the crop is all of a 60 x 90 image
-
-
-def seeded(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
+from sssd_fast.loaders.augment import mix_batch, random_erasing, soft_targets, turn_and_light
 
 
 def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("shape", [(60, 90), (60, 90, 3)])
-def test_resize_is_pillows_antialiased_bicubic(shape):
-    image = RNG.integers(0, 256, shape, dtype=np.uint8)
-    crop = Image.fromarray(image[10:50, 20:80])
-    expected = np.asarray(crop.resize((15, 20), Image.Resampling.BICUBIC))
-    got = resize_box(image, (20, 10, 80, 50), (20, 15))
-    assert got.shape == (20, 15, *shape[2:])
-    # the box may look past the crop's edge, so compare inside
-    np.testing.assert_array_equal(got[3:-3, 3:-3], expected[3:-3, 3:-3])
+def smooth(count: int = 3, channels: int = 1, height: int = 60, width: int = 90) -> torch.Tensor:
+    """Smooth noise, on which bicubic kernels of different sharpness agree."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(40, 200, (count * channels, height // 10, width // 10), dtype=np.uint8)
+    fine = [np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in coarse]
+    return torch.from_numpy(np.stack(fine)).view(count, channels, height, width)
 
 
-def test_antialias_averages_fine_detail_away():
-    stripes = np.tile(np.array([0, 255], np.uint8), (64, 32))
-    assert np.abs(resize_box(stripes, (0, 0, 64, 64), (8, 8)).astype(int) - 127).max() < 10
+def looks(*rows: tuple[float, float, float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float32)
 
 
-def test_crop_boxes_follow_area_and_aspect():
-    rng, scale, ratio = seeded(), (0.2, 0.8), (3 / 4, 4 / 3)
-    boxes = np.array([random_crop_box(400, 500, scale, ratio, rng) for _ in range(4000)])
-    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    area, aspect = width * height / 200_000, np.log(width / height)
-    assert boxes[:, :2].min() >= 0
-    assert boxes[:, 2].max() <= 500
-    assert boxes[:, 3].max() <= 400
-    assert 0.195 < area.min() < 0.21
-    assert 0.79 < area.max() < 0.805
-    # Uniform, but the largest crops of odd aspect do not fit: a little below the mean of 0.5.
-    assert 0.46 < area.mean() < 0.505
-    assert abs(aspect.mean()) < 0.02
-    assert np.abs(aspect).max() < np.log(4 / 3) + 0.02
-    assert 0.16 < aspect.std() < 0.175  # uniform over +-0.2877: 0.1661
-    small = width < 250
-    assert abs(np.mean(boxes[small, 0] / (500 - width[small])) - 0.5) < 0.03
-
-
-def test_crop_falls_back_to_the_centre_when_nothing_fits():
-    assert random_crop_box(10, 1000, (0.9, 1.0), (0.5, 2.0), seeded()) == (490, 0, 510, 10)
-    assert random_crop_box(1000, 10, (0.9, 1.0), (0.5, 2.0), seeded()) == (0, 490, 10, 510)
-
-
-def test_flip_mirrors_columns_at_its_rate():
-    always = augment(IMAGE, AugmentSpec(**WHOLE, hflip=1.0), (30, 45), seeded())
-    never = augment(IMAGE, AugmentSpec(**WHOLE, hflip=0.0), (30, 45), seeded())
-    np.testing.assert_array_equal(always, never[:, ::-1])
-    spec = AugmentSpec(**WHOLE, hflip=0.3)
-    flips = [np.array_equal(augment(IMAGE, spec, (30, 45), seeded(s)), always) for s in range(600)]
-    assert 0.24 < np.mean(flips) < 0.36
-
-
-def test_switches_do_not_move_the_crop():
-    plain = AugmentSpec(hflip=0.0)
-    bright = AugmentSpec(hflip=0.0, brightness=1e-9, contrast=1e-9)  # on, but without an effect after rounding
-    for seed in range(5):
-        np.testing.assert_array_equal(
-            augment(IMAGE, plain, (24, 24), seeded(seed)), augment(IMAGE, bright, (24, 24), seeded(seed))
-        )
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rotation_is_counter_clockwise_about_the_centre_with_black_corners(channels: int):
+    images = smooth(3, channels)
+    out = turn_and_light(images, looks((30, 0, 0), (-90, 0, 0), (0, 0, 0)))
+    assert out.dtype == torch.uint8
+    assert torch.equal(out[2], images[2])  # an angle of 0 changes nothing
+    for i, angle in enumerate((30, -90)):
+        for c in range(channels):
+            turned = Image.fromarray(images[i, c].numpy()).rotate(angle, Image.Resampling.BICUBIC)
+            inside = np.asarray(Image.fromarray(np.full((60, 90), 255, np.uint8)).rotate(angle)) == 255
+            inside = (
+                inside & np.roll(inside, 3, 0) & np.roll(inside, -3, 0) & np.roll(inside, 3, 1) & np.roll(inside, -3, 1)
+            )
+            difference = np.abs(out[i, c].numpy().astype(int) - np.asarray(turned).astype(int))
+            assert difference[inside].max() <= 3
+            assert difference.mean() < 1.5
+    assert out[1, 0, 30, 0] == 0  # 60 x 90 turned by a right angle leaves the sides empty
+    assert out[0, 0, 0, 0] == 0
 
 
 def test_brightness_and_contrast_are_the_stated_linear_map():
-    image = np.clip(RNG.normal(120, 12, (60, 90)), 60, 180).astype(np.uint8)
-    base = augment(image, AugmentSpec(**WHOLE, hflip=0.0), (60, 90), seeded()).astype(float)
-    gains, offsets = [], []
-    for seed in range(200):
-        spec = AugmentSpec(**WHOLE, hflip=0.0, brightness=0.2, contrast=0.3)
-        out = augment(image, spec, (60, 90), seeded(seed)).astype(float)
-        gain, offset = np.polyfit(base.ravel(), out.ravel(), 1)
-        assert np.abs(gain * base + offset - out).max() < 1
-        gains.append(out.mean() / base.mean())
-        offsets.append(gain / gains[-1])
-    assert 0.8 <= min(gains) < 0.83  # brightness factor: 1 +- 0.2
-    assert 1.17 < max(gains) <= 1.201
-    assert 0.69 < min(offsets) < 0.74  # contrast factor: 1 +- 0.3
-    assert 1.26 < max(offsets) < 1.31
+    images = smooth(2)
+    out = turn_and_light(images, looks((0, 0.2, 0), (0, -0.1, 0.3))).double()
+    x = images.double()
+    assert (out[0] - (x[0] * 1.2).clamp(0, 255)).abs().max() <= 0.5 + 1e-4
+    mean = 0.9 * x[1].mean()
+    assert (out[1] - (mean + 1.3 * (0.9 * x[1] - mean)).clamp(0, 255)).abs().max() <= 0.5 + 1e-3
 
 
-def test_rotation_turns_within_its_range_and_fills_black():
-    bar = np.zeros((65, 65), np.uint8)
-    bar[:, 30:35] = 255
-    spec = AugmentSpec(crop_scale=(1, 1), crop_ratio=(1, 1), hflip=0.0, rotation_deg=30)
-    angles = []
-    for seed in range(100):
-        out = augment(bar, spec, (65, 65), seeded(seed)).astype(float)
-        y, x = np.nonzero(out > 128)
-        angles.append(np.degrees(np.arctan(np.polyfit(y, x, 1)[0])))
-    assert -31 < min(angles) < -22
-    assert 22 < max(angles) < 31
-    white = augment(np.full((64, 64), 255, np.uint8), spec, (64, 64), seeded(1))
-    assert white[0, 0] == 0
-    assert white[32, 32] == 255
-
-
-def test_evaluation_view_crops_the_centre_or_keeps_the_whole():
-    wide = np.zeros((40, 80), np.uint8)
-    wide[:, 20:60] = 200
-    assert resize_center_crop(wide, (20, 20)).min() > 180
-    stretched = resize_center_crop(wide, (20, 20), fit="stretch")
-    assert stretched[:, :4].max() < 20
-    assert stretched[:, 7:13].min() > 180
-    np.testing.assert_array_equal(resize_center_crop(IMAGE, (60, 90)), IMAGE)
-    tall = resize_center_crop(np.ascontiguousarray(wide.T), (10, 20))
-    assert tall.shape == (10, 20)
-    assert tall.min() > 180  # rows 30 to 50 of 80
-    with pytest.raises(ConfigError, match="'pad'; 'crop' or 'stretch'"):
-        resize_center_crop(wide, (20, 20), fit="pad")
-
-
-def test_spec_lists_everything_out_of_range():
-    with pytest.raises(ConfigError) as error:
-        AugmentSpec((0.9, 0.2), (0.0, 1.0), 2.0, 400.0, -1.0, 1.0)
-    for name in ("crop_scale", "crop_ratio", "hflip", "rotation_deg", "brightness", "contrast"):
-        assert name in str(error.value)
-    assert AugmentSpec(crop_scale=[0.5, 1.0]) == AugmentSpec(crop_scale=(0.5, 1.0))  # type: ignore[arg-type]
+def test_rows_are_independent_of_their_batch_and_the_input_is_kept():
+    images, kept = smooth(40, height=20, width=20), smooth(40, height=20, width=20)
+    table = torch.rand(40, 3, generator=gen()) * torch.tensor([40.0, 0.2, 0.2])
+    whole = turn_and_light(images, table)
+    assert torch.equal(images, kept)
+    for i in (0, 31, 32, 39):
+        assert torch.equal(turn_and_light(images[i : i + 1], table[i : i + 1])[0], whole[i])
+    assert turn_and_light(images[:0], table[:0]).shape == (0, 1, 20, 20)
+    channels_last = images.expand(40, 3, 20, 20).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(
+        turn_and_light(channels_last, table)[:, 2], turn_and_light(images.expand(40, 3, 20, 20), table)[:, 0]
+    )
 
 
 def test_soft_targets_by_hand():

@@ -96,6 +96,7 @@ def test_a_budget_lets_more_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(microbatch, "pick_precision", lambda name, device: "bf16")
     monkeypatch.setattr(microbatch, "_free_bytes", lambda device: 9e9)
     monkeypatch.setattr(microbatch, "_steps_fit", lambda *args: True)
+    monkeypatch.setattr(microbatch, "reserved", lambda device, limit_gib: int((limit_gib or 0) * 2**30))
     monkeypatch.setattr(
         planner,
         "measured_saved_bytes",
@@ -107,6 +108,10 @@ def test_a_budget_lets_more_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         resolved = resolve_batch(load_config(None, settings), "pretrain", World(device), say=lambda text: None)
         found.append(resolved.pretrain.batch_size)
     assert found[1] >= 2 * found[0]
+    for loader, fewer in (("resident", True), ("torch", False)):  # what decoded images may take is left to them
+        kept = load_config(None, [*settings, "data.resident_gib=5", f"data.loader={loader}"])
+        resolved = resolve_batch(kept, "pretrain", World(device), say=lambda text: None)
+        assert (resolved.pretrain.batch_size < found[1]) == fewer
 
 
 def test_a_number_stays_as_it_is(tiny: list[str]) -> None:
@@ -120,7 +125,7 @@ def test_a_trial_is_a_real_step_that_leaves_nothing_behind(
 ) -> None:
     config, said = _config(tiny, 8, 2, task), list[str]()
     state = torch.random.get_rng_state()
-    assert microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, said.append)
+    assert microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, 0, said.append)
     assert torch.equal(state, torch.random.get_rng_state())
     assert said[-1].startswith("trying a micro-batch of 4: fits")
 
@@ -128,7 +133,7 @@ def test_a_trial_is_a_real_step_that_leaves_nothing_behind(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(microbatch, "_two_steps", full)
-    assert not microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, said.append)
+    assert not microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, 0, said.append)
     assert said[-1] == "trying a micro-batch of 4: out of memory"
 
     def broken(*args: object) -> None:
@@ -136,7 +141,7 @@ def test_a_trial_is_a_real_step_that_leaves_nothing_behind(
 
     monkeypatch.setattr(microbatch, "_two_steps", broken)
     with pytest.raises(ValueError, match="something else"):  # only a lack of memory is an answer
-        microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, said.append)
+        microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, 0, said.append)
 
 
 def test_a_run_stores_the_numbers_and_resumes_with_them(tiny: list[str], tmp_path: Path) -> None:
@@ -154,7 +159,7 @@ def test_on_a_gpu_the_cap_decides(task: str) -> None:
     """ViT-S in 3 GB: less than the effective batch of 512 fits, and one step of what was found runs under the same cap."""
     device = torch.device("cuda")
     total = torch.cuda.get_device_properties(device).total_memory
-    config = _config(["model.name=small", "step.compile=false"], 512, 1, task)
+    config = _config(["model.name=small", "step.compile=false", "data.resident_gib=0.1"], 512, 1, task)
     said: list[str] = []
     torch.cuda.set_per_process_memory_fraction(3e9 / total)
     try:
@@ -162,6 +167,6 @@ def test_on_a_gpu_the_cap_decides(task: str) -> None:
         assert 1 <= found.batch_size < 512
         assert found.batch_size * found.accumulate == 512
         assert any("out of memory" in line for line in said)  # the free memory is that of the whole card
-        assert microbatch._steps_fit(config, task, 2, World(device), "bf16", found.batch_size, 2, said.append)
+        assert microbatch._steps_fit(config, task, 2, World(device), "bf16", found.batch_size, 2, 0, said.append)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

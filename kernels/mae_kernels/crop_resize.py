@@ -1,0 +1,361 @@
+"""Random-resized crops of images that lie decoded, back to back, in one uint8 tensor: cut, resize, mirror.
+
+    first pass, along rows:      line[y, j] = round( sum_x k(((x + 1/2) - (j + 1/2) sx) / max(sx, 1)) box[y, x] / sum_x k(...) )
+    second pass, along columns:  out[i, j]  = round( the same sum over y of line[y, j], with sy )
+    sx = box width / output width, sy = box height / output height; round = half up, clipped to 0..255
+    k(t) = 1.5 |t|^3 - 2.5 |t|^2 + 1 for |t| < 1;  -0.5 |t|^3 + 2.5 |t|^2 - 4 |t| + 2 for |t| < 2;  0 beyond
+
+The sums run over the pixels of the box alone: nothing outside it is read (crop, then resize). A mirrored image takes its
+columns from right to left.
+Source: Keys, Cubic convolution interpolation for digital image processing, IEEE TASSP 29 (1981), a = -1/2. The wider kernel
+when an image shrinks and the two rounded passes are those of Pillow's `Image.resize(BICUBIC)` and of torch's uint8
+`interpolate(mode="bicubic", antialias=True)`. Pillow 13 takes the columns first where that is less work, as for tall boxes
+that shrink; it then differs, by several grey levels on noise.
+
+On the CPU each image goes through torch's `interpolate`, whose weights are 16-bit numbers: 1 grey level off here and there.
+On a GPU one launch does all: a program makes BLOCK_H x BLOCK_W pixels of one channel. It walks over the rows of the box
+that these need, ROWS at a time: weights along rows are computed once for ROWS of them, and nothing between the passes is
+written. Distances to a kernel's centre are whole numbers over a common denominator, so exact.
+There an image that does not lie in `pixels`, or a box that does not lie in its image, which only debug_checks reports,
+gives zeros, and nothing of it is read.
+
+Shapes: B images, T values in all, C channels, h x w pixels of the result.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton types the arguments of kernels)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op, triton_op
+
+from ._checks import can_look, check_dtype, check_int, check_same_device, check_shape
+from ._runtime import jit, launch, next_power_of_2, tl, use_triton, wants_reference
+
+MAX_SIDE = 2**17  # of an image, and
+MAX_RESULT = 2**12  # of a result: (2 x + 1) h and (2 i + 1) H stay below 2^31
+MAX_CHANNELS = 4
+
+
+# ---------------------------------------------------------------------------------------------------- reference
+def _resize(crop_HWC: Tensor, h: int, w: int) -> Tensor:
+    """[C, h, w] uint8. torch has the two-pass uint8 resize on the CPU only; elsewhere it is two float resizes."""
+    crop_1CHW = crop_HWC.permute(2, 0, 1)[None]  # channels-last memory, which torch resizes without a copy
+    if crop_HWC.device.type == "cpu":
+        return F.interpolate(crop_1CHW, (h, w), mode="bicubic", antialias=True)[0]
+    return two_float_passes(crop_1CHW, h, w)[0]
+
+
+def two_float_passes(crop_1CHW: Tensor, h: int, w: int) -> Tensor:
+    x = crop_1CHW.float().contiguous()
+    for size in ((crop_1CHW.shape[2], w), (h, w)):
+        x = (F.interpolate(x, size, mode="bicubic", antialias=True) + 0.5).floor().clamp(0, 255)
+    return x.to(torch.uint8)
+
+
+def reference(
+    pixels_T: Tensor,
+    offsets_B: Tensor,
+    shapes_B2: Tensor,
+    boxes_B4: Tensor,
+    flips_B: Tensor,
+    h: int,
+    w: int,
+    channels: int,
+) -> Tensor:
+    """One image after the other, on the CPU in as many threads as torch uses (the resize itself takes one)."""
+    check_ranges(pixels_T, offsets_B, shapes_B2, boxes_B4, channels)
+    batch = offsets_B.shape[0]
+    out_BChw = torch.empty((batch, channels, h, w), dtype=torch.uint8, device=pixels_T.device)
+    starts, shapes, boxes, flips = (x.tolist() for x in (offsets_B, shapes_B2, boxes_B4, flips_B))
+    inference = torch.is_inference_mode_enabled()  # threads do not inherit it
+
+    def work(images: range) -> None:
+        with torch.inference_mode(inference):
+            for b in images:
+                (height, width), (top, left, rows, columns) = shapes[b], boxes[b]
+                image_HWC = pixels_T[starts[b] : starts[b] + height * width * channels].view(height, width, channels)
+                resized_Chw = _resize(image_HWC[top : top + rows, left : left + columns], h, w)
+                out_BChw[b].copy_(resized_Chw.flip(2) if flips[b] else resized_Chw)
+
+    threads = min(torch.get_num_threads(), batch) if pixels_T.device.type == "cpu" else 1
+    if threads <= 1:
+        work(range(batch))
+        return out_BChw
+    with ThreadPoolExecutor(threads) as pool:  # made for each call: 0.1 ms, and no thread that a fork would lose
+        for done in [pool.submit(work, range(t, batch, threads)) for t in range(threads)]:
+            done.result()
+    return out_BChw
+
+
+# ------------------------------------------------------------------------------------------------------- kernel
+@jit
+def _cubic(t):
+    t = tl.abs(t)
+    near = (1.5 * t - 2.5) * t * t + 1.0
+    far = ((-0.5 * t + 2.5) * t - 4.0) * t + 2.0
+    return tl.where(t < 1.0, near, tl.where(t < 2.0, far, 0.0))
+
+
+@jit
+def _first(index, SIZE: tl.constexpr, box):
+    """The first of `box` pixels that output `index` of SIZE uses, in whole numbers: |t| < 2 and not before the box."""
+    before = (2 * index + 1) * box - 4 * tl.maximum(box, SIZE) - SIZE
+    return tl.where(before < 0, 0, before // (2 * SIZE) + 1)
+
+
+@jit
+def _place(x, index, SIZE: tl.constexpr, box):
+    """t of pixel x for output `index`."""
+    return tl.div_rn(
+        ((2 * x + 1) * SIZE - (2 * index + 1) * box).to(tl.float32), (2 * tl.maximum(box, SIZE)).to(tl.float32)
+    )
+
+
+@jit
+def _taps(SIZE: tl.constexpr, box):
+    """No output uses more pixels."""
+    return (4 * tl.maximum(box, SIZE) + SIZE - 1) // SIZE
+
+
+@jit
+def _step(SIZE: tl.constexpr, box):
+    """From the t of one pixel to that of the next."""
+    return tl.div_rn(SIZE * 1.0, tl.maximum(box, SIZE).to(tl.float32))
+
+
+@jit
+def _grey_level(x):
+    return tl.minimum(tl.maximum(tl.floor(x + 0.5), 0.0), 255.0)
+
+
+@jit
+def _crop_resize_kernel(
+    PIXELS,
+    OFFSETS,
+    SHAPES,
+    BOXES,
+    FLIPS,
+    OUT,
+    total,
+    stride_offset,
+    stride_shape,
+    stride_side,
+    stride_box,
+    stride_edge,
+    stride_flip,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    MAX: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    TILES_W: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H * TILES_W
+    plane = (tl.program_id(0) // TILES).to(tl.int64)
+    tile = tl.program_id(0) % TILES
+    image, channel = plane // C, plane % C
+
+    offset = tl.load(OFFSETS + image * stride_offset)
+    height = tl.load(SHAPES + image * stride_shape)
+    width = tl.load(SHAPES + image * stride_shape + stride_side)
+    box = BOXES + image * stride_box
+    top, left = tl.load(box), tl.load(box + stride_edge)
+    box_h, box_w = tl.load(box + 2 * stride_edge), tl.load(box + 3 * stride_edge)
+    mirror = tl.load(FLIPS + image * stride_flip)
+    valid = (height >= 1) & (height <= MAX) & (width >= 1) & (width <= MAX)
+    valid &= (offset >= 0) & (offset <= total - height * width * C)
+    valid &= (top >= 0) & (box_h >= 1) & (top <= height - box_h)
+    valid &= (left >= 0) & (box_w >= 1) & (left <= width - box_w)
+    box_h, box_w = tl.where(valid, box_h, 1).to(tl.int32), tl.where(valid, box_w, 1).to(tl.int32)
+
+    # along rows: what every row of the box shares
+    j = tile % TILES_W * BLOCK_W + tl.arange(0, BLOCK_W)
+    column = tl.minimum(j, W - 1)
+    column = tl.where(mirror, W - 1 - column, column)
+    first_x = _first(column, W, box_w)
+    place_x, step_x, taps_x = _place(first_x, column, W, box_w), _step(W, box_w), _taps(W, box_w)
+    sum_x = tl.zeros([BLOCK_W], tl.float32)
+    for k in range(taps_x):
+        sum_x += tl.where(first_x + k < box_w, _cubic(place_x + k * step_x), 0.0)
+    scale_x = tl.div_rn(1.0, sum_x)
+
+    # along columns
+    i = tile // TILES_W * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = tl.minimum(i, H - 1)
+    first_y = _first(tile // TILES_W * BLOCK_H, H, box_h)
+    last_y = _first(tl.minimum(tile // TILES_W * BLOCK_H + BLOCK_H, H) - 1, H, box_h) + _taps(H, box_h)
+    last_y = tl.where(valid, tl.minimum(last_y, box_h), first_y)
+    place_y, step_y = _place(first_y, row, H, box_h), _step(H, box_h)
+    r = tl.arange(0, ROWS)
+    acc = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+    sum_y = tl.zeros([BLOCK_H], tl.float32)
+    for y in range(first_y, last_y, ROWS):
+        in_box = y + r < box_h
+        start = PIXELS + (offset + ((top + y + r) * width + left) * C + channel)
+        lines = tl.zeros([ROWS, BLOCK_W], tl.float32)
+        for k in range(taps_x):
+            x = first_x + k
+            weight = _cubic(place_x + k * step_x)
+            wanted = in_box[:, None] & (x < box_w)[None, :]
+            value = tl.load(start[:, None] + (x * C)[None, :], mask=wanted, other=0)
+            lines += weight[None, :] * value.to(tl.float32)
+        lines = _grey_level(lines * scale_x[None, :])
+        weight = _cubic(place_y[:, None] + (y - first_y + r)[None, :] * step_y)
+        weight = tl.where(in_box[None, :], weight, 0.0)
+        sum_y += tl.sum(weight, 1)
+        acc += tl.sum(weight[:, :, None] * lines[None, :, :], 1)
+    scale_y = tl.div_rn(1.0, tl.where(valid, sum_y, 1.0))
+    out = _grey_level(acc * scale_y[:, None]).to(tl.uint8)
+    at = (plane * H + i)[:, None] * W + j[None, :]
+    tl.store(OUT + at, out, mask=(i < H)[:, None] & (j < W)[None, :])
+
+
+# (BLOCK_H, BLOCK_W, ROWS): one warp each. Chosen by the instructions per pixel that the compiler makes; not tuned on a GPU
+TILE = (8, 128, 4)
+
+
+def _launch(
+    pixels_T: Tensor,
+    offsets_B: Tensor,
+    shapes_B2: Tensor,
+    boxes_B4: Tensor,
+    flips_B: Tensor,
+    h: int,
+    w: int,
+    channels: int,
+) -> Tensor:
+    batch = offsets_B.shape[0]
+    out_BChw = torch.empty((batch, channels, h, w), dtype=torch.uint8, device=pixels_T.device)
+    block_h, block_w = min(TILE[0], next_power_of_2(h)), max(32, min(TILE[1], next_power_of_2(w)))
+    tiles = -(-h // block_h) * -(-w // block_w)
+    tensors = (pixels_T, offsets_B, shapes_B2, boxes_B4, flips_B, out_BChw)
+    strides = (offsets_B.stride(0), *shapes_B2.stride(), *boxes_B4.stride(), flips_B.stride(0))
+    sizes = {"C": channels, "H": h, "W": w, "MAX": MAX_SIDE, "BLOCK_H": block_h, "BLOCK_W": block_w, "ROWS": TILE[2]}
+    grid = (batch * channels * tiles,)
+    launch(_crop_resize_kernel, grid, pixels_T, *tensors, pixels_T.shape[0], *strides, **sizes, num_warps=1)
+    return out_BChw
+
+
+# ------------------------------------------------------------------------------------------------- registration
+@custom_op("mae_kernels::crop_resize_reference", mutates_args=())
+def _reference_op(
+    pixels: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, size: list[int], channels: int
+) -> Tensor:
+    """A node of its own that no trace enters: what the reference does depends on the values of the boxes."""
+    h, w = size
+    return reference(pixels, offsets, shapes, boxes, flips, h, w, channels)
+
+
+@_reference_op.register_fake
+def _(
+    pixels: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, size: list[int], channels: int
+) -> Tensor:
+    return pixels.new_empty((offsets.shape[0], channels, *size))
+
+
+@triton_op("mae_kernels::crop_resize", mutates_args=())
+def _crop_resize_op(
+    pixels: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, size: list[int], channels: int
+) -> Tensor:
+    if use_triton("crop_resize", pixels.device):
+        h, w = (int(n) for n in size)
+        return _launch(pixels, offsets, shapes, boxes, flips, h, w, channels)
+    return _reference_op(pixels, offsets, shapes, boxes, flips, size, channels)
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+def check_ranges(pixels_T: Tensor, offsets_B: Tensor, shapes_B2: Tensor, boxes_B4: Tensor, channels: int) -> None:
+    """Images inside `pixels`, boxes inside their images; waits for the device."""
+    (height, width), (top, left, rows, columns) = shapes_B2.unbind(1), boxes_B4.unbind(1)
+    big = ((shapes_B2 < 1) | (shapes_B2 > MAX_SIDE)).any(1)
+    out = ~big & ((offsets_B < 0) | (offsets_B > pixels_T.shape[0] - height * width * channels))
+    cut = (top < 0) | (left < 0) | (rows < 1) | (columns < 1) | (top > height - rows) | (left > width - columns)
+    if not bool((big | out | cut).any()):
+        return
+    b = int((big | out | cut).nonzero()[0, 0])
+    (at,), (height, width), box = (x[b].reshape(-1).tolist() for x in (offsets_B, shapes_B2, boxes_B4))
+    which = f"for image {b}"
+    if big[b]:
+        raise ValueError(f"shapes: got {height} x {width} {which}, needs sides from 1 to {MAX_SIDE}")
+    if out[b]:
+        last = at + height * width * channels
+        raise ValueError(
+            f"offsets: got {at} {which}, which ends at {last}, needs it inside the {pixels_T.shape[0]} of pixels"
+        )
+    raise ValueError(
+        f"boxes: got (top, left, height, width) = {tuple(box)} {which}, needs at least one pixel, all inside the image's "
+        f"{height} x {width}"
+    )
+
+
+def _check_arguments(
+    pixels: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, size: Sequence[int], channels: int
+) -> tuple[int, int]:
+    check_dtype("pixels", pixels, torch.uint8)
+    check_shape("pixels", pixels, (None,), "[T]")
+    if not pixels.is_contiguous():
+        raise ValueError(f"pixels: got stride {pixels.stride(0)}, needs contiguous memory")
+    check_dtype("offsets", offsets, torch.int64)
+    check_shape("offsets", offsets, (None,), "[B]")
+    batch = offsets.shape[0]
+    check_dtype("shapes", shapes, torch.int64)
+    check_shape("shapes", shapes, (batch, 2), "[B, 2]")
+    check_dtype("boxes", boxes, torch.int64)
+    check_shape("boxes", boxes, (batch, 4), "[B, 4]")
+    check_dtype("flips", flips, torch.bool)
+    check_shape("flips", flips, (batch,), "[B]")
+    for name, x in (("offsets", offsets), ("shapes", shapes), ("boxes", boxes), ("flips", flips)):
+        check_same_device(name, x, "pixels", pixels)
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"size: got {size!r}, needs two ints (h, w)")
+    for name, n, most in (
+        ("size", size[0], MAX_RESULT),
+        ("size", size[1], MAX_RESULT),
+        ("channels", channels, MAX_CHANNELS),
+    ):
+        check_int(name, n, 1)
+        if n > most:
+            raise ValueError(f"{name}: got {n}, needs at most {most}")
+    return size[0], size[1]
+
+
+# ------------------------------------------------------------------------------------------------------- public
+def crop_resize(
+    pixels: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    size: Sequence[int],
+    *,
+    channels: int = 1,
+) -> Tensor:
+    """Cut a box out of each image, resize it (antialiased bicubic), and mirror it left-right where `flips` says so.
+
+    Args:
+        pixels: [T] uint8, contiguous: images back to back, each [H, W, C]. Images may overlap or be listed twice.
+        offsets: [B] int64, where each image starts in `pixels`.
+        shapes: [B, 2] int64, (H, W) of each image in pixels, at most 131072.
+        boxes: [B, 4] int64, (top, left, height, width) in whole pixels, inside the image.
+        flips: [B] bool. These four may have any strides.
+        size: (h, w) of the result in pixels, at most 4096.
+        channels: C, 1 to 4.
+
+    Returns: [B, C, h, w] uint8, contiguous. No gradient.
+
+    Raises: TypeError or ValueError naming the argument. On a GPU images and boxes out of range are reported with
+        debug_checks only; without, such an image is all zeros, and nothing of it is read.
+    """
+    h, w = _check_arguments(pixels, offsets, shapes, boxes, flips, size, channels)
+    if can_look(pixels) and not wants_reference(pixels):  # the reference looks itself, compiled too
+        check_ranges(pixels, offsets, shapes, boxes, channels)
+    return _crop_resize_op(pixels, offsets, shapes, boxes, flips, [h, w], channels)
