@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -30,6 +32,8 @@ class TorchLoader(ScheduledLoader):
             raise ConfigError(f"workers is {workers}; 0 or more is needed")
         self._workers = workers
         self._coming = _Coming()
+        if workers:
+            _with_workers.add(self)
         self._batches = DataLoader(
             _Images(schedule.index, schedule.size, schedule.channels),
             batch_sampler=self._coming,
@@ -60,7 +64,22 @@ class TorchLoader(ScheduledLoader):
         return self._described(f"decoded by Pillow anew each epoch {where}")
 
     def close(self) -> None:
-        self._batches._iterator = None  # the only way to end persistent workers before the loader is collected
+        # the only way to end persistent workers before every reference to their iterator is gone
+        iterator: Any = self._batches._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._batches._iterator = None
+
+
+# Workers ignore SIGTERM, by which multiprocessing ends and then joins those that are left when the program does: a loader that
+# an error left open would keep it for ever. Registered after multiprocessing's own hook, so it runs before.
+_with_workers: WeakSet[TorchLoader] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for loader in list(_with_workers):
+        loader.close()
 
 
 class _Coming(Sampler[list[Views]]):

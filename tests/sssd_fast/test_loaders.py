@@ -3,6 +3,8 @@ resume is exact. The pixels are compared with Pillow's on the file."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -356,7 +358,6 @@ def test_placement_by_the_stated_shares(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_dali_that_breaks_on_import_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch):
-    import sys
 
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     reason = dali_loader.refusal(CPU)
@@ -370,3 +371,40 @@ def test_the_cache_is_one_file_that_the_next_loader_reads(
     assert [p.suffix for p in sorted(tmp_path.iterdir())] == [".lock", ".pixels"]
     assert "read from the cache" in open_store(index, 1, tmp_path).how
     same(first, make("resident", cache=str(tmp_path)).epoch(0))
+
+
+LEAVES_WITHOUT_CLOSING = """
+import sys
+import torch
+from sssd_fast.data.index import DataIndex
+from sssd_fast.loaders import AugmentSpec, build_loader
+
+index = DataIndex.load(sys.argv[1])
+loader = build_loader(index, range(len(index)), batch_size=4, image_size=(24, 32), channels=1, train=AugmentSpec(),
+                      provider=sys.argv[2], workers=int(sys.argv[3]), cache="none")
+stream = loader.epoch(0)
+print(next(stream).images.float().mean() > 0)
+if sys.argv[4] == "error":
+    raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize("ending", ["end", "error"])
+@pytest.mark.parametrize(("provider", "workers"), [(p, 0) for p in PROVIDERS if p != "staged"] + [("torch", 1)])
+def test_a_process_that_leaves_in_the_middle_of_an_epoch_ends(
+    index: DataIndex, tmp_path: Path, provider: str, workers: int, ending: str
+):
+    index.save(tmp_path / "index.json")
+    command = [
+        sys.executable,
+        "-c",
+        LEAVES_WITHOUT_CLOSING,
+        str(tmp_path / "index.json"),
+        provider,
+        str(workers),
+        ending,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "tensor(True)\n", done.stderr
+    assert done.returncode == (7 if ending == "error" else 0), done.stderr
+    assert "Traceback" not in done.stderr
