@@ -170,7 +170,7 @@ def _crop_resize_kernel(
     box = BOXES + image * stride_box
     top, left = tl.load(box), tl.load(box + stride_edge)
     box_h, box_w = tl.load(box + 2 * stride_edge), tl.load(box + 3 * stride_edge)
-    mirror = tl.load(FLIPS + image * stride_flip)
+    mirror = tl.load(FLIPS + image * stride_flip) != 0  # a compiled function passes bool as uint8
     valid = (height >= 1) & (height <= MAX) & (width >= 1) & (width <= MAX)
     valid &= (offset >= 0) & (offset <= total - height * width * C)
     valid &= (top >= 0) & (box_h >= 1) & (top <= height - box_h)
@@ -256,9 +256,7 @@ def _reference_op(
 
 
 @_reference_op.register_fake
-def _(
-    pixels: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, size: list[int], channels: int
-) -> Tensor:
+def _(pixels, offsets, shapes, boxes, flips, size, channels):
     return pixels.new_empty((offsets.shape[0], channels, *size))
 
 

@@ -287,6 +287,41 @@ def measured(device: torch.device, call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+class Decoded(NamedTuple):
+    """A set of decoded images on the device and the boxes of one batch."""
+
+    pixels: Tensor
+    offsets: Tensor
+    shapes: Tensor
+    boxes: Tensor
+    flips: Tensor
+
+
+def decoded(batch: int, channels: int, device: torch.device, sides: tuple[int, int] = (150, 500)) -> Decoded:
+    shapes = torch.randint(*sides, (batch, 2))
+    sizes = shapes.prod(1) * channels
+    extent = (shapes * (0.4 + 0.6 * torch.rand(batch, 2))).long()
+    corner = ((shapes - extent + 1) * torch.rand(batch, 2)).long()
+    pixels_T = torch.randint(0, 256, (int(sizes.sum()),), dtype=torch.uint8)
+    tensors = (pixels_T, sizes.cumsum(0) - sizes, shapes, torch.cat([corner, extent], 1), torch.rand(batch) < 0.5)
+    return Decoded(*(t.to(device) for t in tensors))
+
+
+def check_crops(batch: int, channels: int, size: int, device: torch.device, kernels: str, **sides: Any) -> None:
+    """The kernel against torch's own resize on the CPU, whose weights are 16-bit numbers: seldom another grey level."""
+    made = decoded(batch, channels, device, **sides)
+    with backend(kernels):
+        got, again = (mk.crop_resize(*made, (size, size), channels=channels) for _ in range(2))
+    with backend("reference"):
+        want = mk.crop_resize(*(t.cpu() for t in made), (size, size), channels=channels)
+        same_device = mk.crop_resize(*made, (size, size), channels=channels)
+    assert torch.equal(got, again), "two runs differ"
+    for other in (want, same_device.cpu()):
+        difference = (got.cpu().short() - other.short()).abs()
+        assert difference.max() <= 2
+        assert difference.float().mean() < 0.02
+
+
 # -------------------------------------------------------------------------------------------- without a GPU, small
 CPU = torch.device("cpu")
 
@@ -304,6 +339,11 @@ def test_the_table_runs_small_on_the_cpu(name: str) -> None:
 @pytest.mark.parametrize("name", ["sssd_loss", "attention decoder"])
 def test_the_compiled_check_runs_small_on_the_cpu(name: str) -> None:
     check_compiled(name, SMALL, torch.float32, CPU, "reference", "eager")
+
+
+@pytest.mark.kernel
+def test_the_check_of_crops_runs_small_on_the_cpu() -> None:
+    check_crops(3, 3, 12, CPU, "triton" if INTERPRET else "reference", sides=(15, 30))
 
 
 # ------------------------------------------------------------------------------------------------------------ GPU
@@ -568,3 +608,71 @@ def test_attention_takes_sdpa_for_fp32(cuda: torch.device) -> None:
     qkv = torch.randn(4, 50, 3, 12, 64, device=cuda)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     assert torch.equal(mk.attention(qkv), F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crop_resize(channels: int, cuda: torch.device) -> None:
+    for size in (96, 224):
+        check_crops(64, channels, size, cuda, "triton")
+    made = decoded(64, channels, cuda)
+    torch._dynamo.reset()
+    with backend("triton"):
+        want = mk.crop_resize(*made, (224, 224), channels=channels)
+        compiled = torch.compile(lambda *a: mk.crop_resize(*a, (224, 224), channels=channels), fullgraph=True)
+        assert torch.equal(compiled(*made), want)
+
+
+@pytest.mark.gpu
+def test_crop_resize_in_a_captured_graph(cuda: torch.device) -> None:
+    """Replayed with other boxes of the same pixels, as a loader does."""
+    made = decoded(64, 1, cuda)
+    other = made._replace(boxes=made.boxes.flip(0), shapes=made.shapes.flip(0), offsets=made.offsets.flip(0))
+    with backend("triton"):
+        want = mk.crop_resize(*other, (224, 224))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = mk.crop_resize(*made, (224, 224))
+        for kept, new in zip(made[1:], (t.clone() for t in other[1:]), strict=True):
+            kept.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_crop_resize_beyond_two_to_the_31(cuda: torch.device) -> None:
+    """The last image of more than 2^31 pixels, as the last of a batch of more than 2^31, gives what it gives alone."""
+    need, free = 6 * GIB, free_bytes()
+    if free < need:
+        pytest.skip(f"{free / GIB:.1f} GiB of GPU memory are free and {need / GIB:.0f} are needed")
+    image = torch.randint(0, 256, (200 * 300,), dtype=torch.uint8, device=cuda)
+    pixels_T = torch.zeros(2**31 + len(image), dtype=torch.uint8, device=cuda)
+    pixels_T[-len(image) :] = image
+    place = torch.tensor([[2**31, 200, 300, 5, 7, 180, 240]], device=cuda)
+
+    def call(pixels_T: Tensor, place: Tensor) -> Tensor:
+        flips = torch.ones(len(place), dtype=torch.bool, device=cuda)
+        return mk.crop_resize(pixels_T, place[:, 0], place[:, 1:3], place[:, 3:7], flips, (224, 224))
+
+    with backend("triton"):
+        many = call(pixels_T, place.expand(2**31 // 224**2 + 2, -1))
+        place[:, 0] = 0
+        alone = call(image, place)
+    assert torch.equal(many[-1:], alone) and torch.equal(many[:1], alone)
+
+
+@pytest.mark.gpu
+def test_crop_resize_out_of_range(cuda: torch.device) -> None:
+    """Zeros, or an error with debug_checks."""
+    made = decoded(8, 1, cuda)
+    made.boxes[3, 1] = 10**6
+    with backend("triton"):
+        got = mk.crop_resize(*made, (32, 32))
+        assert not got[3].any() and got[2].any() and got[4].any()
+        mk.debug_checks(True)
+        try:
+            with pytest.raises(ValueError, match=r"boxes: got \(top, left, height, width\) = .* for image 3"):
+                mk.crop_resize(*made, (32, 32))
+        finally:
+            mk.debug_checks(False)

@@ -12,7 +12,7 @@ from mae_kernels._runtime import Launch, jit, tl
 SAMPLE = (
     "gather_patches rgb", "embed_patches", "embed_patches_backward", "masked_reconstruction_loss rgb patch",
     "random_masking 196", "distillation_loss 4096", "sssd_loss rgb", "restore_tokens 512", "gelu_linear 3072",
-    "attention 50 x 12 x 64", "attention 197 x 16 x 32",
+    "attention 50 x 12 x 64", "attention 197 x 16 x 32", "crop_resize rgb",
 )  # fmt: skip
 LARGEST = "attention 197 x 12 x 64"
 
@@ -26,7 +26,7 @@ def test_every_kernel_keeps_the_rules(arch: int, only: tuple[str, ...] | None) -
     """Every case on sm_90, every kernel on the others; the command `--lint` takes every case on all of them."""
     rows = lint.lint(arch, only)
     assert {row.arch for row in rows} == {arch}
-    assert len({row.kernel for row in rows}) == (15 if arch < lint.TENSOR_CORES_FROM["attention"] else 18)
+    assert len({row.kernel for row in rows}) == (16 if arch < lint.TENSOR_CORES_FROM["attention"] else 19)
     assert not [row for row in rows if row.problems]
     if arch == 80:  # sm_86 and sm_89 run what sm_80 runs, with less shared memory
         assert max(row.shared for row in rows) <= lint.SHARED_LIMITS[86] * 1024

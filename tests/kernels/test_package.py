@@ -29,6 +29,9 @@ pred = torch.zeros(2, 2, 48, requires_grad=True)
 mk.masked_reconstruction_loss(pred, torch.rand(2, 3, 8, 8), ids=m.ids_masked, patch_size=4).backward()
 mk.attention(torch.rand(1, 5, 3, 2, 16, requires_grad=True)).sum().backward()
 mk.gelu_linear(torch.rand(3, 8, requires_grad=True), torch.rand(8), torch.rand(2, 8), None).sum().backward()
+image = torch.arange(12, dtype=torch.uint8)
+one = mk.crop_resize(image, *map(torch.tensor, ([0], [[3, 4]], [[1, 1, 2, 2]], [True])), (2, 2))
+assert one.tolist() == [[[[6, 5], [10, 9]]]]
 assert "triton" not in sys.modules
 print(pred.grad.abs().sum().item() > 0)
 """

@@ -70,6 +70,14 @@ def sssd_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
     return *tensors, *options, 0.2, False, 0.2, 0.1
 
 
+def crop_arguments(batch: int) -> tuple[Any, ...]:
+    places = torch.tensor([7, 9, 13, 1, 2, 7, 9, 1]).repeat(
+        batch, 1
+    )  # offset, image, box, mirror: columns of one tensor
+    pixels_T = torch.randint(0, 256, (400,), dtype=torch.uint8)
+    return pixels_T, places[:, 0], places[:, 1:3], places[:, 3:7], torch.rand(batch) < 0.5, [6, 5], 3
+
+
 CASES = {
     "gather_patches": Case(lambda b, t: (pixels(b, 3, 8, 12), ids_of(b, 6, 4), 4, [0.5], [0.2], t)),
     "embed_patches": Case(embed_arguments),
@@ -79,6 +87,8 @@ CASES = {
     "sssd_loss": Case(sssd_arguments, lambda out: out[0] * 2 + out[1] + out[2] * 3),
     "attention": Case(lambda b, t: (floats(b, 9, 3, 2, 4, dtype=t), 0.4)),
     "random_masking": Case(lambda b, t: (torch.rand(b, 9, dtype=t), 4)),
+    "crop_resize": Case(lambda b, t: crop_arguments(b)),
+    "crop_resize_reference": Case(lambda b, t: crop_arguments(b)),
     "restore_tokens": Case(restore_arguments),
     "gelu_linear": Case(gelu_arguments),
     "gelu_linear/kept": Case(lambda b, t: gelu_arguments(b, t, recompute=False)),

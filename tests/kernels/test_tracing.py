@@ -149,6 +149,11 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]], list[list
         [["DQKV"]],
     ),
     "attention": (lambda q: OPS.attention(q, 0.125), lambda: [cuda(8, 197, 3, 16, 32)], [["LSE", "OUT"]]),
+    "crop_resize": (
+        lambda *tensors: OPS.crop_resize(*tensors, [224, 224], 3),
+        lambda: [cuda(10**6, dtype=U8), *(cuda(8, *n, dtype=I64) for n in ((), (2,), (4,))), cuda(8, dtype=torch.bool)],
+        [["OUT"]],
+    ),
     "attention_backward": (
         lambda g, q, o, n: OPS.attention_backward(g, q, o, n, 0.125),
         lambda: [cuda(8, 197, 16, 32), cuda(8, 197, 3, 16, 32), cuda(8, 197, 16, 32), cuda(8, 16, 197, dtype=F32)],

@@ -191,6 +191,33 @@ def test_distillation(traffic: Traffic) -> None:
     traffic.assert_written_once(*gradients)
 
 
+def crop(pixels_T: Tensor, places: Tensor, size: list[int], channels: int) -> Tensor:
+    flips = torch.tensor([False, True])[: len(places)]
+    return OPS.crop_resize(pixels_T, places[:, 0], places[:, 1:3], places[:, 3:7], flips, size, channels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crop_resize(traffic: Traffic, channels: int) -> None:
+    """All of each box and nothing beside it; some of it again, from the cache, for each output that it reaches."""
+    pixels_T = pixels(500 * channels)
+    places = torch.tensor([[5, 9, 13, 1, 2, 7, 9], [200, 4, 31, 0, 3, 3, 27]])
+    out = crop(pixels_T, places, [9, 11], channels)
+    inside = np.zeros(500 * channels, bool)
+    for offset, height, width, top, left, rows, columns in places.tolist():
+        image = inside[offset : offset + height * width * channels].reshape(height, width, channels)
+        image[top : top + rows, left : left + columns] = True
+    read = np.unique(np.concatenate(traffic.read)) - pixels_T.data_ptr()
+    assert np.array_equal(read[(read >= 0) & (read < inside.size)], np.flatnonzero(inside))
+    traffic.assert_written_once(out)
+
+
+def test_crop_resize_reads_no_pixel_for_a_box_out_of_range(traffic: Traffic) -> None:
+    pixels_T = pixels(500)
+    out = crop(pixels_T, torch.tensor([[5, 9, 13, 1, 5, 7, 9], [480, 4, 31, 0, 3, 3, 27]]), [9, 11], 1)
+    assert traffic.of(traffic.read, pixels_T) == (0, 0) and not out.any()
+    traffic.assert_written_once(out)
+
+
 @pytest.mark.parametrize("tokens", [21, 70])
 def test_attention(traffic: Traffic, tokens: int) -> None:
     """Up to 64 tokens the backward makes the softmax again and needs neither output nor log-sum-exp."""
