@@ -195,6 +195,26 @@ def _data_extract(args: argparse.Namespace) -> None:
     print(f"extracted to {extract_archive(args.archive, args.out)}")
 
 
+def _data_convert(args: argparse.Namespace) -> None:
+    from .console import Console
+    from .data.convert import convert_volumes
+
+    with Console() as console:
+        done = convert_volumes(
+            args.source,
+            args.out,
+            manifest=args.manifest,
+            window=args.window,
+            every=args.every,
+            size=args.size,
+            max_bad_fraction=args.max_bad_fraction,
+            console=console if console.interactive else None,
+        )
+    print(done.summary())
+    folder, table = (shlex.quote(str(path)) for path in (Path(args.out), Path(args.out, "manifest.csv")))
+    print(f"to train on it: data.source={folder} data.manifest={table} data.split=patient")
+
+
 def _weights(args: argparse.Namespace) -> None:
     from .model import MAE
     from .weights import load_into
@@ -420,7 +440,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     sub.add_argument("--batch-size", type=int, default=64)
 
-    data = command("data", None, "check, split, extract or generate image sets").add_subparsers(
+    data = command("data", None, "check, split, extract, convert or generate image sets").add_subparsers(
         required=True, metavar="ACTION"
     )
     sub = command("check", _data_check, "decode every image once; list bad files and duplicates", to=data)
@@ -446,6 +466,20 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("extract", _data_extract, "unpack a zip or tar of images safely", to=data)
     sub.add_argument("archive")
     sub.add_argument("out", metavar="DIR")
+    sub = command("convert", _data_convert, "CT volumes (DICOM, NIfTI) to a folder of grey PNG slices", to=data)
+    sub.add_argument("source", metavar="DIR|CSV", help="one folder per class, or a CSV manifest of files and folders")
+    sub.add_argument("--out", required=True, metavar="DIR", help="new folder: CLASS/VOLUME/SLICE.png, manifest.csv")
+    sub.add_argument("--manifest", metavar="CSV", help="path,label[,split][,patient], paths relative to DIR")
+    sub.add_argument(
+        "--window",
+        default="lung",
+        metavar="W",
+        help="lung (default: level -600, width 1500 HU), mediastinum (40, 400), --window=LEVEL,WIDTH, file (as each file "
+        "says) or minmax (of each volume; for values that are not HU)",
+    )
+    sub.add_argument("--every", type=int, default=1, metavar="N", help="keep each Nth slice of a volume")
+    sub.add_argument("--size", type=int, metavar="PIXELS", help="resize until the shorter side has so many")
+    sub.add_argument("--max-bad-fraction", type=float, default=0.01, metavar="F")
 
     sub = command("weights", _weights, "show how foreign weights fit a configuration")
     sub.add_argument("path", metavar="WEIGHTS|RUN")

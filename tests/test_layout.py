@@ -35,8 +35,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 STANDARD = sys.stdlib_module_names
 # Optional or slow to import: only inside the function that needs them.
 LATE = {
-    "matplotlib", "nvidia", "onnx", "onnxruntime", "onnxscript", "rich", "scipy", "sklearn", "tensorboard", "torchao",
-    "transformers", "triton", "xformers",
+    "matplotlib", "nibabel", "nvidia", "onnx", "onnxruntime", "onnxscript", "pydicom", "rich", "scipy", "sklearn",
+    "tensorboard", "torchao", "transformers", "triton", "xformers",
 }  # fmt: skip
 
 
