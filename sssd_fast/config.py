@@ -72,6 +72,10 @@ class DataConfig(Section):
             raise ValueError(
                 f"split is {self.split!r}, needs random, block, patient, kfold, manifest (the manifest's split column) or a .csv file"
             )
+        if self.cache not in ("auto", "none") and "/" not in self.cache:  # a mistyped word is not to become a folder
+            raise ValueError(
+                f"cache is {self.cache!r}, needs auto, none, or a folder with a slash in it, such as ./pixels"
+            )
         if self.split == "manifest" and self.manifest is None:
             raise ValueError("split is 'manifest', which needs data.manifest=FILE.csv with a split column")
         return self

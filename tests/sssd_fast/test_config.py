@@ -79,6 +79,8 @@ def test_every_problem_is_reported_at_once() -> None:
         ("pretrain.warmup_epochs=1000", "warmup_epochs is 1000, needs to be below epochs"),
         ("data.split=randm", "split is 'randm', needs random, block, patient, kfold, manifest"),
         ("data.split=manifest", "needs data.manifest=FILE.csv with a split column"),
+        ("data.cache=ram", "cache is 'ram', needs auto, none, or a folder with a slash"),
+        ("data.loader=ffcv", "data.loader: got 'ffcv'"),
         ("data.fold=7", "fold is 7, needs to be below folds (5)"),
         ("finetune.augment.crop_scale=[0.9,0.1]", "needs the smaller number first"),
         ("pretrain.base_lr=nan", "pretrain.base_lr"),
