@@ -31,6 +31,7 @@ from torch import Tensor
 
 from sssd_fast.data.images import ImageArray, ImageError, decode_bytes, read_file, to_channels
 from sssd_fast.data.index import DataIndex, Progress
+from sssd_fast.errors import ConfigError
 
 _MAGIC = b"SSSDPIX1"
 _ALIGN = 4096
@@ -92,12 +93,15 @@ def decoded_bytes(index: DataIndex, channels: int) -> int:
 
 
 def cache_folder(setting: str) -> Path | None:
-    """data.cache: "none" = no file, "auto" = the user's cache folder, else a folder."""
+    """data.cache: "none" = no file, "auto" = the user's cache folder, else a folder. Raises ConfigError without a home."""
     if setting == "none":
         return None
     if setting != "auto":
         return Path(setting)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sssd_fast", "pixels")
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sssd_fast", "pixels")
+    except RuntimeError as error:  # some containers give a process neither HOME nor an entry in the list of users
+        raise ConfigError(f"data.cache is auto, but {error}; set it to a folder or none, or set HOME") from error
 
 
 def open_store(
@@ -210,8 +214,7 @@ def _decode_to_file(path: Path, index: DataIndex, channels: int, threads: int, p
         _write(file, np.frombuffer(_MAGIC + struct.pack("<q", len(header)) + header, np.uint8), 0)
         _write(file, checksums.view(np.uint8), table)
         os.fsync(file)
-        os.replace(part, path)
-        _sync_folder(path.parent)
+        os.replace(part, path)  # not made durable: after a power cut the images are decoded once more
     finally:
         os.close(file)
         with contextlib.suppress(FileNotFoundError):
@@ -223,14 +226,6 @@ def _write(file: int, data: npt.NDArray[np.uint8], offset: int) -> None:
     while left:
         written = os.pwrite(file, left, offset)
         left, offset = left[written:], offset + written
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _open(
@@ -245,11 +240,12 @@ def _open(
                 raise ValueError("its first bytes are not those of a cache")
             header = json.loads(file.read(length))
             checksums = np.frombuffer(file.read(4 * len(index)), "<u4")
-        first = -(-(16 + length + checksums.nbytes) // _ALIGN) * _ALIGN
-        expected = {"images": len(index), "channels": channels, "bytes": total, "key": path.stem}
-        if header != expected or len(checksums) != len(index) or path.stat().st_size != first + total:
-            raise ValueError("its header or its length is wrong")
-        mapped = torch.from_file(str(path), shared=False, size=first + total, dtype=torch.uint8)[first:]
+            first = -(-(16 + length + checksums.nbytes) // _ALIGN) * _ALIGN
+            expected = {"images": len(index), "channels": channels, "bytes": total, "key": path.stem}
+            if header != expected or len(checksums) != len(index) or os.fstat(file.fileno()).st_size != first + total:
+                raise ValueError("its header or its length is wrong")
+            # not torch.from_file, which takes no name that is not UTF-8, and fails with a RuntimeError
+            mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", first, (total,)))
         store = PixelStore(mapped, offsets, shapes, channels, path, "read from the cache")
         with ThreadPoolExecutor(max(1, threads)) as pool:
             found = list(pool.map(lambda i: zlib.crc32(store.image(i).data), range(len(index))))

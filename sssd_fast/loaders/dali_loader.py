@@ -12,17 +12,19 @@ alike (`ImageRecord.plain`) is decoded by our own rules and handed over as an un
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sssd_fast.data.images import to_channels
+from sssd_fast.data.images import shown, to_channels
 from sssd_fast.data.pixels import decode_record, read_record
 from sssd_fast.errors import DataError, DependencyError
 from sssd_fast.loaders.schedule import Schedule, ScheduledLoader
@@ -136,6 +138,7 @@ class DaliLoader(ScheduledLoader):
             images = fn.resize(images, size=self.schedule.size, interp_type=types.INTERP_CUBIC, antialias=True)
             pipe.set_outputs(fn.flip(images, horizontal=mirror))
         pipe.build()
+        _alive.add(pipe)
         return pipe
 
     def _gpu(self) -> int:
@@ -162,11 +165,11 @@ class DaliLoader(ScheduledLoader):
         """DALI names no file: decodes each one of the batches under way by itself, and names the first that fails."""
         from nvidia.dali import Pipeline, fn, types
 
-        reason = next((line for line in str(error).splitlines() if "failure" in line.lower()), str(error).strip())
+        reason = next((line for line in str(error).splitlines() if "fail" in line.lower()), str(error).strip())
         for i in itertools.chain.from_iterable(self.schedule.views(*position).records for position in positions):
             pipe = Pipeline(batch_size=1, num_threads=1, device_id=None)
             with pipe:
-                encoded = fn.external_source(source=lambda i=i: [self._encoded(int(i))], batch=True)
+                encoded = fn.external_source(source=self._alone(int(i)), batch=True)
                 pipe.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB))
             try:
                 pipe.build()
@@ -174,9 +177,12 @@ class DaliLoader(ScheduledLoader):
             except RuntimeError:
                 path = self.schedule.index.file(int(i))
                 return DataError(
-                    f"{path}: DALI cannot decode it, Pillow can; set data.loader=torch or resident ({reason})"
+                    f"{shown(str(path))}: DALI cannot decode it, Pillow can; set data.loader=torch or resident ({reason})"
                 )
         return DataError(f"DALI stopped: {reason}; set data.loader to resident or torch")
+
+    def _alone(self, i: int) -> Callable[[], list[Encoded]]:
+        return lambda: [self._encoded(i)]  # without an argument, not even one with a default: DALI would fill it in
 
     def _pixels(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Views]]:
         for step in range(start_step, self.steps_per_epoch):
@@ -215,3 +221,10 @@ class DaliLoader(ScheduledLoader):
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
         self._pipe = None  # DALI ends its threads and frees its buffers with the last reference
+
+
+# A pipeline that ends in a forked child (a DataLoader's worker) would wait there for threads that only the parent has: a child
+# never lets go of those that were alive when it was made.
+_alive: WeakSet[Any] = WeakSet()
+_kept_by_children: list[Any] = []
+os.register_at_fork(before=lambda: _kept_by_children.extend(_alive), after_in_parent=_kept_by_children.clear)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sssd_fast.data.images import ImageError
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.pixels import decode_record
 from sssd_fast.errors import ConfigError, DataError
@@ -108,7 +107,7 @@ class _Images(Dataset[Any]):
             for row, (record, box, flip) in enumerate(zip(views.records, views.boxes, views.flips, strict=True)):
                 image = decode_record(self._index, int(record), self._channels)
                 images[row] = show(image, box, bool(flip), self._size).reshape(images.shape[1:])
-        except ImageError as error:  # as a value: DataLoader would wrap it in its own traceback text
+        except DataError as error:  # as a value: DataLoader would wrap it in its own traceback text
             return str(error)
         return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
