@@ -45,10 +45,6 @@ class Memory:
     def flat(self) -> bool | None:
         return is_flat(self.epochs)
 
-    def after(self, epoch: int) -> float | None:
-        """epoch counts from 1."""
-        return self.epochs[epoch - 1] if epoch <= len(self.epochs) else None
-
 
 def is_flat(after_epoch_mib: Sequence[float]) -> bool | None:
     """Whether the last epoch ends below 5 % or 16 MiB more than the tenth; None where there are no more than ten."""

@@ -328,13 +328,11 @@ def _memory() -> dict[str, float | None]:
     }
 
 
-def available_memory() -> int:
-    """Bytes of host memory that are free, or that this control group may use where that is less."""
+def available_memory() -> int | None:
+    """Bytes of host memory that are free, or that this control group may use where that is less; None = unknown."""
     memory = _memory()
     sizes = [size for size in (memory["available_gib"], memory["limit_gib"]) if size is not None]
-    if sizes:
-        return int(min(sizes) * GIB)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # no /proc: half of all
+    return int(min(sizes) * GIB) if sizes else None
 
 
 def _disk_free(path: Path) -> float | None:

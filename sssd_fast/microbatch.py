@@ -16,7 +16,7 @@ from torch import Tensor
 from .compute import compiled, pick_compile, prepare
 from .config import Config
 from .distributed import World
-from .doctor import collect_environment
+from .doctor import available_memory
 from .errors import ConfigError
 from .guards import is_out_of_memory
 from .loaders.resident import reserved
@@ -89,11 +89,10 @@ def search(own: int, likely: Trial, trial: Trial, world: World) -> int | None:
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    memory = collect_environment()["memory"]
-    sizes = [size for size in (memory["available_gib"], memory["limit_gib"]) if size is not None]
-    if not sizes:
+    free = available_memory()
+    if free is None:
         raise ConfigError("batch is auto, but this system does not tell how much memory is free; set batch_size")
-    return min(sizes) * 2.0**30
+    return float(free)
 
 
 def _steps_fit(

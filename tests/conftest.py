@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -31,6 +32,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+NO_PARAMETERS = SimpleNamespace(params={})
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 # A machine with a GPU that has torch and triton alone still tests the ops; a line at the end says what it could not.
 TRAINER_NEEDS = [
@@ -50,6 +52,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reasons["gpu"] = "no CUDA device"
     if not os.environ.get("SSSD_FAST_DATA"):
         reasons["realdata"] = "SSSD_FAST_DATA does not name a folder with the CT data sets"
+    if not (find_spec("nvidia") and find_spec("nvidia.dali")):
+        reasons["dali"] = "NVIDIA DALI is not installed"
+    for item in items:
+        if "dali" in getattr(item, "callspec", NO_PARAMETERS).params.values():
+            item.add_marker("dali")
     kept, left_out = [], []
     for item in items:
         marker = next((name for name in reasons if item.get_closest_marker(name)), None)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from sssd_fast.checkpoint import atomic_write_bytes
 
-_VERSION = 1
+_VERSION = 1  # to be raised when images.py decodes by other rules
 _SETTLED_S = 2.0
 
 
@@ -37,7 +37,7 @@ class Known:
 
     def __init__(self, folder: Path | None, root: Path) -> None:
         self._now, self._new = time.time(), dict[str, list[object]]()
-        self._old: dict[str, list[object]] = {}
+        self._old: dict[str, object] = {}
         self._path: Path | None = None
         if folder is None:
             return
@@ -45,15 +45,18 @@ class Known:
         self._path = folder / f"{name}.checked.json"
         try:
             body = json.loads(self._path.read_text(encoding="utf-8"))
-            self._old = body["files"] if body["version"] == _VERSION else {}
+            if body["version"] == _VERSION and isinstance(body["files"], dict):
+                self._old = body["files"]
         except (OSError, ValueError, KeyError, TypeError):
-            self._old = {}  # absent or damaged: every file is decoded, as the first time
+            pass  # absent or damaged: every file is decoded, as the first time
 
     def get(self, path: str, status: os.stat_result) -> Facts | None:
         entry = self._old.get(path)
-        if entry is None or len(entry) != 2 + len(Facts._fields) or entry[:2] != [status.st_size, status.st_mtime_ns]:
+        if not isinstance(entry, list) or len(entry) != 2 + len(Facts._fields):
             return None
-        return Facts(*entry[2:])  # type: ignore[arg-type]
+        if entry[:2] != [status.st_size, status.st_mtime_ns]:
+            return None
+        return Facts(*entry[2:])
 
     def put(self, path: str, status: os.stat_result, facts: Facts) -> None:
         if self._now - status.st_mtime > _SETTLED_S:

@@ -33,7 +33,7 @@ from sssd_fast.data.images import ImageArray, ImageError, decode_bytes, read_fil
 from sssd_fast.data.index import DataIndex, Progress
 from sssd_fast.errors import ConfigError
 
-_MAGIC = b"SSSDPIX1"
+_MAGIC = b"SSSDPIX1"  # to be changed when images.py decodes by other rules
 _ALIGN = 4096
 _SUFFIX = ".pixels"
 

@@ -9,6 +9,7 @@ Shapes: R rows of a batch. `places` [R, 8] int64: offset, image height, width, b
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,8 @@ def placement(nbytes: int, device: torch.device, limit_gib: float | None) -> tup
         if nbytes <= min(most, torch.cuda.mem_get_info(device)[0]):
             return "device", f"{size} fit on the GPU (at most {most / 2**30:.1f} GiB of it)"
     free_host = available_memory()
+    if free_host is None:  # no /proc: all there is
+        free_host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     most = HOST_SHARE * free_host if limit_gib is None else limit_gib * 2**30
     where = "host memory" if device.type == "cuda" else "memory"
     if nbytes <= most:

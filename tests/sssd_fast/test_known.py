@@ -79,7 +79,10 @@ def test_a_file_that_changed_just_now_is_not_remembered(data: Path, tmp_path: Pa
     assert decoded == [young.relative_to(data).as_posix()]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"version": 0, "files": {}}', '{"version": 1, "files": {"x": [1]}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"version": 0, "files": {}}', '{"version": 1, "files": {"x": [1]}}', '{"version": 1, "files": []}'],
+)
 def test_a_damaged_memory_is_as_none(data: Path, tmp_path: Path, decoded: list[str], content: str):
     check_data(data, known=tmp_path / "memory")
     (kept,) = (tmp_path / "memory").iterdir()

@@ -18,7 +18,6 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +37,8 @@ FEEDS: dict[str, dict[str, Any]] = {
     "torch": {"provider": "torch"},
     "torch with a worker": {"provider": "torch", "workers": 1},
     "resident": {"provider": "resident", "cache": "none"},
+    "dali": {"provider": "dali"},
 }
-if find_spec("nvidia") and find_spec("nvidia.dali"):
-    FEEDS["dali"] = {"provider": "dali"}
 # largest difference to the torch loader; DALI does not round between the two passes, and decodes JPEG in its own way
 EXACTNESS = {"torch": 0, "torch with a worker": 0, "resident": 2, "dali": 40}
 SIZE = (24, 32)
@@ -242,7 +240,7 @@ def test_a_package_that_allows_truncated_pictures_is_an_error_not_half_a_picture
         list(build(index).epoch(0))  # with DALI by the files that it does not decode itself
 
 
-@pytest.mark.parametrize("feed", [name for name in FEEDS if name == "dali"], indirect=True)
+@pytest.mark.parametrize("feed", ["dali"], indirect=True)
 def test_a_file_that_dali_alone_cannot_decode_is_named(tmp_path: Path, build: Build, feed: str):
     """As some damaged ones that Pillow reads; here one that is declared good. The words of DALI name no file."""
     index = write_set(tmp_path, 10**6)
@@ -465,7 +463,7 @@ def test_a_file_may_have_any_name_and_is_named_on_one_line(
 # ---- processes ----
 
 
-@pytest.mark.parametrize("feed", [name for name in FEEDS if name == "dali"], indirect=True)
+@pytest.mark.parametrize("feed", ["dali"], indirect=True)
 def test_a_process_forked_while_dali_works_does_not_hang(good: DataIndex, feed: str):
     """Workers of any DataLoader are such processes. The threads of a pipeline are not there after a fork: one that ended in
     the child would wait for them for ever."""
