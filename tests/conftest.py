@@ -55,7 +55,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not (find_spec("nvidia") and find_spec("nvidia.dali")):
         reasons["dali"] = "NVIDIA DALI is not installed"
     for item in items:
-        if "dali" in getattr(item, "callspec", NO_PARAMETERS).params.values():
+        if any(
+            value == "dali"
+            for value in getattr(item, "callspec", NO_PARAMETERS).params.values()
+            if isinstance(value, str)
+        ):
             item.add_marker("dali")
     kept, left_out = [], []
     for item in items:
