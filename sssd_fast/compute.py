@@ -138,7 +138,8 @@ def pick_graphs(
         return False, f"the device is {device}"
     if asked != "auto":
         return asked, f"step.cuda_graphs is {str(asked).lower()}"
-    from .costs import classifier_parts, measure_ceilings
+    from .ceilings import measure_ceilings
+    from .costs import classifier_parts
 
     if isinstance(model, SSSD):
         flops = train_flops(config.model, config.objective)

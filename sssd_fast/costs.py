@@ -1,4 +1,4 @@
-"""What a training step has to compute and to move, by formula, and what the machine at hand can do: FLOPs, bytes, ceilings.
+"""What a training step has to compute and to move, by formula: FLOPs and bytes. ceilings.py measures what a machine can do.
 
 FLOPs are those of matrix products, 2 per multiply-add; attention has two products forward and four backward (what a kernel
 recomputes is its own affair). Norms, GELU, softmax and the losses count as bytes only. Bytes: each operation reads each large input
@@ -15,13 +15,7 @@ S prototypes, F bottleneck features. Rows are tokens of one image.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
-
-import torch
 
 from .config import ModelConfig, ObjectiveConfig
 
@@ -286,47 +280,3 @@ def _loss(model: ModelConfig, objective: ObjectiveConfig, values: int, b: int) -
 def _optimizer(parameters: int, moment_bytes: int) -> Part:
     """Norm of the gradients (read), AdamW (gradient read, weight and two moments read and written); clipping is a factor in it."""
     return Part("optimizer", update_bytes=parameters * (4 * FP32 + 4 * moment_bytes))
-
-
-# ---- ceilings -----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Measured, never from a data sheet: the best that a large product and a large copy reach here."""
-
-    matmul_flops: float  # FLOP/s
-    copy_bytes: float  # bytes/s, read plus written
-    dtype: str  # of the product
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.5) -> Ceilings:
-    """Medians over about `seconds` each, with the number of threads and the TF32 setting that torch has now."""
-    n, copied = (8192, 2**29) if device.type == "cuda" else (1024, 2**26)
-    a, b, product = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
-    matmul_s = median_seconds(partial(torch.mm, a, b, out=product), device, seconds)
-    source, target = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
-    copy_s = median_seconds(partial(target.copy_, source), device, seconds)
-    return Ceilings(2.0 * n**3 / matmul_s, 2.0 * copied / copy_s, str(dtype).removeprefix("torch."))
-
-
-def median_seconds(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Median time of one call after two for warming up; at least 3 and at most 200 calls. Device events on CUDA."""
-    cuda, times = device.type == "cuda", list[float]()
-    for _ in range(2):
-        work()
-    started = time.perf_counter()
-    while len(times) < 3 or (len(times) < 200 and time.perf_counter() - started < seconds):
-        if cuda:
-            with torch.cuda.device(device):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                work()
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end) / 1000)
-        else:
-            before = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - before)
-    return statistics.median(times)

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .ceilings import Ceilings, measure_ceilings
 from .checkpoint import CheckpointManager, atomic_write_text
 from .config import Config, to_dict
 from .console import Console
-from .costs import Ceilings, Part, measure_ceilings, parts, standard_flops, train_flops
+from .costs import Part, parts, standard_flops, train_flops
 from .data.index import check_data
 from .data.phantom import write_phantom_dataset
 from .data.pixels import cache_folder

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sssd_fast.costs
-from sssd_fast import compute
+from sssd_fast import ceilings, compute
 from sssd_fast.compute import pick_compile, pick_graphs, prepare
 from sssd_fast.config import Config, load_config
 from sssd_fast.errors import ConfigError
@@ -218,9 +218,7 @@ def test_auto_compiles_on_a_gpu_with_a_compiler_only(tiny: list[str], monkeypatc
 def test_cuda_graphs_pay_below_a_batch_that_the_rule_computes(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(tiny)
     model, _ = _sssd(config)
-    monkeypatch.setattr(
-        sssd_fast.costs, "measure_ceilings", lambda device, dtype: sssd_fast.costs.Ceilings(1e12, 1e12, "bfloat16")
-    )
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda device, dtype: ceilings.Ceilings(1e12, 1e12, "bfloat16"))
     launch_s = compute.LAUNCH_S * compute.expected_launches(config.model, decoder=True)
     even = int(launch_s * 0.5e12 / sssd_fast.costs.train_flops(config.model, config.objective))
     for batch, expected in ((even // 2, True), (2 * even, False)):

@@ -14,13 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sssd_fast import costs
+from sssd_fast import ceilings
+from sssd_fast.ceilings import measure_ceilings, median_seconds
 from sssd_fast.config import Config, load_config
 from sssd_fast.costs import (
     Part,
     classifier_parts,
-    measure_ceilings,
-    median_seconds,
     parameter_counts,
     parts,
     standard_flops,
@@ -287,7 +286,7 @@ def test_ceilings_are_counted_work_over_measured_time(monkeypatch: pytest.Monkey
         seen["bytes"] = traffic.bytes
         return 2.0
 
-    monkeypatch.setattr(costs, "median_seconds", timed)
+    monkeypatch.setattr(ceilings, "median_seconds", timed)
     found = measure_ceilings(torch.device("cpu"), torch.float32)
     assert seen["flops"] > 0 and found.matmul_flops == seen["flops"] / 2
     assert found.copy_bytes == pytest.approx(

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from sssd_fast.ceilings import Ceilings
 from sssd_fast.config import Config, load_config
-from sssd_fast.costs import Ceilings, Part, parts
+from sssd_fast.costs import Part, parts
 from sssd_fast.errors import ConfigError
 from sssd_fast.profile import breakdown, profile
 from sssd_fast.profile_trace import (
