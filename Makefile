@@ -3,9 +3,11 @@ SHELL := /bin/bash
 VENV_PYTHON := .venv/bin/python
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+MINUTES ?= 9
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format test-gpu constraints clean
+.PHONY: help setup demo test check format bench-cpu test-gpu bench-gpu constraints clean
 
 help: ## list the targets
 	@echo "Targets (PYTHON=/path/to/python3 chooses the interpreter):"
@@ -40,7 +42,7 @@ demo: setup ## pre-train, fine-tune, evaluate and report on synthetic slices; th
 	$(VENV_PYTHON) -m sssd_fast run --config cpu_smoke --out runs/demo --overwrite
 
 test: setup ## run the tests that need no GPU and no network
-	$(VENV_PYTHON) -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --benchmark-disable $(PYTEST_ARGS)
 
 check: setup ## lint, formatting, types
 	$(VENV_PYTHON) -m ruff check
@@ -51,8 +53,15 @@ format: setup ## let ruff mend what it can
 	$(VENV_PYTHON) -m ruff check --fix
 	$(VENV_PYTHON) -m ruff format
 
+bench-cpu: setup ## time the CPU hot paths and compare with the run before, which another commit may have made (.benchmarks/)
+	$(VENV_PYTHON) -m pytest tests/benchmarks/test_hot_paths.py -q -p no:xdist --benchmark-only --benchmark-autosave \
+	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) $(PYTEST_ARGS)
+
 test-gpu: ## run the tests marked gpu with the torch of PYTHON (python3 if not given); installs nothing
 	$(if $(PYTHON),"$(PYTHON)",python3) -m pytest -q -m gpu $(PYTEST_ARGS)
+
+bench-gpu: ## measure everything on the GPU within 9 minutes, the most telling first; a stop loses nothing; installs nothing
+	PYTHONPATH=.:kernels $(if $(PYTHON),"$(PYTHON)",python3) -m benchmarks all --device cuda --minutes $(MINUTES) $(BENCH_ARGS)
 
 constraints: ## for maintainers: resolve constraints.txt anew (needs uv)
 	@tmp=$$(mktemp -d) && trap 'rm -r "$$tmp"' EXIT && \

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sssd_fast.console import Console
+from sssd_fast.errors import SssdError
 
 from .measure import PASSES, SAMPLES, Cache, Call, first_call, peak_bytes, race, summary, versus
 from .results import Results, Row
@@ -40,8 +41,13 @@ class Bench:
 
     def leave_out(self, what: str) -> None:
         """Notes what is not measured because time is up."""
-        self.results.head["left_out"].append(what)
-        self.results.save()
+        if what not in self.results.head["left_out"]:
+            self.results.head["left_out"].append(what)
+            self.results.save()
+
+    def take_up(self, what: str) -> None:
+        """Measured after all: in a later stage of `bench all`."""
+        self.results.head["left_out"] = [item for item in self.results.head["left_out"] if item != what]
 
     def wants(self, provider: str) -> bool:
         return not self.only or provider in self.only
@@ -60,6 +66,8 @@ def attempt(row: Row, what: Callable[[], object]) -> bool:
 def reason(error: BaseException) -> str:
     """One line. What the compiler wraps is told by its cause."""
     inner = getattr(error, "inner_exception", None) or error
+    if isinstance(inner, SssdError):
+        return str(inner)
     if isinstance(inner, torch.OutOfMemoryError):
         return "out of memory"
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]

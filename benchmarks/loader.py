@@ -1,9 +1,10 @@
 """Images per second of every way to load images, on data of your own, with the augmentation of pre-training.
 
-    python -m benchmarks.loader DATA [DATA ...] [--manifest CSV ...]      speed
-    python -m benchmarks.loader DATA --parity                             how far the pixels are from Pillow's
-    python -m benchmarks.loader DATA --memory                             memory over 50 epochs
+    sssd-fast bench loader [DATA ...] [--manifest CSV ...]      speed
+    sssd-fast bench loader DATA --parity                        how far the pixels are from Pillow's
+    sssd-fast bench loader DATA --memory                        memory over 50 epochs
 
+Without DATA, on synthetic slices of 512 x 512 that are drawn for it. Also `python -m benchmarks.loader`.
 A provider gets a time only if its first epoch has the records and labels of the torch loader, in the same order, and pixels
 within 1 grey level of Pillow's on average; the differences stand in the row. The baseline is torch with worker processes.
 
@@ -18,8 +19,7 @@ All images of DATA are used, those with a wrong extension too; decoded ones are 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import os
 import statistics
 import sys
 import time
@@ -27,26 +27,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
-import mae_kernels
 from benchmarks.loader_memory import SHOWN, watch_apart
 from benchmarks.loader_pixels import Case, Difference, difference, parity, ways
-from sssd_fast.checkpoint import atomic_write_bytes
+from benchmarks.results import Results
 from sssd_fast.console import Console
 from sssd_fast.data.index import check_data
-from sssd_fast.doctor import collect_environment
+from sssd_fast.data.phantom import write_phantom_dataset
 from sssd_fast.errors import SssdError
 from sssd_fast.loaders import AugmentSpec, Batch, Loader
 
-SCHEMA = "sssd_fast.benchmarks.loader/1"
 MOST_MEAN = 1.0  # grey levels from Pillow on average, above which no time is given
 SETTLE = 8  # batches before the clock starts: more than any provider works ahead of an epoch's end
 PAUSE_S = 0.5  # in which the provider before finishes what it began
 QUICK = {"images": 256, "rounds": 2, "epochs": 12}
+SYNTHETIC, SIDE = 600, 512  # slices, and their pixels a side
 
 
 @dataclass
@@ -194,36 +194,11 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def report(kind: str, args: argparse.Namespace, device: torch.device, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The JSON file. Data sets stand there by their folder's name, and the command without paths."""
-    env = collect_environment()
-    sources = hashlib.sha256()
-    for file in sorted(Path(mae_kernels.__file__).parent.glob("*.py")):
-        sources.update(file.read_bytes())
-    versions = {name: version for name, version in env["packages"].items() if version}
-    settings = ("size", "channels", "batch", "rounds", "epochs_flat", "quick")
-    return {
-        "schema": SCHEMA,
-        "kind": kind,
-        "command": " ".join(["python -m benchmarks.loader", *(Path(word).name or word for word in args.words)]),
-        "commit": env["sssd_fast"]["commit"],
-        "modified": env["sssd_fast"]["modified"],
-        "kernel_sources": sources.hexdigest(),
-        "versions": {"python": env["python"]["version"], **versions, "dali": env["providers"]["dali"]["version"]},
-        "cpu": env["cpu"]["model"],
-        "cores": env["cpu"]["cores_usable"],
-        "threads": args.threads,
-        "device": str(device),
-        "gpus": env["gpus"],
-        "driver": env["driver"]["version"],
-        "settings": {name: getattr(args, name) for name in settings},
-        "rows": rows,
-    }
-
-
 def arguments(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", metavar="DATA", help="folder with one folder per class, or the manifest's")
+    parser = argparse.ArgumentParser(
+        prog="sssd-fast bench loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", nargs="*", metavar="DATA", help="folder with one folder per class, or the manifest's")
     parser.add_argument("--manifest", nargs="+", default=[], metavar="CSV", help="one per DATA, in the same order")
     parser.add_argument("--size", type=int, default=224, help="pixels of a side (default 224)")
     parser.add_argument("--channels", type=int, nargs="+", choices=(1, 3), default=[1, 3])
@@ -235,7 +210,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--parity", action="store_true", help="pixels in place of times")
     kinds.add_argument("--memory", action="store_true", help="memory in place of times")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", metavar="FILE.json", help="default: a new file in benchmarks/results")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument(
         "--quick", action="store_true", help="{images} images, {rounds} rounds, {epochs} epochs".format(**QUICK)
@@ -247,7 +222,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
         parser.error("--size, --batch, --threads, --rounds and --epochs-flat must be at least 1")
     if args.quick:
         args.rounds, args.epochs_flat = QUICK["rounds"], QUICK["epochs"]
-    args.words = list(words)
+    if args.json is not None and Path(args.json).suffix != ".json":
+        parser.error(f"--json is {args.json!r}, needs a file name that ends in .json")
     return args
 
 
@@ -262,33 +238,57 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:
-    """What the command line does; returns what --json writes. Raises DataError for data that cannot be used."""
+    """What the command line does; returns the head and the rows of the file. Raises DataError for data that cannot be used."""
     args = arguments(words)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    device, rows = torch.device(name), []
+    device = torch.device(name)
     kind = "parity" if args.parity else "memory" if args.memory else "speed"
-    with torch_threads(args.threads):
-        for data, manifest in zip(args.data, args.manifest or [None] * len(args.data), strict=True):
-            index = check_data(data, manifest, accept_wrong_extension=True)
-            index = replace(index, records=index.records[: QUICK["images"]]) if args.quick else index
-            for channels in args.channels:
-                case = Case(Path(data).resolve().name, index, channels, args.size, args.batch, args.threads, device)
-                print(f"{kind}: {case.data}, {len(index)} images, {channels} channel(s)", file=sys.stderr, flush=True)
-                if kind == "speed":
-                    rows += [asdict(row) for row in measure(case, args.rounds)]
-                else:
-                    rows += parity(case) if kind == "parity" else memory(case, args.epochs_flat)
-        found = report(kind, args, device, rows)
-    columns = {"speed": SPEED, "parity": PARITY, "memory": MEMORY}[kind]
-    table = [cells(kind, row) for row in rows]
-    if args.markdown:
-        print(markdown(columns, table))
-    else:
-        with Console() as console:
-            console.table(f"{kind}: {found['cpu']}, {found['cores']} cores, {device}", columns, table)
-    if args.json:
-        atomic_write_bytes(Path(args.json), (json.dumps(found, indent=1) + "\n").encode())
-    return found
+    settings = {name: getattr(args, name) for name in ("size", "channels", "batch", "rounds", "epochs_flat", "threads")}
+    with (
+        torch_threads(args.threads),
+        TemporaryDirectory(prefix="sssd-fast-bench-") as folder,
+        Console(stream=sys.stderr) as console,
+    ):
+        results = Results(
+            f"loader-{kind}",
+            device,
+            (),
+            words=["loader", *words],
+            path=None if args.json is None else Path(args.json),
+            quick=args.quick,
+            settings=settings,
+            ceilings={},
+        )
+        with results:
+            for case in cases(args, device, Path(folder), console):
+                with console.announce(f"{kind}: {case.data}, {len(case.index)} images, {case.channels} channel(s)"):
+                    if kind == "speed":
+                        results.add(*(asdict(row) for row in measure(case, args.rounds)))
+                    else:
+                        results.add(*(parity(case) if kind == "parity" else memory(case, args.epochs_flat)))
+        columns = {"speed": SPEED, "parity": PARITY, "memory": MEMORY}[kind]
+        table = [cells(kind, row) for row in results.rows]
+        if args.markdown:
+            print(markdown(columns, table))
+        else:
+            with Console() as screen:
+                screen.table(f"{kind}: {results.head['device']['name']}", columns, table)
+        console.info(f"figures: {os.path.relpath(results.path)}")
+    return {**results.head, "rows": results.rows}
+
+
+def cases(args: argparse.Namespace, device: torch.device, folder: Path, console: Console) -> Iterator[Case]:
+    """Every data set at every number of channels; synthetic slices in `folder` where none is named."""
+    data = args.data
+    if not data:
+        count = QUICK["images"] if args.quick else SYNTHETIC
+        with console.announce(f"drawing {count} synthetic slices"):
+            data = [write_phantom_dataset(folder / "synthetic", count, (SIDE, SIDE))]
+    for source, manifest in zip(data, args.manifest or [None] * len(data), strict=True):
+        index = check_data(source, manifest, accept_wrong_extension=True)
+        index = replace(index, records=index.records[: QUICK["images"]]) if args.quick else index
+        for channels in args.channels:
+            yield Case(Path(source).resolve().name, index, channels, args.size, args.batch, args.threads, device)
 
 
 def main() -> None:

@@ -134,7 +134,7 @@ def _round(
             spent.append((name, time.perf_counter() - start))
         return spent
     with torch.cuda.device(device):
-        moments = [(name, *(torch.cuda.Event(enable_timing=True) for _ in range(2))) for name in order]
+        moments: list[tuple[str, Any, Any]] = [(name, _event(), _event()) for name in order]
         for name, begin, end in moments:
             cache.flush()
             begin.record()
@@ -142,6 +142,10 @@ def _round(
             end.record()
         torch.cuda.synchronize(device)
     return [(name, begin.elapsed_time(end) / 1000) for name, begin, end in moments]
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)
 
 
 def _wait(device: torch.device) -> None:

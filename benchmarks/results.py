@@ -20,6 +20,8 @@ A row of kernels, attention, step and memory:
     bytes, flops  what the call must move and compute, by formula
     sources       hash of the sources that the figure depends on
     more          what else the kind has: images_per_s, mfu, loss, batch, cap_gb ...
+
+Those of the loaders are in images per second and stand in loader.py.
 """
 
 from __future__ import annotations
@@ -103,8 +105,9 @@ class Results:
         name = f"{kind}-{machine.slug(self.head['device']['name'])}-{now:%Y%m%d-%H%M%S}.json"
         self.path = FOLDER / name if path is None else path
 
-    def add(self, *rows: Row) -> None:
-        self.rows += [asdict(row) for row in rows]
+    def add(self, *rows: Row | dict[str, Any]) -> None:
+        """Rows of a form of their own (loader) come as they are to stand in the file."""
+        self.rows += [asdict(row) if isinstance(row, Row) else row for row in rows]
         self.save()
 
     def save(self) -> None:
@@ -147,7 +150,7 @@ def _rounded(value: Any) -> Any:
 def load(path: str | Path) -> dict[str, Any]:
     """A result file. Raises SssdError naming it where it is missing, unreadable, or no result of this project."""
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SssdError(f"{path}: no such file; `sssd-fast bench kernels` and the like write one") from None
     except (OSError, ValueError) as error:
