@@ -67,6 +67,7 @@ MODELS = {
 }
 ODD_BATCH = {8: 5, 64: 61, 256: 251, 1024: 1021}
 BATCHES = {"cuda": (256, 64, 1024, 8), "cpu": (8,)}  # the most telling first
+CPU_MODELS = ("ViT-B", "ViT-S", "odd")
 QUICK = {"cuda": 64, "cpu": 2}
 
 
@@ -81,5 +82,6 @@ def shapes(
     if quick:
         chosen, batches = models or ["ViT-B", "odd"], batches or [QUICK[device.type]]
     else:
-        chosen, batches = models or list(MODELS), batches or BATCHES[device.type]
+        usual = list(MODELS) if device.type == "cuda" else CPU_MODELS
+        chosen, batches = models or usual, batches or BATCHES[device.type]
     return [MODELS[model].at(ODD_BATCH.get(b, b) if model == "odd" else b) for b in batches for model in chosen]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,3 +224,27 @@ def test_a_run_that_is_interrupted_keeps_its_rows(tmp_path: Path, monkeypatch: p
     document = results.load(out)
     assert document["finished"] is False
     assert {row["case"] for row in document["rows"]} == set(done)
+
+
+BARE = """
+import sys
+for name in ("pydantic", "yaml", "rich", "transformers", "PIL", "matplotlib", "sklearn", "safetensors", "xformers", "torchao"):
+    sys.modules[name] = None
+from benchmarks.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_torch_and_triton_alone_are_enough(tmp_path: Path) -> None:
+    """Ops and attention are measured on such a machine; the trainer's models are left out with a note."""
+    for kind, more in (("kernels", ["--op", "random_masking"]), ("step", []), ("memory", [])):
+        out = tmp_path / f"{kind}.json"
+        words = [kind, *WORDS, "--quick", *more, "--json", str(out)]
+        done = subprocess.run([sys.executable, "-c", BARE, *words], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        document = results.load(out)
+        if kind == "kernels":
+            assert all(row["time"] for row in document["rows"] if row["provider"] == "ours")
+        else:
+            assert "pydantic" in str(document["missing"]) and document["rows"] == []
+            assert "pydantic" in done.stdout
