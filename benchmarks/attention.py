@@ -21,7 +21,7 @@ from sssd_fast.attention import Site, load_xformers, refusal
 from . import eager
 from .bench import Bench
 from .kernels import measure_all
-from .registry import Cost, Inputs, Op, Provider
+from .op import Cost, Inputs, Op, Provider
 from .shapes import MODELS, Shape
 
 BACKENDS = {

@@ -21,7 +21,8 @@ from sssd_fast.errors import SssdError
 from .bench import Bench, attempt, forget, time_rows
 from .machine import NAMES, sources_hash
 from .measure import Call, allowed_error, error_of, first_call, tensors
-from .registry import OPS, Cost, Inputs, Op, Provider
+from .op import Cost, Inputs, Op, Provider
+from .registry import OPS
 from .results import Row
 from .shapes import MODELS, Shape, shapes
 

@@ -17,7 +17,8 @@ from benchmarks import __main__ as command
 from benchmarks import attention, kernels, results
 from benchmarks.bench import Bench
 from benchmarks.measure import Cache
-from benchmarks.registry import OPS, Op, Provider
+from benchmarks.op import Op, Provider
+from benchmarks.registry import OPS
 from benchmarks.results import Results
 from benchmarks.shapes import Shape
 from sssd_fast.console import Console

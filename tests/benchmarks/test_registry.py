@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import attention, kernels
 from benchmarks.measure import error_of, tensors
-from benchmarks.registry import OPS, Cost, Op, Provider
+from benchmarks.op import Cost, Op, Provider
+from benchmarks.registry import OPS
 from benchmarks.shapes import MODELS, Shape, shapes
 
 CPU = torch.device("cpu")
