@@ -263,9 +263,10 @@ def run(words: Sequence[str]) -> dict[str, Any]:
             for case in cases(args, device, Path(folder), console):
                 with console.announce(f"{kind}: {case.data}, {len(case.index)} images, {case.channels} channel(s)"):
                     if kind == "speed":
-                        results.add(*(asdict(row) for row in measure(case, args.rounds)))
+                        rows = [asdict(row) for row in measure(case, args.rounds)]
                     else:
-                        results.add(*(parity(case) if kind == "parity" else memory(case, args.epochs_flat)))
+                        rows = parity(case) if kind == "parity" else memory(case, args.epochs_flat)
+                    results.add(*({**row, "sources": sources} for row in rows))
         columns = {"speed": SPEED, "parity": PARITY, "memory": MEMORY}[kind]
         table = [cells(kind, row) for row in results.rows]
         if args.markdown:
