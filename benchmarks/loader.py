@@ -35,6 +35,7 @@ import torch
 
 from benchmarks.loader_memory import SHOWN, watch_apart
 from benchmarks.loader_pixels import Case, Difference, difference, parity, ways
+from benchmarks.machine import sources_hash
 from benchmarks.results import Results
 from sssd_fast.console import Console
 from sssd_fast.data.index import check_data
@@ -244,6 +245,7 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     device = torch.device(name)
     kind = "parity" if args.parity else "memory" if args.memory else "speed"
     settings = {name: getattr(args, name) for name in ("size", "channels", "batch", "rounds", "epochs_flat", "threads")}
+    sources = sources_hash("crop_resize")  # the one op that loaders use
     with (
         torch_threads(args.threads),
         TemporaryDirectory(prefix="sssd-fast-bench-") as folder,
