@@ -80,13 +80,34 @@ def time_rows(bench: Bench, rows: Mapping[str, Row], calls: Mapping[str, Call], 
         if rows[name].reason is None:
             attempt(rows[name], lambda name=name, call=call: _first(bench, rows[name], call))  # type: ignore[misc]
     running = {name: call for name, call in calls.items() if rows[name].reason is None}
-    if not running:
-        return
-    seconds = race(running, bench.device, bench.cache, samples=bench.samples, passes=bench.passes)
+    seconds: dict[str, list[list[float]]] = {}
+    while running and not seconds:
+        watched = {name: _named(name, call) for name, call in running.items()}
+        try:
+            seconds = race(watched, bench.device, bench.cache, samples=bench.samples, passes=bench.passes)
+        except _Failed as failed:  # the others race again without it
+            rows[failed.name].reason = reason(failed.error)
+            del running[failed.name]
     for name, passes in seconds.items():
         rows[name].time = summary(passes)
         if name != ours and ours in seconds:
             rows[name].versus = versus(passes, seconds[ours])
+
+
+class _Failed(Exception):
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(name)
+        self.name, self.error = name, error
+
+
+def _named(name: str, call: Call) -> Call:
+    def named() -> object:
+        try:
+            return call()
+        except Exception as error:
+            raise _Failed(name, error) from error
+
+    return named
 
 
 def _first(bench: Bench, row: Row, call: Call) -> None:

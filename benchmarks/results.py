@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -128,11 +129,12 @@ class Results:
 def _without_folders(words: Sequence[str]) -> Iterator[str]:
     """A path of this machine says nothing to others: its last part stays."""
     for word in words:
-        yield Path(word).name or word if "/" in word else word
+        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        yield f"{option}{equals}{Path(value).name or value}" if "/" in value else word
 
 
 def dumps(document: dict[str, Any]) -> str:
-    """JSON with one line per row and four significant digits: small files, readable differences."""
+    """JSON with one line per row and five significant digits: small files, readable differences."""
     head = {name: value for name, value in document.items() if name != "rows"}
     rows = ",\n  ".join(json.dumps(_rounded(row)) for row in document["rows"])
     text = json.dumps(_rounded(head), indent=1)
@@ -141,7 +143,7 @@ def dumps(document: dict[str, Any]) -> str:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -166,9 +168,3 @@ def load(path: str | Path) -> dict[str, Any]:
 def key(row: dict[str, Any]) -> tuple[str, ...]:
     """What names a row in its file."""
     return tuple(row[name] for name in KEY)
-
-
-def load_all(folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """All results in a folder, the oldest first, each with its file's name under "file"."""
-    found = [{**load(path), "file": path.name} for path in sorted(folder.glob("*.json"))]
-    return sorted(found, key=lambda document: document["started"])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+from sssd_fast import commands
 from sssd_fast.cli import main
+from sssd_fast.errors import ConfigError, Interrupted, NumericsError
 from sssd_fast.inference import load_trained, predict_files
 
 
@@ -78,16 +83,12 @@ def test_finetune_takes_the_model_of_the_run_it_starts_from(trained: Path, slice
     assert load_trained(out, next(load_trained(out, _cpu()).model.parameters()).device).config.model.width == 32
 
 
-def _cpu() -> object:
-    import torch
-
+def _cpu() -> torch.device:
     return torch.device("cpu")
 
 
 def test_probe_is_logistic_regression_on_frozen_features(trained: Path, slices: Path, tmp_path: Path) -> None:
     """The folded head gives scikit-learn's own probabilities, and the encoder is the pre-trained one."""
-    import torch
-
     from sssd_fast.checkpoint import load_checkpoint
     from sssd_fast.data.index import DataIndex
     from sssd_fast.data.splits import split_csv
@@ -189,3 +190,56 @@ def test_configs_prints_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "paper_covid_ct" in capsys.readouterr().out.split()
     assert main(["configs", "8gb", "model.name=tiny"]) == 0
     assert "name: tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "says"),
+    [
+        (None, 0, ""),
+        (ConfigError("a bad setting"), 2, "error: a bad setting\n"),
+        (NumericsError("the loss is not finite"), 3, "error: the loss is not finite\n"),
+        (Interrupted("saved", signal.SIGTERM), 143, "error: saved\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory\nmuch more"),
+            2,
+            "error: out of memory (CUDA out of memory). Lower ",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_how_a_command_ends_is_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    end: BaseException | None,
+    status: int,
+    says: str,
+) -> None:
+    def doctor(args: argparse.Namespace) -> None:
+        assert args.command == "sssd-fast doctor --json"
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(commands, "doctor", doctor)
+    assert main(["doctor", "--json"]) == status
+    error = capsys.readouterr().err
+    assert error.startswith(says)
+    assert "Traceback" not in error
+    assert "much more" not in error
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doctor(args: argparse.Namespace) -> None:
+        raise ZeroDivisionError("a mistake in the program")
+
+    monkeypatch.setattr(commands, "doctor", doctor)
+    with pytest.raises(ZeroDivisionError, match="a mistake in the program"):
+        main(["doctor"])
+
+
+def test_a_command_that_is_unknown_or_missing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["benchmark"], ["data"], ["probe"]):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 2
+        assert "usage: sssd-fast" in capsys.readouterr().err
