@@ -75,9 +75,8 @@ class Counts:
             if (
                 kind == KINDS[0]
             ):  # where it takes an output, which is an argument that is written, for one that is read as well
-                size = sum(
-                    {b.get_name(): int(b.get_numel()) * b.get_dtype().itemsize for b in node.node.inputs}.values()
-                )
+                inner: Any = node.node
+                size = sum({b.get_name(): int(b.get_numel()) * b.get_dtype().itemsize for b in inner.inputs}.values())
             self.kernels[kind] += 1
             self.bytes[kind] += size
             if kind == KINDS[2]:
@@ -147,7 +146,7 @@ def count(config: Config, batch: int, *, residual: torch.dtype, fused_mlp: bool,
     def record(graph: GraphLowering) -> Any:
         graph.codegen()
         counts.add(graph)
-        shapes = (
+        shapes: list[Any] = (
             []
             if graph.is_backward
             else [

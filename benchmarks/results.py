@@ -31,7 +31,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Results:
         settings: dict[str, Any] | None = None,
         ceilings: dict[str, Any] | None = None,
     ) -> None:
-        self.device, self.rows = device, list[dict[str, Any]]()
+        self.device, self.rows, self._drafts = device, list[dict[str, Any]](), list[dict[str, Any]]()
         self._started = time.perf_counter()
         now = datetime.datetime.now(datetime.timezone.utc)
         self.head: dict[str, Any] = {
@@ -109,12 +109,18 @@ class Results:
     def add(self, *rows: Row | dict[str, Any]) -> None:
         """Rows of a form of their own (loader) come as they are to stand in the file."""
         self.rows += [asdict(row) if isinstance(row, Row) else row for row in rows]
+        self._drafts = []
+        self.save()
+
+    def draft(self, rows: Iterable[Row]) -> None:
+        """Rows as far as they are known: they stand in the file until `add` brings the final ones, or for good if that never happens."""
+        self._drafts = [asdict(row) for row in rows]
         self.save()
 
     def save(self) -> None:
         self.head["seconds"] = round(time.perf_counter() - self._started, 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(self.path, dumps({**self.head, "rows": self.rows}))
+        atomic_write_text(self.path, dumps({**self.head, "rows": [*self.rows, *self._drafts]}))
 
     def __enter__(self) -> Results:
         self.save()

@@ -1,0 +1,170 @@
+"""The published models against sssd_fast's own, on converted weights and equal noise, in float64: losses and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import published, step_data, step_models
+from sssd_fast.config import Config, from_dict
+from sssd_fast.errors import ConfigError
+from sssd_fast.objective import SSSD
+from sssd_fast.weight_formats import to_own_names
+
+NEAR = 5e-6  # relative; our loss is a float32 number, which its gradients pass
+NEAR_HEADS = 2e-4  # behind our heads all is float32, and the teacher's gradient is a difference of nearly equal numbers
+SIZES = {
+    "depth": 2, "width": 32, "heads": 4, "decoder_width": 24, "decoder_depth": 2, "decoder_heads": 3, "mlp_ratio": 2.5,
+}  # fmt: skip
+CASES = {
+    "grey": {"model": {"image_size": 32, "patch_size": 8, "mask_ratio": 0.75}, "norm": "patch"},
+    "colour, by channel": {"model": {"image_size": [24, 40], "patch_size": 8, "in_channels": 3, "mask_ratio": 0.6}, "norm": "channel"},
+    "colour, raw": {"model": {"image_size": [32, 48], "patch_size": 16, "in_channels": 3, "mask_ratio": 0.5}, "norm": "none"},
+}  # fmt: skip
+
+
+def config_of(name: str) -> Config:
+    case: dict[str, Any] = CASES[name]
+    objective = {"norm": case["norm"], "head_hidden": 20, "head_bottleneck": 12, "prototypes": 30, "weight": 0.3}
+    return from_dict({"model": {**SIZES, **case["model"]}, "objective": objective})
+
+
+def both(name: str, task: str) -> tuple[SSSD, nn.Module, Tensor, Tensor]:
+    """Our model, the published one with its weights, float images, noise: all in float64."""
+    config = step_data.for_task(config_of(name), task)
+    setup = step_data.Setup(config, task, torch.device("cpu"), torch.float32, 3)
+    ours = step_data.initial_model(config)
+    ours.center.copy_(torch.rand(ours.center.shape) / 30)
+    theirs = step_models.published_model(setup, ours)
+    data = step_data.Data(setup)
+    return ours.double(), theirs.double(), data.floats.double(), data.noise(0).double()
+
+
+def worst(got: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """Largest difference, relative to the largest value of its tensor, but at least a hundredth of the largest of all; every
+    tensor has to be in both."""
+    assert got.keys() == exact.keys()
+    largest = {name: float(tensor.abs().max()) for name, tensor in exact.items()}
+    assert all(largest.values())
+    floor = max(largest.values()) / 100
+    return max(float((got[n] - exact[n]).abs().max()) / max(largest[n], floor) for n in exact)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def own_gradients(theirs: nn.Module) -> dict[str, Tensor]:
+    """Gradients of a published model under the names of ours."""
+    found = gradients(theirs)
+    if isinstance(theirs, published.MaskedAutoencoderViT):
+        return {f"mae.{n}": c.tensor for n, c in to_own_names(found)[1].items()}
+    mae = {n.removeprefix("mae."): g for n, g in found.items() if n.startswith("mae.")}
+    named = {f"mae.{n}": c.tensor for n, c in to_own_names(mae)[1].items()}
+    heads = {"mlp.0": "fc1", "mlp.2": "fc2", "mlp.4": "fc3", "last_layer.weight": "prototypes"}
+    for side in ("student_head", "teacher_head"):
+        for name, grad in found.items():
+            for layer, own in heads.items():
+                if name.startswith(f"{side}.{layer}"):
+                    named[name.replace(layer, own)] = grad
+    return named
+
+
+def mae_errors(name: str, theirs: nn.Module | None = None) -> tuple[float, float, float]:
+    """Relative errors of loss, predictions and gradients of the published autoencoder, `theirs` where one is given."""
+    ours, made, images, noise = both(name, "MAE")
+    theirs = made if theirs is None else theirs
+    out = ours(images, noise)
+    loss, pred, mask = theirs(images, noise)
+    whole, masking = ours.mae.reconstruct(images, noise)
+    masked = masking.mask.unsqueeze(-1)
+    out.total.backward()
+    loss.backward()
+    assert torch.equal(mask.bool(), masking.mask)
+    return (
+        abs(float(loss.detach()) / float(out.total.detach()) - 1),
+        worst({"pred": pred.detach() * masked}, {"pred": whole * masked}),
+        worst(own_gradients(theirs), gradients(ours)),
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_published_autoencoder_has_our_loss_predictions_and_gradients(name: str) -> None:
+    loss, predictions, grads = mae_errors(name)
+    assert loss < NEAR
+    assert predictions < 1e-10
+    assert grads < NEAR
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_published_distillation_has_our_losses_and_gradients(name: str) -> None:
+    ours, theirs, images, noise = both(name, "SSSD")
+    expected, got = ours(images, noise), theirs(images, noise)
+    for part in ("total", "reconstruction", "distillation"):
+        assert getattr(got, part).item() == pytest.approx(getattr(expected, part).item(), rel=NEAR)
+    assert abs(got.distillation.item() - got.reconstruction.item()) > 0.1  # so that swapped parts would show
+    torch.testing.assert_close(got.batch_center_S, expected.batch_center.double(), rtol=NEAR, atol=1e-8)
+    expected.total.backward()
+    got.total.backward()
+    assert worst(own_gradients(theirs), gradients(ours)) < NEAR_HEADS
+    before = theirs.center.clone()
+    ours.update_center(expected.batch_center, torch.tensor(True))
+    theirs.update_center(got.batch_center_S)
+    torch.testing.assert_close(theirs.center, ours.center, rtol=NEAR, atol=1e-9)
+    assert not torch.allclose(theirs.center, before)
+
+
+def _flip_scores(model: published.MaskedAutoencoderViT) -> None:
+    model.decoder_blocks[1].attn.scale *= -1
+
+
+def _flip_positions(model: published.MaskedAutoencoderViT) -> None:
+    model.decoder_pos_embed.data.neg_()
+
+
+def _flip_gradient(model: published.MaskedAutoencoderViT) -> None:
+    model.blocks[0].attn.qkv.weight.register_hook(torch.neg)
+
+
+@pytest.mark.parametrize("plant", [_flip_scores, _flip_positions, _flip_gradient])
+def test_a_planted_sign_error_is_seen(plant: Any) -> None:
+    _, theirs, _, _ = both("grey", "MAE")
+    plant(theirs)
+    errors = mae_errors("grey", theirs)
+    assert max(errors) > 1e-3
+    assert (errors[0] > 1e-4) == (plant is not _flip_gradient)
+
+
+def test_patches_are_rows_of_pixels_with_the_channel_last() -> None:
+    sizes = published.Sizes((4, 6), 2, 3, 8, 1, 1, 8, 1, 1)
+    images = torch.arange(2 * 3 * 4 * 6).float().view(2, 3, 4, 6)
+    found = published.MaskedAutoencoderViT(sizes).patchify(images)
+    for b in range(2):
+        for patch in range(6):
+            top, left = patch // 3 * 2, patch % 3 * 2
+            expected = [images[b, c, top + i, left + j] for i in range(2) for j in range(2) for c in range(3)]
+            assert found[b, patch].tolist() == [float(value) for value in expected]
+
+
+def test_the_tokens_with_the_least_noise_stay() -> None:
+    sizes = published.Sizes((8, 8), 2, 1, 8, 1, 1, 8, 1, 1, mask_ratio=0.75)
+    noise, tokens = torch.rand(5, 16), torch.randn(5, 16, 8)
+    kept, mask, _, ids = published.MaskedAutoencoderViT(sizes).random_masking(tokens, noise)
+    for b in range(5):
+        least = sorted(range(16), key=lambda i: float(noise[b, i]))[:4]
+        assert ids[b].tolist() == least
+        assert torch.equal(kept[b], tokens[b, least])
+        assert [i for i in range(16) if mask[b, i] == 0] == sorted(least)
+
+
+def test_settings_that_the_published_models_lack_are_refused() -> None:
+    config, cpu = config_of("grey"), torch.device("cpu")
+    token = config.model_copy(update={"objective": config.objective.model_copy(update={"pooling": "token"})})
+    bare = config.model_copy(update={"model": config.model.model_copy(update={"cls_token": False})})
+    for changed, said in ((token, "pooling"), (bare, "cls_token is false")):
+        setup = step_data.Setup(changed, "SSSD", cpu, torch.float32, 2)
+        with pytest.raises(ConfigError, match=said):
+            step_models.published_model(setup, step_data.initial_model(changed))
