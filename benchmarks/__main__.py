@@ -20,6 +20,7 @@ import importlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 
 from sssd_fast.console import Console, duration
-from sssd_fast.errors import SssdError
+from sssd_fast.errors import DependencyError, SssdError
 
 from . import terminal
 from .bench import QUICK_SAMPLES, Bench
@@ -50,7 +51,8 @@ STAGES: tuple[tuple[str, dict[str, list[str]], float], ...] = (
     ("kernels", {"cuda": ["--shape", "ViT-B", "--batch", "256"]}, 0.45),
     ("step", {}, 0.72),
     ("memory", {}, 0.85),
-    ("attention", {}, 0.9),
+    ("loader", {}, 0.92),
+    ("attention", {}, 0.95),
     ("kernels", {}, 1.0),
 )
 NOT_ENOUGH_S = 10.0  # a stage with less time left is not begun
@@ -58,14 +60,11 @@ NOT_ENOUGH_S = 10.0  # a stage with less time left is not begun
 
 def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "6"
-    )  # torch's profiler, which counts memory on the CPU, greets at each start
+    # torch's profiler, which counts memory on the CPU, greets at each start
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     try:
         if words[:1] == ["loader"]:
-            from . import loader
-
-            loader.run(words[1:])
+            _loader(words[1:])
             return 0
         args = _parse(words)
         if args.kind in ("compare", "report"):
@@ -101,19 +100,35 @@ def _all(args: argparse.Namespace, words: Sequence[str]) -> int:
             if time.monotonic() > end - NOT_ENOUGH_S:
                 console.warn(f"{kind}: no time left for this part; `sssd-fast bench {kind}` measures it alone")
                 continue
-            part = _parse([kind, *_common_words(args), *more.get(torch.device(args.device).type, [])])
             try:
+                if kind == "loader":
+                    _loader(["--device", args.device, "--channels", "1", *["--quick"] * args.quick])
+                    continue
+                part = _parse([kind, *_common_words(args), *more.get(torch.device(args.device).type, [])])
                 if kind not in opened:
                     known = next(iter(opened.values())).head["ceilings"] if opened else None
                     opened[kind] = stack.enter_context(_open(kind, part, words, console, known))
                 _run(kind, part, opened[kind], console, end)
-            except SssdError as error:
+            except DependencyError as error:
+                console.warn(f"{kind} is left out: {error}")
+            except Exception as error:  # noqa: BLE001 - told in full, and the other parts still have their turn
                 console.error(f"{kind}: {error}")
+                if not isinstance(error, SssdError):
+                    traceback.print_exc()
                 failed.append(kind)
         for results in opened.values():
             _show(console, results)
         console.info(f"all: {duration(time.monotonic() - started)} of {args.minutes:g} minutes")
     return 2 if failed else 0
+
+
+def _loader(words: Sequence[str]) -> None:
+    """Raises DependencyError where the trainer's packages are missing."""
+    try:
+        from . import loader
+    except ImportError as error:
+        raise DependencyError(f"bench loader needs {error.name}, which is not installed: pip install '.[train]'") from error
+    loader.run(words)
 
 
 def _open(
@@ -225,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
         module: ModuleType = importlib.import_module(f".{kind}", __package__)
         module.add_arguments(sub)
     kinds.add_parser("loader", help="images per second, pixels and memory of the loaders", add_help=False)
-    sub = kinds.add_parser("all", help="kernels, attention, step and memory within a time, the most telling first")
+    sub = kinds.add_parser("all", help="all of these within a time, the most telling first")
     _common(sub)
     sub.set_defaults(minutes=9.0)
     for kind, text in (("compare", "what became slower from A to B"), ("report", "tables and pictures from results")):

@@ -40,11 +40,12 @@ def rows(x_BLD: Tensor, ids_BK: Tensor) -> Tensor:
 
 
 def published_masking(noise_BL: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ids_shuffle_BL = torch.argsort(noise_BL, dim=1)
-    ids_restore_BL = torch.argsort(ids_shuffle_BL, dim=1)
-    mask_BL = torch.ones(noise_BL.shape, device=noise_BL.device)
-    mask_BL[:, :keep] = 0
-    return ids_shuffle_BL[:, :keep], ids_restore_BL, ids_shuffle_BL[:, keep:], torch.gather(mask_BL, 1, ids_restore_BL)
+    """Two sorts, and a float mask that is filled in shuffled order and then gathered."""
+    order_BL = noise_BL.argsort(1)
+    place_BL = order_BL.argsort(1)
+    hidden_BL = torch.ones(noise_BL.shape, device=noise_BL.device)
+    hidden_BL[:, :keep] = 0
+    return order_BL[:, :keep], place_BL, order_BL[:, keep:], hidden_BL.gather(1, place_BL)
 
 
 def tuned_masking(noise_BL: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,11 +126,12 @@ def tuned_embed(
 
 
 def published_restore(visible_BND: Tensor, ids_restore_BL: Tensor, mask_D: Tensor, pos_ND: Tensor) -> Tensor:
+    """The mask token is repeated for every masked patch, and the index for every value of a token."""
     B, L = ids_restore_BL.shape
-    mask_tokens = mask_D.view(1, 1, -1).repeat(B, L + 1 - visible_BND.shape[1], 1)
-    x_ = torch.cat([visible_BND[:, 1:, :], mask_tokens], dim=1)
-    x_ = torch.gather(x_, dim=1, index=ids_restore_BL.unsqueeze(-1).repeat(1, 1, visible_BND.shape[2]))
-    return torch.cat([visible_BND[:, :1, :], x_], dim=1) + pos_ND
+    fill_BMD = mask_D[None, None].repeat(B, L + 1 - visible_BND.shape[1], 1)
+    shuffled_BLD = torch.cat((visible_BND[:, 1:], fill_BMD), 1)
+    index_BLD = ids_restore_BL[..., None].repeat(1, 1, mask_D.numel())
+    return torch.cat((visible_BND[:, :1], shuffled_BLD.gather(1, index_BLD)), 1) + pos_ND
 
 
 def tuned_restore(visible_BND: Tensor, ids_restore_BL: Tensor, mask_D: Tensor, pos_ND: Tensor) -> Tensor:
@@ -152,17 +154,17 @@ def gelu_linear(x: Tensor, bias_F: Tensor, weight_DF: Tensor, out_bias_D: Tensor
 
 def _unit(target: Tensor) -> Tensor:
     """Per patch: zero mean and unit (unbiased) variance."""
-    mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-    return (target - mean) / (var + EPS) ** 0.5
+    center, spread = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + EPS).sqrt()
+    return (target - center) / spread
 
 
 def published_reconstruction(pred_BLV: Tensor, images_BCHW: Tensor, mask_BL: Tensor, s: Shape) -> Tensor:
     """Every patch is predicted and compared; the mask picks afterwards."""
     dtype = wide(pred_BLV.dtype)
     target_BLV = _unit(patchify(normalised(images_BCHW, dtype), s.patch, "rcc"))
-    loss_BL = ((pred_BLV.to(dtype) - target_BLV) ** 2).mean(dim=-1)
-    mask_BL = mask_BL.to(dtype)
-    loss: Tensor = (loss_BL * mask_BL).sum() / mask_BL.sum()
+    each_BL = (pred_BLV.to(dtype) - target_BLV).square().mean(-1)
+    chosen_BL = mask_BL.to(dtype)
+    loss: Tensor = (each_BL * chosen_BL).sum() / chosen_BL.sum()
     return loss
 
 
@@ -174,9 +176,9 @@ def tuned_reconstruction(pred_BMV: Tensor, images_BCHW: Tensor, ids_BM: Tensor, 
 def distillation(student_BS: Tensor, teacher_BS: Tensor, center_S: Tensor) -> tuple[Tensor, Tensor]:
     """(cross entropy of teacher and student, mean of the teacher's probabilities); logits are averaged over tokens before."""
     dtype = wide(student_BS.dtype)
-    teacher_BS = F.softmax((teacher_BS.to(dtype) - center_S.to(dtype)) / TEACHER_TEMP, dim=-1)
-    loss = torch.sum(-teacher_BS * F.log_softmax(student_BS.to(dtype) / STUDENT_TEMP, dim=-1), dim=-1).mean()
-    return loss, teacher_BS.detach().mean(0)
+    p_BS = F.softmax((teacher_BS.to(dtype) - center_S.to(dtype)) / TEACHER_TEMP, -1)
+    log_q_BS = F.log_softmax(student_BS.to(dtype) / STUDENT_TEMP, -1)
+    return -(p_BS * log_q_BS).sum(-1).mean(), p_BS.detach().mean(0)
 
 
 def library_distillation(student_BS: Tensor, teacher_BS: Tensor, center_S: Tensor) -> tuple[Tensor, Tensor]:

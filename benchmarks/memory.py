@@ -71,13 +71,13 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
     for task in [args.task] if args.task else TASKS:
         setup = Setup(step_data.for_task(config, task), task, device, dtype, batches[0], WITHOUT_GRAPHS)
         names = by_weight(providers(bench, task))
-        points = {name: over_batches(bench, setup, name, batches) for name in names}
-        for cap in caps:
-            for name in names:
+        for name in names:
+            points = over_batches(bench, setup, name, batches)
+            for cap in caps:
                 if bench.time_is_up():
                     bench.leave_out(f"largest batch {task}, {name}, {cap:g} GB")
                 else:
-                    under_cap(bench, setup, name, points[name], cap)
+                    under_cap(bench, setup, name, points, cap)
 
 
 # ---- peak over the batch ----

@@ -127,58 +127,58 @@ class MaskedAutoencoderViT(nn.Module):
         grid_BChPwP = images_BCHW.reshape(B, C, height // P, P, width // P, P)
         return grid_BChPwP.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, P * P * C)
 
-    def random_masking(self, x_BLD: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def keep_visible(self, x_BLD: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(visible tokens [B, K, D], mask, ids_restore, ids_keep); the K smallest of the noise stay."""
-        B, L, D = x_BLD.shape
-        keep = int(L * (1 - self.sizes.mask_ratio))
-        ids_shuffle_BL = torch.argsort(noise_BL, dim=1)
-        ids_restore_BL = torch.argsort(ids_shuffle_BL, dim=1)
-        ids_keep_BK = ids_shuffle_BL[:, :keep]
-        x_BKD = torch.gather(x_BLD, 1, ids_keep_BK.unsqueeze(-1).repeat(1, 1, D))
-        mask_BL = torch.ones(B, L, device=x_BLD.device)
-        mask_BL[:, :keep] = 0
-        return x_BKD, torch.gather(mask_BL, 1, ids_restore_BL), ids_restore_BL, ids_keep_BK
+        L, D = x_BLD.shape[1:]
+        K = int(L * (1 - self.sizes.mask_ratio))
+        order_BL = noise_BL.argsort(1)
+        place_BL, kept_BK = order_BL.argsort(1), order_BL[:, :K]
+        hidden_BL = torch.ones(noise_BL.shape, device=x_BLD.device)
+        hidden_BL[:, :K] = 0
+        visible_BKD = x_BLD.gather(1, kept_BK[..., None].repeat(1, 1, D))
+        return visible_BKD, hidden_BL.gather(1, place_BL), place_BL, kept_BK
 
-    def forward_encoder(self, images_BCHW: Tensor, noise_BL: Tensor) -> Masked:
+    def encode(self, images_BCHW: Tensor, noise_BL: Tensor) -> Masked:
         x_BLD = self.patch_embed(images_BCHW) + self.pos_embed[:, 1:, :]
-        x_BND, *masking = self.random_masking(x_BLD, noise_BL)
+        x_BND, *masking = self.keep_visible(x_BLD, noise_BL)
         cls_B1D = (self.cls_token + self.pos_embed[:, :1, :]).expand(x_BND.shape[0], -1, -1)
         x_BND = torch.cat((cls_B1D, x_BND), dim=1)
         for block in self.blocks:
             x_BND = block(x_BND)
         return Masked(self.norm(x_BND), *masking)
 
-    def forward_decoder(self, latent_BND: Tensor, ids_restore_BL: Tensor) -> Tensor:
+    def decode(self, latent_BND: Tensor, ids_restore_BL: Tensor) -> Tensor:
         """[B, p+L, E] tokens after the final norm, in image order behind the cls token."""
         x_BNE = self.decoder_embed(latent_BND)
         (B, N, E), L = x_BNE.shape, ids_restore_BL.shape[1]
-        masked_BME = self.mask_token.repeat(B, L + 1 - N, 1)
-        x_BLE = torch.cat([x_BNE[:, 1:, :], masked_BME.to(x_BNE.dtype)], dim=1)
-        x_BLE = torch.gather(x_BLE, 1, ids_restore_BL.unsqueeze(-1).repeat(1, 1, E))
-        x_BNE = torch.cat([x_BNE[:, :1, :], x_BLE], dim=1) + self.decoder_pos_embed
+        fill_BME = self.mask_token.repeat(B, L + 1 - N, 1).to(x_BNE.dtype)
+        shuffled_BLE = torch.cat((x_BNE[:, 1:], fill_BME), 1)
+        restored_BLE = shuffled_BLE.gather(1, ids_restore_BL[..., None].repeat(1, 1, E))
+        x_BNE = torch.cat((x_BNE[:, :1], restored_BLE), 1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x_BNE = block(x_BNE)
         out: Tensor = self.decoder_norm(x_BNE)
         return out
 
-    def forward_loss(self, images_BCHW: Tensor, pred_BLV: Tensor, mask_BL: Tensor) -> Tensor:
+    def reconstruction_loss(self, images_BCHW: Tensor, pred_BLV: Tensor, mask_BL: Tensor) -> Tensor:
         """Mean squared error over masked patches, of every patch and then masked."""
         target_BLV = self.patchify(images_BCHW)
         if self.norm_target != "none":
             C = self.sizes.channels
             target = target_BLV if self.norm_target == "patch" else target_BLV.unflatten(-1, (-1, C)).transpose(-1, -2)
-            mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-            target = (target - mean) / (var + 1e-6) ** 0.5
+            center, spread = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + 1e-6).sqrt()
+            target = (target - center) / spread
             target_BLV = target if self.norm_target == "patch" else target.transpose(-1, -2).flatten(-2)
-        loss_BL = ((pred_BLV - target_BLV) ** 2).mean(dim=-1)
-        return (loss_BL * mask_BL).sum() / mask_BL.sum()
+        each_BL = (pred_BLV - target_BLV).square().mean(-1)
+        loss: Tensor = (each_BL * mask_BL).sum() / mask_BL.sum()
+        return loss
 
     def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised float images and noise -> (loss, predictions [B, L, V], mask [B, L])."""
-        encoded = self.forward_encoder(images_BCHW, noise_BL)
-        y_BNE = self.forward_decoder(encoded.latent_BND, encoded.ids_restore_BL)
+        encoded = self.encode(images_BCHW, noise_BL)
+        y_BNE = self.decode(encoded.latent_BND, encoded.ids_restore_BL)
         pred_BLV = self.decoder_pred(y_BNE)[:, 1:, :]
-        return self.forward_loss(images_BCHW, pred_BLV, encoded.mask_BL), pred_BLV, encoded.mask_BL
+        return self.reconstruction_loss(images_BCHW, pred_BLV, encoded.mask_BL), pred_BLV, encoded.mask_BL
 
 
 class Head(nn.Module):
@@ -229,9 +229,9 @@ class SDMAE(nn.Module):
 
     def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> Distilled:
         mae = self.mae
-        encoded = mae.forward_encoder(images_BCHW, noise_BL)
-        y_BNE = mae.forward_decoder(encoded.latent_BND, encoded.ids_restore_BL)
-        reconstruction = mae.forward_loss(images_BCHW, mae.decoder_pred(y_BNE)[:, 1:, :], encoded.mask_BL)
+        encoded = mae.encode(images_BCHW, noise_BL)
+        y_BNE = mae.decode(encoded.latent_BND, encoded.ids_restore_BL)
+        reconstruction = mae.reconstruction_loss(images_BCHW, mae.decoder_pred(y_BNE)[:, 1:, :], encoded.mask_BL)
         ids_BKE = encoded.ids_keep_BK.unsqueeze(-1).repeat(1, 1, y_BNE.shape[-1])
         teacher_BKE = torch.gather(y_BNE[:, 1:, :], 1, ids_BKE)
         z_student_BS = self.student_head(encoded.latent_BND[:, 1:, :]).mean(dim=1)

@@ -17,6 +17,7 @@ torch and the standard library suffice to import this file; what needs pydantic 
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -299,7 +300,8 @@ def to_published(source: SSSD) -> dict[str, Tensor]:
 
 def vitmae(setup: Setup, source: SSSD) -> nn.Module:
     """transformers' model with the weights of `source`. Raises ConfigError for settings that it does not know."""
-    import transformers
+    with _quiet():
+        import transformers
 
     from sssd_fast.weight_formats import export_state, huggingface_config
 
@@ -310,9 +312,10 @@ def vitmae(setup: Setup, source: SSSD) -> nn.Module:
     state = export_state(source.mae, "huggingface", decoder=True)
     transformers.utils.logging.disable_progress_bar()  # it would write through ours
     config = transformers.ViTMAEConfig(**{k: v for k, v in tree.items() if k not in ("architectures", "model_type")})
-    model, told = transformers.ViTMAEForPreTraining.from_pretrained(
-        None, config=config, state_dict=state, output_loading_info=True
-    )
+    with _quiet():
+        model, told = transformers.ViTMAEForPreTraining.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True
+        )
     if told["missing_keys"] or told["unexpected_keys"]:
         raise ConfigError(
             f"ViTMAE of transformers {transformers.__version__} names its weights otherwise: it misses "
@@ -323,3 +326,14 @@ def vitmae(setup: Setup, source: SSSD) -> nn.Module:
     model.decoder.decoder_pos_embed.requires_grad_(False)
     trained: nn.Module = model.train()
     return trained
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers loads torchao, which warns of parts that are for other machines."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -196,13 +197,14 @@ def test_all_takes_turns_within_its_time(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(command, "_run", run)
+    monkeypatch.setattr(command, "_loader", lambda words: begun.append(("loader", None)))
     monkeypatch.setattr(results.machine, "ceilings", lambda device, dtypes: {"copy_bytes_per_s": 1.0})
     assert command.main(["all", *WORDS, "--minutes", "60", "--quick"]) == 2
     assert [kind for kind, _ in begun] == [kind for kind, _, _ in command.STAGES]
     deadlines = [d for _, d in begun if d is not None]
-    assert deadlines == sorted(deadlines) and len(deadlines) == len(begun)
+    assert deadlines == sorted(deadlines) and len(deadlines) == len(begun) - 1
     written = sorted(tmp_path.glob("*.json"))
-    assert len(written) == len({kind for kind, _, _ in command.STAGES})
+    assert len(written) == len({kind for kind, _, _ in command.STAGES} - {"loader"})
     begun.clear()
     assert command.main(["all", *WORDS, "--minutes", "0.02"]) == 0
     assert begun == []
@@ -238,10 +240,14 @@ sys.exit(main(sys.argv[1:]))
 
 def test_torch_and_triton_alone_are_enough(tmp_path: Path) -> None:
     """Ops and attention are measured on such a machine; the trainer's models are left out with a note."""
-    for kind, more in (("kernels", ["--op", "random_masking"]), ("step", []), ("memory", [])):
+    for kind, more in (("kernels", ["--op", "random_masking"]), ("step", []), ("memory", []), ("loader", [])):
         out = tmp_path / f"{kind}.json"
-        words = [kind, *WORDS, "--quick", *more, "--json", str(out)]
+        words = [kind, *(WORDS if kind != "loader" else []), "--quick", *more, "--json", str(out)]
         done = subprocess.run([sys.executable, "-c", BARE, *words], capture_output=True, text=True, timeout=200)
+        if kind == "loader":
+            assert (done.returncode, done.stdout) == (2, "")
+            assert re.fullmatch(r"error: bench loader needs \w+, which is not installed: .*\n", done.stderr)
+            continue
         assert done.returncode == 0, done.stderr
         document = results.load(out)
         if kind == "kernels":

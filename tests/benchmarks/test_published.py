@@ -152,7 +152,7 @@ def test_patches_are_rows_of_pixels_with_the_channel_last() -> None:
 def test_the_tokens_with_the_least_noise_stay() -> None:
     sizes = published.Sizes((8, 8), 2, 1, 8, 1, 1, 8, 1, 1, mask_ratio=0.75)
     noise, tokens = torch.rand(5, 16), torch.randn(5, 16, 8)
-    kept, mask, _, ids = published.MaskedAutoencoderViT(sizes).random_masking(tokens, noise)
+    kept, mask, _, ids = published.MaskedAutoencoderViT(sizes).keep_visible(tokens, noise)
     for b in range(5):
         least = sorted(range(16), key=lambda i: float(noise[b, i]))[:4]
         assert ids[b].tolist() == least
