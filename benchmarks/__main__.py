@@ -127,7 +127,9 @@ def _loader(words: Sequence[str]) -> None:
     try:
         from . import loader
     except ImportError as error:
-        raise DependencyError(f"bench loader needs {error.name}, which is not installed: pip install '.[train]'") from error
+        raise DependencyError(
+            f"bench loader needs {error.name}, which is not installed: pip install '.[train]'"
+        ) from error
     loader.run(words)
 
 

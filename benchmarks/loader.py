@@ -4,7 +4,7 @@
     sssd-fast bench loader DATA --parity                        how far the pixels are from Pillow's
     sssd-fast bench loader DATA --memory                        memory over 50 epochs
 
-Without DATA, on synthetic slices of 512 x 512 that are drawn for it. Also `python -m benchmarks.loader`.
+Without DATA, on synthetic slices of 512 x 512 that are drawn for it.
 A provider gets a time only if its first epoch has the records and labels of the torch loader, in the same order, and pixels
 within 1 grey level of Pillow's on average; the differences stand in the row. The baseline is torch with worker processes.
 

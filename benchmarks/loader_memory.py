@@ -1,6 +1,6 @@
 """Resident memory of a loader over many epochs, each provider in a process of its own, so that none inherits another's heap.
 
-    python -m benchmarks.loader DATA --memory [--epochs-flat 50]
+    sssd-fast bench loader DATA --memory [--epochs-flat 50]
 
 What is read after each epoch: VmRSS of the process, with that of its loader workers added (pages that they share count in
 each). The peak is VmHWM, added up alike. Figures are MiB (2**20 bytes) and hold Python, torch and the data index too, which

@@ -1,6 +1,6 @@
 """The providers as the benchmark sets them up, and how far the pixels of each are from Pillow's.
 
-    python -m benchmarks.loader DATA --parity
+    sssd-fast bench loader DATA --parity
 
 Two kinds of views are compared: one epoch of training crops (epoch 0) and the evaluation view, of all images. Differences
 are grey levels (of 255), over all pixels and channels.
