@@ -200,6 +200,7 @@ def crop_op() -> Op:
             "tuned compiled": "every image has another size: each would be compiled anew",
             "ours compiled": "one kernel, with nothing around it to fuse",
         },
-        tolerance=2.5 / 255,  # two grey levels, of a largest value that is seldom 255: one or two passes round differently
+        tolerance=2.5
+        / 255,  # two grey levels, of a largest value that is seldom 255: one or two passes round differently
         exact="tuned",
     )

@@ -97,7 +97,7 @@ def draw_waterfall(title: str, rows: Sequence[Row]) -> Any:
         rate = _rate(row)
         if rate is None:
             reason = str(row["reason"] or "no figure")[:60]
-            axes.text(before, place, f" {reason}", fontsize=7.5, color=QUIET, va="center", style="italic")
+            axes.text(0, place, f" {reason}", fontsize=7.5, color=QUIET, va="center", style="italic")
             continue
         first = first or rate
         color = BASE if place == 0 else GAIN if rate >= before else LOSS
