@@ -126,7 +126,7 @@ Written by `sssd-fast bench report` from the files in `benchmarks/results`; do n
 - "time / ours" is a provider's time divided by ours, with its bootstrapped 95 % interval; above 1 ours is faster. "same": the interval
   holds 1, or the two are closer than 2 % or than the gap between their own passes. "slower" and "faster" speak of the provider.
 - "error / allowed": largest error against fp64, relative to the largest value, and the most that gets a time: twice that of plain eager
-  PyTorch in the same dtype.
+  PyTorch in the same dtype, and 32 fp32 roundings for sums in another order.
 - "peak" is the largest memory of a call beyond its inputs.
 - A † marks what was measured before the sources that it depends on changed."""
 AGAIN_TEXT = """\

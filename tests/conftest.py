@@ -38,7 +38,7 @@ LEFT_OUT = pytest.StashKey[Counter[str]]()
 TRAINER_NEEDS = [
     name for name in ("pydantic", "yaml", "rich", "PIL", "sklearn", "safetensors") if find_spec(name) is None
 ]
-collect_ignore_glob = ["sssd_fast/*", "benchmarks/*", "test_layout.py"] if TRAINER_NEEDS else []
+collect_ignore_glob = ["sssd_fast/*", "benchmarks/test_[!g]*.py", "test_layout.py"] if TRAINER_NEEDS else []
 
 
 def pytest_configure(config: pytest.Config) -> None:
