@@ -104,7 +104,8 @@ class Results:
             "settings": settings or {},
         }
         name = f"{kind}-{machine.slug(self.head['device']['name'])}-{now:%Y%m%d-%H%M%S}.json"
-        self.path = FOLDER / name if path is None else path
+        # quick runs are never reported, and lie where git does not see them
+        self.path = path if path is not None else FOLDER / "quick" / name if quick else FOLDER / name
 
     def add(self, *rows: Row | dict[str, Any]) -> None:
         """Rows of a form of their own (loader) come as they are to stand in the file."""

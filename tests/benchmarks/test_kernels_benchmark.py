@@ -203,7 +203,7 @@ def test_all_takes_turns_within_its_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert [kind for kind, _ in begun] == [kind for kind, _, _ in command.STAGES]
     deadlines = [d for _, d in begun if d is not None]
     assert deadlines == sorted(deadlines) and len(deadlines) == len(begun) - 1
-    written = sorted(tmp_path.glob("*.json"))
+    written = sorted((tmp_path / "quick").glob("*.json"))
     assert len(written) == len({kind for kind, _, _ in command.STAGES} - {"loader"})
     begun.clear()
     assert command.main(["all", *WORDS, "--minutes", "0.02"]) == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,16 @@ def test_a_file_that_is_no_result_is_an_error_that_names_it(root: Path, text: st
         run(root, "--check")
 
 
-def test_readme_and_docs_agree_with_the_committed_results() -> None:
-    """`sssd-fast bench report` writes them; a change to the sources of a measured op needs it again, too."""
-    assert report.differing(report.ROOT, results.FOLDER) == []
+def test_readme_and_docs_agree_with_the_committed_results(tmp_path: Path) -> None:
+    """`sssd-fast bench report` writes them; a change to the sources of a measured op needs it again, too.
+
+    What was measured here and is not committed yet does not count; outside of a git checkout all files do.
+    """
+    files = [path.name for path in results.FOLDER.glob("*.json")]
+    listed = subprocess.run(["git", "ls-files", "*.json"], cwd=results.FOLDER, capture_output=True, text=True)
+    if listed.returncode == 0 and listed.stdout:
+        files = listed.stdout.split()
+    assert files
+    for name in files:
+        shutil.copy(results.FOLDER / name, tmp_path)
+    assert report.differing(report.ROOT, tmp_path) == []
