@@ -181,7 +181,7 @@ def distillation(student_BS: Tensor, teacher_BS: Tensor, center_S: Tensor) -> tu
     return -(p_BS * log_q_BS).sum(-1).mean(), p_BS.detach().mean(0)
 
 
-def library_distillation(student_BS: Tensor, teacher_BS: Tensor, center_S: Tensor) -> tuple[Tensor, Tensor]:
+def tuned_distillation(student_BS: Tensor, teacher_BS: Tensor, center_S: Tensor) -> tuple[Tensor, Tensor]:
     dtype = wide(student_BS.dtype)
     teacher_BS = ((teacher_BS.to(dtype) - center_S.to(dtype)) / TEACHER_TEMP).softmax(-1)
     return F.cross_entropy(student_BS.to(dtype) / STUDENT_TEMP, teacher_BS), teacher_BS.detach().mean(0)

@@ -124,7 +124,7 @@ def distillation_op() -> Op:
         with_compiled(
             {
                 "published": plain(eager.distillation),
-                "tuned": plain(eager.library_distillation),
+                "tuned": plain(eager.tuned_distillation),
                 "ours": plain(lambda student, teacher, center: mk.distillation_loss(student, teacher, center=center)),
             }
         ),
@@ -145,7 +145,7 @@ def sssd_op() -> Op:
 
     def tuned(s: Shape, x: Inputs) -> tuple[Tensor, ...]:
         reconstruction = eager.tuned_reconstruction(x["pred"], x["images"], x["ids_masked"], s)
-        distilled, center = eager.library_distillation(x["student"], x["teacher"], x["center"])
+        distilled, center = eager.tuned_distillation(x["student"], x["teacher"], x["center"])
         return w * distilled + (1 - w) * reconstruction, reconstruction, distilled, center
 
     def ours(s: Shape, x: Inputs) -> list[Tensor]:
