@@ -158,8 +158,7 @@ def _run(kind: str, args: argparse.Namespace, results: Results, console: Console
 
 def _show(console: Console, results: Results) -> None:
     head = results.head
-    columns, rows = terminal.table(head, results.rows)
-    console.table(f"{head['kind']}: {head['device']['name']}, torch {head['versions']['torch']}", columns, rows)
+    terminal.show(console, head, results.rows)
     for provider, why in head["missing"].items():
         console.info(f"not measured: {provider}: {why}")
     if head["left_out"]:

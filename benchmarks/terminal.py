@@ -1,9 +1,11 @@
-"""The table at the end of a run. Everything else that was found stands in the file."""
+"""The tables at the end of a run. Everything else that was found stands in the file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from sssd_fast.console import Console
 
 from .formats import NONE, percent, size_text, time_text
 from .rows import share_of_ceiling
@@ -26,7 +28,7 @@ def _versus(row: dict[str, Any]) -> str:
 
 
 def _error(row: dict[str, Any]) -> str:
-    return NONE if row["error"] is None else f"{row['error']:.0e} of {row['allowed']:.0e}"
+    return NONE if row["error"] is None else f"{row['error']:.0e}"
 
 
 def _more(name: str, form: str) -> Cell:
@@ -42,12 +44,7 @@ def _ceiling(head: dict[str, Any], row: dict[str, Any]) -> str:
     return NONE if found is None else f"{percent(found.share)} {found.ceiling}"
 
 
-NAMES: dict[str, Cell] = {
-    "what": lambda head, row: row["case"],
-    "shape": lambda head, row: row["shape"] if row["dtype"] in row["shape"] else f"{row['shape']}, {row['dtype']}",
-    "pass": lambda head, row: row["phase"],
-    "provider": lambda head, row: row["provider"],
-}
+PROVIDER: dict[str, Cell] = {"provider": lambda head, row: row["provider"]}
 TIMES: dict[str, Cell] = {
     "median": lambda head, row: _time(row, "median_us"),
     "p20": lambda head, row: _time(row, "p20_us"),
@@ -58,22 +55,41 @@ TIMES: dict[str, Cell] = {
 REST: dict[str, Cell] = {
     "error": lambda head, row: _error(row),
     "memory": lambda head, row: _size(row, "peak_bytes"),
-    "note": lambda head, row: row["reason"] or "",
 }
-OPS: dict[str, Cell] = {**NAMES, **TIMES, "of the ceiling": _ceiling, **REST}
+OPS: dict[str, Cell] = {**PROVIDER, **TIMES, "ceiling": _ceiling, **REST}
 STEP: dict[str, Cell] = {
-    **NAMES, **TIMES, "images/s": _more("images_per_s", ".4g"), "MFU": _more("mfu", ".1%"), "loss": _more("loss", ".4f"), **REST,
+    **PROVIDER, **TIMES, "images/s": _more("images_per_s", ".4g"), "MFU": _more("mfu", ".1%"), "loss": _more("loss", ".4f"), **REST,
 }  # fmt: skip
 MEMORY: dict[str, Cell] = {
-    **NAMES, "images": lambda head, row: str(row["sizes"].get("batch", NONE)), "memory": REST["memory"], "cap, GB": _more("cap_gb", "g"),
-    "largest batch": _more("largest_batch", "d"), "note": REST["note"],
+    **PROVIDER, "images": lambda head, row: str(row["sizes"].get("batch", NONE)), "memory": REST["memory"],
+    "cap, GB": _more("cap_gb", "g"), "largest batch": _more("largest_batch", "d"),
 }  # fmt: skip
 COLUMNS = {"kernels": OPS, "attention": OPS, "step": STEP, "memory": MEMORY}
+# rows with these in common stand in one table
+GROUP = {"memory": ("case", "dtype")}
+USUAL_GROUP = ("case", "shape", "dtype", "phase")
 
 
-def table(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells; a column in which nothing stands is left out."""
-    columns = COLUMNS[head["kind"]]
-    cells = [[cell(head, row) for cell in columns.values()] for row in rows]
-    used = [i for i, _ in enumerate(columns) if any(row[i] not in ("", NONE) for row in cells)]
-    return [list(columns)[i] for i in used], [[row[i] for i in used] for row in cells]
+def show(console: Console, head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """A table for each piece of work, so that none is wider than a terminal; below it who has no figure, and why."""
+    console.rule(f"{head['kind']}: {head['device']['name']}, torch {head['versions']['torch']}")
+    for title, columns, cells, reasons in tables(head, rows):
+        if cells:
+            console.table(title, columns, cells)
+        for why in reasons:
+            console.info(why if cells else f"{title}: {why}")
+
+
+def tables(
+    head: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
+    """(title, columns, cells, reasons) of each piece of work; a column in which nothing stands is left out."""
+    columns, names = COLUMNS[head["kind"]], GROUP.get(head["kind"], USUAL_GROUP)
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    for key, members in groups.items():
+        cells = [[cell(head, row) for cell in columns.values()] for row in members if row["reason"] is None]
+        used = [i for i, _ in enumerate(columns) if any(row[i] not in ("", NONE) for row in cells)]
+        reasons = [f"  {row['provider']}: {row['reason']}" for row in members if row["reason"] is not None]
+        yield ", ".join(key), [list(columns)[i] for i in used], [[row[i] for i in used] for row in cells], reasons

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import attention, kernels, results
+from benchmarks import attention, kernels, results, terminal
 from benchmarks.bench import Bench
 from benchmarks.measure import Cache
 from benchmarks.op import Op, Provider
@@ -130,6 +130,20 @@ def test_backends_that_cannot_be_are_named(bench: Bench) -> None:
     assert ("forward", "sdpa math") not in rows
 
 
+def test_who_has_no_figure_stands_below_the_table_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        asdict(results.Row("op", "B, 1", "fp32", "forward", name, reason=why))
+        for name, why in (("a", "broken"), ("b", None))
+    ]
+    rows[1]["time"] = {"median_us": 1500.0, "p20_us": 1400.0, "p80_us": 1600.0, "n": 5, "again_us": None, "gap": None}
+    head = {"kind": "kernels", "device": {"name": "chip"}, "versions": {"torch": "2"}, "ceilings": {}}
+    terminal.show(Console(), head, rows)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[0] == "---- kernels: chip, torch 2 ----"
+    assert lines[1:3] == ["op, B, 1, fp32, forward", "provider median p20 p80"]
+    assert lines[-2:] == ["b 1.50 ms 1.40 ms 1.60 ms", "a: broken"]
+
+
 # ---- the command ----
 
 WORDS = ["--device", "cpu", "--samples", "2", "--threads", "1"]
@@ -158,7 +172,12 @@ def test_the_command_writes_a_file_and_prints_a_table(tmp_path: Path, capsys: py
     assert document["settings"]["samples"] == document["rows"][0]["time"]["n"] == 2
     assert document["ceilings"]["copy_bytes_per_s"] > 1e8
     shown = capsys.readouterr().out
-    assert "random_masking" in shown and "against ours" in shown
+    assert "random_masking, odd, 2 images, fp32, forward" in shown
+    columns = next(line for line in shown.splitlines() if line.startswith("provider"))
+    assert "median" in columns and "against ours" in columns
+    table = shown[shown.index(columns) :].splitlines()
+    assert [line.split()[0] for line in table[2:4]] == ["tuned", "ours"]
+    assert max(len(line) for line in table[:4]) <= 110, "wider than a terminal"
     assert torch.get_num_threads() == threads
 
 
