@@ -106,9 +106,8 @@ def race(
     *,
     samples: int = SAMPLES,
     passes: int = PASSES,
-    tick: Callable[[], object] = lambda: None,
 ) -> dict[str, list[list[float]]]:
-    """Seconds of each call, by provider and pass. `tick` runs after each round: for a display, or to raise when time is up."""
+    """Seconds of each call, by provider and pass."""
     names = list(calls)
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(passes)] for name in names}
     for number in range(passes):
@@ -119,7 +118,6 @@ def race(
             order = names[first:] + names[:first]
             for name, spent in _round(calls, order[:: -1 if turn % 2 else 1], device, cache):
                 seconds[name][number].append(spent)
-            tick()
     return seconds
 
 

@@ -159,25 +159,6 @@ def test_the_buffer_is_twice_the_last_cache(monkeypatch: pytest.MonkeyPatch, siz
     assert measure.cache_bytes(CPU) == expected
 
 
-def test_tick_follows_each_round_and_can_end_the_race(clock: Clock) -> None:
-    ticks, made = 0, 0
-
-    def call() -> None:
-        nonlocal made
-        made += 1
-        clock.passes(0.02)
-
-    def tick() -> None:
-        nonlocal ticks
-        ticks += 1
-        if ticks == 4:
-            raise TimeoutError("time is up")
-
-    with pytest.raises(TimeoutError, match="time is up"):
-        race({"a": call, "b": call}, CPU, NO_CACHE, samples=3, passes=2, tick=tick)
-    assert made == 2 * (2 * measure.WARM_UP_CALLS + 4)  # both passes' warm-up, four rounds
-
-
 def test_the_figures_are_those_of_the_first_pass() -> None:
     found = summary([[value / 1e6 for value in range(11)], [6 / 1e6] * 3])
     assert found.median_us == pytest.approx(5)
