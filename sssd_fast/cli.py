@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = argparse.Namespace(function=_bench, words=words[1:])
     if words[:1] != ["bench"]:  # the benchmarks have a parser of their own, which gets every word, --help too
-        args = _parser().parse_args(words)
+        args = _parse(words)
     args.command = shlex.join(["sssd-fast", *words])
     try:
         return int(args.function(args) or 0)  # `bench` has an exit code of its own
@@ -78,6 +78,41 @@ def _bench(args: argparse.Namespace) -> int:
     return int(importlib.import_module("benchmarks.__main__").main(args.words))
 
 
+class _Several(argparse.Action):
+    """An option with several values that ends where a key=value begins, which argparse would take as one more of them.
+
+    known: the words that may stand there; without it, whole numbers.
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, known: Sequence[str] = (), help: str = "") -> None:
+        super().__init__(option_strings, dest, nargs="+", metavar="|".join(known) or "N", help=help)
+        self.known = known
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        words = [word for word in values if "=" not in word]
+        namespace.loose = [*getattr(namespace, "loose", []), *(word for word in values if "=" in word)]
+        wrong = [word for word in words if not (word in self.known if self.known else word.isdecimal())]
+        if wrong or not words:
+            needed = f"one or more of {', '.join(self.known)}" if self.known else "whole numbers from 0"
+            raise argparse.ArgumentError(self, f"got {', '.join(wrong) or 'nothing'}, needs {needed}")
+        setattr(namespace, self.dest, words if self.known else [int(word) for word in words])
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Settings as key=value may stand anywhere behind the command; argparse alone takes them in one place."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(words)
+    loose = [*getattr(args, "loose", []), *(word for word in rest if "=" in word and not word.startswith("-"))]
+    unknown = [word for word in rest if word not in loose]
+    if "=" in (getattr(args, "dataset", None) or ""):  # the first positional word of `reproduce --resume DIR key=value`
+        loose, args.dataset = [args.dataset, *loose], None
+    if unknown or (loose and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or loose)}")
+    if loose:
+        args.overrides = [*args.overrides, *loose]
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sssd-fast", description="Train SSSD-COVID fast on one limited GPU.")
     parser.add_argument("--version", action="version", version=f"sssd_fast {__version__}")
@@ -110,13 +145,46 @@ def _parser() -> argparse.ArgumentParser:
     several = sub.add_mutually_exclusive_group()
     several.add_argument(
         "--seeds",
-        type=int,
-        nargs="+",
-        metavar="N",
+        action=_Several,
         help="repeat with these seeds (training and split); mean and deviation",
     )
     several.add_argument("--folds", action="store_true", help="repeat for every fold of data.folds; mean and deviation")
     sub.add_argument("--from-scratch", action="store_true", help="leave out pre-training: the supervised control")
+
+    sub = command("reproduce", commands.reproduce, "the paper's experiment on a public CT set, with controls")
+    sub.add_argument("dataset", nargs="?", metavar="NAME", help="covid-ct or sars-cov-2-ct")
+    sub.add_argument("--data", metavar="DIR", help="folder of the set's images, in class folders at any depth")
+    sub.add_argument(
+        "--protocols",
+        action=_Several,
+        known=("random", "controlled"),
+        help="splits; random, the paper's, and both by default",
+    )
+    sub.add_argument(
+        "--methods",
+        action=_Several,
+        known=("sssd", "mae", "supervised", "external"),
+        help="default: all; external with --external alone",
+    )
+    sub.add_argument("--seeds", action=_Several, help="default 0 1 2 3 4")
+    sub.add_argument("--external", metavar="DIR", help="images to pre-train on too, without labels: the other set")
+    sub.add_argument("--official-split", metavar="CSV", help="path,label,split of COVID-CT, if it is not in DIR")
+    sub.add_argument(
+        "--part", choices=("test", "val"), help="images to evaluate on (default test); val to choose settings"
+    )
+    sub.add_argument(
+        "--try",
+        dest="tries",
+        action="append",
+        metavar="KEY=[A, B]",
+        help="with --part val: settings to compare, in all combinations; may be repeated",
+    )
+    sub.add_argument("--minutes", type=float, metavar="M", help="begin no further model after so many minutes")
+    sub.add_argument("--config", metavar="NAME|FILE", help="default: the shipped one for the paper on this set")
+    sub.add_argument("--out", metavar="DIR", help="folder to make (default runs/NAME)")
+    sub.add_argument("--resume", metavar="DIR", help="go on in this folder; seeds, methods and protocols may be added")
+    sub.add_argument("--dry-run", action="store_true", help="two steps of each stage for one seed; keeps nothing")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
     sub = command("pretrain", commands.pretrain, "pre-train SSSD without labels")
     sub.add_argument(

@@ -65,6 +65,44 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
+def reproduce(args: argparse.Namespace) -> None:
+    from . import reproduce as task
+    from .config import changed, from_dict, load_config, to_dict
+    from .data.public import PUBLIC_SETS
+
+    task.check_overrides(args.overrides)
+    out = Path(args.resume or args.out or f"runs/{args.dataset}")
+    fields: dict[str, Any] = {}
+    if args.resume is not None:
+        fields = vars(task.load_plan(out))
+        if args.dataset not in (None, fields["dataset"]) or args.config is not None:
+            raise ConfigError(
+                f"--resume {args.resume} goes on with {fields['dataset']} and its settings; leave out the name and --config, or "
+                f"start anew with --out"
+            )
+        config = changed(from_dict(fields["config"]), args.overrides)
+    else:
+        if args.dataset not in PUBLIC_SETS or args.data is None:
+            raise ConfigError(f"reproduce needs a name ({', '.join(PUBLIC_SETS)}) and its folder: --data DIR")
+        config = load_config(args.config or PUBLIC_SETS[args.dataset].config, args.overrides)
+        fields = {"dataset": args.dataset, "methods": task.METHODS if args.external else task.METHODS[:3]}
+    for name in ("data", "external", "official_split", "part"):
+        if getattr(args, name) is not None:
+            fields[name] = getattr(args, name)
+    for name in ("protocols", "methods", "seeds"):  # on resume they come to those that were asked for before
+        if getattr(args, name) is not None:
+            before = fields.get(name, ()) if args.resume is not None else ()
+            fields[name] = tuple(dict.fromkeys([*before, *getattr(args, name)]))
+    if args.tries:
+        fields["variants"] = task.variants_of(args.tries)
+    with _dry(args, out) as (place, limits):
+        if limits:
+            fields["seeds"] = (fields.get("seeds") or task.SEEDS)[:1]
+        plan = task.Plan(**{**fields, "config": to_dict(_limited(config, limits))})
+        resume = args.resume is not None and not args.dry_run
+        task.reproduce(plan, place, resume=resume, minutes=args.minutes, command=args.command)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     from .inference import evaluate_run
 

@@ -226,6 +226,7 @@ class TrainConfig(Section):
 
 
 class PretrainConfig(TrainConfig):
+    extra: str | None = None  # a folder of further images to pre-train on, without their labels
     image_epochs: Annotated[int, Field(ge=0)] = 20  # a reconstruction picture every so many epochs; 0 = only at the end
     num_images: Count = 8  # images in a picture
 
@@ -334,6 +335,14 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
     for text in overrides:
         _apply(tree, text, problems)
     return _validate(tree, problems, "" if source is None else f" in {source}")
+
+
+def changed(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with key=value overrides. Raises ConfigError like `load_config`."""
+    tree, problems = to_dict(config), list[str]()
+    for text in overrides:
+        _apply(tree, text, problems)
+    return _validate(tree, problems, "")
 
 
 def from_dict(tree: dict[str, Any]) -> Config:

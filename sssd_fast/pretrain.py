@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import PretrainConfig
 from .data.index import DataIndex
-from .data.prepare import make_loader, prepare_data
+from .data.prepare import make_loader, prepare_data, pretraining_images
 from .data.splits import Split
 from .loaders import Batch, Loader
 from .objective import SSSD, SSSDOutput
@@ -120,12 +120,7 @@ def pretrain(run: Run, init: str | None = None, norm: Norm | None = None) -> Pro
     task = PretrainTask(run, index, split)
     if init is not None and not run.resume:
         run.console.info(load_into(task.module.mae, init, source_norm=norm).summary)
-    config = run.config
-    loader = make_loader(
-        run,
-        index,
-        split.train,
-        batch_size=config.pretrain.batch_size,
-        augment=config.pretrain.augment,
-    )
+    settings = run.config.pretrain
+    images, ids = pretraining_images(run, index, split)
+    loader = make_loader(run, images, ids, batch_size=settings.batch_size, augment=settings.augment)
     return fit(task, loader, run)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,51 @@ def prepare_data(run: Run) -> tuple[DataIndex, Split]:
     split = split_csv(index, out / "split.csv")
     run.data_fingerprint = index.fingerprint([*split.train, *split.val, *split.test])
     return index, split
+
+
+def pretraining_images(run: Run, index: DataIndex, split: Split) -> tuple[DataIndex, list[int]]:
+    """What pre-training reads: the training part, and with pretrain.extra the images there too, without their labels.
+
+    An extra image with the pixels of an image of `index` is left out, whatever part that one is in. What was taken is recorded in
+    the run folder (extra.json), enters the fingerprint of the data, and is used again on resume.
+    """
+    folder, recorded = run.config.pretrain.extra, run.out / "extra.json"
+    if folder is None:
+        return index, split.train
+    if run.world.main and not (run.resume and recorded.exists()):
+        with run.console.announce(f"checking every image in {folder}"):
+            extra = check_data(
+                folder,
+                max_bad_fraction=run.config.data.max_bad_fraction,
+                accept_wrong_extension=run.config.data.accept_wrong_extension,
+                known=cache_folder(run.config.data.cache),
+            )
+        _joined(index, split.train, extra).save(recorded)
+    run.world.barrier()
+    both = DataIndex.load(recorded)
+    run.console.info("\n".join(both.notes))
+    run.data_fingerprint = hashlib.sha256(f"{run.data_fingerprint} {both.fingerprint()}".encode()).hexdigest()
+    return both, list(range(len(both)))
+
+
+def _joined(index: DataIndex, train: Sequence[int], extra: DataIndex) -> DataIndex:
+    """Records `train` of `index`, then those of `extra` with other pixels than any of `index`; of one class, since labels are not read."""
+    root = Path(os.path.commonpath([index.root.absolute(), extra.root.absolute()]))
+    seen = {record.pixel_hash for record in index.records}
+    new = [i for i, record in enumerate(extra.records) if record.pixel_hash not in seen]
+    taken = [(index, i) for i in train] + [(extra, i) for i in new]
+    records = [
+        replace(
+            one.records[i], path=one.file(i).absolute().relative_to(root).as_posix(), label=0, split=None, patient=None
+        )
+        for one, i in taken
+    ]
+    notes = [
+        f"pre-training reads {len(train)} images of the training part and {len(new)} from {extra.root}, without labels",
+        f"{len(extra) - len(new)} images there have the pixels of an image of {index.root} and are left out; "
+        f"{len(extra.excluded)} are unusable",
+    ]
+    return DataIndex(root, ["no label"], records, extra.excluded, notes)
 
 
 def positive_label(config: Config, index: DataIndex) -> int:

@@ -1,0 +1,381 @@
+"""The paper's two experiments with their controls, over seeds and on two kinds of split, beside what the paper says.
+
+For each seed, protocol and method: pre-train, fine-tune, evaluate. Order: all methods of the first seed first, so that a run that is
+stopped has something to compare. Everything lies in run folders of the usual kind; what is finished is never computed again.
+
+OUT/plan.json                            what was asked
+OUT/PROTOCOL/seed-N/pretrain-METHOD/     shared by variants that differ in fine-tuning alone
+OUT/PROTOCOL/seed-N/METHOD/              fine-tuning and evaluation; cell.json when finished
+OUT/results.json  results.md  results.png     anew after every cell
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CheckpointManager, atomic_write_text
+from .config import Config, changed, from_dict, load_config, to_dict
+from .console import Console, duration
+from .data.index import DataIndex
+from .data.public import PUBLIC_SETS, PublicSet, departures, image_root, write_official_split
+from .data.splits import split_csv
+from .distributed import World, world
+from .doctor import collect_environment
+from .errors import CheckpointError, ConfigError, RunExistsError
+from .finetune import finetune
+from .inference import checkpoint_of, evaluate_run
+from .microbatch import resolve_batch
+from .nearest import NearestNeighbour
+from .pretrain import pretrain
+from .report import write_report
+from .reproduce_table import SCHEMA, lines, markdown, picture, tables
+from .runs import Run, differences, open_run
+from .tracking import read_metrics
+
+PROTOCOLS = ("random", "controlled")
+METHODS = ("sssd", "mae", "supervised", "external")
+SEEDS = (0, 1, 2, 3, 4)
+SET_HERE = (
+    "data.source",
+    "data.manifest",
+    "data.split",
+    "data.split_seed",
+    "seed",
+    "objective.weight",
+    "pretrain.extra",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a reproduction consists of; plan.json."""
+
+    dataset: str
+    data: str
+    config: dict[str, Any]
+    protocols: tuple[str, ...] = PROTOCOLS
+    methods: tuple[str, ...] = METHODS[:3]
+    seeds: tuple[int, ...] = SEEDS
+    external: str | None = None  # folder of the images that `external` pre-trains on too
+    official_split: str | None = None
+    part: str = "test"
+    variants: tuple[tuple[str, ...], ...] = ((),)  # key=value of each; more than one only on the validation part
+
+    def __post_init__(self) -> None:
+        if "external" in self.methods and self.external is None:
+            raise ConfigError(
+                "method external pre-trains on a second image set too; name its folder with --external DIR"
+            )
+        if len(self.variants) > 1 and self.part == "test":
+            raise ConfigError("--try compares settings, and test images must not choose among them: add --part val")
+
+    @property
+    def public(self) -> PublicSet:
+        return PUBLIC_SETS[self.dataset]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuned model."""
+
+    protocol: str
+    seed: int
+    method: str
+    variant: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.method, *self.variant])
+
+    def folder(self, out: Path) -> Path:
+        return out / self.protocol / f"seed-{self.seed}" / _name(self.method, self.variant)
+
+    def pretraining(self) -> Cell | None:
+        """The cell in whose folder its pre-training is described: what only fine-tuning reads is left out."""
+        if self.method == "supervised":
+            return None
+        return replace(self, variant=tuple(v for v in self.variant if not v.startswith(("finetune.", "evaluate."))))
+
+
+def variants_of(tries: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Every combination of --try key=[v1, v2], as key=value overrides. Raises ConfigError for another form."""
+    import yaml
+
+    choices = []
+    for text in tries:
+        key, _, raw = text.partition("=")
+        try:
+            values = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            values = None
+        if not key or not isinstance(values, list) or not values:
+            raise ConfigError(
+                f"--try {text!r} needs the form key=[VALUE, VALUE], such as finetune.base_lr=[5e-4, 1e-3]"
+            )
+        choices.append([f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for value in values])
+    return tuple(itertools.product(*choices))
+
+
+def check_overrides(texts: Sequence[str]) -> None:
+    """Raises ConfigError for settings that the protocol or the method sets."""
+    taken = [text for text in texts if text.partition("=")[0] in SET_HERE]
+    if taken:
+        raise ConfigError(
+            f"{', '.join(taken)}: reproduce sets this itself ({', '.join(SET_HERE)}); use --data, --protocols, --methods, --seeds, "
+            f"--external, or `sssd-fast run` for another experiment"
+        )
+
+
+def load_plan(out: Path) -> Plan:
+    """The plan of an earlier start. Raises CheckpointError where there is none."""
+    path = out / "plan.json"
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        lists = {name: tuple(body[name]) for name in ("protocols", "methods", "seeds")}
+        return Plan(**{**body, **lists, "variants": tuple(tuple(v) for v in body["variants"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"--resume {out}: no plan of `sssd-fast reproduce` there ({error}); start with --out {out}"
+        ) from None
+
+
+def cells_of(plan: Plan) -> list[Cell]:
+    return [
+        Cell(protocol, seed, method, variant)
+        for seed in plan.seeds
+        for protocol in plan.protocols
+        for method in plan.methods
+        for variant in plan.variants
+    ]
+
+
+def cell_config(plan: Plan, cell: Cell, root: Path, official: Path) -> Config:
+    """The settings of a cell: the plan's, with what its protocol, seed and method say."""
+    config = changed(from_dict(plan.config), cell.variant)
+    kind = "random" if cell.protocol == "random" else plan.public.controlled
+    data = {"source": str(root), "manifest": None, "split_seed": cell.seed, "split": kind}
+    if kind == "official":
+        data["split"] = str(official)
+    update: dict[str, Any] = {"seed": cell.seed}
+    if cell.method == "mae":
+        update["objective"] = config.objective.model_copy(update={"weight": 0.0})
+    if cell.method == "external":
+        update["pretrain"] = config.pretrain.model_copy(update={"extra": plan.external})
+        data["accept_wrong_extension"] = True  # COVID-CT holds such files, and may be the other set
+    return config.model_copy(update={**update, "data": config.data.model_copy(update=data)})
+
+
+def reproduce(
+    plan: Plan,
+    out: Path,
+    *,
+    resume: bool = False,
+    minutes: float | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Runs what is not finished yet; returns results.json. `minutes`: no cell begins later than that. Raises SssdError."""
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    with world(from_dict(plan.config).device) as here:
+        if here.main:
+            _open(plan, out, resume)
+        here.barrier()
+        work = _Reproduction(plan, out, here, command)
+        every, began, trained = cells_of(plan), time.monotonic(), 0
+        for number, cell in enumerate(every):
+            if work.finished(cell):
+                continue
+            if here.any(deadline is not None and time.monotonic() > deadline):
+                work.say(f"{minutes:g} minutes are over, so no further model begins. Go on with: {work.again}")
+                break
+            rates, trained = work.run(cell), trained + 1
+            elapsed = time.monotonic() - began
+            work.say(
+                f"model {number + 1} of {len(every)} ({cell.protocol} split, seed {cell.seed}, {cell.label}): {rates}; {duration(elapsed)} "
+                f"elapsed, about {duration(elapsed / trained * (len(every) - number - 1))} left"
+            )
+        results = work.results()
+        if here.main:
+            with Console(log_file=out / "train.log") as console:
+                for title, header, rows in tables(results):
+                    console.table(title, header, rows)
+                console.info("\n".join([*lines(results), f"results: {out / 'results.md'}"]))
+    return results
+
+
+def _open(plan: Plan, out: Path, resume: bool) -> None:
+    path = out / "plan.json"
+    if path.exists() and not resume:
+        raise RunExistsError(
+            f"{out} holds a reproduction already; go on with --resume {shlex.quote(str(out))}, or give another --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, json.dumps(asdict(plan), indent=2) + "\n")
+
+
+class _Reproduction:
+    def __init__(self, plan: Plan, out: Path, here: World, command: str) -> None:
+        self.plan, self.out, self.here, self.command = plan, out, here, command
+        self.again = f"sssd-fast reproduce --resume {shlex.quote(str(out))}"
+        self.root = image_root(plan.public, plan.data).absolute()
+        self.official = (out / "official.csv").absolute()
+        self.nearest = NearestNeighbour()
+        self._ready = set[Path]()  # pre-trainings that this process has seen finished
+        if here.main and plan.public.controlled == "official" and "controlled" in plan.protocols:
+            where = write_official_split(plan.public, plan.data, self.root, plan.official_split, self.official)
+            self.say(f"leak-controlled split of {plan.public.title}: {where}")
+        here.barrier()
+        self.machine = _machine(here)
+
+    def say(self, text: str) -> None:
+        with Console(log_file=self.out / "train.log", enabled=self.here.main) as console:
+            console.info(text)
+
+    def config(self, cell: Cell) -> Config:
+        return cell_config(self.plan, cell, self.root, self.official)
+
+    def finished(self, cell: Cell) -> bool:
+        """Whether its result is there, of these settings. Raises CheckpointError for a result of other settings."""
+        place = cell.folder(self.out)
+        if not (place / "cell.json").is_file():
+            return False
+        done = json.loads((place / "cell.json").read_text(encoding="utf-8"))
+        changes = differences(from_dict(done["config"]), _anywhere(self.config(cell)))
+        if done["part"] != self.plan.part:
+            changes.append(f"evaluated on {done['part']}, now asked for {self.plan.part}")
+        if changes:
+            listed = "\n".join(f"  - {change}" for change in changes)
+            raise CheckpointError(
+                f"{place} is finished, but with other settings:\n{listed}\nUndo the change, or give another --out."
+            )
+        return True
+
+    def run(self, cell: Cell) -> str:
+        """Trains and evaluates; returns the main rates as a phrase."""
+        config, place, init = self.config(cell), cell.folder(self.out), None
+        seconds = {}
+        before = cell.pretraining()
+        if before is not None:
+            folder = before.folder(self.out).with_name("pretrain-" + _name(before.method, before.variant))
+            if folder not in self._ready:
+                self._stage("pretrain", self.config(before), folder)
+                self._ready.add(folder)
+            init = str(checkpoint_of(folder, "last"))
+            seconds["pretrain_s"] = _seconds(folder)
+        result = self._stage("finetune", config, place, init)
+        seconds["finetune_s"] = _seconds(place)
+        if self.here.main:
+            index = DataIndex.load(place / "index.json")
+            split = split_csv(index, place / "split.csv")
+            rates = {name: value for name, value in result["image"].items() if name != "intervals"}
+            facts = {
+                "protocol": cell.protocol, "seed": cell.seed, "method": cell.method, "variant": list(cell.variant),
+                "part": self.plan.part, **seconds,
+                "counts": {part: len(split.part(part)) for part in ("train", "val", "test")}, "image": rates,
+                "nearest": self.nearest.rates(index, split, self.plan.part),
+                "departures": departures(self.plan.public, index.counts()),
+                "config": to_dict(_anywhere(config)),
+            }  # fmt: skip
+            atomic_write_text(place / "cell.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
+            write_report(place)
+            self.results()
+        self.here.barrier()
+        shown = [(name, result.get("image", {}).get(name)) for name in ("accuracy", "auc")]
+        return ", ".join(f"{name} {100 * value:.1f} %" for name, value in shown if value is not None)
+
+    def _stage(self, stage: str, config: Config, place: Path, init: str | None = None) -> dict[str, Any]:
+        """One run folder from where it stands to its end; for fine-tuning, the evaluation."""
+        begun = CheckpointManager(place / "checkpoints").latest() is not None if place.exists() else False
+        self.here.barrier()
+        if not begun:
+            config = resolve_batch(config, stage, self.here, say=self.say)
+        elif getattr(config, stage).batch is not None:  # the micro-batch that was found at the first start
+            found = getattr(load_config(place / "config.yaml"), stage)
+            config = config.model_copy(update={stage: found})
+        with open_run(
+            stage, config, place, self.here, resume=begun, resume_with=self.again, command=self.command
+        ) as run:
+            run.console.rule(f"{stage}: {place.relative_to(self.out)}")
+            return self._train(stage, run, init)
+
+    def _train(self, stage: str, run: Run, init: str | None) -> dict[str, Any]:
+        if stage == "pretrain":
+            pretrain(run)
+            return {}
+        finetune(run, init)
+        return evaluate_run(run, self.plan.part)
+
+    def results(self) -> dict[str, Any]:
+        """Everything finished so far as results.json, results.md and results.png."""
+        found = []
+        for cell in cells_of(self.plan):
+            path = cell.folder(self.out) / "cell.json"
+            if path.is_file():
+                done = json.loads(path.read_text(encoding="utf-8"))
+                found.append({name: value for name, value in done.items() if name != "config"})
+        results = {
+            "schema": SCHEMA,
+            "dataset": self.plan.dataset,
+            "title": self.plan.public.title,
+            "part": self.plan.part,
+            "planned": len(cells_of(self.plan)),
+            "command": _without_folders(self.command),
+            "settings": {**self.plan.config, "data": {**self.plan.config["data"], "source": self.plan.dataset}},
+            "machine": self.machine,
+            "published": {who: dict(rates) for who, rates in self.plan.public.published.items()},
+            "cells": found,
+        }
+        if self.here.main:
+            atomic_write_text(self.out / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+            atomic_write_text(self.out / "results.md", markdown(results))
+            picture(results, path=self.out / "results.png")
+        return results
+
+
+def _anywhere(config: Config) -> Config:
+    """Without the places of folders and files, which may be moved between two starts."""
+    data, extra = config.data, config.pretrain.extra
+    moved = {"source": Path(data.source).name, "split": Path(data.split).name}
+    pretrain = {"extra": None if extra is None else Path(extra).name}
+    return config.model_copy(
+        update={"data": data.model_copy(update=moved), "pretrain": config.pretrain.model_copy(update=pretrain)}
+    )
+
+
+def _name(method: str, variant: Sequence[str]) -> str:
+    """A folder name; long ones end in a hash, so that two stay two."""
+    name = re.sub(r"[^A-Za-z0-9._=-]+", "_", "-".join([method, *variant]))
+    return name if len(name) <= 100 else f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _seconds(folder: Path) -> float:
+    """Of training, over all its starts, compilation included."""
+    return max((float(record["time_s"]) for record in read_metrics(folder)), default=0.0)
+
+
+def _machine(here: World) -> dict[str, Any]:
+    env = collect_environment()
+    gpu = env["gpus"][here.device.index or 0]["name"] if here.device.type == "cuda" else None
+    return {
+        "device": gpu or f"{env['cpu']['model']}, {env['cpu']['torch_threads']} threads",
+        "processes": here.size,
+        "torch": env["torch"]["version"],
+        "python": env["python"]["version"],
+        "commit": env["sssd_fast"]["commit"],
+        "modified": env["sssd_fast"]["modified"],
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def _without_folders(command: str) -> str:
+    """Paths cut down to their last part: results are shown to others."""
+    return shlex.join(Path(word).name if "/" in word and Path(word).exists() else word for word in shlex.split(command))
