@@ -169,6 +169,8 @@ def cell_config(plan: Plan, cell: Cell, root: Path, official: Path) -> Config:
     update: dict[str, Any] = {"seed": cell.seed}
     if cell.method == "mae":
         update["objective"] = config.objective.model_copy(update={"weight": 0.0})
+    if cell.method == "supervised":  # smaller rates for lower layers presume that these are trained already
+        update["finetune"] = config.finetune.model_copy(update={"layer_decay": 1.0})
     if cell.method == "external":
         update["pretrain"] = config.pretrain.model_copy(update={"extra": plan.external})
         data["accept_wrong_extension"] = True  # COVID-CT holds such files, and may be the other set
