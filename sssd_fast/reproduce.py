@@ -188,22 +188,29 @@ def reproduce(
     """Runs what is not finished yet; returns results.json. `minutes`: no cell begins later than that. Raises SssdError."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     with world(from_dict(plan.config).device) as here:
-        if here.main:
-            _open(plan, out, resume)
+        if (out / "plan.json").exists() and not resume:
+            raise RunExistsError(
+                f"{out} holds a reproduction already; go on with --resume {shlex.quote(str(out))}, or give another --out"
+            )
         here.barrier()
         work = _Reproduction(plan, out, here, command)
-        every, began, trained = cells_of(plan), time.monotonic(), 0
+        every = cells_of(plan)
+        finished = [work.finished(cell) for cell in every]  # refuses other settings before the plan is written
+        here.barrier()
+        if here.main:
+            atomic_write_text(out / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
+        began, trained = time.monotonic(), 0
         for number, cell in enumerate(every):
-            if work.finished(cell):
+            if finished[number]:
                 continue
             if here.any(deadline is not None and time.monotonic() > deadline):
                 work.say(f"{minutes:g} minutes are over, so no further model begins. Go on with: {work.again}")
                 break
             rates, trained = work.run(cell), trained + 1
-            elapsed = time.monotonic() - began
+            elapsed, ahead = time.monotonic() - began, finished[number + 1 :].count(False)
             work.say(
                 f"model {number + 1} of {len(every)} ({cell.protocol} split, seed {cell.seed}, {cell.label}): {rates}; {duration(elapsed)} "
-                f"elapsed, about {duration(elapsed / trained * (len(every) - number - 1))} left"
+                f"elapsed, about {duration(elapsed / trained * ahead)} left"
             )
         results = work.results()
         if here.main:
@@ -214,16 +221,6 @@ def reproduce(
     return results
 
 
-def _open(plan: Plan, out: Path, resume: bool) -> None:
-    path = out / "plan.json"
-    if path.exists() and not resume:
-        raise RunExistsError(
-            f"{out} holds a reproduction already; go on with --resume {shlex.quote(str(out))}, or give another --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, json.dumps(asdict(plan), indent=2) + "\n")
-
-
 class _Reproduction:
     def __init__(self, plan: Plan, out: Path, here: World, command: str) -> None:
         self.plan, self.out, self.here, self.command = plan, out, here, command
@@ -231,6 +228,7 @@ class _Reproduction:
         self.root = image_root(plan.public, plan.data).absolute()
         self.official = (out / "official.csv").absolute()
         self.nearest = NearestNeighbour()
+        out.mkdir(parents=True, exist_ok=True)
         self._ready = set[Path]()  # pre-trainings that this process has seen finished
         if here.main and plan.public.controlled == "official" and "controlled" in plan.protocols:
             where = write_official_split(plan.public, plan.data, self.root, plan.official_split, self.official)

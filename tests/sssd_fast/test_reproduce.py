@@ -74,7 +74,7 @@ def test_each_method_is_what_it_says(done: Path) -> None:
         assert settings["pretrain-sssd"]["objective"]["weight"] == 0.2
         assert settings["pretrain-mae"]["objective"]["weight"] == 0.0
         assert settings["supervised"]["finetune"]["layer_decay"] == 1.0
-        assert settings["sssd"]["finetune"]["layer_decay"] == settings["mae"]["finetune"]["layer_decay"] == 0.65
+        assert settings["sssd"]["finetune"]["layer_decay"] == settings["mae"]["finetune"]["layer_decay"] == 0.75
         for one in settings.values():  # nothing else differs between the methods
             one["objective"]["weight"] = one["finetune"]["layer_decay"] = None
         assert all(one == settings["sssd"] for one in settings.values())
