@@ -6,6 +6,7 @@
     memory      memory of a step over the batch, and the largest batch under a cap
     loader      images per second of each loader
     all         all of these within --minutes, the most telling first
+    session     the tests, compute-sanitizer, all of these, tune and the paper's experiments on a GPU, within --minutes
     tune        which launch of each kernel is fastest; --predict counts registers and occupancy without a GPU
     compare     two result files: what became slower
     report      README tables, docs/benchmarks.md and its pictures from the files in benchmarks/results
@@ -33,7 +34,7 @@ import torch
 from sssd_fast.console import Console, duration
 from sssd_fast.errors import DependencyError, SssdError
 
-from . import terminal, tune
+from . import session, terminal, tune
 from .bench import QUICK_SAMPLES, Bench
 from .machine import DTYPES
 from .measure import PASSES, SAMPLES, Cache, cache_bytes
@@ -70,6 +71,8 @@ def main(words: Sequence[str] | None = None) -> int:
         args = _parse(words)
         if args.kind in ("compare", "report"):
             return int(importlib.import_module(f".{args.kind}", __package__).main(args))
+        if args.kind == "session":
+            return session.main(args, words)
         if args.kind == "tune":
             return tune.main(args, words, _path(args))
         return _all(args, words) if args.kind == "all" else _measure(args, words)
@@ -219,7 +222,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Arguments with their defaults, which depend on each other."""
     parser = _parser()
     args = parser.parse_args(words)
-    if args.kind in ("compare", "report", "tune"):
+    if args.kind in ("compare", "report", "session", "tune"):
         return args
     for name, least in (("samples", 2), ("threads", 1), ("minutes", 0.01)):
         value = getattr(args, name)
@@ -247,8 +250,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = kinds.add_parser("all", help="all of these within a time, the most telling first")
     _common(sub)
     sub.set_defaults(minutes=9.0)
-    own = {"tune": "which launch of each kernel is fastest", "compare": "what became slower from A to B"}
-    for kind, text in {**own, "report": "tables and pictures from results"}.items():
+    own = {
+        "session": "everything that needs a GPU, within a time",
+        "tune": "which launch of each kernel is fastest",
+        "compare": "what became slower from A to B",
+        "report": "tables and pictures from results",
+    }
+    for kind, text in own.items():
         sub = kinds.add_parser(kind, help=text, description=text)
         importlib.import_module(f".{kind}", __package__).add_arguments(sub)
     return parser

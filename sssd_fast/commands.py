@@ -98,9 +98,9 @@ def reproduce(args: argparse.Namespace) -> None:
     with _dry(args, out) as (place, limits):
         if limits:
             fields["seeds"] = (fields.get("seeds") or task.SEEDS)[:1]
+        fields["commands"] = tuple(dict.fromkeys([*fields.get("commands", ()), args.command]))
         plan = task.Plan(**{**fields, "config": to_dict(_limited(config, limits))})
-        resume = args.resume is not None and not args.dry_run
-        task.reproduce(plan, place, resume=resume, minutes=args.minutes, command=args.command)
+        task.reproduce(plan, place, resume=args.resume is not None and not args.dry_run, minutes=args.minutes)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -70,6 +70,7 @@ class Plan:
     official_split: str | None = None
     part: str = "test"
     variants: tuple[tuple[str, ...], ...] = ((),)  # key=value of each; more than one only on the validation part
+    commands: tuple[str, ...] = ()  # all that were typed, oldest first
 
     def __post_init__(self) -> None:
         if "external" in self.methods and self.external is None:
@@ -141,7 +142,7 @@ def load_plan(out: Path) -> Plan:
     path = out / "plan.json"
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        lists = {name: tuple(body[name]) for name in ("protocols", "methods", "seeds")}
+        lists = {name: tuple(body[name]) for name in ("protocols", "methods", "seeds", "commands")}
         return Plan(**{**body, **lists, "variants": tuple(tuple(v) for v in body["variants"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -183,7 +184,6 @@ def reproduce(
     *,
     resume: bool = False,
     minutes: float | None = None,
-    command: str = "",
 ) -> dict[str, Any]:
     """Runs what is not finished yet; returns results.json. `minutes`: no cell begins later than that. Raises SssdError."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
@@ -193,7 +193,7 @@ def reproduce(
                 f"{out} holds a reproduction already; go on with --resume {shlex.quote(str(out))}, or give another --out"
             )
         here.barrier()
-        work = _Reproduction(plan, out, here, command)
+        work = _Reproduction(plan, out, here)
         every = cells_of(plan)
         finished = [work.finished(cell) for cell in every]  # refuses other settings before the plan is written
         here.barrier()
@@ -222,8 +222,8 @@ def reproduce(
 
 
 class _Reproduction:
-    def __init__(self, plan: Plan, out: Path, here: World, command: str) -> None:
-        self.plan, self.out, self.here, self.command = plan, out, here, command
+    def __init__(self, plan: Plan, out: Path, here: World) -> None:
+        self.plan, self.out, self.here = plan, out, here
         self.again = f"sssd-fast reproduce --resume {shlex.quote(str(out))}"
         self.root = image_root(plan.public, plan.data).absolute()
         self.official = (out / "official.csv").absolute()
@@ -283,7 +283,7 @@ class _Reproduction:
                 "counts": {part: len(split.part(part)) for part in ("train", "val", "test")}, "image": rates,
                 "nearest": self.nearest.rates(index, split, self.plan.part),
                 "departures": departures(self.plan.public, index.counts()),
-                "config": to_dict(_anywhere(config)),
+                "config": to_dict(_anywhere(config)), "machine": self.machine,
             }  # fmt: skip
             atomic_write_text(place / "cell.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
             write_report(place)
@@ -302,7 +302,7 @@ class _Reproduction:
             found = getattr(load_config(place / "config.yaml"), stage)
             config = config.model_copy(update={stage: found})
         with open_run(
-            stage, config, place, self.here, resume=begun, resume_with=self.again, command=self.command
+            stage, config, place, self.here, resume=begun, resume_with=self.again, command=self.plan.commands[-1]
         ) as run:
             run.console.rule(f"{stage}: {place.relative_to(self.out)}")
             return self._train(stage, run, init)
@@ -328,9 +328,9 @@ class _Reproduction:
             "title": self.plan.public.title,
             "part": self.plan.part,
             "planned": len(cells_of(self.plan)),
-            "command": _without_folders(self.command),
+            "commands": [_without_folders(command) for command in self.plan.commands],
             "settings": {**self.plan.config, "data": {**self.plan.config["data"], "source": self.plan.dataset}},
-            "machine": self.machine,
+            "machines": [json.loads(text) for text in dict.fromkeys(json.dumps(cell.pop("machine")) for cell in found)],
             "published": {who: dict(rates) for who, rates in self.plan.public.published.items()},
             "cells": found,
         }
@@ -366,6 +366,7 @@ def _machine(here: World) -> dict[str, Any]:
     env = collect_environment()
     gpu = env["gpus"][here.device.index or 0]["name"] if here.device.type == "cuda" else None
     return {
+        "type": here.device.type,
         "device": gpu or f"{env['cpu']['model']}, {env['cpu']['torch_threads']} threads",
         "processes": here.size,
         "torch": env["torch"]["version"],

@@ -84,21 +84,36 @@ def lines(results: Mapping[str, Any]) -> list[str]:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """results.md."""
-    machine = results["machine"]
-    parts = [f"# {results['title']}: the paper's experiment and its controls", ""]
+    return "\n".join(
+        [f"# {results['title']}: the paper's experiment and its controls", "", *body(results), "", LEGEND, ""]
+    )
+
+
+LEGEND = (
+    "Rates are mean ± sample deviation over the runs. A run is one seed: its split (random), initial weights, masks and order. Minutes: "
+    "training of one model, pre-training and compilation included, evaluation not; machines may have been busy with other work."
+)
+
+
+def body(results: Mapping[str, Any]) -> list[str]:
+    """Tables, what a reader must know besides, and where it was measured, as lines of Markdown."""
+    parts = []
     for title, header, rows in tables(results):
         parts += [f"**{title}**", "", *_markdown_table(header, rows), ""]
     parts += [f"- {line}" for line in lines(results)]
     parts += [
         "",
-        "Rates are percent, mean ± sample deviation over the seeds; a run is one seed: its split (random), initial weights, masks and "
-        "order. Minutes: training of one model, pre-training included, compilation too, evaluation not.",
-        "",
-        f"{machine['device']}; torch {machine['torch']}; python {machine['python']}; commit {machine['commit']}"
-        f"{' (modified)' if machine['modified'] else ''}; `{results['command']}`; {machine['date']}",
-        "",
+        "; ".join([*map(_machine, results["machines"]), *(f"`{command}`" for command in results["commands"])]),
     ]
-    return "\n".join(parts)
+    return parts
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    changes = " (modified)" if machine["modified"] else ""
+    return (
+        f"{machine['device']}, torch {machine['torch']}, python {machine['python']}, commit {str(machine['commit'])[:10]}{changes}, "
+        f"{machine['date']}"
+    )
 
 
 def picture(results: Mapping[str, Any], *, path: str | Path) -> Path | None:

@@ -327,9 +327,9 @@ def made_up(**changes: Any) -> dict[str, Any]:
         "title": "SARS-CoV-2 CT",
         "part": "test",
         "planned": 5,
-        "command": "sssd-fast reproduce",
+        "commands": ["sssd-fast reproduce"],
         "published": {"paper, no external data": {"accuracy": 0.9778}},
-        "machine": {"device": "a card", "torch": "2", "python": "3", "commit": "c", "modified": False, "date": "d"},
+        "machines": [{"device": "a card", "torch": "2", "python": "3", "commit": "c", "modified": True, "date": "d"}],
         "cells": [cell("mae", 1, 0.8), cell("mae", 0, 0.7), cell("sssd", 0, 0.9), cell("sssd", 1, 0.8)],
         **changes,
     }
@@ -354,7 +354,9 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
         "random: accuracy of sssd minus mae, seed by seed: +10.00 ± 14.14 points; higher in 1, equal in 1 of 2 seeds",
         "1 of 5 models are not trained yet.",
     ]
-    assert "| paper, no external data | 97.78 % |" in markdown(results)
+    page = markdown(results)
+    assert "| paper, no external data | 97.78 % |" in page
+    assert "a card, torch 2, python 3, commit c (modified), d; `sssd-fast reproduce`" in page
     assert picture(made_up(cells=[]), path=tmp_path / "none.png") is None
 
 
