@@ -1,4 +1,5 @@
-"""`sssd-fast bench report`: README's tables, docs/benchmarks.md, its pictures and long tables, from the files in benchmarks/results.
+"""`sssd-fast bench report`: README's tables, docs/benchmarks.md, docs/results.md, pictures and long tables, from the files in
+benchmarks/results.
 
 Of each kind and device the newest file counts; quick runs never do. In the README only what stands between `<!-- bench:NAME -->` and
 `<!-- /bench:NAME -->` is replaced. `--check` writes nothing and says which texts differ from what the files give; pictures are not
@@ -18,15 +19,15 @@ from sssd_fast.checkpoint import atomic_write_text
 from sssd_fast.console import Console
 from sssd_fast.errors import SssdError
 
-from . import plots, results, tables
+from . import experiments, plots, results, tables
 from .formats import Document, caption, device_name
 from .machine import slug
 
 ROOT = Path(__file__).resolve().parent.parent
 README, PAGE, FOLDER = "README.md", "docs/benchmarks.md", "docs/benchmarks"
 LONG = "kernels"  # thousands of rows: in a page of its own per device
-OVERVIEW = "summary"
-NAMES = (OVERVIEW, *tables.SECTIONS)
+OVERVIEW, PAPER = "summary", "paper"
+NAMES = (OVERVIEW, *tables.SECTIONS, PAPER)
 KINDS = ("kernels", "attention", "step", "memory", "loader-speed", "loader-parity", "loader-memory")
 TITLES = {
     "kernels": "Ops",
@@ -43,6 +44,7 @@ AGAIN = "run `sssd-fast bench report`"
 class Found:
     documents: list[Document]  # the newest of each kind and device: GPUs first
     warnings: list[str]
+    papers: list[experiments.Results]  # every reproduction of the paper
 
 
 def find(folder: Path) -> Found:
@@ -68,7 +70,7 @@ def find(folder: Path) -> Found:
         key=lambda one: (one["device"]["type"] != "cuda", one["device"]["name"], KINDS.index(one["kind"])),
     )
     warnings += [f"{one['file']} is unfinished; it is shown, and said to be" for one in order if not one["finished"]]
-    return Found(order, warnings)
+    return Found(order, warnings, experiments.find(folder))
 
 
 def _schema(path: Path) -> str | None:
@@ -83,12 +85,15 @@ def _schema(path: Path) -> str | None:
 # ---- texts ----
 
 
-def texts(documents: Sequence[Document], readme: str) -> dict[str, str]:
-    """What README and page must be, by path from the root of the repository."""
+def texts(found: Found, readme: str) -> dict[str, str]:
+    """What README and pages must be, by path from the root of the repository."""
+    documents = found.documents
     sections = {name: tables.summary(name, documents) for name in tables.SECTIONS}
     sections[OVERVIEW] = tables.overview(documents)
+    sections[PAPER] = experiments.section(found.papers)
     long = {f"{FOLDER}/{long_name(one)}": long_page(one) for one in documents if one["kind"] == LONG}
-    return {README: replace(readme, sections), PAGE: page(documents), **long}
+    pages = {PAGE: page(documents), experiments.PAGE: experiments.page(found.papers)}
+    return {README: replace(readme, sections), **pages, **long}
 
 
 def replace(text: str, sections: dict[str, str]) -> str:
@@ -175,7 +180,7 @@ def long_page(document: Document) -> str:
 
 def differing(root: Path, folder: Path) -> list[str]:
     """The texts that are not what the files in `folder` give, by path from the root."""
-    wanted = texts(find(folder).documents, _read(root / README))
+    wanted = texts(find(folder), _read(root / README))
     return [name for name, text in wanted.items() if not (root / name).is_file() or _read(root / name) != text]
 
 
@@ -210,13 +215,16 @@ def main(args: argparse.Namespace, root: Path = ROOT) -> int:
             for name in stale:
                 console.error(f"{name} is not what the files in {folder.name} give; {AGAIN}")
             return int(bool(stale))
-        written = texts(found.documents, _read(root / README))
+        written = texts(found, _read(root / README))
         pictures = plots.write(found.documents, root / FOLDER)
+        pictures += experiments.draw(found.papers, root / experiments.PICTURES)
         for name, text in written.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(root / name, text)
-        console.info(f"wrote {', '.join(written)} and {len(pictures)} pictures from {len(found.documents)} files")
+        count = len(found.documents) + len(found.papers)
+        console.info(f"wrote {', '.join(written)} and {len(pictures)} pictures from {count} files")
         current = {*pictures, *(root / name for name in written)}
-        for path in sorted(set((root / FOLDER).glob("*.*")) - current):
-            console.warn(f"{path.name} in {FOLDER} belongs to no file any more; delete it")
+        for place in (FOLDER, experiments.PICTURES):
+            for path in sorted(set((root / place).glob("*.*")) - current):
+                console.warn(f"{path.name} in {place} belongs to no file any more; delete it")
     return 0

@@ -57,6 +57,14 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     return made
 
 
+def summary(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Accuracy alone, methods by splits: header and rows."""
+    found = {title: {row[0]: row[1] for row in rows} for title, _, rows in tables(results)}
+    names = dict.fromkeys(name for column in found.values() for name in column if name != NEAREST)
+    header = ["", *(title.partition(", ")[2].partition(";")[0] for title in found)]
+    return header, [[name, *(column.get(name, "") for column in found.values())] for name in [*names, NEAREST] if found]
+
+
 def lines(results: Mapping[str, Any]) -> list[str]:
     """What a reader must know besides: paired differences, departures from the published set, what is not finished."""
     found = []
