@@ -214,6 +214,7 @@ class TrainConfig(Section):
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     clip_grad: Positive | None = None  # largest norm of all gradients together
     augment: AugmentConfig = AugmentConfig()
+    validate_epochs: Count = 1  # validation every so many epochs, and at the end
     checkpoint_epochs: Count = 1  # a checkpoint every so many epochs, and at the end
     checkpoint_steps: Count | None = None  # and every so many optimizer steps
     keep_last: Annotated[int, Field(ge=1)] = 2

@@ -122,7 +122,8 @@ class FinetuneTask:
         """A classifier has no state beside its parameters."""
 
     def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
-        if self.val_loader is None:
+        due = last or epoch % self.settings.validate_epochs == 0
+        if self.val_loader is None or not due:
             return {}
         found = predict(self.module, self.val_loader, self.val_ids, self.num_classes, self.run.world, step.autocast())
         if self.num_classes == 2:

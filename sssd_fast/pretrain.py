@@ -57,7 +57,8 @@ class PretrainTask:
         every = self.settings.image_epochs
         if self.run.world.main and (last or (every and epoch % every == 0)):
             self._draw(epoch, step)
-        return {} if self.val_loader is None else self._validate(self.val_loader, step)
+        due = last or epoch % self.settings.validate_epochs == 0
+        return self._validate(self.val_loader, step) if due and self.val_loader is not None else {}
 
     def extra_state(self) -> dict[str, Any]:
         return {}

@@ -237,6 +237,18 @@ def test_the_run_folder_says_everything(tiny: list[str], tmp_path: Path) -> None
     assert json.loads((out / "env.json").read_text())["python"]
 
 
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_validation_every_so_many_epochs_and_at_the_end(task: str, tiny: list[str], tmp_path: Path) -> None:
+    epochs = {}
+    for every in (1, 2):
+        out = tmp_path / str(every)
+        assert main([task, "--out", str(out), *tiny, f"{task}.epochs=3", f"{task}.validate_epochs={every}"]) == 0
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        epochs[every] = {r["epoch"]: r["loss"] for r in records if r["kind"] == "val"}
+    assert list(epochs[1]) == [1, 2, 3]
+    assert epochs[2] == {epoch: epochs[1][epoch] for epoch in (2, 3)}
+
+
 def test_training_on_the_ops_equals_training_on_plain_torch(tiny: list[str], tmp_path: Path) -> None:
     """20 steps with the registered ops (their own backward formulas) and with MAE_KERNELS_BACKEND=reference (torch's autograd)."""
     import mae_kernels
