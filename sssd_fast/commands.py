@@ -66,15 +66,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def reproduce(args: argparse.Namespace) -> None:
-    from . import reproduce as task
+    from . import reproduce_plan as plans
     from .config import changed, from_dict, load_config, to_dict
     from .data.public import PUBLIC_SETS
+    from .reproduce import reproduce as run
 
-    task.check_overrides(args.overrides)
+    plans.check_overrides(args.overrides)
     out = Path(args.resume or args.out or f"runs/{args.dataset}")
     fields: dict[str, Any] = {}
     if args.resume is not None:
-        fields = vars(task.load_plan(out))
+        fields = vars(plans.load_plan(out))
         if args.dataset not in (None, fields["dataset"]) or args.config is not None:
             raise ConfigError(
                 f"--resume {args.resume} goes on with {fields['dataset']} and its settings; leave out the name and --config, or "
@@ -85,7 +86,7 @@ def reproduce(args: argparse.Namespace) -> None:
         if args.dataset not in PUBLIC_SETS or args.data is None:
             raise ConfigError(f"reproduce needs a name ({', '.join(PUBLIC_SETS)}) and its folder: --data DIR")
         config = load_config(args.config or PUBLIC_SETS[args.dataset].config, args.overrides)
-        fields = {"dataset": args.dataset, "methods": task.METHODS if args.external else task.METHODS[:3]}
+        fields = {"dataset": args.dataset, "methods": plans.METHODS if args.external else plans.METHODS[:3]}
     for name in ("data", "external", "official_split", "part"):
         if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
@@ -94,13 +95,13 @@ def reproduce(args: argparse.Namespace) -> None:
             before = fields.get(name, ()) if args.resume is not None else ()
             fields[name] = tuple(dict.fromkeys([*before, *getattr(args, name)]))
     if args.tries:
-        fields["variants"] = task.variants_of(args.tries)
+        fields["variants"] = plans.variants_of(args.tries)
     with _dry(args, out) as (place, limits):
         if limits:
-            fields["seeds"] = (fields.get("seeds") or task.SEEDS)[:1]
+            fields["seeds"] = (fields.get("seeds") or plans.SEEDS)[:1]
         fields["commands"] = tuple(dict.fromkeys([*fields.get("commands", ()), args.command]))
-        plan = task.Plan(**{**fields, "config": to_dict(_limited(config, limits))})
-        task.reproduce(plan, place, resume=args.resume is not None and not args.dry_run, minutes=args.minutes)
+        plan = plans.Plan(**{**fields, "config": to_dict(_limited(config, limits))})
+        run(plan, place, resume=args.resume is not None and not args.dry_run, minutes=args.minutes)
 
 
 def evaluate(args: argparse.Namespace) -> None:

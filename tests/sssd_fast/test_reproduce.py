@@ -18,7 +18,7 @@ from sssd_fast.cli import main
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.manifest import read_manifest
 from sssd_fast.errors import CheckpointError, ConfigError, Interrupted
-from sssd_fast.reproduce import Cell, Plan, cells_of, load_plan, variants_of
+from sssd_fast.reproduce_plan import Cell, Plan, cells_of, load_plan, variants_of
 from sssd_fast.reproduce_table import lines, markdown, picture, tables
 
 from .conftest import TINY
@@ -211,6 +211,33 @@ def test_a_dry_run_keeps_nothing(covid: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([*words, *TINY]) == 0
     assert "dry run" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_one_compiled_step_serves_all_models_of_a_process(covid: Path, tmp_path: Path) -> None:
+    """On a GPU with CUDA graphs: later models are not compiled again, and what earlier ones took is free."""
+    import torch
+
+    words = ["reproduce", "covid-ct", "--data", str(covid), "--protocols", "controlled", "--methods", "sssd", *SHORT]
+    words += [
+        "device=cuda",
+        "step.compile=true",
+        "step.cuda_graphs=true",
+        "pretrain.max_steps=8",
+        "finetune.max_steps=8",
+    ]
+    reserved = []
+    for seed in (0, 1, 2):
+        assert main([*words, "--seeds", str(seed), "--out", str(tmp_path / str(seed))]) == 0
+        torch.cuda.synchronize()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[2] <= 1.1 * reserved[1]
+    logs = [
+        (tmp_path / str(seed) / "controlled" / f"seed-{seed}" / stage / "train.log").read_text()
+        for seed in (1, 2)
+        for stage in ("pretrain-sssd", "sssd")
+    ]
+    assert len({line for log in logs for line in log.splitlines() if "graphs compiled" in line}) == 1
 
 
 # ---- choosing settings ----
