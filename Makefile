@@ -5,9 +5,11 @@ PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 MINUTES ?= 9
 BENCH_ARGS ?=
+SANITIZE_ARGS ?=
+GPU_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench-cpu test-gpu bench-gpu constraints clean
+.PHONY: help setup demo test check format bench-cpu gpu test-gpu sanitize-gpu bench-gpu constraints clean
 
 help: ## list the targets
 	@echo "Targets (PYTHON=/path/to/python3 chooses the interpreter):"
@@ -57,8 +59,14 @@ bench-cpu: setup ## time the CPU hot paths and compare with the run before, whic
 	$(VENV_PYTHON) -m pytest tests/benchmarks/test_hot_paths.py -q -p no:xdist --benchmark-only --benchmark-autosave \
 	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) $(PYTEST_ARGS)
 
+gpu: ## tests, compute-sanitizer, benchmarks and tuning within MINUTES (9), all that comes of it in OUT (runs/gpu-session); installs nothing
+	PYTHONPATH=.:kernels $(if $(PYTHON),"$(PYTHON)",python3) -m benchmarks session --minutes $(MINUTES) $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
+
 test-gpu: ## run the tests marked gpu with the torch of PYTHON (python3 if not given); installs nothing
 	$(if $(PYTHON),"$(PYTHON)",python3) -m pytest -q -m gpu $(PYTEST_ARGS)
+
+sanitize-gpu: ## every kernel at small shapes under compute-sanitizer (of the CUDA toolkit); installs nothing
+	$(if $(PYTHON),"$(PYTHON)",python3) tests/kernels/sanitize_run.py $(SANITIZE_ARGS)
 
 bench-gpu: ## measure everything on the GPU within 9 minutes, the most telling first; a stop loses nothing; installs nothing
 	PYTHONPATH=.:kernels $(if $(PYTHON),"$(PYTHON)",python3) -m benchmarks all --device cuda --minutes $(MINUTES) $(BENCH_ARGS)

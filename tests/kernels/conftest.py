@@ -19,6 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernel: small enough to run again with the Triton kernels interpreted")
 
 
+@pytest.fixture(autouse=True)
+def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References in fp32 are to be fp32 on a GPU, where convolutions round to TF32 by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device(DEVICE)

@@ -335,6 +335,9 @@ def test_real_sizes_on_a_gpu(shape, dtype, close) -> None:
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("tokens", [64, 128])
 def test_offsets_beyond_two_to_the_31_on_a_gpu(tokens) -> None:
+    free, need = torch.cuda.mem_get_info()[0], 20 * 2**30
+    if free < need:
+        pytest.skip(f"{free / 2**30:.1f} GiB of GPU memory are free and {need / 2**30:.0f} are needed")
     images = 2**31 // (tokens * 3 * 16 * 64) + 2
     qkv = torch.zeros(images, tokens, 3, 16, 64, device="cuda", dtype=torch.bfloat16)
     upstream = torch.zeros(images, tokens, 16, 64, device="cuda", dtype=torch.bfloat16)

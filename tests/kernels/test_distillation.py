@@ -139,14 +139,21 @@ def test_sssd_is_the_weighted_sum_with_its_gradients(use_mask, device, close: Ca
     out = sssd_loss(
         pred, images, student, teacher, weight=0.3, patch_size=4, norm="channel", std=0.3, center=center, **which
     )
-    with backend("reference"):  # in float64
-        rec = masked_reconstruction_loss(pred.double(), images, patch_size=4, norm="channel", std=0.3, **which)
-        dis, statistic = distillation_loss(student.double(), teacher.double(), center=center)
-    leaves = (pred, student, teacher)
-    for got, want in ((out.total, 0.3 * dis + 0.7 * rec), (out.reconstruction * 2 + out.distillation, 2 * rec + dis)):
-        g = torch.autograd.grad(got, leaves, retain_graph=True)
-        w = torch.autograd.grad(want, leaves, retain_graph=True)
-        close([got.detach(), *g], [want.detach(), *w], [got.detach(), *g], atol=2e-6)
+
+    def apart(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with backend("reference"):
+            rec = masked_reconstruction_loss(pred.to(dtype), images, patch_size=4, norm="channel", std=0.3, **which)
+            return rec, *distillation_loss(student.to(dtype), teacher.to(dtype), center=center)
+
+    def with_gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        return [loss.detach(), *torch.autograd.grad(loss, (pred, student, teacher), retain_graph=True)]
+
+    (rec, dis, statistic), (rec32, dis32, _) = apart(torch.float64), apart(torch.float32)
+    for got, want, eager in (
+        (out.total, 0.3 * dis + 0.7 * rec, 0.3 * dis32 + 0.7 * rec32),
+        (out.reconstruction * 2 + out.distillation, 2 * rec + dis, 2 * rec32 + dis32),
+    ):
+        close(*map(with_gradients, (got, want, eager)), atol=2e-6)
     torch.testing.assert_close(out.batch_center.double(), statistic, rtol=1e-5, atol=1e-7)
 
 

@@ -31,9 +31,9 @@ FILES = {
 INTERPRETED = FILES | {"test_gpu.py": 15, "test_memory.py": 4, "traffic_by_interpreter.py": 22}
 
 
-@functools.cache
+@functools.cache  # the interpreter's start is dear: all files in one process
 def run_marked(files: tuple[str, ...], **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs the `kernel` tests of the files with the backend "triton", all in one process, once."""
+    """Runs the `kernel` tests of the files with the backend "triton" in one process, once."""
     command = [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", "-m", "kernel"]
     command += [str(HERE / file) for file in files]
     full = {**os.environ, "MAE_KERNELS_BACKEND": "triton", **env}
@@ -56,4 +56,5 @@ def test_kernels_under_the_interpreter(file: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_on_a_gpu(file: str) -> None:
-    assert passed(FILES, MAE_KERNELS_TEST_DEVICE="cuda", TRITON_INTERPRET="0")[file] >= FILES[file]
+    """A process per file: hundreds of kernels are compiled in all."""
+    assert passed({file: FILES[file]}, MAE_KERNELS_TEST_DEVICE="cuda", TRITON_INTERPRET="0")[file] >= FILES[file]
