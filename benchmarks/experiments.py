@@ -46,9 +46,11 @@ def on_gpu(results: Results) -> bool:
 
 
 def section(found: Sequence[Results]) -> str:
-    """What README shows: one table per file, accuracy alone."""
-    blocks = [] if any(map(on_gpu, found)) else [UNMEASURED]
-    for results in found:
+    """What README shows: one table per file of a GPU, accuracy alone. A processor trains models of another size: those are in the page."""
+    blocks = (
+        [] if any(map(on_gpu, found)) else [UNMEASURED + " Small models on a processor: docs/results.md." * bool(found)]
+    )
+    for results in filter(on_gpu, found):
         devices = ", ".join(dict.fromkeys(machine["device"] for machine in results["machines"]))
         header, rows = summary(results)
         size = results["settings"]["model"]["image_size"]
