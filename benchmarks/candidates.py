@@ -210,7 +210,7 @@ def _loss_sites(s: Shape) -> Iterator[Site]:
     def one(x: Inputs) -> Tensor:
         return torch.ones((), device=next(iter(x.values())).device)
 
-    tiles = _tiles((1, 2), (1, 4), (2, 2), (2, 4), (2, 8), (4, 4), (4, 8), (8, 8))
+    tiles = _tiles((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4), (4, 8))
     where = partial(Site, op="masked_reconstruction_loss", module=_module("reconstruction"), shape=s, candidates=tiles)
     yield where(
         phase="forward", kernel="loss_kernel", launcher="launch_loss_rows",
@@ -237,7 +237,7 @@ def _loss_sites(s: Shape) -> Iterator[Site]:
     def merged(rows: int, warps: int) -> Candidate:
         return Candidate({"_constants": lambda pixels, logits: {**pixels, **logits, "num_warps": warps, "ROWS": rows}})
 
-    pairs = tuple(merged(*pair) for pair in ((1, 4), (2, 4), (2, 8), (4, 8), (8, 8), (4, 16)))
+    pairs = tuple(merged(*pair) for pair in ((2, 4), (4, 4), (2, 8), (4, 8), (8, 8), (4, 16), (8, 16)))
     where = partial(Site, op="sssd_loss", module=_module("sssd"), shape=s, candidates=pairs)
     yield where(
         phase="forward", kernel="sssd_kernel", launcher="_launch", cost=_bytes("sssd_loss", "forward"),
@@ -256,7 +256,7 @@ def _restore_sites(s: Shape) -> Iterator[Site]:
         return grad, x["ids_restore"], visible.shape[1], 1, visible.dtype
 
     where = partial(Site, op="restore_tokens", module=_module("restore"), shape=s)
-    tiles = _tiles((1, 1), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8), block=512) + _tiles((8, 4), block=256)
+    tiles = _tiles((1, 1), (1, 2), (2, 1), (2, 2), (4, 4), (8, 4), (8, 8), (16, 8), block=512)
     yield where(
         phase="forward", kernel="restore_kernel", launcher="_launch_restore", candidates=tiles,
         given=lambda s, x: (x["visible"], x["ids_restore"], x["mask_token"], x["pos"], 1),
@@ -311,7 +311,7 @@ def _other_sites(s: Shape) -> Iterator[Site]:
     yield where(
         phase="forward", kernel="gelu_kernel", launcher="_launch_gelu", cost=partial(hidden, 2),
         given=lambda s, x: (rows(x), x["bias"], x["x"].dtype),
-        candidates=_tiles((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 4), (8, 8), block=512),
+        candidates=_tiles((1, 1), (2, 2), (2, 4), (4, 2), (4, 8), (8, 4), block=512) + _tiles((1, 2), block=1024),
     )  # fmt: skip
     choices = ((4, 8, 1024), (4, 8, 2048), (2, 4, 1024), (2, 4, 2048), (4, 4, 1024), (8, 8, 512), (8, 16, 512))
     yield where(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sssd_fast.data.public import PUBLIC_SETS
 from sssd_fast.errors import SssdError
 from sssd_fast.reproduce_table import LEGEND, SCHEMA, body, picture, summary
 
@@ -22,6 +21,8 @@ UNMEASURED = "NVIDIA GPU: not measured."
 
 def find(folder: Path) -> list[Results]:
     """Raises SssdError for a file that holds no reproduction, or one on validation images."""
+    from sssd_fast.data.public import PUBLIC_SETS  # needs Pillow, which a machine that only measures ops may lack
+
     loaded = []
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:

@@ -7,7 +7,7 @@
     cycles = instructions of a warp * warps of the grid / (4 * SMs)     each partition issues one instruction of one warp a cycle
 
 The blocks are an upper bound: the driver may give less of the SM's memory to shared memory, and a grid may be too small to fill it.
-The cycles are a lower bound, for kernels without loops: nothing ever waits.
+The cycles are a lower bound, for kernels without loops: nothing waits for anything.
 
 Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability" (blocks, warps, registers and shared
 memory of an SM) and its sections on each compute capability (four schedulers; from 8.0 on the system keeps 1 KiB of each block);
@@ -22,7 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from mae_kernels._runtime import triton_module
+from mae_kernels import lint
+from mae_kernels._runtime import Launch, triton_module
 
 WARP = 32
 PARTITIONS, PARTITION_REGISTERS = 4, 16384
@@ -86,34 +87,45 @@ def waves(programs: int, sms: int, blocks: int) -> float:
 
 
 class Code(NamedTuple):
-    """Machine instructions that a warp meets up to the kernel's last exit; slow paths, as of 64-bit divisions, lie behind it."""
+    """instructions: machine instructions up to the last exit; slow paths, as of 64-bit divisions, lie behind it.
+
+    varies: loops repeat some of them, or programs skip more than a quarter of them: the number does not tell what a warp issues.
+    """
 
     instructions: int
-    loops: bool
+    varies: bool
 
     def cycles(self, warps: int, sms: int) -> float | None:
-        """For so many warps in all; None where a loop makes the number of instructions depend on the data's size."""
-        return None if self.loops else self.instructions * warps / (PARTITIONS * sms)
+        """For so many warps in all; None where the number of instructions varies."""
+        return None if self.varies else self.instructions * warps / (PARTITIONS * sms)
 
 
-def code_of(cubin: bytes) -> Code:
-    """Read with the cuobjdump that comes with triton."""
-    tool = Path(triton_module().__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def code_of(launch: Launch, arch: int) -> Code:
+    """Of a launch that the lint has just compiled, so that Triton has it in its cache; read with the cuobjdump that comes with triton."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    triton = triton_module()
+    *source, options = lint._specialise(launch)
+    built = triton.compile(ASTSource(launch.kernel, *source), target=GPUTarget("cuda", arch, WARP), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(built.asm["cubin"])
         file.flush()
-        told = subprocess.run([str(tool), "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    return code_in(told)
+        return code_in(subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout)
 
 
 def code_in(listing: str) -> Code:
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", listing)
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", listing)
+    lines = [(int(at, 16), name, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in found if name != "NOP"]
     exits = [number for number, (_, name, _) in enumerate(lines) if name == "EXIT"]
     if not exits:
         raise RuntimeError(f"cuobjdump listed no kernel: {listing[-300:]}")
-    body = [(int(at, 16), name, rest) for at, name, rest in lines[: exits[-1] + 1] if name != "NOP"]
-    targets = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in body if name.startswith("BRA")]
-    return Code(len(body), any(to is not None and int(to[1], 16) <= at for at, to in targets))
+    body = lines[: exits[-1] + 1]
+    # a branch to itself ends every listing and is never reached
+    jumps = [(at, int(to[1], 16)) for at, name, to in lines if name.startswith("BRA") and to and int(to[1], 16) != at]
+    skipped = [sum(at < place < to for place, _, _ in body) for at, to in jumps]
+    return Code(len(body), any(to < at for at, to in jumps) or 4 * max(skipped, default=0) > len(body))
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -6,7 +6,7 @@
 The first row of a table is the launch that the package chooses now, the others are those of candidates.py. Each is compiled by the
 path of mae_kernels/lint.py; one that breaks its rules (spills, too much shared memory) is refused. The occupancy is that of
 occupancy.py. The bound is the time in which memory can move the bytes that the kernel must move; "k cycles" is the other one: the
-thousands of clock cycles that the multiprocessors need to issue every instruction once. A + says that some are in loops.
+thousands of clock cycles that the multiprocessors need to issue every instruction once (predictions only). + : loops repeat some.
 
 On a device a candidate's results and gradients must first pass the gate of `bench kernels` (measure.py: as close to fp64 as
 twice plain eager PyTorch); then the kernel's launcher is timed, all candidates in turns. "keep": no candidate is faster than the
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mae_kernels import backend, lint
-from mae_kernels._runtime import HAVE_TRITON, INTERPRET, TENSOR_CORES_FROM, Launch, architecture, record_launches
+from mae_kernels._runtime import HAVE_TRITON, INTERPRET, TENSOR_CORES_FROM, architecture, record_launches
 from sssd_fast.console import Console
 from sssd_fast.errors import SssdError
 
@@ -78,6 +78,7 @@ class Target(NamedTuple):
     arch: int
     sms: int
     bytes_per_s: float
+    listed: bool = True  # machine code is listed and counted: half a second for a launch, more than it takes to time it
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,7 +140,7 @@ def measure(
         )
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
-    target = Target(architecture(device), properties.multi_processor_count, 0.0)
+    target = Target(architecture(device), properties.multi_processor_count, 0.0, listed=False)
     if path is None:
         now = datetime.datetime.now(datetime.timezone.utc)
         path = results.FOLDER / "tune" / f"tune-{slug(properties.name)}-{now:%Y%m%d-%H%M%S}.json"
@@ -232,53 +233,41 @@ def examine(row: Row, site: Site, candidate: Candidate, call: Call, target: Targ
     row.more |= {"blocks": fits.blocks, "warps": fits.warps, "of_warps": fits.of_warps, "limit": fits.limit}
     if found.problems or not fits.blocks:
         raise SssdError(f"refused: {'; '.join(found.problems) or f'no block fits an SM ({fits.limit})'}")
-    code = code_of(cubin_of(first.launch, target.arch))
-    row.more |= {"waves": waves(first.programs, target.sms, fits.blocks), "instructions": code.instructions}
-    row.more |= {"loops": code.loops, "cycles": code.cycles(first.programs * first.warps, target.sms)}
-
-
-def cubin_of(launch: Launch, arch: int) -> bytes:
-    """As the lint has just compiled it: Triton finds it in its cache."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    *source, options = lint._specialise(launch)
-    return bytes(
-        compile(ASTSource(launch.kernel, *source), target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
-    )
+    row.more["waves"] = waves(first.programs, target.sms, fits.blocks)
+    if target.listed:
+        code = code_of(first.launch, target.arch)
+        cycles = code.cycles(first.programs * first.warps, target.sms)
+        row.more |= {"instructions": code.instructions, "varies": code.varies, "cycles": cycles}
 
 
 # ---- on a device ----
 
 
 def measure_sites(bench: Bench, found: Sequence[Site], target: Target) -> None:
-    with bench.console.progress(len(found), "tune", warmup_steps=0) as progress:
-        done = 0
-        for _, group in groupby(found, key=lambda site: (site.op, site.shape)):
-            members = list(group)
+    groups = [list(group) for _, group in groupby(found, key=lambda site: (site.op, site.shape))]
+    with bench.console.progress(len(groups), "tune", warmup_steps=0) as progress:
+        for number, members in enumerate(groups):
             try:
                 measure_op(bench, members, target)
                 forget(bench.device)
             except Exception as error:  # noqa: BLE001 - one op's failure does not end the run
                 bench.console.error(f"{members[0].op}: {reason(error)}")
-            done += len(members)
-            progress.update(done, case=members[0].op)
+                bench.leave_out(f"{members[0].op}: {reason(error)}")
+            progress.update(number + 1, case=members[0].op)
 
 
 def measure_op(bench: Bench, found: Sequence[Site], target: Target) -> None:
     """The sites of one op at one shape, which share inputs and truth."""
     if bench.time_is_up():
-        for site in found:
-            bench.leave_out(site.name)
-        return
+        return leave_out(bench, found)
     torch.manual_seed(0)
     op, dtype = op_of(found[0], bench.device, target.dtype), target.dtype
     inputs = inputs_of(found[0], bench.device, dtype)
     exact, eager = truth(op, found[0].shape, inputs)
-    allowed = allowed_error(eager, dtype) if op.tolerance is None else op.tolerance
-    ours = op.providers["ours"]
-    for site in found:
+    allowed, ours = op.tolerance or allowed_error(eager, dtype), op.providers["ours"]
+    for number, site in enumerate(found):
+        if bench.time_is_up():
+            return leave_out(bench, found[number:])
         call, calls, rows = site.call(inputs), dict[str, Call](), list[Row]()
 
         def check(
@@ -290,9 +279,7 @@ def measure_op(bench: Bench, found: Sequence[Site], target: Target) -> None:
             if not started:
                 raise SssdError(f"the op started no {site.kernel}")
             if not row.error <= allowed:
-                raise SssdError(
-                    f"its results are off by {row.error:.1e} of the largest value, {allowed:.1e} are allowed"
-                )
+                raise SssdError(f"its results are off by {row.error:.1e} of the largest, {allowed:.1e} are allowed")
             calls[row.provider] = partial(_chosen, site, candidate, call)
 
         for row in site_rows(bench.console, site, target, bench.deadline, check):
@@ -302,6 +289,11 @@ def measure_op(bench: Bench, found: Sequence[Site], target: Target) -> None:
         decide(rows)
         bench.results.add(*rows)
         show(bench.console, site, target, rows)
+
+
+def leave_out(bench: Bench, found: Sequence[Site]) -> None:
+    for site in found:
+        bench.leave_out(site.name)
 
 
 def _chosen(site: Site, candidate: Candidate, call: Call) -> object:
@@ -327,11 +319,8 @@ def show(console: Console, site: Site, target: Target, rows: Sequence[Row]) -> N
     bound = time_text(1e6 * bytes_ / target.bytes_per_s)
     title = f"{site.name}, {NAMES[target.dtype]}: {size_text(bytes_)} to move, at least {bound}"
     cells = [_cells(row, target) for row in rows if row.reason is None]
-    if cells:
-        used = [name for name in cells[0] if any(cell[name] not in ("", NONE) for cell in cells)]
-        console.table(title, used, [[cell[name] for name in used] for cell in cells])
-    else:
-        console.info(title)
+    used = [name for name in _cells(rows[0], target) if any(cell[name] not in ("", NONE) for cell in cells)]
+    console.table(title, used, [[cell[name] for name in used] for cell in cells])
     for row in rows:
         if row.reason is not None:
             console.info(f"  {row.provider}{' (chosen)' if row.more['chosen'] else ''}: {row.reason}")
@@ -352,7 +341,7 @@ def _cells(row: Row, target: Target) -> dict[str, str]:
         "warps": f"{more['warps']} of {more['of_warps']}" if "warps" in more else NONE,
         "limit": more.get("limit", NONE),
         "waves": f"{more['waves']:.1f}" if "waves" in more else NONE,
-        "instructions": f"{more['instructions']}{'+' * more['loops']}" if "instructions" in more else NONE,
+        "instructions": f"{more['instructions']}{'+' * more['varies']}" if "instructions" in more else NONE,
         "k cycles": f"{more['cycles'] / 1000:.0f}" if more.get("cycles") else NONE,
         "median": time_text(row.time.median_us) if row.time else NONE,
         "of copy": percent(reached) if reached else NONE,

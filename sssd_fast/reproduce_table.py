@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from .metrics import aggregate_runs
-from .visualize import INK, QUIET
 
 SCHEMA = "sssd_fast.reproduce/1"
 RATES = {"accuracy": "Accuracy", "f1": "F1", "auc": "AUC"}
@@ -127,6 +126,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
 def picture(results: Mapping[str, Any], *, path: str | Path) -> Path | None:
     """A dot per model, a bar at each mean, dashed lines at the published accuracies; None without a finished cell."""
     from .plots import COLORS, _figure, _save, _style
+    from .visualize import INK, QUIET
 
     panels = [p for p in PROTOCOLS if any(c["protocol"] == p for c in results["cells"])]
     if not panels:

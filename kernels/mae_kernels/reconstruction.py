@@ -24,6 +24,7 @@ Shapes: B images, C channels, P patch side, L patches, M masked patches, V = P*P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ from ._checks import (
     check_tensor,
 )
 from ._pixels import accumulate_dtype, fold_pixels, listed_pixels, scale_pixels
-from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, rows_per_program, tl, use_triton, wants_reference
+from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, tl, use_triton, wants_reference
 
 Numbers = float | Sequence[float] | None
 NORMS = ("patch", "channel", None)
@@ -112,160 +113,120 @@ def reference(
 # ------------------------------------------------------------------------------------------------------ kernels
 @jit
 def masked_difference(
-    PRED,
-    IMAGES,
-    SELECT,
-    row,
-    num_rows,
-    listed,
-    patches,
-    grid_cols,
-    pred_stride_b,
-    pred_stride_m,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    EPS: tl.constexpr,
-    AFFINE: tl.constexpr,
-    A0: tl.constexpr,
-    A1: tl.constexpr,
-    A2: tl.constexpr,
-    A3: tl.constexpr,
-    B0: tl.constexpr,
-    B1: tl.constexpr,
-    B2: tl.constexpr,
-    B3: tl.constexpr,
-):
-    """pred - target of some rows, fp32 [ROWS, BLOCK_V]; zeros for visible patches and beyond the ends.
+    PRED, IMAGES, SELECT,
+    row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
+    A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+):  # fmt: skip
+    """pred - target of some rows, fp32 [ROWS, BLOCK_P, BLOCK_W]; zeros for visible patches and beyond the ends.
 
-    SELECT holds patch ids, or with HAS_MASK the mask. NORM: 0 none, 1 patch, 2 channel.
+    A patch is P lines of P*C values: what a value of a line is (channel, column) is worked out once for all lines and rows.
+    SELECT holds patch ids, or with HAS_MASK the mask. NORM: 0 none, 1 patch, 2 channel. WIDE: a patch spans 2^31 elements.
     """
-    V: tl.constexpr = C * P * P
-    value = tl.arange(0, BLOCK_V)
-    channel = value % C
+    PADDED: tl.constexpr = BLOCK_P != P or BLOCK_W != P * C
+    line, place = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
+    channel = place % C
+    real = ((line < P)[:, None] & (place < P * C)[None, :])[None, :, :]
     chosen = row < num_rows
+    image, place_of_row = row // listed, row % listed
     if HAS_MASK:
-        patch = row % listed
+        patch = place_of_row
+        in_range = chosen
         chosen = chosen & (tl.load(SELECT + row, mask=chosen, other=0) != 0)
     else:
-        patch = tl.load(SELECT + row, mask=chosen, other=0)
-    in_range = (patch >= 0) & (patch < patches)
-    wanted = chosen[:, None] & (value < V)[None, :]
-    image = row // listed
-    corner = image * stride_b + (patch // grid_cols) * P * stride_h + (patch % grid_cols) * P * stride_w
-    inside = channel.to(tl.int64) * stride_c + (value // (C * P)).to(tl.int64) * stride_h + (value // C % P) * stride_w
-    x = tl.load(IMAGES + (corner[:, None] + inside[None, :]), mask=wanted & in_range[:, None], other=0)
-    x = scale_pixels(x, channel[None, :], AFFINE, A0, A1, A2, A3, B0, B1, B2, B3)
-    x = tl.where(wanted, x, 0.0)
+        patch_id = tl.load(SELECT + row, mask=chosen, other=0)
+        in_range = (patch_id >= 0) & (patch_id < patches)
+        patch = tl.where(in_range, patch_id, 0).to(tl.int32)
+    corner = image.to(tl.int64) * stride_b + (patch // grid_cols * P).to(tl.int64) * stride_h
+    corner += (patch % grid_cols * P).to(tl.int64) * stride_w
+    if WIDE:
+        line_at, place_at = (
+            line.to(tl.int64) * stride_h,
+            channel.to(tl.int64) * stride_c + (place // C).to(tl.int64) * stride_w,
+        )
+    else:
+        line_at, place_at = line * stride_h, channel * stride_c + place // C * stride_w
+    pointers = (IMAGES + corner)[:, None, None] + (line_at[:, None] + place_at[None, :])[None, :, :]
+    x = tl.load(pointers, mask=(chosen & in_range)[:, None, None] & real, other=0)
+    x = scale_pixels(x, channel[None, None, :], AFFINE, A0, A1, A2, A3, B0, B1, B2, B3)
+    if PADDED:
+        x = tl.where(real, x, 0.0)
+    # by row: the gradient and loss of a visible patch are exactly 0, those of an id out of range NaN
+    keep = tl.where(chosen, tl.where(in_range, 1.0, float("nan")), 0.0)
+    if NORM == 0:
+        x = tl.where(chosen[:, None, None], x, 0.0) + (keep - keep)[:, None, None]
     if NORM == 1:
-        x = tl.where(wanted, x - (tl.sum(x, 1) / V)[:, None], 0.0)
-        x = x * (1.0 / tl.sqrt(tl.sum(x * x, 1) / (V - 1) + EPS))[:, None]
+        x = x - (sum_patch(x) / (P * P * C))[:, None, None]
+        if PADDED:
+            x = tl.where(real, x, 0.0)
+        x = x * (keep / tl.sqrt(sum_patch(x * x) / (P * P * C - 1) + EPS))[:, None, None]
     if NORM == 2:
         for c in tl.static_range(C):
-            own = wanted & (channel == c)[None, :]
-            x = tl.where(own, x - (tl.sum(tl.where(own, x, 0.0), 1) / (P * P))[:, None], x)
-            variance = tl.sum(tl.where(own, x * x, 0.0), 1) / (P * P - 1)
-            x = tl.where(own, x * (1.0 / tl.sqrt(variance + EPS))[:, None], x)
-    at = image * pred_stride_b + (row % listed) * pred_stride_m
-    pred = tl.load(PRED + (at[:, None] + value[None, :]), mask=wanted, other=0.0).to(tl.float32)
-    difference = tl.where(wanted, pred - x, 0.0)
-    return tl.where(in_range[:, None], difference, float("nan"))
+            own = real & (channel == c)[None, None, :]
+            x = tl.where(own, x - (sum_patch(tl.where(own, x, 0.0)) / (P * P))[:, None, None], x)
+            variance = sum_patch(tl.where(own, x * x, 0.0)) / (P * P - 1)
+            x = tl.where(own, x * (keep / tl.sqrt(variance + EPS))[:, None, None], x)
+    at = image.to(tl.int64) * pred_stride_b + place_of_row.to(tl.int64) * pred_stride_m
+    inside = line[:, None] * (P * C) + place[None, :]
+    pred = tl.load((PRED + at)[:, None, None] + inside[None, :, :], mask=chosen[:, None, None] & real, other=0.0)
+    return pred.to(tl.float32) - x
+
+
+@jit
+def sum_patch(x):
+    """[ROWS]: the sum of each row of [ROWS, BLOCK_P, BLOCK_W]."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] * x.shape[2]]), 1)
 
 
 @jit
 def _loss_kernel(
-    PRED,
-    IMAGES,
-    SELECT,
-    LOSSES,
-    num_rows,
-    listed,
-    patches,
-    grid_cols,
-    pred_stride_b,
-    pred_stride_m,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    EPS: tl.constexpr,
-    AFFINE: tl.constexpr,
-    A0: tl.constexpr,
-    A1: tl.constexpr,
-    A2: tl.constexpr,
-    A3: tl.constexpr,
-    B0: tl.constexpr,
-    B1: tl.constexpr,
-    B2: tl.constexpr,
-    B3: tl.constexpr,
-):
+    PRED, IMAGES, SELECT, LOSSES,
+    num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
+    A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+):  # fmt: skip
     """LOSSES[row] = mean squared difference of the patch; 0 for a visible one."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = masked_difference(
-        PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
-        stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_V, NORM, HAS_MASK, EPS, AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
+        PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c,
+        stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS, AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
     )  # fmt: skip
-    tl.store(LOSSES + row, tl.sum(d * d, 1) / (C * P * P), mask=row < num_rows)
+    tl.store(LOSSES + row, sum_patch(d * d) / (P * P * C), mask=row < num_rows)
 
 
 @jit
 def _loss_backward_kernel(
-    GRAD,
-    COUNT,
-    PRED,
-    IMAGES,
-    SELECT,
-    DPRED,
-    num_rows,
-    listed,
-    patches,
-    grid_cols,
-    pred_stride_b,
-    pred_stride_m,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    EPS: tl.constexpr,
-    AFFINE: tl.constexpr,
-    A0: tl.constexpr,
-    A1: tl.constexpr,
-    A2: tl.constexpr,
-    A3: tl.constexpr,
-    B0: tl.constexpr,
-    B1: tl.constexpr,
-    B2: tl.constexpr,
-    B3: tl.constexpr,
-):
+    GRAD, COUNT, PRED, IMAGES, SELECT, DPRED,
+    num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
+    A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+):  # fmt: skip
     """DPRED = GRAD * 2 (pred - target) / (V * number of masked patches); the target is read from the images again."""
-    V: tl.constexpr = C * P * P
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = masked_difference(
-        PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
-        stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_V, NORM, HAS_MASK, EPS, AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
+        PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c,
+        stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS, AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
     )  # fmt: skip
-    factor = tl.load(GRAD) * (2.0 / V) / tl.load(COUNT)
-    value = tl.arange(0, BLOCK_V)
-    at = row[:, None] * V + value[None, :]
-    tl.store(DPRED + at, (d * factor).to(DPRED.dtype.element_ty), mask=(row < num_rows)[:, None] & (value < V)[None, :])
+    factor = tl.load(GRAD) * (2.0 / (P * P * C)) / tl.load(COUNT)
+    store_gradient(DPRED, d * factor, row, num_rows, C, P, BLOCK_P, BLOCK_W)
+
+
+@jit
+def store_gradient(
+    DPRED, d, row, num_rows, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """Rows of [ROWS, BLOCK_P, BLOCK_W] to the contiguous DPRED [B,M,V]."""
+    line, place = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
+    real = (line < P)[:, None] & (place < P * C)[None, :]
+    inside = line[:, None] * (P * C) + place[None, :]
+    pointers = (DPRED + row.to(tl.int64) * (P * P * C))[:, None, None] + inside[None, :, :]
+    tl.store(pointers, d.to(DPRED.dtype.element_ty), mask=(row < num_rows)[:, None, None] & real[None, :, :])
 
 
 # ---------------------------------------------------------------------------------------------------- launchers
@@ -288,17 +249,36 @@ def kernel_arguments(
     if pred_BMV.stride(2) != 1:
         pred_BMV = pred_BMV.contiguous()
     select = (mask_BL if ids_BM is None else ids_BM).contiguous()  # type: ignore[union-attr]
-    batch, listed, values = pred_BMV.shape
-    block = next_power_of_2(values)
-    rows, warps = rows_per_program(pred_BMV.device, block)
+    batch, listed = pred_BMV.shape[:2]
+    block_p, block_w = tile_of(patch_size, channels)
+    rows, warps = rows_per_program(pred_BMV.device, block_p * block_w)
     if norm == "channel":
         rows = max(rows // 2, 1)  # one channel at a time needs more registers
+    _, stride_c, stride_h, stride_w = images_BCHW.stride()
+    span = (channels - 1) * stride_c + (patch_size - 1) * (stride_h + stride_w)
     integers = (batch * listed, listed, patches, grid_cols, *pred_BMV.stride()[:2], *images_BCHW.stride())
     constants = {
-        "C": channels, "P": patch_size, "BLOCK_V": block, "ROWS": rows, "NORM": NORM_CODES[norm],
-        "HAS_MASK": ids_BM is None, "EPS": eps, "num_warps": warps, **folded,
+        "C": channels, "P": patch_size, "BLOCK_P": block_p, "BLOCK_W": block_w, "ROWS": rows, "NORM": NORM_CODES[norm],
+        "HAS_MASK": ids_BM is None, "WIDE": span >= 2**31, "EPS": eps, "num_warps": warps, **folded,
     }  # fmt: skip
     return (pred_BMV, images_BCHW, select), integers, constants
+
+
+def tile_of(patch_size: int, channels: int) -> tuple[int, int]:
+    """Lines and values of a line that the kernels hold of a patch: powers of two."""
+    return next_power_of_2(patch_size), next_power_of_2(patch_size * channels)
+
+
+VALUES_PER_WARP = 1024
+
+
+def rows_per_program(device: torch.device, width: int) -> tuple[int, int]:
+    """Patches of `width` values (padding counts) that one program handles, and its warps.
+
+    32 values a thread share what a thread works out about its columns, and up to 1024 values need no barrier: by the instructions
+    counted for sm_90, 55 % of those of 16 values a thread in four warps.
+    """
+    return max(1, VALUES_PER_WARP // width), max(1, min(width // VALUES_PER_WARP, 16))
 
 
 def finish(losses_BM: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -330,8 +310,11 @@ def launch_loss_backward(grad: Tensor, count: Tensor, pred_BMV: Tensor, *options
 # ------------------------------------------------------------------------------------------------- registration
 def refusal(values: int, channels: int, norm: str) -> str | None:
     """Why the kernels cannot take patches of so many values and channels; None when they can."""
-    if next_power_of_2(values) > MAX_TILE_WIDTH:
-        return f"a patch has {values} values and the kernel holds at most {MAX_TILE_WIDTH}"
+    lines, places = tile_of(math.isqrt(values // channels), channels)
+    if lines * places > MAX_TILE_WIDTH:
+        return (
+            f"a patch has {values} values, {lines * places} with padding, and the kernel holds at most {MAX_TILE_WIDTH}"
+        )
     if norm == "channel" and channels > MAX_NORM_CHANNELS:
         return f"norm 'channel' is compiled for up to {MAX_NORM_CHANNELS} channels"
     return None

@@ -28,7 +28,7 @@ from . import reconstruction as _reconstruction
 from ._checks import check_same_device
 from ._runtime import jit, launch, tl, use_triton, wants_reference
 from .distillation import distillation_gradient_row, distillation_group, distillation_loss
-from .reconstruction import masked_difference, masked_reconstruction_loss
+from .reconstruction import masked_difference, masked_reconstruction_loss, store_gradient, sum_patch
 
 Numbers = float | Sequence[float] | None
 
@@ -42,8 +42,8 @@ def _sssd_kernel(
     num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
     K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
     STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
     A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
 ):  # fmt: skip
@@ -54,13 +54,13 @@ def _sssd_kernel(
             K, BLOCK_K, HAS_CENTER, LOGIT, STUDENT_TEMP, TEACHER_TEMP,
         )  # fmt: skip
     else:
-        row = (program - groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = (program - groups) * ROWS + tl.arange(0, ROWS)
         d = masked_difference(
             PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
-            stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_V, NORM, HAS_MASK, EPS,
+            stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS,
             AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
         )  # fmt: skip
-        tl.store(PATCH_LOSSES + row, tl.sum(d * d, 1) / (C * P * P), mask=row < num_rows)
+        tl.store(PATCH_LOSSES + row, sum_patch(d * d) / (P * P * C), mask=row < num_rows)
 
 
 @jit
@@ -73,8 +73,8 @@ def _sssd_backward_kernel(
     WEIGHT: tl.constexpr,
     K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr,
     STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
     A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
 ):  # fmt: skip
@@ -87,18 +87,14 @@ def _sssd_backward_kernel(
             K, BLOCK_K, HAS_CENTER, NEEDS_TEACHER, STUDENT_TEMP, TEACHER_TEMP,
         )  # fmt: skip
     else:
-        V: tl.constexpr = C * P * P
-        row = (program - num_logit_rows).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = (program - num_logit_rows) * ROWS + tl.arange(0, ROWS)
         d = masked_difference(
             PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
-            stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_V, NORM, HAS_MASK, EPS,
+            stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS,
             AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
         )  # fmt: skip
-        factor = (tl.load(GRAD_RECONSTRUCTION) + total * (1.0 - WEIGHT)) * (2.0 / V) / tl.load(COUNT)
-        value = tl.arange(0, BLOCK_V)
-        wanted = (row < num_rows)[:, None] & (value < V)[None, :]
-        at = row[:, None] * V + value[None, :]
-        tl.store(DPRED + at, (d * factor).to(DPRED.dtype.element_ty), mask=wanted)
+        factor = (tl.load(GRAD_RECONSTRUCTION) + total * (1.0 - WEIGHT)) * (2.0 / (P * P * C)) / tl.load(COUNT)
+        store_gradient(DPRED, d * factor, row, num_rows, C, P, BLOCK_P, BLOCK_W)
 
 
 # ---------------------------------------------------------------------------------------------------- launchers
