@@ -252,8 +252,8 @@ def kernel_arguments(
     batch, listed = pred_BMV.shape[:2]
     block_p, block_w = tile_of(patch_size, channels)
     rows, warps = rows_per_program(pred_BMV.device, block_p * block_w)
-    if norm == "channel":
-        rows = max(rows // 2, 1)  # one channel at a time needs more registers
+    if norm == "channel":  # one channel at a time needs more registers: half as many values a thread
+        rows, warps = (rows // 2, warps) if rows > 1 else (1, min(2 * warps, 16))
     _, stride_c, stride_h, stride_w = images_BCHW.stride()
     span = (channels - 1) * stride_c + (patch_size - 1) * (stride_h + stride_w)
     integers = (batch * listed, listed, patches, grid_cols, *pred_BMV.stride()[:2], *images_BCHW.stride())

@@ -37,7 +37,7 @@ def run_marked(files: tuple[str, ...], **env: str) -> subprocess.CompletedProces
     command = [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", "-m", "kernel"]
     command += [str(HERE / file) for file in files]
     full = {**os.environ, "MAE_KERNELS_BACKEND": "triton", **env}
-    return subprocess.run(command, env=full, cwd=HERE.parents[1], capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, env=full, cwd=HERE.parents[1], capture_output=True, text=True, timeout=900)
 
 
 def passed(files: dict[str, int], **env: str) -> Counter[str]:

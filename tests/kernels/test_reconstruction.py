@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,28 @@ def test_strided_predictions_expanded_images_and_reruns(device) -> None:
         assert torch.equal(loss, runs[0][0])
         assert torch.equal(once, runs[0][1])
         assert torch.equal(twice, 2 * once)
+
+
+@pytest.mark.kernel
+def test_channels_more_than_two_to_the_31_elements_apart(device) -> None:
+    """As of a crop of a set stored channel by channel. On the CPU the memory between is never touched."""
+    pred, images, masking = make(1, 3, 8, 12, 4, 3, torch.uint8, torch.float32, device)
+    apart = 2**30 + 7
+    if device.type == "cpu":
+        memory = torch.from_numpy(np.empty(2 * apart + 8 * 12, dtype=np.uint8))
+    else:
+        memory = torch.empty(2 * apart + 8 * 12, dtype=torch.uint8, device=device)
+    far = memory.as_strided(images.shape, (0, apart, 12, 1))
+    far.copy_(images)
+    options = {"ids": masking.ids_masked, "patch_size": 4, "mean": MEAN[:3], "std": STD[:3]}
+    pred.requires_grad_()
+
+    def run(pixels: torch.Tensor) -> list[torch.Tensor]:
+        loss = masked_reconstruction_loss(pred, pixels, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, pred)]
+
+    for got, want in zip(run(far), run(images), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.kernel
