@@ -101,6 +101,11 @@ def page(found: Sequence[Results]) -> str:
         blocks += [
             f"## {results['title']}: ViT {width}x{depth} on {size[0]} x {size[1]} pixels{'' if on_gpu(results) else ', CPU'}"
         ]
+        if not on_gpu(results):
+            blocks += [
+                "A small model, trained for minutes on a processor: this shows that everything runs on the real images and how the "
+                "methods compare at this size. It says nothing of the paper's model."
+            ]
         blocks += ["\n".join(body(results)) + f"; file `{results['file']}`"]
         if results["cells"]:
             blocks += [f"![{results['title']}, accuracy of every model](results/{picture_of(results)})"]

@@ -221,9 +221,10 @@ def _seconds(folder: Path) -> float:
 def _machine(here: World) -> dict[str, Any]:
     env = collect_environment()
     gpu = env["gpus"][here.device.index or 0]["name"] if here.device.type == "cuda" else None
+    threads = env["cpu"]["torch_threads"]
     return {
         "type": here.device.type,
-        "device": gpu or f"{env['cpu']['model']}, {env['cpu']['torch_threads']} threads",
+        "device": gpu or f"{env['cpu']['model']}, {threads} thread{'s' * (threads != 1)}",
         "processes": here.size,
         "torch": env["torch"]["version"],
         "python": env["python"]["version"],

@@ -260,7 +260,14 @@ def check(
 
 def main(words: Sequence[str] | None = None) -> int:
     args = _arguments(words)
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _run(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         sanitizer = find_sanitizer()
         print(f"{sanitizer}, {args.seconds:g} s for {', '.join(args.tool)}", flush=True)
