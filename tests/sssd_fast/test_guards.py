@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,14 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_reason(tmp_path: Path
 
 
 # ---- signals ----
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """A shell that starts something in the background lets it ignore SIGINT; the children of these tests must not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def in_child(work: Callable[[Connection], None]) -> tuple[Any, Connection]:
