@@ -27,13 +27,15 @@ def find(folder: Path) -> list[Results]:
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            schema, part = found["schema"], found["part"]
+            schema, part, _ = found["schema"], found["part"], found["dataset"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SssdError(f"{path}: not a results.json of `sssd-fast reproduce` ({error})") from None
         if schema != SCHEMA:
             raise SssdError(
                 f"{path}: its schema is {schema!r}, not {SCHEMA!r}; take a results.json of `sssd-fast reproduce`"
             )
+        if found["dataset"] not in PUBLIC_SETS:
+            raise SssdError(f"{path}: its data set is {found['dataset']!r}, known are {', '.join(PUBLIC_SETS)}")
         if part != "test":
             raise SssdError(
                 f"{path}: evaluated on {part} images, which is for choosing settings; only test images are reported"
@@ -67,7 +69,7 @@ Written by `sssd-fast bench report` from the files in `benchmarks/results/paper`
 
 `sssd-fast reproduce covid-ct --data DIR` and `sssd-fast reproduce sars-cov-2-ct --data DIR` repeat what Tan et al. report
 (Comput. Methods Programs Biomed. 243 (2024) 107876) and put it beside their figures. For each of five seeds and two splits they train
-three models that differ in one thing: with self-distillation, without it, and without pre-training. `--external DIR` adds a fourth,
+three models of one size: with self-distillation, without it, and without pre-training. `--external DIR` adds a fourth,
 pre-trained on the other set's images too; `--minutes`, `--seeds`, `--protocols` and `--methods` do less, `--resume` goes on.
 
 - **Two splits.** The paper's is stratified random over images: slices of one patient lie on both sides. The leak-controlled one is the

@@ -66,6 +66,7 @@ def test_a_column_for_each_split(tmp_path: Path) -> None:
         ("{", "not a results.json"),
         ("{}", "not a results.json"),
         (json.dumps(made_up(schema="other/1")), "its schema is 'other/1'"),
+        (json.dumps(made_up(dataset="other")), "its data set is 'other', known are covid-ct, sars-cov-2-ct"),
         (json.dumps(made_up(part="val")), "evaluated on val images"),
     ],
 )
