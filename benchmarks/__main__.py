@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 
-from sssd_fast.console import Console, duration
 from sssd_fast.errors import DependencyError, SssdError
+from sssd_fast.run.log import Console, duration
 
 from . import session, terminal, tune
 from .bench import QUICK_SAMPLES, Bench
@@ -91,7 +91,13 @@ def _measure(args: argparse.Namespace, words: Sequence[str]) -> int:
     with ExitStack() as stack:
         console = _prepare(args, stack)
         results = stack.enter_context(_open(args.kind, args, words, console))
-        _run(args.kind, args, results, console, None if args.minutes is None else time.monotonic() + 60 * args.minutes)
+        _run(
+            args.kind,
+            args,
+            results,
+            console,
+            None if args.minutes is None else time.monotonic() + 60 * args.minutes,
+        )
         _show(console, results)
     return 0
 
@@ -104,13 +110,17 @@ def _all(args: argparse.Namespace, words: Sequence[str]) -> int:
         for kind, more, share in STAGES:
             end = started + 60 * args.minutes * share
             if time.monotonic() > end - NOT_ENOUGH_S:
-                console.warn(f"{kind}: no time left for this part; `sssd-fast bench {kind}` measures it alone")
+                console.warn(
+                    f"{kind}: no time left for this part; `sssd-fast bench {kind}` measures it alone"
+                )
                 continue
             try:
                 if kind == "loader":
                     _loader(["--device", args.device, "--channels", "1", *["--quick"] * args.quick])
                     continue
-                part = _parse([kind, *_common_words(args), *more.get(torch.device(args.device).type, [])])
+                part = _parse(
+                    [kind, *_common_words(args), *more.get(torch.device(args.device).type, [])]
+                )
                 if kind not in opened:
                     known = next(iter(opened.values())).head["ceilings"] if opened else None
                     opened[kind] = stack.enter_context(_open(kind, part, words, console, known))
@@ -152,13 +162,31 @@ def _open(
         settings = {"samples": args.samples, "passes": PASSES, "flushed_bytes": cache_bytes(device)}
         path = _path(args)
         return Results(
-            kind, device, dtypes, words=words, path=path, quick=args.quick, settings=settings, ceilings=ceilings
+            kind,
+            device,
+            dtypes,
+            words=words,
+            path=path,
+            quick=args.quick,
+            settings=settings,
+            ceilings=ceilings,
         )
 
 
-def _run(kind: str, args: argparse.Namespace, results: Results, console: Console, deadline: float | None) -> None:
+def _run(
+    kind: str, args: argparse.Namespace, results: Results, console: Console, deadline: float | None
+) -> None:
     device, only = results.device, args.provider or []
-    bench = Bench(device, console, results, Cache(device), args.quick, args.samples, deadline=deadline, only=only)
+    bench = Bench(
+        device,
+        console,
+        results,
+        Cache(device),
+        args.quick,
+        args.samples,
+        deadline=deadline,
+        only=only,
+    )
     importlib.import_module(f".{kind}", __package__).run(args, bench)
 
 
@@ -198,15 +226,29 @@ def _path(args: argparse.Namespace) -> Path | None:
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SAMPLES} samples, few shapes: does it work here?")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+        "--quick",
+        action="store_true",
+        help=f"{QUICK_SAMPLES} samples, few shapes: does it work here?",
     )
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on the CPU")
-    parser.add_argument("--provider", nargs="+", metavar="P", help="only these, by their names in the table")
-    parser.add_argument("--samples", type=int, metavar="N", help=f"of each provider and pass (default {SAMPLES})")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, ...",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on the CPU"
+    )
+    parser.add_argument(
+        "--provider", nargs="+", metavar="P", help="only these, by their names in the table"
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help=f"of each provider and pass (default {SAMPLES})"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU")
-    parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after so long")
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="begin nothing new after so long"
+    )
 
 
 def _common_words(args: argparse.Namespace) -> list[str]:
@@ -235,18 +277,24 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sssd-fast bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="sssd-fast bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind, text in MEASURED.items():
         sub = kinds.add_parser(kind, help=text, description=text)
         _common(sub)
         sub.add_argument(
-            "--json", metavar="FILE.json", help=f"default: a new file in {FOLDER.parent.name}/{FOLDER.name}"
+            "--json",
+            metavar="FILE.json",
+            help=f"default: a new file in {FOLDER.parent.name}/{FOLDER.name}",
         )
         module: ModuleType = importlib.import_module(f".{kind}", __package__)
         module.add_arguments(sub)
-    kinds.add_parser("loader", help="images per second, pixels and memory of the loaders", add_help=False)
+    kinds.add_parser(
+        "loader", help="images per second, pixels and memory of the loaders", add_help=False
+    )
     sub = kinds.add_parser("all", help="all of these within a time, the most telling first")
     _common(sub)
     sub.set_defaults(minutes=9.0)

@@ -46,7 +46,12 @@ class Attention(Shape):
         return f"{self.model} [{self.batch}, {self.tokens}, {self.heads}x{self.head_width}]"
 
     def sizes(self) -> dict[str, Any]:
-        return {"batch": self.batch, "tokens": self.tokens, "heads": self.heads, "head_width": self.head_width}
+        return {
+            "batch": self.batch,
+            "tokens": self.tokens,
+            "heads": self.heads,
+            "head_width": self.head_width,
+        }
 
 
 def _site(model: str, block: str) -> Attention:
@@ -68,18 +73,24 @@ CPU_SITES = ("ViT-B encoder", "ViT-B decoder", "ViT-S encoder", "odd decoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", nargs="+", choices=list(SITES), metavar="SHAPE", help=f"of: {', '.join(SITES)}")
+    parser.add_argument(
+        "--shape", nargs="+", choices=list(SITES), metavar="SHAPE", help=f"of: {', '.join(SITES)}"
+    )
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="images")
 
 
 def run(args: argparse.Namespace, bench: Bench) -> None:
     kind = bench.device.type
     batches: Sequence[int] = args.batch or ([QUICK_BATCH[kind]] if bench.quick else BATCHES[kind])
-    names = args.shape or (list(SITES)[:2] if bench.quick else SITES if kind == "cuda" else CPU_SITES)
+    names = args.shape or (
+        list(SITES)[:2] if bench.quick else SITES if kind == "cuda" else CPU_SITES
+    )
     dtypes = args.dtypes or [torch.bfloat16 if kind == "cuda" else torch.float32]
     sites = [replace(SITES[name], batch=batch) for batch in batches for name in names]
     measure_all(
-        bench, [(attention_op(s, bench.device, dtype), s, dtype) for s in sites for dtype in dtypes], "attention"
+        bench,
+        [(attention_op(s, bench.device, dtype), s, dtype) for s in sites for dtype in dtypes],
+        "attention",
     )
 
 
@@ -110,7 +121,9 @@ def attention_op(s: Attention, device: torch.device, dtype: torch.dtype) -> Op:
     site = Site(device, dtype, s.tokens, s.heads, s.head_width)
     absent = {"xformers": why} if (why := refusal("xformers", site)) else {}
     if device.type == "cpu":
-        absent |= dict.fromkeys(("sdpa cudnn", "sdpa efficient"), "torch has no such backend for the CPU")
+        absent |= dict.fromkeys(
+            ("sdpa cudnn", "sdpa efficient"), "torch has no such backend for the CPU"
+        )
     return Op(
         "attention",
         make,

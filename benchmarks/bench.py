@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sssd_fast.console import Console
 from sssd_fast.errors import SssdError
+from sssd_fast.run.log import Console
 
 from .measure import PASSES, SAMPLES, Cache, Call, first_call, peak_bytes, race, summary, versus
 from .results import Results, Row
@@ -47,7 +47,9 @@ class Bench:
 
     def take_up(self, what: str) -> None:
         """Measured after all: in a later stage of `bench all`."""
-        self.results.head["left_out"] = [item for item in self.results.head["left_out"] if item != what]
+        self.results.head["left_out"] = [
+            item for item in self.results.head["left_out"] if item != what
+        ]
 
     def wants(self, provider: str) -> bool:
         return not self.only or provider in self.only
@@ -71,10 +73,16 @@ def reason(error: BaseException) -> str:
     if isinstance(inner, torch.OutOfMemoryError):
         return "out of memory"
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-    return f"fails: {type(inner).__name__}: {lines[0][:160]}" if lines else f"fails: {type(inner).__name__}"
+    return (
+        f"fails: {type(inner).__name__}: {lines[0][:160]}"
+        if lines
+        else f"fails: {type(inner).__name__}"
+    )
 
 
-def time_rows(bench: Bench, rows: Mapping[str, Row], calls: Mapping[str, Call], ours: str = OURS) -> None:
+def time_rows(
+    bench: Bench, rows: Mapping[str, Row], calls: Mapping[str, Call], ours: str = OURS
+) -> None:
     """Fills first_call_s, peak_bytes, time and versus of the rows whose provider has a call and no reason against it."""
     for name, call in calls.items():
         if rows[name].reason is None:
@@ -84,7 +92,9 @@ def time_rows(bench: Bench, rows: Mapping[str, Row], calls: Mapping[str, Call], 
     while running and not seconds:
         watched = {name: _named(name, call) for name, call in running.items()}
         try:
-            seconds = race(watched, bench.device, bench.cache, samples=bench.samples, passes=bench.passes)
+            seconds = race(
+                watched, bench.device, bench.cache, samples=bench.samples, passes=bench.passes
+            )
         except _Failed as failed:  # the others race again without it
             rows[failed.name].reason = reason(failed.error)
             del running[failed.name]
@@ -97,7 +107,8 @@ def time_rows(bench: Bench, rows: Mapping[str, Row], calls: Mapping[str, Call], 
 class _Failed(Exception):
     def __init__(self, name: str, error: Exception) -> None:
         super().__init__(name)
-        self.name, self.error = name, error
+        self.name = name
+        self.error = error
 
 
 def _named(name: str, call: Call) -> Call:

@@ -60,9 +60,13 @@ class Site:
     phase: str
     kernel: str
     module: ModuleType
-    launcher: str  # the module's function that starts the kernel and finishes what its programs leave
+    launcher: (
+        str  # the module's function that starts the kernel and finishes what its programs leave
+    )
     shape: Shape
-    given: Callable[[Shape, Inputs], tuple[Any, ...]]  # the launcher's arguments, from the op's inputs
+    given: Callable[
+        [Shape, Inputs], tuple[Any, ...]
+    ]  # the launcher's arguments, from the op's inputs
     cost: Callable[[Shape, int], float]  # bytes that must be moved, for values of so many bytes
     candidates: tuple[Candidate, ...]
 
@@ -93,7 +97,11 @@ class Started(NamedTuple):
     @property
     def label(self) -> str:
         """The choice in words, read off the launch itself; x: programs."""
-        said = [f"{name}={self.launch.constants[name]}" for name in LAUNCHED if self.launch.constants.get(name)]
+        said = [
+            f"{name}={self.launch.constants[name]}"
+            for name in LAUNCHED
+            if self.launch.constants.get(name)
+        ]
         return " ".join([*said, f"warps={self.warps}", f"x{self.programs}"])
 
 
@@ -105,7 +113,9 @@ def choosing(site: Site, candidate: Candidate) -> Iterator[list[Started]]:
     """
     real, started = site.module.launch, list[Started]()
 
-    def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:
+    def launch(
+        kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any
+    ) -> None:
         if kernel.fn.__name__.strip("_") == site.kernel:
             if candidate.warps is not None:
                 constants["num_warps"] = candidate.warps
@@ -128,11 +138,19 @@ def choosing(site: Site, candidate: Candidate) -> Iterator[list[Started]]:
 
 def sites(s: Shape) -> list[Site]:
     """The most telling first: attention, losses, restoring, patches, the rest."""
-    return [*_attention_sites(s), *_loss_sites(s), *_restore_sites(s), *_patch_sites(s), *_other_sites(s)]
+    return [
+        *_attention_sites(s),
+        *_loss_sites(s),
+        *_restore_sites(s),
+        *_patch_sites(s),
+        *_other_sites(s),
+    ]
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"mae_kernels.{name}")  # functions of the package hide some of its modules
+    return importlib.import_module(
+        f"mae_kernels.{name}"
+    )  # functions of the package hide some of its modules
 
 
 def _bytes(op: str, phase: str) -> Callable[[Shape, int], float]:
@@ -153,22 +171,28 @@ def _tile(block: int | None, rows: int, warps: int, programs: int | None = None)
 
 def _attention_sites(s: Shape) -> Iterator[Site]:
     """The rows kernel takes short sequences in one piece: its warps are all that it chooses."""
-    blocks = (("encoder", s.width, s.heads, 1 + s.keep), ("decoder", s.decoder, s.decoder_heads, 1 + s.patches))
+    blocks = (
+        ("encoder", s.width, s.heads, 1 + s.keep),
+        ("decoder", s.decoder, s.decoder_heads, 1 + s.patches),
+    )
     for block, width, heads, tokens in blocks:
-        site = Attention(f"{s.model} {block}", s.batch, width, heads, tokens=tokens, head_width=width // heads)
+        site = Attention(
+            f"{s.model} {block}", s.batch, width, heads, tokens=tokens, head_width=width // heads
+        )
         cuts = (False,) if tokens <= 128 else (True, False)
         rows = ((16, 2), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 8))
         forward = [
-            _sizes("FORWARD", cut, *pair) for cut in cuts for pair in rows[0 if tokens <= ROWS_KERNEL_TOKENS else 2 :]
+            _sizes("FORWARD", cut, *pair)
+            for cut in cuts
+            for pair in rows[0 if tokens <= ROWS_KERNEL_TOKENS else 2 :]
         ]
         if tokens <= ROWS_KERNEL_TOKENS:
-            kernel, backward = "backward_rows_kernel", [Candidate(warps=warps) for warps in (2, 4, 8)]
+            kernel = "backward_rows_kernel"
+            backward = [Candidate(warps=warps) for warps in (2, 4, 8)]
         else:
             pairs = ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8))
-            kernel, backward = (
-                "backward_keys_kernel",
-                [_sizes("BACKWARD", cut, *pair) for cut in cuts for pair in pairs],
-            )
+            kernel = "backward_keys_kernel"
+            backward = [_sizes("BACKWARD", cut, *pair) for cut in cuts for pair in pairs]
         where = partial(Site, op="attention", module=_module("short_attention"), shape=site)
         yield where(
             phase="forward", kernel="attention_kernel", launcher="_launch_attention", candidates=tuple(forward),
@@ -211,7 +235,13 @@ def _loss_sites(s: Shape) -> Iterator[Site]:
         return torch.ones((), device=next(iter(x.values())).device)
 
     tiles = _tiles((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4), (4, 8))
-    where = partial(Site, op="masked_reconstruction_loss", module=_module("reconstruction"), shape=s, candidates=tiles)
+    where = partial(
+        Site,
+        op="masked_reconstruction_loss",
+        module=_module("reconstruction"),
+        shape=s,
+        candidates=tiles,
+    )
     yield where(
         phase="forward", kernel="loss_kernel", launcher="launch_loss_rows",
         given=lambda s, x: (x["pred"], *pixels(s, x)), cost=_bytes("masked_reconstruction_loss", "forward"),
@@ -235,9 +265,20 @@ def _loss_sites(s: Shape) -> Iterator[Site]:
     )  # fmt: skip
 
     def merged(rows: int, warps: int) -> Candidate:
-        return Candidate({"_constants": lambda pixels, logits: {**pixels, **logits, "num_warps": warps, "ROWS": rows}})
+        return Candidate(
+            {
+                "_constants": lambda pixels, logits: {
+                    **pixels,
+                    **logits,
+                    "num_warps": warps,
+                    "ROWS": rows,
+                }
+            }
+        )
 
-    pairs = tuple(merged(*pair) for pair in ((2, 4), (4, 4), (2, 8), (4, 8), (8, 8), (4, 16), (8, 16)))
+    pairs = tuple(
+        merged(*pair) for pair in ((2, 4), (4, 4), (2, 8), (4, 8), (8, 8), (4, 16), (8, 16))
+    )
     where = partial(Site, op="sssd_loss", module=_module("sssd"), shape=s, candidates=pairs)
     yield where(
         phase="forward", kernel="sssd_kernel", launcher="_launch", cost=_bytes("sssd_loss", "forward"),
@@ -262,7 +303,15 @@ def _restore_sites(s: Shape) -> Iterator[Site]:
         given=lambda s, x: (x["visible"], x["ids_restore"], x["mask_token"], x["pos"], 1),
         cost=_bytes("restore_tokens", "forward"),
     )  # fmt: skip
-    choices = ((4, 4, 256), (4, 4, 1024), (4, 4, 2048), (4, 2, 2048), (8, 8, 512), (8, 8, 1024), (16, 8, 1024))
+    choices = (
+        (4, 4, 256),
+        (4, 4, 1024),
+        (4, 4, 2048),
+        (4, 2, 2048),
+        (8, 8, 512),
+        (8, 8, 1024),
+        (16, 8, 1024),
+    )
     yield where(
         phase="backward", kernel="restore_backward_kernel", launcher="_launch_restore_backward", given=gradient,
         cost=_bytes("restore_tokens", "backward"), candidates=_tiles(*choices, block=512),
@@ -313,7 +362,15 @@ def _other_sites(s: Shape) -> Iterator[Site]:
         given=lambda s, x: (rows(x), x["bias"], x["x"].dtype),
         candidates=_tiles((1, 1), (2, 2), (2, 4), (4, 2), (4, 8), (8, 4), block=512) + _tiles((1, 2), block=1024),
     )  # fmt: skip
-    choices = ((4, 8, 1024), (4, 8, 2048), (2, 4, 1024), (2, 4, 2048), (4, 4, 1024), (8, 8, 512), (8, 16, 512))
+    choices = (
+        (4, 8, 1024),
+        (4, 8, 2048),
+        (2, 4, 1024),
+        (2, 4, 2048),
+        (4, 4, 1024),
+        (8, 8, 512),
+        (8, 16, 512),
+    )
     yield where(
         phase="backward", kernel="gelu_backward_kernel", launcher="_launch_gelu_backward", cost=partial(hidden, 4),
         given=lambda s, x: (rows(x), x["bias"], torch.randn_like(rows(x)), x["x"].dtype),

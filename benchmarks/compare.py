@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sssd_fast.console import Console
 from sssd_fast.errors import SssdError
+from sssd_fast.run.log import Console
 
 from . import results
 from .formats import NONE, Document, Row, percent, significant, size_text, time_text
@@ -68,7 +68,9 @@ class Comparison:
         return self.count(WORSE) + self.count(FAILS) > 0
 
 
-def compare(a: Document, b: Document, fail_over: float, margin_us: float | None = None) -> Comparison:
+def compare(
+    a: Document, b: Document, fail_over: float, margin_us: float | None = None
+) -> Comparison:
     """margin_us: None = 5 on a CPU, 2 on a GPU. Raises SssdError where the two cannot be compared."""
     _refuse(a, b)
     margin = MARGIN_US[a["device"]["type"]] if margin_us is None else margin_us
@@ -81,19 +83,33 @@ def compare(a: Document, b: Document, fail_over: float, margin_us: float | None 
     found.warnings = list(_warnings(a, b))
     for name in both:
         costs = (_cost(a["kind"], rows_a[name], margin), _cost(b["kind"], rows_b[name], margin))
-        found.lines.append(_line(name, *costs, fail_over, rows_a[name].get("reason"), rows_b[name].get("reason")))
+        found.lines.append(
+            _line(name, *costs, fail_over, rows_a[name].get("reason"), rows_b[name].get("reason"))
+        )
     found.lines.sort(key=lambda line: -(line.ratio or (math.inf if line.verdict == FAILS else 0.0)))
     return found
 
 
 def _line(
-    name: tuple[str, ...], a: Cost | None, b: Cost | None, fail_over: float, why_a: str | None, why_b: str | None
+    name: tuple[str, ...],
+    a: Cost | None,
+    b: Cost | None,
+    fail_over: float,
+    why_a: str | None,
+    why_b: str | None,
 ) -> Line:
     if a is None or b is None:
-        verdict = FAILS if b is None and a is not None else RUNS if a is None and b is not None else ""
+        verdict = (
+            FAILS if b is None and a is not None else RUNS if a is None and b is not None else ""
+        )
         why = why_b if b is None else why_a
         return Line(
-            name, a.text if a else NONE, b.text if b else NONE, None, verdict, why or "no figure, and no reason"
+            name,
+            a.text if a else NONE,
+            b.text if b else NONE,
+            None,
+            verdict,
+            why or "no figure, and no reason",
         )
     ratio, verdict = b.value / a.value, ""
     if ratio > 1 + fail_over and b.value - a.value > b.margin:
@@ -124,7 +140,9 @@ def _cost(kind: str, row: Row, margin_us: float) -> Cost | None:
     time = row["time"]
     if not time:
         return None
-    return Cost(time["median_us"], time_text(time["median_us"]), margin_us, time["p20_us"], time["p80_us"])
+    return Cost(
+        time["median_us"], time_text(time["median_us"]), margin_us, time["p20_us"], time["p80_us"]
+    )
 
 
 def _by_name(document: Document) -> dict[tuple[str, ...], Row]:
@@ -147,10 +165,14 @@ def _refuse(a: Document, b: Document) -> None:
         if in_a != in_b:
             raise SssdError(f"cannot compare: {what} is {in_a} in A and {in_b} in B; {remedy}")
     if a["kind"] == "loader-parity":
-        raise SssdError("cannot compare: loader-parity holds differences of pixels, no cost; give loader-speed files")
+        raise SssdError(
+            "cannot compare: loader-parity holds differences of pixels, no cost; give loader-speed files"
+        )
 
 
-def _refuse_rows(a: Document, rows_a: dict[Any, Row], rows_b: dict[Any, Row], both: list[tuple[str, ...]]) -> None:
+def _refuse_rows(
+    a: Document, rows_a: dict[Any, Row], rows_b: dict[Any, Row], both: list[tuple[str, ...]]
+) -> None:
     if not a["kind"].startswith("loader"):
         kinds = _dtypes(rows_a), _dtypes(rows_b)
         for work in kinds[0]:
@@ -185,9 +207,14 @@ def _dtypes(rows: dict[Any, Row]) -> dict[tuple[str, ...], set[str]]:
 
 def _warnings(a: Document, b: Document) -> Iterator[str]:
     pairs = [(name, a["versions"].get(name), b["versions"].get(name)) for name in VERSIONS]
-    pairs += [(name, a["device"].get(name), b["device"].get(name)) for name in ("driver", "threads")]
+    pairs += [
+        (name, a["device"].get(name), b["device"].get(name)) for name in ("driver", "threads")
+    ]
     before = [document["clocks"]["before"] or {} for document in (a, b)]
-    pairs += [(name, before[0].get(name), before[1].get(name)) for name in ("clocks.max.sm", "power.limit")]
+    pairs += [
+        (name, before[0].get(name), before[1].get(name))
+        for name in ("clocks.max.sm", "power.limit")
+    ]
     pairs.append(("settings", a["settings"], b["settings"]))
     yield from (f"{name}: {in_a} in A, {in_b} in B" for name, in_a, in_b in pairs if in_a != in_b)
     clocks = [re.match(r"[\d.]+", told.get("clocks.sm", "")) for told in before]
@@ -226,7 +253,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A.json", help="the measurement before")
     parser.add_argument("b", metavar="B.json", help="the measurement after")
     parser.add_argument(
-        "--fail-over", default="5%", metavar="SHARE", help="how much more B may cost than A: 5%% or 0.05 (default 5%%)"
+        "--fail-over",
+        default="5%",
+        metavar="SHARE",
+        help="how much more B may cost than A: 5%% or 0.05 (default 5%%)",
     )
     parser.add_argument(
         "--margin",
@@ -237,13 +267,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """0 = no regression, 1 = at least one; raises SssdError (exit code 2) for files that cannot be compared."""
-    fail_over, margin = ratio_of(args.fail_over), None if args.margin is None else margin_of(args.margin)
+    fail_over = ratio_of(args.fail_over)
+    margin = None if args.margin is None else margin_of(args.margin)
     a, b = results.load(args.a), results.load(args.b)
     found = compare(a, b, fail_over, margin)
     margin = MARGIN_US[a["device"]["type"]] if margin is None else margin
     with Console() as console:
         show(found, f"{a['kind']}, {a['device']['name']}: B against A", console)
-        counts = [f"{found.count(WORSE)} of {len(found.lines)} rows regressed", f"{found.count(FAILS)} fail now"]
+        counts = [
+            f"{found.count(WORSE)} of {len(found.lines)} rows regressed",
+            f"{found.count(FAILS)} fail now",
+        ]
         counts += [f"{found.count(BETTER)} better", f"{found.count(RUNS)} run now"]
         allowed = f"more than {percent(fail_over)} and {margin:g} us"
         if a["kind"].endswith("memory"):
@@ -256,7 +290,14 @@ def show(found: Comparison, title: str, console: Console) -> None:
     for text in found.warnings:
         console.warn(text)
     rows = [
-        [*line.name, line.a, line.b, NONE if line.ratio is None else f"{line.ratio:.3f}", line.verdict, line.note]
+        [
+            *line.name,
+            line.a,
+            line.b,
+            NONE if line.ratio is None else f"{line.ratio:.3f}",
+            line.verdict,
+            line.note,
+        ]
         for line in found.lines
     ]
     console.table(title, [*found.columns, "A", "B", "B / A", "verdict", "note"], rows)

@@ -63,7 +63,9 @@ class Counts:
         self.kernels: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.saved_bytes = 0
-        self.largest: dict[str, list[tuple[int, str]]] = defaultdict(list)  # of Inductor's own kernels, per pass
+        self.largest: dict[str, list[tuple[int, str]]] = defaultdict(
+            list
+        )  # of Inductor's own kernels, per pass
 
     def add(self, graph: GraphLowering) -> None:
         _, per_node, _ = graph.count_bytes()
@@ -76,16 +78,25 @@ class Counts:
                 kind == KINDS[0]
             ):  # where it takes an output, which is an argument that is written, for one that is read as well
                 inner: Any = node.node
-                size = sum({b.get_name(): int(b.get_numel()) * b.get_dtype().itemsize for b in inner.inputs}.values())
+                size = sum(
+                    {
+                        b.get_name(): int(b.get_numel()) * b.get_dtype().itemsize
+                        for b in inner.inputs
+                    }.values()
+                )
             self.kernels[kind] += 1
             self.bytes[kind] += size
             if kind == KINDS[2]:
-                self.largest["backward" if graph.is_backward else "forward"].append((size, str(node.get_name())))
+                self.largest["backward" if graph.is_backward else "forward"].append(
+                    (size, str(node.get_name()))
+                )
         if not graph.is_backward:
             outputs = [out for out in graph.graph_outputs if hasattr(out, "get_dtype")]
             inputs = set(graph.graph_inputs)
             self.saved_bytes = sum(
-                int(out.get_numel()) * out.get_dtype().itemsize for out in outputs if out.get_name() not in inputs
+                int(out.get_numel()) * out.get_dtype().itemsize
+                for out in outputs
+                if out.get_name() not in inputs
             )
 
 
@@ -101,7 +112,9 @@ def _kind(node: Any) -> str | None:
     if inner == "UserDefinedTritonKernel":
         return KINDS[0]
     called = str(getattr(node.node, "python_kernel_name", ""))
-    return KINDS[1] if any(product in called for product in ("mm", "scaled_dot_product")) else KINDS[2]
+    return (
+        KINDS[1] if any(product in called for product in ("mm", "scaled_dot_product")) else KINDS[2]
+    )
 
 
 class StubDriver:
@@ -128,7 +141,9 @@ def code_for(target: str) -> Iterator[None]:
             import triton.runtime
 
             stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", StubDriver()))
-            stack.enter_context(mock.patch.object(scheduler, "_is_gpu_triton_backend", return_value=True))
+            stack.enter_context(
+                mock.patch.object(scheduler, "_is_gpu_triton_backend", return_value=True)
+            )
             stack.enter_context(mock.patch.object(_runtime, "why_not_triton", return_value=None))
             for name, module in list(sys.modules.items()):
                 if name.startswith("mae_kernels") and hasattr(module, "architecture"):
@@ -137,7 +152,15 @@ def code_for(target: str) -> Iterator[None]:
         yield
 
 
-def count(config: Config, batch: int, *, residual: torch.dtype, fused_mlp: bool, budget: float, target: str) -> Counts:
+def count(
+    config: Config,
+    batch: int,
+    *,
+    residual: torch.dtype,
+    fused_mlp: bool,
+    budget: float,
+    target: str,
+) -> Counts:
     """Counts of the step on `batch` images under bf16 autocast; `budget` as torch's activation_memory_budget."""
     torch._dynamo.reset()
     model, counts = SSSD(config.model, config.objective), Counts()
@@ -150,7 +173,10 @@ def count(config: Config, batch: int, *, residual: torch.dtype, fused_mlp: bool,
             []
             if graph.is_backward
             else [
-                (*((int(n) for n in size) for size in (out.get_size(), out.get_stride())), out.get_dtype())
+                (
+                    *((int(n) for n in size) for size in (out.get_size(), out.get_stride())),
+                    out.get_dtype(),
+                )
                 if hasattr(out, "get_dtype")
                 else None
                 for out in graph.graph_outputs
@@ -162,7 +188,8 @@ def count(config: Config, batch: int, *, residual: torch.dtype, fused_mlp: bool,
             if graph.is_backward:
                 raise Counted
             return tuple(
-                None if s is None else torch.empty_strided(tuple(s[0]), tuple(s[1]), dtype=s[2]) for s in shapes
+                None if s is None else torch.empty_strided(tuple(s[0]), tuple(s[1]), dtype=s[2])
+                for s in shapes
             )
 
         return SimpleNamespace(call=call, runner=None, __file__="")
@@ -188,17 +215,25 @@ def set_up(model: nn.Module, residual: torch.dtype, fused_mlp: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", help="as for sssd-fast; default: ViT-B/16 at 224")
     parser.add_argument("--batch", type=int, default=256, help="images (default 256)")
     parser.add_argument("--code", choices=("triton", "cpp"), default="triton")
     parser.add_argument(
-        "--largest", type=int, default=0, metavar="N", help="also list the N largest of Inductor's kernels"
+        "--largest",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also list the N largest of Inductor's kernels",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     if not COUNTABLE:
-        parser.error(f"counting needs the Inductor of torch 2.13; this is torch {torch.__version__}")
+        parser.error(
+            f"counting needs the Inductor of torch 2.13; this is torch {torch.__version__}"
+        )
     config = load_config(args.config, args.overrides)
     print(
         "| step | kernels: ours / products / Inductor's | MB per image: ours / products / Inductor's | kept for the backward, MB |"
@@ -207,10 +242,20 @@ def main() -> None:
     for name, (residual, fused_mlp, budget) in VARIANTS.items():
         if fused_mlp and args.code == "cpp":
             continue  # the fused MLP is a kernel for GPUs
-        counts = count(config, args.batch, residual=residual, fused_mlp=fused_mlp, budget=budget, target=args.code)
+        counts = count(
+            config,
+            args.batch,
+            residual=residual,
+            fused_mlp=fused_mlp,
+            budget=budget,
+            target=args.code,
+        )
         kernels = " / ".join(str(counts.kernels[kind]) for kind in KINDS)
         megabytes = " / ".join(f"{counts.bytes[kind] / args.batch / 1e6:.1f}" for kind in KINDS)
-        print(f"| {name} | {kernels} | {megabytes} | {counts.saved_bytes / args.batch / 1e6:.1f} |", flush=True)
+        print(
+            f"| {name} | {kernels} | {megabytes} | {counts.saved_bytes / args.batch / 1e6:.1f} |",
+            flush=True,
+        )
         for direction, nodes in counts.largest.items():
             for size, node in sorted(nodes, reverse=True)[: args.largest]:
                 print(f"    {direction} {size / args.batch / 1e6:.3f} MB {node}")

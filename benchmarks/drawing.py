@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sssd_fast.errors import DependencyError
-from sssd_fast.visualize import INK, QUIET
+from sssd_fast.evaluation.visualize import INK, QUIET
 
 LINE, GAIN, LOSS, BASE = "#d5dbe1", "#009e73", "#d55e00", "#8a939c"
 COLORS = {
@@ -25,7 +25,10 @@ COMPILED = {
     "plain compiled": "#2f7fc1", "ours compiled": "#009e73",
 }  # fmt: skip
 COLORS_KEPT = 96  # of a picture
-WIDTH, DPI = 8.0, 130  # inches; letters of 8 points stay readable where the picture is shown 800 pixels wide
+WIDTH, DPI = (
+    8.0,
+    130,
+)  # inches; letters of 8 points stay readable where the picture is shown 800 pixels wide
 
 
 def new_figure(title: str, height: float) -> Any:
@@ -34,12 +37,26 @@ def new_figure(title: str, height: float) -> Any:
     except ImportError as error:
         raise DependencyError('plots need matplotlib: pip install "sssd-fast[train]"') from error
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
-    figure.text(0.02, 1 - 0.1 / height, title, fontsize=10, fontweight="bold", color=INK, va="top", parse_math=False)
+    figure.text(
+        0.02,
+        1 - 0.1 / height,
+        title,
+        fontsize=10,
+        fontweight="bold",
+        color=INK,
+        va="top",
+        parse_math=False,
+    )
     return figure
 
 
 def new_axes(
-    figure: Any, left: float, bottom: float, right: float, top: float, sides: Sequence[str] = ("bottom",)
+    figure: Any,
+    left: float,
+    bottom: float,
+    right: float,
+    top: float,
+    sides: Sequence[str] = ("bottom",),
 ) -> Any:
     """Axes whose borders are inches from those of the figure."""
     width, height = figure.get_size_inches()
@@ -69,16 +86,22 @@ def png(figure: Any) -> bytes:
     return small.getvalue()
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[str, float, float]], colors: Sequence[str] | None = None) -> None:
+def label_ends(
+    axes: Any, ends: Sequence[tuple[str, float, float]], colors: Sequence[str] | None = None
+) -> None:
     """Names in a column on the right, each with a thin line to its point and room for its own letters."""
     height = axes.get_window_extent().height / DPI * 72  # points
-    places = [axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1] for _, x, y in ends]
+    places = [
+        axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1] for _, x, y in ends
+    ]
     step = 10.5 / height
     order = sorted(range(len(ends)), key=lambda i: places[i])
     floor, ceiling = -math.inf, 1 + step
     for i in order:
         places[i] = floor = max(places[i], floor + step)
-    for i in reversed(order):  # what the first pass pushed above the frame comes down, and pushes what is below it
+    for i in reversed(
+        order
+    ):  # what the first pass pushed above the frame comes down, and pushes what is below it
         places[i] = ceiling = min(places[i], ceiling - step)
     for i, (text, x, y) in enumerate(ends):
         color = colors[i] if colors else INK

@@ -22,7 +22,10 @@ EPS, STUDENT_TEMP, TEACHER_TEMP, WEIGHT = 1e-6, 0.1, 0.04, 0.2
 def normalised(images_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 -> (x / 255 - mean) / std."""
     C = images_BCHW.shape[1]
-    mean, std = (torch.tensor(n[:C], dtype=dtype, device=images_BCHW.device).view(C, 1, 1) for n in (MEAN, STD))
+    mean, std = (
+        torch.tensor(n[:C], dtype=dtype, device=images_BCHW.device).view(C, 1, 1)
+        for n in (MEAN, STD)
+    )
     return (images_BCHW.to(dtype) / 255 - mean) / std
 
 
@@ -53,7 +56,12 @@ def tuned_masking(noise_BL: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, 
     ids_shuffle_BL = torch.argsort(noise_BL, dim=1, stable=True)
     places = torch.arange(noise_BL.shape[1], device=noise_BL.device).expand_as(ids_shuffle_BL)
     ids_restore_BL = torch.empty_like(ids_shuffle_BL).scatter_(1, ids_shuffle_BL, places)
-    return ids_shuffle_BL[:, :keep], ids_restore_BL, ids_shuffle_BL[:, keep:], ids_restore_BL >= keep
+    return (
+        ids_shuffle_BL[:, :keep],
+        ids_restore_BL,
+        ids_shuffle_BL[:, keep:],
+        ids_restore_BL >= keep,
+    )
 
 
 # ---- patches ----
@@ -81,12 +89,16 @@ def listed_pixels(images_BCHW: Tensor, ids_BK: Tensor, s: Shape, order: str) -> 
 def _channel_stats(like_V: Tensor, s: Shape, order: str) -> tuple[Tensor, Tensor]:
     """mean and std of each value of a patch vector, [V]."""
     area = s.patch**2
-    numbers = (torch.tensor(n[: s.channels], dtype=like_V.dtype, device=like_V.device) for n in (MEAN, STD))
+    numbers = (
+        torch.tensor(n[: s.channels], dtype=like_V.dtype, device=like_V.device) for n in (MEAN, STD)
+    )
     mean, std = (n.repeat_interleave(area) if order == "crc" else n.repeat(area) for n in numbers)
     return mean, std
 
 
-def listed_values(images_BCHW: Tensor, ids_BK: Tensor, s: Shape, order: str, dtype: torch.dtype) -> Tensor:
+def listed_values(
+    images_BCHW: Tensor, ids_BK: Tensor, s: Shape, order: str, dtype: torch.dtype
+) -> Tensor:
     """[B,K,V] normalised values of the listed patches."""
     x_BKV = listed_pixels(images_BCHW, ids_BK, s, order).to(wide(dtype)) / 255
     mean_V, std_V = _channel_stats(x_BKV, s, order)
@@ -119,13 +131,18 @@ def published_embed(
 def tuned_embed(
     images_BCHW: Tensor, ids_BK: Tensor, weight: Tensor, bias_D: Tensor, pos_LD: Tensor, s: Shape
 ) -> Tensor:
-    return F.linear(tuned_gather(images_BCHW, ids_BK, s, weight.dtype), weight.flatten(1), bias_D) + pos_LD[ids_BK]
+    return (
+        F.linear(tuned_gather(images_BCHW, ids_BK, s, weight.dtype), weight.flatten(1), bias_D)
+        + pos_LD[ids_BK]
+    )
 
 
 # ---- restore ----
 
 
-def published_restore(visible_BND: Tensor, ids_restore_BL: Tensor, mask_D: Tensor, pos_ND: Tensor) -> Tensor:
+def published_restore(
+    visible_BND: Tensor, ids_restore_BL: Tensor, mask_D: Tensor, pos_ND: Tensor
+) -> Tensor:
     """The mask token is repeated for every masked patch, and the index for every value of a token."""
     B, L = ids_restore_BL.shape
     fill_BMD = mask_D[None, None].repeat(B, L + 1 - visible_BND.shape[1], 1)
@@ -134,7 +151,9 @@ def published_restore(visible_BND: Tensor, ids_restore_BL: Tensor, mask_D: Tenso
     return torch.cat((visible_BND[:, :1], shuffled_BLD.gather(1, index_BLD)), 1) + pos_ND
 
 
-def tuned_restore(visible_BND: Tensor, ids_restore_BL: Tensor, mask_D: Tensor, pos_ND: Tensor) -> Tensor:
+def tuned_restore(
+    visible_BND: Tensor, ids_restore_BL: Tensor, mask_D: Tensor, pos_ND: Tensor
+) -> Tensor:
     """No mask token is repeated: rows that have no token read any and are replaced where they are added."""
     keep = visible_BND.shape[1] - 1
     x_BLD = rows(visible_BND, (ids_restore_BL + 1).clamp(max=keep))
@@ -154,11 +173,14 @@ def gelu_linear(x: Tensor, bias_F: Tensor, weight_DF: Tensor, out_bias_D: Tensor
 
 def _unit(target: Tensor) -> Tensor:
     """Per patch: zero mean and unit (unbiased) variance."""
-    center, spread = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + EPS).sqrt()
+    center = target.mean(-1, keepdim=True)
+    spread = (target.var(-1, keepdim=True) + EPS).sqrt()
     return (target - center) / spread
 
 
-def published_reconstruction(pred_BLV: Tensor, images_BCHW: Tensor, mask_BL: Tensor, s: Shape) -> Tensor:
+def published_reconstruction(
+    pred_BLV: Tensor, images_BCHW: Tensor, mask_BL: Tensor, s: Shape
+) -> Tensor:
     """Every patch is predicted and compared; the mask picks afterwards."""
     dtype = wide(pred_BLV.dtype)
     target_BLV = _unit(patchify(normalised(images_BCHW, dtype), s.patch, "rcc"))
@@ -181,17 +203,28 @@ def distillation(student_BS: Tensor, teacher_BS: Tensor, center_S: Tensor) -> tu
     return -(p_BS * log_q_BS).sum(-1).mean(), p_BS.detach().mean(0)
 
 
-def tuned_distillation(student_BS: Tensor, teacher_BS: Tensor, center_S: Tensor) -> tuple[Tensor, Tensor]:
+def tuned_distillation(
+    student_BS: Tensor, teacher_BS: Tensor, center_S: Tensor
+) -> tuple[Tensor, Tensor]:
     dtype = wide(student_BS.dtype)
     teacher_BS = ((teacher_BS.to(dtype) - center_S.to(dtype)) / TEACHER_TEMP).softmax(-1)
-    return F.cross_entropy(student_BS.to(dtype) / STUDENT_TEMP, teacher_BS), teacher_BS.detach().mean(0)
+    return F.cross_entropy(
+        student_BS.to(dtype) / STUDENT_TEMP, teacher_BS
+    ), teacher_BS.detach().mean(0)
 
 
 # ---- crops ----
 
 
 def crop_each(
-    pixels_T: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, s: Shape, *, passes: bool
+    pixels_T: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    s: Shape,
+    *,
+    passes: bool,
 ) -> Tensor:
     """[B,C,h,w] uint8, image by image, as torchvision's RandomResizedCrop does with F.interpolate.
 
@@ -204,7 +237,9 @@ def crop_each(
         image_HWC = pixels_T[offset : offset + rows_ * columns * C].view(rows_, columns, C)
         crop = image_HWC[top : top + h, left : left + w].permute(2, 0, 1)[None].float()
         for size in ((h, width), (height, width)) if passes else ((height, width),):
-            crop = F.interpolate(crop, size=size, mode="bicubic", antialias=True).round().clamp(0, 255)
+            crop = (
+                F.interpolate(crop, size=size, mode="bicubic", antialias=True).round().clamp(0, 255)
+            )
         out_BChw.append((crop.flip(-1) if flip else crop).to(torch.uint8))
     return torch.cat(out_BChw)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sssd_fast.errors import SssdError
-from sssd_fast.reproduce_table import LEGEND, SCHEMA, body, picture, summary
+from sssd_fast.reproduce.table import LEGEND, SCHEMA, body, picture, summary
 
 from .formats import markdown
 
@@ -21,7 +21,9 @@ UNMEASURED = "NVIDIA GPU: not measured."
 
 def find(folder: Path) -> list[Results]:
     """Raises SssdError for a file that holds no reproduction, or one on validation images."""
-    from sssd_fast.data.public import PUBLIC_SETS  # needs Pillow, which a machine that only measures ops may lack
+    from sssd_fast.reproduce.public_sets import (
+        PUBLIC_SETS,  # needs Pillow, which a machine that only measures ops may lack
+    )
 
     loaded = []
     for path in sorted((folder / FOLDER).glob("*.json")):
@@ -29,19 +31,26 @@ def find(folder: Path) -> list[Results]:
             found = json.loads(path.read_text(encoding="utf-8"))
             schema, part, _ = found["schema"], found["part"], found["dataset"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SssdError(f"{path}: not a results.json of `sssd-fast reproduce` ({error})") from None
+            raise SssdError(
+                f"{path}: not a results.json of `sssd-fast reproduce` ({error})"
+            ) from None
         if schema != SCHEMA:
             raise SssdError(
                 f"{path}: its schema is {schema!r}, not {SCHEMA!r}; take a results.json of `sssd-fast reproduce`"
             )
         if found["dataset"] not in PUBLIC_SETS:
-            raise SssdError(f"{path}: its data set is {found['dataset']!r}, known are {', '.join(PUBLIC_SETS)}")
+            raise SssdError(
+                f"{path}: its data set is {found['dataset']!r}, known are {', '.join(PUBLIC_SETS)}"
+            )
         if part != "test":
             raise SssdError(
                 f"{path}: evaluated on {part} images, which is for choosing settings; only test images are reported"
             )
         loaded.append({**found, "file": path.name})
-    return sorted(loaded, key=lambda one: (not on_gpu(one), list(PUBLIC_SETS).index(one["dataset"]), one["file"]))
+    return sorted(
+        loaded,
+        key=lambda one: (not on_gpu(one), list(PUBLIC_SETS).index(one["dataset"]), one["file"]),
+    )
 
 
 def on_gpu(results: Results) -> bool:
@@ -51,13 +60,17 @@ def on_gpu(results: Results) -> bool:
 def section(found: Sequence[Results]) -> str:
     """What README shows: one table per file of a GPU, accuracy alone. A processor trains models of another size: those are in the page."""
     blocks = (
-        [] if any(map(on_gpu, found)) else [UNMEASURED + " Small models on a processor: docs/results.md." * bool(found)]
+        []
+        if any(map(on_gpu, found))
+        else [UNMEASURED + " Small models on a processor: docs/results.md." * bool(found)]
     )
     for results in filter(on_gpu, found):
         devices = ", ".join(dict.fromkeys(machine["device"] for machine in results["machines"]))
         header, rows = summary(results)
         size = results["settings"]["model"]["image_size"]
-        blocks.append(f"**{results['title']}**, accuracy on test images, {size[0]} x {size[1]} pixels, {devices}")
+        blocks.append(
+            f"**{results['title']}**, accuracy on test images, {size[0]} x {size[1]} pixels, {devices}"
+        )
         blocks.append(markdown(header, rows))
     return "\n\n".join(blocks)
 
@@ -99,7 +112,8 @@ def page(found: Sequence[Results]) -> str:
     if not any(map(on_gpu, found)):
         blocks += ["## On a GPU", UNMEASURED.replace("NVIDIA GPU: not", "Not")]
     for results in found:
-        size, (width, depth, _) = results["settings"]["model"]["image_size"], _shape(results)
+        size = results["settings"]["model"]["image_size"]
+        (width, depth, _) = _shape(results)
         blocks += [
             f"## {results['title']}: ViT {width}x{depth} on {size[0]} x {size[1]} pixels{'' if on_gpu(results) else ', CPU'}"
         ]
@@ -110,7 +124,9 @@ def page(found: Sequence[Results]) -> str:
             ]
         blocks += ["\n".join(body(results)) + f"; file `{results['file']}`"]
         if results["cells"]:
-            blocks += [f"![{results['title']}, accuracy of every model](results/{picture_of(results)})"]
+            blocks += [
+                f"![{results['title']}, accuracy of every model](results/{picture_of(results)})"
+            ]
     return "\n\n".join(blocks) + "\n"
 
 

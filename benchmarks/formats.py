@@ -69,7 +69,11 @@ def _cell(text: str) -> str:
 def device_name(document: Document) -> str:
     """ "NVIDIA H100 80GB HBM3", or "AMD EPYC, 2 cores, 2 threads"."""
     device = document["device"]
-    return str(device["name"]) if device["type"] == "cuda" else f"{device['name']}, {device['threads']} threads"
+    return (
+        str(device["name"])
+        if device["type"] == "cuda"
+        else f"{device['name']}, {device['threads']} threads"
+    )
 
 
 def caption(document: Document) -> str:
@@ -79,19 +83,31 @@ def caption(document: Document) -> str:
     if device["type"] == "cuda":
         parts.append(f"{device['memory_gib']} GiB, driver {device.get('driver') or 'unknown'}")
         parts += _clocks(document["clocks"])
-    software = [f"{name} {versions[name]}" for name in ("torch", "triton", "cuda", "python") if versions.get(name)]
+    software = [
+        f"{name} {versions[name]}"
+        for name in ("torch", "triton", "cuda", "python")
+        if versions.get(name)
+    ]
     commit = str(document["commit"] or "unknown")[:10] + "+changes" * bool(document["modified"])
     parts += [*software, f"commit {commit}", f"`{document['command']}`", document["started"][:10]]
     text = "; ".join(parts) + "."
     ops = list(document["ops"].values())
-    if ops and all(str(op).startswith("reference") for op in ops) and not document["kind"].startswith("loader"):
+    if (
+        ops
+        and all(str(op).startswith("reference") for op in ops)
+        and not document["kind"].startswith("loader")
+    ):
         text += " Here the ops are their references in plain PyTorch: the kernels need a GPU."
     if not document["finished"]:
         text += " **Unfinished: the run ended before its last row.**"
     if document["left_out"]:
         text += f" Left out because time was up: {', '.join(document['left_out'])}."
     if document["missing"]:
-        text += " Missing: " + "; ".join(f"{name} ({why})" for name, why in sorted(document["missing"].items())) + "."
+        text += (
+            " Missing: "
+            + "; ".join(f"{name} ({why})" for name, why in sorted(document["missing"].items()))
+            + "."
+        )
     return text
 
 

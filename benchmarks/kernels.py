@@ -30,8 +30,12 @@ FORWARD, BOTH = "forward", "forward+backward"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", nargs="+", choices=list(OPS), metavar="OP", help=f"of: {', '.join(OPS)}")
-    parser.add_argument("--shape", nargs="+", choices=list(MODELS), metavar="SHAPE", help=f"of: {', '.join(MODELS)}")
+    parser.add_argument(
+        "--op", nargs="+", choices=list(OPS), metavar="OP", help=f"of: {', '.join(OPS)}"
+    )
+    parser.add_argument(
+        "--shape", nargs="+", choices=list(MODELS), metavar="SHAPE", help=f"of: {', '.join(MODELS)}"
+    )
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="images")
 
 
@@ -39,7 +43,9 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
     chosen = shapes(bench.device, models=args.shape, batches=args.batch, quick=bench.quick)
     ops = [OPS[name] for name in args.op or OPS]
     dtypes = args.dtypes or [torch.bfloat16 if bench.device.type == "cuda" else torch.float32]
-    measure_all(bench, [(op, s, dtype) for s in chosen for dtype in dtypes for op in ops], "kernels")
+    measure_all(
+        bench, [(op, s, dtype) for s in chosen for dtype in dtypes for op in ops], "kernels"
+    )
 
 
 def measure_all(bench: Bench, cases: Sequence[tuple[Op, Shape, torch.dtype]], title: str) -> None:
@@ -84,20 +90,29 @@ def run_case(bench: Bench, op: Op, s: Shape, dtype: torch.dtype) -> list[Row]:
         _gate(bench, mine, calls[name], exact, allowed)
     for phase in phases:
         time_rows(
-            bench, {name: rows[phase, name] for name in names}, {name: calls[name].timed[phase] for name in names}
+            bench,
+            {name: rows[phase, name] for name in names},
+            {name: calls[name].timed[phase] for name in names},
         )
     return list(rows.values())
 
 
-def _row(op: Op, s: Shape, dtype: torch.dtype, phase: str, provider: str, why: str | None = None) -> Row:
+def _row(
+    op: Op, s: Shape, dtype: torch.dtype, phase: str, provider: str, why: str | None = None
+) -> Row:
     dtype_name, sources = NAMES[dtype], sources_hash(op.name)
-    return Row(op.name, s.name, dtype_name, phase, provider, sizes=s.sizes(), reason=why, sources=sources)
+    return Row(
+        op.name, s.name, dtype_name, phase, provider, sizes=s.sizes(), reason=why, sources=sources
+    )
 
 
 def costs_of(cost: Cost, phases: Sequence[str]) -> dict[str, tuple[float, float]]:
     """(bytes, FLOPs) of each phase."""
     found = {FORWARD: (cost.forward_bytes, cost.forward_flops)}
-    found[BOTH] = (cost.forward_bytes + cost.backward_bytes, cost.forward_flops + cost.backward_flops)
+    found[BOTH] = (
+        cost.forward_bytes + cost.backward_bytes,
+        cost.forward_flops + cost.backward_flops,
+    )
     return {phase: found[phase] for phase in phases}
 
 
@@ -112,7 +127,9 @@ def cast(op: Op, inputs: Inputs, dtype: torch.dtype) -> Inputs:
 # ---- correctness ----
 
 
-def results_of(op: Op, s: Shape, inputs: Inputs, provider: Provider, call: Callable[..., Any]) -> list[Tensor]:
+def results_of(
+    op: Op, s: Shape, inputs: Inputs, provider: Provider, call: Callable[..., Any]
+) -> list[Tensor]:
     """Results and the op's gradients for an upstream gradient that depends on nothing but the first result's shape."""
     out = tensors(call(s, inputs))
     return [*(t.detach() for t in out), *gradients_of(op, inputs, provider, out[0])]
@@ -141,7 +158,9 @@ def truth(op: Op, s: Shape, inputs: Inputs) -> tuple[list[Tensor], float]:
     return exact, error_of(results_of(op, s, inputs, provider, provider.call), exact)
 
 
-def _gate(bench: Bench, rows: dict[str, Row], calls: Calls, exact: Sequence[Tensor], allowed: float) -> None:
+def _gate(
+    bench: Bench, rows: dict[str, Row], calls: Calls, exact: Sequence[Tensor], allowed: float
+) -> None:
     """Makes the first call, which compiles, and compares; rows of a provider that fails or is wrong get the reason."""
 
     def compare() -> None:
@@ -149,9 +168,12 @@ def _gate(bench: Bench, rows: dict[str, Row], calls: Calls, exact: Sequence[Tens
             rows[phase].first_call_s = first_call(call, bench.device)
         error = error_of(calls.check(), exact)
         for row in rows.values():
-            row.error, row.allowed = error, allowed
+            row.error = error
+            row.allowed = allowed
         if not error <= allowed:
-            raise SssdError(f"its results are off by {error:.1e} of the largest value, {allowed:.1e} are allowed")
+            raise SssdError(
+                f"its results are off by {error:.1e} of the largest value, {allowed:.1e} are allowed"
+            )
 
     probe = next(iter(rows.values()))
     if not attempt(probe, compare):
@@ -167,7 +189,11 @@ class Calls:
 
 def _calls(op: Op, s: Shape, inputs: Inputs, provider: Provider) -> Calls:
     """What is timed and what is compared are the same function, compiled once for both."""
-    call = torch.compile(provider.call, fullgraph=True, dynamic=False) if provider.compiled else provider.call
+    call = (
+        torch.compile(provider.call, fullgraph=True, dynamic=False)
+        if provider.compiled
+        else provider.call
+    )
     leaves = [inputs[name] for name in provider.leaves or op.leaves]
     gradient: list[Tensor] = []  # of the first result, made once and outside the timed calls
 

@@ -37,11 +37,11 @@ from benchmarks.loader_memory import SHOWN, watch_apart
 from benchmarks.loader_pixels import Case, Difference, difference, parity, ways
 from benchmarks.machine import sources_hash
 from benchmarks.results import Results
-from sssd_fast.console import Console
 from sssd_fast.data.index import check_data
-from sssd_fast.data.phantom import write_phantom_dataset
+from sssd_fast.data.synthetic import write_phantom_dataset
 from sssd_fast.errors import SssdError
 from sssd_fast.loaders import AugmentSpec, Batch, Loader
+from sssd_fast.run.log import Console
 
 MOST_MEAN = 1.0  # grey levels from Pillow on average, above which no time is given
 SETTLE = 8  # batches before the clock starts: more than any provider works ahead of an epoch's end
@@ -72,7 +72,13 @@ def figures(images_per_s: Sequence[float]) -> dict[str, Any]:
     count, half = len(images_per_s), len(images_per_s) // 2
     early, late = images_per_s[:half], images_per_s[count - half :]
     gap = statistics.median(late) / statistics.median(early) - 1 if half else None
-    return {"median": statistics.median(images_per_s), "p20": p20, "p80": p80, "n": count, "gap": gap}
+    return {
+        "median": statistics.median(images_per_s),
+        "p20": p20,
+        "p80": p80,
+        "n": count,
+        "gap": gap,
+    }
 
 
 def touch(batches: Iterable[Batch]) -> None:
@@ -81,7 +87,9 @@ def touch(batches: Iterable[Batch]) -> None:
         batch.images[:, 0, 0, 0].sum()
 
 
-def epoch_seconds(loader: Loader, epoch: int, device: torch.device, clock: Callable[[], float]) -> float:
+def epoch_seconds(
+    loader: Loader, epoch: int, device: torch.device, clock: Callable[[], float]
+) -> float:
     """From the last batch of epoch - 1 to the last of `epoch`."""
     touch(loader.epoch(epoch - 1, max(0, loader.steps_per_epoch - SETTLE)))
     _wait(device)
@@ -128,7 +136,8 @@ def measure(case: Case, rounds: int) -> list[Row]:
             stack.callback(loader.close)
             touch([next(batches := loader.epoch(0))])
             _wait(case.device)
-            row.start_s, row.how = time.perf_counter() - start, loader.describe()
+            row.start_s = time.perf_counter() - start
+            row.how = loader.describe()
             touch(batches)
             found = difference(loader, case.reference(AugmentSpec()))
             if isinstance(found, str):
@@ -136,15 +145,14 @@ def measure(case: Case, rounds: int) -> list[Row]:
                 continue
             row.difference = found
             if found.mean > MOST_MEAN:
-                row.reason = (
-                    f"no time: {found.mean:.2f} grey levels from Pillow on average, at most {MOST_MEAN:g} are allowed"
-                )
+                row.reason = f"no time: {found.mean:.2f} grey levels from Pillow on average, at most {MOST_MEAN:g} are allowed"
                 continue
             loaders[way.name] = loader
         rates = race(loaders, case.batch, rounds, case.device)
     for row in rows:
         if row.provider in rates:
-            row.images_per_s, row.figures = rates[row.provider], figures(rates[row.provider])
+            row.images_per_s = rates[row.provider]
+            row.figures = figures(rates[row.provider])
     baseline = rows[1].figures.get("median")
     for row in rows:
         row.ratio = row.figures["median"] / baseline if row.figures and baseline else None
@@ -156,7 +164,13 @@ def memory(case: Case, epochs: int) -> list[dict[str, Any]]:
     for way in ways(case.threads):
         found = watch_apart(case.index, epochs, case.threads, case.arguments(way))
         rows.append(
-            {"data": case.data, "channels": case.channels, "provider": way.name, **asdict(found), "flat": found.flat}
+            {
+                "data": case.data,
+                "channels": case.channels,
+                "provider": way.name,
+                **asdict(found),
+                "flat": found.flat,
+            }
         )
     return rows
 
@@ -164,7 +178,19 @@ def memory(case: Case, epochs: int) -> list[dict[str, Any]]:
 # ---- what is printed and written ----
 
 HEAD = ["data", "channels", "provider"]
-SPEED = [*HEAD, "images/s", "p20", "p80", "n", "gap", "x baseline", "start s", "mean off", "max off", "note"]
+SPEED = [
+    *HEAD,
+    "images/s",
+    "p20",
+    "p80",
+    "n",
+    "gap",
+    "x baseline",
+    "start s",
+    "mean off",
+    "max off",
+    "note",
+]
 PARITY = [*HEAD, "view", "images", "differing", "mean off", "max off", "pixels off by > 2", "note"]
 MEMORY = [*HEAD, "before", *(f"epoch {n}" for n in SHOWN), "peak", "flat", "note"]
 
@@ -173,7 +199,8 @@ def cells(kind: str, row: dict[str, Any]) -> list[str]:
     def show(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    head, note = [row["data"], str(row["channels"]), row["provider"]], row.get("reason") or ""
+    head = [row["data"], str(row["channels"]), row["provider"]]
+    note = row.get("reason") or ""
     if kind == "parity":
         share = row.get("beyond_2")
         counts = [show(row.get("images"), "d"), show(row.get("images_differing"), "d")]
@@ -182,7 +209,12 @@ def cells(kind: str, row: dict[str, Any]) -> list[str]:
     if kind == "memory":
         after = [row["epochs"][n - 1] if n <= len(row["epochs"]) else None for n in SHOWN]
         flat = {True: "yes", False: "no", None: ""}[row["flat"]]
-        return [*head, *(show(mib, ".0f") for mib in (row["before"], *after, row["peak"])), flat, note]
+        return [
+            *head,
+            *(show(mib, ".0f") for mib in (row["before"], *after, row["peak"])),
+            flat,
+            note,
+        ]
     rates, pixels = row["figures"], row["difference"] or {}
     speed = [show(rates.get(name), ".0f") for name in ("median", "p20", "p80")]
     rest = [show(rates.get("n"), "d"), show(rates.get("gap"), "+.1%"), show(row["ratio"], ".2f")]
@@ -192,37 +224,61 @@ def cells(kind: str, row: dict[str, Any]) -> list[str]:
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="sssd-fast bench loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="sssd-fast bench loader",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("data", nargs="*", metavar="DATA", help="folder with one folder per class, or the manifest's")
-    parser.add_argument("--manifest", nargs="+", default=[], metavar="CSV", help="one per DATA, in the same order")
+    parser.add_argument(
+        "data",
+        nargs="*",
+        metavar="DATA",
+        help="folder with one folder per class, or the manifest's",
+    )
+    parser.add_argument(
+        "--manifest", nargs="+", default=[], metavar="CSV", help="one per DATA, in the same order"
+    )
     parser.add_argument("--size", type=int, default=224, help="pixels of a side (default 224)")
     parser.add_argument("--channels", type=int, nargs="+", choices=(1, 3), default=[1, 3])
     parser.add_argument("--batch", type=int, default=64, help="images (default 64)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch and DALI, and processes of the baseline")
-    parser.add_argument("--rounds", type=int, default=5, help="timed epochs of each provider (default 5)")
-    parser.add_argument("--epochs-flat", type=int, default=50, help="epochs of --memory (default 50)")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of torch and DALI, and processes of the baseline"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="timed epochs of each provider (default 5)"
+    )
+    parser.add_argument(
+        "--epochs-flat", type=int, default=50, help="epochs of --memory (default 50)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--parity", action="store_true", help="pixels in place of times")
     kinds.add_argument("--memory", action="store_true", help="memory in place of times")
-    parser.add_argument("--json", metavar="FILE.json", help="default: a new file in benchmarks/results")
+    parser.add_argument(
+        "--json", metavar="FILE.json", help="default: a new file in benchmarks/results"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument(
-        "--quick", action="store_true", help="{images} images, {rounds} rounds, {epochs} epochs".format(**QUICK)
+        "--quick",
+        action="store_true",
+        help="{images} images, {rounds} rounds, {epochs} epochs".format(**QUICK),
     )
     args = parser.parse_args(words)
     if args.manifest and len(args.manifest) != len(args.data):
-        parser.error(f"{len(args.manifest)} manifests for {len(args.data)} data folders; give one per folder, or none")
+        parser.error(
+            f"{len(args.manifest)} manifests for {len(args.data)} data folders; give one per folder, or none"
+        )
     if min(args.size, args.batch, args.threads, args.rounds, args.epochs_flat) < 1:
         parser.error("--size, --batch, --threads, --rounds and --epochs-flat must be at least 1")
     if args.quick:
-        args.rounds, args.epochs_flat = QUICK["rounds"], QUICK["epochs"]
+        args.rounds = QUICK["rounds"]
+        args.epochs_flat = QUICK["epochs"]
     if args.json is not None and Path(args.json).suffix != ".json":
         parser.error(f"--json is {args.json!r}, needs a file name that ends in .json")
     return args
@@ -241,10 +297,15 @@ def torch_threads(count: int) -> Iterator[None]:
 def run(words: Sequence[str]) -> dict[str, Any]:
     """What the command line does; returns the head and the rows of the file. Raises DataError for data that cannot be used."""
     args = arguments(words)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    name = (
+        ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    )
     device = torch.device(name)
     kind = "parity" if args.parity else "memory" if args.memory else "speed"
-    settings = {name: getattr(args, name) for name in ("size", "channels", "batch", "rounds", "epochs_flat", "threads")}
+    settings = {
+        name: getattr(args, name)
+        for name in ("size", "channels", "batch", "rounds", "epochs_flat", "threads")
+    }
     sources = sources_hash("crop_resize")  # the one op that loaders use
     with (
         torch_threads(args.threads),
@@ -263,7 +324,9 @@ def run(words: Sequence[str]) -> dict[str, Any]:
         )
         with results:
             for case in cases(args, device, Path(folder), console):
-                with console.announce(f"{kind}: {case.data}, {len(case.index)} images, {case.channels} channel(s)"):
+                with console.announce(
+                    f"{kind}: {case.data}, {len(case.index)} images, {case.channels} channel(s)"
+                ):
                     if kind == "speed":
                         rows = [asdict(row) for row in measure(case, args.rounds)]
                     else:
@@ -280,7 +343,9 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     return {**results.head, "rows": results.rows}
 
 
-def cases(args: argparse.Namespace, device: torch.device, folder: Path, console: Console) -> Iterator[Case]:
+def cases(
+    args: argparse.Namespace, device: torch.device, folder: Path, console: Console
+) -> Iterator[Case]:
     """Every data set at every number of channels; synthetic slices in `folder` where none is named."""
     data = args.data
     if not data:
@@ -291,7 +356,15 @@ def cases(args: argparse.Namespace, device: torch.device, folder: Path, console:
         index = check_data(source, manifest, accept_wrong_extension=True)
         index = replace(index, records=index.records[: QUICK["images"]]) if args.quick else index
         for channels in args.channels:
-            yield Case(Path(source).resolve().name, index, channels, args.size, args.batch, args.threads, device)
+            yield Case(
+                Path(source).resolve().name,
+                index,
+                channels,
+                args.size,
+                args.batch,
+                args.threads,
+                device,
+            )
 
 
 def main() -> None:

@@ -77,13 +77,21 @@ def watch_apart(index: DataIndex, epochs: int, threads: int, arguments: dict[str
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder, "index.json")
         index.save(saved)
-        task = json.dumps({"index": str(saved), "epochs": epochs, "threads": threads, "arguments": arguments})
+        task = json.dumps(
+            {"index": str(saved), "epochs": epochs, "threads": threads, "arguments": arguments}
+        )
         command = [sys.executable, "-m", "benchmarks.loader_memory"]
         done = subprocess.run(
-            command, input=task, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+            command,
+            input=task,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
         )
     if done.returncode != 0:
-        return Memory(reason=(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+        return Memory(
+            reason=(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        )
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -92,9 +100,13 @@ def _mib(name: str) -> float:
     processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     kib = 0
     for process in processes:
-        found = re.search(rf"^{name}:\s*(\d+) kB$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+        found = re.search(
+            rf"^{name}:\s*(\d+) kB$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE
+        )
         if found is None:
-            raise OSError(f"/proc/{process}/status has no line {name}: the process ended, or this is not Linux")
+            raise OSError(
+                f"/proc/{process}/status has no line {name}: the process ended, or this is not Linux"
+            )
         kib += int(found.group(1))
     return kib / 1024
 
@@ -104,7 +116,9 @@ def main() -> None:
     task = json.load(sys.stdin)
     torch.set_num_threads(task["threads"])
     memory = watch(DataIndex.load(task["index"]), task["epochs"], task["arguments"])
-    print(json.dumps({name: getattr(memory, name) for name in ("before", "epochs", "peak", "reason")}))
+    print(
+        json.dumps({name: getattr(memory, name) for name in ("before", "epochs", "peak", "reason")})
+    )
 
 
 if __name__ == "__main__":

@@ -85,13 +85,16 @@ def difference(loader: Loader, reference: Loader, epoch: int = 0) -> Difference 
     if loader.steps_per_epoch != reference.steps_per_epoch:
         return f"{loader.steps_per_epoch} batches in place of {reference.steps_per_epoch}"
     total, most, images, differing, beyond, pixels = 0, 0, 0, 0, 0, 0
-    for step, (batch, wanted) in enumerate(zip(loader.epoch(epoch), reference.epoch(epoch), strict=True)):
+    for step, (batch, wanted) in enumerate(
+        zip(loader.epoch(epoch), reference.epoch(epoch), strict=True)
+    ):
         for name in ("indices", "labels", "valid"):
             if not torch.equal(getattr(batch, name).cpu(), getattr(wanted, name)):
                 return f"batch {step} has other {name} than the torch loader"
         off_RCHW = (batch.images.cpu().short() - wanted.images.short()).abs()[wanted.valid]
         total, most = total + int(off_RCHW.sum()), max(most, int(off_RCHW.max()))
-        images, differing = images + len(off_RCHW), differing + int((off_RCHW.amax((1, 2, 3)) > 0).sum())
+        images = images + len(off_RCHW)
+        differing = differing + int((off_RCHW.amax((1, 2, 3)) > 0).sum())
         beyond, pixels = beyond + int((off_RCHW > 2).sum()), pixels + off_RCHW.numel()
     return Difference(total / pixels, most, images, differing, beyond / pixels)
 
@@ -109,5 +112,7 @@ def parity(case: Case) -> list[dict[str, Any]]:
                 continue
             found = difference(loader, case.reference(train))
             loader.close()
-            rows.append({**row, "reason": found} if isinstance(found, str) else {**row, **asdict(found)})
+            rows.append(
+                {**row, "reason": found} if isinstance(found, str) else {**row, **asdict(found)}
+            )
     return rows

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import mae_kernels
-from sssd_fast.ceilings import measure_ceilings
-from sssd_fast.doctor import collect_environment
+from sssd_fast.performance.ceilings import measure_ceilings
+from sssd_fast.run.environment import collect_environment
 
 KERNELS = Path(mae_kernels.__file__).parent
 TRAINER = KERNELS.parent.parent / "sssd_fast"
@@ -27,7 +27,14 @@ STEP_FILES = (
     "optim",
     "step",
 )  # what a training step is made of, beside the ops
-CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
+CLOCKS = (
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
@@ -35,7 +42,10 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 def describe(device: torch.device) -> dict[str, Any]:
     """What the head of a result file says of the machine; without any path and without the name of the host."""
     env = collect_environment()
-    versions = {"python": env["python"]["version"], **{name: v for name, v in env["packages"].items() if v}}
+    versions = {
+        "python": env["python"]["version"],
+        **{name: v for name, v in env["packages"].items() if v},
+    }
     for name, state in env["providers"].items():
         if state["version"]:
             versions[name] = state["version"]
@@ -72,7 +82,9 @@ def clocks(device: torch.device) -> dict[str, str] | None:
     which = f"--id=GPU-{uuid}" if uuid else f"--id={index}"
     command = ["nvidia-smi", which, f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        told = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return dict(zip(CLOCKS, (value.strip() for value in told.strip().split(",")), strict=False))
@@ -82,7 +94,10 @@ def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, A
     """Bytes per second of a large copy (read plus written), FLOP/s of a large product by dtype, measured here."""
     found = [asdict(measure_ceilings(device, dtype)) for dtype in dtypes]
     products = {NAMES[getattr(torch, one["dtype"])]: one["matmul_flops"] for one in found}
-    return {"copy_bytes_per_s": max(one["copy_bytes"] for one in found), "matmul_flops_per_s": products}
+    return {
+        "copy_bytes_per_s": max(one["copy_bytes"] for one in found),
+        "matmul_flops_per_s": products,
+    }
 
 
 # ---- sources ----

@@ -72,7 +72,9 @@ def cache_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         size = int(torch.cuda.get_device_properties(device).L2_cache_size)
     else:
-        found = [_kib(path) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+        found = [
+            _kib(path) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        ]
         size = max(found, default=0) << 10
     return min(max(2 * size, 8 << 20), LARGEST_FLUSH) if size else UNKNOWN_CACHE
 
@@ -201,7 +203,9 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         kept = call()
         del kept
-    moves = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    moves = [
+        event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     now = peak = 0
     for event in sorted(moves, key=lambda event: event.start_ns()):
         now += event.nbytes()
@@ -219,11 +223,16 @@ def error_of(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     worst = 0.0
     for number, (g, e) in enumerate(zip(got, exact, strict=True)):
         if g.shape != e.shape:
-            raise ValueError(f"result {number} has shape {tuple(g.shape)}, the reference {tuple(e.shape)}")
+            raise ValueError(
+                f"result {number} has shape {tuple(g.shape)}, the reference {tuple(e.shape)}"
+            )
         if g.numel():
             difference = (g.double() - e.double()).abs().max()
             scale = e.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-            worst = max(worst, float(difference / scale) if bool(torch.isfinite(difference)) else float("inf"))
+            worst = max(
+                worst,
+                float(difference / scale) if bool(torch.isfinite(difference)) else float("inf"),
+            )
     return worst
 
 

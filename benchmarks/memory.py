@@ -5,7 +5,7 @@ the CUDA context. CUDA: torch's allocator, over two steps after the first one, w
 moments and batch by size, and on top of them the peak of the second step by torch's profiler. CUDA graphs are off, whose pools keep
 memory between steps. mb_per_further_image is the slope from the batch before: what one image more takes.
 
-Largest batch: torch's allocator is forbidden more than the card would leave, the card's GB (1e9 bytes) less what sssd_fast.plan sets
+Largest batch: torch's allocator is forbidden more than the card would leave, the card's GB (1e9 bytes) less what the plan sets
 aside for the CUDA context. Peaks are linear in the batch: the two largest that were measured say where to begin, then real steps
 under the cap decide, going down by 4 % until they run. A batch that stands in a row did run; a larger one may run too where
 the first guess did.
@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, bench: Bench) -> None:
     absent = step_models.missing("ours")
     if absent:
-        note_missing(bench, {name: absent for task in TASKS for name in step_models.PROVIDERS[task]})
+        note_missing(
+            bench, {name: absent for task in TASKS for name in step_models.PROVIDERS[task]}
+        )
         return
     device = bench.device
     config = step_data.configuration(args.model, device)
@@ -69,7 +71,9 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
         caps = []
     dtype = args.dtypes[0] if args.dtypes else step_data.default_dtype(device)
     for task in [args.task] if args.task else TASKS:
-        setup = Setup(step_data.for_task(config, task), task, device, dtype, batches[0], WITHOUT_GRAPHS)
+        setup = Setup(
+            step_data.for_task(config, task), task, device, dtype, batches[0], WITHOUT_GRAPHS
+        )
         names = by_weight(providers(bench, task))
         for name in names:
             points = over_batches(bench, setup, name, batches)
@@ -159,7 +163,9 @@ def under_cap(bench: Bench, setup: Setup, name: str, points: list[Point], cap_gb
     bench.results.add(row)
 
 
-def _search(bench: Bench, row: Row, setup: Setup, name: str, points: list[Point], usable: float) -> None:
+def _search(
+    bench: Bench, row: Row, setup: Setup, name: str, points: list[Point], usable: float
+) -> None:
     tried: list[int] = []
 
     def fits(batch: int) -> bool:
@@ -178,7 +184,7 @@ def _search(bench: Bench, row: Row, setup: Setup, name: str, points: list[Point]
 
 def _runs(bench: Bench, row: Row, setup: Setup, name: str) -> bool:
     """Whether real steps run in the memory there is; where they do, the row gets their peak and their time."""
-    from sssd_fast.guards import is_out_of_memory
+    from sssd_fast.run.device import is_out_of_memory
 
     try:
         _steps(bench, row, setup, name)
@@ -205,14 +211,18 @@ def _steps(bench: Bench, row: Row, setup: Setup, name: str) -> None:
     row.more["images_per_s"] = setup.batch / (row.time.median_us / 1e6)
 
 
-def largest_batch(small: Point, large: Point, limit: float, fits: Callable[[int], bool]) -> int | None:
+def largest_batch(
+    small: Point, large: Point, limit: float, fits: Callable[[int], bool]
+) -> int | None:
     """A multiple of 8 for which `fits` is true: the one where the line through both points meets the limit, or the first below it.
 
     Each batch that does not fit is followed by one at least 4 % smaller. None where not even 8 do.
     """
     slope = (large[1] - small[1]) / (large[0] - small[0])
     if slope <= 0:
-        raise ValueError(f"peaks of {small[1]} and {large[1]} bytes at {small[0]} and {large[0]} images do not grow")
+        raise ValueError(
+            f"peaks of {small[1]} and {large[1]} bytes at {small[0]} and {large[0]} images do not grow"
+        )
     batch = int((limit - large[1]) / slope + large[0]) // MULTIPLE * MULTIPLE
     while batch >= MULTIPLE:
         if fits(batch):
@@ -235,6 +245,6 @@ def capped(device: torch.device, usable: float) -> Iterator[None]:
 
 
 def _context_bytes() -> float:
-    from sssd_fast.plan import RESERVE
+    from sssd_fast.performance.plan import RESERVE
 
     return RESERVE.context_bytes

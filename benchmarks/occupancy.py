@@ -68,7 +68,9 @@ def occupancy(arch: int, registers: int, shared: int, warps: int) -> Occupancy:
     """Of blocks of `warps` warps with `shared` bytes of shared memory, whose threads have `registers` registers each."""
     limits = ARCHITECTURES[arch]
     of_warp = _round_up(registers * WARP, REGISTER_UNIT)
-    by_registers = PARTITIONS * (PARTITION_REGISTERS // of_warp) // warps if of_warp else limits.blocks
+    by_registers = (
+        PARTITIONS * (PARTITION_REGISTERS // of_warp) // warps if of_warp else limits.blocks
+    )
     # a launch is refused as if each partition held as many warps of the block as the fullest one
     if of_warp * _round_up(warps, PARTITIONS) > PARTITIONS * PARTITION_REGISTERS:
         by_registers = 0
@@ -76,7 +78,10 @@ def occupancy(arch: int, registers: int, shared: int, warps: int) -> Occupancy:
     by_shared = limits.shared_kib * 1024 // of_block if of_block else limits.blocks
     by_warps = limits.warps // warps if warps * WARP <= MAX_THREADS else 0
     blocks, limit = min(
-        (by_registers, "registers"), (by_shared, "shared memory"), (by_warps, "warps"), (limits.blocks, "blocks")
+        (by_registers, "registers"),
+        (by_shared, "shared memory"),
+        (by_warps, "warps"),
+        (limits.blocks, "blocks"),
     )
     return Occupancy(blocks, blocks * warps, limits.warps, limit)
 
@@ -107,25 +112,41 @@ def code_of(launch: Launch, arch: int) -> Code:
 
     triton = triton_module()
     *source, options = lint._specialise(launch)
-    built = triton.compile(ASTSource(launch.kernel, *source), target=GPUTarget("cuda", arch, WARP), options=options)
+    built = triton.compile(
+        ASTSource(launch.kernel, *source), target=GPUTarget("cuda", arch, WARP), options=options
+    )
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        return code_in(subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout)
+        return code_in(
+            subprocess.run(
+                [tool, "-sass", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        )
 
 
 def code_in(listing: str) -> Code:
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", listing)
-    lines = [(int(at, 16), name, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in found if name != "NOP"]
+    lines = [
+        (int(at, 16), name, re.search(r"0x([0-9a-f]+)", rest))
+        for at, name, rest in found
+        if name != "NOP"
+    ]
     exits = [number for number, (_, name, _) in enumerate(lines) if name == "EXIT"]
     if not exits:
         raise RuntimeError(f"cuobjdump listed no kernel: {listing[-300:]}")
     body = lines[: exits[-1] + 1]
     # a branch to itself ends every listing and is never reached
-    jumps = [(at, int(to[1], 16)) for at, name, to in lines if name.startswith("BRA") and to and int(to[1], 16) != at]
+    jumps = [
+        (at, int(to[1], 16))
+        for at, name, to in lines
+        if name.startswith("BRA") and to and int(to[1], 16) != at
+    ]
     skipped = [sum(at < place < to for place, _, _ in body) for at, to in jumps]
-    return Code(len(body), any(to < at for at, to in jumps) or 4 * max(skipped, default=0) > len(body))
+    return Code(
+        len(body), any(to < at for at, to in jumps) or 4 * max(skipped, default=0) > len(body)
+    )
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -55,7 +55,9 @@ class Op:
     providers: dict[str, Provider]
     floats: tuple[str, ...] = ()  # inputs of the measured dtype, beside the leaves
     absent: dict[str, str] = field(default_factory=dict)  # provider -> why there is none
-    tolerance: float | None = None  # of the largest value, in place of the rule of measure.allowed_error
+    tolerance: float | None = (
+        None  # of the largest value, in place of the rule of measure.allowed_error
+    )
     exact: str = "published"  # the provider whose results in fp64 are the truth
 
 
@@ -65,7 +67,9 @@ def with_compiled(providers: dict[str, Provider]) -> dict[str, Provider]:
     for name, provider in providers.items():
         out[name] = provider
         if name in ("tuned", "ours"):
-            out[f"{name} compiled"] = Provider(provider.call, provider.leaves, provider.own, compiled=True)
+            out[f"{name} compiled"] = Provider(
+                provider.call, provider.leaves, provider.own, compiled=True
+            )
     return out
 
 
@@ -84,7 +88,12 @@ def noise(s: Shape, device: torch.device) -> Tensor:
 
 def ids(s: Shape, device: torch.device) -> Inputs:
     ids_keep, ids_restore, ids_masked, mask = eager.tuned_masking(noise(s, device), s.keep)
-    found = {"ids_keep": ids_keep, "ids_restore": ids_restore, "ids_masked": ids_masked, "mask": mask}
+    found = {
+        "ids_keep": ids_keep,
+        "ids_restore": ids_restore,
+        "ids_masked": ids_masked,
+        "mask": mask,
+    }
     return {name: t.contiguous() for name, t in found.items()}
 
 

@@ -12,7 +12,20 @@ import mae_kernels as mk
 
 from . import eager
 from .measure import tensors
-from .op import FP32, IDS, Cost, Inputs, Op, Provider, ids, normal, of_masked, pixels, stats, with_compiled
+from .op import (
+    FP32,
+    IDS,
+    Cost,
+    Inputs,
+    Op,
+    Provider,
+    ids,
+    normal,
+    of_masked,
+    pixels,
+    stats,
+    with_compiled,
+)
 from .shapes import Shape
 
 
@@ -26,7 +39,9 @@ def _with_all(x: Inputs, name: str, s: Shape, device: torch.device) -> Inputs:
 def reconstruction_op() -> Op:
     def make(s: Shape, device: torch.device) -> Inputs:
         x = {"images": pixels(s, device), **ids(s, device)}
-        return _with_all({**x, "pred": normal(s.batch, s.masked, s.values, device=device)}, "pred", s, device)
+        return _with_all(
+            {**x, "pred": normal(s.batch, s.masked, s.values, device=device)}, "pred", s, device
+        )
 
     def ours(s: Shape, x: Inputs) -> Tensor:
         return mk.masked_reconstruction_loss(
@@ -41,11 +56,17 @@ def reconstruction_op() -> Op:
         with_compiled(
             {
                 "published": Provider(
-                    lambda s, x: eager.published_reconstruction(x["pred_all"], x["images"], x["mask"], s),
+                    lambda s, x: eager.published_reconstruction(
+                        x["pred_all"], x["images"], x["mask"], s
+                    ),
                     ("pred_all",),
                     of_masked("pred"),
                 ),
-                "tuned": Provider(lambda s, x: eager.tuned_reconstruction(x["pred"], x["images"], x["ids_masked"], s)),
+                "tuned": Provider(
+                    lambda s, x: eager.tuned_reconstruction(
+                        x["pred"], x["images"], x["ids_masked"], s
+                    )
+                ),
                 "ours": Provider(ours),
             }
         ),
@@ -91,7 +112,9 @@ def linear_op() -> Op:
         cost,
         with_compiled(
             {
-                "published": Provider(published, ("hidden_all", "weight", "bias"), of_masked("hidden")),
+                "published": Provider(
+                    published, ("hidden_all", "weight", "bias"), of_masked("hidden")
+                ),
                 "tuned": Provider(tuned),
                 "ours": Provider(ours),
             }
@@ -103,7 +126,9 @@ def linear_op() -> Op:
 
 def _make_logits(s: Shape, device: torch.device) -> Inputs:
     """Of the size that heads with normalised features give: within 1 or so, divided by the temperature later."""
-    logits = {name: 0.3 * torch.randn(s.batch, s.logits, device=device) for name in ("student", "teacher")}
+    logits = {
+        name: 0.3 * torch.randn(s.batch, s.logits, device=device) for name in ("student", "teacher")
+    }
     return {**logits, "center": torch.full((s.logits,), 1 / s.logits, device=device)}
 
 
@@ -125,7 +150,11 @@ def distillation_op() -> Op:
             {
                 "published": plain(eager.distillation),
                 "tuned": plain(eager.tuned_distillation),
-                "ours": plain(lambda student, teacher, center: mk.distillation_loss(student, teacher, center=center)),
+                "ours": plain(
+                    lambda student, teacher, center: mk.distillation_loss(
+                        student, teacher, center=center
+                    )
+                ),
             }
         ),
         absent={"library": "F.cross_entropy is what `tuned` calls"},
@@ -149,8 +178,15 @@ def sssd_op() -> Op:
         return w * distilled + (1 - w) * reconstruction, reconstruction, distilled, center
 
     def ours(s: Shape, x: Inputs) -> list[Tensor]:
-        more: dict[str, Any] = {"ids": x["ids_masked"], "center": x["center"], "patch_size": s.patch, **stats(s)}
-        return tensors(mk.sssd_loss(x["pred"], x["images"], x["student"], x["teacher"], weight=w, **more))
+        more: dict[str, Any] = {
+            "ids": x["ids_masked"],
+            "center": x["center"],
+            "patch_size": s.patch,
+            **stats(s),
+        }
+        return tensors(
+            mk.sssd_loss(x["pred"], x["images"], x["student"], x["teacher"], weight=w, **more)
+        )
 
     def cost(s: Shape, b: int, x: Inputs) -> Cost:
         one, two = _reconstruction_cost(s, b), _distillation_cost(s, b)
@@ -163,7 +199,9 @@ def sssd_op() -> Op:
         cost,
         with_compiled(
             {
-                "published": Provider(published, ("pred_all", "student", "teacher"), of_masked("pred")),
+                "published": Provider(
+                    published, ("pred_all", "student", "teacher"), of_masked("pred")
+                ),
                 "tuned": Provider(tuned),
                 "ours": Provider(ours),
             }

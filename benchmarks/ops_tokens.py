@@ -10,7 +10,20 @@ from torch import Tensor
 import mae_kernels as mk
 
 from . import eager
-from .op import FP32, IDS, Cost, Inputs, Op, Provider, ids, noise, normal, pixels, stats, with_compiled
+from .op import (
+    FP32,
+    IDS,
+    Cost,
+    Inputs,
+    Op,
+    Provider,
+    ids,
+    noise,
+    normal,
+    pixels,
+    stats,
+    with_compiled,
+)
 from .shapes import Shape
 
 
@@ -33,20 +46,32 @@ def masking_op() -> Op:
 
 def gather_op() -> Op:
     def ours(s: Shape, x: Inputs) -> Tensor:
-        return mk.gather_patches(x["images"], x["ids_keep"], s.patch, dtype=x["like"].dtype, **stats(s))
+        return mk.gather_patches(
+            x["images"], x["ids_keep"], s.patch, dtype=x["like"].dtype, **stats(s)
+        )
 
     return Op(
         "gather_patches",
-        lambda s, device: {"images": pixels(s, device), "like": torch.zeros((), device=device), **ids(s, device)},
+        lambda s, device: {
+            "images": pixels(s, device),
+            "like": torch.zeros((), device=device),
+            **ids(s, device),
+        },
         (),
         lambda s, b, x: Cost(s.batch * s.keep * (IDS + s.values * (1 + b))),
         with_compiled(
             {
                 "published": Provider(
-                    lambda s, x: eager.published_gather(x["images"], x["ids_keep"], s, x["like"].dtype)
+                    lambda s, x: eager.published_gather(
+                        x["images"], x["ids_keep"], s, x["like"].dtype
+                    )
                 ),
-                "tuned": Provider(lambda s, x: eager.tuned_gather(x["images"], x["ids_keep"], s, x["like"].dtype)),
-                "library": Provider(lambda s, x: eager.unfold_gather(x["images"], x["ids_keep"], s, x["like"].dtype)),
+                "tuned": Provider(
+                    lambda s, x: eager.tuned_gather(x["images"], x["ids_keep"], s, x["like"].dtype)
+                ),
+                "library": Provider(
+                    lambda s, x: eager.unfold_gather(x["images"], x["ids_keep"], s, x["like"].dtype)
+                ),
                 "ours": Provider(ours),
             }
         ),
@@ -57,17 +82,25 @@ def gather_op() -> Op:
 def embed_op() -> Op:
     def make(s: Shape, device: torch.device) -> Inputs:
         weight = normal(s.width, s.channels, s.patch, s.patch, device=device, fan_in=s.values)
-        rest = {"bias": normal(s.width, device=device), "pos": normal(s.patches, s.width, device=device)}
+        rest = {
+            "bias": normal(s.width, device=device),
+            "pos": normal(s.patches, s.width, device=device),
+        }
         return {"images": pixels(s, device), **ids(s, device), "weight": weight, **rest}
 
     def plain(function: Callable[..., Tensor]) -> Provider:
-        return Provider(lambda s, x: function(x["images"], x["ids_keep"], x["weight"], x["bias"], x["pos"], s))
+        return Provider(
+            lambda s, x: function(x["images"], x["ids_keep"], x["weight"], x["bias"], x["pos"], s)
+        )
 
     def ours(s: Shape, x: Inputs) -> Tensor:
-        return mk.embed_patches(x["images"], x["ids_keep"], x["weight"], x["bias"], x["pos"], **stats(s))
+        return mk.embed_patches(
+            x["images"], x["ids_keep"], x["weight"], x["bias"], x["pos"], **stats(s)
+        )
 
     def cost(s: Shape, b: int, x: Inputs) -> Cost:
-        pixels, tokens = s.batch * s.keep * (s.values + IDS), s.batch * s.keep * s.width * b
+        pixels = s.batch * s.keep * (s.values + IDS)
+        tokens = s.batch * s.keep * s.width * b
         weights = (s.values + 1 + s.patches) * s.width * b
         flops = 2.0 * s.batch * s.keep * s.values * s.width
         return Cost(pixels + tokens + weights, pixels + tokens + weights, flops, flops)
@@ -78,7 +111,11 @@ def embed_op() -> Op:
         ("weight", "bias", "pos"),
         cost,
         with_compiled(
-            {"published": plain(eager.published_embed), "tuned": plain(eager.tuned_embed), "ours": Provider(ours)}
+            {
+                "published": plain(eager.published_embed),
+                "tuned": plain(eager.tuned_embed),
+                "ours": Provider(ours),
+            }
         ),
         absent={"library": "F.conv2d is what the published code calls"},
     )
@@ -94,11 +131,15 @@ def restore_op() -> Op:
         }
 
     def plain(function: Callable[..., Tensor]) -> Provider:
-        return Provider(lambda s, x: function(x["visible"], x["ids_restore"], x["mask_token"], x["pos"]))
+        return Provider(
+            lambda s, x: function(x["visible"], x["ids_restore"], x["mask_token"], x["pos"])
+        )
 
     def cost(s: Shape, b: int, x: Inputs) -> Cost:
         visible, all_ = (s.batch * n * s.decoder * b for n in (1 + s.keep, 1 + s.patches))
-        ids, pos, mask = s.batch * s.patches * IDS, (1 + s.patches) * s.decoder * b, s.decoder * b
+        ids = s.batch * s.patches * IDS
+        pos = (1 + s.patches) * s.decoder * b
+        mask = s.decoder * b
         return Cost(visible + ids + mask + pos + all_, all_ + ids + visible + mask)
 
     return Op(
@@ -171,7 +212,11 @@ def crop_op() -> Op:
         extent = (shapes * side).long().clamp(min=1)
         corner = ((shapes - extent + 1) * torch.rand(s.batch, 2)).long()
         sizes = shapes.prod(1) * s.channels
-        x = {"pixels": _smooth(int(sizes.sum())), "offsets": sizes.cumsum(0) - sizes, "shapes": shapes}
+        x = {
+            "pixels": _smooth(int(sizes.sum())),
+            "offsets": sizes.cumsum(0) - sizes,
+            "shapes": shapes,
+        }
         x |= {"boxes": torch.cat([corner, extent], 1), "flips": torch.rand(s.batch) < 0.5}
         return {name: t.to(device) for name, t in x.items()}
 

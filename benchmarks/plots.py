@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sssd_fast.visualize import INK, QUIET, write_picture
+from sssd_fast.evaluation.visualize import INK, QUIET, write_picture
 
 from . import plots_training
 from .bench import OURS
@@ -39,12 +39,25 @@ def _plots(document: Document) -> Iterator[Plot]:
 
     def plot(name: str, title: str, draw: Callable[..., Any], *args: Any) -> Plot:
         title = f"{title}, {hardware}"
-        return Plot(f"{name}-{slug(document['device']['name'])}.png", document, title, partial(draw, title, *args))
+        return Plot(
+            f"{name}-{slug(document['device']['name'])}.png",
+            document,
+            title,
+            partial(draw, title, *args),
+        )
 
     if bars := [group for group in _bars(document) if group.time(OURS)]:
-        yield plot(f"time-{kind}", f"{kind.capitalize()}: time of each provider / ours", _draw_bars, bars, kind)
+        yield plot(
+            f"time-{kind}",
+            f"{kind.capitalize()}: time of each provider / ours",
+            _draw_bars,
+            bars,
+            kind,
+        )
     if points := _roofline(document):
-        yield plot(f"roofline-{kind}", f"{kind.capitalize()}: roofline", _draw_roofline, document, points)
+        yield plot(
+            f"roofline-{kind}", f"{kind.capitalize()}: roofline", _draw_roofline, document, points
+        )
     if panels := plots_training.panels(document):
         caps = plots_training.caps(document)
         yield plot("memory", "Peak memory over the batch", plots_training.draw_memory, panels, caps)
@@ -79,7 +92,16 @@ def _draw_bars(title: str, chosen: Sequence[Group], kind: str) -> Any:
         y += 1.1
         head = f"{group.case}, {group.shape}, {group.dtype}, {group.phase}"
         inches = axes.get_yaxis_transform()
-        axes.text(-0.2, y - 0.1, head, fontsize=8, fontweight="bold", color=INK, va="center", transform=inches)
+        axes.text(
+            -0.2,
+            y - 0.1,
+            head,
+            fontsize=8,
+            fontweight="bold",
+            color=INK,
+            va="center",
+            transform=inches,
+        )
         axes.plot([1, 1], [y + 0.5, y + 0.5 + len(providers)], color=COLORS[OURS], lw=1.4)
         for name in providers:
             y += 1.0
@@ -90,11 +112,15 @@ def _draw_bars(title: str, chosen: Sequence[Group], kind: str) -> Any:
     axes.set_ylim(y + 0.4, 0.2)
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.tick_params(axis="y", length=0, labelsize=7.5, labelcolor=INK)
-    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5) if max(ratios) / min(ratios) > 10 else (1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_locator(
+        LogLocator(10, (1, 2, 5) if max(ratios) / min(ratios) > 10 else (1, 1.5, 2, 3, 5, 7))
+    )
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.set_xlabel(
-        "time / time of ours (blue line); left of it a provider is faster than ours", fontsize=8, color=QUIET
+        "time / time of ours (blue line); left of it a provider is faster than ours",
+        fontsize=8,
+        color=QUIET,
     )
     return figure
 
@@ -105,7 +131,9 @@ def _bar(axes: Any, y: float, group: Group, name: str) -> list[float]:
     if time is None or ours is None:
         reason = str(group.rows[name]["reason"] or "no figure")
         text = reason if len(reason) < 60 else reason[:59] + "…"
-        axes.text(1.03, y, text, fontsize=7, color=QUIET, va="center", style="italic", parse_math=False)
+        axes.text(
+            1.03, y, text, fontsize=7, color=QUIET, va="center", style="italic", parse_math=False
+        )
         return []
     ratio = time / ours
     axes.barh(y, ratio - 1, 0.8, 1, color=color_of(name))
@@ -134,16 +162,31 @@ def _roofline(document: Document) -> list[Point]:
         label = group.shape if document["kind"] == "attention" else group.case
         for name in (OURS, group.best_other()):
             row = group.rows.get(name) if name else None
-            if row and row["time"] and row["flops"] and row["bytes"] and group.dtype in ceilings["matmul_flops_per_s"]:
+            if (
+                row
+                and row["time"]
+                and row["flops"]
+                and row["bytes"]
+                and group.dtype in ceilings["matmul_flops_per_s"]
+            ):
                 rate = row["flops"] / row["time"]["median_us"] * 1e6
-                found.append(Point(label, row["flops"] / row["bytes"], rate, group.dtype, is_ours(row["provider"])))
+                found.append(
+                    Point(
+                        label,
+                        row["flops"] / row["bytes"],
+                        rate,
+                        group.dtype,
+                        is_ours(row["provider"]),
+                    )
+                )
     return found if any(point.ours for point in found) else []
 
 
 def _draw_roofline(title: str, document: Document, points: Sequence[Point]) -> Any:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    copy, products = document["ceilings"]["copy_bytes_per_s"], document["ceilings"]["matmul_flops_per_s"]
+    copy = document["ceilings"]["copy_bytes_per_s"]
+    products = document["ceilings"]["matmul_flops_per_s"]
     products = {dtype: products[dtype] for dtype in sorted({point.dtype for point in points})}
     figure = new_figure(title, 4.6)
     axes = new_axes(figure, 1.0, 0.75, 2.35, 0.4, ("left", "bottom"))
@@ -156,12 +199,23 @@ def _draw_roofline(title: str, document: Document, points: Sequence[Point]) -> A
         lines.append(f"flat: matrix product, {dtype}, {rate_text(flops, 'FLOP/s')}")
     lines.append("● ours   ○ fastest other")
     bottom = min(min(point.rate for point in points) / 2, max(products.values()) / 100)
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, max(products.values()) * 4))
+    axes.set(
+        xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, max(products.values()) * 4)
+    )
     for point in points:
-        look = {"color": COLORS[OURS], "zorder": 3} if point.ours else {"color": BASE, "mfc": "white", "zorder": 2}
+        look = (
+            {"color": COLORS[OURS], "zorder": 3}
+            if point.ours
+            else {"color": BASE, "mfc": "white", "zorder": 2}
+        )
         axes.plot(point.intensity, point.rate, "o", ms=6, **look)
-    axes.text(0.02, 0.98, "\n".join(lines), transform=axes.transAxes, fontsize=7.5, color=QUIET, va="top")
-    for axis, tick in ((axes.xaxis, "{:g}".format), (axes.yaxis, lambda rate: rate_text(rate, "FLOP/s"))):
+    axes.text(
+        0.02, 0.98, "\n".join(lines), transform=axes.transAxes, fontsize=7.5, color=QUIET, va="top"
+    )
+    for axis, tick in (
+        (axes.xaxis, "{:g}".format),
+        (axes.yaxis, lambda rate: rate_text(rate, "FLOP/s")),
+    ):
         axis.set_major_locator(LogLocator(10))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _, tick=tick: tick(value)))
@@ -169,7 +223,11 @@ def _draw_roofline(title: str, document: Document, points: Sequence[Point]) -> A
     axes.set_xlabel("FLOP per byte that the operation needs", fontsize=8, color=QUIET)
     label_ends(axes, [(point.label, point.intensity, point.rate) for point in points if point.ours])
     shown = {point.label for point in points}
-    absent = [group.case for group in _bars(document) if group.case not in shown and document["kind"] == "kernels"]
+    absent = [
+        group.case
+        for group in _bars(document)
+        if group.case not in shown and document["kind"] == "kernels"
+    ]
     if absent:
         text = f"Not here, being without matrix products or without a time: {', '.join(absent)}."
         figure.text(0.02, 0.02, text, fontsize=7, color=QUIET, wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sssd_fast.visualize import INK, QUIET
+from sssd_fast.evaluation.visualize import INK, QUIET
 
 from .drawing import BASE, GAIN, LINE, LOSS, color_of, label_ends, new_axes, new_figure
 from .formats import Document, Row, significant
@@ -30,13 +30,16 @@ def panels(document: Document) -> dict[str, Series]:
                 panel = found.setdefault(f"{group.case}, {model}, {group.dtype}", {})
                 panel.setdefault(name, []).append((batch(row), row["peak_bytes"] / 1e9))
     lines = {
-        what: {name: sorted(line) for name, line in panel.items() if len(line) > 1} for what, panel in found.items()
+        what: {name: sorted(line) for name, line in panel.items() if len(line) > 1}
+        for what, panel in found.items()
     }
     return {what: panel for what, panel in lines.items() if panel}
 
 
 def caps(document: Document) -> list[float]:
-    return sorted({row["more"]["cap_gb"] for row in document["rows"] if row["case"].startswith(LARGEST)})
+    return sorted(
+        {row["more"]["cap_gb"] for row in document["rows"] if row["case"].startswith(LARGEST)}
+    )
 
 
 def draw_memory(title: str, found: dict[str, Series], limits: Sequence[float]) -> Any:
@@ -49,7 +52,14 @@ def draw_memory(title: str, found: dict[str, Series], limits: Sequence[float]) -
         names = ordered(panel, "memory")
         for name in names:
             style = "--" if name.endswith("compiled") else "-"
-            axes.plot(*zip(*panel[name], strict=True), style, color=color_of(name), marker="o", ms=3.5, lw=1.6)
+            axes.plot(
+                *zip(*panel[name], strict=True),
+                style,
+                color=color_of(name),
+                marker="o",
+                ms=3.5,
+                lw=1.6,
+            )
         top = 1.08 * max(size for line in panel.values() for _, size in line)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({images for line in panel.values() for images, _ in line}))
@@ -64,7 +74,9 @@ def draw_memory(title: str, found: dict[str, Series], limits: Sequence[float]) -
         axes.set_title(what, fontsize=9, color=INK, loc="left")
         axes.set_xlabel("images per batch", fontsize=8, color=QUIET)
         axes.set_ylabel("peak, GB", fontsize=8, color=QUIET)
-        label_ends(axes, [(name, *panel[name][-1]) for name in names], [color_of(name) for name in names])
+        label_ends(
+            axes, [(name, *panel[name][-1]) for name in names], [color_of(name) for name in names]
+        )
     return figure
 
 
@@ -97,16 +109,25 @@ def draw_waterfall(title: str, rows: Sequence[Row]) -> Any:
         rate = _rate(row)
         if rate is None:
             reason = str(row["reason"] or "no figure")[:60]
-            axes.text(0, place, f" {reason}", fontsize=7.5, color=QUIET, va="center", style="italic")
+            axes.text(
+                0, place, f" {reason}", fontsize=7.5, color=QUIET, va="center", style="italic"
+            )
             continue
         first = first or rate
         color = BASE if place == 0 else GAIN if rate >= before else LOSS
         change = "" if place == 0 else f"  {rate / before - 1:+.0%}"
         axes.barh(place, rate - before, 0.62, before, color=color)
-        axes.plot([rate, rate], [place - 0.31, min(place + 1.31, len(rows) - 0.69)], color=QUIET, lw=0.7)
+        axes.plot(
+            [rate, rate], [place - 0.31, min(place + 1.31, len(rows) - 0.69)], color=QUIET, lw=0.7
+        )
         where = {"textcoords": "offset points", "va": "center"}
         axes.annotate(
-            f"{significant(rate)}{change}", (max(rate, before), place), (4, 0), fontsize=8, color=INK, **where
+            f"{significant(rate)}{change}",
+            (max(rate, before), place),
+            (4, 0),
+            fontsize=8,
+            color=INK,
+            **where,
         )
         before = rate
     axes.set_yticks(range(len(rows)), [row["provider"] for row in rows])
@@ -115,5 +136,9 @@ def draw_waterfall(title: str, rows: Sequence[Row]) -> Any:
     axes.set_xlim(0, 1.18 * max(rate for row in rows if (rate := _rate(row))))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="x", color=LINE, lw=0.5)
-    axes.set_xlabel(f"images/s; all together {significant(before / first)}× the first line", fontsize=8, color=QUIET)
+    axes.set_xlabel(
+        f"images/s; all together {significant(before / first)}× the first line",
+        fontsize=8,
+        color=QUIET,
+    )
     return figure

@@ -53,7 +53,9 @@ def run(
         while running and time.monotonic() - started < limit_s:
             for i, process in list(running.items()):
                 if process.poll() is not None:
-                    done[i] = Done(list(commands[i]), process.returncode, time.monotonic() - started)
+                    done[i] = Done(
+                        list(commands[i]), process.returncode, time.monotonic() - started
+                    )
                     end({running.pop(i).pid}, SIGNALS[-1:])  # what it left behind
             if time.monotonic() - ticked >= TICK_S:
                 tick()
@@ -90,7 +92,9 @@ def end(leaders: Iterable[int], signals: Sequence[tuple[signal.Signals, float]])
     for which, grace_s in signals:
         until = time.monotonic() + grace_s
         for pid in members(wanted):
-            wanted.add(pid)  # a child that made a session of its own has no parent to be found by once that is gone
+            wanted.add(
+                pid
+            )  # a child that made a session of its own has no parent to be found by once that is gone
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, which)
         while members(wanted) and time.monotonic() < until:

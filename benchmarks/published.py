@@ -51,13 +51,16 @@ class Masked(NamedTuple):
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.heads = heads
+        self.scale = (width // heads) ** -0.5
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         B, N, D = x_BND.shape
-        qkv_3BHNd = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        qkv_3BHNd = (
+            self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        )
         q_BHNd, k_BHNd, v_BHNd = qkv_3BHNd[0], qkv_3BHNd[1], qkv_3BHNd[2]
         scores_BHNN = (q_BHNd @ k_BHNd.transpose(-2, -1)) * self.scale
         out_BND = (scores_BHNN.softmax(dim=-1) @ v_BHNd).transpose(1, 2).reshape(B, N, D)
@@ -68,7 +71,9 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.act(self.fc1(x)))
@@ -104,8 +109,12 @@ class MaskedAutoencoderViT(nn.Module):
 
     def __init__(self, sizes: Sizes, norm: str = "patch") -> None:
         super().__init__()
-        self.sizes, self.norm_target = sizes, norm
-        ratio, eps, D, E = sizes.mlp_ratio, sizes.norm_eps, sizes.width, sizes.decoder_width
+        self.sizes = sizes
+        self.norm_target = norm
+        ratio = sizes.mlp_ratio
+        eps = sizes.norm_eps
+        D = sizes.width
+        E = sizes.decoder_width
         self.patch_embed = PatchEmbed(sizes.patch_size, sizes.channels, D)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + sizes.patches, D), requires_grad=False)
@@ -113,7 +122,9 @@ class MaskedAutoencoderViT(nn.Module):
         self.norm = nn.LayerNorm(D, eps=eps)
         self.decoder_embed = nn.Linear(D, E)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + sizes.patches, E), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(
+            torch.zeros(1, 1 + sizes.patches, E), requires_grad=False
+        )
         self.decoder_blocks = nn.ModuleList(
             Block(E, sizes.decoder_heads, ratio, eps) for _ in range(sizes.decoder_depth)
         )
@@ -127,7 +138,9 @@ class MaskedAutoencoderViT(nn.Module):
         grid_BChPwP = images_BCHW.reshape(B, C, height // P, P, width // P, P)
         return grid_BChPwP.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, P * P * C)
 
-    def keep_visible(self, x_BLD: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def keep_visible(
+        self, x_BLD: Tensor, noise_BL: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(visible tokens [B, K, D], mask, ids_restore, ids_keep); the K smallest of the noise stay."""
         L, D = x_BLD.shape[1:]
         K = int(L * (1 - self.sizes.mask_ratio))
@@ -165,10 +178,17 @@ class MaskedAutoencoderViT(nn.Module):
         target_BLV = self.patchify(images_BCHW)
         if self.norm_target != "none":
             C = self.sizes.channels
-            target = target_BLV if self.norm_target == "patch" else target_BLV.unflatten(-1, (-1, C)).transpose(-1, -2)
-            center, spread = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + 1e-6).sqrt()
+            target = (
+                target_BLV
+                if self.norm_target == "patch"
+                else target_BLV.unflatten(-1, (-1, C)).transpose(-1, -2)
+            )
+            center = target.mean(-1, keepdim=True)
+            spread = (target.var(-1, keepdim=True) + 1e-6).sqrt()
             target = (target - center) / spread
-            target_BLV = target if self.norm_target == "patch" else target.transpose(-1, -2).flatten(-2)
+            target_BLV = (
+                target if self.norm_target == "patch" else target.transpose(-1, -2).flatten(-2)
+            )
         each_BL = (pred_BLV - target_BLV).square().mean(-1)
         loss: Tensor = (each_BL * mask_BL).sum() / mask_BL.sum()
         return loss
@@ -178,7 +198,11 @@ class MaskedAutoencoderViT(nn.Module):
         encoded = self.encode(images_BCHW, noise_BL)
         y_BNE = self.decode(encoded.latent_BND, encoded.ids_restore_BL)
         pred_BLV = self.decoder_pred(y_BNE)[:, 1:, :]
-        return self.reconstruction_loss(images_BCHW, pred_BLV, encoded.mask_BL), pred_BLV, encoded.mask_BL
+        return (
+            self.reconstruction_loss(images_BCHW, pred_BLV, encoded.mask_BL),
+            pred_BLV,
+            encoded.mask_BL,
+        )
 
 
 class Head(nn.Module):
@@ -187,7 +211,11 @@ class Head(nn.Module):
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
         )
         self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
 
@@ -223,15 +251,20 @@ class SDMAE(nn.Module):
     ) -> None:
         super().__init__()
         self.mae = MaskedAutoencoderViT(sizes, norm)
-        self.student_head, self.teacher_head = Head(sizes.width, *head), Head(sizes.decoder_width, *head)
-        self.weight, self.temps, self.momentum = weight, (student_temp, teacher_temp), momentum
+        self.student_head = Head(sizes.width, *head)
+        self.teacher_head = Head(sizes.decoder_width, *head)
+        self.weight = weight
+        self.temps = (student_temp, teacher_temp)
+        self.momentum = momentum
         self.register_buffer("center", torch.zeros(head[2]))
 
     def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> Distilled:
         mae = self.mae
         encoded = mae.encode(images_BCHW, noise_BL)
         y_BNE = mae.decode(encoded.latent_BND, encoded.ids_restore_BL)
-        reconstruction = mae.reconstruction_loss(images_BCHW, mae.decoder_pred(y_BNE)[:, 1:, :], encoded.mask_BL)
+        reconstruction = mae.reconstruction_loss(
+            images_BCHW, mae.decoder_pred(y_BNE)[:, 1:, :], encoded.mask_BL
+        )
         ids_BKE = encoded.ids_keep_BK.unsqueeze(-1).repeat(1, 1, y_BNE.shape[-1])
         teacher_BKE = torch.gather(y_BNE[:, 1:, :], 1, ids_BKE)
         z_student_BS = self.student_head(encoded.latent_BND[:, 1:, :]).mean(dim=1)
@@ -244,4 +277,6 @@ class SDMAE(nn.Module):
 
     @torch.no_grad()
     def update_center(self, batch_center_S: Tensor) -> None:
-        self.center.mul_(self.momentum).add_(batch_center_S.to(self.center.dtype), alpha=1 - self.momentum)
+        self.center.mul_(self.momentum).add_(
+            batch_center_S.to(self.center.dtype), alpha=1 - self.momentum
+        )

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sssd_fast.checkpoint import atomic_write_text
-from sssd_fast.console import Console
 from sssd_fast.errors import SssdError
+from sssd_fast.run.files import atomic_write_text
+from sssd_fast.run.log import Console
 
 from . import experiments, plots, results, tables
 from .formats import Document, caption, device_name
@@ -54,11 +54,15 @@ def find(folder: Path) -> Found:
     for path in sorted(folder.glob("*.json")):
         schema = _schema(path)
         if schema is not None and schema != results.SCHEMA:
-            warnings.append(f"{path.name} is left out: its schema is {schema}, not {results.SCHEMA}")
+            warnings.append(
+                f"{path.name} is left out: its schema is {schema}, not {results.SCHEMA}"
+            )
             continue
         document = {**results.load(path), "file": path.name}
         if document["kind"] not in KINDS:
-            raise SssdError(f"{path}: its kind is {document['kind']!r}, known are {', '.join(KINDS)}")
+            raise SssdError(
+                f"{path}: its kind is {document['kind']!r}, known are {', '.join(KINDS)}"
+            )
         if document["quick"]:
             warnings.append(f"{path.name} is left out: a quick run")
         else:
@@ -67,9 +71,17 @@ def find(folder: Path) -> Found:
         newest[document["kind"], document["device"]["name"]] = document
     order = sorted(
         newest.values(),
-        key=lambda one: (one["device"]["type"] != "cuda", one["device"]["name"], KINDS.index(one["kind"])),
+        key=lambda one: (
+            one["device"]["type"] != "cuda",
+            one["device"]["name"],
+            KINDS.index(one["kind"]),
+        ),
     )
-    warnings += [f"{one['file']} is unfinished; it is shown, and said to be" for one in order if not one["finished"]]
+    warnings += [
+        f"{one['file']} is unfinished; it is shown, and said to be"
+        for one in order
+        if not one["finished"]
+    ]
     return Found(order, warnings, experiments.find(folder))
 
 
@@ -91,7 +103,9 @@ def texts(found: Found, readme: str) -> dict[str, str]:
     sections = {name: tables.summary(name, documents) for name in tables.SECTIONS}
     sections[OVERVIEW] = tables.overview(documents)
     sections[PAPER] = experiments.section(found.papers)
-    long = {f"{FOLDER}/{long_name(one)}": long_page(one) for one in documents if one["kind"] == LONG}
+    long = {
+        f"{FOLDER}/{long_name(one)}": long_page(one) for one in documents if one["kind"] == LONG
+    }
     pages = {PAGE: page(documents), experiments.PAGE: experiments.page(found.papers)}
     return {README: replace(readme, sections), **pages, **long}
 
@@ -102,14 +116,20 @@ def replace(text: str, sections: dict[str, str]) -> str:
     for number, marker in enumerate(found):
         name, closes = marker.group(2), marker.group(1) == "/"
         if name not in sections:
-            raise SssdError(f"{README}: marker {marker.group()} names no section; known are {', '.join(sections)}")
-        expected = f"<!-- /bench:{found[number - 1].group(2)} -->" if number % 2 else "an opening marker"
+            raise SssdError(
+                f"{README}: marker {marker.group()} names no section; known are {', '.join(sections)}"
+            )
+        expected = (
+            f"<!-- /bench:{found[number - 1].group(2)} -->" if number % 2 else "an opening marker"
+        )
         if closes != bool(number % 2) or (closes and marker.group() != expected):
             raise SssdError(f"{README}: marker {marker.group()} stands where {expected} is needed")
     for name in sections:
         count = sum(marker.group(2) == name for marker in found)
         if count != 2:
-            has = "missing" if count == 0 else "not closed" if count == 1 else "there more than once"
+            has = (
+                "missing" if count == 0 else "not closed" if count == 1 else "there more than once"
+            )
             raise SssdError(
                 f"{README}: marker <!-- bench:{name} --> is {has}; write it and <!-- /bench:{name} --> on lines of their own, once"
             )
@@ -143,7 +163,8 @@ device against each other. `sssd-fast bench report` writes this page, its pictur
 
 
 def page(documents: Sequence[Document]) -> str:
-    blocks, pictures = [INTRODUCTION, "## In short", tables.overview(documents)], plots.planned(documents)
+    blocks = [INTRODUCTION, "## In short", tables.overview(documents)]
+    pictures = plots.planned(documents)
     blocks[2] = blocks[2].replace("(docs/benchmarks.md)", "(benchmarks.md)")
     for section in tables.SECTIONS:
         mine = [document for document in documents if tables.section_of(document) == section]
@@ -151,8 +172,14 @@ def page(documents: Sequence[Document]) -> str:
         for document in mine:
             rest = document["kind"].partition("-")[2]
             blocks += [f"### {device_name(document)}{': ' * bool(rest)}{rest}"]
-            blocks += [tables.with_note(document, caption(document)) + f" File: `{document['file']}`."]
-            blocks += [f"![{plot.title}](benchmarks/{plot.file})" for plot in pictures if plot.document is document]
+            blocks += [
+                tables.with_note(document, caption(document)) + f" File: `{document['file']}`."
+            ]
+            blocks += [
+                f"![{plot.title}](benchmarks/{plot.file})"
+                for plot in pictures
+                if plot.document is document
+            ]
             if document["kind"] == LONG:
                 blocks += [
                     tables.short(document),
@@ -169,10 +196,13 @@ def long_name(document: Document) -> str:
 
 def long_page(document: Document) -> str:
     title = f"# {TITLES[document['kind']]}, all rows: {device_name(document)}"
-    source = (
-        f"Written by `sssd-fast bench report` from `{document['file']}`; [what the columns mean](../benchmarks.md)."
+    source = f"Written by `sssd-fast bench report` from `{document['file']}`; [what the columns mean](../benchmarks.md)."
+    return (
+        "\n\n".join(
+            [title, source, tables.with_note(document, caption(document)), tables.full(document)]
+        )
+        + "\n"
     )
-    return "\n\n".join([title, source, tables.with_note(document, caption(document)), tables.full(document)]) + "\n"
 
 
 # ---- command line ----
@@ -181,7 +211,11 @@ def long_page(document: Document) -> str:
 def differing(root: Path, folder: Path) -> list[str]:
     """The texts that are not what the files in `folder` give, by path from the root."""
     wanted = texts(find(folder), _read(root / README))
-    return [name for name, text in wanted.items() if not (root / name).is_file() or _read(root / name) != text]
+    return [
+        name
+        for name, text in wanted.items()
+        if not (root / name).is_file() or _read(root / name) != text
+    ]
 
 
 def _read(path: Path) -> str:
@@ -195,17 +229,25 @@ def _read(path: Path) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 where README or docs are not up to date"
+        "--check",
+        action="store_true",
+        help="write nothing; exit with 1 where README or docs are not up to date",
     )
     parser.add_argument(
-        "--results", type=Path, default=results.FOLDER, metavar="DIR", help="in place of benchmarks/results"
+        "--results",
+        type=Path,
+        default=results.FOLDER,
+        metavar="DIR",
+        help="in place of benchmarks/results",
     )
 
 
 def main(args: argparse.Namespace, root: Path = ROOT) -> int:
     folder = Path(args.results)
     if not folder.is_dir():
-        raise SssdError(f"--results {folder}: no such folder; give one with files that `sssd-fast bench` wrote")
+        raise SssdError(
+            f"--results {folder}: no such folder; give one with files that `sssd-fast bench` wrote"
+        )
     with Console() as console:
         found = find(folder)
         for text in found.warnings:

@@ -38,8 +38,8 @@ from typing import Any
 
 import torch
 
-from sssd_fast.checkpoint import atomic_write_text
 from sssd_fast.errors import SssdError
+from sssd_fast.run.files import atomic_write_text
 
 from . import machine
 from .measure import Time, Versus
@@ -85,7 +85,9 @@ class Results:
         settings: dict[str, Any] | None = None,
         ceilings: dict[str, Any] | None = None,
     ) -> None:
-        self.device, self.rows, self._drafts = device, list[dict[str, Any]](), list[dict[str, Any]]()
+        self.device = device
+        self.rows = list[dict[str, Any]]()
+        self._drafts = list[dict[str, Any]]()
         self._started = time.perf_counter()
         now = datetime.datetime.now(datetime.timezone.utc)
         self.head: dict[str, Any] = {
@@ -105,7 +107,9 @@ class Results:
         }
         name = f"{kind}-{machine.slug(self.head['device']['name'])}-{now:%Y%m%d-%H%M%S}.json"
         # quick runs are never reported, and lie where git does not see them
-        self.path = path if path is not None else FOLDER / "quick" / name if quick else FOLDER / name
+        self.path = (
+            path if path is not None else FOLDER / "quick" / name if quick else FOLDER / name
+        )
 
     def add(self, *rows: Row | dict[str, Any]) -> None:
         """Rows of a form of their own (loader) come as they are to stand in the file."""
@@ -161,14 +165,18 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SssdError(f"{path}: no such file; `sssd-fast bench kernels` and the like write one") from None
+        raise SssdError(
+            f"{path}: no such file; `sssd-fast bench kernels` and the like write one"
+        ) from None
     except (OSError, ValueError) as error:
         raise SssdError(
             f"{path}: cannot be read as JSON ({error}); give a file that `sssd-fast bench` wrote"
         ) from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
-        raise SssdError(f"{path}: its schema is {schema!r}, needs {SCHEMA!r}; measure again with this version")
+        raise SssdError(
+            f"{path}: its schema is {schema!r}, needs {SCHEMA!r}; measure again with this version"
+        )
     return document
 
 

@@ -23,8 +23,13 @@ PROVIDERS = {
 }  # fmt: skip
 PROVIDERS["memory"] = PROVIDERS["step"]
 PHASES = ("forward", "backward", "forward+backward", "step", "memory")  # a later one tells more
-DTYPES = {"cuda": ("fp32", "fp16", "bf16"), "cpu": ("bf16", "fp16", "fp32")}  # a later one is used more
-MODEL = re.compile(r"ViT-B(/16, 224)?(, \d+ images)?")  # and nothing else: "ViT-B, CT" is another model
+DTYPES = {
+    "cuda": ("fp32", "fp16", "bf16"),
+    "cpu": ("bf16", "fp16", "fp32"),
+}  # a later one is used more
+MODEL = re.compile(
+    r"ViT-B(/16, 224)?(, \d+ images)?"
+)  # and nothing else: "ViT-B, CT" is another model
 WATERFALL, LARGEST = "waterfall ", "largest batch "  # first words of cases that are shown apart
 
 
@@ -51,7 +56,11 @@ class Group:
 
     def best_other(self) -> str | None:
         """The fastest provider that is not ours."""
-        times = {name: time for name in self.rows if not is_ours(name) and (time := self.time(name)) is not None}
+        times = {
+            name: time
+            for name in self.rows
+            if not is_ours(name) and (time := self.time(name)) is not None
+        }
         return min(times, key=lambda name: times[name]) if times else None
 
 
@@ -78,7 +87,12 @@ def groups(document: Document) -> list[Group]:
 
 def batch(row: Row) -> int:
     """Images of a row; 0 where it does not say."""
-    for place, name in ((row["more"], "batch"), (row["sizes"], "batch"), (row["sizes"], "images"), (row["sizes"], "B")):
+    for place, name in (
+        (row["more"], "batch"),
+        (row["sizes"], "batch"),
+        (row["sizes"], "images"),
+        (row["sizes"], "B"),
+    ):
         if isinstance(place.get(name), int):
             return int(place[name])
     told = re.search(r"(\d+) images", row["shape"])
@@ -124,8 +138,14 @@ def sites(document: Document) -> list[Group]:
     best: dict[tuple[object, ...], Group] = {}
     for group in fullest(document):
         sizes = next(iter(group.rows.values()))["sizes"]
-        name = (group.dtype, *sorted((key, value) for key, value in sizes.items() if key != "batch"))
-        if name not in best or (_timed(group), group.batch) > (_timed(best[name]), best[name].batch):
+        name = (
+            group.dtype,
+            *sorted((key, value) for key, value in sizes.items() if key != "batch"),
+        )
+        if name not in best or (_timed(group), group.batch) > (
+            _timed(best[name]),
+            best[name].batch,
+        ):
             best[name] = group
     return list(best.values())
 
@@ -140,7 +160,9 @@ def waterfalls(document: Document) -> dict[tuple[str, str, str], list[Row]]:
     for row in document["rows"]:
         if row["case"].startswith(WATERFALL):
             found.setdefault((row["case"], row["shape"], row["dtype"]), []).append(row)
-    return {name: sorted(rows, key=lambda row: row["more"]["order"]) for name, rows in found.items()}
+    return {
+        name: sorted(rows, key=lambda row: row["more"]["order"]) for name, rows in found.items()
+    }
 
 
 # ---- against the others, the ceilings and the sources of today ----
@@ -179,7 +201,11 @@ def peak_ratio(group: Group, provider: str) -> float | None:
 def is_stale(document: Document, row: Row) -> bool:
     """Whether the sources that the figure depends on have changed since. A row without a hash has that of its file."""
     told = row.get("sources")
-    return bool(document["kernel_sources"] != _hash(None) if told is None else told != _hash(_source(document, row)))
+    return bool(
+        document["kernel_sources"] != _hash(None)
+        if told is None
+        else told != _hash(_source(document, row))
+    )
 
 
 def _source(document: Document, row: Row) -> str | None:

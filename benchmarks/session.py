@@ -36,9 +36,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from sssd_fast.checkpoint import atomic_write_bytes, atomic_write_text
-from sssd_fast.console import Console, duration
 from sssd_fast.errors import SssdError
+from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
+from sssd_fast.run.log import Console, duration
 
 from . import processes, results
 from .stages import DATA_SETS, ROOT, SHARES, Stage, folder, paper_folder, stages
@@ -72,10 +72,17 @@ class Stopped(Exception):
 class Session:
     """state: what session.json holds. work: where the stages' own files lie while they run."""
 
-    def __init__(self, out: Path, work: Path, minutes: float, words: Sequence[str], console: Console) -> None:
-        self.out, self.work, self.minutes, self.console = out, work, minutes, console
+    def __init__(
+        self, out: Path, work: Path, minutes: float, words: Sequence[str], console: Console
+    ) -> None:
+        self.out = out
+        self.work = work
+        self.minutes = minutes
+        self.console = console
         self.started = time.monotonic()
-        self._before, self._archived, self._archived_at = _signatures(self._written()), "", 0.0
+        self._before = _signatures(self._written())
+        self._archived = ""
+        self._archived_at = 0.0
         now = datetime.datetime.now(datetime.timezone.utc)
         self._stamp = f"{now:%Y%m%d-%H%M%S}"
         self.state: dict[str, Any] = {
@@ -111,7 +118,14 @@ class Session:
         self.console.info(f"{stage.name}: {limit_s:.0f} s at most, {log.name}")
         for note in stage.notes:
             self.console.warn(f"{stage.name}: {note}")
-        running = Result(stage.name, "running", False, limit_s=round(limit_s, 1), log=log.name, notes=[*stage.notes])
+        running = Result(
+            stage.name,
+            "running",
+            False,
+            limit_s=round(limit_s, 1),
+            log=log.name,
+            notes=[*stage.notes],
+        )
         self.state["stages"].append(asdict(running))
         self.save()
         parts, done, stopped = list[Path](), list[processes.Done](), None
@@ -124,16 +138,24 @@ class Session:
         try:
             for i, group in enumerate(stage.groups):
                 left_s = limit_s - (time.monotonic() - began)
-                seconds = max(left_s * group.share / sum(one.share for one in stage.groups[i:]), 0.0)
+                seconds = max(
+                    left_s * group.share / sum(one.share for one in stage.groups[i:]), 0.0
+                )
                 commands = group.commands(seconds)
-                new = [self.work / f"{stage.name}-{len(parts) + k}.out" for k in range(len(commands))]
+                new = [
+                    self.work / f"{stage.name}-{len(parts) + k}.out" for k in range(len(commands))
+                ]
                 parts.extend(new)
-                done += processes.run(commands, new, seconds, tick=tick, env=_environment(), cwd=ROOT)
+                done += processes.run(
+                    commands, new, seconds, tick=tick, env=_environment(), cwd=ROOT
+                )
         except Stopped as signal_:
             stopped = signal_
         self._log(log, parts)
         self.state["stages"].pop()
-        tests = count(sorted(self.work.glob(f"{stage.name}-*.xml"))) or count_lines(self.work / f"{stage.name}.json")
+        tests = count(sorted(self.work.glob(f"{stage.name}-*.xml"))) or count_lines(
+            self.work / f"{stage.name}.json"
+        )
         seconds = time.monotonic() - began
         said = verdict([one.returncode for one in done], tests, seconds, stopped)
         ok, told = said.startswith("passed"), [_told(one) for one in done]
@@ -148,8 +170,12 @@ class Session:
 
     def _add(self, result: Result) -> None:
         self.state["stages"].append(asdict(result))
-        with contextlib.suppress(OSError, ValueError):  # the stage info has not written it, or was cut off while it did
-            self.state["machine"] = json.loads((self.work / "machine.json").read_text(encoding="utf-8"))
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # the stage info has not written it, or was cut off while it did
+            self.state["machine"] = json.loads(
+                (self.work / "machine.json").read_text(encoding="utf-8")
+            )
         self.save()
         self.console.info(f"{result.name}: {result.result}, {result.seconds:.0f} s")
 
@@ -157,7 +183,10 @@ class Session:
         self.state["finished"] = finished
         self.save()
         columns = ["stage", "result", "seconds", "log"]
-        rows = [[s["name"], s["result"], f"{s['seconds']:.0f}", s["log"] or "-"] for s in self.state["stages"]]
+        rows = [
+            [s["name"], s["result"], f"{s['seconds']:.0f}", s["log"] or "-"]
+            for s in self.state["stages"]
+        ]
         title = f"{os.path.relpath(self.out)}: {duration(self.state['seconds'])} of {self.minutes:g} minutes"
         self.console.table(title, columns, rows)
         return 0 if all(s["ok"] for s in self.state["stages"]) else 1
@@ -179,7 +208,8 @@ class Session:
     def archive(self) -> None:
         """results.tar, if anything in it changed: what was measured since the session began, and what its stages left."""
         self._archived_at = time.monotonic()
-        files, paper = {f"session/{path.name}": path for path in _small(self.work)}, paper_folder(self.out)
+        files = {f"session/{path.name}": path for path in _small(self.work)}
+        paper = paper_folder(self.out)
         for path, signature in _signatures(self._written()).items():
             if self._before.get(path) == signature:
                 continue
@@ -188,7 +218,9 @@ class Session:
                 continue
             name = path.relative_to(paper).as_posix()
             files[f"paper/{name}"] = path
-            if name.count("/") == 1 and path.name == "results.json":  # where `bench report` looks for it
+            if (
+                name.count("/") == 1 and path.name == "results.json"
+            ):  # where `bench report` looks for it
                 files[f"benchmarks/results/paper/{path.parent.name}-{self._stamp}.json"] = path
         state = repr(sorted(_signatures(files.values()).items()))
         if state == self._archived:
@@ -215,7 +247,8 @@ def pack(files: dict[str, Path]) -> tuple[bytes, list[str]]:
                 left_out.append(name)
                 continue
             entry = tarfile.TarInfo(name)
-            entry.size, entry.mtime = len(data), int(time.time())
+            entry.size = len(data)
+            entry.mtime = int(time.time())
             tar.addfile(entry, io.BytesIO(data))
     return packed.getvalue(), left_out
 
@@ -251,7 +284,9 @@ def count(files: Sequence[Path]) -> Count | None:
     if not suites:
         return None
     names = ("tests", "failures", "errors", "skipped")
-    tests, failures, errors, skipped = (sum(int(suite.get(name, 0)) for suite in suites) for name in names)
+    tests, failures, errors, skipped = (
+        sum(int(suite.get(name, 0)) for suite in suites) for name in names
+    )
     return Count(tests - skipped, failures + errors, skipped)
 
 
@@ -264,25 +299,39 @@ def count_lines(file: Path) -> Count | None:
     return Count(len(lines), sum(not line["ok"] for line in lines), 0)
 
 
-def verdict(codes: Sequence[int | None], tests: Count | None, seconds: float, stopped: Stopped | None) -> str:
+def verdict(
+    codes: Sequence[int | None], tests: Count | None, seconds: float, stopped: Stopped | None
+) -> str:
     """Begins with "passed" where nothing is wrong. codes: exit codes; None: cut off."""
     skipped = f", {tests.skipped} skipped" if tests and tests.skipped else ""
     if stopped is not None or None in codes:
         so_far = f", {tests.failed} of {tests.ran} failed until then" if tests else ""
-        return f"cut off after {seconds:.0f} s{f' by {stopped}' if stopped else ''}{so_far}{skipped}"
+        return (
+            f"cut off after {seconds:.0f} s{f' by {stopped}' if stopped else ''}{so_far}{skipped}"
+        )
     if any(codes):
         exits = ", ".join(dict.fromkeys(f"exit code {code}" for code in codes if code))
-        return (f"failed {tests.failed} of {tests.ran}" if tests and tests.failed else f"failed: {exits}") + skipped
+        return (
+            f"failed {tests.failed} of {tests.ran}"
+            if tests and tests.failed
+            else f"failed: {exits}"
+        ) + skipped
     return (f"passed {tests.ran}" if tests else "passed") + skipped
 
 
 def _told(done: processes.Done) -> dict[str, Any]:
     words = ["python" if word == sys.executable else word for word in done.command]
-    return {"command": shlex.join(words), "returncode": done.returncode, "seconds": round(done.seconds, 1)}
+    return {
+        "command": shlex.join(words),
+        "returncode": done.returncode,
+        "seconds": round(done.seconds, 1),
+    }
 
 
 def _environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
@@ -290,11 +339,19 @@ def _environment() -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=9.0, metavar="M", help="for all of it (default 9)")
-    parser.add_argument("--stages", nargs="+", choices=list(SHARES), metavar="S", help=f"of: {', '.join(SHARES)}")
-    parser.add_argument("--out", default="runs/gpu-session", metavar="DIR", help="default runs/gpu-session")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, metavar="M", help="for all of it (default 9)"
+    )
+    parser.add_argument(
+        "--stages", nargs="+", choices=list(SHARES), metavar="S", help=f"of: {', '.join(SHARES)}"
+    )
+    parser.add_argument(
+        "--out", default="runs/gpu-session", metavar="DIR", help="default runs/gpu-session"
+    )
     for name in DATA_SETS:
-        parser.add_argument(f"--{name}", metavar="DIR", help=f"the images of {name}, for the stage paper")
+        parser.add_argument(
+            f"--{name}", metavar="DIR", help=f"the images of {name}, for the stage paper"
+        )
 
 
 def main(args: argparse.Namespace, words: Sequence[str]) -> int:
@@ -303,14 +360,20 @@ def main(args: argparse.Namespace, words: Sequence[str]) -> int:
     for name in DATA_SETS:
         given = folder(args, name)
         if given is not None and not Path(given).is_dir():
-            raise SssdError(f"--{name} is {given!r}, which is no folder; give the one that holds the images")
+            raise SssdError(
+                f"--{name} is {given!r}, which is no folder; give the one that holds the images"
+            )
     if not torch.cuda.is_available():
-        raise SssdError("bench session needs a CUDA device, and torch finds none here (see `sssd-fast doctor`)")
+        raise SssdError(
+            "bench session needs a CUDA device, and torch finds none here (see `sssd-fast doctor`)"
+        )
     out = Path(args.out).resolve()
     return conduct(lambda work: stages(args, out, work), out, args.minutes, words)
 
 
-def conduct(make: Callable[[Path], Sequence[Stage]], out: Path, minutes: float, words: Sequence[str] = ()) -> int:
+def conduct(
+    make: Callable[[Path], Sequence[Stage]], out: Path, minutes: float, words: Sequence[str] = ()
+) -> int:
     """Runs the stages that make(folder for their own files) gives, with signals told to the session. Returns the exit code."""
     if out.exists() and not out.is_dir():
         raise SssdError(f"--out is {str(out)!r}, which is a file; give a folder")

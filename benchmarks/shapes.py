@@ -63,7 +63,19 @@ MODELS = {
     "ViT-L": Shape("ViT-L", 1, 1024, 16),
     "ViT-S": Shape("ViT-S", 1, 384, 6, 192, 3),
     "ViT-B, CT": Shape("ViT-B, CT", 1, 768, 12, channels=1),
-    "odd": Shape("odd", 1, 200, 5, 104, 13, image=(154, 238), patch=14, channels=1, mask_ratio=0.6, logits=1000),
+    "odd": Shape(
+        "odd",
+        1,
+        200,
+        5,
+        104,
+        13,
+        image=(154, 238),
+        patch=14,
+        channels=1,
+        mask_ratio=0.6,
+        logits=1000,
+    ),
 }
 ODD_BATCH = {8: 5, 64: 61, 256: 251, 1024: 1021}
 BATCHES = {"cuda": (256, 64, 1024, 8), "cpu": (8,)}  # the most telling first
@@ -84,4 +96,8 @@ def shapes(
     else:
         usual = list(MODELS) if device.type == "cuda" else CPU_MODELS
         chosen, batches = models or usual, batches or BATCHES[device.type]
-    return [MODELS[model].at(ODD_BATCH.get(b, b) if model == "odd" else b) for b in batches for model in chosen]
+    return [
+        MODELS[model].at(ODD_BATCH.get(b, b) if model == "odd" else b)
+        for b in batches
+        for model in chosen
+    ]

@@ -18,14 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # Shares of the time. Of the stages that were asked for, each gets its part of what is left when it begins: a generous share of one that
 # is soon done, as info, takes nothing from the others.
 SHARES = {"info": 0.12, "tests": 0.37, "sanitize": 0.14, "bench": 0.26, "tune": 0.06, "paper": 0.05}
-OF_LIMIT = (
-    0.9  # what a command is told of its limit, where it can be told: what it has begun by then is finished in time
-)
+OF_LIMIT = 0.9  # what a command is told of its limit, where it can be told: what it has begun by then is finished in time
 DATA_SETS = ("covid-ct", "sars-cov-2-ct")
 # The tests of the trainer need these; without them the ops and the harness are tested alone (as in tests/conftest.py).
 TRAINER_NEEDS = ("pydantic", "yaml", "rich", "PIL", "sklearn", "safetensors")
 STEP_TESTS = "tests/sssd_fast/test_step_gpu.py"
-SMALL_TESTS = "tests/kernels/test_interpreted.py"  # the small tests of every kernel, on a device too
+SMALL_TESTS = (
+    "tests/kernels/test_interpreted.py"  # the small tests of every kernel, on a device too
+)
 ON_THE_DEVICE = ("MAE_KERNELS_TEST_DEVICE=cuda", "MAE_KERNELS_BACKEND=triton", "TRITON_INTERPRET=0")
 DESCRIBE = (
     "import json, pathlib, sys, torch; from benchmarks import machine; "
@@ -61,10 +61,15 @@ def stages(args: argparse.Namespace, out: Path, work: Path) -> list[Stage]:
         "tune": [Group(1, lambda s: [_bench(s, "tune")])],
         "paper": papers,
     }
-    reasons = {"paper": None if papers else "no folder was given: --covid-ct DIR, --sars-cov-2-ct DIR"}
+    reasons = {
+        "paper": None if papers else "no folder was given: --covid-ct DIR, --sars-cov-2-ct DIR"
+    }
     wanted = [name for name in SHARES if name == "info" or name in (args.stages or SHARES)]
     told = {"tests": notes}
-    return [Stage(name, SHARES[name], groups[name], reasons.get(name), told.get(name, ())) for name in wanted]
+    return [
+        Stage(name, SHARES[name], groups[name], reasons.get(name), told.get(name, ()))
+        for name in wanted
+    ]
 
 
 def folder(args: argparse.Namespace, name: str) -> str | None:
@@ -81,7 +86,10 @@ def paper_folder(out: Path) -> Path:
 
 
 def _info(work: Path) -> Group:
-    own = [[sys.executable, "-m", "mae_kernels"], [sys.executable, "-c", DESCRIBE, str(work / "machine.json")]]
+    own = [
+        [sys.executable, "-m", "mae_kernels"],
+        [sys.executable, "-c", DESCRIBE, str(work / "machine.json")],
+    ]
     return Group(1, lambda s: [["nvidia-smi"], *own])
 
 
@@ -94,22 +102,36 @@ def _minutes(seconds: float) -> str:
 
 
 def _sanitize(seconds: float, work: Path) -> list[str]:
-    words = ["--seconds", f"{max(OF_LIMIT * seconds, 1):.0f}", "--json", str(work / "sanitize.json")]
+    words = [
+        "--seconds",
+        f"{max(OF_LIMIT * seconds, 1):.0f}",
+        "--json",
+        str(work / "sanitize.json"),
+    ]
     return [sys.executable, "tests/kernels/sanitize_run.py", *words]
 
 
 def _paper(name: str, args: argparse.Namespace, out: Path) -> Group:
     """Goes on where an earlier session stopped."""
-    run, data = paper_folder(out) / name, str(Path(str(folder(args, name))).resolve())
-    words = ["--resume", str(run)] if (run / "plan.json").exists() else [name, "--data", data, "--out", str(run)]
+    run = paper_folder(out) / name
+    data = str(Path(str(folder(args, name))).resolve())
+    words = (
+        ["--resume", str(run)]
+        if (run / "plan.json").exists()
+        else [name, "--data", data, "--out", str(run)]
+    )
     command = [sys.executable, "-m", "sssd_fast", "reproduce", *words]
     return Group(1, lambda s: [[*command, "--minutes", _minutes(s)]])
 
 
 def _tests(work: Path) -> tuple[list[Group], list[str]]:
     """Those that compile much at once, on different cores; behind them, alone, those that look at the whole card."""
-    kernels = sorted(name for name in gpu_tests() if name.startswith("tests/kernels/") and name != SMALL_TESTS)
-    others = sorted(name for name in gpu_tests() if not name.startswith("tests/kernels/") and name != STEP_TESTS)
+    kernels = sorted(
+        name for name in gpu_tests() if name.startswith("tests/kernels/") and name != SMALL_TESTS
+    )
+    others = sorted(
+        name for name in gpu_tests() if not name.startswith("tests/kernels/") and name != STEP_TESTS
+    )
     at_once = {
         "ops": ["-m", "gpu", *kernels, "-k", "not test_compiled"],
         "compiled": ["-m", "gpu", *kernels, "-k", "test_compiled"],
@@ -131,19 +153,28 @@ def _tests(work: Path) -> tuple[list[Group], list[str]]:
         return [*where, sys.executable, "-m", "pytest", *own, *words]
 
     first = [pytest(name, words) for name, words in at_once.items()]
-    return [Group(0.75, lambda s: first), Group(0.25, lambda s: [pytest("others", ["-m", "gpu", *others])])], notes
+    return [
+        Group(0.75, lambda s: first),
+        Group(0.25, lambda s: [pytest("others", ["-m", "gpu", *others])]),
+    ], notes
 
 
 def gpu_tests() -> set[str]:
     """The files with tests for a GPU: to import all the others costs more than some of these take."""
     files = (ROOT / "tests").glob("*/test_*.py")
-    return {path.relative_to(ROOT).as_posix() for path in files if "mark.gpu" in path.read_text(encoding="utf-8")}
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if "mark.gpu" in path.read_text(encoding="utf-8")
+    }
 
 
 def small_tests() -> list[str]:
     """What SMALL_TESTS runs on a device, all in one process; here each file has its own, and what was done counts when time is up."""
     tree = ast.parse((ROOT / SMALL_TESTS).read_text(encoding="utf-8"))
     (files,) = (
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FILES"
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FILES"
     )
     return [f"tests/kernels/{name}" for name in ast.literal_eval(files)]

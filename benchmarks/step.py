@@ -2,7 +2,7 @@
 
 A provider is timed only after its losses over the first steps (with its own backward and updates between them) agree with those of
 the plain model in a wider dtype, from equal weights on an equal batch with equal masks. A row has, beside its time: images per second;
-mfu, the FLOPs of a plain masked autoencoder by sssd_fast.costs.standard_flops over the product rate measured on this device;
+mfu, the FLOPs of a plain masked autoencoder by sssd_fast.performance.costs.standard_flops over the product rate measured on this device;
 peak_bytes and mb_per_image, the peak of a step above parameters, moments and batch, gradients included; the loss at the start and
 after `--steps` steps; what was chosen, and why ("how").
 
@@ -47,7 +47,9 @@ FIRST = (
     "plain compiled",
     "ViTMAE",
 )  # in this order, then the others: time may be up before the last
-ALONE = 5  # samples of a provider right after its check, which stand in the file until the race is over
+ALONE = (
+    5  # samples of a provider right after its check, which stand in the file until the race is over
+)
 FITS = 0.85  # share of the free memory that providers may take together
 
 
@@ -63,14 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, metavar="N", help=f"steps whose losses are compared (default {STEPS}, with --quick {QUICK_STEPS})"
     )  # fmt: skip
     parser.add_argument(
-        "--no-waterfall", action="store_true", help="leave out the gains one by one, as --quick and --provider do"
+        "--no-waterfall",
+        action="store_true",
+        help="leave out the gains one by one, as --quick and --provider do",
     )
 
 
 def run(args: argparse.Namespace, bench: Bench) -> None:
     absent = step_models.missing(OURS)
     if absent:  # the weights of all come from our model, whose configuration needs it
-        note_missing(bench, {name: absent for task in TASKS for name in step_models.PROVIDERS[task]})
+        note_missing(
+            bench, {name: absent for task in TASKS for name in step_models.PROVIDERS[task]}
+        )
         return
     device = bench.device
     config = step_data.configuration(args.model, device)
@@ -84,7 +90,9 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
                 if bench.time_is_up():
                     bench.leave_out(f"{task}, {setup.shape}, {machine.NAMES[dtype]}")
                     continue
-                falls = batch == max(batches) and not (args.no_waterfall or bench.quick or bench.only)
+                falls = batch == max(batches) and not (
+                    args.no_waterfall or bench.quick or bench.only
+                )
                 measure(bench, setup, max(steps, GATE_STEPS[dtype]), waterfall=falls)
 
 
@@ -93,7 +101,9 @@ def describe(bench: Bench, config: Config, **more: Any) -> None:
     from sssd_fast.config import to_dict
 
     tree = to_dict(config)
-    bench.results.head["settings"] |= {name: tree[name] for name in ("model", "objective", "step")} | more
+    bench.results.head["settings"] |= {
+        name: tree[name] for name in ("model", "objective", "step")
+    } | more
 
 
 def note_missing(bench: Bench, reasons: dict[str, str]) -> None:
@@ -127,7 +137,8 @@ def stages(device: torch.device) -> list[tuple[str, str]]:
 
 def measure(bench: Bench, setup: Setup, steps: int, *, waterfall: bool = False) -> None:
     """Adds the rows of one task, dtype and batch."""
-    names, falls = providers(bench, setup.task), stages(bench.device) if waterfall else []
+    names = providers(bench, setup.task)
+    falls = stages(bench.device) if waterfall else []
     contest = Contest(bench, setup, steps)
     for name in by_weight(dict.fromkeys([*names, *(name for _, name in falls)])):
         contest.admit(name)
@@ -167,7 +178,9 @@ class Contest:
         """Builds a provider, checks it and gives it a row; it stays alive for the race while all fit together."""
         bench = self.bench
         if bench.time_is_up():
-            bench.leave_out(f"{self.setup.task}, {self.setup.shape}, {machine.NAMES[self.setup.dtype]}, {name}")
+            bench.leave_out(
+                f"{self.setup.task}, {self.setup.shape}, {machine.NAMES[self.setup.dtype]}, {name}"
+            )
             return
         self._try(name)
         if self.rows[name].reason == "out of memory" and self.alive:
@@ -185,12 +198,15 @@ class Contest:
         setup = self.setup
         row = Row(setup.task, setup.shape, machine.NAMES[setup.dtype], "step", name, setup.sizes)
         row.sources = machine.sources_hash("step")
-        row.allowed, row.more["batch"] = ALLOWED[setup.dtype], setup.batch
+        row.allowed = ALLOWED[setup.dtype]
+        row.more["batch"] = setup.batch
         self.rows[name] = row
         if self.no_reference.reason:
             row.reason = f"nothing to compare with: the reference {self.no_reference.reason}"
             return
-        with self.bench.console.announce(f"{setup.task} {setup.shape} {row.dtype}: {name}, {self.steps} steps"):
+        with self.bench.console.announce(
+            f"{setup.task} {setup.shape} {row.dtype}: {name}, {self.steps} steps"
+        ):
             attempt(row, lambda: self._check(name, row))
 
     def _check(self, name: str, row: Row) -> None:
@@ -200,7 +216,9 @@ class Contest:
         known = _graphs()
         row.first_call_s = first_call(lambda: losses.append(step()), self.bench.device)
         new, cached = (now - before for now, before in zip(_graphs(), known, strict=True))
-        if new or cached:  # without this, first_call_s would not tell whether the compiler had to work
+        if (
+            new or cached
+        ):  # without this, first_call_s would not tell whether the compiler had to work
             row.more["graphs"] = f"{new} compiled, {cached} from the cache"
         # the second call: moments exist, and CUDA graphs are recorded, which later calls only replay
         row.peak_bytes = peak_bytes(lambda: losses.append(step()), self.bench.device)
@@ -212,7 +230,9 @@ class Contest:
             self.alive[name] = step
 
     def _alone(self, name: str) -> None:
-        raced = race({name: self.alive[name]}, self.bench.device, self.bench.cache, samples=ALONE, passes=1)
+        raced = race(
+            {name: self.alive[name]}, self.bench.device, self.bench.cache, samples=ALONE, passes=1
+        )
         self.rows[name].time = summary(raced[name])
         finish(self.bench, self.setup, self.rows[name], "alone: the run ended before the race")
 
@@ -238,7 +258,8 @@ class Contest:
 
     def race(self) -> None:
         rows = {name: row for name, row in self.rows.items() if row.reason is None}
-        bench, peaks = self.bench, {name: row.peak_bytes for name, row in rows.items()}
+        bench = self.bench
+        peaks = {name: row.peak_bytes for name, row in rows.items()}
         for row in rows.values():
             row.time = None  # what it had alone
         if self.together and self._race_together(bench, rows):
@@ -246,8 +267,15 @@ class Contest:
         if not self.together:
             self._race_apart(bench, rows)
         for name, row in rows.items():
-            row.peak_bytes = peaks[name]  # time_rows looks at replays, which show nothing of a graph's memory
-            finish(self.bench, self.setup, row, "together" if self.together else "one after another, twice")
+            row.peak_bytes = peaks[
+                name
+            ]  # time_rows looks at replays, which show nothing of a graph's memory
+            finish(
+                self.bench,
+                self.setup,
+                row,
+                "together" if self.together else "one after another, twice",
+            )
         self.alive.clear()
         forget(self.bench.device)
 
@@ -300,7 +328,9 @@ def gate(row: Row, losses: Sequence[float], reference: Sequence[float]) -> None:
         difference = abs(got - exact) / abs(exact)
         row.error = max(row.error, difference) if math.isfinite(difference) else None
         if row.error is None or row.error > row.allowed:
-            row.reason = f"wrong: the loss at step {number} is {got:.6g}, the reference has {exact:.6g}"
+            row.reason = (
+                f"wrong: the loss at step {number} is {got:.6g}, the reference has {exact:.6g}"
+            )
             return
 
 
@@ -308,7 +338,7 @@ def finish(bench: Bench, setup: Setup, row: Row, raced: str) -> None:
     """Images per second and what share of the device's product rate that is."""
     if row.time is None:
         return
-    from sssd_fast.costs import standard_flops
+    from sssd_fast.performance.costs import standard_flops
 
     row.flops = standard_flops(setup.config.model) * setup.batch
     ceiling = bench.results.head["ceilings"].get("matmul_flops_per_s", {}).get(row.dtype)
@@ -321,7 +351,7 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + cached)
-    from sssd_fast.doctor import available_memory
+    from sssd_fast.run.device import available_memory
 
     free = available_memory()
     return math.inf if free is None else float(free)

@@ -77,12 +77,16 @@ def configuration(name: str | None, device: torch.device) -> Config:
     from sssd_fast.config import VIT_SIZES, from_dict, load_config
 
     name = name or ("base" if device.type == "cuda" else "cpu_smoke")
-    return from_dict({"model": {"name": name, "in_channels": 3}}) if name in VIT_SIZES else load_config(name)
+    return (
+        from_dict({"model": {"name": name, "in_channels": 3}})
+        if name in VIT_SIZES
+        else load_config(name)
+    )
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """That of precision "auto"."""
-    from sssd_fast.step import pick_precision
+    from sssd_fast.run.device import pick_precision
 
     return DTYPES[pick_precision("auto", device)]
 
@@ -90,7 +94,9 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def for_task(config: Config, task: str) -> Config:
     if task == "SSSD":
         return config
-    return config.model_copy(update={"objective": config.objective.model_copy(update={"weight": 0.0})})
+    return config.model_copy(
+        update={"objective": config.objective.model_copy(update={"weight": 0.0})}
+    )
 
 
 class Data:
@@ -100,14 +106,19 @@ class Data:
     """
 
     def __init__(self, setup: Setup) -> None:
-        model, self._setup = setup.config.model, setup
+        model = setup.config.model
+        self._setup = setup
         generator = torch.Generator().manual_seed(SEED)
         (height, width), B, C = model.image_size, setup.batch, model.in_channels
-        coarse_BCHW = torch.rand(B, C, max(2, height // 16), max(2, width // 16), generator=generator)
+        coarse_BCHW = torch.rand(
+            B, C, max(2, height // 16), max(2, width // 16), generator=generator
+        )
         images_BCHW = F.interpolate(coarse_BCHW, (height, width), mode="bilinear")
         images_BCHW += 0.1 * torch.rand(images_BCHW.shape, generator=generator)
         self._host_images = (images_BCHW / 1.1 * 255).to(torch.uint8)
-        self._noises = torch.rand(NOISES, B, model.num_patches, generator=generator).to(setup.device)
+        self._noises = torch.rand(NOISES, B, model.num_patches, generator=generator).to(
+            setup.device
+        )
 
     @cached_property
     def images(self) -> Tensor:
@@ -123,7 +134,9 @@ class Data:
 
     def bytes(self) -> int:
         """On the device."""
-        tensors = [self.__dict__[name] for name in ("images", "floats", "_noises") if name in self.__dict__]
+        tensors = [
+            self.__dict__[name] for name in ("images", "floats", "_noises") if name in self.__dict__
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def noise(self, step: int) -> Tensor:
@@ -144,7 +157,9 @@ def initial_model(config: Config) -> SSSD:
     return model
 
 
-def reference_losses(setup: Setup, data: Data, source: SSSD, steps: int, images_at_once: int = 16) -> list[float]:
+def reference_losses(
+    setup: Setup, data: Data, source: SSSD, steps: int, images_at_once: int = 16
+) -> list[float]:
     """Losses of the first steps of the plain model in fp32, for fp32 in fp64; the batch in parts, so that it fits where they do."""
     from sssd_fast.model import Attention
     from sssd_fast.objective import SSSD
@@ -162,7 +177,9 @@ def reference_losses(setup: Setup, data: Data, source: SSSD, steps: int, images_
     optimizer = torch.optim.AdamW(groups, lr=setup.lr, betas=setup.betas)
     with mae_kernels.backend("reference"):
         for step in range(steps):
-            total, center, noise_BL = 0.0, torch.zeros_like(model.center), data.noise(step).to(wide)
+            total = 0.0
+            center = torch.zeros_like(model.center)
+            noise_BL = data.noise(step).to(wide)
             optimizer.zero_grad(set_to_none=True)
             for start in range(0, setup.batch, images_at_once):
                 part = slice(start, start + images_at_once)

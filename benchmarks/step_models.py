@@ -70,7 +70,9 @@ RECIPES = {
     "ops compiled": Recipe(True, _OPS),
     "ops graphs": Recipe(True, {**_OPS, "cuda_graphs": True}),
     "ops bf16": Recipe(True, {**_OPS, "cuda_graphs": True, "residual": "bf16"}),
-    "ops fused MLP": Recipe(True, {**_OPS, "cuda_graphs": True, "residual": "bf16", "mlp": "fused"}),
+    "ops fused MLP": Recipe(
+        True, {**_OPS, "cuda_graphs": True, "residual": "bf16", "mlp": "fused"}
+    ),
 }
 # label and provider; each stage adds to the one before it
 WATERFALL = (
@@ -115,8 +117,16 @@ class TrainStep(Protocol):
 
 def held_bytes(step: TrainStep) -> int:
     """Of weights, fixed tables and moments, which stay between steps; moments are made by the first one."""
-    state = [t for values in step.optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
-    return sum(t.numel() * t.element_size() for t in [*step.model.parameters(), *step.model.buffers(), *state])
+    state = [
+        t
+        for values in step.optimizer.state.values()
+        for t in values.values()
+        if isinstance(t, Tensor)
+    ]
+    return sum(
+        t.numel() * t.element_size()
+        for t in [*step.model.parameters(), *step.model.buffers(), *state]
+    )
 
 
 def build(provider: str, setup: Setup, data: Data, source: SSSD) -> TrainStep:
@@ -135,24 +145,29 @@ def build(provider: str, setup: Setup, data: Data, source: SSSD) -> TrainStep:
 
 class OwnStep:
     def __init__(self, setup: Setup, data: Data, recipe: Recipe, source: SSSD) -> None:
-        from sssd_fast.compute import compiled, prepare
         from sssd_fast.config import StepConfig
-        from sssd_fast.distributed import World
         from sssd_fast.objective import SSSD
         from sssd_fast.optim import build_optimizer, parameter_groups
+        from sssd_fast.performance.execution import compiled, prepare
+        from sssd_fast.run.device import World
         from sssd_fast.step import Step
 
         refused = kernels_refused(setup.device)
         if recipe.kernels and refused:
             raise ConfigError(refused)
-        self._data, self._lr, self._count = data, setup.lr, 0
+        self._data = data
+        self._lr = setup.lr
+        self._count = 0
         self._backend = "reference" if recipe.kernels is None else "auto"
         settings = setup.config.step.model_dump() if recipe.step is None else dict(recipe.step)
-        config = setup.config.model_copy(update={"step": StepConfig.model_validate({**settings, **setup.step})})
+        config = setup.config.model_copy(
+            update={"step": StepConfig.model_validate({**settings, **setup.step})}
+        )
         self.model: SSSD = SSSD(config.model, config.objective)
         self.model.load_state_dict(source.state_dict())
         self.model.to(setup.device)
-        precision, self._budget = NAMES[setup.dtype], config.step.activation_budget
+        precision = NAMES[setup.dtype]
+        self._budget = config.step.activation_budget
         with mae_kernels.backend(self._backend), self._compiler():
             execution = prepare(self.model, config, precision, setup.device, setup.batch)
             module: nn.Module = self.model
@@ -168,9 +183,14 @@ class OwnStep:
             compiled=execution.compiled, graphs=execution.graphs,
         )  # fmt: skip
         ops = (
-            "reference, plain torch" if recipe.kernels is None else f"kernels off, {refused}" if refused else "kernels"
+            "reference, plain torch"
+            if recipe.kernels is None
+            else f"kernels off, {refused}"
+            if refused
+            else "kernels"
         )
-        self.how, self.graphs = "; ".join([f"ops: {ops}", *execution.lines]), execution.graphs
+        self.how = "; ".join([f"ops: {ops}", *execution.lines])
+        self.graphs = execution.graphs
 
     def _loss(self, module: nn.Module, images_BCHW: Tensor, step: int, micro: int) -> Any:
         from sssd_fast.step import TaskLoss
@@ -187,7 +207,8 @@ class OwnStep:
             yield
 
     def __call__(self) -> Tensor:
-        count, self._count = self._count, self._count + 1
+        count = self._count
+        self._count = self._count + 1
         with mae_kernels.backend(self._backend), self._compiler():
             return self._step([self._data.images], count, self._lr).parts["loss"]
 
@@ -197,22 +218,30 @@ def _own_code(model: nn.Module) -> None:
     class would search each other's at every call."""
     forward: Any = type(model).forward
     code = forward.__code__.replace()
-    own = types.FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+    own = types.FunctionType(
+        code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
     model.forward = types.MethodType(own, model)
 
 
 # ---- the others ---------------------------------------------------------------------------------------------------------------
 
 
-Loss = Callable[[Any, Tensor, Tensor], tuple[Tensor, "Tensor | None"]]  # module, images, noise: loss, batch centre
+Loss = Callable[
+    [Any, Tensor, Tensor], tuple[Tensor, "Tensor | None"]
+]  # module, images, noise: loss, batch centre
 
 
-def _published_loss(module: Any, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+def _published_loss(
+    module: Any, images_BCHW: Tensor, noise_BL: Tensor
+) -> tuple[Tensor, Tensor | None]:
     out = module(images_BCHW, noise_BL)
     return out[0], getattr(out, "batch_center_S", None)
 
 
-def _vitmae_loss(module: Any, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+def _vitmae_loss(
+    module: Any, images_BCHW: Tensor, noise_BL: Tensor
+) -> tuple[Tensor, Tensor | None]:
     return module(images_BCHW, noise=noise_BL).loss, None
 
 
@@ -223,10 +252,14 @@ class LoopStep:
         self, setup: Setup, data: Data, model: nn.Module, loss: Loss, compile_it: bool, *, fused: bool
     ) -> None:  # fmt: skip
         from sssd_fast.optim import parameter_groups
-        from sssd_fast.step import autocast
+        from sssd_fast.run.device import autocast
 
-        self.model, self._loss, self._count, self.graphs = model.to(setup.device), loss, 0, False
-        self._images, self._noise = data.floats, data.noise
+        self.model = model.to(setup.device)
+        self._loss = loss
+        self._count = 0
+        self.graphs = False
+        self._images = data.floats
+        self._noise = data.noise
         pretrain = setup.config.pretrain
         groups = parameter_groups(self.model, weight_decay=pretrain.weight_decay)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -238,7 +271,8 @@ class LoopStep:
         self.how = f"compile: {'on' if compile_it else 'off'}; AdamW: {'fused' if fused else 'as by default'}"
 
     def __call__(self) -> Tensor:
-        noise_BL, self._count = self._noise(self._count), self._count + 1
+        noise_BL = self._noise(self._count)
+        self._count = self._count + 1
         with self._autocast():
             loss, batch_center_S = self._loss(self._module, self._images, noise_BL)
         self._scaler.scale(loss).backward()
@@ -255,7 +289,9 @@ def published_model(setup: Setup, source: SSSD) -> published.MaskedAutoencoderVi
     """The published model of the task with the weights of `source`. Raises ConfigError for settings that it does not know."""
     model, objective = setup.config.model, setup.config.objective
     if not model.cls_token:
-        raise ConfigError("model.cls_token is false; the published models have a cls token, set it to true")
+        raise ConfigError(
+            "model.cls_token is false; the published models have a cls token, set it to true"
+        )
     width, depth, heads = model.encoder_shape
     sizes = published.Sizes(
         model.image_size, model.patch_size, model.in_channels, width, depth, heads, model.decoder_width,
@@ -279,12 +315,17 @@ def published_model(setup: Setup, source: SSSD) -> published.MaskedAutoencoderVi
     return sdmae
 
 
-_HEAD_NAMES = (("fc1", "mlp.0"), ("fc2", "mlp.2"), ("fc3", "mlp.4"), ("prototypes", "last_layer.weight"))
+_HEAD_NAMES = (
+    ("fc1", "mlp.0"),
+    ("fc2", "mlp.2"),
+    ("fc3", "mlp.4"),
+    ("prototypes", "last_layer.weight"),
+)
 
 
 def to_published(source: SSSD) -> dict[str, Tensor]:
     """The weights of `source` under the names of published.py, SD-MAE's where it has projection heads."""
-    from sssd_fast.weight_formats import export_state
+    from sssd_fast.weights.formats import export_state
 
     mae = export_state(source.mae, "timm", decoder=True)
     if source.student_head is None:
@@ -303,15 +344,19 @@ def vitmae(setup: Setup, source: SSSD) -> nn.Module:
     with _quiet():
         import transformers
 
-    from sssd_fast.weight_formats import export_state, huggingface_config
+    from sssd_fast.weights.formats import export_state, huggingface_config
 
     norm = setup.config.objective.norm
     if norm == "channel":
-        raise ConfigError("objective.norm is channel; ViTMAE normalises the whole patch or nothing, set patch or none")
+        raise ConfigError(
+            "objective.norm is channel; ViTMAE normalises the whole patch or nothing, set patch or none"
+        )
     tree = {**huggingface_config(source.mae, decoder=True), "norm_pix_loss": norm == "patch"}
     state = export_state(source.mae, "huggingface", decoder=True)
     transformers.utils.logging.disable_progress_bar()  # it would write through ours
-    config = transformers.ViTMAEConfig(**{k: v for k, v in tree.items() if k not in ("architectures", "model_type")})
+    config = transformers.ViTMAEConfig(
+        **{k: v for k, v in tree.items() if k not in ("architectures", "model_type")}
+    )
     with _quiet():
         model, told = transformers.ViTMAEForPreTraining.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True

@@ -40,7 +40,9 @@ from .rows import (
 )
 
 SECTIONS = ("kernels", "attention", "step", "memory", "loader")
-SHOWN = {"loader": "loader-speed"}  # the kind of a section that the README shows, where it has several
+SHOWN = {
+    "loader": "loader-speed"
+}  # the kind of a section that the README shows, where it has several
 MARK, STALE = "†", "† measured before the kernels changed."
 SAME = "same"
 
@@ -50,7 +52,11 @@ def summary(section: str, documents: Sequence[Document]) -> str:
     mine = [one for one in documents if one["kind"] == SHOWN.get(section, section)]
     blocks = []
     for document in mine:
-        blocks += [f"**{device_name(document)}**", short(document), with_note(document, caption(document))]
+        blocks += [
+            f"**{device_name(document)}**",
+            short(document),
+            with_note(document, caption(document)),
+        ]
     return "\n\n".join([*blocks, *not_measured(mine)])
 
 
@@ -62,7 +68,10 @@ def full(document: Document) -> str:
 
 
 def short(document: Document) -> str:
-    make: dict[str, Callable[[Document], str]] = {"kernels": _short_kernels, "attention": _short_attention}
+    make: dict[str, Callable[[Document], str]] = {
+        "kernels": _short_kernels,
+        "attention": _short_attention,
+    }
     if document["kind"] in make:
         return make[document["kind"]](document)
     return tables_training.short(document, _provider)
@@ -75,7 +84,11 @@ def section_of(document: Document) -> str:
 def not_measured(documents: Sequence[Document]) -> list[str]:
     """A line for each type of device that no file is of."""
     have = {document["device"]["type"] for document in documents}
-    return [f"{name}: not measured." for kind, name in (("cuda", "NVIDIA GPU"), ("cpu", "CPU")) if kind not in have]
+    return [
+        f"{name}: not measured."
+        for kind, name in (("cuda", "NVIDIA GPU"), ("cpu", "CPU"))
+        if kind not in have
+    ]
 
 
 def with_note(document: Document, text: str) -> str:
@@ -109,10 +122,21 @@ def _short_kernels(document: Document) -> str:
 
 def _short_attention(document: Document) -> str:
     """Every site at its largest batch, in its fullest pass; of the backends of SDPA the best, by name."""
-    columns = ["site [batch, tokens, heads x width]", "pass", "eager", "eager compiled", "best of SDPA", "xformers"]
+    columns = [
+        "site [batch, tokens, heads x width]",
+        "pass",
+        "eager",
+        "eager compiled",
+        "best of SDPA",
+        "xformers",
+    ]
     lines = []
     for group in sites(document):
-        times = {name: time for name in group.rows if name.startswith("sdpa") and (time := group.time(name))}
+        times = {
+            name: time
+            for name in group.rows
+            if name.startswith("sdpa") and (time := group.time(name))
+        }
         best = min(times, key=lambda name: times[name]) if times else None
         sdpa = NONE if best is None else f"{median(group, best)} ({best.removeprefix('sdpa ')})"
         cells = [median(group, name) for name in ("eager", "eager compiled")]
@@ -136,7 +160,13 @@ def median(group: Group, provider: str) -> str:
     if row["time"]:
         return time_text(row["time"]["median_us"])
     reason = str(row["reason"] or "no figure")
-    return reason if reason == "out of memory" else "fails" if reason.startswith("fails") else "no time"
+    return (
+        reason
+        if reason == "out of memory"
+        else "fails"
+        if reason.startswith("fails")
+        else "no time"
+    )
 
 
 def against(group: Group, other: str | None) -> str:
@@ -160,7 +190,8 @@ COLUMNS = (
 
 
 def _full_ops(document: Document) -> str:
-    blocks, cases = [_ceilings(document)], dict.fromkeys(group.case for group in groups(document))
+    blocks = [_ceilings(document)]
+    cases = dict.fromkeys(group.case for group in groups(document))
     for case in cases:
         lines = [
             _line(document, group, group.rows[name])
@@ -175,7 +206,11 @@ def _full_ops(document: Document) -> str:
 def _line(document: Document, group: Group, row: Row) -> list[str]:
     share = share_of_ceiling(document, row)
     unit = "B/s" if share and share.ceiling == "copy" else "FLOP/s"
-    error = NONE if row["error"] is None else f"{row['error']:.1e} / {optional(row['allowed'], '{:.1e}'.format)}"
+    error = (
+        NONE
+        if row["error"] is None
+        else f"{row['error']:.1e} / {optional(row['allowed'], '{:.1e}'.format)}"
+    )
     return [
         f"{group.shape}, {group.dtype}",
         group.phase,
@@ -183,7 +218,9 @@ def _line(document: Document, group: Group, row: Row) -> list[str]:
         *time_cells(row),
         versus_cell(row),
         error,
-        NONE if share is None else f"{rate_text(share.per_s, unit)}, {percent(share.share)} {share.ceiling}",
+        NONE
+        if share is None
+        else f"{rate_text(share.per_s, unit)}, {percent(share.share)} {share.ceiling}",
         optional(row["peak_bytes"], size_text),
         optional(row["first_call_s"], lambda s: f"{significant(s)} s"),
         row["reason"] or "",
@@ -196,7 +233,12 @@ def time_cells(row: Row) -> list[str]:
     if not time:
         return [NONE] * 4
     quantiles = f"{time_text(time['p20_us'])} to {time_text(time['p80_us'])}"
-    return [time_text(time["median_us"]), quantiles, str(time["n"]), optional(time["gap"], "{:+.1%}".format)]
+    return [
+        time_text(time["median_us"]),
+        quantiles,
+        str(time["n"]),
+        optional(time["gap"], "{:+.1%}".format),
+    ]
 
 
 def versus_cell(row: Row) -> str:
@@ -209,7 +251,10 @@ def versus_cell(row: Row) -> str:
 
 def _ceilings(document: Document) -> str:
     found = document["ceilings"]
-    products = [f"{rate_text(flops, 'FLOP/s')} ({dtype})" for dtype, flops in found["matmul_flops_per_s"].items()]
+    products = [
+        f"{rate_text(flops, 'FLOP/s')} ({dtype})"
+        for dtype, flops in found["matmul_flops_per_s"].items()
+    ]
     return (
         f"Ceilings measured on this device in the same run: copy {rate_text(found['copy_bytes_per_s'], 'B/s')} (read plus written), "
         f"matrix product {', '.join(products)}. A row is held against the one that it comes nearer to. Bytes and FLOPs are what the "
@@ -235,7 +280,15 @@ def overview(documents: Sequence[Document]) -> str:
         name = document["kind"]
         for other in OVERVIEW.get(name, ()):
             lines += _overview_line(document, other)
-    columns = ["what", "hardware", "against", "ours is better by", "worst to best", "rows", "ours slower or larger in"]
+    columns = [
+        "what",
+        "hardware",
+        "against",
+        "ours is better by",
+        "worst to best",
+        "rows",
+        "ours slower or larger in",
+    ]
     kinds = [section for section in SECTIONS if not _has_gpu(documents, section)]
     text = [markdown(columns, lines)] if lines else []
     if lines:

@@ -4,8 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .formats import NONE, Document, Row, markdown, optional, percent, significant, size_text, time_text
-from .rows import LARGEST, WATERFALL, Group, batch, groups, ordered, peak_ratio, representative, waterfalls
+from .formats import (
+    NONE,
+    Document,
+    Row,
+    markdown,
+    optional,
+    percent,
+    significant,
+    size_text,
+    time_text,
+)
+from .rows import (
+    LARGEST,
+    WATERFALL,
+    Group,
+    batch,
+    groups,
+    ordered,
+    peak_ratio,
+    representative,
+    waterfalls,
+)
 
 Name = Callable[[Document, Row], str]  # the provider's name as the table shows it
 EPOCHS_SHOWN = (1, 10, 50)
@@ -15,7 +35,9 @@ def short(document: Document, name: Name) -> str:
     if document["kind"] == "step":
         return _steps(document, representative(document), name)
     if document["kind"] == "memory":
-        return "\n\n".join([_memory(document, representative(document), name), *_largest(document, name)])
+        return "\n\n".join(
+            [_memory(document, representative(document), name), *_largest(document, name)]
+        )
     return _loader_speed(document, name)
 
 
@@ -29,27 +51,54 @@ def full(document: Document, name: Name) -> str:
         return "\n\n".join(blocks)
     if kind == "memory":
         return "\n\n".join([_memory(document, groups(document), name), *_largest(document, name)])
-    make = {"loader-speed": _loader_speed, "loader-parity": _loader_parity, "loader-memory": _loader_memory}
+    make = {
+        "loader-speed": _loader_speed,
+        "loader-parity": _loader_parity,
+        "loader-memory": _loader_memory,
+    }
     return make[kind](document, name)
 
 
 # ---- steps ----
 
 
-def _steps(document: Document, chosen: Sequence[Group], name: Name, *, everything: bool = False) -> str:
-    columns = ["task", "shape", "batch", "provider", "step", "images/s", "MFU", "MB per image", "time / ours"]
-    columns += ["p20 to p80", "n", "gap", "95 %", "loss, first and last", "first call", "how"] if everything else []
+def _steps(
+    document: Document, chosen: Sequence[Group], name: Name, *, everything: bool = False
+) -> str:
+    columns = [
+        "task",
+        "shape",
+        "batch",
+        "provider",
+        "step",
+        "images/s",
+        "MFU",
+        "MB per image",
+        "time / ours",
+    ]
+    columns += (
+        ["p20 to p80", "n", "gap", "95 %", "loss, first and last", "first call", "how"]
+        if everything
+        else []
+    )
     lines = []
     for group in chosen:
         for row in (group.rows[provider] for provider in group.providers("step")):
-            lines.append([*_step(document, group, row, name), *(_step_more(row) if everything else [])])
+            lines.append(
+                [*_step(document, group, row, name), *(_step_more(row) if everything else [])]
+            )
     return markdown(
-        [*columns, "note"], [[*line, row_note] for line, row_note in zip(lines, _notes(chosen), strict=True)]
+        [*columns, "note"],
+        [[*line, row_note] for line, row_note in zip(lines, _notes(chosen), strict=True)],
     )
 
 
 def _notes(chosen: Sequence[Group], kind: str = "step") -> list[str]:
-    return [group.rows[provider]["reason"] or "" for group in chosen for provider in group.providers(kind)]
+    return [
+        group.rows[provider]["reason"] or ""
+        for group in chosen
+        for provider in group.providers(kind)
+    ]
 
 
 def _step(document: Document, group: Group, row: Row, name: Name) -> list[str]:
@@ -73,8 +122,12 @@ def _step_more(row: Row) -> list[str]:
     if time:
         ends = f"{time_text(time['p20_us'])} to {time_text(time['p80_us'])}"
         quantiles = [ends, str(time["n"]), optional(time["gap"], "{:+.1%}".format)]
-    interval = NONE if versus is None else f"{significant(versus['low'])} to {significant(versus['high'])}"
-    losses = [optional(more.get(end), lambda loss: significant(loss, 4)) for end in ("loss_start", "loss")]
+    interval = (
+        NONE if versus is None else f"{significant(versus['low'])} to {significant(versus['high'])}"
+    )
+    losses = [
+        optional(more.get(end), lambda loss: significant(loss, 4)) for end in ("loss_start", "loss")
+    ]
     first = optional(row["first_call_s"], lambda s: f"{significant(s)} s")
     return [*quantiles, interval, ", ".join(losses), first, str(more.get("how") or "")]
 
@@ -86,18 +139,35 @@ def _waterfall(document: Document, rows: Sequence[Row], name: Name) -> str:
         gains = [NONE, NONE]
         if rate:
             first = first or rate
-            gains = [f"{rate / before - 1:+.1%}" if before else NONE, f"{significant(rate / first)}×"]
+            gains = [
+                f"{rate / before - 1:+.1%}" if before else NONE,
+                f"{significant(rate / first)}×",
+            ]
             before = rate
         step = time_text(row["time"]["median_us"]) if row["time"] else NONE
-        lines.append([name(document, row), step, optional(rate, significant), *gains, row["reason"] or ""])
-    return markdown(["with", "step", "images/s", "on the line above", "on the first line", "note"], lines)
+        lines.append(
+            [name(document, row), step, optional(rate, significant), *gains, row["reason"] or ""]
+        )
+    return markdown(
+        ["with", "step", "images/s", "on the line above", "on the first line", "note"], lines
+    )
 
 
 # ---- memory ----
 
 
 def _memory(document: Document, chosen: Sequence[Group], name: Name) -> str:
-    columns = ["task", "shape", "batch", "provider", "peak", "MB per image", "per further image", "peak / ours", "note"]
+    columns = [
+        "task",
+        "shape",
+        "batch",
+        "provider",
+        "peak",
+        "MB per image",
+        "per further image",
+        "peak / ours",
+        "note",
+    ]
     lines = []
     for group in chosen:
         for provider in group.providers("memory"):
@@ -130,7 +200,10 @@ def _largest(document: Document, name: Name) -> list[str]:
             lines.setdefault((shape, name(document, row)), {})[row["more"]["cap_gb"]] = _fits(row)
     if not lines:
         return []
-    cells = [[shape, who, *(found.get(cap, NONE) for cap in caps)] for (shape, who), found in lines.items()]
+    cells = [
+        [shape, who, *(found.get(cap, NONE) for cap in caps)]
+        for (shape, who), found in lines.items()
+    ]
     columns = ["largest batch", "provider", *(f"{cap:g} GB" for cap in caps)]
     return [markdown(columns, sorted(cells, key=lambda line: line[0]))]
 
@@ -148,26 +221,57 @@ def _fits(row: Row) -> str:
 
 
 def _loader_speed(document: Document, name: Name) -> str:
-    columns = ["images", "channels", "provider", "images/s", "p20 to p80", "n", "gap", "x baseline", "note"]
+    columns = [
+        "images",
+        "channels",
+        "provider",
+        "images/s",
+        "p20 to p80",
+        "n",
+        "gap",
+        "x baseline",
+        "note",
+    ]
     lines = []
     for row in document["rows"]:
         rates, cells = row["figures"], [NONE] * 4
         if rates:
             ends = f"{significant(rates['p20'])} to {significant(rates['p80'])}"
-            cells = [significant(rates["median"]), ends, str(rates["n"]), optional(rates["gap"], "{:+.1%}".format)]
+            cells = [
+                significant(rates["median"]),
+                ends,
+                str(rates["n"]),
+                optional(rates["gap"], "{:+.1%}".format),
+            ]
         lines.append(
-            [*_loader_head(document, row, name), *cells, optional(row["ratio"], significant), row["reason"] or ""]
+            [
+                *_loader_head(document, row, name),
+                *cells,
+                optional(row["ratio"], significant),
+                row["reason"] or "",
+            ]
         )
     return markdown(columns, lines)
 
 
 def _loader_parity(document: Document, name: Name) -> str:
-    columns = ["images", "channels", "provider", "view", "mean difference", "largest", "pixels more than 2 off", "note"]
+    columns = [
+        "images",
+        "channels",
+        "provider",
+        "view",
+        "mean difference",
+        "largest",
+        "pixels more than 2 off",
+        "note",
+    ]
     lines = []
     for row in document["rows"]:
         off = [optional(row.get("mean"), "{:.3f}".format), optional(row.get("max"), str)]
         beyond = optional(row.get("beyond_2"), "{:.4%}".format)
-        lines.append([*_loader_head(document, row, name), row["view"], *off, beyond, row.get("reason") or ""])
+        lines.append(
+            [*_loader_head(document, row, name), row["view"], *off, beyond, row.get("reason") or ""]
+        )
     return markdown(columns, lines)
 
 
@@ -185,7 +289,9 @@ def _loader_memory(document: Document, name: Name) -> str:
     lines = []
     for row in document["rows"]:
         epochs = [row["epochs"][n - 1] if n <= len(row["epochs"]) else None for n in EPOCHS_SHOWN]
-        mib = [optional(size, "{:.0f} MiB".format) for size in (row["before"], *epochs, row["peak"])]
+        mib = [
+            optional(size, "{:.0f} MiB".format) for size in (row["before"], *epochs, row["peak"])
+        ]
         flat = {True: "yes", False: "no", None: NONE}[row["flat"]]
         lines.append([*_loader_head(document, row, name), *mib, flat, row.get("reason") or ""])
     return markdown(columns, lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sssd_fast.console import Console
+from sssd_fast.run.log import Console
 
 from .formats import NONE, percent, size_text, time_text
 from .rows import share_of_ceiling
@@ -32,7 +32,9 @@ def _error(row: dict[str, Any]) -> str:
 
 
 def _more(name: str, form: str) -> Cell:
-    return lambda head, row: NONE if row["more"].get(name) is None else format(row["more"][name], form)
+    return lambda head, row: (
+        NONE if row["more"].get(name) is None else format(row["more"][name], form)
+    )
 
 
 def _size(row: dict[str, Any], name: str) -> str:
@@ -89,7 +91,18 @@ def tables(
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     for key, members in groups.items():
-        cells = [[cell(head, row) for cell in columns.values()] for row in members if row["reason"] is None]
+        cells = [
+            [cell(head, row) for cell in columns.values()]
+            for row in members
+            if row["reason"] is None
+        ]
         used = [i for i, _ in enumerate(columns) if any(row[i] not in ("", NONE) for row in cells)]
-        reasons = [f"  {row['provider']}: {row['reason']}" for row in members if row["reason"] is not None]
-        yield ", ".join(key), [list(columns)[i] for i in used], [[row[i] for i in used] for row in cells], reasons
+        reasons = [
+            f"  {row['provider']}: {row['reason']}" for row in members if row["reason"] is not None
+        ]
+        yield (
+            ", ".join(key),
+            [list(columns)[i] for i in used],
+            [[row[i] for i in used] for row in cells],
+            reasons,
+        )

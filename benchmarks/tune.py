@@ -29,9 +29,15 @@ from typing import Any, NamedTuple
 import torch
 
 from mae_kernels import backend, lint
-from mae_kernels._runtime import HAVE_TRITON, INTERPRET, TENSOR_CORES_FROM, architecture, record_launches
-from sssd_fast.console import Console
+from mae_kernels._runtime import (
+    HAVE_TRITON,
+    INTERPRET,
+    TENSOR_CORES_FROM,
+    architecture,
+    record_launches,
+)
 from sssd_fast.errors import SssdError
+from sssd_fast.run.log import Console
 
 from . import results
 from .attention import Attention, attention_op
@@ -55,20 +61,37 @@ NAMED = list(dict.fromkeys(site.op for site in sites(MODELS[MODEL])))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [f"sm_{arch}" for arch in ARCHITECTURES]
-    parser.add_argument("--op", nargs="+", choices=NAMED, metavar="OP", help=f"of: {', '.join(NAMED)}")
-    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"images of {MODEL} (default {BATCH})")
     parser.add_argument(
-        "--predict", choices=names, metavar="ARCH", help=f"compile and count, needs no GPU; of: {', '.join(names)}"
+        "--op", nargs="+", choices=NAMED, metavar="OP", help=f"of: {', '.join(NAMED)}"
     )
     parser.add_argument(
-        "--bandwidth", type=float, metavar="TB/S", help="with --predict: of a copy (default: data sheet)"
+        "--batch", type=int, default=BATCH, metavar="N", help=f"images of {MODEL} (default {BATCH})"
     )
     parser.add_argument(
-        "--sms", type=int, metavar="N", help="with --predict: multiprocessors (default: of the same card)"
+        "--predict",
+        choices=names,
+        metavar="ARCH",
+        help=f"compile and count, needs no GPU; of: {', '.join(names)}",
     )
-    parser.add_argument("--minutes", type=float, metavar="M", help="begin no new candidate after so long")
     parser.add_argument(
-        "--json", metavar="FILE.json", help="default: a new file in results/tune; a prediction is written only if asked"
+        "--bandwidth",
+        type=float,
+        metavar="TB/S",
+        help="with --predict: of a copy (default: data sheet)",
+    )
+    parser.add_argument(
+        "--sms",
+        type=int,
+        metavar="N",
+        help="with --predict: multiprocessors (default: of the same card)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="begin no new candidate after so long"
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE.json",
+        help="default: a new file in results/tune; a prediction is written only if asked",
     )
 
 
@@ -95,11 +118,19 @@ def main(args: argparse.Namespace, words: Sequence[str], path: Path | None) -> i
             "tune needs triton, which is not installed: CUDA builds of torch bring it, else pip install triton"
         )
     if INTERPRET:
-        raise SssdError("tune needs triton's compiler, and TRITON_INTERPRET=1 replaces it; unset it")
-    found = [site for site in sites(MODELS[MODEL].at(args.batch)) if args.op is None or site.op in args.op]
+        raise SssdError(
+            "tune needs triton's compiler, and TRITON_INTERPRET=1 replaces it; unset it"
+        )
+    found = [
+        site
+        for site in sites(MODELS[MODEL].at(args.batch))
+        if args.op is None or site.op in args.op
+    ]
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     with Console() as console:
-        return (measure if args.predict is None else predict)(console, found, args, deadline, words, path)
+        return (measure if args.predict is None else predict)(
+            console, found, args, deadline, words, path
+        )
 
 
 def predict(
@@ -109,10 +140,16 @@ def predict(
     card = ARCHITECTURES[arch]
     target = Target(arch, args.sms or card.sms, 1e12 * (args.bandwidth or card.tb_per_s))
     where = card.card if args.sms is None and args.bandwidth is None else "as asked for"
-    console.rule(f"predicted for sm_{arch} ({where}: {target.sms} SMs, {rate_text(target.bytes_per_s, 'B/s')})")
+    console.rule(
+        f"predicted for sm_{arch} ({where}: {target.sms} SMs, {rate_text(target.bytes_per_s, 'B/s')})"
+    )
     document = None
     if path is not None:
-        asked = {"predicted_for": f"sm_{arch}", "sms": target.sms, "bytes_per_s": target.bytes_per_s}
+        asked = {
+            "predicted_for": f"sm_{arch}",
+            "sms": target.sms,
+            "bytes_per_s": target.bytes_per_s,
+        }
         document = _document(torch.device("cpu"), target, words, path, ceilings={}, settings=asked)
     with document or nullcontext():
         for site in _with_kernels(console, found, target):
@@ -121,7 +158,9 @@ def predict(
                 document.add(*rows)
             show(console, site, target, rows)
     console.info(
-        "nothing was run" if document is None else f"nothing was run; figures: {os.path.relpath(document.path)}"
+        "nothing was run"
+        if document is None
+        else f"nothing was run; figures: {os.path.relpath(document.path)}"
     )
     return 0
 
@@ -145,11 +184,17 @@ def measure(
         now = datetime.datetime.now(datetime.timezone.utc)
         path = results.FOLDER / "tune" / f"tune-{slug(properties.name)}-{now:%Y%m%d-%H%M%S}.json"
     with console.announce("what a large copy reaches here"):
-        document = _document(device, target, words, path, settings={"samples": SAMPLES, "passes": PASSES})
+        document = _document(
+            device, target, words, path, settings={"samples": SAMPLES, "passes": PASSES}
+        )
     target = target._replace(bytes_per_s=document.head["ceilings"]["copy_bytes_per_s"])
-    console.rule(f"{properties.name}: {target.sms} SMs, a copy moves {rate_text(target.bytes_per_s, 'B/s')}")
+    console.rule(
+        f"{properties.name}: {target.sms} SMs, a copy moves {rate_text(target.bytes_per_s, 'B/s')}"
+    )
     if target.arch not in ARCHITECTURES:
-        console.warn(f"sm_{target.arch} has no limits in occupancy.py: registers and occupancy are left out")
+        console.warn(
+            f"sm_{target.arch} has no limits in occupancy.py: registers and occupancy are left out"
+        )
     # the largest flush keeps the device busy while the host prepares a launch
     bench = Bench(device, console, document, Cache(device, LARGEST_FLUSH), deadline=deadline)
     with document:
@@ -158,7 +203,9 @@ def measure(
     return 0
 
 
-def _document(device: torch.device, target: Target, words: Sequence[str], path: Path, **more: Any) -> Results:
+def _document(
+    device: torch.device, target: Target, words: Sequence[str], path: Path, **more: Any
+) -> Results:
     document = Results("tune", device, [target.dtype], words=words, path=path, **more)
     document.head["schema"] = SCHEMA
     return document
@@ -176,16 +223,24 @@ def _with_kernels(console: Console, found: Sequence[Site], target: Target) -> li
 
 
 def op_of(site: Site, device: torch.device, dtype: torch.dtype) -> Op:
-    return attention_op(site.shape, device, dtype) if isinstance(site.shape, Attention) else OPS[site.op]
+    return (
+        attention_op(site.shape, device, dtype)
+        if isinstance(site.shape, Attention)
+        else OPS[site.op]
+    )
 
 
 def inputs_of(site: Site, device: torch.device, dtype: torch.dtype) -> Inputs:
     """Those of `bench kernels`; on the meta device their shapes alone."""
     op = op_of(site, device, dtype)
-    if device.type == "meta" and site.op == "crop_resize":  # the op's own are random images, made on the CPU
+    if (
+        device.type == "meta" and site.op == "crop_resize"
+    ):  # the op's own are random images, made on the CPU
         made = {"pixels": torch.empty(10**8, dtype=torch.uint8, device=device)}
         for name, size in (("offsets", (1,)), ("shapes", (2,)), ("boxes", (4,)), ("flips", (1,))):
-            made[name] = torch.empty((site.shape.batch, *size), dtype=torch.int64, device=device).squeeze(1)
+            made[name] = torch.empty(
+                (site.shape.batch, *size), dtype=torch.int64, device=device
+            ).squeeze(1)
         return {**made, "flips": made["flips"].bool()}
     return cast(op, op.make(site.shape, device), dtype)
 
@@ -202,10 +257,13 @@ def site_rows(
     candidates = (AS_IS, *site.candidates)
     for number, candidate in enumerate(candidates):
         if number and deadline is not None and time.monotonic() >= deadline:
-            console.warn(f"{site.name}: time was up before {len(candidates) - number} of {len(candidates)} candidates")
+            console.warn(
+                f"{site.name}: time was up before {len(candidates) - number} of {len(candidates)} candidates"
+            )
             return
         row = Row(site.op, site.shape.name, NAMES[target.dtype], site.phase, f"candidate {number}")
-        row.sizes, row.sources = site.shape.sizes(), sources_hash(site.op)
+        row.sizes = site.shape.sizes()
+        row.sources = sources_hash(site.op)
         row.bytes = site.cost(site.shape, target.dtype.itemsize)
         row.more = {"kernel": site.kernel, "chosen": candidate is AS_IS}
         ran = attempt(row, partial(examine, row, site, candidate, call, target))
@@ -227,12 +285,26 @@ def examine(row: Row, site: Site, candidate: Candidate, call: Call, target: Targ
     if target.arch not in ARCHITECTURES or INTERPRET:
         return
     first = started[0]
-    found = lint.judge(lint.LintCase(site.op, lambda dtype: None, wide=False), first.launch, target.arch)
+    found = lint.judge(
+        lint.LintCase(site.op, lambda dtype: None, wide=False), first.launch, target.arch
+    )
     fits = occupancy(target.arch, found.registers, found.shared, first.warps)
-    row.more |= {"registers": found.registers, "stack": found.spills, "shared": found.shared, "widest": found.widest}
-    row.more |= {"blocks": fits.blocks, "warps": fits.warps, "of_warps": fits.of_warps, "limit": fits.limit}
+    row.more |= {
+        "registers": found.registers,
+        "stack": found.spills,
+        "shared": found.shared,
+        "widest": found.widest,
+    }
+    row.more |= {
+        "blocks": fits.blocks,
+        "warps": fits.warps,
+        "of_warps": fits.of_warps,
+        "limit": fits.limit,
+    }
     if found.problems or not fits.blocks:
-        raise SssdError(f"refused: {'; '.join(found.problems) or f'no block fits an SM ({fits.limit})'}")
+        raise SssdError(
+            f"refused: {'; '.join(found.problems) or f'no block fits an SM ({fits.limit})'}"
+        )
     row.more["waves"] = waves(first.programs, target.sms, fits.blocks)
     if target.listed:
         code = code_of(first.launch, target.arch)
@@ -264,14 +336,19 @@ def measure_op(bench: Bench, found: Sequence[Site], target: Target) -> None:
     op, dtype = op_of(found[0], bench.device, target.dtype), target.dtype
     inputs = inputs_of(found[0], bench.device, dtype)
     exact, eager = truth(op, found[0].shape, inputs)
-    allowed, ours = op.tolerance or allowed_error(eager, dtype), op.providers["ours"]
+    allowed = op.tolerance or allowed_error(eager, dtype)
+    ours = op.providers["ours"]
     for number, site in enumerate(found):
         if bench.time_is_up():
             return leave_out(bench, found[number:])
         call, calls, rows = site.call(inputs), dict[str, Call](), list[Row]()
 
         def check(
-            candidate: Candidate, row: Row, site: Site = site, call: Call = call, calls: dict[str, Call] = calls
+            candidate: Candidate,
+            row: Row,
+            site: Site = site,
+            call: Call = call,
+            calls: dict[str, Call] = calls,
         ) -> None:
             with backend("triton"), choosing(site, candidate) as started:
                 row.error = error_of(results_of(op, site.shape, inputs, ours, ours.call), exact)
@@ -279,7 +356,9 @@ def measure_op(bench: Bench, found: Sequence[Site], target: Target) -> None:
             if not started:
                 raise SssdError(f"the op started no {site.kernel}")
             if not row.error <= allowed:
-                raise SssdError(f"its results are off by {row.error:.1e} of the largest, {allowed:.1e} are allowed")
+                raise SssdError(
+                    f"its results are off by {row.error:.1e} of the largest, {allowed:.1e} are allowed"
+                )
             calls[row.provider] = partial(_chosen, site, candidate, call)
 
         for row in site_rows(bench.console, site, target, bench.deadline, check):
@@ -307,7 +386,9 @@ def decide(rows: Sequence[Row]) -> None:
     if timed:
         best = min(timed, key=lambda row: row.time.median_us if row.time else 0.0)
         best.more["best"] = True
-        beaten = rows[0].time is None or (best.versus is not None and best.versus.verdict == "faster")
+        beaten = rows[0].time is None or (
+            best.versus is not None and best.versus.verdict == "faster"
+        )
         rows[0].more["verdict"] = f"change to {best.provider}" if beaten else "keep"
 
 
@@ -319,11 +400,17 @@ def show(console: Console, site: Site, target: Target, rows: Sequence[Row]) -> N
     bound = time_text(1e6 * bytes_ / target.bytes_per_s)
     title = f"{site.name}, {NAMES[target.dtype]}: {size_text(bytes_)} to move, at least {bound}"
     cells = [_cells(row, target) for row in rows if row.reason is None]
-    used = [name for name in _cells(rows[0], target) if any(cell[name] not in ("", NONE) for cell in cells)]
+    used = [
+        name
+        for name in _cells(rows[0], target)
+        if any(cell[name] not in ("", NONE) for cell in cells)
+    ]
     console.table(title, used, [[cell[name] for name in used] for cell in cells])
     for row in rows:
         if row.reason is not None:
-            console.info(f"  {row.provider}{' (chosen)' if row.more['chosen'] else ''}: {row.reason}")
+            console.info(
+                f"  {row.provider}{' (chosen)' if row.more['chosen'] else ''}: {row.reason}"
+            )
     if "verdict" in rows[0].more:
         console.info(f"  {rows[0].more['verdict']}")
 
@@ -341,7 +428,9 @@ def _cells(row: Row, target: Target) -> dict[str, str]:
         "warps": f"{more['warps']} of {more['of_warps']}" if "warps" in more else NONE,
         "limit": more.get("limit", NONE),
         "waves": f"{more['waves']:.1f}" if "waves" in more else NONE,
-        "instructions": f"{more['instructions']}{'+' * more['varies']}" if "instructions" in more else NONE,
+        "instructions": f"{more['instructions']}{'+' * more['varies']}"
+        if "instructions" in more
+        else NONE,
         "k cycles": f"{more['cycles'] / 1000:.0f}" if more.get("cycles") else NONE,
         "median": time_text(row.time.median_us) if row.time else NONE,
         "of copy": percent(reached) if reached else NONE,

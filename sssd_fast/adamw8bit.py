@@ -13,12 +13,18 @@ from typing import Any
 
 import torch
 
-from .errors import DependencyError
+from sssd_fast.errors import DependencyError
 
-PARTS = {"codes", "scale", "signed"}  # of a quantised tensor; the table of its 256 values follows from `signed`
+PARTS = {
+    "codes",
+    "scale",
+    "signed",
+}  # of a quantised tensor; the table of its 256 values follows from `signed`
 
 
-def build_adamw8bit(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
+def build_adamw8bit(
+    groups: list[dict[str, Any]], betas: tuple[float, float]
+) -> torch.optim.Optimizer:
     """Raises DependencyError where torchao cannot be imported."""
     optimizer: torch.optim.Optimizer = _optimizer_class()(groups, lr=0.0, betas=betas)
     return optimizer
@@ -28,7 +34,9 @@ def build_adamw8bit(groups: list[dict[str, Any]], betas: tuple[float, float]) ->
 def _optimizer_class() -> Any:
     # its optimizers use none of its compiled kernels, which complain where they cannot be loaded
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
-    warnings.filterwarnings("ignore", message="OptimState8bit does not implement _stable_hash_for_caching")
+    warnings.filterwarnings(
+        "ignore", message="OptimState8bit does not implement _stable_hash_for_caching"
+    )
     try:
         from torchao.optim import AdamW8bit
         from torchao.optim.subclass_8bit import OptimState8bit
@@ -56,7 +64,9 @@ def _optimizer_class() -> Any:
                 codes, scale = value["codes"], value["scale"]
                 block_size = codes.numel() // scale.numel()
                 device = codes.device
-                out = OptimState8bit.zeros(codes.shape, value["signed"], block_size, device, dtype=torch.float32)
+                out = OptimState8bit.zeros(
+                    codes.shape, value["signed"], block_size, device, dtype=torch.float32
+                )
                 out.codes.copy_(codes)
                 out.scale.copy_(scale)
                 return out
@@ -69,6 +79,7 @@ def _optimizer_class() -> Any:
 def _mapped(state_dict: dict[str, Any], change: Any) -> dict[str, Any]:
     """A copy of the dict whose values of `state` went through `change`."""
     state = {
-        key: {name: change(value) for name, value in values.items()} for key, values in state_dict["state"].items()
+        key: {name: change(value) for name, value in values.items()}
+        for key, values in state_dict["state"].items()
     }
     return {**state_dict, "state": state}

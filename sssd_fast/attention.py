@@ -29,17 +29,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mae_kernels
-
-from .errors import ConfigError, DependencyError
+from sssd_fast.errors import ConfigError, DependencyError
 
 PROVIDERS = ("fused", "xformers", "sdpa", "eager")
 # What `auto` takes: the first that can run. None of these orders has been measured yet.
 AUTO = (
-    ("fused", "one program per head moves the fewest bytes for short sequences (by count of bytes, not measured)"),
+    (
+        "fused",
+        "one program per head moves the fewest bytes for short sequences (by count of bytes, not measured)",
+    ),
     ("sdpa", "PyTorch picks among its own kernels and reads qkv without a copy"),
 )
 AUTO_PACKED = (
-    ("xformers", "all lengths go into one launch, elsewhere each length takes its own (by count, not measured)"),
+    (
+        "xformers",
+        "all lengths go into one launch, elsewhere each length takes its own (by count, not measured)",
+    ),
     *AUTO,
 )
 # The longest sequence that the kernels of mae_kernels.attention hold on the chip: from which capability on, {head width: tokens}.
@@ -48,7 +53,12 @@ FUSED_TOKENS = (
     ((9, 0), {16: 256, 32: 256, 64: 256, 128: 128}),
     ((8, 0), {16: 256, 32: 256, 64: 224, 128: 128}),
 )
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+DTYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+}
 BLOCKS = {"step.attention": "encoder", "step.decoder_attention": "decoder"}
 
 
@@ -74,7 +84,9 @@ def attend(qkv_BN3Hd: Tensor, provider: str, scale: float | None = None) -> Tens
         return mae_kernels.attention(qkv_BN3Hd, scale=scale)
     if provider == "xformers":
         q_BNHd, k_BNHd, v_BNHd = qkv_BN3Hd.unbind(2)
-        out_BNHd: Tensor = _loaded_xformers().memory_efficient_attention(q_BNHd, k_BNHd, v_BNHd, scale=scale)
+        out_BNHd: Tensor = _loaded_xformers().memory_efficient_attention(
+            q_BNHd, k_BNHd, v_BNHd, scale=scale
+        )
         return out_BNHd.contiguous()
     if provider not in ("sdpa", "eager"):
         raise ValueError(f"provider: got {provider!r}, needs one of {', '.join(PROVIDERS)}")
@@ -90,12 +102,16 @@ def attend(qkv_BN3Hd: Tensor, provider: str, scale: float | None = None) -> Tens
 
 def _eager(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, scale: float | None) -> Tensor:
     """As timm 0.3.2's Attention, which facebookresearch/mae uses, does under autocast: half precision, but an fp32 softmax."""
-    scores_BHNN = q_BHNd @ k_BHNd.transpose(-2, -1) * (q_BHNd.shape[-1] ** -0.5 if scale is None else scale)
+    scores_BHNN = (
+        q_BHNd @ k_BHNd.transpose(-2, -1) * (q_BHNd.shape[-1] ** -0.5 if scale is None else scale)
+    )
     wide = torch.float32 if q_BHNd.dtype in (torch.float16, torch.bfloat16) else q_BHNd.dtype
     return scores_BHNN.softmax(-1, dtype=wide).to(v_BHNd.dtype) @ v_BHNd
 
 
-def attend_packed(qkv_T3Hd: Tensor, lengths: Sequence[int], provider: str, scale: float | None = None) -> Tensor:
+def attend_packed(
+    qkv_T3Hd: Tensor, lengths: Sequence[int], provider: str, scale: float | None = None
+) -> Tensor:
     """Self-attention inside each of `len(lengths)` sequences that lie one after another without padding.
 
     xformers takes all of them in one launch; the others one launch for each distinct length, with a copy of qkv where there
@@ -104,14 +120,18 @@ def attend_packed(qkv_T3Hd: Tensor, lengths: Sequence[int], provider: str, scale
     if qkv_T3Hd.dim() != 4 or qkv_T3Hd.shape[1] != 3:
         raise ValueError(f"qkv: got shape {tuple(qkv_T3Hd.shape)}, needs [T, 3, H, d]")
     if any(n < 0 for n in lengths) or sum(lengths) != qkv_T3Hd.shape[0]:
-        raise ValueError(f"lengths: got {list(lengths)}, needs numbers of tokens that add up to {qkv_T3Hd.shape[0]}")
+        raise ValueError(
+            f"lengths: got {list(lengths)}, needs numbers of tokens that add up to {qkv_T3Hd.shape[0]}"
+        )
     lengths = [n for n in lengths if n]  # an empty sequence has no row in the result
     if not lengths:
         return qkv_T3Hd[:, 0].contiguous()
     if provider == "xformers":
         mask = _block_diagonal(tuple(lengths), qkv_T3Hd.device)
         q_1THd, k_1THd, v_1THd = qkv_T3Hd[None].unbind(2)
-        out_1THd: Tensor = _loaded_xformers().memory_efficient_attention(q_1THd, k_1THd, v_1THd, mask, scale=scale)
+        out_1THd: Tensor = _loaded_xformers().memory_efficient_attention(
+            q_1THd, k_1THd, v_1THd, mask, scale=scale
+        )
         return out_1THd[0].contiguous()
     if len(set(lengths)) == 1:
         return attend(qkv_T3Hd.unflatten(0, (-1, lengths[0])), provider, scale).flatten(0, 1)
@@ -124,9 +144,13 @@ def attend_packed(qkv_T3Hd: Tensor, lengths: Sequence[int], provider: str, scale
     return torch.cat([outs_nHd[i] for i in range(len(lengths))])
 
 
-@functools.lru_cache(maxsize=8)  # every layer of a step asks for the same one, and making it copies to the GPU
+@functools.lru_cache(
+    maxsize=8
+)  # every layer of a step asks for the same one, and making it copies to the GPU
 def _block_diagonal(lengths: tuple[int, ...], device: torch.device) -> Any:
-    return _loaded_xformers().fmha.attn_bias.BlockDiagonalMask.from_seqlens(list(lengths), device=device)
+    return _loaded_xformers().fmha.attn_bias.BlockDiagonalMask.from_seqlens(
+        list(lengths), device=device
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- choosing
@@ -183,7 +207,9 @@ def choose(name: str, site: Site, setting: str = "step.attention") -> Choice:
     """
     if name == "auto":
         refused: dict[str, str] = {}
-        for provider, why in AUTO_PACKED if site.packed else AUTO:  # ends at sdpa, which can always run
+        for provider, why in (
+            AUTO_PACKED if site.packed else AUTO
+        ):  # ends at sdpa, which can always run
             reason = refusal(provider, site)
             if reason is None:
                 return Choice(provider, why, site, setting, refused)
@@ -194,10 +220,14 @@ def choose(name: str, site: Site, setting: str = "step.attention") -> Choice:
     if reason is None:
         return Choice(name, f"{setting} names it", site, setting)
     able = ", ".join(other for other in PROVIDERS if other != name and refusal(other, site) is None)
-    raise ConfigError(f"{setting} is {name!r}, which cannot run here ({site}): {reason}; set it to auto, {able}")
+    raise ConfigError(
+        f"{setting} is {name!r}, which cannot run here ({site}): {reason}; set it to auto, {able}"
+    )
 
 
-def refusal(provider: str, site: Site, *, xformers_problem: Callable[[], str | None] | None = None) -> str | None:
+def refusal(
+    provider: str, site: Site, *, xformers_problem: Callable[[], str | None] | None = None
+) -> str | None:
     """Why the provider cannot run at the site; None when it can.
 
     On the CPU `fused` is refused, although the function works there: what it computes there is sdpa under another name.
@@ -215,7 +245,9 @@ def refusal(provider: str, site: Site, *, xformers_problem: Callable[[], str | N
 def _fused_refusal(site: Site) -> str | None:
     if site.device.type != "cuda":
         return f"it has no kernel for the {site.device.type}, where it would be computed by sdpa"
-    told = mae_kernels.info()["attention"]  # of this machine: no Triton, another vendor, another backend asked for
+    told = mae_kernels.info()[
+        "attention"
+    ]  # of this machine: no Triton, another vendor, another backend asked for
     if torch.cuda.is_available() and told.startswith("reference"):
         return told.removeprefix("reference (").removesuffix(")")
     limits = next((tokens for oldest, tokens in FUSED_TOKENS if site.capability >= oldest), None)
@@ -251,14 +283,18 @@ def _xformers_refusal(site: Site) -> str | None:
     if half and site.capability >= (8, 0) and site.head_width <= 256:
         return None
     if site.capability > (9, 0):
-        return f"on {site.architecture} it takes only fp16 and bf16, with heads of at most 256 values"
+        return (
+            f"on {site.architecture} it takes only fp16 and bf16, with heads of at most 256 values"
+        )
     if site.compiled and site.training:
         return "compiled it takes only fp16 and bf16 on sm_80 or newer, with heads of at most 256 values"
     return None
 
 
 # ----------------------------------------------------------------------------------------------------- xformers
-_xformers: tuple[Any, str | None] | None = None  # not functools.cache: torch.compile would trace the import again
+_xformers: tuple[Any, str | None] | None = (
+    None  # not functools.cache: torch.compile would trace the import again
+)
 
 
 def load_xformers() -> tuple[Any, str | None]:
@@ -272,7 +308,9 @@ def load_xformers() -> tuple[Any, str | None]:
 def _loaded_xformers() -> Any:
     ops, problem = load_xformers()
     if ops is None:
-        raise DependencyError(f"xformers cannot be used: {problem}; set step.attention to auto or another provider")
+        raise DependencyError(
+            f"xformers cannot be used: {problem}; set step.attention to auto or another provider"
+        )
     return ops
 
 
@@ -280,7 +318,11 @@ def _import_xformers() -> tuple[Any, str | None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             import xformers
             import xformers.ops as ops
@@ -295,6 +337,11 @@ def _import_xformers() -> tuple[Any, str | None]:
     problem = getattr(getattr(xformers, "_cpp_lib", None), "_cpp_library_load_exception", None)
     if problem is None:
         return ops, None
-    while problem.__cause__ is not None:  # the innermost one names the file, such as libcudart.so.12
+    while (
+        problem.__cause__ is not None
+    ):  # the innermost one names the file, such as libcudart.so.12
         problem = problem.__cause__
-    return None, f"its compiled part does not load, and without it every GPU is refused: {problem!r}"
+    return (
+        None,
+        f"its compiled part does not load, and without it every GPU is refused: {problem!r}",
+    )

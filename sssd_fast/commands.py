@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, SssdError
+from sssd_fast.data.splits import save_split, split_summary
+from sssd_fast.errors import ConfigError, SssdError
 
 # ---- training commands -------------------------------------------------------------------------------------------------------
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    from . import pretrain as task
+    from sssd_fast import pretrain as task
 
     with _opened("pretrain", args) as run:
         task.pretrain(run, _init(args.init), _norm(args))
@@ -27,8 +28,8 @@ def pretrain(args: argparse.Namespace) -> None:
 
 
 def finetune(args: argparse.Namespace) -> None:
-    from . import finetune as task
-    from .inference import evaluate_run
+    from sssd_fast import finetune as task
+    from sssd_fast.evaluation.predict import evaluate_run
 
     with _opened("finetune", args) as run:
         task.finetune(run, _init(args.init), _norm(args))
@@ -37,8 +38,8 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def probe(args: argparse.Namespace) -> None:
-    from . import probe as task
-    from .inference import evaluate_run
+    from sssd_fast import probe as task
+    from sssd_fast.evaluation.predict import evaluate_run
 
     with _opened("probe", args) as run:
         task.probe(run, str(_init(args.init)), _norm(args))
@@ -47,7 +48,7 @@ def probe(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from .pipeline import run_all
+    from sssd_fast.pipeline import run_all
 
     config = _config(args)
     out = Path(args.resume or args.out or "runs/run")
@@ -66,10 +67,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def reproduce(args: argparse.Namespace) -> None:
-    from . import reproduce_plan as plans
-    from .config import changed, from_dict, load_config, to_dict
-    from .data.public import PUBLIC_SETS
-    from .reproduce import reproduce as run
+    from sssd_fast.config import changed, from_dict, load_config, to_dict
+    from sssd_fast.reproduce import plan as plans
+    from sssd_fast.reproduce.public_sets import PUBLIC_SETS
+    from sssd_fast.reproduce.reproduce import reproduce as run
 
     plans.check_overrides(args.overrides)
     out = Path(args.resume or args.out or f"runs/{args.dataset}")
@@ -84,13 +85,22 @@ def reproduce(args: argparse.Namespace) -> None:
         config = changed(from_dict(fields["config"]), args.overrides)
     else:
         if args.dataset not in PUBLIC_SETS or args.data is None:
-            raise ConfigError(f"reproduce needs a name ({', '.join(PUBLIC_SETS)}) and its folder: --data DIR")
+            raise ConfigError(
+                f"reproduce needs a name ({', '.join(PUBLIC_SETS)}) and its folder: --data DIR"
+            )
         config = load_config(args.config or PUBLIC_SETS[args.dataset].config, args.overrides)
-        fields = {"dataset": args.dataset, "methods": plans.METHODS if args.external else plans.METHODS[:3]}
+        fields = {
+            "dataset": args.dataset,
+            "methods": plans.METHODS if args.external else plans.METHODS[:3],
+        }
     for name in ("data", "external", "official_split", "part"):
         if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
-    for name in ("protocols", "methods", "seeds"):  # on resume they come to those that were asked for before
+    for name in (
+        "protocols",
+        "methods",
+        "seeds",
+    ):  # on resume they come to those that were asked for before
         if getattr(args, name) is not None:
             before = fields.get(name, ()) if args.resume is not None else ()
             fields[name] = tuple(dict.fromkeys([*before, *getattr(args, name)]))
@@ -105,7 +115,7 @@ def reproduce(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from .inference import evaluate_run
+    from sssd_fast.evaluation.predict import evaluate_run
 
     with _opened("evaluate", args, existing=args.run) as run:
         evaluate_run(run, args.part)
@@ -113,26 +123,35 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
-    from .distributed import pick_device
-    from .inference import find_images, load_trained, predict_files, write_predictions
+    from sssd_fast.evaluation.predict import (
+        find_images,
+        load_trained,
+        predict_files,
+        write_predictions,
+    )
+    from sssd_fast.run.device import pick_device
 
     trained = load_trained(args.model, pick_device(args.device))
     paths = find_images(args.images)
-    scores, bad = predict_files(trained, paths, batch_size=args.batch_size, precision=args.precision)
+    scores, bad = predict_files(
+        trained, paths, batch_size=args.batch_size, precision=args.precision
+    )
     write_predictions(Path(args.out), trained, paths, scores)
     print(f"{len(paths) - len(bad)} images scored with {trained.path}; written to {args.out}")
     for path, reason in bad:
         print(f"not scored: {path}: {reason}", file=sys.stderr)
     if bad:
-        raise SssdError(f"{len(bad)} of {len(paths)} files could not be read; their rows in {args.out} are empty")
+        raise SssdError(
+            f"{len(bad)} of {len(paths)} files could not be read; their rows in {args.out} are empty"
+        )
 
 
 # ---- data, weights, reports --------------------------------------------------------------------------------------------------
 
 
 def data_check(args: argparse.Namespace) -> None:
-    from .data.index import check_data
-    from .data.splits import find_leaks, split_manifest
+    from sssd_fast.data.index import check_data
+    from sssd_fast.data.splits import find_leaks, split_manifest
 
     index = check_data(
         args.source,
@@ -144,14 +163,22 @@ def data_check(args: argparse.Namespace) -> None:
     index.print_summary()
     split = split_manifest(index) if any(r.split for r in index.records) else None
     if split is not None:
-        print(split.summary(index) if find_leaks(index, split) else f"{split.summary(index)}\n  no leak found")
-    print(f"index written to {args.out}" if args.out else "nothing written (give --out FILE.json to keep the index)")
+        print(
+            split_summary(split, index)
+            if find_leaks(index, split)
+            else f"{split_summary(split, index)}\n  no leak found"
+        )
+    print(
+        f"index written to {args.out}"
+        if args.out
+        else "nothing written (give --out FILE.json to keep the index)"
+    )
 
 
 def data_split(args: argparse.Namespace) -> None:
-    from .config import DataConfig
-    from .data.index import DataIndex, check_data
-    from .data.prepare import make_split
+    from sssd_fast.config import DataConfig
+    from sssd_fast.data.index import DataIndex, check_data
+    from sssd_fast.loaders.prepare import make_split
 
     source = Path(args.source)
     index = (
@@ -173,27 +200,29 @@ def data_split(args: argparse.Namespace) -> None:
     for fold in range(args.folds) if every else [base.fold]:
         split = make_split(base.model_copy(update={"fold": fold}), index)
         out = Path(args.out) if not every else Path(args.out).with_suffix(f".fold{fold}.csv")
-        split.save(out, index)
-        print(split.summary(index))
+        save_split(split, out, index)
+        print(split_summary(split, index))
         print(f"written to {out}")
 
 
 def data_synthetic(args: argparse.Namespace) -> None:
-    from .data.phantom import write_phantom_dataset
+    from sssd_fast.data.synthetic import write_phantom_dataset
 
     write_phantom_dataset(Path(args.out), args.count, (args.size, args.size), seed=args.seed)
-    print(f"{args.count} synthetic chest-CT-like slices of {args.size}x{args.size} written to {args.out}")
+    print(
+        f"{args.count} synthetic chest-CT-like slices of {args.size}x{args.size} written to {args.out}"
+    )
 
 
 def data_extract(args: argparse.Namespace) -> None:
-    from .data.archive import extract_archive
+    from sssd_fast.data.archive import extract_archive
 
     print(f"extracted to {extract_archive(args.archive, args.out)}")
 
 
 def data_convert(args: argparse.Namespace) -> None:
-    from .console import Console
-    from .data.convert import convert_volumes
+    from sssd_fast.convert.convert import convert_volumes
+    from sssd_fast.run.log import Console
 
     with Console() as console:
         done = convert_volumes(
@@ -207,13 +236,15 @@ def data_convert(args: argparse.Namespace) -> None:
             console=console if console.interactive else None,
         )
     print(done.summary())
-    folder, table = (shlex.quote(str(path)) for path in (Path(args.out), Path(args.out, "manifest.csv")))
+    folder, table = (
+        shlex.quote(str(path)) for path in (Path(args.out), Path(args.out, "manifest.csv"))
+    )
     print(f"to train on it: data.source={folder} data.manifest={table} data.split=patient")
 
 
 def weights(args: argparse.Namespace) -> None:
-    from .model import MAE
-    from .weights import load_into
+    from sssd_fast.model import MAE
+    from sssd_fast.weights.load import load_into
 
     print(load_into(MAE(_config(args).model), str(_init(args.path))).table())
 
@@ -221,20 +252,22 @@ def weights(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     import torch
 
-    from .export import export_classifier, export_encoder
-    from .inference import load_trained
+    from sssd_fast.evaluation.predict import load_trained
+    from sssd_fast.weights.export import export_classifier, export_encoder
 
     if args.format in ("timm", "huggingface"):
         print(export_encoder(args.model, Path(args.out), args.format))
         return
     trained = load_trained(args.model, torch.device("cpu"))
-    for line in export_classifier(trained.model, Path(args.out), [args.format], classes=trained.classes):
+    for line in export_classifier(
+        trained.model, Path(args.out), [args.format], classes=trained.classes
+    ):
         print(line)
 
 
 def report(args: argparse.Namespace) -> None:
-    from .pipeline import stages_of
-    from .report import write_combined_report, write_report
+    from sssd_fast.pipeline import stages_of
+    from sssd_fast.report.report import write_combined_report, write_report
 
     out = Path(args.run)
     stages = stages_of(out)
@@ -243,7 +276,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
-    from .doctor import collect_environment, print_doctor
+    from sssd_fast.run.environment import collect_environment, print_doctor
 
     if args.json:
         print(json.dumps(collect_environment(probe=True), indent=2))
@@ -252,26 +285,37 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def profile(args: argparse.Namespace) -> None:
-    from . import profile as task
+    from sssd_fast.performance import profile as task
 
     task.profile(
-        _config(args), steps=args.steps, warmup=args.warmup, out=args.out, json_out=args.json, command=args.command
+        _config(args),
+        steps=args.steps,
+        warmup=args.warmup,
+        out=args.out,
+        json_out=args.json,
+        command=args.command,
     )
 
 
 def plan(args: argparse.Namespace) -> None:
-    from .plan import parse_memory, plan_command
+    from sssd_fast.performance.plan import parse_memory, plan_command
 
     named = [f"model.name={args.model}"] if args.model else []
     args.overrides = [*named, *args.overrides]
     config = _config(args)
-    plan_command(config, args.task, parse_memory(args.memory), effective=args.batch, as_json=args.json)
+    plan_command(
+        config, args.task, parse_memory(args.memory), effective=args.batch, as_json=args.json
+    )
 
 
 def configs(args: argparse.Namespace) -> None:
-    from .config import load_config, shipped_configs, to_yaml
+    from sssd_fast.config import load_config, shipped_configs, to_yaml
 
-    print(to_yaml(load_config(args.name, args.overrides)) if args.name else "\n".join(shipped_configs()))
+    print(
+        to_yaml(load_config(args.name, args.overrides))
+        if args.name
+        else "\n".join(shipped_configs())
+    )
 
 
 # ---- shared ------------------------------------------------------------------------------------------------------------------
@@ -279,10 +323,14 @@ def configs(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> Any:
     """--config, else the configuration of the run that is resumed, evaluated or started from, else the defaults."""
-    from .config import load_config
+    from sssd_fast.config import load_config
 
     source = getattr(args, "config", None)
-    for folder in (getattr(args, "resume", None), getattr(args, "run", None), getattr(args, "init", None)):
+    for folder in (
+        getattr(args, "resume", None),
+        getattr(args, "run", None),
+        getattr(args, "init", None),
+    ):
         if source is None and folder and Path(folder, "config.yaml").is_file():
             source = Path(folder, "config.yaml")
     if getattr(args, "resume", None) and not Path(args.resume, "config.yaml").is_file():
@@ -294,7 +342,7 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _init(path: str | None) -> str | None:
     """Weights to start from: the newest checkpoint of a run folder, or the file itself."""
-    from .inference import checkpoint_of
+    from sssd_fast.evaluation.predict import checkpoint_of
 
     if path is not None and Path(path, "checkpoints").is_dir():
         return str(checkpoint_of(path, "last"))
@@ -303,14 +351,16 @@ def _init(path: str | None) -> str | None:
 
 def _norm(args: argparse.Namespace) -> Any:
     """(mean, std) of --init-norm, None for the model's own."""
-    from .weights import IMAGENET
+    from sssd_fast.weights.load import IMAGENET
 
     half = (0.5, 0.5, 0.5)
     return {"imagenet": IMAGENET, "half": (half, half), "model": None}[args.init_norm]
 
 
 def _limited(config: Any, limits: dict[str, Any]) -> Any:
-    stages = {name: getattr(config, name).model_copy(update=limits) for name in ("pretrain", "finetune")}
+    stages = {
+        name: getattr(config, name).model_copy(update=limits) for name in ("pretrain", "finetune")
+    }
     return config.model_copy(update=stages) if limits else config
 
 
@@ -333,8 +383,8 @@ def _dry(args: argparse.Namespace, out: Path) -> Iterator[tuple[Path, dict[str, 
 
 @contextmanager
 def _opened(task: str, args: argparse.Namespace, existing: str | None = None) -> Iterator[Any]:
-    from .distributed import world
-    from .runs import open_run
+    from sssd_fast.run.device import world
+    from sssd_fast.run.folder import open_run
 
     config = _config(args)
     resume = getattr(args, "resume", None)
@@ -342,9 +392,11 @@ def _opened(task: str, args: argparse.Namespace, existing: str | None = None) ->
     with _dry(args, out) as (place, limits), world(config.device) as here:
         config = _limited(config, limits)
         if task in ("pretrain", "finetune") and resume is None:
-            from .microbatch import resolve_batch
+            from sssd_fast.performance.batch_size import resolve_batch
 
-            config = resolve_batch(config, task, here, say=print if here.main else (lambda text: None))
+            config = resolve_batch(
+                config, task, here, say=print if here.main else (lambda text: None)
+            )
         with open_run(
             task,
             config,
@@ -359,7 +411,7 @@ def _opened(task: str, args: argparse.Namespace, existing: str | None = None) ->
 
 
 def _report(run: Any) -> None:
-    from .report import write_report
+    from sssd_fast.report.report import write_report
 
     run.tracker.close()  # the report reads what it wrote
     if run.world.main:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from .errors import ConfigError
+from sssd_fast.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -27,11 +27,18 @@ Count = Annotated[int, Field(ge=1)]
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 # name: (width, depth, heads), Dosovitskiy et al. 2021 (arXiv 2010.11929) and Touvron et al. 2021 (arXiv 2012.12877)
-VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+VIT_SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
+    )
 
 
 class DataConfig(Section):
@@ -41,7 +48,9 @@ class DataConfig(Section):
     manifest: str | None = None  # CSV path,label[,split][,patient], paths relative to `source`
     phantom_images: Annotated[int, Field(ge=40)] = 1600
     phantom_seed: Annotated[int, Field(ge=0)] = 0
-    split: str = "random"  # random | block | patient | kfold | manifest (its split column) | a CSV file
+    split: str = (
+        "random"  # random | block | patient | kfold | manifest (its split column) | a CSV file
+    )
     test_fraction: OpenFraction = 0.2
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = (
         0.1  # of all images, cut from the training part; 0 = no validation
@@ -49,9 +58,13 @@ class DataConfig(Section):
     folds: Annotated[int, Field(ge=2)] = 5
     fold: Annotated[int, Field(ge=0)] = 0
     split_seed: Annotated[int, Field(ge=0)] = 0
-    positive: str | None = None  # class whose score counts in sensitivity and AUC; None = see `positive_class`
+    positive: str | None = (
+        None  # class whose score counts in sensitivity and AUC; None = see `positive_class`
+    )
     max_bad_fraction: Fraction = 0.01  # more unusable files than this is an error
-    accept_wrong_extension: bool = False  # keep good images whose file name ends in another format's extension
+    accept_wrong_extension: bool = (
+        False  # keep good images whose file name ends in another format's extension
+    )
     fit: Literal["crop", "stretch"] = (
         "crop"  # evaluation view: largest centred part of the model's aspect, or the whole image
     )
@@ -67,17 +80,29 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if self.fold >= self.folds:
-            raise ValueError(f"fold is {self.fold}, needs to be below folds ({self.folds}); folds count from 0")
-        if self.split not in ("random", "block", "patient", "kfold", "manifest") and not self.split.endswith(".csv"):
+            raise ValueError(
+                f"fold is {self.fold}, needs to be below folds ({self.folds}); folds count from 0"
+            )
+        if self.split not in (
+            "random",
+            "block",
+            "patient",
+            "kfold",
+            "manifest",
+        ) and not self.split.endswith(".csv"):
             raise ValueError(
                 f"split is {self.split!r}, needs random, block, patient, kfold, manifest (the manifest's split column) or a .csv file"
             )
-        if self.cache not in ("auto", "none") and "/" not in self.cache:  # a mistyped word is not to become a folder
+        if (
+            self.cache not in ("auto", "none") and "/" not in self.cache
+        ):  # a mistyped word is not to become a folder
             raise ValueError(
                 f"cache is {self.cache!r}, needs auto, none, or a folder with a slash in it, such as ./pixels"
             )
         if self.split == "manifest" and self.manifest is None:
-            raise ValueError("split is 'manifest', which needs data.manifest=FILE.csv with a split column")
+            raise ValueError(
+                "split is 'manifest', which needs data.manifest=FILE.csv with a split column"
+            )
         return self
 
 
@@ -109,7 +134,9 @@ class ModelConfig(Section):
     @field_validator("mean", "std", mode="before")
     @classmethod
     def _one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        return (
+            (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        )
 
     @property
     def encoder_shape(self) -> tuple[int, int, int]:
@@ -141,11 +168,16 @@ class ModelConfig(Section):
                     f"image_size {side} is {size}, needs a multiple of patch_size {self.patch_size} (nearest: {near})"
                 )
         width, _, heads = self.encoder_shape
-        for what, w, h in (("", width, heads), ("decoder_", self.decoder_width, self.decoder_heads)):
+        for what, w, h in (
+            ("", width, heads),
+            ("decoder_", self.decoder_width, self.decoder_heads),
+        ):
             if w % h:
                 problems.append(f"{what}width is {w}, needs a multiple of {what}heads ({h})")
             if w % 4:
-                problems.append(f"{what}width is {w}, needs a multiple of 4 for 2-D sin-cos positions")
+                problems.append(
+                    f"{what}width is {w}, needs a multiple of 4 for 2-D sin-cos positions"
+                )
         if not problems and not 0 < self.num_visible < self.num_patches:
             problems.append(
                 f"mask_ratio is {self.mask_ratio} with {self.num_patches} patches, which leaves {self.num_visible} visible; "
@@ -165,7 +197,9 @@ class ObjectiveConfig(Section):
     """Reconstruction plus self-distillation; defaults are SD-MAE's (arXiv 2203.16983)."""
 
     weight: Fraction = 0.2  # total = weight * distillation + (1 - weight) * reconstruction
-    norm: Literal["patch", "channel", "none"] = "patch"  # normalisation of the reconstruction target
+    norm: Literal["patch", "channel", "none"] = (
+        "patch"  # normalisation of the reconstruction target
+    )
     kind: Literal["dino", "cosine", "mse", "smooth_l1"] = "dino"
     detach_teacher: bool = False
     pooling: Literal["image", "token"] = "image"
@@ -222,13 +256,17 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check_train(self) -> TrainConfig:
         if self.warmup_epochs >= self.epochs and self.max_steps is None:
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs:g}, needs to be below epochs ({self.epochs})")
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g}, needs to be below epochs ({self.epochs})"
+            )
         return self
 
 
 class PretrainConfig(TrainConfig):
     extra: str | None = None  # a folder of further images to pre-train on, without their labels
-    image_epochs: Annotated[int, Field(ge=0)] = 20  # a reconstruction picture every so many epochs; 0 = only at the end
+    image_epochs: Annotated[int, Field(ge=0)] = (
+        20  # a reconstruction picture every so many epochs; 0 = only at the end
+    )
     num_images: Count = 8  # images in a picture
 
 
@@ -243,7 +281,9 @@ class FinetuneConfig(TrainConfig):
     random_erasing: Fraction = 0.0  # probability per image
     pool: Literal["mean", "cls"] = "mean"
     class_weights: Literal["none", "balanced"] = "none"
-    select: Literal["auc", "accuracy", "loss", "last"] = "auc"  # which validation figure picks best.pt
+    select: Literal["auc", "accuracy", "loss", "last"] = (
+        "auc"  # which validation figure picks best.pt
+    )
 
 
 class ProbeConfig(Section):
@@ -251,7 +291,13 @@ class ProbeConfig(Section):
 
     pool: Literal["mean", "cls"] = "mean"
     batch_size: Count = 64
-    inverse_penalties: tuple[Positive, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C; validation chooses
+    inverse_penalties: tuple[Positive, ...] = (
+        1e-3,
+        1e-2,
+        1e-1,
+        1.0,
+        10.0,
+    )  # scikit-learn's C; validation chooses
 
 
 class EvaluateConfig(Section):
@@ -263,14 +309,20 @@ class EvaluateConfig(Section):
 class StepConfig(Section):
     """How a training step is computed: speed and memory. Except for `residual` and `optimizer` a run may be resumed with other values."""
 
-    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto = on a CUDA GPU, see `pick_compile`
+    compile: Literal["auto", True, False] = (
+        "auto"  # torch.compile; auto = on a CUDA GPU, see `pick_compile`
+    )
     cuda_graphs: Literal["auto", True, False] = (
         "auto"  # replay a step as one launch; auto = for small batches, compiled only
     )
     attention: Literal["auto", "fused", "xformers", "sdpa", "eager"] = "auto"  # of the encoder
     decoder_attention: Literal["auto", "fused", "xformers", "sdpa", "eager"] = "auto"
-    mlp: Literal["auto", "fused", "plain"] = "auto"  # fused = mae_kernels.gelu_linear; auto = where its kernels run
-    residual: Literal["fp32", "bf16"] = "fp32"  # dtype between the blocks with precision bf16; statistics stay fp32
+    mlp: Literal["auto", "fused", "plain"] = (
+        "auto"  # fused = mae_kernels.gelu_linear; auto = where its kernels run
+    )
+    residual: Literal["fp32", "bf16"] = (
+        "fp32"  # dtype between the blocks with precision bf16; statistics stay fp32
+    )
     activation_budget: Area = (
         1.0  # compiled only: share of activations to keep for the backward, the rest is recomputed
     )
@@ -290,7 +342,9 @@ class StepConfig(Section):
                 f"to selective or full instead"
             )
         if self.compile is True and self.checkpoint != "none":
-            problems.append(f"checkpoint is {self.checkpoint!r} with compile true; lower activation_budget instead")
+            problems.append(
+                f"checkpoint is {self.checkpoint!r} with compile true; lower activation_budget instead"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -386,7 +440,9 @@ def _find(name: str) -> Path:
         return path
     if (CONFIG_DIR / f"{name}.yaml").is_file():
         return CONFIG_DIR / f"{name}.yaml"
-    raise ConfigError(f"no configuration is called {name!r}{_suggest(name, shipped_configs())}; shipped: {_names()}")
+    raise ConfigError(
+        f"no configuration is called {name!r}{_suggest(name, shipped_configs())}; shipped: {_names()}"
+    )
 
 
 def _names() -> str:
@@ -403,7 +459,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         keys = [loader.construct_object(key) for key, _ in node.value]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:  # plain YAML silently keeps the last one
-            raise ConfigError(f"{path}: key {twice[0]!r} stands twice (line {node.start_mark.line + 1}); keep one")
+            raise ConfigError(
+                f"{path}: key {twice[0]!r} stands twice (line {node.start_mark.line + 1}); keep one"
+            )
         return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, unique)
@@ -414,7 +472,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds a {type(tree).__name__}, needs sections such as 'model:' with keys below them")
+        raise ConfigError(
+            f"{path} holds a {type(tree).__name__}, needs sections such as 'model:' with keys below them"
+        )
     return tree
 
 
@@ -439,7 +499,9 @@ def _apply(tree: dict[str, Any], text: str, problems: list[str]) -> None:
         if child is None:
             child = node[name] = {}
         if not isinstance(child, dict):
-            problems.append(f"override {text!r}: {'.'.join(sections[: i + 1])} is a single value and holds no keys")
+            problems.append(
+                f"override {text!r}: {'.'.join(sections[: i + 1])} is a single value and holds no keys"
+            )
             return
         node = child
     node[leaf] = value
@@ -450,7 +512,9 @@ def _fields(loc: Iterable[int | str]) -> list[str]:
     model: Any = Config
     for part in loc:
         field = model.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
             return []
         model = field.annotation
     return list(model.model_fields)
@@ -480,9 +544,17 @@ def _explain(detail: ErrorDetails) -> str:
         if not hint:  # right name, wrong section
             hint = _suggest(str(loc[-1]), [k.rsplit(".", 1)[-1] for k in _all_keys()])
             full = [k for k in _all_keys() if hint and k.rsplit(".", 1)[-1] == hint.split("'")[1]]
-            hint = f"; did you mean {' or '.join(full[:3])}?" if full else f"; known here: {', '.join(siblings)}"
+            hint = (
+                f"; did you mean {' or '.join(full[:3])}?"
+                if full
+                else f"; known here: {', '.join(siblings)}"
+            )
         return f"{key}: unknown key{hint}"
     if detail["type"] == "value_error":
         return f"{key}: {detail['ctx']['error']}" if key else str(detail["ctx"]["error"])
-    text = detail["msg"].replace("Input should be", "needs to be").replace("Value should be", "needs to be")
+    text = (
+        detail["msg"]
+        .replace("Input should be", "needs to be")
+        .replace("Value should be", "needs to be")
+    )
     return f"{key}: got {detail['input']!r}, {text[0].lower()}{text[1:]}"

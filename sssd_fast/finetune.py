@@ -2,69 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import FinetuneConfig
-from .data.index import DataIndex
-from .data.prepare import make_loader, positive_label, prepare_data
-from .data.splits import Split
-from .distributed import World
-from .errors import DataError
-from .loaders import Batch, Loader
-from .loaders.augment import mix_batch, random_erasing, soft_targets
-from .metrics import binary_metrics, multiclass_metrics
-from .model import Classifier
-from .optim import parameter_groups
-from .runs import Run
-from .step import Step, TaskLoss, generator
-from .train import Progress, fit
-from .weight_files import Norm
-from .weights import load_into
-
-
-class Predictions(NamedTuple):
-    """One row per image, in the order of `ids`."""
-
-    labels: NDArray[np.int64]  # [N]
-    scores: NDArray[np.float64]  # [N, classes] softmax
-
-    def binary(self, positive: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """([N] 1 = positive class, [N] score of the positive class)."""
-        return (self.labels == positive).astype(np.int64), self.scores[:, positive]
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, loader: Loader, ids: Sequence[int], num_classes: int, world: World, autocast: torch.autocast
-) -> Predictions:
-    """Scores of the images `ids` that `loader` deals out, gathered from all processes; leaves the model in the mode it was in."""
-    row_of = {image: row for row, image in enumerate(ids)}
-    logits_NC = torch.zeros(len(row_of), num_classes, device=world.device)
-    labels_N = torch.zeros(len(row_of), device=world.device, dtype=torch.int64)
-    training = model.training
-    model.eval()
-    for batch in loader.epoch(0):
-        keep = batch.valid
-        rows = torch.tensor([row_of[i] for i in batch.indices[keep].tolist()], device=world.device, dtype=torch.int64)
-        with autocast:
-            logits = model(batch.images)
-        logits_NC[rows] = logits[keep].float()
-        labels_N[rows] = batch.labels[keep]
-    model.train(training)
-    world.sum_(logits_NC)
-    world.sum_(labels_N)
-    if not torch.isfinite(logits_NC).all():
-        raise DataError(
-            "the model's scores are not finite; the checkpoint is unusable, or fp16 overflows (precision=fp32)"
-        )
-    return Predictions(labels_N.cpu().numpy(), logits_NC.double().softmax(1).cpu().numpy())
+from sssd_fast.config import FinetuneConfig
+from sssd_fast.data.index import DataIndex
+from sssd_fast.data.split import Split
+from sssd_fast.errors import DataError
+from sssd_fast.evaluation.metrics import binary_metrics, multiclass_metrics
+from sssd_fast.evaluation.predict import predict
+from sssd_fast.loaders import Batch
+from sssd_fast.loaders.augment import mix_batch, random_erasing, soft_targets
+from sssd_fast.loaders.prepare import make_loader, positive_label, prepare_data
+from sssd_fast.model import Classifier
+from sssd_fast.optim import parameter_groups
+from sssd_fast.run.device import generator
+from sssd_fast.run.folder import Run
+from sssd_fast.step import Step, TaskLoss
+from sssd_fast.train import Progress, fit
+from sssd_fast.weights.files import Norm
+from sssd_fast.weights.load import load_into
 
 
 class FinetuneTask:
@@ -74,7 +35,8 @@ class FinetuneTask:
 
     def __init__(self, run: Run, index: DataIndex, split: Split) -> None:
         config = run.config
-        self.run, self.index = run, index
+        self.run = run
+        self.index = index
         self.settings: FinetuneConfig = config.finetune
         self.best: tuple[str, bool] = (self.settings.select, self.settings.select != "loss")
         self.num_classes = len(index.classes)
@@ -83,14 +45,19 @@ class FinetuneTask:
                 f"the data have {self.num_classes} class ({', '.join(index.classes)}); a classifier needs 2 or more"
             )
         torch.manual_seed(config.seed)
-        self.module = Classifier(config.model, self.num_classes, self.settings.pool, self.settings.drop_path)
+        self.module = Classifier(
+            config.model, self.num_classes, self.settings.pool, self.settings.drop_path
+        )
         self.module.to(run.world.device)
-        counts = np.bincount([index.records[i].label for i in split.train], minlength=self.num_classes)
+        counts = np.bincount(
+            [index.records[i].label for i in split.train], minlength=self.num_classes
+        )
         weights = np.ones(self.num_classes)
         if self.settings.class_weights == "balanced":
             weights = counts.sum() / (self.num_classes * np.maximum(counts, 1))
         self.class_weights = torch.tensor(weights, dtype=torch.float32, device=run.world.device)
-        self.val_ids, self.val_loader = split.val, None
+        self.val_ids = split.val
+        self.val_loader = None
         if split.val:
             batch_size = config.evaluate.batch_size
             self.val_loader = make_loader(run, index, split.val, batch_size=batch_size)
@@ -125,13 +92,24 @@ class FinetuneTask:
         due = last or epoch % self.settings.validate_epochs == 0
         if self.val_loader is None or not due:
             return {}
-        found = predict(self.module, self.val_loader, self.val_ids, self.num_classes, self.run.world, step.autocast())
+        found = predict(
+            self.module,
+            self.val_loader,
+            self.val_ids,
+            self.num_classes,
+            self.run.world,
+            step.autocast(),
+        )
         if self.num_classes == 2:
             metrics = binary_metrics(*found.binary(positive_label(self.run.config, self.index)))
         else:
             metrics = multiclass_metrics(found.labels, found.scores)
         chosen = np.clip(found.scores[np.arange(len(found.labels)), found.labels], 1e-12, None)
-        figures = {"loss": float(-np.log(chosen).mean()), "accuracy": metrics.accuracy, "auc": metrics.auc}
+        figures = {
+            "loss": float(-np.log(chosen).mean()),
+            "accuracy": metrics.accuracy,
+            "auc": metrics.auc,
+        }
         return {name: value for name, value in figures.items() if value is not None}
 
     def extra_state(self) -> dict[str, Any]:
@@ -145,5 +123,7 @@ def finetune(run: Run, init: str | None, norm: Norm | None = None) -> Progress:
     if init is not None and not run.resume:
         run.console.info(load_into(task.module, init, source_norm=norm).summary)
     settings = run.config.finetune
-    loader = make_loader(run, index, split.train, batch_size=settings.batch_size, augment=settings.augment)
+    loader = make_loader(
+        run, index, split.train, batch_size=settings.batch_size, augment=settings.augment
+    )
     return fit(task, loader, run)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae_kernels import Masking, embed_patches, gelu_linear, random_masking, restore_tokens
-
-from .attention import attend
-from .config import ModelConfig
+from sssd_fast.attention import attend
+from sssd_fast.config import ModelConfig
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -35,7 +34,9 @@ def sincos_positions(width: int, grid: tuple[int, int], prefix: int) -> Tensor:
     the layout of facebookresearch/mae, so that its weights fit.
     """
     omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    rows, cols = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"
+    )
     angles = [axis.reshape(-1, 1) * omega for axis in (cols, rows)]
     table = torch.cat([torch.cat((a.sin(), a.cos()), 1) for a in angles], 1)
     return torch.cat([torch.zeros(prefix, width, dtype=torch.float64), table]).float()
@@ -47,7 +48,8 @@ class _PickPatches(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BND: Tensor, ids_BM: Tensor, rank_BL: Tensor) -> Tensor:
         ctx.save_for_backward(rank_BL)
-        ctx.prefix, ctx.picked = x_BND.shape[1] - rank_BL.shape[1], ids_BM.shape[1]
+        ctx.prefix = x_BND.shape[1] - rank_BL.shape[1]
+        ctx.picked = ids_BM.shape[1]
         return _rows(x_BND, ids_BM + ctx.prefix)
 
     @staticmethod
@@ -90,7 +92,12 @@ class Attention(nn.Module):
     def probabilities(self, x_BND: Tensor) -> Tensor:
         """[B, H, N, N] softmax(q k^T / sqrt(d)): row = query."""
         B, N, D = x_BND.shape
-        q_BHNd, k_BHNd, _ = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).float()
+        q_BHNd, k_BHNd, _ = (
+            self.qkv(x_BND)
+            .view(B, N, 3, self.heads, D // self.heads)
+            .permute(2, 0, 3, 1, 4)
+            .float()
+        )
         return (q_BHNd @ k_BHNd.transpose(-1, -2) * (D // self.heads) ** -0.5).softmax(-1)
 
 
@@ -104,7 +111,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            return gelu_linear(F.linear(x, self.fc1.weight), self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return gelu_linear(
+                F.linear(x, self.fc1.weight), self.fc1.bias, self.fc2.weight, self.fc2.bias
+            )
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
@@ -112,7 +121,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; `drop_path` skips a branch per image (stochastic depth, arXiv 1603.09382)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, norm_eps: float, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, heads)
@@ -170,17 +181,29 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """ViT encoder over the visible patches, or over all of them."""
 
-    def __init__(self, config: ModelConfig, *, final_norm: bool = True, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, config: ModelConfig, *, final_norm: bool = True, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         width, depth, heads = config.encoder_shape
-        self.patch_size, self.grid, self.in_channels = config.patch_size, config.grid, config.in_channels
-        self.image_size, self.num_prefix, self.width = config.image_size, int(config.cls_token), width
+        self.patch_size = config.patch_size
+        self.grid = config.grid
+        self.in_channels = config.in_channels
+        self.image_size = config.image_size
+        self.num_prefix = int(config.cls_token)
+        self.width = width
         self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.cls_token else None
-        self.pos_embed = nn.Parameter(sincos_positions(width, config.grid, self.num_prefix), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            sincos_positions(width, config.grid, self.num_prefix), requires_grad=False
+        )
         rates = torch.linspace(0, drop_path, depth).tolist()
-        self.blocks = Blocks(Block(width, heads, config.mlp_ratio, config.norm_eps, drop_path=rate) for rate in rates)
-        self.norm: nn.Module = nn.LayerNorm(width, eps=config.norm_eps) if final_norm else nn.Identity()
+        self.blocks = Blocks(
+            Block(width, heads, config.mlp_ratio, config.norm_eps, drop_path=rate) for rate in rates
+        )
+        self.norm: nn.Module = (
+            nn.LayerNorm(width, eps=config.norm_eps) if final_norm else nn.Identity()
+        )
         # plain numbers: not in the state dict, since they belong to the data, and exact whatever the model's dtype
         self.mean = config.mean * (config.in_channels // len(config.mean))
         self.std = config.std * (config.in_channels // len(config.std))
@@ -194,18 +217,28 @@ class Encoder(nn.Module):
             )
         B, p = images_BCHW.shape[0], self.num_prefix
         if ids_BK is None:
-            ids_BK = torch.arange(self.grid[0] * self.grid[1], device=images_BCHW.device).expand(B, -1)
+            ids_BK = torch.arange(self.grid[0] * self.grid[1], device=images_BCHW.device).expand(
+                B, -1
+            )
         proj = self.patch_embed.proj
         scale = (self.mean, self.std) if images_BCHW.dtype == torch.uint8 else (None, None)
         x_BKD = embed_patches(
-            images_BCHW, ids_BK, proj.weight, proj.bias, self.pos_embed[p:], mean=scale[0], std=scale[1]
+            images_BCHW,
+            ids_BK,
+            proj.weight,
+            proj.bias,
+            self.pos_embed[p:],
+            mean=scale[0],
+            std=scale[1],
         )
         if self.cls_token is None:
             return x_BKD
         cls_B1D = (self.cls_token + self.pos_embed[:p]).expand(B, -1, -1)
         return torch.cat([cls_B1D.to(x_BKD.dtype), x_BKD], 1)
 
-    def forward(self, images_BCHW: Tensor, ids_BK: Tensor | None = None, read: Rows | None = None) -> Tensor:
+    def forward(
+        self, images_BCHW: Tensor, ids_BK: Tensor | None = None, read: Rows | None = None
+    ) -> Tensor:
         """uint8 (scaled by mean and std here) or already normalised float images -> [B, p+K, D] tokens after the final norm,
         or only the rows that `read` picks."""
         out: Tensor = self.norm(self.blocks(self.tokens(images_BCHW, ids_BK), read))
@@ -225,12 +258,16 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width, self.num_prefix = config.decoder_width, int(config.cls_token)
+        width = config.decoder_width
+        self.num_prefix = int(config.cls_token)
         self.embed = nn.Linear(config.encoder_shape[0], width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(sincos_positions(width, config.grid, self.num_prefix), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            sincos_positions(width, config.grid, self.num_prefix), requires_grad=False
+        )
         self.blocks = Blocks(
-            Block(width, config.decoder_heads, config.mlp_ratio, config.norm_eps) for _ in range(config.decoder_depth)
+            Block(width, config.decoder_heads, config.mlp_ratio, config.norm_eps)
+            for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.pred = nn.Linear(width, config.patch_size**2 * config.in_channels)
@@ -238,7 +275,11 @@ class Decoder(nn.Module):
     def forward(self, x_BND: Tensor, ids_restore_BL: Tensor, read: Rows | None = None) -> Tensor:
         """[B, p+K, D] encoder output -> [B, L, E] patch tokens before the final norm, in image order, or the rows of `read`."""
         x_BNE = restore_tokens(
-            self.embed(x_BND), ids_restore_BL, self.mask_token.flatten(), self.pos_embed, prefix=self.num_prefix
+            self.embed(x_BND),
+            ids_restore_BL,
+            self.mask_token.flatten(),
+            self.pos_embed,
+            prefix=self.num_prefix,
         )
         out: Tensor = self.blocks(x_BNE, self.patches if read is None else read)
         return out
@@ -269,7 +310,9 @@ class MAE(nn.Module):
 
         def read(y_BNE: Tensor) -> Tensor:
             if teacher:
-                return pick_patches(y_BNE, torch.cat([masking.ids_keep, masking.ids_masked], 1), masking.ids_restore)
+                return pick_patches(
+                    y_BNE, torch.cat([masking.ids_keep, masking.ids_masked], 1), masking.ids_restore
+                )
             return pick_patches(y_BNE, masking.ids_masked, masking.ids_restore - K)
 
         y_BLE = decoder(x_BND, masking.ids_restore, read)
@@ -289,19 +332,29 @@ class MAE(nn.Module):
 class Classifier(nn.Module):
     """Encoder over all patches, pooled, with a linear head; names as in timm's VisionTransformer below `encoder.`."""
 
-    def __init__(self, config: ModelConfig, num_classes: int, pool: str = "mean", drop_path: float = 0.0) -> None:
+    def __init__(
+        self, config: ModelConfig, num_classes: int, pool: str = "mean", drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         if pool not in ("mean", "cls") or (pool == "cls" and not config.cls_token):
-            raise ValueError(f"pool is {pool!r}, needs 'mean', or 'cls' with a cls token in the model")
-        self.config, self.pool, self.num_classes = config, pool, num_classes
+            raise ValueError(
+                f"pool is {pool!r}, needs 'mean', or 'cls' with a cls token in the model"
+            )
+        self.config = config
+        self.pool = pool
+        self.num_classes = num_classes
         self.encoder = Encoder(config, final_norm=pool == "cls", drop_path=drop_path)
         self.encoder.pos_embed.requires_grad_(True)  # as in facebookresearch/mae's fine-tuning
         width = config.encoder_shape[0]
-        self.fc_norm: nn.Module = nn.LayerNorm(width, eps=config.norm_eps) if pool == "mean" else nn.Identity()
+        self.fc_norm: nn.Module = (
+            nn.LayerNorm(width, eps=config.norm_eps) if pool == "mean" else nn.Identity()
+        )
         self.head = nn.Linear(width, num_classes)
         self.apply(_init)
         _init_tokens(self.encoder)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE fine-tuning: near-zero logits at the start
+        nn.init.trunc_normal_(
+            self.head.weight, std=2e-5
+        )  # MAE fine-tuning: near-zero logits at the start
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """[B, D] pooled features: the mean over patch tokens (cls excluded) then norm, or the normalised cls token."""

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae_kernels import masked_reconstruction_loss, sssd_loss
-
-from .config import ModelConfig, ObjectiveConfig
-from .model import MAE
+from sssd_fast.config import ModelConfig, ObjectiveConfig
+from sssd_fast.model import MAE
 
 
 class SSSDOutput(NamedTuple):
     total: Tensor
     reconstruction: Tensor
     distillation: Tensor
-    batch_center: Tensor | None  # [S] mean of this batch's teacher; None where the loss has no centre
+    batch_center: (
+        Tensor | None
+    )  # [S] mean of this batch's teacher; None where the loss has no centre
 
 
 class ProjectionHead(nn.Module):
@@ -33,12 +34,12 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int | None) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = (
-            nn.Linear(width, hidden),
-            nn.Linear(hidden, hidden),
-            nn.Linear(hidden, bottleneck),
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.fc3 = nn.Linear(hidden, bottleneck)
+        self.prototypes = (
+            None if prototypes is None else nn.Parameter(torch.empty(prototypes, bottleneck))
         )
-        self.prototypes = None if prototypes is None else nn.Parameter(torch.empty(prototypes, bottleneck))
         for layer in (self.fc1, self.fc2, self.fc3):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adamw8bit import build_adamw8bit
-from .guards import all_finite
+from sssd_fast.adamw8bit import build_adamw8bit
 
 
 def scaled_lr(base_lr: float, effective_batch: int) -> float:
@@ -52,7 +51,9 @@ def parameter_groups(
         plain = parameter.ndim <= 1 or name.endswith(("cls_token", "mask_token", "pos_embed"))
         decay = 0.0 if plain else weight_decay
         scale = layer_decay ** (depth + 1 - layer_of(name, depth))
-        group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale, "names": []})
+        group = groups.setdefault(
+            (decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale, "names": []}
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
@@ -63,7 +64,9 @@ def parameter_groups(
 @torch.library.custom_op("sssd_fast::global_norm", mutates_args=())
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of all elements of all tensors together, fp32 scalar."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)))
+    return torch.linalg.vector_norm(
+        torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
+    )
 
 
 @global_norm.register_fake
@@ -71,7 +74,9 @@ def _(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("sssd_fast::adamw_", mutates_args=("params", "grads", "exp_avgs", "exp_avg_sqs", "steps"))
+@torch.library.custom_op(
+    "sssd_fast::adamw_", mutates_args=("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
+)
 def adamw_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -117,7 +122,9 @@ class FusedAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=0.0, betas=betas, fused=True)
         device = self.param_groups[0]["params"][0].device
         self._lr = torch.zeros((), device=device)
-        self._scales_G = torch.tensor([group["lr_scale"] for group in self.param_groups], device=device)
+        self._scales_G = torch.tensor(
+            [group["lr_scale"] for group in self.param_groups], device=device
+        )
 
     def set_lr(self, lr: float) -> None:
         for group in self.param_groups:
@@ -131,10 +138,17 @@ class FusedAdamW(torch.optim.AdamW):
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if not self.state[p]:
-                    zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in MOMENTS}
+                    zeros = {
+                        name: torch.zeros_like(p, memory_format=torch.preserve_format)
+                        for name in MOMENTS
+                    }
                     self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
-            first, second, steps = ([self.state[p][name] for p in params] for name in (*MOMENTS, "step"))
-            values, grads, (beta1, beta2) = [p.detach() for p in params], [p.grad for p in params], group["betas"]
+            first, second, steps = (
+                [self.state[p][name] for p in params] for name in (*MOMENTS, "step")
+            )
+            values = [p.detach() for p in params]
+            grads = [p.grad for p in params]
+            (beta1, beta2) = group["betas"]
             numbers = lr, beta1, beta2, group["eps"], group["weight_decay"]
             if params:
                 found.append(Group(values, grads, first, second, steps, *numbers))
@@ -144,7 +158,9 @@ class FusedAdamW(torch.optim.AdamW):
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def clipped_update(groups: list[Group], max_norm: float | None, watched: list[Tensor]) -> tuple[Tensor, Tensor]:
+def clipped_update(
+    groups: list[Group], max_norm: float | None, watched: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """AdamW on gradients clipped to a global norm of `max_norm`: (norm before clipping, bool scalar: whether it was applied).
 
     Two passes over the gradients: the norm's, and the update's own. Nothing is applied where the norm or anything in `watched`
@@ -170,5 +186,18 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     if isinstance(optimizer, FusedAdamW):
         optimizer.set_lr(lr)
         return
-    for group in optimizer.param_groups:  # torchao: a tensor on the CPU, which its compiled update takes as an argument
+    for group in (
+        optimizer.param_groups
+    ):  # torchao: a tensor on the CPU, which its compiled update takes as an argument
         group["lr"].fill_(lr * group["lr_scale"])
+
+
+def all_finite(loss: Tensor, *others: Tensor) -> Tensor:
+    """Whether every element of the loss (and gradient norm, ...) is finite: a bool tensor [] on the loss's device.
+
+    Nothing here waits for the device, so it can stand in a compiled or captured step; read the flag when convenient.
+    """
+    finite = torch.isfinite(loss.detach()).all()
+    for other in others:
+        finite = finite & torch.isfinite(other.detach()).all().to(finite.device)
+    return finite

@@ -7,17 +7,17 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import atomic_write_text
-from .config import Config, to_yaml
-from .console import Console
-from .distributed import World, world
-from .evaluate import RATE_NAMES, aggregate_runs
-from .finetune import finetune
-from .inference import checkpoint_of, evaluate_run
-from .microbatch import resolve_batch
-from .pretrain import pretrain
-from .report import write_combined_report
-from .runs import open_run
+from sssd_fast.config import Config, to_yaml
+from sssd_fast.evaluation.evaluate import RATE_NAMES, aggregate_runs
+from sssd_fast.evaluation.predict import checkpoint_of, evaluate_run
+from sssd_fast.finetune import finetune
+from sssd_fast.performance.batch_size import resolve_batch
+from sssd_fast.pretrain import pretrain
+from sssd_fast.report.report import write_combined_report
+from sssd_fast.run.device import World, world
+from sssd_fast.run.files import atomic_write_text
+from sssd_fast.run.folder import open_run
+from sssd_fast.run.log import Console
 
 STAGES = ("pretrain", "finetune")
 
@@ -37,7 +37,14 @@ def run_all(
     with world(config.device) as here:
         if seeds is None and not folds:
             _once(
-                config, out, here, resume=resume, overwrite=overwrite, pretraining=pretraining, command=command, top=out
+                config,
+                out,
+                here,
+                resume=resume,
+                overwrite=overwrite,
+                pretraining=pretraining,
+                command=command,
+                top=out,
             )
             return
         results: dict[str, dict[str, Any]] = {}
@@ -68,11 +75,21 @@ def _variants(config: Config, seeds: list[int] | None) -> list[tuple[str, Config
 
     if seeds is not None:
         return [(f"seed-{s}", changed(s, split_seed=s)) for s in seeds]
-    return [(f"fold-{k}", changed(config.seed, split="kfold", fold=k)) for k in range(config.data.folds)]
+    return [
+        (f"fold-{k}", changed(config.seed, split="kfold", fold=k)) for k in range(config.data.folds)
+    ]
 
 
 def _once(
-    config: Config, out: Path, here: World, *, resume: bool, overwrite: bool, pretraining: bool, command: str, top: Path
+    config: Config,
+    out: Path,
+    here: World,
+    *,
+    resume: bool,
+    overwrite: bool,
+    pretraining: bool,
+    command: str,
+    top: Path,
 ) -> dict[str, Any]:
     """One pass; a stage that is already complete is not trained again on resume."""
     hint = f"sssd-fast run --resume {shlex.quote(str(top))}"
@@ -83,9 +100,18 @@ def _once(
         place = out / stage
         again = resume and (place / "config.yaml").exists()
         if not again:
-            config = resolve_batch(config, stage, here, say=print if here.main else (lambda text: None))
+            config = resolve_batch(
+                config, stage, here, say=print if here.main else (lambda text: None)
+            )
         with open_run(
-            stage, config, place, here, resume=again, overwrite=overwrite, resume_with=hint, command=command
+            stage,
+            config,
+            place,
+            here,
+            resume=again,
+            overwrite=overwrite,
+            resume_with=hint,
+            command=command,
         ) as run:
             if here.main:
                 atomic_write_text(top / "config.yaml", to_yaml(config))
@@ -113,10 +139,17 @@ def _summary(config: Config, out: Path, results: dict[str, dict[str, Any]]) -> N
                 continue
             summary[level] = aggregate_runs(found)
             rows = [
-                (RATE_NAMES[rate], _percent(value["mean"]), _percent(value["deviation"]), str(value["n"]))
+                (
+                    RATE_NAMES[rate],
+                    _percent(value["mean"]),
+                    _percent(value["deviation"]),
+                    str(value["n"]),
+                )
                 for rate, value in summary[level].items()
             ]
-            console.table(f"over {len(results)} runs, per {level}", ("", "mean", "deviation", "runs"), rows)
+            console.table(
+                f"over {len(results)} runs, per {level}", ("", "mean", "deviation", "runs"), rows
+            )
         atomic_write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         report = write_combined_report(out, [out / name / "finetune" for name in results])
         console.info(f"summary: {out / 'summary.json'}\nreport: {report[1]}")

@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import PretrainConfig
-from .data.index import DataIndex
-from .data.prepare import make_loader, prepare_data, pretraining_images
-from .data.splits import Split
-from .loaders import Batch, Loader
-from .objective import SSSD, SSSDOutput
-from .optim import parameter_groups
-from .runs import Run
-from .step import Step, TaskLoss, generator
-from .train import Progress, fit
-from .visualize import attention_grid, reconstruction_grid
-from .weight_files import Norm
-from .weights import load_into
+from sssd_fast.config import PretrainConfig
+from sssd_fast.data.index import DataIndex
+from sssd_fast.data.split import Split
+from sssd_fast.evaluation.visualize import attention_grid, reconstruction_grid
+from sssd_fast.loaders import Batch, Loader
+from sssd_fast.loaders.prepare import make_loader, prepare_data, pretraining_images
+from sssd_fast.objective import SSSD, SSSDOutput
+from sssd_fast.optim import parameter_groups
+from sssd_fast.run.device import generator
+from sssd_fast.run.folder import Run
+from sssd_fast.step import Step, TaskLoss
+from sssd_fast.train import Progress, fit
+from sssd_fast.weights.files import Norm
+from sssd_fast.weights.load import load_into
 
 VALIDATION_SEED = 2**31  # masks of the validation images, the same in every epoch
 
@@ -38,7 +39,9 @@ class PretrainTask:
         self.module = SSSD(config.model, config.objective).to(run.world.device)
         self.val_loader: Loader | None = None
         if split.val:
-            self.val_loader = make_loader(run, index, split.val, batch_size=self.settings.batch_size)
+            self.val_loader = make_loader(
+                run, index, split.val, batch_size=self.settings.batch_size
+            )
         shown = (split.val or split.train)[: self.settings.num_images]
         self.pictured = make_loader(run, index, shown, batch_size=len(shown), shard=False)
 
@@ -46,7 +49,9 @@ class PretrainTask:
         return parameter_groups(self.module, weight_decay=self.settings.weight_decay)
 
     def loss(self, module: nn.Module, batch: Batch, step: int, micro: int) -> TaskLoss:
-        out: SSSDOutput = module(batch.images, self._noise(len(batch.images), self.run.config.seed, step, micro))
+        out: SSSDOutput = module(
+            batch.images, self._noise(len(batch.images), self.run.config.seed, step, micro)
+        )
         parts = {"loss_reconstruction": out.reconstruction, "loss_distillation": out.distillation}
         return TaskLoss(out.total, parts, out.batch_center)
 
@@ -73,7 +78,8 @@ class PretrainTask:
     @torch.no_grad()
     def _validate(self, loader: Loader, step: Step) -> dict[str, float]:
         """Means over the validation images; the centre stays as training left it."""
-        world, names = self.run.world, ("loss", "loss_reconstruction", "loss_distillation")
+        world = self.run.world
+        names = ("loss", "loss_reconstruction", "loss_distillation")
         sums = torch.zeros(len(names) + 1, device=world.device, dtype=torch.float64)
         self.module.eval()
         for i, batch in enumerate(loader.epoch(0)):
@@ -82,7 +88,12 @@ class PretrainTask:
             if len(images):
                 with step.autocast():
                     out = self.module(images, noise)
-                values = [out.total, out.reconstruction, out.distillation, torch.ones_like(out.total)]
+                values = [
+                    out.total,
+                    out.reconstruction,
+                    out.distillation,
+                    torch.ones_like(out.total),
+                ]
                 sums += torch.stack(values).double() * len(images)
         self.module.train()
         world.mean_(sums)
@@ -95,7 +106,10 @@ class PretrainTask:
         encoder = self.module.mae.encoder
         images = next(iter(self.pictured.epoch(0))).images
         noise = torch.rand(
-            len(images), model.num_patches, generator=generator(images.device, VALIDATION_SEED), device=images.device
+            len(images),
+            model.num_patches,
+            generator=generator(images.device, VALIDATION_SEED),
+            device=images.device,
         )
         self.module.eval()
         with step.autocast():
@@ -112,7 +126,13 @@ class PretrainTask:
             mean=list(encoder.mean),
             std=list(encoder.std),
         )
-        attention_grid(images, attention, encoder.grid, encoder.num_prefix, path=out / f"attention-e{epoch:04d}.png")
+        attention_grid(
+            images,
+            attention,
+            encoder.grid,
+            encoder.num_prefix,
+            path=out / f"attention-e{epoch:04d}.png",
+        )
 
 
 def pretrain(run: Run, init: str | None = None, norm: Norm | None = None) -> Progress:

@@ -14,16 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .config import to_dict
-from .data.prepare import make_loader, prepare_data
-from .distributed import World
-from .errors import ConfigError
-from .loaders import Loader
-from .model import Classifier
-from .runs import Run
-from .step import autocast
-from .weight_files import Norm
-from .weights import load_into
+from sssd_fast.config import to_dict
+from sssd_fast.errors import ConfigError
+from sssd_fast.loaders import Loader
+from sssd_fast.loaders.prepare import make_loader, prepare_data
+from sssd_fast.model import Classifier
+from sssd_fast.run.device import World, autocast
+from sssd_fast.run.folder import Run
+from sssd_fast.weights.files import Norm
+from sssd_fast.weights.load import load_into
 
 
 @torch.no_grad()
@@ -65,7 +64,9 @@ def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
     judge = "val" if "val" in x else "train"
     rows, best = [], None
     for c in settings.inverse_penalties:
-        fitted = LogisticRegression(C=c, max_iter=5000, random_state=config.seed).fit(x["train"], y["train"])
+        fitted = LogisticRegression(C=c, max_iter=5000, random_state=config.seed).fit(
+            x["train"], y["train"]
+        )
         p = fitted.predict_proba(x[judge])
         loss = float(log_loss(y[judge], p, labels=list(range(len(index.classes)))))
         accuracy = float(accuracy_score(y[judge], p.argmax(1)))
@@ -100,7 +101,8 @@ def _fold(
 ) -> None:
     """softmax(head(f)) = the regression's probabilities of (f - mean) / std; two classes have one row, split as -z/2, +z/2."""
     if len(bias) == 1:
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        weight = np.concatenate([-weight, weight]) / 2
+        bias = np.concatenate([-bias, bias]) / 2
     scaled = weight / std
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(scaled))

@@ -14,12 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .distributed import World
-from .errors import ConfigError
-from .guards import all_finite
-from .optim import FusedAdamW, clipped_update, set_lr
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from sssd_fast.optim import FusedAdamW, all_finite, clipped_update, set_lr
+from sssd_fast.run.device import World, autocast
 
 
 class TaskLoss(NamedTuple):
@@ -34,33 +30,6 @@ class StepResult(NamedTuple):
     parts: dict[str, Tensor]  # scalars, averaged over micro-batches (not over processes)
     grad_norm: Tensor
     finite: Tensor  # bool scalar: False = this step was skipped
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """auto: bf16 from sm_80 on, fp16 on older GPUs, fp32 on the CPU."""
-    if name != "auto":
-        if name == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            raise ConfigError(
-                f"precision is bf16, but {torch.cuda.get_device_name(device)} has no bf16 units; use precision=fp16"
-            )
-        return name
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context that computes in bf16 or fp16 where that is safe; with fp32 it changes nothing."""
-    dtype = AUTOCAST.get(precision)
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def generator(device: torch.device, *key: int) -> torch.Generator:
-    """Random numbers that depend on `key`, such as (seed, step, micro), and on nothing that happened before."""
-    state = 0
-    for part in key:
-        state = (state * 1_000_003 + part + 1) % (1 << 61)
-    return torch.Generator(device).manual_seed(state)
 
 
 class Step:
@@ -84,8 +53,13 @@ class Step:
         compiled: bool = False,
         graphs: bool = False,
     ) -> None:
-        self.module, self.optimizer, self.loss, self.after = module, optimizer, loss, after
-        self.world, self.precision, self.graphs = world, precision, graphs
+        self.module = module
+        self.optimizer = optimizer
+        self.loss = loss
+        self.after = after
+        self.world = world
+        self.precision = precision
+        self.graphs = graphs
         self.clip_grad = clip_grad
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(world.device.type) if precision == "fp16" else None
@@ -101,7 +75,9 @@ class Step:
         sums, carry = self._forward_backward(micro_batches, step)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        watched = [self.world.mean_(sums["loss"].clone())] + ([] if carry is None else [self.world.mean_(carry)])
+        watched = [self.world.mean_(sums["loss"].clone())] + (
+            [] if carry is None else [self.world.mean_(carry)]
+        )
         grad_norm, finite = self._apply(watched)
         if self.scaler is not None:
             self.scaler.update()
@@ -110,7 +86,9 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(sums, grad_norm, finite)
 
-    def _forward_backward(self, micro_batches: Sequence[Any], step: int) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _forward_backward(
+        self, micro_batches: Sequence[Any], step: int
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Gradients of the mean over the micro-batches; returns the means of loss and parts, and of what is carried."""
         n = len(micro_batches)
         sums: dict[str, Tensor] = {}
@@ -125,7 +103,9 @@ class Step:
                 scaled = total / n
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
             if self.graphs and n > 1 and i == 0:
-                for p in self.parameters:  # out of the memory of the graph, which the next micro-batch writes again
+                for p in (
+                    self.parameters
+                ):  # out of the memory of the graph, which the next micro-batch writes again
                     p.grad = None if p.grad is None else p.grad.clone()
             for name, value in {"loss": total, **parts}.items():
                 value = value.detach().float() / n

@@ -9,30 +9,43 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import load_checkpoint
-from .compute import Execution, compile_summary, compiled, prepare
-from .config import Config, TrainConfig, to_dict
-from .distributed import World
-from .errors import CheckpointError, DataError, Interrupted
-from .guards import FiniteGuard, SignalGuard, peak_memory_gib
-from .loaders import Batch, Loader
-from .model import Classifier
-from .objective import SSSD
-from .optim import build_optimizer, lr_at, scaled_lr
-from .runs import Run
-from .step import Step, StepResult, TaskLoss, generator
+from sssd_fast.config import Config, TrainConfig, to_dict
+from sssd_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    NumericsError,
+    SssdError,
+)
+from sssd_fast.loaders import Batch, Loader
+from sssd_fast.model import Classifier
+from sssd_fast.objective import SSSD
+from sssd_fast.optim import build_optimizer, lr_at, scaled_lr
+from sssd_fast.performance.execution import Execution, compile_summary, compiled, prepare
+from sssd_fast.run.checkpoint import load_checkpoint
+from sssd_fast.run.device import World, generator, peak_memory_gib
+from sssd_fast.run.files import atomic_write_text
+from sssd_fast.run.folder import Run
+from sssd_fast.run.signals import SignalGuard
+from sssd_fast.step import Step, StepResult, TaskLoss
 
 COMPILING = "compiling the training step; this can take minutes the first time, later runs find it in the cache"
-SKIPS_ALLOWED = {"fp32": 3, "bf16": 3, "fp16": 25}  # fp16 starts at a loss scale of 65536 and has to find its way down
+SKIPS_ALLOWED = {
+    "fp32": 3,
+    "bf16": 3,
+    "fp16": 25,
+}  # fp16 starts at a loss scale of 65536 and has to find its way down
 
 
 class Task(Protocol):
@@ -99,7 +112,8 @@ class Schedule:
             total = min(total, settings.max_steps)
         effective = settings.batch_size * settings.accumulate * processes
         warmup = min(round(settings.warmup_epochs * per_epoch), max(0, total - 1))
-        peak, low = scaled_lr(settings.base_lr, effective), scaled_lr(settings.min_lr, effective)
+        peak = scaled_lr(settings.base_lr, effective)
+        low = scaled_lr(settings.min_lr, effective)
         return cls(per_epoch, total, warmup, peak, low, effective)
 
     def lr(self, step: int) -> float:
@@ -110,7 +124,9 @@ class Schedule:
 def make_step(task: Task, run: Run, config: Config) -> tuple[Step, Execution]:
     """The step that trains `task` as config.step wants it, and what was decided, which is printed too."""
     settings, world = task.settings, run.world
-    optimizer = build_optimizer(task.groups(), (settings.beta1, settings.beta2), config.step.optimizer)
+    optimizer = build_optimizer(
+        task.groups(), (settings.beta1, settings.beta2), config.step.optimizer
+    )
     execution = prepare(task.module, config, run.precision, world.device, settings.batch_size)
     for line in execution.lines:
         run.console.info(line)
@@ -153,18 +169,29 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
     record_every = sync_every * max(1, schedule.total_steps // (2000 * sync_every))
     meter = _Meter(schedule.effective_batch)
 
-    with SignalGuard() as signals, run.console.progress(schedule.total_steps, task.name, start=progress.step) as bar:
+    with (
+        SignalGuard() as signals,
+        run.console.progress(schedule.total_steps, task.name, start=progress.step) as bar,
+    ):
         while progress.step < schedule.total_steps:
-            micro_batches = _micro_batches(loader, progress, settings.accumulate, schedule.steps_per_epoch, meter)
+            micro_batches = _micro_batches(
+                loader, progress, settings.accumulate, schedule.steps_per_epoch, meter
+            )
             for batches in micro_batches:
                 lr = schedule.lr(progress.step)
                 # what draws from torch's own generator (drop path) depends on the step alone, like everything else
-                torch.manual_seed(generator(world.device, config.seed, progress.step, world.rank).initial_seed())
-                compiling = (execution.compiled or config.step.optimizer == "adamw8bit") and meter.steps == 0
+                torch.manual_seed(
+                    generator(world.device, config.seed, progress.step, world.rank).initial_seed()
+                )
+                compiling = (
+                    execution.compiled or config.step.optimizer == "adamw8bit"
+                ) and meter.steps == 0
                 with run.console.announce(COMPILING) if compiling else nullcontext():
                     result = step(batches, progress.step, lr)
                     if compiling:
-                        float(result.grad_norm)  # waits for the device, so that the announced time is the real one
+                        float(
+                            result.grad_norm
+                        )  # waits for the device, so that the announced time is the real one
                 if compiling:
                     run.console.info(compile_summary())
                 progress.step += 1
@@ -173,20 +200,32 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                 last = progress.step == schedule.total_steps
                 if progress.step % sync_every == 0 or last:
                     for finite in meter.flags():
-                        guard.check(finite, progress.step, f"loss {float(result.parts['loss']):.4g}, lr {lr:.3g}")
+                        guard.check(
+                            finite,
+                            progress.step,
+                            f"loss {float(result.parts['loss']):.4g}, lr {lr:.3g}",
+                        )
                 if progress.step % record_every == 0 or progress.step % sync_every == 0 or last:
                     record = meter.record(world)
                     if guard.skipped:
                         record["skipped_steps"] = guard.skipped
                     if progress.step % record_every == 0 or last:
                         epoch = progress.epoch + progress.step_in_epoch / schedule.steps_per_epoch
-                        run.tracker.log("train", progress.step, epoch=round(epoch, 4), lr=lr, **record)
+                        run.tracker.log(
+                            "train", progress.step, epoch=round(epoch, 4), lr=lr, **record
+                        )
                     bar.update(progress.step, lr=lr, **record)
-                if settings.checkpoint_steps and progress.step % settings.checkpoint_steps == 0 and not last:
+                if (
+                    settings.checkpoint_steps
+                    and progress.step % settings.checkpoint_steps == 0
+                    and not last
+                ):
                     _save(task, step, progress, run)
                 if last:
                     break
-                if (world.size == 1 or progress.step % 10 == 0) and (signum := _signal(signals, run)):
+                if (world.size == 1 or progress.step % 10 == 0) and (
+                    signum := _signal(signals, run)
+                ):
                     _save(task, step, progress, run)
                     raise Interrupted(
                         f"stopped by {signal.Signals(signum).name} at step {progress.step}; a checkpoint was saved. Continue with:\n"
@@ -195,14 +234,19 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                     )
             epoch = progress.epoch + progress.step_in_epoch / schedule.steps_per_epoch
             if progress.step_in_epoch == schedule.steps_per_epoch:
-                progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+                progress.epoch = progress.epoch + 1
+                progress.step_in_epoch = 0
             last = progress.step == schedule.total_steps
             figures = task.end_epoch(math.ceil(epoch), last, step)
             metric = figures.get(task.best[0])
             if figures:
                 run.tracker.log("val", progress.step, epoch=round(epoch, 4), **figures)
                 bar.note(_sentence(epoch, figures))
-            improved = metric is not None and math.isfinite(metric) and _better(metric, progress.best, task.best[1])
+            improved = (
+                metric is not None
+                and math.isfinite(metric)
+                and _better(metric, progress.best, task.best[1])
+            )
             if improved:
                 progress.best = metric
             if improved or last or progress.epoch % settings.checkpoint_epochs == 0:
@@ -215,12 +259,15 @@ class _Meter:
     """Throughput, waiting time and device-side sums between two records."""
 
     def __init__(self, images_per_step: int) -> None:
-        self.images_per_step, self.steps = images_per_step, 0
+        self.images_per_step = images_per_step
+        self.steps = 0
         self._flags: list[Tensor] = []
         self._reset()
 
     def _reset(self) -> None:
-        self._started, self._waited, self._pending = time.perf_counter(), 0.0, list[StepResult]()
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self._pending = list[StepResult]()
 
     def waited(self, seconds: float) -> None:
         self._waited += seconds
@@ -232,13 +279,16 @@ class _Meter:
 
     def flags(self) -> list[bool]:
         """Whether each step since the last call was applied; waits for the device."""
-        flags, self._flags = self._flags, []
+        flags = self._flags
+        self._flags = []
         return [bool(flag) for flag in torch.stack(flags).tolist()] if flags else []
 
     def record(self, world: World) -> dict[str, float]:
         """Means of the losses over all processes since the last record, speed and memory; waits for the device."""
         names = list(self._pending[0].parts)
-        means = torch.stack([torch.stack([r.parts[name] for r in self._pending]).mean() for name in names])
+        means = torch.stack(
+            [torch.stack([r.parts[name] for r in self._pending]).mean() for name in names]
+        )
         values = dict(zip(names, world.mean_(means).tolist(), strict=True))
         values["grad_norm"] = float(self._pending[-1].grad_norm)
         elapsed = max(time.perf_counter() - self._started, 1e-9)
@@ -273,7 +323,9 @@ def _better(value: float, best: float | None, higher: bool) -> bool:
 
 
 def _sentence(epoch: float, figures: dict[str, float]) -> str:
-    return f"epoch {epoch:.4g}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    return f"epoch {epoch:.4g}: " + ", ".join(
+        f"{name} {value:.4g}" for name, value in figures.items()
+    )
 
 
 def _save(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = False) -> None:
@@ -297,7 +349,9 @@ def _save(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = 
 def _restore(task: Task, step: Step, run: Run) -> Progress:
     newest = run.checkpoints.latest()
     if newest is None:
-        raise CheckpointError(f"{run.out} holds no checkpoint to resume from; start again with --overwrite")
+        raise CheckpointError(
+            f"{run.out} holds no checkpoint to resume from; start again with --overwrite"
+        )
     state = load_checkpoint(newest, map_location=run.world.device)
     run.check_resumable(state, newest)
     task.module.load_state_dict(state["model"])
@@ -307,3 +361,67 @@ def _restore(task: Task, step: Step, run: Run) -> Progress:
     progress = Progress(**state["progress"])
     run.console.info(f"resuming from {newest.name}: step {progress.step}, epoch {progress.epoch}")
     return progress
+
+
+class FiniteGuard:
+    """Host-side policy: a non-finite step is skipped; `limit` of them in a row end the run.
+
+    fp16 needs a larger limit than bf16 or fp32 (3): its loss scale starts too high and halves at every overflow.
+    folder: the run folder, for `failure/step-N.json`; without one nothing is written. Steps draw from (seed, step) alone, so
+    resuming from the last checkpoint reproduces the failure.
+    """
+
+    def __init__(self, limit: int = 3, *, folder: str | Path | None = None) -> None:
+        if limit < 1:
+            raise ConfigError(
+                f"the number of non-finite steps in a row that ends a run is {limit}, at least 1 is needed"
+            )
+        self.limit = limit
+        self.folder = None if folder is None else Path(folder) / "failure"
+        self.consecutive = 0
+        self.skipped = 0
+
+    def check(self, finite: bool, step: int, context: str | Mapping[str, Any] = "") -> bool:
+        """Whether to apply `step`. Raises NumericsError at the `limit`-th skipped step in a row.
+
+        context: what to report with it, such as {"loss": ..., "lr": ..., "loss_scale": ...}.
+        """
+        if finite:
+            self.consecutive = 0
+            return True
+        self.consecutive += 1
+        self.skipped += 1
+        if self.consecutive < self.limit:
+            return False
+        numbers = (
+            context
+            if isinstance(context, str)
+            else ", ".join(f"{key} {value}" for key, value in context.items())
+        )
+        raise NumericsError(
+            f"loss or gradients were not finite in {self.consecutive} steps in a row, the last was step {step}"
+            + (f" ({numbers})" if numbers else "")
+            + ". None of these steps was applied: parameters and checkpoints are intact. Try precision=bf16 (fp32 on "
+            "hardware without it), a lower base_lr, or a smaller clip_grad."
+            + self._write(step, context)
+        )
+
+    def _write(self, step: int, context: str | Mapping[str, Any]) -> str:
+        """Files for the post-mortem; a problem in writing them must not hide the reason the run stopped."""
+        import json
+
+        if self.folder is None:
+            return ""
+        values = {"context": context} if isinstance(context, str) else dict(context)
+        record = {"step": step, "consecutive": self.consecutive, "skipped": self.skipped, **values}
+        # NaN and infinity are not JSON: written as the strings "nan", "inf"
+        safe = {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        path = self.folder / f"step-{step}.json"
+        try:
+            atomic_write_text(path, json.dumps(safe, indent=2, default=str) + "\n")
+        except (OSError, SssdError) as error:
+            return f" (Writing {self.folder} failed as well: {error})"
+        return f" Details: {path}"

@@ -36,9 +36,13 @@ NO_PARAMETERS = SimpleNamespace(params={})
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 # A machine with a GPU that has torch and triton alone still tests the ops; a line at the end says what it could not.
 TRAINER_NEEDS = [
-    name for name in ("pydantic", "yaml", "rich", "PIL", "sklearn", "safetensors") if find_spec(name) is None
+    name
+    for name in ("pydantic", "yaml", "rich", "PIL", "sklearn", "safetensors")
+    if find_spec(name) is None
 ]
-collect_ignore_glob = ["sssd_fast/*", "benchmarks/test_[!g]*.py", "test_layout.py"] if TRAINER_NEEDS else []
+collect_ignore_glob = (
+    ["sssd_fast/*", "benchmarks/test_[!g]*.py", "test_layout.py"] if TRAINER_NEEDS else []
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -73,19 +77,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist: only its parent can print
+    if hasattr(
+        session.config, "workeroutput"
+    ):  # a process of pytest-xdist: only its parent can print
         session.config.workeroutput["left_out"] = dict(session.config.stash[LEFT_OUT])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: Any) -> None:
     found = getattr(node, "workeroutput", {}).get("left_out", {})
-    node.config.stash[LEFT_OUT] |= Counter(found)  # every process collects all tests: the largest count, not the sum
+    node.config.stash[LEFT_OUT] |= Counter(
+        found
+    )  # every process collects all tests: the largest count, not the sum
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     if TRAINER_NEEDS:
-        terminalreporter.write_line(f"left out: all tests of the trainer, which needs {', '.join(TRAINER_NEEDS)}")
+        terminalreporter.write_line(
+            f"left out: all tests of the trainer, which needs {', '.join(TRAINER_NEEDS)}"
+        )
     for reason, count in sorted(config.stash[LEFT_OUT].items()):
         terminalreporter.write_line(f"left out: {count} tests {reason}")
 
@@ -104,7 +116,9 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def guarded(real: Callable[..., Any]) -> Callable[..., Any]:
         def connect(self: socket.socket, address: Any) -> Any:
             if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_local(address[0]):
-                raise RuntimeError(f"a test tried to connect to {address[0]!r}: tests must not need the network")
+                raise RuntimeError(
+                    f"a test tried to connect to {address[0]!r}: tests must not need the network"
+                )
             return real(self, address)
 
         return connect

@@ -96,7 +96,9 @@ def violations(package: str, code: str) -> list[str]:
             if private and isinstance(node.value, ast.Name) and node.value.id == "mae_kernels":
                 found.append(f"uses mae_kernels.{node.attr}, which is not in __all__")
         found += [
-            f"imports {m} when it is imported itself" for m, _ in import_time(tree) if m.partition(".")[0] in LATE
+            f"imports {m} when it is imported itself"
+            for m, _ in import_time(tree)
+            if m.partition(".")[0] in LATE
         ]
     return found
 
@@ -105,7 +107,10 @@ def violations(package: str, code: str) -> list[str]:
 def test_the_import_rules_hold(package: str) -> None:
     files = sources("kernels" if package == "mae_kernels" else package)
     assert files
-    found = {str(path.relative_to(ROOT)): violations(package, path.read_text(encoding="utf-8")) for path in files}
+    found = {
+        str(path.relative_to(ROOT)): violations(package, path.read_text(encoding="utf-8"))
+        for path in files
+    }
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
@@ -121,7 +126,10 @@ def test_the_import_rules_hold(package: str) -> None:
         ("sssd_fast", "import mae_kernels\nmae_kernels._checks.positive(1)"),
         ("sssd_fast", "def f():\n    import benchmarks.run"),
         ("sssd_fast", "import os, matplotlib.pyplot as plt"),
-        ("sssd_fast", "try:\n    from rich.console import Console\nexcept ImportError:\n    Console = None"),
+        (
+            "sssd_fast",
+            "try:\n    from rich.console import Console\nexcept ImportError:\n    Console = None",
+        ),
         ("sssd_fast", "def f():\n    import torchvision"),
     ],
 )
@@ -145,7 +153,12 @@ def test_the_ops_alone_import_nothing_of_the_trainer(tmp_path: Path) -> None:
     code = "import sys, mae_kernels; print(mae_kernels.__file__); print(*sorted({m.partition('.')[0] for m in sys.modules}))"
     env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
     out = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=env,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     where, loaded = out.splitlines()
     assert Path(where).parent == ROOT / "kernels" / "mae_kernels"
@@ -175,10 +188,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with tarfile.open(sdist) as archive:
         for member in archive.getmembers():
             archive.extract(
-                member, folder / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+                member,
+                folder / "unpacked",
+                **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}),
             )
     unpacked = next((folder / "unpacked").iterdir())
-    return {"wheel": run("wheel", copy, "first"), "sdist": sdist, "again": run("wheel", unpacked, "second")}
+    return {
+        "wheel": run("wheel", copy, "first"),
+        "sdist": sdist,
+        "again": run("wheel", unpacked, "second"),
+    }
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(built: dict[str, Path]) -> None:
@@ -188,10 +207,14 @@ def test_the_wheel_holds_every_module_and_nothing_else(built: dict[str, Path]) -
     modules |= {str(path.relative_to(ROOT / "kernels")) for path in sources("kernels")}
     assert {name for name in packaged if name.endswith(".py")} == modules
     assert {name.partition("/")[0] for name in packaged} == {"sssd_fast", "mae_kernels"}
-    configs = {f"sssd_fast/configs/{path.name}" for path in (ROOT / "sssd_fast" / "configs").glob("*.yaml")}
+    configs = {
+        f"sssd_fast/configs/{path.name}" for path in (ROOT / "sssd_fast" / "configs").glob("*.yaml")
+    }
     assert configs
     assert packaged >= configs | {"sssd_fast/py.typed", "mae_kernels/py.typed"}
-    assert set(zipfile.ZipFile(built["again"]).namelist()) == names, "a wheel built from the sdist differs"
+    assert set(zipfile.ZipFile(built["again"]).namelist()) == names, (
+        "a wheel built from the sdist differs"
+    )
 
 
 def test_the_wheel_says_what_pyproject_says(built: dict[str, Path]) -> None:
@@ -200,7 +223,9 @@ def test_the_wheel_says_what_pyproject_says(built: dict[str, Path]) -> None:
     meta = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
     assert meta["Version"] == sssd_fast.__version__
     assert meta["License-Expression"] == "MIT"
-    base = [Requirement(text).name for text in meta.get_all("Requires-Dist") if "extra ==" not in text]
+    base = [
+        Requirement(text).name for text in meta.get_all("Requires-Dist") if "extra ==" not in text
+    ]
     assert sorted(base) == ["numpy", "torch"]
     assert "sssd-fast = sssd_fast.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in archive.namelist()
@@ -211,7 +236,9 @@ def test_the_wheel_says_what_pyproject_says(built: dict[str, Path]) -> None:
 def test_one_version_everywhere() -> None:
     version = sssd_fast.__version__
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "sssd_fast.__version__"}
-    newest = re.search(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    newest = re.search(
+        r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert newest is not None
     assert newest.group(1) == version
     assert getattr(mae_kernels, "__version__", version) == version
@@ -230,7 +257,10 @@ def test_all_is_every_extra_but_the_conflicting_one() -> None:
 def test_every_dependency_is_bounded() -> None:
     unbounded = [
         str(r)
-        for r in [*map(Requirement, PROJECT["project"]["dependencies"]), *(r for rs in extras().values() for r in rs)]
+        for r in [
+            *map(Requirement, PROJECT["project"]["dependencies"]),
+            *(r for rs in extras().values() for r in rs),
+        ]
         if not r.extras
         and r.name != "setuptools"
         and not any(s.operator in ("<", "<=", "==", "~=") for s in r.specifier)
@@ -263,7 +293,8 @@ def test_constraints_pin_every_direct_dependency_within_its_range(python: str) -
     outside = [
         str(r)
         for r in wanted
-        if canonicalize_name(r.name) not in pins or pins[canonicalize_name(r.name)] not in r.specifier
+        if canonicalize_name(r.name) not in pins
+        or pins[canonicalize_name(r.name)] not in r.specifier
     ]
     assert outside == []
     assert pins["torch"] == "2.13.0"
@@ -274,15 +305,22 @@ def readme() -> str:
 
 
 def test_readme_names_only_targets_extras_and_files_that_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     named = set(
         re.findall(
-            r"\bmake ([a-z-]+)\b(?=[` \n])", "".join(re.findall(r"`[^`]*`|^```.*?^```", readme(), re.DOTALL | re.M))
+            r"\bmake ([a-z-]+)\b(?=[` \n])",
+            "".join(re.findall(r"`[^`]*`|^```.*?^```", readme(), re.DOTALL | re.M)),
         )
     )
     assert {"setup", "demo", "test", "check"} <= named
     assert named <= targets
-    asked = {extra for group in re.findall(r"\.?\[([a-z0-9,-]+)\]'", readme()) for extra in group.split(",")}
+    asked = {
+        extra
+        for group in re.findall(r"\.?\[([a-z0-9,-]+)\]'", readme())
+        for extra in group.split(",")
+    }
     assert asked
     assert asked <= set(extras())
     links = set(re.findall(r"\]\(([^)#:]+)\)", readme()))
@@ -299,7 +337,9 @@ def test_readme_commands_are_accepted_as_they_stand() -> None:
     ]
     assert len(lines) > 8
     for line in lines:
-        args = cli._parser().parse_args(shlex.split(re.sub(r"^.*?(sssd-fast|-m sssd_fast) ", "", line)))
+        args = cli._parser().parse_args(
+            shlex.split(re.sub(r"^.*?(sssd-fast|-m sssd_fast) ", "", line))
+        )
         load_config(getattr(args, "config", None), getattr(args, "overrides", []))
 
 
@@ -314,7 +354,9 @@ def test_readme_shows_the_tree_as_it_is() -> None:
             folder, paths = paths[0], [""]
         named |= {str(Path(folder + path)) for path in paths}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
-    modules = {path.relative_to(ROOT) for path in sources("sssd_fast") if not path.name.startswith("__")}
+    modules = {
+        path.relative_to(ROOT) for path in sources("sssd_fast") if not path.name.startswith("__")
+    }
     shown = {str(m) for m in modules if {str(m), *map(str, list(m.parents)[:-2])} & named}
     assert {str(m) for m in modules} - shown == set()
 
@@ -327,7 +369,9 @@ def test_make_says_what_it_needs_when_there_is_no_suitable_python(tmp_path: Path
         shutil.copy(ROOT / name, clone / name)
     old.write_text('#!/bin/sh\nexit 1  # as `python -c "...sys.exit(version < 3.10)"` would\n')
     old.chmod(0o755)
-    done = subprocess.run(["make", "setup", f"PYTHON={old}"], cwd=clone, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "setup", f"PYTHON={old}"], cwd=clone, capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "needs Python 3.10 or newer" in done.stderr
     assert f"tried: {old}" in done.stderr
@@ -364,7 +408,9 @@ def test_ci_ends_with_the_summary_and_fails_when_anything_failed(
         "SECRET": "leaked",
         "https_proxy": "kept",
     }
-    done = subprocess.run([clone / ".ci" / "run"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [clone / ".ci" / "run"], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.splitlines()[:2] == ["asked for check test", "secret= proxy=kept"]
     assert done.stdout.splitlines()[-1] == last
     assert done.returncode == status
@@ -372,11 +418,26 @@ def test_ci_ends_with_the_summary_and_fails_when_anything_failed(
 
 def tracked() -> list[Path]:
     """Files that git tracks or would; every file in an unpacked sdist."""
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     if (ROOT / ".git").exists():
-        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(
+            "\0"
+        )
         return [ROOT / name for name in names if name and (ROOT / name).is_file()]
-    return [path for path in ROOT.rglob("*") if path.is_file() and not {".venv", "runs"} & set(path.parts)]
+    return [
+        path
+        for path in ROOT.rglob("*")
+        if path.is_file() and not {".venv", "runs"} & set(path.parts)
+    ]
 
 
 def test_no_large_file_and_no_image_data() -> None:
@@ -393,7 +454,8 @@ def test_nothing_names_a_local_path_or_a_package_index() -> None:
     """Commands must work elsewhere, and where packages come from is the reader's own setting."""
     local = re.compile(r"(?<![\w.~-])/(?:home|root|Users|tmp|work|mnt|opt)/\w")
     index = re.compile(
-        r"pypi\.org|pythonhosted|download\.pytorch|index[-_]url|trusted-host|--find-links", re.IGNORECASE
+        r"pypi\.org|pythonhosted|download\.pytorch|index[-_]url|trusted-host|--find-links",
+        re.IGNORECASE,
     )
     found = []
     for path in tracked():

@@ -10,7 +10,9 @@ from . import info
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mae_kernels", description=__doc__)
     parser.add_argument(
-        "--lint", action="store_true", help="compile every kernel for every architecture; no GPU needed"
+        "--lint",
+        action="store_true",
+        help="compile every kernel for every architecture; no GPU needed",
     )
     if parser.parse_args().lint:
         from .lint import table

@@ -24,7 +24,9 @@ def debug_checks(enabled: bool = True) -> None:
 
 def can_look(x: Tensor) -> bool:
     """Whether the values of x may be read now: on the CPU in eager mode, on CUDA with debug_checks."""
-    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (x.device.type == "cuda" and _debug))
+    return not torch.compiler.is_compiling() and (
+        x.device.type == "cpu" or (x.device.type == "cuda" and _debug)
+    )
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -47,7 +49,9 @@ def check_floating(name: str, x: Tensor) -> None:
 
 def check_shape(name: str, x: Tensor, shape: Sequence[int | None], meaning: str) -> None:
     """`shape` holds the size needed in each dimension, None where any size will do; `meaning` is its spelling."""
-    ok = x.dim() == len(shape) and all(need is None or got == need for got, need in zip(x.shape, shape, strict=True))
+    ok = x.dim() == len(shape) and all(
+        need is None or got == need for got, need in zip(x.shape, shape, strict=True)
+    )
     if not ok:
         needed = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, needs {meaning} = ({needed})")
@@ -55,7 +59,9 @@ def check_shape(name: str, x: Tensor, shape: Sequence[int | None], meaning: str)
 
 def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
-        raise ValueError(f"{name}: got device {x.device}, needs the device of {other_name}, {other.device}")
+        raise ValueError(
+            f"{name}: got device {x.device}, needs the device of {other_name}, {other.device}"
+        )
 
 
 def check_int(name: str, value: object, minimum: int) -> None:
@@ -67,7 +73,9 @@ def check_int(name: str, value: object, minimum: int) -> None:
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(repr(c) for c in choices)}")
+        raise ValueError(
+            f"{name}: got {value!r}, needs one of {', '.join(repr(c) for c in choices)}"
+        )
 
 
 def check_positive(name: str, value: float) -> None:
@@ -122,10 +130,14 @@ def check_channel_stats(
 
 def _channel_values(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
     if isinstance(value, Tensor):
-        raise TypeError(f"{name}: got a Tensor, needs a number or {channels} numbers (tensor.tolist())")
+        raise TypeError(
+            f"{name}: got a Tensor, needs a number or {channels} numbers (tensor.tolist())"
+        )
     if isinstance(value, (int, float)):
         return (float(value),) * channels
     values = tuple(float(v) for v in value)
     if len(values) != channels:
-        raise ValueError(f"{name}: got {len(values)} numbers, needs one per image channel = {channels}")
+        raise ValueError(
+            f"{name}: got {len(values)} numbers, needs one per image channel = {channels}"
+        )
     return values

@@ -36,7 +36,9 @@ def listed_pixels(
     """[B,K,V] in `dtype`; order "crp" = (channel, row, column), "rpc" = (row, column, channel); ids None = all."""
     grid_cols = images_BCHW.shape[3] // patch_size
     # a view for any strides: unflatten only splits dimensions
-    x = torch.unflatten(torch.unflatten(images_BCHW, 3, (grid_cols, patch_size)), 2, (-1, patch_size))  # B C gr P gc P
+    x = torch.unflatten(
+        torch.unflatten(images_BCHW, 3, (grid_cols, patch_size)), 2, (-1, patch_size)
+    )  # B C gr P gc P
     x = x.permute(0, 2, 4, 1, 3, 5) if order == "crp" else x.permute(0, 2, 4, 3, 5, 1)
     if ids_BK is None:
         x = x.flatten(1, 2)
@@ -48,7 +50,9 @@ def listed_pixels(
         x = x / 255
     if mean and std:
         per_channel = (-1, 1, 1) if order == "crp" else (-1,)
-        x = (x - _channel_vector(mean, x).view(per_channel)) / _channel_vector(std, x).view(per_channel)
+        x = (x - _channel_vector(mean, x).view(per_channel)) / _channel_vector(std, x).view(
+            per_channel
+        )
     return x.flatten(2)
 
 

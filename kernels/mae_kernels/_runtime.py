@@ -35,7 +35,9 @@ except ImportError:
 def triton_module() -> Any:
     """The triton package. Raises RuntimeError when it is not installed."""
     if not HAVE_TRITON:
-        raise RuntimeError("triton: not installed; the CUDA builds of torch bring it, for others `pip install triton`")
+        raise RuntimeError(
+            "triton: not installed; the CUDA builds of torch bring it, for others `pip install triton`"
+        )
     return triton
 
 
@@ -43,7 +45,9 @@ def triton_module() -> Any:
 INTERPRET = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 BACKENDS = ("auto", "triton", "reference")
 OLDEST_ARCHITECTURE = 75
-TENSOR_CORES_FROM = {"attention": 80}  # before sm_80 Triton multiplies matrices without tensor cores
+TENSOR_CORES_FROM = {
+    "attention": 80
+}  # before sm_80 Triton multiplies matrices without tensor cores
 PARTLY = {
     "attention": "for the sizes in short_attention.py; others take scaled_dot_product_attention",
     "distillation_loss": "for kind 'dino'; the other kinds are plain torch",
@@ -136,7 +140,9 @@ def why_not_triton(op: str, device: torch.device, *dtypes: torch.dtype) -> str |
     return "the kernels compute in fp32 and the tensors are fp64" if wide else None
 
 
-def use_triton(op: str, device: torch.device, *dtypes: torch.dtype, refused: str | None = None) -> bool:
+def use_triton(
+    op: str, device: torch.device, *dtypes: torch.dtype, refused: str | None = None
+) -> bool:
     """Whether the op's kernels run; `refused` is a reason of the op's own against them.
 
     Raises RuntimeError, with the reason, when the backend is "triton" and they cannot.
@@ -176,7 +182,11 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constan
         _recording[1].append(Launch(kernel, args, constants))
     elif INTERPRET:
         kernel[grid](*args, **constants)
-    elif on.is_cuda and torch.cuda.is_initialized() and on.device.index != torch.cuda.current_device():
+    elif (
+        on.is_cuda
+        and torch.cuda.is_initialized()
+        and on.device.index != torch.cuda.current_device()
+    ):
         with torch.cuda.device(on.device):
             wrap_triton(kernel)[grid](*args, **constants)
     else:
@@ -185,7 +195,11 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constan
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """For matrix products whose dtype has been chosen already."""
-    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
+    return (
+        torch.autocast(device.type, enabled=False)
+        if device.type in ("cpu", "cuda")
+        else nullcontext()
+    )
 
 
 def next_power_of_2(n: int) -> int:
@@ -219,7 +233,11 @@ def column_block(width: int) -> int:
 
 def info() -> dict[str, str]:
     """For each op, the implementation that would run on this machine, and why the Triton kernels are refused."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     told = {}
     for op in OPS:
         reason = why_not_triton(op, device)

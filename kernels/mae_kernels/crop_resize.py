@@ -46,7 +46,9 @@ MAX_CHANNELS = 4
 # ---------------------------------------------------------------------------------------------------- reference
 def _resize(crop_HWC: Tensor, h: int, w: int) -> Tensor:
     """[C, h, w] uint8. torch has the two-pass uint8 resize on the CPU only; elsewhere it is two float resizes."""
-    crop_1CHW = crop_HWC.permute(2, 0, 1)[None]  # channels-last memory, which torch resizes without a copy
+    crop_1CHW = crop_HWC.permute(2, 0, 1)[
+        None
+    ]  # channels-last memory, which torch resizes without a copy
     if crop_HWC.device.type == "cpu":
         return F.interpolate(crop_1CHW, (h, w), mode="bicubic", antialias=True)[0]
     return two_float_passes(crop_1CHW, h, w)[0]
@@ -80,7 +82,9 @@ def reference(
         with torch.inference_mode(inference):
             for b in images:
                 (height, width), (top, left, rows, columns) = shapes[b], boxes[b]
-                image_HWC = pixels_T[starts[b] : starts[b] + height * width * channels].view(height, width, channels)
+                image_HWC = pixels_T[starts[b] : starts[b] + height * width * channels].view(
+                    height, width, channels
+                )
                 resized_Chw = _resize(image_HWC[top : top + rows, left : left + columns], h, w)
                 out_BChw[b].copy_(resized_Chw.flip(2) if flips[b] else resized_Chw)
 
@@ -88,7 +92,9 @@ def reference(
     if threads <= 1:
         work(range(batch))
         return out_BChw
-    with ThreadPoolExecutor(threads) as pool:  # made for each call: 0.1 ms, and no thread that a fork would lose
+    with ThreadPoolExecutor(
+        threads
+    ) as pool:  # made for each call: 0.1 ms, and no thread that a fork would lose
         for done in [pool.submit(work, range(t, batch, threads)) for t in range(threads)]:
             done.result()
     return out_BChw
@@ -114,7 +120,8 @@ def _first(index, SIZE: tl.constexpr, box):
 def _place(x, index, SIZE: tl.constexpr, box):
     """t of pixel x for output `index`."""
     return tl.div_rn(
-        ((2 * x + 1) * SIZE - (2 * index + 1) * box).to(tl.float32), (2 * tl.maximum(box, SIZE)).to(tl.float32)
+        ((2 * x + 1) * SIZE - (2 * index + 1) * box).to(tl.float32),
+        (2 * tl.maximum(box, SIZE)).to(tl.float32),
     )
 
 
@@ -175,14 +182,17 @@ def _crop_resize_kernel(
     valid &= (offset >= 0) & (offset <= total - height * width * C)
     valid &= (top >= 0) & (box_h >= 1) & (top <= height - box_h)
     valid &= (left >= 0) & (box_w >= 1) & (left <= width - box_w)
-    box_h, box_w = tl.where(valid, box_h, 1).to(tl.int32), tl.where(valid, box_w, 1).to(tl.int32)
+    box_h = tl.where(valid, box_h, 1).to(tl.int32)
+    box_w = tl.where(valid, box_w, 1).to(tl.int32)
 
     # along rows: what every row of the box shares
     j = tile % TILES_W * BLOCK_W + tl.arange(0, BLOCK_W)
     column = tl.minimum(j, W - 1)
     column = tl.where(mirror, W - 1 - column, column)
     first_x = _first(column, W, box_w)
-    place_x, step_x, taps_x = _place(first_x, column, W, box_w), _step(W, box_w), _taps(W, box_w)
+    place_x = _place(first_x, column, W, box_w)
+    step_x = _step(W, box_w)
+    taps_x = _taps(W, box_w)
     sum_x = tl.zeros([BLOCK_W], tl.float32)
     for k in range(taps_x):
         sum_x += tl.where(first_x + k < box_w, _cubic(place_x + k * step_x), 0.0)
@@ -192,7 +202,9 @@ def _crop_resize_kernel(
     i = tile // TILES_W * BLOCK_H + tl.arange(0, BLOCK_H)
     row = tl.minimum(i, H - 1)
     first_y = _first(tile // TILES_W * BLOCK_H, H, box_h)
-    last_y = _first(tl.minimum(tile // TILES_W * BLOCK_H + BLOCK_H, H) - 1, H, box_h) + _taps(H, box_h)
+    last_y = _first(tl.minimum(tile // TILES_W * BLOCK_H + BLOCK_H, H) - 1, H, box_h) + _taps(
+        H, box_h
+    )
     last_y = tl.where(valid, tl.minimum(last_y, box_h), first_y)
     place_y, step_y = _place(first_y, row, H, box_h), _step(H, box_h)
     r = tl.arange(0, ROWS)
@@ -235,20 +247,44 @@ def _launch(
 ) -> Tensor:
     batch = offsets_B.shape[0]
     out_BChw = torch.empty((batch, channels, h, w), dtype=torch.uint8, device=pixels_T.device)
-    block_h, block_w = min(TILE[0], next_power_of_2(h)), max(32, min(TILE[1], next_power_of_2(w)))
+    block_h = min(TILE[0], next_power_of_2(h))
+    block_w = max(32, min(TILE[1], next_power_of_2(w)))
     tiles = -(-h // block_h) * -(-w // block_w)
     tensors = (pixels_T, offsets_B, shapes_B2, boxes_B4, flips_B, out_BChw)
     strides = (offsets_B.stride(0), *shapes_B2.stride(), *boxes_B4.stride(), flips_B.stride(0))
-    sizes = {"C": channels, "H": h, "W": w, "MAX": MAX_SIDE, "BLOCK_H": block_h, "BLOCK_W": block_w, "ROWS": TILE[2]}
+    sizes = {
+        "C": channels,
+        "H": h,
+        "W": w,
+        "MAX": MAX_SIDE,
+        "BLOCK_H": block_h,
+        "BLOCK_W": block_w,
+        "ROWS": TILE[2],
+    }
     grid = (batch * channels * tiles,)
-    launch(_crop_resize_kernel, grid, pixels_T, *tensors, pixels_T.shape[0], *strides, **sizes, num_warps=1)
+    launch(
+        _crop_resize_kernel,
+        grid,
+        pixels_T,
+        *tensors,
+        pixels_T.shape[0],
+        *strides,
+        **sizes,
+        num_warps=1,
+    )
     return out_BChw
 
 
 # ------------------------------------------------------------------------------------------------- registration
 @custom_op("mae_kernels::crop_resize_reference", mutates_args=())
 def _reference_op(
-    pixels: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, size: list[int], channels: int
+    pixels: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    size: list[int],
+    channels: int,
 ) -> Tensor:
     """A node of its own that no trace enters: what the reference does depends on the values of the boxes."""
     h, w = size
@@ -262,7 +298,13 @@ def _(pixels, offsets, shapes, boxes, flips, size, channels):
 
 @triton_op("mae_kernels::crop_resize", mutates_args=())
 def _crop_resize_op(
-    pixels: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, size: list[int], channels: int
+    pixels: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    size: list[int],
+    channels: int,
 ) -> Tensor:
     if use_triton("crop_resize", pixels.device):
         h, w = (int(n) for n in size)
@@ -271,19 +313,33 @@ def _crop_resize_op(
 
 
 # ------------------------------------------------------------------------------------------------------- checks
-def check_ranges(pixels_T: Tensor, offsets_B: Tensor, shapes_B2: Tensor, boxes_B4: Tensor, channels: int) -> None:
+def check_ranges(
+    pixels_T: Tensor, offsets_B: Tensor, shapes_B2: Tensor, boxes_B4: Tensor, channels: int
+) -> None:
     """Images inside `pixels`, boxes inside their images; waits for the device."""
-    (height, width), (top, left, rows, columns) = shapes_B2.unbind(1), boxes_B4.unbind(1)
+    (height, width) = shapes_B2.unbind(1)
+    (top, left, rows, columns) = boxes_B4.unbind(1)
     big = ((shapes_B2 < 1) | (shapes_B2 > MAX_SIDE)).any(1)
     out = ~big & ((offsets_B < 0) | (offsets_B > pixels_T.shape[0] - height * width * channels))
-    cut = (top < 0) | (left < 0) | (rows < 1) | (columns < 1) | (top > height - rows) | (left > width - columns)
+    cut = (
+        (top < 0)
+        | (left < 0)
+        | (rows < 1)
+        | (columns < 1)
+        | (top > height - rows)
+        | (left > width - columns)
+    )
     if not bool((big | out | cut).any()):
         return
     b = int((big | out | cut).nonzero()[0, 0])
-    (at,), (height, width), box = (x[b].reshape(-1).tolist() for x in (offsets_B, shapes_B2, boxes_B4))
+    (at,), (height, width), box = (
+        x[b].reshape(-1).tolist() for x in (offsets_B, shapes_B2, boxes_B4)
+    )
     which = f"for image {b}"
     if big[b]:
-        raise ValueError(f"shapes: got {height} x {width} {which}, needs sides from 1 to {MAX_SIDE}")
+        raise ValueError(
+            f"shapes: got {height} x {width} {which}, needs sides from 1 to {MAX_SIDE}"
+        )
     if out[b]:
         last = at + height * width * channels
         raise ValueError(
@@ -296,7 +352,13 @@ def check_ranges(pixels_T: Tensor, offsets_B: Tensor, shapes_B2: Tensor, boxes_B
 
 
 def _check_arguments(
-    pixels: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, size: Sequence[int], channels: int
+    pixels: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    size: Sequence[int],
+    channels: int,
 ) -> tuple[int, int]:
     check_dtype("pixels", pixels, torch.uint8)
     check_shape("pixels", pixels, (None,), "[T]")

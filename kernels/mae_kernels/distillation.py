@@ -95,7 +95,17 @@ def distillation_group(STUDENT, TEACHER, CENTER, LOSSES, PARTIAL, group, num_row
     first = group.to(tl.int64) * group_rows
     for row in range(first, tl.minimum(first + group_rows, num_rows)):
         t, p, _, loss = softmax_pair(
-            STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K, BLOCK_K, HAS_CENTER, STUDENT_TEMP, TEACHER_TEMP
+            STUDENT,
+            TEACHER,
+            CENTER,
+            row,
+            stride_s,
+            stride_t,
+            K,
+            BLOCK_K,
+            HAS_CENTER,
+            STUDENT_TEMP,
+            TEACHER_TEMP,
         )
         tl.store(LOSSES + row, loss)
         if LOGIT:
@@ -112,7 +122,17 @@ def distillation_gradient_row(factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACH
                               TEACHER_TEMP: tl.constexpr):  # fmt: skip
     """d student = factor (Q - P) / student_temp, d teacher = factor P (-log Q - loss) / teacher_temp."""
     _, p, minus_log_q, loss = softmax_pair(
-        STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K, BLOCK_K, HAS_CENTER, STUDENT_TEMP, TEACHER_TEMP
+        STUDENT,
+        TEACHER,
+        CENTER,
+        row,
+        stride_s,
+        stride_t,
+        K,
+        BLOCK_K,
+        HAS_CENTER,
+        STUDENT_TEMP,
+        TEACHER_TEMP,
     )
     col = tl.arange(0, BLOCK_K)
     at = row * K + col
@@ -156,13 +176,19 @@ def warps_for(block: int) -> int:
 
 
 def logit_arguments(
-    student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: float
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    student_temp: float,
+    teacher_temp: float,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], int, tuple[int, int], dict[str, Any]]:
     """(student, teacher, center) as [R,K], R, the two row strides, and the constants of the kernels above."""
     width = student.shape[-1]
     s_RK, t_RK = (t.reshape(-1, width) for t in (student, teacher))
     s_RK, t_RK = (t if t.stride(1) == 1 else t.contiguous() for t in (s_RK, t_RK))
-    centre = s_RK if center is None else center.detach().reshape(-1).contiguous()  # not read when there is none
+    centre = (
+        s_RK if center is None else center.detach().reshape(-1).contiguous()
+    )  # not read when there is none
     constants = {
         "K": width, "BLOCK_K": next_power_of_2(width), "HAS_CENTER": center is not None,
         "STUDENT_TEMP": student_temp, "TEACHER_TEMP": teacher_temp,
@@ -177,12 +203,21 @@ def groups_of(rows: int) -> tuple[int, int]:
 
 
 def _launch_distillation(
-    student: Tensor, teacher: Tensor, center: Tensor | None, logit: bool, student_temp: float, teacher_temp: float
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    logit: bool,
+    student_temp: float,
+    teacher_temp: float,
 ) -> tuple[Tensor, Tensor]:
-    tensors, rows, strides, constants = logit_arguments(student, teacher, center, student_temp, teacher_temp)
+    tensors, rows, strides, constants = logit_arguments(
+        student, teacher, center, student_temp, teacher_temp
+    )
     groups, group_rows = groups_of(rows)
     losses_R = torch.empty(rows, dtype=torch.float32, device=student.device)
-    partial_GK = torch.empty((groups, student.shape[-1]), dtype=torch.float32, device=student.device)
+    partial_GK = torch.empty(
+        (groups, student.shape[-1]), dtype=torch.float32, device=student.device
+    )
     constants |= {"LOGIT": logit, "num_warps": warps_for(constants["BLOCK_K"])}
     arguments = (*tensors, losses_R, partial_GK, rows, group_rows, *strides)
     launch(_distillation_kernel, (groups,), student, *arguments, **constants)
@@ -198,9 +233,13 @@ def _launch_distillation_backward(
     teacher_temp: float,
     needs_teacher: bool,
 ) -> tuple[Tensor, Tensor]:
-    tensors, rows, strides, constants = logit_arguments(student, teacher, center, student_temp, teacher_temp)
+    tensors, rows, strides, constants = logit_arguments(
+        student, teacher, center, student_temp, teacher_temp
+    )
     dstudent = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    dteacher = torch.empty(teacher.shape if needs_teacher else (0,), dtype=teacher.dtype, device=student.device)
+    dteacher = torch.empty(
+        teacher.shape if needs_teacher else (0,), dtype=teacher.dtype, device=student.device
+    )
     constants |= {"NEEDS_TEACHER": needs_teacher, "num_warps": warps_for(constants["BLOCK_K"])}
     arguments = (grad, *tensors, dstudent, dteacher, rows, *strides)
     launch(_distillation_backward_kernel, (rows,), student, *arguments, **constants)
@@ -216,7 +255,12 @@ def refusal(width: int) -> str | None:
 
 
 def gradients(
-    grad: Tensor, student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: float
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    student_temp: float,
+    teacher_temp: float,
 ) -> tuple[Tensor, Tensor]:
     """The formula of distillation_gradient_row in plain torch."""
     acc = accumulate_dtype(student, teacher)
@@ -225,17 +269,25 @@ def gradients(
     log_q = F.log_softmax(student.to(acc) / student_temp, dim=-1)
     loss = -(p * log_q).sum(-1, keepdim=True)
     factor = grad / max(student.numel() // student.shape[-1], 1)
-    ds, dt = (log_q.exp() - p) * (factor / student_temp), p * (-log_q - loss) * (factor / teacher_temp)
+    ds = (log_q.exp() - p) * (factor / student_temp)
+    dt = p * (-log_q - loss) * (factor / teacher_temp)
     return ds.to(student.dtype), dt.to(teacher.dtype)
 
 
 @triton_op("mae_kernels::distillation_loss", mutates_args=())
 def _distillation_op(
-    student: Tensor, teacher: Tensor, center: Tensor | None, logit: bool, student_temp: float, teacher_temp: float
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    logit: bool,
+    student_temp: float,
+    teacher_temp: float,
 ) -> tuple[Tensor, Tensor]:
     """Kind "dino": (loss, batch_center)."""
     refused = refusal(student.shape[-1])
-    if use_triton("distillation_loss", student.device, student.dtype, teacher.dtype, refused=refused):
+    if use_triton(
+        "distillation_loss", student.device, student.dtype, teacher.dtype, refused=refused
+    ):
         return _launch_distillation(student, teacher, center, logit, student_temp, teacher_temp)
     loss, batch_center = reference(
         student, teacher, "dino", center, "logit" if logit else "prob", student_temp, teacher_temp
@@ -256,8 +308,12 @@ def _distillation_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of student and teacher; the teacher's is empty when not needed."""
     refused = refusal(student.shape[-1])
-    if use_triton("distillation_loss", student.device, student.dtype, teacher.dtype, refused=refused):
-        return _launch_distillation_backward(grad, student, teacher, center, student_temp, teacher_temp, needs_teacher)
+    if use_triton(
+        "distillation_loss", student.device, student.dtype, teacher.dtype, refused=refused
+    ):
+        return _launch_distillation_backward(
+            grad, student, teacher, center, student_temp, teacher_temp, needs_teacher
+        )
     dstudent, dteacher = gradients(grad, student, teacher, center, student_temp, teacher_temp)
     return dstudent, dteacher if needs_teacher else dteacher.new_empty(0)
 
@@ -273,7 +329,9 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 6
     needs_teacher = ctx.needs_input_grad[1]
-    dstudent, dteacher = _distillation_backward_op(grad, *ctx.saved_tensors, *ctx.temps, needs_teacher)
+    dstudent, dteacher = _distillation_backward_op(
+        grad, *ctx.saved_tensors, *ctx.temps, needs_teacher
+    )
     return dstudent, dteacher if needs_teacher else None, None, None, None, None
 
 
@@ -312,7 +370,11 @@ def distillation_loss(
         teacher = teacher.detach()
     temps = float(student_temp), float(teacher_temp)
     if kind != "dino":
-        use_triton("distillation_loss", student.device, refused=f"only kind 'dino' has kernels, and this is {kind!r}")
+        use_triton(
+            "distillation_loss",
+            student.device,
+            refused=f"only kind 'dino' has kernels, and this is {kind!r}",
+        )
     if kind != "dino" or wants_reference(student):
         return reference(student, teacher, kind, center, center_mode, *temps)
     loss, batch_center = _distillation_op(student, teacher, center, center_mode == "logit", *temps)
@@ -335,13 +397,19 @@ def check_distillation(
     check_positive("student_temp", student_temp)
     check_positive("teacher_temp", teacher_temp)
     if student.dim() < 1 or student.shape[-1] < 1:
-        raise ValueError(f"student: got shape {tuple(student.shape)}, needs [..., K] with K of at least 1")
+        raise ValueError(
+            f"student: got shape {tuple(student.shape)}, needs [..., K] with K of at least 1"
+        )
     check_shape("teacher", teacher, tuple(student.shape), "the student's shape")
     check_same_device("teacher", teacher, "student", student)
     if center is not None:
         if kind != "dino":
-            raise ValueError(f"center: got a tensor with kind {kind!r}, needs kind 'dino' (or center=None)")
+            raise ValueError(
+                f"center: got a tensor with kind {kind!r}, needs kind 'dino' (or center=None)"
+            )
         check_floating("center", center)
         if center.numel() != student.shape[-1]:
-            raise ValueError(f"center: got shape {tuple(center.shape)}, needs K = {student.shape[-1]} numbers")
+            raise ValueError(
+                f"center: got shape {tuple(center.shape)}, needs K = {student.shape[-1]} numbers"
+            )
         check_same_device("center", center, "student", student)

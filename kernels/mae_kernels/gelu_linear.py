@@ -35,11 +35,22 @@ from torch.library import triton_op
 
 from ._checks import check_floating, check_same_device, check_shape
 from ._pixels import accumulate_dtype
-from ._runtime import column_block, jit, launch, no_autocast, rows_per_program, tl, use_triton, wants_reference
+from ._runtime import (
+    column_block,
+    jit,
+    launch,
+    no_autocast,
+    rows_per_program,
+    tl,
+    use_triton,
+    wants_reference,
+)
 
 
 # ---------------------------------------------------------------------------------------------------- reference
-def reference(x: Tensor, bias_F: Tensor | None, weight_DF: Tensor, out_bias_D: Tensor | None) -> Tensor:
+def reference(
+    x: Tensor, bias_F: Tensor | None, weight_DF: Tensor, out_bias_D: Tensor | None
+) -> Tensor:
     h = x if bias_F is None else x + bias_F.to(x.dtype)
     return _project(torch.nn.functional.gelu(h).to(weight_DF.dtype), weight_DF, out_bias_D)
 
@@ -114,7 +125,9 @@ def _gelu_backward_kernel(
         row = (tl.program_id(0).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
         wanted = (row < num_rows)[:, None] & (col < F)[None, :]
         at = row[:, None] * F + col[None, :]
-        h = tl.load(X + (row[:, None] * stride_n + col[None, :]), mask=wanted, other=0.0).to(tl.float32)
+        h = tl.load(X + (row[:, None] * stride_n + col[None, :]), mask=wanted, other=0.0).to(
+            tl.float32
+        )
         dg = tl.load(DG + at, mask=wanted, other=0.0).to(tl.float32)
         if HAS_BIAS:
             h += bias[None, :]
@@ -145,8 +158,16 @@ def _launch_gelu(x_NF: Tensor, bias_F: Tensor | None, dtype: torch.dtype) -> Ten
     block = column_block(width)
     rows, warps = rows_per_program(x_NF.device, block)
     grid = (-(-num_rows // rows), -(-width // block))
-    bias = x_NF if bias_F is None else bias_F.contiguous()  # without a bias the kernel does not read it
-    constants = {"F": width, "BLOCK_F": block, "ROWS": rows, "HAS_BIAS": bias_F is not None, "num_warps": warps}
+    bias = (
+        x_NF if bias_F is None else bias_F.contiguous()
+    )  # without a bias the kernel does not read it
+    constants = {
+        "F": width,
+        "BLOCK_F": block,
+        "ROWS": rows,
+        "HAS_BIAS": bias_F is not None,
+        "num_warps": warps,
+    }
     launch(_gelu_kernel, grid, x_NF, x_NF, bias, g_NF, num_rows, x_NF.stride(0), **constants)
     return g_NF
 
@@ -164,20 +185,42 @@ def _launch_gelu_backward(
     steps = -(-num_rows // (rows * max(BACKWARD_PROGRAMS // columns, 1)))
     programs = -(-num_rows // (rows * max(steps, 1)))
     dh_NF = torch.empty((num_rows, width), dtype=x_NF.dtype, device=x_NF.device)
-    g_NF = torch.empty((0,) if g_dtype is None else (num_rows, width), dtype=g_dtype, device=x_NF.device)
-    partial_SF = torch.empty((programs, 0 if bias_F is None else width), dtype=torch.float32, device=x_NF.device)
-    tensors = (x_NF, x_NF if bias_F is None else bias_F.contiguous(), dg_NF, dh_NF, g_NF, partial_SF)
+    g_NF = torch.empty(
+        (0,) if g_dtype is None else (num_rows, width), dtype=g_dtype, device=x_NF.device
+    )
+    partial_SF = torch.empty(
+        (programs, 0 if bias_F is None else width), dtype=torch.float32, device=x_NF.device
+    )
+    tensors = (
+        x_NF,
+        x_NF if bias_F is None else bias_F.contiguous(),
+        dg_NF,
+        dh_NF,
+        g_NF,
+        partial_SF,
+    )
     constants = {
         "F": width, "BLOCK_F": block, "ROWS": rows, "HAS_BIAS": bias_F is not None, "WRITE_G": g_dtype is not None,
         "num_warps": warps,
     }  # fmt: skip
-    launch(_gelu_backward_kernel, (programs, columns), x_NF, *tensors, num_rows, x_NF.stride(0), steps, **constants)
+    launch(
+        _gelu_backward_kernel,
+        (programs, columns),
+        x_NF,
+        *tensors,
+        num_rows,
+        x_NF.stride(0),
+        steps,
+        **constants,
+    )
     return dh_NF, partial_SF.sum(0), g_NF
 
 
 # ------------------------------------------------------------------------------------------------- registration
 def _use_triton(x: Tensor, bias: Tensor | None, weight: Tensor) -> bool:
-    return use_triton("gelu_linear", x.device, x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype)
+    return use_triton(
+        "gelu_linear", x.device, x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype
+    )
 
 
 @triton_op("mae_kernels::gelu_linear", mutates_args=())
@@ -207,24 +250,33 @@ def _gelu_linear_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [..., F], bias [F], weight [D, F] and out_bias [D]; empty for one that is not needed."""
     dout_ND, x_NF = dout.reshape(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])
-    dweight, dout_bias = weight.new_empty(0), weight.new_empty(0, dtype=out_bias_dtype)
+    dweight = weight.new_empty(0)
+    dout_bias = weight.new_empty(0, dtype=out_bias_dtype)
     make_g = needs_weight and g is None
     with no_autocast(x.device):
         dg_NF = dout_ND @ weight
     if _use_triton(x, bias, weight):
-        dh_NF, dbias, g_made = _launch_gelu_backward(x_NF, bias, dg_NF, weight.dtype if make_g else None)
+        dh_NF, dbias, g_made = _launch_gelu_backward(
+            x_NF, bias, dg_NF, weight.dtype if make_g else None
+        )
     else:
         h_NF = _hidden(x_NF, bias)
         cdf_NF = 0.5 + 0.5 * torch.erf(h_NF * math.sqrt(0.5))
         dh_NF = dg_NF * (cdf_NF + h_NF * torch.exp(-0.5 * h_NF * h_NF) / math.sqrt(2 * math.pi))
-        dbias, g_made = dh_NF.sum(0), (h_NF * cdf_NF).to(weight.dtype) if make_g else weight.new_empty(0)
+        dbias = dh_NF.sum(0)
+        g_made = (h_NF * cdf_NF).to(weight.dtype) if make_g else weight.new_empty(0)
     del dg_NF  # before the gradient of weight is made
     if needs_weight:
         with no_autocast(x.device):
             dweight = dout_ND.t() @ (g_made if g is None else g)
     if needs_out_bias:  # torch's sum: a compiler may join it to what makes dout
         dout_bias = dout_ND.sum(0, dtype=accumulate_dtype(dout)).to(out_bias_dtype)
-    return dh_NF.to(x.dtype).view(x.shape), dbias.to(x.dtype if bias is None else bias.dtype), dweight, dout_bias
+    return (
+        dh_NF.to(x.dtype).view(x.shape),
+        dbias.to(x.dtype if bias is None else bias.dtype),
+        dweight,
+        dout_bias,
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -242,7 +294,13 @@ def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
     dx, dbias, dweight, dout_bias = _gelu_linear_backward_op(
         dout, *ctx.saved_tensors, ctx.out_bias_dtype, weight, out_bias
     )
-    return dx, dbias if bias else None, dweight if weight else None, dout_bias if out_bias else None, None
+    return (
+        dx,
+        dbias if bias else None,
+        dweight if weight else None,
+        dout_bias if out_bias else None,
+        None,
+    )
 
 
 _gelu_linear_op.register_autograd(_backward, setup_context=_setup)
@@ -250,7 +308,12 @@ _gelu_linear_op.register_autograd(_backward, setup_context=_setup)
 
 # ------------------------------------------------------------------------------------------------------- public
 def gelu_linear(
-    x: Tensor, bias: Tensor | None, weight: Tensor, out_bias: Tensor | None, *, recompute: bool = True
+    x: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    out_bias: Tensor | None,
+    *,
+    recompute: bool = True,
 ) -> Tensor:
     """gelu(x + bias) weight^T + out_bias: the second half of a transformer's MLP, with the exact GELU.
 
@@ -274,9 +337,14 @@ def gelu_linear(
     width = x.shape[-1]
     check_shape("weight", weight, (None, width), "[D, F]")
     if weight.shape[0] < 1:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, needs [D, F] with D of at least 1")
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, needs [D, F] with D of at least 1"
+        )
     check_same_device("weight", weight, "x", x)
-    for name, vector, size, meaning in (("bias", bias, width, "[F]"), ("out_bias", out_bias, weight.shape[0], "[D]")):
+    for name, vector, size, meaning in (
+        ("bias", bias, width, "[F]"),
+        ("out_bias", out_bias, weight.shape[0], "[D]"),
+    ):
         if vector is not None:
             check_floating(name, vector)
             check_shape(name, vector, (size,), meaning)
@@ -285,7 +353,9 @@ def gelu_linear(
         raise TypeError(f"recompute: got {type(recompute).__name__}, needs a bool")
     device = x.device.type
     # cast once: the copy serves the forward and the backward, and torch casts its gradient back
-    weight = weight.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+    weight = weight.to(
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    )
     if wants_reference(x):
         return reference(x, bias, weight, out_bias)
     return _gelu_linear_op(x, bias, weight, out_bias, recompute)[0]

@@ -58,17 +58,31 @@ def is_patch_convolution(conv: nn.Module) -> bool:
         return False
     plain: Any = conv
     square = plain.kernel_size == plain.stride and plain.kernel_size[0] == plain.kernel_size[1]
-    return bool(square and plain.groups == 1 and plain.dilation == (1, 1) and plain.padding in ((0, 0), "valid"))
+    return bool(
+        square
+        and plain.groups == 1
+        and plain.dilation == (1, 1)
+        and plain.padding in ((0, 0), "valid")
+    )
 
 
 def visible_tokens(
-    images_BCHW: Tensor, noise_BL: Tensor, keep: int, conv: nn.Conv2d, cls_token: Tensor, pos_embed: Tensor
+    images_BCHW: Tensor,
+    noise_BL: Tensor,
+    keep: int,
+    conv: nn.Conv2d,
+    cls_token: Tensor,
+    pos_embed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Encoder input [B,1+K,D], mask [B,L] (1 = masked) in torch's default dtype, and ids_restore [B,L]."""
     masking = random_masking(noise_BL, keep)
     tokens = embed_patches(images_BCHW, masking.ids_keep, conv.weight, conv.bias, pos_embed[:, 1:])
     first = (cls_token + pos_embed[:, :1]).expand(images_BCHW.shape[0], -1, -1)
-    return torch.cat((first, tokens), 1), masking.mask.to(torch.get_default_dtype()), masking.ids_restore
+    return (
+        torch.cat((first, tokens), 1),
+        masking.mask.to(torch.get_default_dtype()),
+        masking.ids_restore,
+    )
 
 
 # ------------------------------------------------------------------------------------------ facebookresearch/mae
@@ -104,7 +118,9 @@ def image_fits(patch_embed: Any, images: Tensor, patches: int) -> bool:
     side = patch_embed.proj.kernel_size[0]
     size = getattr(patch_embed, "img_size", None)
     size = (size, size) if isinstance(size, int) else size
-    fits = height % side == 0 and width % side == 0 and (height // side) * (width // side) == patches
+    fits = (
+        height % side == 0 and width % side == 0 and (height // side) * (width // side) == patches
+    )
     return fits and (size is None or (height, width) == tuple(size))
 
 
@@ -118,7 +134,9 @@ class MaeDecoder(nn.Module):
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Latent [B,1+K,D] -> predictions of all patches [B,L,V]."""
-        x = restore_tokens(self.decoder_embed(x), ids_restore, self.mask_token, self.decoder_pos_embed, prefix=1)
+        x = restore_tokens(
+            self.decoder_embed(x), ids_restore, self.mask_token, self.decoder_pos_embed, prefix=1
+        )
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
@@ -150,7 +168,11 @@ class PackedAttention(nn.Module):
         """[B,N,D] -> [B,N,D]."""
         dropout = getattr(self, "attn_drop", None)
         asked = any(a is not None and a is not False for a in (*args, *kwargs.values()))
-        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and (self.training or dropout.training)
+        drops = (
+            isinstance(dropout, nn.Dropout)
+            and dropout.p > 0
+            and (self.training or dropout.training)
+        )
         if asked or drops or (isinstance(dropout, nn.Module) and observed(dropout)):
             return super().forward(x, *args, **kwargs)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
@@ -170,7 +192,9 @@ MAE_ENCODER = Part(
     "another image size, no visible patch, hooks on patch_embed, or a random_masking set on the instance",
 )
 MAE_DECODER = Part(MaeDecoder, "forward_decoder", "restore_tokens", "")
-MAE_LOSS = Part(MaeLoss, "forward_loss", "masked_reconstruction_loss", "images that require a gradient")
+MAE_LOSS = Part(
+    MaeLoss, "forward_loss", "masked_reconstruction_loss", "images that require a gradient"
+)
 MAE_ATTENTION = Part(
     PackedAttention,
     "forward",
@@ -187,15 +211,20 @@ class HFEmbeddings(nn.Module):
     config: Any
 
     def forward(
-        self, pixel_values: Tensor, noise: Tensor | None = None, interpolate_pos_encoding: bool = False
+        self,
+        pixel_values: Tensor,
+        noise: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images [B,C,H,W] and noise [B,L] -> (encoder input [B,1+K,D], mask [B,L] with 1 = masked, ids_restore)."""
-        conv, patches = self.patch_embeddings.projection, self.position_embeddings.shape[1] - 1
+        conv = self.patch_embeddings.projection
+        patches = self.position_embeddings.shape[1] - 1
         keep = int(patches * (1 - self.config.mask_ratio))
         if (
             interpolate_pos_encoding
             or keep < 1
-            or tuple(pixel_values.shape[1:]) != (conv.weight.shape[1], *self.patch_embeddings.image_size)
+            or tuple(pixel_values.shape[1:])
+            != (conv.weight.shape[1], *self.patch_embeddings.image_size)
             or observed(self.patch_embeddings)
             or not is_patch_convolution(conv)
             or "random_masking" in self.__dict__
@@ -204,7 +233,9 @@ class HFEmbeddings(nn.Module):
         if noise is None:
             noise = torch.rand(pixel_values.shape[0], patches, device=pixel_values.device)
         noise = noise.to(pixel_values.device)
-        return visible_tokens(pixel_values, noise, keep, conv, self.cls_token, self.position_embeddings)
+        return visible_tokens(
+            pixel_values, noise, keep, conv, self.cls_token, self.position_embeddings
+        )
 
 
 class HFDecoder(nn.Module):
@@ -216,11 +247,14 @@ class HFDecoder(nn.Module):
     decoder_pred: nn.Module
     _mae_output: type
 
-    def forward(self, hidden_states: Tensor, ids_restore: Tensor, interpolate_pos_encoding: bool = False) -> Any:
+    def forward(
+        self, hidden_states: Tensor, ids_restore: Tensor, interpolate_pos_encoding: bool = False
+    ) -> Any:
         """Latent [B,1+K,D] -> the host's ViTMAEDecoderOutput with logits of all patches [B,L,V]."""
         if interpolate_pos_encoding:
             return super().forward(hidden_states, ids_restore, interpolate_pos_encoding)
-        x, ids_restore = self.decoder_embed(hidden_states), ids_restore.to(hidden_states.device)
+        x = self.decoder_embed(hidden_states)
+        ids_restore = ids_restore.to(hidden_states.device)
         x = restore_tokens(x, ids_restore, self.mask_token, self.decoder_pos_embed, prefix=1)
         for layer in self.decoder_layers:
             x = layer(x)
@@ -251,7 +285,9 @@ class HFLoss(nn.Module):
             or pixel_values.shape[2] != pixel_values.shape[3]
             or "patchify" in self.__dict__
         ):
-            return super().forward(pixel_values, noise, interpolate_pos_encoding, attention_mask, **kwargs)
+            return super().forward(
+                pixel_values, noise, interpolate_pos_encoding, attention_mask, **kwargs
+            )
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         encoded = self.vit(
@@ -266,7 +302,9 @@ class HFLoss(nn.Module):
         norm = "patch" if self.config.norm_pix_loss else None
         mask = encoded.mask.bool()
         output = self._mae_output(
-            loss=masked_reconstruction_loss(logits, pixel_values, mask=mask, patch_size=side, norm=norm),
+            loss=masked_reconstruction_loss(
+                logits, pixel_values, mask=mask, patch_size=side, norm=norm
+            ),
             logits=logits,
             mask=encoded.mask,
             ids_restore=encoded.ids_restore,
@@ -289,10 +327,16 @@ class SplitAttention(nn.Module):
     attention_dropout: float
     config: Any
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """[B,N,D] -> ([B,N,D], None)."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        asked = any(v is not None and v is not False for k, v in kwargs.items() if k != "output_hidden_states")
+        asked = any(
+            v is not None and v is not False
+            for k, v in kwargs.items()
+            if k != "output_hidden_states"
+        )
         if (
             asked
             or attention_mask is not None
@@ -303,7 +347,9 @@ class SplitAttention(nn.Module):
             return super().forward(hidden_states, attention_mask, **kwargs)
         weight = torch.cat([p.weight for p in projections])
         bias = None if self.q_proj.bias is None else torch.cat([p.bias for p in projections])
-        qkv = F.linear(hidden_states, weight, bias).unflatten(-1, (3, self.num_attention_heads, self.head_dim))
+        qkv = F.linear(hidden_states, weight, bias).unflatten(
+            -1, (3, self.num_attention_heads, self.head_dim)
+        )
         return self.o_proj(attention(qkv, scale=self.scaling).flatten(2)), None
 
 

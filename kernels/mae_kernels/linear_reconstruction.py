@@ -57,7 +57,9 @@ def reference(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    pred_BMV = _predict(hidden_BMD.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype))
+    pred_BMV = _predict(
+        hidden_BMD.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+    )
     return loss_reference(pred_BMV, images_BCHW, ids_BM, None, patch_size, norm, eps, mean, std)
 
 
@@ -85,14 +87,18 @@ def _linear_op(
     """Loss, and the gradients of hidden, weight and bias up to a factor (empty when not needed)."""
     op = "linear_reconstruction_loss"
     refused = refusal(weight.shape[0], images.shape[1], norm)
-    triton = use_triton(op, hidden.device, hidden.dtype, weight.dtype, images.dtype, dtype, refused=refused)
+    triton = use_triton(
+        op, hidden.device, hidden.dtype, weight.dtype, images.dtype, dtype, refused=refused
+    )
     acc = accumulate_dtype(hidden, weight, images)
     w_VD, b_V = weight.to(dtype), None if bias is None else bias.to(dtype)
     unit = torch.ones((), dtype=acc, device=hidden.device)
     # the backward of the loss multiplies by 2 grad / (V count)
     grad = torch.full((), KEPT_SCALE * weight.shape[0] / 2, dtype=acc, device=hidden.device)
     losses = []
-    dhidden_BMD = torch.empty(hidden.shape if needs_grad else (0,), dtype=hidden.dtype, device=hidden.device)
+    dhidden_BMD = torch.empty(
+        hidden.shape if needs_grad else (0,), dtype=hidden.dtype, device=hidden.device
+    )
     dweight_VD = torch.zeros(weight.shape if needs_grad else (0,), dtype=acc, device=hidden.device)
     dbias_V = torch.zeros(weight.shape[:1] if needs_grad else (0,), dtype=acc, device=hidden.device)
     masked = ids.shape[1]
@@ -101,7 +107,16 @@ def _linear_op(
         first, last = masked * i // chunks, masked * (i + 1) // chunks
         h_BMD = hidden.narrow(1, first, last - first).to(dtype)
         pred_BMV = _predict(h_BMD, w_VD, b_V)
-        options = (images, ids.narrow(1, first, last - first), None, patch_size, norm, eps, mean, std)
+        options = (
+            images,
+            ids.narrow(1, first, last - first),
+            None,
+            patch_size,
+            norm,
+            eps,
+            mean,
+            std,
+        )
         if triton:
             losses.append(launch_loss_rows(pred_BMV, *options))
             dpred_BMV = launch_loss_backward(grad, unit, pred_BMV, *options) if needs_grad else None
@@ -203,11 +218,27 @@ def linear_reconstruction_loss(
     means, stds = check_channel_stats(mean, std, channels)
     if dtype is None:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        )
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
-    arguments = (hidden, weight, bias, images, ids, patch_size, norm or "none", float(eps), means, stds, dtype)
+    arguments = (
+        hidden,
+        weight,
+        bias,
+        images,
+        ids,
+        patch_size,
+        norm or "none",
+        float(eps),
+        means,
+        stds,
+        dtype,
+    )
     if wants_reference(hidden):
         return reference(*arguments)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    )
     return _linear_op(*arguments, needs_grad)[0]

@@ -65,28 +65,64 @@ def cases() -> Iterator[LintCase]:
     nhwc = _meta(64, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     ct = _meta(64, 1, 224, 224, dtype=torch.uint8)
     fields = (_ids(64, 49),)
-    yield LintCase("gather_patches rgb", lambda t: ops.gather_patches(rgb, *fields, 16, mean, std, t))
-    yield LintCase("gather_patches nhwc", lambda t: ops.gather_patches(nhwc, *fields, 16, mean, std, t))
-    yield LintCase("gather_patches ct", lambda t: ops.gather_patches(ct, *fields, 16, [0.5], [0.2], t))
-    yield LintCase("gather_patches p14", lambda t: ops.gather_patches(rgb, *fields, 14, mean, std, t), wide=False)
+    yield LintCase(
+        "gather_patches rgb", lambda t: ops.gather_patches(rgb, *fields, 16, mean, std, t)
+    )
+    yield LintCase(
+        "gather_patches nhwc", lambda t: ops.gather_patches(nhwc, *fields, 16, mean, std, t)
+    )
+    yield LintCase(
+        "gather_patches ct", lambda t: ops.gather_patches(ct, *fields, 16, [0.5], [0.2], t)
+    )
+    yield LintCase(
+        "gather_patches p14",
+        lambda t: ops.gather_patches(rgb, *fields, 14, mean, std, t),
+        wide=False,
+    )
     yield LintCase(
         "embed_patches",
         lambda t: ops.embed_patches(
-            rgb, *fields, _meta(768, 3, 16, 16, dtype=t), None, _meta(196, 768, dtype=t), mean, std, t
+            rgb,
+            *fields,
+            _meta(768, 3, 16, 16, dtype=t),
+            None,
+            _meta(196, 768, dtype=t),
+            mean,
+            std,
+            t,
         ),
     )
     yield LintCase(
         "embed_patches_backward",
         lambda t: ops.embed_patches_backward(
-            _meta(64, 49, 768, dtype=t), rgb, *fields, 16, 196, mean, std, t, t, t, t, True, True, True
+            _meta(64, 49, 768, dtype=t),
+            rgb,
+            *fields,
+            16,
+            196,
+            mean,
+            std,
+            t,
+            t,
+            t,
+            t,
+            True,
+            True,
+            True,
         ),
     )
     masked, mask = _ids(64, 147), _meta(64, 196, dtype=torch.bool)
     scalar = _meta(dtype=torch.float32)
-    losses = (("channel", rgb, "rgb"), ("patch", rgb, "rgb"), ("patch", ct, "ct"), ("none", nhwc, "nhwc mask"))
+    losses = (
+        ("channel", rgb, "rgb"),
+        ("patch", rgb, "rgb"),
+        ("patch", ct, "ct"),
+        ("none", nhwc, "nhwc mask"),
+    )
     for norm, images, layout in losses:
         name = f"masked_reconstruction_loss {layout} {norm}"
-        channels, select = images.shape[1], (None, mask) if norm == "none" else (masked, None)
+        channels = images.shape[1]
+        select = (None, mask) if norm == "none" else (masked, None)
         rest = (images, *select, 16, norm, 1e-6, mean[:channels], std[:channels])
         shape = (64, 196 if norm == "none" else 147, channels * 256)
 
@@ -94,20 +130,29 @@ def cases() -> Iterator[LintCase]:
             return ops.masked_reconstruction_loss(_meta(*shape, dtype=t), *rest)
 
         def backward(t: torch.dtype, rest: Any = rest, shape: Any = shape) -> object:
-            return ops.masked_reconstruction_loss_backward(scalar, scalar, _meta(*shape, dtype=t), *rest)
+            return ops.masked_reconstruction_loss_backward(
+                scalar, scalar, _meta(*shape, dtype=t), *rest
+            )
 
         yield LintCase(name, forward)
         yield LintCase(name, backward)
     for patches in (1024, 196):
         noise = _meta(64, patches, dtype=torch.float32)
-        yield LintCase(f"random_masking {patches}", lambda t, noise=noise: ops.random_masking(noise, 49))  # type: ignore[misc]
+        yield LintCase(
+            f"random_masking {patches}",
+            lambda t, noise=noise: ops.random_masking(noise, 49),  # type: ignore[misc]
+        )
     for logits in (16384, 4096):
         yield from _distillation_cases(logits)
     tensor_cores = tuple(a for a in ARCHITECTURES if a >= TENSOR_CORES_FROM["attention"])
-    yield from _attention_cases(197, 12, 64, torch.bfloat16, tuple(a for a in tensor_cores if a < 120))
+    yield from _attention_cases(
+        197, 12, 64, torch.bfloat16, tuple(a for a in tensor_cores if a < 120)
+    )
     yield from _attention_cases(197, 16, 32, torch.bfloat16, tensor_cores)
     yield from _attention_cases(50, 12, 64, torch.bfloat16, tensor_cores)
-    yield from _attention_cases(197, 16, 32, torch.float16, (90,))  # another type in the same instructions
+    yield from _attention_cases(
+        197, 16, 32, torch.float16, (90,)
+    )  # another type in the same instructions
     yield from _sssd_cases(rgb, "rgb")
     yield from _restore_cases(512)
     yield from _gelu_cases(3072)
@@ -116,7 +161,9 @@ def cases() -> Iterator[LintCase]:
 
 
 def _distillation_cases(logits: int) -> Iterator[LintCase]:
-    ops, centre, grad = torch.ops.mae_kernels, _meta(logits, dtype=torch.float32), _meta(dtype=torch.float32)
+    ops = torch.ops.mae_kernels
+    centre = _meta(logits, dtype=torch.float32)
+    grad = _meta(dtype=torch.float32)
 
     def rows(t: torch.dtype) -> tuple[Tensor, Tensor]:
         return _meta(256, logits, dtype=t), _meta(256, logits, dtype=t)
@@ -124,12 +171,17 @@ def _distillation_cases(logits: int) -> Iterator[LintCase]:
     def backward(t: torch.dtype) -> object:
         return ops.distillation_loss_backward(grad, *rows(t), centre, 0.1, 0.04, True)
 
-    yield LintCase(f"distillation_loss {logits}", lambda t: ops.distillation_loss(*rows(t), centre, False, 0.1, 0.04))
+    yield LintCase(
+        f"distillation_loss {logits}",
+        lambda t: ops.distillation_loss(*rows(t), centre, False, 0.1, 0.04),
+    )
     yield LintCase(f"distillation_loss {logits}", backward)
 
 
 def _sssd_cases(images: Tensor, name: str) -> Iterator[LintCase]:
-    ops, grad, centre = torch.ops.mae_kernels, _meta(dtype=torch.float32), _meta(4096, dtype=torch.float32)
+    ops = torch.ops.mae_kernels
+    grad = _meta(dtype=torch.float32)
+    centre = _meta(4096, dtype=torch.float32)
     channels = images.shape[1]
     options = (16, "patch", 1e-6, [0.5] * channels, [0.25] * channels, 0.2)
 
@@ -140,28 +192,38 @@ def _sssd_cases(images: Tensor, name: str) -> Iterator[LintCase]:
     def backward(t: torch.dtype) -> object:
         return ops.sssd_loss_backward(*[grad] * 4, *tensors(t), *options, 0.1, 0.04, True)
 
-    yield LintCase(f"sssd_loss {name}", lambda t: ops.sssd_loss(*tensors(t), *options, False, 0.1, 0.04))
+    yield LintCase(
+        f"sssd_loss {name}", lambda t: ops.sssd_loss(*tensors(t), *options, False, 0.1, 0.04)
+    )
     yield LintCase(f"sssd_loss {name}", backward)
 
 
 def _attention_cases(
     tokens: int, heads: int, width: int, half: torch.dtype, architectures: tuple[int, ...]
 ) -> Iterator[LintCase]:
-    ops, qkv = torch.ops.mae_kernels, _meta(8, tokens, 3, heads, width, dtype=half)
-    out, lse = _meta(8, tokens, heads, width, dtype=half), _meta(8, heads, tokens, dtype=torch.float32)
+    ops = torch.ops.mae_kernels
+    qkv = _meta(8, tokens, 3, heads, width, dtype=half)
+    out = _meta(8, tokens, heads, width, dtype=half)
+    lse = _meta(8, heads, tokens, dtype=torch.float32)
     name = f"attention {tokens} x {heads} x {width}{' fp16' if half == torch.float16 else ''}"
     yield LintCase(name, lambda t: ops.attention(qkv, width**-0.5), True, architectures)
-    yield LintCase(name, lambda t: ops.attention_backward(out, qkv, out, lse, width**-0.5), True, architectures)
+    yield LintCase(
+        name, lambda t: ops.attention_backward(out, qkv, out, lse, width**-0.5), True, architectures
+    )
 
 
 def _restore_cases(width: int) -> Iterator[LintCase]:
-    ops, ids, pos = torch.ops.mae_kernels, _ids(64, 196), _meta(197, width, dtype=torch.float32)
+    ops = torch.ops.mae_kernels
+    ids = _ids(64, 196)
+    pos = _meta(197, width, dtype=torch.float32)
 
     def forward(t: torch.dtype) -> object:
         return ops.restore_tokens(_meta(64, 50, width, dtype=t), ids, pos[0], pos, 1)
 
     def backward(t: torch.dtype) -> object:
-        return ops.restore_tokens_backward(_meta(64, 197, width, dtype=t), ids, 50, 1, t, t, t, False)
+        return ops.restore_tokens_backward(
+            _meta(64, 197, width, dtype=t), ids, 50, 1, t, t, t, False
+        )
 
     yield LintCase(f"restore_tokens {width}", forward)
     yield LintCase(f"restore_tokens {width}", backward)
@@ -172,10 +234,15 @@ def _gelu_cases(hidden: int) -> Iterator[LintCase]:
     ops, name = torch.ops.mae_kernels, f"gelu_linear {hidden}"
 
     def tensors(t: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        return _meta(64, 50, hidden, dtype=t), _meta(hidden, dtype=torch.float32), _meta(hidden // 4, hidden, dtype=t)
+        return (
+            _meta(64, 50, hidden, dtype=t),
+            _meta(hidden, dtype=torch.float32),
+            _meta(hidden // 4, hidden, dtype=t),
+        )
 
     def backward(t: torch.dtype, keep: bool) -> object:
-        dout, g = _meta(64, 50, hidden // 4, dtype=t), _meta(64 * 50, hidden, dtype=t) if keep else None
+        dout = _meta(64, 50, hidden // 4, dtype=t)
+        g = _meta(64 * 50, hidden, dtype=t) if keep else None
         return ops.gelu_linear_backward(dout, *tensors(t), g, t, True, False)
 
     yield LintCase(name, lambda t: ops.gelu_linear(*tensors(t), None, True))
@@ -186,9 +253,17 @@ def _gelu_cases(hidden: int) -> Iterator[LintCase]:
 def _crop_case(channels: int, name: str) -> LintCase:
     """Its loads are single bytes, wherever the taps of a column fall."""
     index = _meta(64, 8, dtype=torch.int64)
-    tensors = (_meta(10**8, dtype=torch.uint8), index[:, 0], index[:, 1:3], index[:, 3:7], _meta(64, dtype=torch.bool))
+    tensors = (
+        _meta(10**8, dtype=torch.uint8),
+        index[:, 0],
+        index[:, 1:3],
+        index[:, 3:7],
+        _meta(64, dtype=torch.bool),
+    )
     call = torch.ops.mae_kernels.crop_resize
-    return LintCase(f"crop_resize {name}", lambda t: call(*tensors, [224, 224], channels), wide=False)
+    return LintCase(
+        f"crop_resize {name}", lambda t: call(*tensors, [224, 224], channels), wide=False
+    )
 
 
 def lint(arch: int, only: Collection[str] | None = None) -> list[Row]:
@@ -215,9 +290,16 @@ def lint(arch: int, only: Collection[str] | None = None) -> list[Row]:
     return rows
 
 
-def _specialise(launched: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any], dict[str, Any]]:
+def _specialise(
+    launched: Launch,
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any], dict[str, Any]]:
     """Signature, constants and attributes as the just-in-time compiler would derive them from these arguments."""
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+    names = {
+        torch.float32: "fp32",
+        torch.float16: "fp16",
+        torch.bfloat16: "bf16",
+        torch.uint8: "u8",
+    }
     names |= {torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
     parameters = launched.kernel.arg_names
     options = {k: v for k, v in launched.constants.items() if k not in parameters}
@@ -285,7 +367,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def table(architectures: tuple[int, ...] = ARCHITECTURES) -> str:
     """The lint of all kernels as a Markdown table, one line per kernel and architecture."""
-    lines = ["| op | kernel | sm | registers | stack B | shared B | widest access B | problems |", "|---" * 8 + "|"]
+    lines = [
+        "| op | kernel | sm | registers | stack B | shared B | widest access B | problems |",
+        "|---" * 8 + "|",
+    ]
     for arch in architectures:
         lines += [
             f"| {r.op} | {r.kernel} | {r.arch} | {r.registers} | {r.spills} | {r.shared} | {r.widest} | "

@@ -41,7 +41,12 @@ def reference(noise_BL: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, 
     ids_shuffle = torch.argsort(noise_BL, dim=1, stable=True)
     ranks = torch.arange(noise_BL.shape[1], device=noise_BL.device).expand_as(ids_shuffle)
     ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, ranks)
-    return ids_shuffle[:, :num_keep].clone(), ids_restore, ids_shuffle[:, num_keep:].clone(), ids_restore >= num_keep
+    return (
+        ids_shuffle[:, :num_keep].clone(),
+        ids_restore,
+        ids_shuffle[:, num_keep:].clone(),
+        ids_restore >= num_keep,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- kernel
@@ -61,7 +66,9 @@ def _masking_kernel(
     """One image per program: sort (noise, index) pairs packed into one 64-bit integer, then write all four results."""
     image = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK_L)
-    noise = tl.load(NOISE + image * stride_b + index * stride_l, mask=index < L, other=0.0).to(tl.float32)
+    noise = tl.load(NOISE + image * stride_b + index * stride_l, mask=index < L, other=0.0).to(
+        tl.float32
+    )
     # the bits of a float order like an integer once negative numbers are reversed; + 0.0 makes -0.0 equal 0.0
     bits = (noise + 0.0).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -84,12 +91,16 @@ MAX_PATCHES = 4096
 def _launch(noise_BL: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, patches = noise_BL.shape
     sizes = ((batch, num_keep), (batch, patches), (batch, patches - num_keep))
-    keep, restore, masked = (torch.empty(s, dtype=torch.int64, device=noise_BL.device) for s in sizes)
+    keep, restore, masked = (
+        torch.empty(s, dtype=torch.int64, device=noise_BL.device) for s in sizes
+    )
     mask = torch.empty((batch, patches), dtype=torch.bool, device=noise_BL.device)
     block = next_power_of_2(patches)
     warps = 1 if block <= 128 else 4 if block <= 1024 else 8
     arguments = (noise_BL, keep, restore, masked, mask, *noise_BL.stride(), num_keep)
-    launch(_masking_kernel, (batch,), noise_BL, *arguments, L=patches, BLOCK_L=block, num_warps=warps)
+    launch(
+        _masking_kernel, (batch,), noise_BL, *arguments, L=patches, BLOCK_L=block, num_warps=warps
+    )
     return keep, restore, masked, mask
 
 
@@ -119,6 +130,10 @@ def random_masking(noise: Tensor, num_keep: int) -> Masking:
     check_shape("noise", noise, (None, None), "[B, L]")
     check_int("num_keep", num_keep, 1)
     if num_keep > noise.shape[1]:
-        raise ValueError(f"num_keep: got {num_keep}, needs at most the number of patches L = {noise.shape[1]}")
+        raise ValueError(
+            f"num_keep: got {num_keep}, needs at most the number of patches L = {noise.shape[1]}"
+        )
     noise = noise.detach()
-    return Masking(*(reference(noise, num_keep) if wants_reference(noise) else _masking_op(noise, num_keep)))
+    return Masking(
+        *(reference(noise, num_keep) if wants_reference(noise) else _masking_op(noise, num_keep))
+    )

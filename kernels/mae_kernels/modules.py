@@ -49,15 +49,22 @@ class PatchEmbedVisible(nn.Module):
         std: Numbers = None,
     ) -> None:
         super().__init__()
-        for name, value in (("patch_size", patch_size), ("in_chans", in_chans), ("embed_dim", embed_dim)):
+        for name, value in (
+            ("patch_size", patch_size),
+            ("in_chans", in_chans),
+            ("embed_dim", embed_dim),
+        ):
             check_int(name, value, 1)
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=bias)
-        self.mean, self.std = mean, std
+        self.mean = mean
+        self.std = std
 
     def forward(self, images: Tensor, ids_keep: Tensor, pos_embed: Tensor) -> Tensor:
         """images [B,C,H,W], ids_keep [B,K] int64, pos_embed [L,D] or [1,L,D] without prefix rows -> tokens [B,K,D]."""
         conv = self.proj
-        return embed_patches(images, ids_keep, conv.weight, conv.bias, pos_embed, mean=self.mean, std=self.std)
+        return embed_patches(
+            images, ids_keep, conv.weight, conv.bias, pos_embed, mean=self.mean, std=self.std
+        )
 
 
 class RestoreTokens(nn.Module):
@@ -73,7 +80,9 @@ class RestoreTokens(nn.Module):
         learn_positions: whether decoder_pos_embed requires a gradient.
     """
 
-    def __init__(self, num_patches: int, dim: int, *, prefix: int = 1, learn_positions: bool = False) -> None:
+    def __init__(
+        self, num_patches: int, dim: int, *, prefix: int = 1, learn_positions: bool = False
+    ) -> None:
         super().__init__()
         check_int("num_patches", num_patches, 1)
         check_int("dim", dim, 1)
@@ -81,11 +90,15 @@ class RestoreTokens(nn.Module):
         self.prefix = prefix
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         nn.init.normal_(self.mask_token, std=0.02)
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, prefix + num_patches, dim), requires_grad=learn_positions)
+        self.decoder_pos_embed = nn.Parameter(
+            torch.zeros(1, prefix + num_patches, dim), requires_grad=learn_positions
+        )
 
     def forward(self, visible: Tensor, ids_restore: Tensor) -> Tensor:
         """visible [B,p+K,D] and ids_restore [B,L] int64 -> [B,p+L,D]."""
-        return restore_tokens(visible, ids_restore, self.mask_token, self.decoder_pos_embed, prefix=self.prefix)
+        return restore_tokens(
+            visible, ids_restore, self.mask_token, self.decoder_pos_embed, prefix=self.prefix
+        )
 
 
 class ShortAttention(nn.Module):
@@ -100,7 +113,9 @@ class ShortAttention(nn.Module):
         proj_drop: dropout after the output projection.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, *, qkv_bias: bool = True, proj_drop: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, num_heads: int = 8, *, qkv_bias: bool = True, proj_drop: float = 0.0
+    ) -> None:
         super().__init__()
         check_int("num_heads", num_heads, 1)
         check_int("dim", dim, 1)
@@ -131,7 +146,9 @@ class GeluMLP(nn.Module):
         recompute: as in gelu_linear.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = True, recompute: bool = True) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, *, bias: bool = True, recompute: bool = True
+    ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("hidden_dim", hidden_dim)):
             check_int(name, value, 1)
@@ -142,7 +159,9 @@ class GeluMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D]."""
         product = nn.functional.linear(x, self.fc1.weight)
-        return gelu_linear(product, self.fc1.bias, self.fc2.weight, self.fc2.bias, recompute=self.recompute)
+        return gelu_linear(
+            product, self.fc1.bias, self.fc2.weight, self.fc2.bias, recompute=self.recompute
+        )
 
 
 class MaskedReconstructionLoss(nn.Module):
@@ -165,12 +184,25 @@ class MaskedReconstructionLoss(nn.Module):
         check_int("patch_size", patch_size, 1)
         check_choice("norm", norm, NORMS)
         check_positive("eps", eps)
-        self.patch_size, self.norm, self.eps, self.mean, self.std = patch_size, norm, eps, mean, std
+        self.patch_size = patch_size
+        self.norm = norm
+        self.eps = eps
+        self.mean = mean
+        self.std = std
 
-    def forward(self, pred: Tensor, images: Tensor, *, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, pred: Tensor, images: Tensor, *, ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """pred [B,M,V] with ids [B,M], or [B,L,V] with mask [B,L] bool; images [B,C,H,W] -> scalar."""
         settings = {"norm": self.norm, "eps": self.eps, "mean": self.mean, "std": self.std}
-        return masked_reconstruction_loss(pred, images, ids=ids, mask=mask, patch_size=self.patch_size, **settings)  # type: ignore[arg-type]
+        return masked_reconstruction_loss(
+            pred,
+            images,
+            ids=ids,
+            mask=mask,
+            patch_size=self.patch_size,
+            **settings,  # type: ignore[arg-type]
+        )
 
 
 class ReconstructionHead(nn.Linear):
@@ -195,12 +227,20 @@ class ReconstructionHead(nn.Linear):
         mean: Numbers = None,
         std: Numbers = None,
     ) -> None:
-        for name, value in (("decoder_dim", decoder_dim), ("patch_size", patch_size), ("in_chans", in_chans)):
+        for name, value in (
+            ("decoder_dim", decoder_dim),
+            ("patch_size", patch_size),
+            ("in_chans", in_chans),
+        ):
             check_int(name, value, 1)
         check_choice("norm", norm, NORMS)
         check_positive("eps", eps)
         super().__init__(decoder_dim, patch_size * patch_size * in_chans)
-        self.patch_size, self.norm, self.eps, self.mean, self.std = patch_size, norm, eps, mean, std
+        self.patch_size = patch_size
+        self.norm = norm
+        self.eps = eps
+        self.mean = mean
+        self.std = std
 
     def loss(self, hidden: Tensor, images: Tensor, ids_masked: Tensor) -> Tensor:
         """hidden [B,M,Dd] of the masked patches, images [B,C,H,W], ids_masked [B,M] int64 -> scalar."""

@@ -32,7 +32,14 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from ._checks import check_channel_stats, check_floating, check_ids, check_images, check_same_device, check_shape
+from ._checks import (
+    check_channel_stats,
+    check_floating,
+    check_ids,
+    check_images,
+    check_same_device,
+    check_shape,
+)
 from ._pixels import accumulate_dtype, fold_pixels, listed_pixels, scale_pixels
 from ._runtime import (
     column_block,
@@ -59,8 +66,12 @@ def gather_reference(
     dtype: torch.dtype,
 ) -> Tensor:
     exact = torch.float64 if dtype == torch.float64 else accumulate_dtype(images_BCHW)
-    plain = not mean and images_BCHW.dtype != torch.uint8  # a copy: no arithmetic, so no wider dtype
-    return listed_pixels(images_BCHW, ids_BK, patch_size, "crp", mean, std, dtype if plain else exact).to(dtype)
+    plain = (
+        not mean and images_BCHW.dtype != torch.uint8
+    )  # a copy: no arithmetic, so no wider dtype
+    return listed_pixels(
+        images_BCHW, ids_BK, patch_size, "crp", mean, std, dtype if plain else exact
+    ).to(dtype)
 
 
 def embed_reference(
@@ -117,8 +128,16 @@ def _gather_kernel(
     patch = tl.load(IDS + row, mask=in_rows, other=0)
     valid = (patch >= 0) & (patch < patches)
     channel = value // (P * P)
-    corner = (row // listed) * stride_b + (patch // grid_cols) * P * stride_h + (patch % grid_cols) * P * stride_w
-    inside = channel.to(tl.int64) * stride_c + (value // P % P).to(tl.int64) * stride_h + (value % P) * stride_w
+    corner = (
+        (row // listed) * stride_b
+        + (patch // grid_cols) * P * stride_h
+        + (patch % grid_cols) * P * stride_w
+    )
+    inside = (
+        channel.to(tl.int64) * stride_c
+        + (value // P % P).to(tl.int64) * stride_h
+        + (value % P) * stride_w
+    )
     wanted = in_rows[:, None] & (value < V)[None, :]
     x = tl.load(IMAGES + (corner[:, None] + inside[None, :]), mask=wanted & valid[:, None], other=0)
     if AFFINE != 0:
@@ -129,7 +148,15 @@ def _gather_kernel(
 
 @jit
 def _add_positions_kernel(
-    TOKENS, POS, IDS, OUT, num_rows, patches, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+    TOKENS,
+    POS,
+    IDS,
+    OUT,
+    num_rows,
+    patches,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -138,7 +165,9 @@ def _add_positions_kernel(
     valid = (patch >= 0) & (patch < patches)
     wanted = in_rows[:, None] & (col < D)[None, :]
     at = row[:, None] * D + col[None, :]
-    pos = tl.load(POS + (patch[:, None] * D + col[None, :]), mask=wanted & valid[:, None], other=float("nan"))
+    pos = tl.load(
+        POS + (patch[:, None] * D + col[None, :]), mask=wanted & valid[:, None], other=float("nan")
+    )
     out = tl.load(TOKENS + at, mask=wanted, other=0.0).to(tl.float32) + pos.to(tl.float32)
     tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=wanted)
 
@@ -161,15 +190,28 @@ def _invert_kernel(IDS, FIRST, NEXT, listed, patches, BLOCK: tl.constexpr):
         other = tl.load(IDS + image * listed + j, mask=j < listed, other=-1)
         same = patch[:, None] == other[None, :]
         before = tl.maximum(before, tl.max((same & (j[None, :] < k[:, None])).to(tl.int32), 1))
-        after = tl.minimum(after, tl.min(tl.where(same & (j[None, :] > k[:, None]), j[None, :], listed), 1))
+        after = tl.minimum(
+            after, tl.min(tl.where(same & (j[None, :] > k[:, None]), j[None, :], listed), 1)
+        )
     more = after < listed
-    tl.store(FIRST + image * patches + patch, 2 * k + more.to(tl.int32), mask=in_range & (before == 0))
+    tl.store(
+        FIRST + image * patches + patch, 2 * k + more.to(tl.int32), mask=in_range & (before == 0)
+    )
     tl.store(NEXT + image * listed + k, tl.where(more, after, -1), mask=in_range)
 
 
 @jit
 def _sum_positions_kernel(
-    GRAD, FIRST, NEXT, DPOS, batch, listed, patches, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+    GRAD,
+    FIRST,
+    NEXT,
+    DPOS,
+    batch,
+    listed,
+    patches,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """DPOS[l] = sum of the gradients of the tokens on patch l: the first of each image in order, then the repeated."""
     patch = tl.program_id(0).to(tl.int64)
@@ -218,23 +260,40 @@ def _launch_gather(
     grid = (-(-num_rows // rows),)
     sizes = (num_rows, listed, patches, grid_cols, *images_BCHW.stride())
     shape = {"P": patch_size, "V": values, "BLOCK_V": block, "ROWS": rows, "num_warps": warps}
-    launch(_gather_kernel, grid, out_BKV, images_BCHW, ids_BK, out_BKV, *sizes, **shape, **constants)
+    launch(
+        _gather_kernel, grid, out_BKV, images_BCHW, ids_BK, out_BKV, *sizes, **shape, **constants
+    )
     return out_BKV
 
 
-def _launch_add_positions(tokens_BKD: Tensor, pos_embed_LD: Tensor, ids_BK: Tensor, dtype: torch.dtype) -> Tensor:
-    tokens_BKD, pos_embed_LD, ids_BK = tokens_BKD.contiguous(), pos_embed_LD.contiguous(), ids_BK.contiguous()
+def _launch_add_positions(
+    tokens_BKD: Tensor, pos_embed_LD: Tensor, ids_BK: Tensor, dtype: torch.dtype
+) -> Tensor:
+    tokens_BKD = tokens_BKD.contiguous()
+    pos_embed_LD = pos_embed_LD.contiguous()
+    ids_BK = ids_BK.contiguous()
     width, num_rows = tokens_BKD.shape[2], ids_BK.shape[0] * ids_BK.shape[1]
     out_BKD = torch.empty(tokens_BKD.shape, dtype=dtype, device=tokens_BKD.device)
     block = column_block(width)
     rows, warps = rows_per_program(tokens_BKD.device, block)
     grid = (-(-num_rows // rows), -(-width // block))
     args = (tokens_BKD, pos_embed_LD, ids_BK, out_BKD, num_rows, pos_embed_LD.shape[0])
-    launch(_add_positions_kernel, grid, out_BKD, *args, D=width, BLOCK_D=block, ROWS=rows, num_warps=warps)
+    launch(
+        _add_positions_kernel,
+        grid,
+        out_BKD,
+        *args,
+        D=width,
+        BLOCK_D=block,
+        ROWS=rows,
+        num_warps=warps,
+    )
     return out_BKD
 
 
-def _launch_sum_positions(grad_BKD: Tensor, ids_BK: Tensor, patches: int, dtype: torch.dtype) -> Tensor:
+def _launch_sum_positions(
+    grad_BKD: Tensor, ids_BK: Tensor, patches: int, dtype: torch.dtype
+) -> Tensor:
     grad_BKD, ids_BK = grad_BKD.contiguous(), ids_BK.contiguous()
     batch, listed, width = grad_BKD.shape
     first_BL = torch.full((batch, patches), -2, dtype=torch.int32, device=grad_BKD.device)
@@ -246,14 +305,28 @@ def _launch_sum_positions(grad_BKD: Tensor, ids_BK: Tensor, patches: int, dtype:
     rows, warps = rows_per_program(grad_BKD.device, block)
     args = (grad_BKD, first_BL, next_BK, dpos_LD, batch, listed, patches)
     grid = (patches, -(-width // block))
-    launch(_sum_positions_kernel, grid, grad_BKD, *args, D=width, BLOCK_D=block, ROWS=rows, num_warps=warps)
+    launch(
+        _sum_positions_kernel,
+        grid,
+        grad_BKD,
+        *args,
+        D=width,
+        BLOCK_D=block,
+        ROWS=rows,
+        num_warps=warps,
+    )
     return dpos_LD
 
 
 # ------------------------------------------------------------------------------------------------- registration
 @triton_op("mae_kernels::gather_patches", mutates_args=())
 def _gather_op(
-    images: Tensor, ids: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+    images: Tensor,
+    ids: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
 ) -> Tensor:
     if use_triton("gather_patches", images.device, images.dtype, dtype):
         return _launch_gather(images, ids, patch_size, mean, std, dtype)
@@ -271,11 +344,15 @@ def _embed_op(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    if not use_triton("embed_patches", images.device, images.dtype, weight.dtype, pos_embed.dtype, dtype):
+    if not use_triton(
+        "embed_patches", images.device, images.dtype, weight.dtype, pos_embed.dtype, dtype
+    ):
         return embed_reference(images, ids, weight, bias, pos_embed, mean, std, dtype)
     x_BKV = _launch_gather(images, ids, weight.shape[-1], mean, std, dtype)
     tokens_BKD = _project(x_BKV, weight, bias)
-    return _launch_add_positions(tokens_BKD, pos_embed, ids, torch.promote_types(dtype, pos_embed.dtype))
+    return _launch_add_positions(
+        tokens_BKD, pos_embed, ids, torch.promote_types(dtype, pos_embed.dtype)
+    )
 
 
 @triton_op("mae_kernels::embed_patches_backward", mutates_args=())
@@ -296,7 +373,9 @@ def _embed_backward_op(
     needs_pos: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight [D,C*P*P], bias [D] and pos_embed [L,D]; an empty tensor for one that is not needed."""
-    triton = use_triton("embed_patches", images.device, images.dtype, grad.dtype, dtype, weight_dtype, pos_dtype)
+    triton = use_triton(
+        "embed_patches", images.device, images.dtype, grad.dtype, dtype, weight_dtype, pos_dtype
+    )
     width = grad.shape[2]
     acc = accumulate_dtype(grad)
     dweight = dbias = dpos = grad.new_empty(0)
@@ -313,13 +392,18 @@ def _embed_backward_op(
         zeros_LD = torch.zeros((patches, width), dtype=acc, device=grad.device)
         dpos = zeros_LD.index_add(0, ids.flatten(), grad.reshape(-1, width).to(acc)).to(pos_dtype)
     # outputs of a functional op must not share memory
-    return dweight, dbias if needs_bias else grad.new_empty(0), dpos if needs_pos else grad.new_empty(0)
+    return (
+        dweight,
+        dbias if needs_bias else grad.new_empty(0),
+        dpos if needs_pos else grad.new_empty(0),
+    )
 
 
 def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     images, ids, weight, bias, pos_embed, ctx.mean, ctx.std, ctx.dtype = inputs
     ctx.save_for_backward(images, ids)
-    ctx.weight_shape, ctx.patches = weight.shape, pos_embed.shape[0]
+    ctx.weight_shape = weight.shape
+    ctx.patches = pos_embed.shape[0]
     ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype, pos_embed.dtype
 
 
@@ -414,10 +498,14 @@ def embed_patches(
     check_shape("weight", weight, (None, None, None, None), "[D, C, P, P]")
     width, channels, patch_size, cols = weight.shape
     if patch_size != cols:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, needs a square patch [D, C, P, P]")
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, needs a square patch [D, C, P, P]"
+        )
     grid_rows, grid_cols = check_images(images, patch_size)
     if images.shape[1] != channels:
-        raise ValueError(f"images: got {images.shape[1]} channels, needs the weight's C = {channels}")
+        raise ValueError(
+            f"images: got {images.shape[1]} channels, needs the weight's C = {channels}"
+        )
     patches = grid_rows * grid_cols
     check_ids("ids", ids, images.shape[0], patches)
     check_floating("pos_embed", pos_embed)
@@ -432,7 +520,9 @@ def embed_patches(
         check_same_device("bias", bias, "images", images)
     if dtype is None:
         device = images.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        )
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
     means, stds = check_channel_stats(mean, std, channels)

@@ -24,7 +24,9 @@ from . import host_models as hosts
 from ._runtime import backend
 from .host_models import Part
 
-TOLERANCE = 1e-5  # transformers' "eager" attention takes the softmax in fp32 whatever the model's dtype
+TOLERANCE = (
+    1e-5  # transformers' "eager" attention takes the softmax in fp32 whatever the model's dtype
+)
 
 
 class Replaced(NamedTuple):
@@ -51,13 +53,22 @@ class PatchReport(NamedTuple):
     left: tuple[Left, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.host}: {len(self.replaced)} parts replaced, {len(self.left)} left to the host"]
-        for label, parts, word in (("replaced", self.replaced, "; host's own code for"), ("left", self.left, ":")):
+        lines = [
+            f"{self.host}: {len(self.replaced)} parts replaced, {len(self.left)} left to the host"
+        ]
+        for label, parts, word in (
+            ("replaced", self.replaced, "; host's own code for"),
+            ("left", self.left, ":"),
+        ):
             grouped: dict[tuple[str, str], list[str]] = {}
             for where, op, note in parts:
                 grouped.setdefault((op, note), []).append(where)
             for (op, note), places in grouped.items():
-                spelled = places[0] if len(places) == 1 else f"{places[0]} to {places[-1]} ({len(places)})"
+                spelled = (
+                    places[0]
+                    if len(places) == 1
+                    else f"{places[0]} to {places[-1]} ({len(places)})"
+                )
                 lines.append(f"  {label:9}{op} in {spelled}" + (f"{word} {note}" if note else ""))
         return "\n".join(lines)
 
@@ -112,7 +123,9 @@ def patch_model(model: nn.Module) -> PatchReport:
         else:
             left.append(Left(site.where, site.part.op, reason))
     for module, parts in chosen.values():
-        module.__class__ = _patched_class(type(module), tuple(dict.fromkeys(parts)))  # a module may sit in two places
+        module.__class__ = _patched_class(
+            type(module), tuple(dict.fromkeys(parts))
+        )  # a module may sit in two places
     return PatchReport(name, tuple(replaced), tuple(left))
 
 
@@ -124,7 +137,11 @@ def unpatch_model(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, needs a torch.nn.Module")
-    patched = [(name, module) for name, module in model.named_modules() if hasattr(type(module), "_mae_host")]
+    patched = [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(type(module), "_mae_host")
+    ]
     for name, module in patched:
         if "_mae_host" not in vars(type(module)):
             raise ValueError(
@@ -172,7 +189,9 @@ def _reduce(self: Any, protocol: int) -> Any:
     reduced = super(cls, self).__reduce_ex__(max(int(protocol), 2))
     plain = isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__  # type: ignore[attr-defined]
     if cls is not type(self) or not plain:
-        raise TypeError(f"{cls.__name__} is pickled in its own way; call unpatch_model before pickling or copying it")
+        raise TypeError(
+            f"{cls.__name__} is pickled in its own way; call unpatch_model before pickling or copying it"
+        )
     return _make_again, (cls._mae_host, cls._mae_parts), *reduced[2:]
 
 
@@ -191,10 +210,13 @@ def _recognise(model: nn.Module) -> tuple[str, list[_Site]]:
         missing[name] = [need for need in needs if not _has(model, need)]
         if not missing[name]:
             return name, list(sites(model))
-    wrapped = any(isinstance(getattr(model, name, None), nn.Module) for name in ("module", "_orig_mod"))
+    wrapped = any(
+        isinstance(getattr(model, name, None), nn.Module) for name in ("module", "_orig_mod")
+    )
     advice = " It wraps another module: patch that one, before wrapping it." if wrapped else ""
     mae, hf = (
-        ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "") for names in missing.values()
+        ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+        for names in missing.values()
     )
     raise ValueError(
         f"model: got {type(model).__name__}, needs a MaskedAutoencoderViT as in facebookresearch/mae (it lacks {mae}) "
@@ -228,11 +250,18 @@ def _mae_sites(model: Any) -> Iterator[_Site]:
 def _hf_sites(model: Any) -> Iterator[_Site]:
     yield _Site("vit.embeddings", model.vit.embeddings, hosts.HF_EMBEDDINGS, (), _run_hf_embeddings)
     yield _Site("decoder", model.decoder, hosts.HF_DECODER, ("decoder_layers",), _run_hf_decoder)
-    yield _Site("forward", model, hosts.HF_LOSS, ("vit.layers", "decoder.decoder_layers"), _run_hf_loss)
-    for name, layers in (("vit.layers", model.vit.layers), ("decoder.decoder_layers", model.decoder.decoder_layers)):
+    yield _Site(
+        "forward", model, hosts.HF_LOSS, ("vit.layers", "decoder.decoder_layers"), _run_hf_loss
+    )
+    for name, layers in (
+        ("vit.layers", model.vit.layers),
+        ("decoder.decoder_layers", model.decoder.decoder_layers),
+    ):
         for i, layer in enumerate(layers):
             attention = getattr(layer, "attention", nn.Identity())
-            yield _Site(f"{name}.{i}.attention", attention, hosts.HF_ATTENTION, (), _run_hf_attention)
+            yield _Site(
+                f"{name}.{i}.attention", attention, hosts.HF_ATTENTION, (), _run_hf_attention
+            )
 
 
 # ---------------------------------------------------------------------------------------------- does it do the same
@@ -289,10 +318,17 @@ def _random_copy(module: nn.Module, emptied: tuple[str, ...]) -> Any:
             random = torch.randn(parameter.shape, dtype=torch.float64) / fan_in**0.5
             memo[id(parameter)] = nn.Parameter(random)
     for buffer in module.buffers():
-        memo[id(buffer)] = buffer.detach().to("cpu", torch.float64 if buffer.is_floating_point() else None, copy=True)
+        memo[id(buffer)] = buffer.detach().to(
+            "cpu", torch.float64 if buffer.is_floating_point() else None, copy=True
+        )
     trial = copy.deepcopy(module, memo)
     for child in trial.modules():
-        for hooks in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks):
+        for hooks in (
+            child._forward_hooks,
+            child._forward_pre_hooks,
+            child._backward_hooks,
+            child._backward_pre_hooks,
+        ):
             hooks.clear()
     return trial
 
@@ -304,7 +340,12 @@ def _outcome(trial: nn.Module, inputs: list[Tensor], outputs: Any) -> list[Tenso
     total = torch.stack([leaf.sum() for leaf in leaves]).sum() * 0
     for output in found:
         if output.requires_grad:
-            total = total + (output * torch.randn(output.shape, generator=generator, dtype=torch.float64)).sum()
+            total = (
+                total
+                + (
+                    output * torch.randn(output.shape, generator=generator, dtype=torch.float64)
+                ).sum()
+            )
     return [*(t.detach() for t in found), *torch.autograd.grad(total, leaves)]
 
 

@@ -88,7 +88,9 @@ def difference(
 ) -> Tensor:
     """pred - target [B,M,V] in fp32, or fp64; zero for visible patches."""
     acc = accumulate_dtype(pred_BMV, images_BCHW)
-    d_BMV = pred_BMV.to(acc) - target_pixels(images_BCHW, ids_BM, patch_size, norm, eps, mean, std, acc)
+    d_BMV = pred_BMV.to(acc) - target_pixels(
+        images_BCHW, ids_BM, patch_size, norm, eps, mean, std, acc
+    )
     # where, not a product: an infinite prediction of a visible patch must turn neither loss nor gradient into NaN
     return d_BMV if mask_BL is None else torch.where(mask_BL[..., None], d_BMV, 0.0)
 
@@ -142,12 +144,11 @@ def masked_difference(
     corner = image.to(tl.int64) * stride_b + (patch // grid_cols * P).to(tl.int64) * stride_h
     corner += (patch % grid_cols * P).to(tl.int64) * stride_w
     if WIDE:
-        line_at, place_at = (
-            line.to(tl.int64) * stride_h,
-            channel.to(tl.int64) * stride_c + (place // C).to(tl.int64) * stride_w,
-        )
+        line_at = line.to(tl.int64) * stride_h
+        place_at = channel.to(tl.int64) * stride_c + (place // C).to(tl.int64) * stride_w
     else:
-        line_at, place_at = line * stride_h, channel * stride_c + place // C * stride_w
+        line_at = line * stride_h
+        place_at = channel * stride_c + place // C * stride_w
     pointers = (IMAGES + corner)[:, None, None] + (line_at[:, None] + place_at[None, :])[None, :, :]
     x = tl.load(pointers, mask=(chosen & in_range)[:, None, None] & real, other=0)
     x = scale_pixels(x, channel[None, None, :], AFFINE, A0, A1, A2, A3, B0, B1, B2, B3)
@@ -170,7 +171,11 @@ def masked_difference(
             x = tl.where(own, x * (keep / tl.sqrt(variance + EPS))[:, None, None], x)
     at = image.to(tl.int64) * pred_stride_b + place_of_row.to(tl.int64) * pred_stride_m
     inside = line[:, None] * (P * C) + place[None, :]
-    pred = tl.load((PRED + at)[:, None, None] + inside[None, :, :], mask=chosen[:, None, None] & real, other=0.0)
+    pred = tl.load(
+        (PRED + at)[:, None, None] + inside[None, :, :],
+        mask=chosen[:, None, None] & real,
+        other=0.0,
+    )
     return pred.to(tl.float32) - x
 
 
@@ -219,14 +224,25 @@ def _loss_backward_kernel(
 
 @jit
 def store_gradient(
-    DPRED, d, row, num_rows, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr
+    DPRED,
+    d,
+    row,
+    num_rows,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """Rows of [ROWS, BLOCK_P, BLOCK_W] to the contiguous DPRED [B,M,V]."""
     line, place = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
     real = (line < P)[:, None] & (place < P * C)[None, :]
     inside = line[:, None] * (P * C) + place[None, :]
     pointers = (DPRED + row.to(tl.int64) * (P * P * C))[:, None, None] + inside[None, :, :]
-    tl.store(pointers, d.to(DPRED.dtype.element_ty), mask=(row < num_rows)[:, None, None] & real[None, :, :])
+    tl.store(
+        pointers,
+        d.to(DPRED.dtype.element_ty),
+        mask=(row < num_rows)[:, None, None] & real[None, :, :],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- launchers
@@ -252,11 +268,20 @@ def kernel_arguments(
     batch, listed = pred_BMV.shape[:2]
     block_p, block_w = tile_of(patch_size, channels)
     rows, warps = rows_per_program(pred_BMV.device, block_p * block_w)
-    if norm == "channel":  # one channel at a time needs more registers: half as many values a thread
+    if (
+        norm == "channel"
+    ):  # one channel at a time needs more registers: half as many values a thread
         rows, warps = (rows // 2, warps) if rows > 1 else (1, min(2 * warps, 16))
     _, stride_c, stride_h, stride_w = images_BCHW.stride()
     span = (channels - 1) * stride_c + (patch_size - 1) * (stride_h + stride_w)
-    integers = (batch * listed, listed, patches, grid_cols, *pred_BMV.stride()[:2], *images_BCHW.stride())
+    integers = (
+        batch * listed,
+        listed,
+        patches,
+        grid_cols,
+        *pred_BMV.stride()[:2],
+        *images_BCHW.stride(),
+    )
     constants = {
         "C": channels, "P": patch_size, "BLOCK_P": block_p, "BLOCK_W": block_w, "ROWS": rows, "NORM": NORM_CODES[norm],
         "HAS_MASK": ids_BM is None, "WIDE": span >= 2**31, "EPS": eps, "num_warps": warps, **folded,
@@ -303,7 +328,17 @@ def launch_loss_backward(grad: Tensor, count: Tensor, pred_BMV: Tensor, *options
     tensors, integers, constants = kernel_arguments(pred_BMV, *options)
     dpred_BMV = torch.empty(pred_BMV.shape, dtype=pred_BMV.dtype, device=pred_BMV.device)
     grid = (-(-integers[0] // constants["ROWS"]),)
-    launch(_loss_backward_kernel, grid, dpred_BMV, grad, count, *tensors, dpred_BMV, *integers, **constants)
+    launch(
+        _loss_backward_kernel,
+        grid,
+        dpred_BMV,
+        grad,
+        count,
+        *tensors,
+        dpred_BMV,
+        *integers,
+        **constants,
+    )
     return dpred_BMV
 
 
@@ -312,9 +347,7 @@ def refusal(values: int, channels: int, norm: str) -> str | None:
     """Why the kernels cannot take patches of so many values and channels; None when they can."""
     lines, places = tile_of(math.isqrt(values // channels), channels)
     if lines * places > MAX_TILE_WIDTH:
-        return (
-            f"a patch has {values} values, {lines * places} with padding, and the kernel holds at most {MAX_TILE_WIDTH}"
-        )
+        return f"a patch has {values} values, {lines * places} with padding, and the kernel holds at most {MAX_TILE_WIDTH}"
     if norm == "channel" and channels > MAX_NORM_CHANNELS:
         return f"norm 'channel' is compiled for up to {MAX_NORM_CHANNELS} channels"
     return None
@@ -334,8 +367,16 @@ def _loss_op(
 ) -> tuple[Tensor, Tensor]:
     """(loss, number of masked patches), both scalars; norm is "patch", "channel" or "none"."""
     op = "masked_reconstruction_loss"
-    if use_triton(op, pred.device, pred.dtype, images.dtype, refused=refusal(pred.shape[2], images.shape[1], norm)):
-        return finish(launch_loss_rows(pred, images, ids, mask, patch_size, norm, eps, mean, std), mask)
+    if use_triton(
+        op,
+        pred.device,
+        pred.dtype,
+        images.dtype,
+        refused=refusal(pred.shape[2], images.shape[1], norm),
+    ):
+        return finish(
+            launch_loss_rows(pred, images, ids, mask, patch_size, norm, eps, mean, std), mask
+        )
     d_BMV = difference(pred, images, ids, mask, patch_size, norm, eps, mean, std)
     return finish(d_BMV.square().mean(2), mask)
 
@@ -355,8 +396,16 @@ def _loss_backward_op(
     std: Sequence[float],
 ) -> Tensor:
     op = "masked_reconstruction_loss"
-    if use_triton(op, pred.device, pred.dtype, images.dtype, refused=refusal(pred.shape[2], images.shape[1], norm)):
-        return launch_loss_backward(grad, count, pred, images, ids, mask, patch_size, norm, eps, mean, std)
+    if use_triton(
+        op,
+        pred.device,
+        pred.dtype,
+        images.dtype,
+        refused=refusal(pred.shape[2], images.shape[1], norm),
+    ):
+        return launch_loss_backward(
+            grad, count, pred, images, ids, mask, patch_size, norm, eps, mean, std
+        )
     d_BMV = difference(pred, images, ids, mask, patch_size, norm, eps, mean, std)
     return (d_BMV * (grad * 2 / (count * d_BMV.shape[2]))).to(pred.dtype)
 
@@ -428,7 +477,11 @@ def check_reconstruction(
     check_floating("pred", pred)
     check_target(images, ids, mask, patch_size, norm, eps)
     batch, channels = images.shape[:2]
-    listed = mask.shape[1] if ids is None and mask is not None else (ids.shape[1] if ids is not None else 0)
+    listed = (
+        mask.shape[1]
+        if ids is None and mask is not None
+        else (ids.shape[1] if ids is not None else 0)
+    )
     meaning = "[B, M, P*P*C]" if ids is not None else "[B, L, P*P*C]"
     check_shape("pred", pred, (batch, listed, patch_size * patch_size * channels), meaning)
     check_same_device("images", images, "pred", pred)
@@ -436,7 +489,12 @@ def check_reconstruction(
 
 
 def check_target(
-    images: Tensor, ids: Tensor | None, mask: Tensor | None, patch_size: int, norm: str | None, eps: float
+    images: Tensor,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    patch_size: int,
+    norm: str | None,
+    eps: float,
 ) -> None:
     grid_rows, grid_cols = check_images(images, patch_size)
     check_choice("norm", norm, NORMS)
@@ -444,15 +502,21 @@ def check_target(
     batch, channels = images.shape[:2]
     values = patch_size * patch_size * (channels if norm == "patch" else 1)
     if norm is not None and values < 2:
-        raise ValueError(f"norm: got {norm!r} over 1 value, needs at least 2 for a variance (patch_size, channels)")
+        raise ValueError(
+            f"norm: got {norm!r} over 1 value, needs at least 2 for a variance (patch_size, channels)"
+        )
     if (ids is None) == (mask is None):
-        raise ValueError(f"ids, mask: got {'neither' if ids is None else 'both'}, needs exactly one of them")
+        raise ValueError(
+            f"ids, mask: got {'neither' if ids is None else 'both'}, needs exactly one of them"
+        )
     if ids is not None:
         check_ids("ids", ids, batch, grid_rows * grid_cols)
         check_same_device("ids", ids, "images", images)
     if mask is not None:
         check_tensor("mask", mask)
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask: got dtype {mask.dtype}, needs torch.bool with True = masked (use mask.bool())")
+            raise TypeError(
+                f"mask: got dtype {mask.dtype}, needs torch.bool with True = masked (use mask.bool())"
+            )
         check_shape("mask", mask, (batch, grid_rows * grid_cols), "[B, L]")
         check_same_device("mask", mask, "images", images)

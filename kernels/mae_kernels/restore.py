@@ -32,19 +32,29 @@ from ._runtime import column_block, jit, launch, rows_per_program, tl, use_trito
 
 # ---------------------------------------------------------------------------------------------------- reference
 def reference(
-    visible_BTD: Tensor, ids_restore_BL: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor, prefix: int
+    visible_BTD: Tensor,
+    ids_restore_BL: Tensor,
+    mask_token_D: Tensor,
+    pos_embed_ND: Tensor,
+    prefix: int,
 ) -> Tensor:
     dtype = _result_dtype(visible_BTD, mask_token_D, pos_embed_ND)
     num_visible = visible_BTD.shape[1] - prefix
     # one extra row, the mask token, stands for every masked patch
-    table = torch.cat([visible_BTD.to(dtype), mask_token_D.to(dtype).expand(visible_BTD.shape[0], 1, -1)], 1)
+    table = torch.cat(
+        [visible_BTD.to(dtype), mask_token_D.to(dtype).expand(visible_BTD.shape[0], 1, -1)], 1
+    )
     rows_BL = ids_restore_BL.clamp(max=num_visible) + prefix
-    rows_BN = torch.cat([torch.arange(prefix, device=rows_BL.device).expand(rows_BL.shape[0], -1), rows_BL], 1)
+    rows_BN = torch.cat(
+        [torch.arange(prefix, device=rows_BL.device).expand(rows_BL.shape[0], -1), rows_BL], 1
+    )
     return table.gather(1, rows_BN[..., None].expand(-1, -1, table.shape[2])) + pos_embed_ND
 
 
 def _result_dtype(visible: Tensor, mask_token: Tensor, pos_embed: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(visible.dtype, mask_token.dtype), pos_embed.dtype)
+    return torch.promote_types(
+        torch.promote_types(visible.dtype, mask_token.dtype), pos_embed.dtype
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ kernels
@@ -77,7 +87,9 @@ def _restore_kernel(
     visible = in_range & (source < PREFIX + keep)
     wanted = in_rows[:, None] & (col < D)[None, :]
     at = image * stride_b + source * stride_t
-    x = tl.load(VISIBLE + (at[:, None] + col[None, :]), mask=wanted & visible[:, None], other=0.0).to(tl.float32)
+    x = tl.load(
+        VISIBLE + (at[:, None] + col[None, :]), mask=wanted & visible[:, None], other=0.0
+    ).to(tl.float32)
     mask_token = tl.load(MASK_TOKEN + col, mask=col < D, other=0.0).to(tl.float32)
     pos = tl.load(POS + (token[:, None] * D + col[None, :]), mask=wanted, other=0.0).to(tl.float32)
     x = tl.where(visible[:, None], x, mask_token[None, :]) + pos
@@ -130,11 +142,20 @@ BACKWARD_PROGRAMS = 512
 
 
 def _launch_restore(
-    visible_BTD: Tensor, ids_restore_BL: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor, prefix: int
+    visible_BTD: Tensor,
+    ids_restore_BL: Tensor,
+    mask_token_D: Tensor,
+    pos_embed_ND: Tensor,
+    prefix: int,
 ) -> Tensor:
     if visible_BTD.stride(2) != 1:
         visible_BTD = visible_BTD.contiguous()
-    tensors = (visible_BTD, ids_restore_BL.contiguous(), mask_token_D.contiguous(), pos_embed_ND.contiguous())
+    tensors = (
+        visible_BTD,
+        ids_restore_BL.contiguous(),
+        mask_token_D.contiguous(),
+        pos_embed_ND.contiguous(),
+    )
     (batch, patches), width = ids_restore_BL.shape, visible_BTD.shape[2]
     dtype = _result_dtype(visible_BTD, mask_token_D, pos_embed_ND)
     out_BND = torch.empty((batch, prefix + patches, width), dtype=dtype, device=visible_BTD.device)
@@ -148,7 +169,11 @@ def _launch_restore(
 
 
 def _launch_restore_backward(
-    grad_BND: Tensor, ids_restore_BL: Tensor, num_tokens: int, prefix: int, visible_dtype: torch.dtype
+    grad_BND: Tensor,
+    ids_restore_BL: Tensor,
+    num_tokens: int,
+    prefix: int,
+    visible_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     grad_BND, ids_restore_BL = grad_BND.contiguous(), ids_restore_BL.contiguous()
     (batch, patches), width = ids_restore_BL.shape, grad_BND.shape[2]
@@ -156,7 +181,9 @@ def _launch_restore_backward(
     rows, warps = rows_per_program(grad_BND.device, block)
     steps = -(-num_rows // (rows * BACKWARD_PROGRAMS))
     programs = -(-num_rows // (rows * max(steps, 1)))
-    dvisible_BTD = torch.empty((batch, num_tokens, width), dtype=visible_dtype, device=grad_BND.device)
+    dvisible_BTD = torch.empty(
+        (batch, num_tokens, width), dtype=visible_dtype, device=grad_BND.device
+    )
     partial_SD = torch.empty((programs, width), dtype=torch.float32, device=grad_BND.device)
     grid = (programs, -(-width // block))
     integers = (num_rows, patches, num_tokens - prefix, steps)
@@ -168,8 +195,12 @@ def _launch_restore_backward(
 
 # ------------------------------------------------------------------------------------------------- registration
 @triton_op("mae_kernels::restore_tokens", mutates_args=())
-def _restore_op(visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, prefix: int) -> Tensor:
-    if use_triton("restore_tokens", visible.device, visible.dtype, mask_token.dtype, pos_embed.dtype):
+def _restore_op(
+    visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, prefix: int
+) -> Tensor:
+    if use_triton(
+        "restore_tokens", visible.device, visible.dtype, mask_token.dtype, pos_embed.dtype
+    ):
         return _launch_restore(visible, ids_restore, mask_token, pos_embed, prefix)
     return reference(visible, ids_restore, mask_token, pos_embed, prefix)
 
@@ -189,13 +220,19 @@ def _restore_backward_op(
     acc = accumulate_dtype(grad)
     dpos = grad.sum(0, dtype=acc).to(pos_dtype) if needs_pos else grad.new_empty(0, dtype=pos_dtype)
     if use_triton("restore_tokens", grad.device, grad.dtype, visible_dtype, mask_dtype, pos_dtype):
-        dvisible, dmask = _launch_restore_backward(grad, ids_restore, num_tokens, prefix, visible_dtype)
+        dvisible, dmask = _launch_restore_backward(
+            grad, ids_restore, num_tokens, prefix, visible_dtype
+        )
         return dvisible, dmask.to(mask_dtype), dpos
     keep = num_tokens - prefix
     patches_BLD = grad[:, prefix:]
     places_BK = torch.argsort(ids_restore, dim=1)[:, :keep]
     dvisible = torch.cat(
-        [grad[:, :prefix], patches_BLD.gather(1, places_BK[..., None].expand(-1, -1, grad.shape[2]))], 1
+        [
+            grad[:, :prefix],
+            patches_BLD.gather(1, places_BK[..., None].expand(-1, -1, grad.shape[2])),
+        ],
+        1,
     )
     dmask = torch.where((ids_restore >= keep)[..., None], patches_BLD, 0.0).sum((0, 1), dtype=acc)
     return dvisible.to(visible_dtype), dmask.to(mask_dtype), dpos
@@ -211,7 +248,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (ids_restore,) = ctx.saved_tensors
     needs_pos = ctx.needs_input_grad[3]
-    dvisible, dmask, dpos = _restore_backward_op(grad, ids_restore, ctx.num_tokens, ctx.prefix, *ctx.dtypes, needs_pos)
+    dvisible, dmask, dpos = _restore_backward_op(
+        grad, ids_restore, ctx.num_tokens, ctx.prefix, *ctx.dtypes, needs_pos
+    )
     return dvisible, None, dmask, dpos if needs_pos else None, None
 
 
@@ -235,7 +274,11 @@ def restore_tokens(
 
     Raises: TypeError or ValueError naming the argument.
     """
-    for name, tensor in (("visible", visible), ("mask_token", mask_token), ("pos_embed", pos_embed)):
+    for name, tensor in (
+        ("visible", visible),
+        ("mask_token", mask_token),
+        ("pos_embed", pos_embed),
+    ):
         check_floating(name, tensor)
         check_same_device(name, tensor, "visible", visible)
     check_shape("visible", visible, (None, None, None), "[B, p+K, D]")

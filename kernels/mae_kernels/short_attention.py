@@ -77,7 +77,9 @@ def gradient(dout_BNHd: Tensor, qkv_BN3Hd: Tensor, scale: float) -> Tensor:
 # 197 -> 128 + 64 + 16), held on chip; the queries are walked in blocks of ROWS. Only the last tile can have padding.
 @jit
 def _load_rows(X, n, stride, N: tl.constexpr, D: tl.constexpr):
-    return tl.load(X + (n[:, None] * stride + tl.arange(0, D)[None, :]), mask=(n < N)[:, None], other=0.0)
+    return tl.load(
+        X + (n[:, None] * stride + tl.arange(0, D)[None, :]), mask=(n < N)[:, None], other=0.0
+    )
 
 
 @jit
@@ -104,13 +106,16 @@ def _attention_kernel(QKV, OUT, LSE, N: tl.constexpr, H: tl.constexpr, D: tl.con
     Q = QKV + (head // H).to(tl.int64) * N * (3 * H * D) + (head % H) * D
     K, V = Q + H * D, Q + 2 * H * D
     n0 = tl.arange(0, T0)
-    k0, v0 = _load_rows(K, n0, 3 * H * D, N, D), _load_rows(V, n0, 3 * H * D, N, D)
+    k0 = _load_rows(K, n0, 3 * H * D, N, D)
+    v0 = _load_rows(V, n0, 3 * H * D, N, D)
     if T1 > 0:
         n1 = T0 + tl.arange(0, T1)
-        k1, v1 = _load_rows(K, n1, 3 * H * D, N, D), _load_rows(V, n1, 3 * H * D, N, D)
+        k1 = _load_rows(K, n1, 3 * H * D, N, D)
+        v1 = _load_rows(V, n1, 3 * H * D, N, D)
     if T2 > 0:
         n2 = T0 + T1 + tl.arange(0, T2)
-        k2, v2 = _load_rows(K, n2, 3 * H * D, N, D), _load_rows(V, n2, 3 * H * D, N, D)
+        k2 = _load_rows(K, n2, 3 * H * D, N, D)
+        v2 = _load_rows(V, n2, 3 * H * D, N, D)
     for block in tl.range(0, (N + ROWS - 1) // ROWS, num_stages=1):
         m = block * ROWS + tl.arange(0, ROWS)
         q = _load_rows(Q, m, 3 * H * D, N, D)
@@ -148,8 +153,10 @@ def _backward_rows_kernel(QKV, DOUT, DQKV, N: tl.constexpr, H: tl.constexpr, D: 
     first = (head // H).to(tl.int64) * N * (H * D) + (head % H) * D
     Q, DQ = QKV + packed, DQKV + packed
     n = tl.arange(0, TILE)
-    q, do = _load_rows(Q, n, 3 * H * D, N, D), _load_rows(DOUT + first, n, H * D, N, D)
-    k, v = _load_rows(Q + H * D, n, 3 * H * D, N, D), _load_rows(Q + 2 * H * D, n, 3 * H * D, N, D)
+    q = _load_rows(Q, n, 3 * H * D, N, D)
+    do = _load_rows(DOUT + first, n, H * D, N, D)
+    k = _load_rows(Q + H * D, n, 3 * H * D, N, D)
+    v = _load_rows(Q + 2 * H * D, n, 3 * H * D, N, D)
     s = _scores(q, k, n, N, TILE > N)
     dp = tl.dot(do, tl.trans(v))
     p = tl.exp2(s * SCALE_LOG2 - (tl.max(s, 1) * SCALE_LOG2)[:, None])
@@ -182,28 +189,36 @@ def _backward_keys_kernel(QKV, DOUT, OUT, LSE, DQKV, N: tl.constexpr, H: tl.cons
     Q, DQ = QKV + packed, DQKV + packed
     K, V = Q + H * D, Q + 2 * H * D
     n0 = tl.arange(0, T0)
-    k0, v0 = _load_rows(K, n0, 3 * H * D, N, D), _load_rows(V, n0, 3 * H * D, N, D)
+    k0 = _load_rows(K, n0, 3 * H * D, N, D)
+    v0 = _load_rows(V, n0, 3 * H * D, N, D)
     dk0, dv0 = tl.zeros([T0, D], tl.float32), tl.zeros([T0, D], tl.float32)
     if T1 > 0:
         n1 = T0 + tl.arange(0, T1)
-        k1, v1 = _load_rows(K, n1, 3 * H * D, N, D), _load_rows(V, n1, 3 * H * D, N, D)
+        k1 = _load_rows(K, n1, 3 * H * D, N, D)
+        v1 = _load_rows(V, n1, 3 * H * D, N, D)
         dk1, dv1 = tl.zeros([T1, D], tl.float32), tl.zeros([T1, D], tl.float32)
     if T2 > 0:
         n2 = T0 + T1 + tl.arange(0, T2)
-        k2, v2 = _load_rows(K, n2, 3 * H * D, N, D), _load_rows(V, n2, 3 * H * D, N, D)
+        k2 = _load_rows(K, n2, 3 * H * D, N, D)
+        v2 = _load_rows(V, n2, 3 * H * D, N, D)
         dk2, dv2 = tl.zeros([T2, D], tl.float32), tl.zeros([T2, D], tl.float32)
     for block in tl.range(0, (N + ROWS - 1) // ROWS, num_stages=1):
         m = block * ROWS + tl.arange(0, ROWS)
-        q, do = _load_rows(Q, m, 3 * H * D, N, D), _load_rows(DOUT + first, m, H * D, N, D)
+        q = _load_rows(Q, m, 3 * H * D, N, D)
+        do = _load_rows(DOUT + first, m, H * D, N, D)
         o = _load_rows(OUT + first, m, H * D, N, D)
         lse = tl.load(LSE + head.to(tl.int64) * N + m, mask=m < N, other=float("inf"))
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         dq = tl.zeros([ROWS, D], tl.float32)
         dk0, dv0, dq = _key_tile(k0, v0, q, do, lse, delta, dk0, dv0, dq, T0 > N, SCALE_LOG2)
         if T1 > 0:
-            dk1, dv1, dq = _key_tile(k1, v1, q, do, lse, delta, dk1, dv1, dq, T0 + T1 > N, SCALE_LOG2)
+            dk1, dv1, dq = _key_tile(
+                k1, v1, q, do, lse, delta, dk1, dv1, dq, T0 + T1 > N, SCALE_LOG2
+            )
         if T2 > 0:
-            dk2, dv2, dq = _key_tile(k2, v2, q, do, lse, delta, dk2, dv2, dq, T0 + T1 + T2 > N, SCALE_LOG2)
+            dk2, dv2, dq = _key_tile(
+                k2, v2, q, do, lse, delta, dk2, dv2, dq, T0 + T1 + T2 > N, SCALE_LOG2
+            )
         _store_rows(DQ, m, dq * SCALE, 3 * H * D, N, D)
     _store_rows(DQ + H * D, n0, dk0 * SCALE, 3 * H * D, N, D)
     _store_rows(DQ + 2 * H * D, n0, dv0, 3 * H * D, N, D)
@@ -259,10 +274,14 @@ WIDTHS = (16, 32, 64, 128)
 
 @torch.compiler.assume_constant_result
 def _architecture(device: torch.device) -> int:
-    return max(architecture(device), TENSOR_CORES_FROM["attention"])  # under the interpreter the oldest one's sizes
+    return max(
+        architecture(device), TENSOR_CORES_FROM["attention"]
+    )  # under the interpreter the oldest one's sizes
 
 
-def sizes_for(table: tuple[Sizes, ...], device: torch.device, tokens: int, width: int) -> Sizes | None:
+def sizes_for(
+    table: tuple[Sizes, ...], device: torch.device, tokens: int, width: int
+) -> Sizes | None:
     """The line of the table for these sizes; None when there is none, and the tensors go to SDPA."""
     arch = _architecture(device)
     oldest = max([line.oldest for line in table if line.oldest <= arch])
@@ -291,8 +310,12 @@ def _launch_attention(qkv_BN3Hd: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     sizes = sizes_for(FORWARD, qkv_BN3Hd.device, tokens, width)
     assert sizes is not None  # refusal() was asked before
     keep = tokens > ROWS_KERNEL_TOKENS
-    out_BNHd = torch.empty((batch, tokens, heads, width), dtype=qkv_BN3Hd.dtype, device=qkv_BN3Hd.device)
-    lse = torch.empty((batch, heads, tokens) if keep else (0,), dtype=torch.float32, device=qkv_BN3Hd.device)
+    out_BNHd = torch.empty(
+        (batch, tokens, heads, width), dtype=qkv_BN3Hd.dtype, device=qkv_BN3Hd.device
+    )
+    lse = torch.empty(
+        (batch, heads, tokens) if keep else (0,), dtype=torch.float32, device=qkv_BN3Hd.device
+    )
     t0, t1, t2 = key_tiles(tokens, sizes.split)
     launch(
         _attention_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, out_BNHd, lse, N=tokens, H=heads, D=width,
@@ -303,7 +326,11 @@ def _launch_attention(qkv_BN3Hd: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _launch_attention_backward(
-    dout_BNHd: Tensor, qkv_BN3Hd: Tensor, out_BNHd: Tensor | None, lse_BHN: Tensor | None, scale: float
+    dout_BNHd: Tensor,
+    qkv_BN3Hd: Tensor,
+    out_BNHd: Tensor | None,
+    lse_BHN: Tensor | None,
+    scale: float,
 ) -> Tensor:
     dout_BNHd, qkv_BN3Hd = dout_BNHd.contiguous(), qkv_BN3Hd.contiguous()
     batch, tokens, heads, width = _sizes(qkv_BN3Hd)
@@ -362,7 +389,9 @@ def _attention_op(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 @triton_op("mae_kernels::attention_backward", mutates_args=())
-def _attention_backward_op(dout: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor | None, scale: float) -> Tensor:
+def _attention_backward_op(
+    dout: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor | None, scale: float
+) -> Tensor:
     if _kernels_run(qkv.device, qkv.dtype, refusal(qkv)):
         return _launch_attention_backward(dout, qkv, out, lse, scale)
     return gradient(dout, qkv, scale)
@@ -389,7 +418,9 @@ def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_twice(ctx: Any, d_dqkv: Tensor) -> tuple[Any, ...]:
     """The gradient of the formula; out and lse are functions of qkv in it, so nothing goes to them."""
-    pull_back = torch.func.vjp(lambda dout, qkv: gradient(dout, qkv, ctx.scale), *ctx.saved_tensors)[1]
+    pull_back = torch.func.vjp(
+        lambda dout, qkv: gradient(dout, qkv, ctx.scale), *ctx.saved_tensors
+    )[1]
     return *pull_back(d_dqkv), None, None, None
 
 
@@ -405,7 +436,9 @@ def _count_flops() -> None:
         batch, tokens, _, heads, width = qkv_shape
         return 4 * batch * heads * tokens * tokens * width
 
-    def backward(dout_shape: Any, qkv_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    def backward(
+        dout_shape: Any, qkv_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+    ) -> int:
         return forward(qkv_shape) * 5 // 2
 
     def of_kernel(output: str, products: int) -> Any:

@@ -93,7 +93,11 @@ def _sssd_backward_kernel(
             stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS,
             AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
         )  # fmt: skip
-        factor = (tl.load(GRAD_RECONSTRUCTION) + total * (1.0 - WEIGHT)) * (2.0 / (P * P * C)) / tl.load(COUNT)
+        factor = (
+            (tl.load(GRAD_RECONSTRUCTION) + total * (1.0 - WEIGHT))
+            * (2.0 / (P * P * C))
+            / tl.load(COUNT)
+        )
         store_gradient(DPRED, d * factor, row, num_rows, C, P, BLOCK_P, BLOCK_W)
 
 
@@ -116,7 +120,9 @@ def _launch(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors, integers, pixel_constants = _reconstruction.kernel_arguments(pred, *options)
-    logits, rows, strides, logit_constants = _distillation.logit_arguments(student, teacher, center, *temps)
+    logits, rows, strides, logit_constants = _distillation.logit_arguments(
+        student, teacher, center, *temps
+    )
     groups, group_rows = _distillation.groups_of(rows)
     constants = _constants(pixel_constants, {**logit_constants, "LOGIT": logit})
     patch_losses = torch.empty(pred.shape[:2], dtype=torch.float32, device=pred.device)
@@ -124,9 +130,21 @@ def _launch(
     partial_GK = torch.empty((groups, student.shape[-1]), dtype=torch.float32, device=pred.device)
     grid = (groups + -(-integers[0] // constants["ROWS"]),)
     buffers = (*logits, logit_losses, partial_GK, *tensors, patch_losses)
-    launch(_sssd_kernel, grid, pred, *buffers, rows, group_rows, groups, *strides, *integers, **constants)
+    launch(
+        _sssd_kernel,
+        grid,
+        pred,
+        *buffers,
+        rows,
+        group_rows,
+        groups,
+        *strides,
+        *integers,
+        **constants,
+    )
     reconstruction, count = _reconstruction.finish(patch_losses, options[2])
-    loss, batch_center = logit_losses.sum() / max(rows, 1), partial_GK.sum(0) / max(rows, 1)
+    loss = logit_losses.sum() / max(rows, 1)
+    batch_center = partial_GK.sum(0) / max(rows, 1)
     return weight * loss + (1 - weight) * reconstruction, reconstruction, loss, batch_center, count
 
 
@@ -143,11 +161,17 @@ def _launch_backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors, integers, pixel_constants = _reconstruction.kernel_arguments(pred, *options)
-    logits, rows, strides, logit_constants = _distillation.logit_arguments(student, teacher, center, *temps)
-    constants = _constants(pixel_constants, {**logit_constants, "NEEDS_TEACHER": needs_teacher, "WEIGHT": weight})
+    logits, rows, strides, logit_constants = _distillation.logit_arguments(
+        student, teacher, center, *temps
+    )
+    constants = _constants(
+        pixel_constants, {**logit_constants, "NEEDS_TEACHER": needs_teacher, "WEIGHT": weight}
+    )
     dpred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     dstudent = torch.empty(student.shape, dtype=student.dtype, device=pred.device)
-    dteacher = torch.empty(teacher.shape if needs_teacher else (0,), dtype=teacher.dtype, device=pred.device)
+    dteacher = torch.empty(
+        teacher.shape if needs_teacher else (0,), dtype=teacher.dtype, device=pred.device
+    )
     grid = (rows + -(-integers[0] // constants["ROWS"]),)
     buffers = (*grads, count, *logits, dstudent, dteacher, *tensors, dpred)
     launch(_sssd_backward_kernel, grid, pred, *buffers, rows, *strides, *integers, **constants)
@@ -156,7 +180,9 @@ def _launch_backward(
 
 # ------------------------------------------------------------------------------------------------- registration
 def _use_triton(pred: Tensor, images: Tensor, student: Tensor, teacher: Tensor, norm: str) -> bool:
-    refused = _reconstruction.refusal(pred.shape[2], images.shape[1], norm) or _distillation.refusal(student.shape[-1])
+    refused = _reconstruction.refusal(
+        pred.shape[2], images.shape[1], norm
+    ) or _distillation.refusal(student.shape[-1])
     dtypes = (pred.dtype, images.dtype, student.dtype, teacher.dtype)
     return use_triton("sssd_loss", pred.device, *dtypes, refused=refused)
 
@@ -221,12 +247,18 @@ def _sssd_backward_op(
     temps = (student_temp, teacher_temp)
     if _use_triton(pred, images, student, teacher, norm):
         grads = (grad_total, grad_reconstruction, grad_distillation)
-        return _launch_backward(grads, count, pred, student, teacher, center, weight, temps, needs_teacher, *options)
+        return _launch_backward(
+            grads, count, pred, student, teacher, center, weight, temps, needs_teacher, *options
+        )
     d_BMV = _reconstruction.difference(pred, *options)
     factor = (grad_reconstruction + grad_total * (1 - weight)) * 2 / (count * d_BMV.shape[2])
     grad = grad_distillation + grad_total * weight
     dstudent, dteacher = _distillation.gradients(grad, student, teacher, center, *temps)
-    return (d_BMV * factor).to(pred.dtype), dstudent, dteacher if needs_teacher else dteacher.new_empty(0)
+    return (
+        (d_BMV * factor).to(pred.dtype),
+        dstudent,
+        dteacher if needs_teacher else dteacher.new_empty(0),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -236,11 +268,24 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.temps = ts, tt
 
 
-def _backward(ctx: Any, total: Tensor, reconstruction: Tensor, distillation: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, total: Tensor, reconstruction: Tensor, distillation: Tensor, *_: Tensor
+) -> tuple[Any, ...]:
     *tensors, count = ctx.saved_tensors
     needs_teacher = ctx.needs_input_grad[3]
-    options = (ctx.patch_size, ctx.norm, ctx.eps, ctx.mean, ctx.std, ctx.weight, *ctx.temps, needs_teacher)
-    dpred, dstudent, dteacher = _sssd_backward_op(total, reconstruction, distillation, count, *tensors, *options)
+    options = (
+        ctx.patch_size,
+        ctx.norm,
+        ctx.eps,
+        ctx.mean,
+        ctx.std,
+        ctx.weight,
+        *ctx.temps,
+        needs_teacher,
+    )
+    dpred, dstudent, dteacher = _sssd_backward_op(
+        total, reconstruction, distillation, count, *tensors, *options
+    )
     return dpred, None, dstudent, dteacher if needs_teacher else None, *[None] * 12
 
 
@@ -296,15 +341,34 @@ def sssd_loss(
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: got {weight}, needs a number between 0 and 1")
     if kind == "dino" and not wants_reference(pred):
-        stats = _reconstruction.check_reconstruction(pred, images, ids, mask, patch_size, norm, eps, mean, std)
-        _distillation.check_distillation(student, teacher, kind, center, center_mode, student_temp, teacher_temp)
+        stats = _reconstruction.check_reconstruction(
+            pred, images, ids, mask, patch_size, norm, eps, mean, std
+        )
+        _distillation.check_distillation(
+            student, teacher, kind, center, center_mode, student_temp, teacher_temp
+        )
         check_same_device("student", student, "pred", pred)
         teacher = teacher.detach() if detach_teacher else teacher
         tensors = (pred, images, student, teacher, ids, mask, center)
-        options = (patch_size, norm or "none", float(eps), *stats, float(weight), center_mode == "logit")
+        options = (
+            patch_size,
+            norm or "none",
+            float(eps),
+            *stats,
+            float(weight),
+            center_mode == "logit",
+        )
         return SSSDLoss(*_sssd_op(*tensors, *options, float(student_temp), float(teacher_temp))[:4])
     reconstruction = masked_reconstruction_loss(
-        pred, images, ids=ids, mask=mask, patch_size=patch_size, norm=norm, eps=eps, mean=mean, std=std
+        pred,
+        images,
+        ids=ids,
+        mask=mask,
+        patch_size=patch_size,
+        norm=norm,
+        eps=eps,
+        mean=mean,
+        std=std,
     )
     distillation, batch_center = distillation_loss(
         student,

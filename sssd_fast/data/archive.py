@@ -56,13 +56,24 @@ def extract_archive(
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        with _members(source, min(max_bytes, max(_RATIO_FREE, max_ratio * source.stat().st_size))) as members:
+        with _members(
+            source, min(max_bytes, max(_RATIO_FREE, max_ratio * source.stat().st_size))
+        ) as members:
             total = _refuse_unsafe(source, members, max_bytes, max_ratio)
             _write(part, members, total)
         part.chmod(0o755)  # mkdtemp makes it private
         os.replace(part, target)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"{source}: cannot be unpacked ({type(error).__name__}: {error})") from error
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        EOFError,
+        OSError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:
+        raise DataError(
+            f"{source}: cannot be unpacked ({type(error).__name__}: {error})"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
@@ -88,14 +99,18 @@ def _members(source: Path, limit: float) -> Iterator[list[_Member]]:
 
 
 def _zip_member(pack: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
-    kind = (info.external_attr >> 16) & 0o170000  # Unix file type, 0 where the archive was made elsewhere
+    kind = (
+        info.external_attr >> 16
+    ) & 0o170000  # Unix file type, 0 where the archive was made elsewhere
     problem = None
     if kind not in (0, 0o100000, 0o040000):
         problem = "is a link or device"
     elif info.flag_bits & 1:
         problem = "is encrypted"
     # orig_filename: before zipfile cut it at a NUL byte
-    return _Member(info.orig_filename, info.file_size, info.is_dir(), problem, lambda: pack.open(info))
+    return _Member(
+        info.orig_filename, info.file_size, info.is_dir(), problem, lambda: pack.open(info)
+    )
 
 
 def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:
@@ -128,7 +143,9 @@ def _refuse_unsafe(source: Path, members: list[_Member], max_bytes: int, max_rat
         problems.append(f"{total} bytes unpacked, over the limit of {max_bytes} (max_bytes)")
     packed = source.stat().st_size
     if total > _RATIO_FREE and total > max_ratio * packed:
-        problems.append(f"{total} bytes out of {packed}, over {max_ratio:g} times (max_ratio): a decompression bomb?")
+        problems.append(
+            f"{total} bytes out of {packed}, over {max_ratio:g} times (max_ratio): a decompression bomb?"
+        )
     if problems:
         listed = "\n".join(first_lines(problems))
         raise DataError(f"{source}: refused, nothing was unpacked\n{listed}")
@@ -147,5 +164,7 @@ def _write(part: Path, members: list[_Member], total: int) -> None:
             while chunk := stream.read(_CHUNK):
                 left -= len(chunk)
                 if left < 0:
-                    raise DataError(f"{shown(member.name)} holds more bytes than the archive announces: refused")
+                    raise DataError(
+                        f"{shown(member.name)} holds more bytes than the archive announces: refused"
+                    )
                 file.write(chunk)

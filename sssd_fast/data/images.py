@@ -72,7 +72,10 @@ class Decoded(NamedTuple):
 
 def shown(name: str) -> str:
     """The name as one printable line: newlines, terminal escapes and undecodable bytes become \\-escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in name)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in name
+    )
 
 
 def sniff_format(data: bytes) -> str | None:
@@ -114,12 +117,18 @@ def decode_bytes(data: bytes, name: str) -> Decoded:
         raise ImageError(name, f"{content}; needed: {', '.join(sorted(set(SUFFIXES.values())))}")
     try:
         # MPO: a JPEG with further pictures behind the first, as some cameras write; Pillow re-labels it by itself.
-        with Image.open(BytesIO(data), formats=[found, "MPO"] if found == "JPEG" else [found]) as image:
+        with Image.open(
+            BytesIO(data), formats=[found, "MPO"] if found == "JPEG" else [found]
+        ) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise ImageError(name, f"{width} x {height} pixels is over the limit of {MAX_PIXELS} (2^26)")
+                raise ImageError(
+                    name, f"{width} x {height} pixels is over the limit of {MAX_PIXELS} (2^26)"
+                )
             if min(width, height) < MIN_SIDE:
-                raise ImageError(name, f"{width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
+                raise ImageError(
+                    name, f"{width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed"
+                )
             mode = image.mode
             image.load()
             plain = _is_plain(image, found)
@@ -128,8 +137,12 @@ def decode_bytes(data: bytes, name: str) -> Decoded:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, f"too many pixels ({error})") from error
-    except Exception as error:  # Pillow's parsers raise a dozen types on damaged data; all mean the same here
-        raise ImageError(name, f"truncated or damaged {found} ({type(error).__name__}: {error})") from error
+    except (
+        Exception
+    ) as error:  # Pillow's parsers raise a dozen types on damaged data; all mean the same here
+        raise ImageError(
+            name, f"truncated or damaged {found} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def decode_image(path: str | PathLike[str]) -> ImageArray:
@@ -143,14 +156,18 @@ def _is_plain(image: Image.Image, found: str) -> bool:
         return False
     if image.mode in ("RGBA", "LA"):
         return image.getchannel("A").getextrema() == (255, 255)
-    stored_as_rgb = found == "JPEG" and image.mode == "RGB" and image.info.get("adobe_transform") == 0
+    stored_as_rgb = (
+        found == "JPEG" and image.mode == "RGB" and image.info.get("adobe_transform") == 0
+    )
     return image.mode in ("L", "RGB") and not image.has_transparency_data and not stored_as_rgb
 
 
 def _to_uint8(image: Image.Image, name: str) -> ImageArray:
     if image.mode.startswith("I"):
         return _scale_16_bit(np.asarray(image), name)
-    if image.has_transparency_data:  # RGBA, LA, and the one transparent colour a palette, grey or RGB PNG may name
+    if (
+        image.has_transparency_data
+    ):  # RGBA, LA, and the one transparent colour a palette, grey or RGB PNG may name
         grey = image.mode in ("L", "LA", "La")
         rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
@@ -161,7 +178,8 @@ def _to_uint8(image: Image.Image, name: str) -> ImageArray:
     if image.mode in ("RGB", "P", "CMYK", "YCbCr", "RGBX"):
         return np.array(image.convert("RGB"))
     raise ImageError(
-        name, f"pixels of Pillow mode {image.mode!r} have no fixed range; convert the file to 8 or 16 bits"
+        name,
+        f"pixels of Pillow mode {image.mode!r} have no fixed range; convert the file to 8 or 16 bits",
     )
 
 
@@ -170,7 +188,8 @@ def _scale_16_bit(values: npt.NDArray[np.generic], name: str) -> ImageArray:
     low, high = int(wide.min()), int(wide.max())
     if low < 0 or high > 65535:
         raise ImageError(
-            name, f"integer pixels from {low} to {high}; 0 to 65535 is needed (window the CT values first)"
+            name,
+            f"integer pixels from {low} to {high}; 0 to 65535 is needed (window the CT values first)",
         )
     top = next(t for t in (255, 4095, 65535) if high <= t)
     return ((wide * 255 + top // 2) // top).astype(np.uint8)

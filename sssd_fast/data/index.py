@@ -17,14 +17,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TextIO
 
-from sssd_fast.checkpoint import atomic_write_bytes
 from sssd_fast.data.images import SUFFIXES, ImageError, decode_bytes, pixel_hash, read_file, shown
-from sssd_fast.data.known import Facts, Known
+from sssd_fast.data.index_cache import Facts, Known
 from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
+from sssd_fast.data.split import Split
 from sssd_fast.errors import DataError
+from sssd_fast.run.files import atomic_write_bytes
 
 if TYPE_CHECKING:
-    from sssd_fast.data.splits import Split
+    pass
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -86,19 +87,35 @@ class DataIndex:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, atomically."""
-        body = {"format": _FORMAT, "version": _VERSION, "root": str(self.root.absolute()), "classes": self.classes}
-        lists = {"records": [asdict(r) for r in self.records], "excluded": [asdict(e) for e in self.excluded]}
+        body = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "root": str(self.root.absolute()),
+            "classes": self.classes,
+        }
+        lists = {
+            "records": [asdict(r) for r in self.records],
+            "excluded": [asdict(e) for e in self.excluded],
+        }
         text = json.dumps({**body, "notes": self.notes, **lists}, indent=1) + "\n"
         atomic_write_bytes(Path(path), text.encode("utf-8", "surrogateescape"))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> DataIndex:
+    def load(
+        cls, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None
+    ) -> DataIndex:
         """Read an index; `root` overrides the data folder when it moved. Raises DataError when it is not an index."""
         try:
             body = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable index ({error}); make it with `sssd-fast data check`") from error
-        if not isinstance(body, dict) or body.get("format") != _FORMAT or body.get("version") != _VERSION:
+            raise DataError(
+                f"{path}: not a readable index ({error}); make it with `sssd-fast data check`"
+            ) from error
+        if (
+            not isinstance(body, dict)
+            or body.get("format") != _FORMAT
+            or body.get("version") != _VERSION
+        ):
             raise DataError(
                 f"{path}: not an index of version {_VERSION} ('format' and 'version' do not match); "
                 "make it again with `sssd-fast data check`"
@@ -112,11 +129,17 @@ class DataIndex:
                 notes=list(body["notes"]),
             )
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: damaged index ({error}); make it again with `sssd-fast data check`") from error
+            raise DataError(
+                f"{path}: damaged index ({error}); make it again with `sssd-fast data check`"
+            ) from error
         if not all(0 <= r.label < len(index.classes) for r in index.records):
-            raise DataError(f"{path}: damaged index (a label outside its {len(index.classes)} classes)")
+            raise DataError(
+                f"{path}: damaged index (a label outside its {len(index.classes)} classes)"
+            )
         if not index.root.is_dir():
-            raise DataError(f"{path}: its data folder {index.root} does not exist; pass the folder's new place")
+            raise DataError(
+                f"{path}: its data folder {index.root} does not exist; pass the folder's new place"
+            )
         return index
 
     def summary(self) -> str:
@@ -134,7 +157,10 @@ class DataIndex:
         if any(r.split for r in self.records):
             for name in SPLIT_NAMES:
                 ids = [i for i, r in enumerate(self.records) if r.split == name]
-                lines.append(f"  {name}: " + ", ".join(f"{shown(c)} {n}" for c, n in self.counts(ids).items()))
+                lines.append(
+                    f"  {name}: "
+                    + ", ".join(f"{shown(c)} {n}" for c, n in self.counts(ids).items())
+                )
         if any(r.patient for r in self.records):
             lines.append(f"  patients: {len({r.patient for r in self.records if r.patient})}")
         lines += [f"  note: {note}" for note in self.notes]
@@ -156,16 +182,23 @@ class Duplicates:
 
     def lines(self) -> list[str]:
         lines = [f"  identical pictures: {len(self.groups)} groups"]
-        for title, groups in (("IN SEVERAL SPLITS", self.across_splits), ("WITH DIFFERENT LABELS", self.conflicting)):
+        for title, groups in (
+            ("IN SEVERAL SPLITS", self.across_splits),
+            ("WITH DIFFERENT LABELS", self.conflicting),
+        ):
             if groups:
                 lines.append(f"  identical pictures {title}: {len(groups)} groups")
-                lines += first_lines([" = ".join(shown(name) for name in group) for group in groups])
+                lines += first_lines(
+                    [" = ".join(shown(name) for name in group) for group in groups]
+                )
         return lines
 
 
 def report_duplicates(index: DataIndex, split: Split | None = None) -> Duplicates:
     """Find pictures with equal pixels; `split` None uses the manifest's split column."""
-    part_of = {i: r.split for i, r in enumerate(index.records)} if split is None else split.part_of()
+    part_of = (
+        {i: r.split for i, r in enumerate(index.records)} if split is None else split.part_of()
+    )
     by_hash: dict[str, list[int]] = defaultdict(list)
     for i, record in enumerate(index.records):
         by_hash[record.pixel_hash].append(i)
@@ -223,7 +256,9 @@ def check_data(
     rows = _scan_folders(place, notes) if manifest is None else read_manifest(manifest, notes)
     classes = sorted({row["label"] for row in rows})
     memory = Known(known, place)
-    results = _decode_all(place, rows, classes, memory, progress, threads or min(8, os.cpu_count() or 1))
+    results = _decode_all(
+        place, rows, classes, memory, progress, threads or min(8, os.cpu_count() or 1)
+    )
     memory.save()
     records, excluded, renamed = [], [], []
     for record, problem in results:
@@ -248,7 +283,10 @@ def check_data(
             )
         )
     if accept_wrong_extension and renamed:
-        notes += [f"kept {len(renamed)} images with a wrong extension:", *(f"  {line}" for line in renamed)]
+        notes += [
+            f"kept {len(renamed)} images with a wrong extension:",
+            *(f"  {line}" for line in renamed),
+        ]
     index = DataIndex(place, classes, records, excluded, notes)
     empty = [name for name, n in index.counts().items() if n == 0]
     if empty:
@@ -311,7 +349,9 @@ def _decode_all(
         named = SUFFIXES.get(suffix.lower(), shown(suffix) or "nothing")
         if named == facts.format:
             return record, None
-        return record, Excluded(path, f"wrong extension: the name says {named}, the content is {facts.format}")
+        return record, Excluded(
+            path, f"wrong extension: the name says {named}, the content is {facts.format}"
+        )
 
     results = []
     pool = ThreadPoolExecutor(threads)  # Pillow and hashlib release the GIL
@@ -329,7 +369,9 @@ def _scan_folders(root: Path, notes: list[str]) -> list[dict[str, str]]:
     """One row per image file below root/<class>/. Hidden names are skipped, other files counted by suffix."""
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{shown(str(error.filename))}: folder cannot be read ({error.strerror})") from error
+        raise DataError(
+            f"{shown(str(error.filename))}: folder cannot be read ({error.strerror})"
+        ) from error
 
     rows: list[dict[str, str]] = []
     ignored: Counter[str] = Counter()
@@ -343,10 +385,14 @@ def _scan_folders(root: Path, notes: list[str]) -> list[dict[str, str]]:
             if suffix in SUFFIXES and inside.parts:
                 rows.append({"path": (inside / name).as_posix(), "label": inside.parts[0]})
             else:
-                ignored[(suffix or "no suffix") + ("" if inside.parts else " directly in the folder")] += 1
+                ignored[
+                    (suffix or "no suffix") + ("" if inside.parts else " directly in the folder")
+                ] += 1
     listed = ", ".join(f"{n} {shown(kind)}" for kind, n in sorted(ignored.items()))
     if ignored:
-        notes.append(f"ignored {sum(ignored.values())} files that are not images of a class: {listed}")
+        notes.append(
+            f"ignored {sum(ignored.values())} files that are not images of a class: {listed}"
+        )
     if not rows:
         raise DataError(
             f"{shown(str(root))}: no images found ({'ignored ' + listed if listed else 'no files'}); "

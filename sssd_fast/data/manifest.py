@@ -13,7 +13,9 @@ SPLIT_NAMES = ("train", "val", "test")
 _LISTED = 20  # lines of a list printed before "and N more"
 
 
-def read_manifest(manifest: str | os.PathLike[str], notes: list[str] | None = None) -> list[dict[str, str]]:
+def read_manifest(
+    manifest: str | os.PathLike[str], notes: list[str] | None = None
+) -> list[dict[str, str]]:
     """Rows of a CSV path,label[,split][,patient], paths normalised. Raises DataError listing every problem at once."""
     where = shown(str(manifest))
     try:
@@ -33,23 +35,31 @@ def read_manifest(manifest: str | os.PathLike[str], notes: list[str] | None = No
     rows: list[dict[str, str]] = []
     seen: dict[str, int] = {}
     for line, cells in raw:
-        if None in cells or None in cells.values():  # DictReader's marks for too many and too few cells
+        if (
+            None in cells or None in cells.values()
+        ):  # DictReader's marks for too many and too few cells
             problems.append(f"line {line}: not {len(header)} cells")
             continue
-        row = {name: cells[name].strip() for name in header if name in ("label", "split", "patient")}
+        row = {
+            name: cells[name].strip() for name in header if name in ("label", "split", "patient")
+        }
         path = PurePosixPath(cells["path"])
         name = shown(cells["path"])
         if not cells["path"].strip():
             problems.append(f"line {line}: empty path")
         elif path.is_absolute() or ".." in path.parts:
-            problems.append(f"line {line}: path {name} leaves the data folder; only relative paths without .. are read")
+            problems.append(
+                f"line {line}: path {name} leaves the data folder; only relative paths without .. are read"
+            )
         elif path.as_posix() in seen:
             problems.append(f"line {line}: path {name} was already in line {seen[path.as_posix()]}")
         seen.setdefault(path.as_posix(), line)
         if not row["label"]:
             problems.append(f"line {line}: empty label")
         if "split" in row and row["split"] not in SPLIT_NAMES:
-            problems.append(f"line {line}: split {shown(row['split'])!r} is not one of {', '.join(SPLIT_NAMES)}")
+            problems.append(
+                f"line {line}: split {shown(row['split'])!r} is not one of {', '.join(SPLIT_NAMES)}"
+            )
         rows.append({"path": path.as_posix(), **row})
     if problems:
         raise DataError(f"{where}: {len(problems)} problems\n" + "\n".join(first_lines(problems)))

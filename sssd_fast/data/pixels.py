@@ -57,7 +57,9 @@ class PixelStore:
         """[H, W] for one channel, else [H, W, C]; a view."""
         height, width = (int(n) for n in self.shapes[i])
         flat = self.pixels[int(self.offsets[i]) :][: height * width * self.channels].numpy()
-        return flat.reshape((height, width) if self.channels == 1 else (height, width, self.channels))
+        return flat.reshape(
+            (height, width) if self.channels == 1 else (height, width, self.channels)
+        )
 
 
 def read_record(index: DataIndex, i: int) -> bytes:
@@ -78,7 +80,8 @@ def read_record(index: DataIndex, i: int) -> bytes:
 
 def changed(path: str, reason: str) -> ImageError:
     return ImageError(
-        path, f"{reason}; it was good when the data were checked: restore it, or run `sssd-fast data check` again"
+        path,
+        f"{reason}; it was good when the data were checked: restore it, or run `sssd-fast data check` again",
     )
 
 
@@ -99,9 +102,15 @@ def cache_folder(setting: str) -> Path | None:
     if setting != "auto":
         return Path(setting)
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sssd_fast", "pixels")
-    except RuntimeError as error:  # some containers give a process neither HOME nor an entry in the list of users
-        raise ConfigError(f"data.cache is auto, but {error}; set it to a folder or none, or set HOME") from error
+        return Path(
+            os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sssd_fast", "pixels"
+        )
+    except (
+        RuntimeError
+    ) as error:  # some containers give a process neither HOME nor an entry in the list of users
+        raise ConfigError(
+            f"data.cache is auto, but {error}; set it to a folder or none, or set HOME"
+        ) from error
 
 
 def open_store(
@@ -133,7 +142,9 @@ def open_store(
                     store = replace(store, how=_decoded_in(start))
             if store is not None:
                 return store
-            say(f"{path} reads back damaged right after it was written; the decoded images are kept in memory instead")
+            say(
+                f"{path} reads back damaged right after it was written; the decoded images are kept in memory instead"
+            )
     except OSError as error:  # of the cache: what is wrong with an image is an ImageError
         say(
             f"no cache in {folder} ({error.strerror or error}); the decoded images are kept in memory. Set data.cache to a folder"
@@ -148,7 +159,9 @@ def store_key(index: DataIndex, channels: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def _layout(index: DataIndex, channels: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+def _layout(
+    index: DataIndex, channels: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
     """Offsets [N] and shapes [N, 2] of the images, and T."""
     shapes = np.array([(r.height, r.width) for r in index.records], dtype=np.int64).reshape(-1, 2)
     ends = np.cumsum(shapes.prod(1) * channels)
@@ -176,7 +189,9 @@ def _decode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _decode_to_memory(index: DataIndex, channels: int, threads: int, progress: Progress | None) -> PixelStore:
+def _decode_to_memory(
+    index: DataIndex, channels: int, threads: int, progress: Progress | None
+) -> PixelStore:
     offsets, shapes, total = _layout(index, channels)
     pixels, start = torch.empty(total, dtype=torch.uint8), time.perf_counter()
     array = pixels.numpy()
@@ -192,10 +207,14 @@ def _decoded_in(start: float) -> str:
     return f"decoded in {time.perf_counter() - start:.1f} s"
 
 
-def _decode_to_file(path: Path, index: DataIndex, channels: int, threads: int, progress: Progress | None) -> None:
+def _decode_to_file(
+    path: Path, index: DataIndex, channels: int, threads: int, progress: Progress | None
+) -> None:
     offsets, _, total = _layout(index, channels)
     checksums = np.zeros(len(index), dtype="<u4")
-    header = json.dumps({"images": len(index), "channels": channels, "bytes": total, "key": path.stem}).encode()
+    header = json.dumps(
+        {"images": len(index), "channels": channels, "bytes": total, "key": path.stem}
+    ).encode()
     table = len(_MAGIC) + 8 + len(header)
     first = -(-(table + checksums.nbytes) // _ALIGN) * _ALIGN
     part = path.with_suffix(f".{os.getpid()}.part")
@@ -203,7 +222,10 @@ def _decode_to_file(path: Path, index: DataIndex, channels: int, threads: int, p
     try:
         free = os.fstatvfs(file)
         if free.f_bavail * free.f_frsize < first + total:
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {(first + total) / 2**20:.0f} MiB are needed")
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: {(first + total) / 2**20:.0f} MiB are needed",
+            )
 
         def put(i: int, flat: npt.NDArray[np.uint8]) -> None:
             checksums[i] = zlib.crc32(flat.data)
@@ -214,7 +236,9 @@ def _decode_to_file(path: Path, index: DataIndex, channels: int, threads: int, p
         _write(file, np.frombuffer(_MAGIC + struct.pack("<q", len(header)) + header, np.uint8), 0)
         _write(file, checksums.view(np.uint8), table)
         os.fsync(file)
-        os.replace(part, path)  # not made durable: after a power cut the images are decoded once more
+        os.replace(
+            part, path
+        )  # not made durable: after a power cut the images are decoded once more
     finally:
         os.close(file)
         with contextlib.suppress(FileNotFoundError):
@@ -241,8 +265,17 @@ def _open(
             header = json.loads(file.read(length))
             checksums = np.frombuffer(file.read(4 * len(index)), "<u4")
             first = -(-(16 + length + checksums.nbytes) // _ALIGN) * _ALIGN
-            expected = {"images": len(index), "channels": channels, "bytes": total, "key": path.stem}
-            if header != expected or len(checksums) != len(index) or os.fstat(file.fileno()).st_size != first + total:
+            expected = {
+                "images": len(index),
+                "channels": channels,
+                "bytes": total,
+                "key": path.stem,
+            }
+            if (
+                header != expected
+                or len(checksums) != len(index)
+                or os.fstat(file.fileno()).st_size != first + total
+            ):
                 raise ValueError("its header or its length is wrong")
             # not torch.from_file, which takes no name that is not UTF-8, and fails with a RuntimeError
             mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", first, (total,)))
@@ -265,7 +298,9 @@ def _open(
 def _only_one(path: Path, say: Callable[[str], object]) -> Iterator[None]:
     """One process at a time builds or opens `path`; what a killed one left beside it is removed."""
     with open(path.with_suffix(".lock"), "w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks: two may build, and both rename whole files
+        with contextlib.suppress(
+            OSError
+        ):  # a file system without locks: two may build, and both rename whole files
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -18,71 +18,19 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from sssd_fast.checkpoint import atomic_write_bytes
 from sssd_fast.data.images import shown
 from sssd_fast.data.index import DataIndex, report_duplicates
 from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
+from sssd_fast.data.split import Split
 from sssd_fast.errors import DataError
+from sssd_fast.run.files import atomic_write_bytes
 
 _PROPOSALS = 200  # random groupings tried for whole-patient parts; the best balanced one is taken
-
-
-@dataclass(frozen=True)
-class Split:
-    """Record numbers of an index, in three parts without overlap. val and test may be empty; train never is."""
-
-    name: str
-    train: list[int]
-    val: list[int]
-    test: list[int]
-    protocol: str  # one sentence for the report
-    seed: int | None = None
-    unused: list[int] = field(default_factory=list)  # records that the protocol leaves out
-
-    def __post_init__(self) -> None:
-        every = [*self.train, *self.val, *self.test, *self.unused]
-        if len(every) != len(set(every)):
-            raise DataError(f"split {self.name}: {len(every) - len(set(every))} images lie in two parts")
-        if not self.train:
-            raise DataError(f"split {self.name}: the train part is empty")
-
-    def part(self, name: str) -> list[int]:
-        if name not in SPLIT_NAMES:
-            raise DataError(f"no part {name!r}; the parts are {', '.join(SPLIT_NAMES)}")
-        return {"train": self.train, "val": self.val, "test": self.test}[name]
-
-    def part_of(self) -> dict[int, str | None]:
-        """Record number -> the part that holds it."""
-        return {i: name for name in SPLIT_NAMES for i in self.part(name)}
-
-    def save(self, path: str | os.PathLike[str], index: DataIndex) -> None:
-        """Write CSV path,label,split[,patient], atomically: a manifest that `check_data` and `split_csv` read."""
-        patients = any(r.patient for r in index.records)
-        text = io.StringIO()
-        # Python before 3.13 leaves a lone carriage return unquoted, and its reader then takes it for a line end.
-        tricky = any("\r" in r.path for r in index.records)
-        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if tricky else csv.QUOTE_MINIMAL)
-        writer.writerow(["path", "label", "split"] + ["patient"] * patients)
-        for name in SPLIT_NAMES:
-            for i in self.part(name):
-                r = index.records[i]
-                writer.writerow([r.path, index.classes[r.label], name] + [r.patient or ""] * patients)
-        atomic_write_bytes(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
-
-    def summary(self, index: DataIndex) -> str:
-        """Counts per part and class, then every leak found."""
-        lines = [f"split {self.name}: {self.protocol}"]
-        for name in SPLIT_NAMES:
-            counts = ", ".join(f"{shown(c)} {n}" for c, n in index.counts(self.part(name)).items())
-            lines.append(f"  {name}: {len(self.part(name))} images ({counts})")
-        if self.unused:
-            lines.append(f"  not used: {len(self.unused)} images")
-        return "\n".join(lines + [f"  leak: {leak}" for leak in find_leaks(index, self)])
 
 
 def find_leaks(index: DataIndex, split: Split) -> list[str]:
@@ -94,7 +42,9 @@ def find_leaks(index: DataIndex, split: Split) -> list[str]:
             if patient:
                 parts[patient].add(name)
     leaks = [
-        f"patient {shown(p)} in {', '.join(sorted(names))}" for p, names in sorted(parts.items()) if len(names) > 1
+        f"patient {shown(p)} in {', '.join(sorted(names))}"
+        for p, names in sorted(parts.items())
+        if len(names) > 1
     ]
     same = report_duplicates(index, split).across_splits
     return leaks + ["identical pictures " + " = ".join(map(shown, group)) for group in same]
@@ -105,7 +55,9 @@ def split_random(index: DataIndex, test: float = 0.2, seed: int = 0, *, val: flo
     _check_fractions(test, val)
     train, held = _random_part(index, range(len(index)), test, seed, "test")
     rest, valid = _validation(index, train, val, seed)
-    return Split("random", rest, valid, held, f"stratified random, {test:.0%} test, seed {seed}", seed)
+    return Split(
+        "random", rest, valid, held, f"stratified random, {test:.0%} test, seed {seed}", seed
+    )
 
 
 def split_block(index: DataIndex, test: float = 0.2, *, val: float = 0.0) -> Split:
@@ -125,7 +77,9 @@ def split_block(index: DataIndex, test: float = 0.2, *, val: float = 0.0) -> Spl
     for name in ("test", "val") if val else ("test",):
         _need_every_class(index, parts[name], name)
     protocol = f"last {test:.0%} of file numbers per class"
-    return Split("block", sorted(parts["train"]), sorted(parts["val"]), sorted(parts["test"]), protocol)
+    return Split(
+        "block", sorted(parts["train"]), sorted(parts["val"]), sorted(parts["test"]), protocol
+    )
 
 
 def split_patient(index: DataIndex, test: float = 0.2, seed: int = 0, *, val: float = 0.0) -> Split:
@@ -134,7 +88,9 @@ def split_patient(index: DataIndex, test: float = 0.2, seed: int = 0, *, val: fl
     _need_patients(index, "split_patient")
     train, held = _group_part(index, range(len(index)), test, seed, "test")
     rest, valid = _validation(index, train, val, seed)
-    return Split("patient", rest, valid, held, f"by patient, about {test:.0%} test, seed {seed}", seed)
+    return Split(
+        "patient", rest, valid, held, f"by patient, about {test:.0%} test, seed {seed}", seed
+    )
 
 
 def split_kfold(index: DataIndex, k: int, fold: int, seed: int = 0, *, val: float = 0.0) -> Split:
@@ -148,15 +104,26 @@ def split_kfold(index: DataIndex, k: int, fold: int, seed: int = 0, *, val: floa
     patients = [r.patient for r in index.records]
     grouped = all(patients)
     for name, ids in _by_class(index, range(len(index))).items():
-        units, what = (len({patients[i] for i in ids}), "patients") if grouped else (len(ids), "images")
+        units, what = (
+            (len({patients[i] for i in ids}), "patients") if grouped else (len(ids), "images")
+        )
         if units < k:
             raise DataError(f"class {shown(name)} has {units} {what}; {k} folds need at least {k}")
-    splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(k, shuffle=True, random_state=seed)
+    splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(
+        k, shuffle=True, random_state=seed
+    )
     folds = list(splitter.split(labels, labels, patients if grouped else None))
     train, held = ([int(i) for i in part] for part in folds[fold])
     rest, valid = _validation(index, train, val, seed)
     kind = "by patient" if grouped else "by image"
-    return Split(f"fold{fold}of{k}", rest, valid, held, f"fold {fold} of {k}, stratified {kind}, seed {seed}", seed)
+    return Split(
+        f"fold{fold}of{k}",
+        rest,
+        valid,
+        held,
+        f"fold {fold} of {k}, stratified {kind}, seed {seed}",
+        seed,
+    )
 
 
 def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
@@ -164,7 +131,9 @@ def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
     rows = read_manifest(path)
     where = shown(str(path))
     if "split" not in rows[0]:
-        raise DataError(f"{where}: no column split; needed: path,label,split with {', '.join(SPLIT_NAMES)}")
+        raise DataError(
+            f"{where}: no column split; needed: path,label,split with {', '.join(SPLIT_NAMES)}"
+        )
     number = {r.path: i for i, r in enumerate(index.records)}
     excluded = {e.path for e in index.excluded}
     parts: dict[str, list[int]] = {name: [] for name in SPLIT_NAMES}
@@ -176,27 +145,37 @@ def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
                 problems.append(f"{shown(row['path'])} is not in the index")
         elif index.classes[index.records[i].label] != row["label"]:
             known = index.classes[index.records[i].label]
-            problems.append(f"{shown(row['path'])}: label {shown(row['label'])}, in the index {shown(known)}")
+            problems.append(
+                f"{shown(row['path'])}: label {shown(row['label'])}, in the index {shown(known)}"
+            )
         else:
             parts[row["split"]].append(i)
     if problems:
         listed = "\n".join(first_lines(problems))
-        raise DataError(f"{where}: {len(problems)} rows do not fit the index of {index.root}\n{listed}")
+        raise DataError(
+            f"{where}: {len(problems)} rows do not fit the index of {index.root}\n{listed}"
+        )
     return _given(index, parts, Path(path).stem, f"given by {shown(Path(path).name)}")
 
 
 def split_manifest(index: DataIndex) -> Split:
     """The parts that the index's own manifest gave."""
-    parts = {name: [i for i, r in enumerate(index.records) if r.split == name] for name in SPLIT_NAMES}
+    parts = {
+        name: [i for i, r in enumerate(index.records) if r.split == name] for name in SPLIT_NAMES
+    }
     if not any(parts.values()):
-        raise DataError("the index has no split column; use a manifest path,label,split, or `sssd-fast data split`")
+        raise DataError(
+            "the index has no split column; use a manifest path,label,split, or `sssd-fast data split`"
+        )
     return _given(index, parts, "manifest", "given by the manifest")
 
 
 def carve_validation(index: DataIndex, split: Split, val: float, seed: int = 0) -> Split:
     """The same split with a validation part (`val` as a fraction of all its images) cut from its training part."""
     if split.val:
-        raise DataError(f"split {split.name} already has a validation part of {len(split.val)} images")
+        raise DataError(
+            f"split {split.name} already has a validation part of {len(split.val)} images"
+        )
     if not 0 < val < 1:
         raise DataError(f"val is {val}; a fraction above 0 and below 1 is needed")
     total = len(split.train) + len(split.test)
@@ -208,7 +187,10 @@ def carve_validation(index: DataIndex, split: Split, val: float, seed: int = 0) 
 def natural_key(path: str) -> list[tuple[int, int, str]]:
     """Sort key that puts Covid_9 before Covid_10."""
     pieces = re.split(r"([0-9]+)", path)
-    return [(0, int(piece), "") if piece.isdecimal() and piece.isascii() else (1, 0, piece) for piece in pieces]
+    return [
+        (0, int(piece), "") if piece.isdecimal() and piece.isascii() else (1, 0, piece)
+        for piece in pieces
+    ]
 
 
 def _given(index: DataIndex, parts: dict[str, list[int]], name: str, protocol: str) -> Split:
@@ -220,9 +202,13 @@ def _check_fractions(test: float, val: float) -> None:
     if not 0 < test < 1:
         raise DataError(f"test is {test}; a fraction above 0 and below 1 is needed")
     if not 0 <= val < 1:
-        raise DataError(f"val is {val}; a fraction from 0 (no validation part) to below 1 is needed")
+        raise DataError(
+            f"val is {val}; a fraction from 0 (no validation part) to below 1 is needed"
+        )
     if test + val >= 1:
-        raise DataError(f"test {test:g} + val {val:g} leave nothing to train on; their sum must stay below 1")
+        raise DataError(
+            f"test {test:g} + val {val:g} leave nothing to train on; their sum must stay below 1"
+        )
 
 
 def _need_patients(index: DataIndex, what: str) -> None:
@@ -263,7 +249,9 @@ def _validation(
     total = len(index) if total is None else total
     share = val * total / len(train)
     if share >= 1:
-        raise DataError(f"val {val:g} of {total} images leaves nothing of the {len(train)} training images")
+        raise DataError(
+            f"val {val:g} of {total} images leaves nothing of the {len(train)} training images"
+        )
     cut = _group_part if all(index.records[i].patient for i in train) else _random_part
     return cut(index, train, share, seed + 1, "val")
 
@@ -295,7 +283,9 @@ def _group_part(
 
     patients = [index.records[i].patient for i in ids]
     if len(set(patients)) < 2:
-        raise DataError(f"{len(set(patients))} patient cannot be divided; the {part} part needs one of its own")
+        raise DataError(
+            f"{len(set(patients))} patient cannot be divided; the {part} part needs one of its own"
+        )
     labels = np.array([index.records[i].label for i in ids])
     num_classes = len(index.classes)
     wanted = fraction * np.bincount(labels, minlength=num_classes)
@@ -309,3 +299,31 @@ def _group_part(
     _need_every_class(index, result[0], "train")
     _need_every_class(index, result[1], part)
     return result
+
+
+def save_split(split: Split, path: str | os.PathLike[str], index: DataIndex) -> None:
+    """Write CSV path,label,split[,patient], atomically: a manifest that `check_data` and `split_csv` read."""
+    patients = any(r.patient for r in index.records)
+    text = io.StringIO()
+    # Python before 3.13 leaves a lone carriage return unquoted, and its reader then takes it for a line end.
+    tricky = any("\r" in r.path for r in index.records)
+    writer = csv.writer(
+        text, lineterminator="\n", quoting=csv.QUOTE_ALL if tricky else csv.QUOTE_MINIMAL
+    )
+    writer.writerow(["path", "label", "split"] + ["patient"] * patients)
+    for name in SPLIT_NAMES:
+        for i in split.part(name):
+            r = index.records[i]
+            writer.writerow([r.path, index.classes[r.label], name] + [r.patient or ""] * patients)
+    atomic_write_bytes(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def split_summary(split: Split, index: DataIndex) -> str:
+    """Counts per part and class, then every leak found."""
+    lines = [f"split {split.name}: {split.protocol}"]
+    for name in SPLIT_NAMES:
+        counts = ", ".join(f"{shown(c)} {n}" for c, n in index.counts(split.part(name)).items())
+        lines.append(f"  {name}: {len(split.part(name))} images ({counts})")
+    if split.unused:
+        lines.append(f"  not used: {len(split.unused)} images")
+    return "\n".join(lines + [f"  leak: {leak}" for leak in find_leaks(index, split)])

@@ -15,13 +15,24 @@ import torch
 from sssd_fast.data.index import DataIndex, Progress
 from sssd_fast.data.pixels import cache_folder, decoded_bytes
 from sssd_fast.errors import ConfigError
-from sssd_fast.loaders import dali_loader, resident
+from sssd_fast.loaders import dali as dali_loader
+from sssd_fast.loaders import resident
 from sssd_fast.loaders.batch import PAD_INDEX, PAD_LABEL, Batch
-from sssd_fast.loaders.schedule import Choice, Schedule, ScheduledLoader
-from sssd_fast.loaders.torch_loader import TorchLoader
-from sssd_fast.loaders.views import AugmentSpec
+from sssd_fast.loaders.crops import AugmentSpec
+from sssd_fast.loaders.order import Choice, Schedule, ScheduledLoader
+from sssd_fast.loaders.torch import TorchLoader
 
-__all__ = ["PAD_INDEX", "PAD_LABEL", "PROVIDERS", "AugmentSpec", "Batch", "Choice", "Loader", "build_loader", "choose"]
+__all__ = [
+    "PAD_INDEX",
+    "PAD_LABEL",
+    "PROVIDERS",
+    "AugmentSpec",
+    "Batch",
+    "Choice",
+    "Loader",
+    "build_loader",
+    "choose",
+]
 
 PROVIDERS = ("resident", "dali", "torch")
 
@@ -76,10 +87,14 @@ def choose(
     if provider in ("auto", "dali"):
         why = dali_loader.refusal(device)
         if why is None:
-            return Choice("dali", "decodes while the model trains" if refused else "as asked", refused)
+            return Choice(
+                "dali", "decodes while the model trains" if refused else "as asked", refused
+            )
         refused["dali"] = why
     if provider in refused:
-        raise ConfigError(f"data.loader is {provider!r}, but {refused[provider]}; set it to auto or another provider")
+        raise ConfigError(
+            f"data.loader is {provider!r}, but {refused[provider]}; set it to auto or another provider"
+        )
     return Choice("torch", "runs everywhere" if refused else "as asked", refused)
 
 
@@ -129,7 +144,14 @@ def build_loader(
     if choice.provider == "resident":
         folder = cache_folder(cache)
         images = resident.resident_set(
-            index, channels, device, choice.where, folder, threads=threads, progress=progress, say=say
+            index,
+            channels,
+            device,
+            choice.where,
+            folder,
+            threads=threads,
+            progress=progress,
+            say=say,
         )
         loader = resident.ResidentLoader(schedule, device, images)
     elif choice.provider == "dali":

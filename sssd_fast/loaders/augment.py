@@ -31,7 +31,9 @@ def turn_and_light(images_BCHW: Tensor, looks_B3: Tensor) -> Tensor:
         bright, contrast = (looks_B3[part, i].view(-1, 1, 1, 1) for i in (1, 2))
         x_BCHW = x_BCHW * (1 + bright)
         mean = x_BCHW.mean((1, 2, 3), keepdim=True)
-        out[part] = (mean + (1 + contrast) * (x_BCHW - mean)).round_().clamp_(0, 255).to(torch.uint8)
+        out[part] = (
+            (mean + (1 + contrast) * (x_BCHW - mean)).round_().clamp_(0, 255).to(torch.uint8)
+        )
     return out
 
 
@@ -41,9 +43,13 @@ def _turned(x_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
     radians = torch.deg2rad(degrees_B)
     cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
     # From output to input, in the [-1, 1] coordinates of grid_sample, whose unit is half a side; y points down.
-    theta_B23 = torch.stack([cos, -sin * height / width, zero, sin * width / height, cos, zero], 1).view(-1, 2, 3)
+    theta_B23 = torch.stack(
+        [cos, -sin * height / width, zero, sin * width / height, cos, zero], 1
+    ).view(-1, 2, 3)
     grid = F.affine_grid(theta_B23, list(x_BCHW.shape), align_corners=False)
-    turned = F.grid_sample(x_BCHW, grid, mode="bicubic", padding_mode="zeros", align_corners=False).clamp(0, 255)
+    turned = F.grid_sample(
+        x_BCHW, grid, mode="bicubic", padding_mode="zeros", align_corners=False
+    ).clamp(0, 255)
     return torch.where((degrees_B == 0).view(-1, 1, 1, 1), x_BCHW, turned)
 
 
@@ -56,7 +62,12 @@ def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Te
 
 
 def mix_batch(
-    images: Tensor, targets: Tensor, *, mixup_alpha: float, cutmix_alpha: float, generator: torch.Generator
+    images: Tensor,
+    targets: Tensor,
+    *,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Mixup (Zhang et al., arXiv 1710.09412) or CutMix (Yun et al., arXiv 1905.04899), one kind per batch.
 
@@ -65,7 +76,9 @@ def mix_batch(
     at most 0.5 grey level); CutMix's weight is the area that was really pasted.
     """
     if mixup_alpha < 0 or cutmix_alpha < 0:
-        raise ConfigError(f"mixup_alpha {mixup_alpha} and cutmix_alpha {cutmix_alpha} must not be negative")
+        raise ConfigError(
+            f"mixup_alpha {mixup_alpha} and cutmix_alpha {cutmix_alpha} must not be negative"
+        )
     if mixup_alpha == 0 and cutmix_alpha == 0:
         return images, targets
     rng = _numpy_generator(generator)
@@ -80,7 +93,9 @@ def mix_batch(
         mixed[:, :, top:bottom, left:right] = images[partner][:, :, top:bottom, left:right]
         keep = 1 - (bottom - top) * (right - left) / (images.shape[-2] * images.shape[-1])
     else:
-        mixed = (images.float() * keep + images[partner].float() * (1 - keep)).round_().to(torch.uint8)
+        mixed = (
+            (images.float() * keep + images[partner].float() * (1 - keep)).round_().to(torch.uint8)
+        )
     return mixed, keep * targets + (1 - keep) * targets[partner]
 
 
@@ -108,10 +123,12 @@ def random_erasing(
     aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), batch))
     h = np.clip(np.rint(np.sqrt(share / aspect)), 1, height)
     w = np.clip(np.rint(np.sqrt(share * aspect)), 1, width)
-    top, left = np.floor(rng.random(batch) * (height - h + 1)), np.floor(rng.random(batch) * (width - w + 1))
+    top = np.floor(rng.random(batch) * (height - h + 1))
+    left = np.floor(rng.random(batch) * (width - w + 1))
     corners = np.stack([top, top + h * chosen, left, left + w]).astype(np.int64)
     edges = to_device(torch.from_numpy(corners), images.device)
-    rows, cols = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    rows = torch.arange(height, device=images.device)
+    cols = torch.arange(width, device=images.device)
     in_rows = (rows >= edges[0, :, None]) & (rows < edges[1, :, None])  # [B, H]
     in_cols = (cols >= edges[2, :, None]) & (cols < edges[3, :, None])  # [B, W]
     erase = (in_rows[:, :, None] & in_cols[:, None, :])[:, None]  # [B, 1, H, W]
@@ -126,7 +143,9 @@ def _numpy_generator(generator: torch.Generator) -> np.random.Generator:
     return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
 
 
-def _box_of_area(rng: np.random.Generator, height: int, width: int, share: float) -> tuple[int, int, int, int]:
+def _box_of_area(
+    rng: np.random.Generator, height: int, width: int, share: float
+) -> tuple[int, int, int, int]:
     """CutMix's box: `share` of the area before clipping at the borders, centre uniform."""
     h, w = round(height * math.sqrt(share)), round(width * math.sqrt(share))
     y, x = int(rng.integers(height)), int(rng.integers(width))

@@ -26,4 +26,8 @@ class Batch:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Through pinned memory, because a copy from other memory waits until the device has done everything before it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )

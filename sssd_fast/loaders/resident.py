@@ -22,10 +22,10 @@ from torch import Tensor
 from mae_kernels import crop_resize
 from sssd_fast.data.index import DataIndex, Progress
 from sssd_fast.data.pixels import PixelStore, open_store, store_key
-from sssd_fast.doctor import available_memory
 from sssd_fast.loaders.batch import to_device
-from sssd_fast.loaders.schedule import Schedule, ScheduledLoader
-from sssd_fast.loaders.views import Ints, Views
+from sssd_fast.loaders.crops import Ints, Views
+from sssd_fast.loaders.order import Schedule, ScheduledLoader
+from sssd_fast.run.device import available_memory
 
 GPU_SHARE = 0.1  # of the card's memory; the rest belongs to the training
 HOST_SHARE = 0.5  # of the memory that is free
@@ -47,7 +47,10 @@ def placement(nbytes: int, device: torch.device, limit_gib: float | None) -> tup
     most = HOST_SHARE * free_host if limit_gib is None else limit_gib * 2**30
     where = "host memory" if device.type == "cuda" else "memory"
     if nbytes <= most:
-        return "host" if device.type == "cuda" else "device", f"{size} fit in {where} (at most {most / 2**30:.1f} GiB)"
+        return (
+            "host" if device.type == "cuda" else "device",
+            f"{size} fit in {where} (at most {most / 2**30:.1f} GiB)",
+        )
     return None, f"{size} are more than the {most / 2**30:.1f} GiB of {where} that they may take"
 
 
@@ -55,15 +58,20 @@ def reserved(device: torch.device, limit_gib: float | None) -> int:
     """The most bytes of the GPU that a resident set may take there, for whoever plans with the rest."""
     if device.type != "cuda":
         return 0
-    return int(GPU_SHARE * torch.cuda.mem_get_info(device)[1] if limit_gib is None else limit_gib * 2**30)
+    return int(
+        GPU_SHARE * torch.cuda.mem_get_info(device)[1] if limit_gib is None else limit_gib * 2**30
+    )
 
 
 class Resident:
     """The decoded images of an index, and where they lie; training, validation and test share one."""
 
     def __init__(self, store: PixelStore, device: torch.device, where: str) -> None:
-        self.store, self.where = store, where
-        self.pixels = store.pixels.to(device) if where == "device" else None  # on the CPU the mapped file itself
+        self.store = store
+        self.where = where
+        self.pixels = (
+            store.pixels.to(device) if where == "device" else None
+        )  # on the CPU the mapped file itself
 
 
 _shared: WeakValueDictionary[tuple[str, str, str, str], Resident] = WeakValueDictionary()
@@ -111,11 +119,16 @@ class ResidentLoader(ScheduledLoader):
     def _show(self, pixels: Tensor, places: Ints) -> Tensor:
         p = to_device(torch.from_numpy(places), self.device)
         s = self.schedule
-        return crop_resize(pixels, p[:, 0], p[:, 1:3], p[:, 3:7], p[:, 7] != 0, s.size, channels=s.channels)
+        return crop_resize(
+            pixels, p[:, 0], p[:, 1:3], p[:, 3:7], p[:, 7] != 0, s.size, channels=s.channels
+        )
 
     def _places(self, views: Views) -> Ints:
-        offsets, shapes = self._set.store.offsets[views.records], self._set.store.shapes[views.records]
-        return np.concatenate([offsets[:, None], shapes, views.boxes, views.flips[:, None]], 1, dtype=np.int64)
+        offsets = self._set.store.offsets[views.records]
+        shapes = self._set.store.shapes[views.records]
+        return np.concatenate(
+            [offsets[:, None], shapes, views.boxes, views.flips[:, None]], 1, dtype=np.int64
+        )
 
     def _from_host(self, epoch: int, steps: range) -> Iterator[tuple[Tensor, Views]]:
         """While the device works on one batch, a thread copies the rows of the next into pinned memory."""
@@ -134,9 +147,17 @@ class ResidentLoader(ScheduledLoader):
 
     def describe(self) -> str:
         store, on_gpu = self._set.store, self.device.type == "cuda"
-        where = "in host memory" if self._set.where == "host" else "on the GPU" if on_gpu else "in memory"
+        where = (
+            "in host memory"
+            if self._set.where == "host"
+            else "on the GPU"
+            if on_gpu
+            else "in memory"
+        )
         file = f", cache {store.path}" if store.path else ", no cache file"
-        return self._described(f"{store.nbytes / 2**20:.0f} MiB decoded images {where} ({store.how}{file})")
+        return self._described(
+            f"{store.nbytes / 2**20:.0f} MiB decoded images {where} ({store.how}{file})"
+        )
 
 
 class _Slot:
@@ -156,7 +177,9 @@ class _Slot:
         if self._copied is not None:
             self._copied.synchronize()
         if used > len(self._memory):
-            self._memory = torch.empty(used + used // 4, dtype=torch.uint8, pin_memory=self._copied is not None)
+            self._memory = torch.empty(
+                used + used // 4, dtype=torch.uint8, pin_memory=self._copied is not None
+            )
         source, target = store.pixels.numpy(), self._memory.numpy()
         for first, start, end in zip(offset + top * row, starts, ends, strict=True):
             target[start:end] = source[first : first + end - start]

@@ -37,7 +37,13 @@ def row(
         ratio = us / ours_us
         verdict = "same" if abs(ratio - 1) < 0.02 else "slower" if ratio > 1 else "faster"
         versus = Versus(ratio, 0.97 * ratio, 1.03 * ratio, verdict)
-    fields = {"sources": machine.sources_hash(), "sizes": {"batch": 8}, "error": 1e-7, "allowed": 3e-6, **more}
+    fields = {
+        "sources": machine.sources_hash(),
+        "sizes": {"batch": 8},
+        "error": 1e-7,
+        "allowed": 3e-6,
+        **more,
+    }
     return asdict(Row(case, shape, dtype, phase, provider, time=time, versus=versus, **fields))
 
 
@@ -48,7 +54,9 @@ def race(case: str, times: dict[str, float | str], **more: Any) -> list[dict[str
     for provider, us in times.items():
         told = {**more, "reason": us} if isinstance(us, str) else more
         reference = ours if isinstance(ours, float) and provider != "ours" else None
-        rows.append(row(case, provider, None if isinstance(us, str) else us, ours_us=reference, **told))
+        rows.append(
+            row(case, provider, None if isinstance(us, str) else us, ours_us=reference, **told)
+        )
     return rows
 
 
@@ -86,8 +94,13 @@ def kernels(device: dict[str, Any] = CPU, **more: Any) -> dict[str, Any]:
     found = []
     for batch in (8, 256):
         for case, factor in (("restore_tokens", 1.0), ("gelu_linear", 2.0)):
-            times = {name: us if isinstance(us, str) else us * factor * batch / 8 for name, us in TIMES.items()}
-            times["tuned compiled"] = 80.0 * batch / 8 if case == "restore_tokens" else 300.0 * batch / 8
+            times = {
+                name: us if isinstance(us, str) else us * factor * batch / 8
+                for name, us in TIMES.items()
+            }
+            times["tuned compiled"] = (
+                80.0 * batch / 8 if case == "restore_tokens" else 300.0 * batch / 8
+            )
             for phase in ("forward", "forward+backward"):
                 found += race(
                     case, times, shape=f"ViT-B, {batch} images", phase=phase, sizes={"batch": batch}, bytes=1e6 * batch,
@@ -119,9 +132,13 @@ def step() -> dict[str, Any]:
                 sources=sources,
             )
         )
-    for order, (name, rate) in enumerate((("published", 1000.0), ("compiled", 3000.0), ("fused", 2700.0))):
+    for order, (name, rate) in enumerate(
+        (("published", 1000.0), ("compiled", 3000.0), ("fused", 2700.0))
+    ):
         more = {"images_per_s": rate, "order": order}
-        found.insert(0, row("waterfall MAE", name, 1e6 / rate, phase="step", more=more))  # out of order on purpose
+        found.insert(
+            0, row("waterfall MAE", name, 1e6 / rate, phase="step", more=more)
+        )  # out of order on purpose
     return document("step", found, GPU)
 
 
@@ -129,8 +146,14 @@ def memory() -> dict[str, Any]:
     found = []
     for batch in (64, 128):
         for provider, size in (("published", 40e6), ("ours", 20e6)):
-            told = {"sizes": {"batch": batch}, "peak_bytes": int(size * batch), "sources": machine.sources_hash("step")}
-            found.append(row("MAE", provider, None, shape=f"ViT-B, {batch} images", phase="memory", **told))
+            told = {
+                "sizes": {"batch": batch},
+                "peak_bytes": int(size * batch),
+                "sources": machine.sources_hash("step"),
+            }
+            found.append(
+                row("MAE", provider, None, shape=f"ViT-B, {batch} images", phase="memory", **told)
+            )
     for cap, fits, verified in ((12, 256, True), (16, 384, False)):
         more = {
             "cap_gb": cap,
@@ -140,7 +163,15 @@ def memory() -> dict[str, Any]:
         }
         sources = machine.sources_hash("step")
         found.append(
-            row("largest batch MAE", "ours", None, shape="ViT-B", phase=f"memory, {cap} GB", more=more, sources=sources)
+            row(
+                "largest batch MAE",
+                "ours",
+                None,
+                shape="ViT-B",
+                phase=f"memory, {cap} GB",
+                more=more,
+                sources=sources,
+            )
         )
     return document("memory", found, GPU)
 
@@ -149,5 +180,11 @@ def loader() -> dict[str, Any]:
     figures = {"median": 1234.0, "p20": 1200.0, "p80": 1300.0, "n": 5, "gap": 0.02}
     head = {"data": "ct", "channels": 1}
     good = {**head, "provider": "resident", "figures": figures, "reason": None, "ratio": 2.5}
-    bad = {**head, "provider": "dali", "figures": {}, "reason": "DALI is not installed", "ratio": None}
+    bad = {
+        **head,
+        "provider": "dali",
+        "figures": {},
+        "reason": "DALI is not installed",
+        "ratio": None,
+    }
     return document("loader-speed", [good, bad])

@@ -5,7 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HIDDEN = ("PIL", "pydantic", "yaml", "rich", "transformers", "matplotlib", "sklearn", "safetensors", "tensorboard")
+HIDDEN = (
+    "PIL",
+    "pydantic",
+    "yaml",
+    "rich",
+    "transformers",
+    "matplotlib",
+    "sklearn",
+    "safetensors",
+    "tensorboard",
+)
 
 
 def test_the_benchmarks_start_without_the_trainers_packages() -> None:

@@ -14,7 +14,7 @@ from benchmarks import measure
 from benchmarks.bench import OURS, QUICK_SAMPLES, Bench, attempt, forget, reason, time_rows
 from benchmarks.measure import PASSES, SAMPLES, Cache, allowed_error, error_of
 from benchmarks.results import Results, Row
-from sssd_fast.console import Console
+from sssd_fast.run.log import Console
 
 from .test_measure import Clock
 
@@ -41,8 +41,13 @@ def rows_of(*names: str) -> dict[str, Row]:
 class Provider:
     """Takes a while on the made-up clock, longer at its first call, fails at a given call, and counts its calls."""
 
-    def __init__(self, clock: Clock, seconds: float, first: float | None = None, fails_at: int | None = None) -> None:
-        self.clock, self.seconds, self.fails_at, self.calls = clock, seconds, fails_at, 0
+    def __init__(
+        self, clock: Clock, seconds: float, first: float | None = None, fails_at: int | None = None
+    ) -> None:
+        self.clock = clock
+        self.seconds = seconds
+        self.fails_at = fails_at
+        self.calls = 0
         self.first = seconds if first is None else first
 
     def __call__(self) -> torch.Tensor:
@@ -56,7 +61,9 @@ class Provider:
 # ---- rows ----
 
 
-def test_a_row_gets_its_time_the_first_call_apart_and_the_comparison(bench: Bench, clock: Clock) -> None:
+def test_a_row_gets_its_time_the_first_call_apart_and_the_comparison(
+    bench: Bench, clock: Clock
+) -> None:
     rows = rows_of(OURS, "slow", "fast")
     known = {OURS: (0.002, 0.050), "slow": (0.004, 0.004), "fast": (0.0005, 3.0)}
     time_rows(bench, rows, {name: Provider(clock, *seconds) for name, seconds in known.items()})
@@ -83,10 +90,17 @@ def test_the_first_call_of_the_gate_is_kept(bench: Bench, clock: Clock) -> None:
     assert rows[OURS].first_call_s == 12.5
 
 
-@pytest.mark.parametrize("fails_at", [1, 2, 3, 5, 8], ids=["first", "second", "counted", "warming up", "timed"])
-def test_who_fails_keeps_its_row_and_the_others_are_timed(bench: Bench, clock: Clock, fails_at: int) -> None:
+@pytest.mark.parametrize(
+    "fails_at", [1, 2, 3, 5, 8], ids=["first", "second", "counted", "warming up", "timed"]
+)
+def test_who_fails_keeps_its_row_and_the_others_are_timed(
+    bench: Bench, clock: Clock, fails_at: int
+) -> None:
     rows = rows_of("eager", "broken", OURS)
-    calls = {name: Provider(clock, 0.02, fails_at=fails_at if name == "broken" else None) for name in rows}
+    calls = {
+        name: Provider(clock, 0.02, fails_at=fails_at if name == "broken" else None)
+        for name in rows
+    }
     time_rows(bench, rows, calls)
     assert rows["broken"].reason == "fails: RuntimeError: the kernel does not compile"
     assert rows["broken"].time is None
@@ -110,7 +124,9 @@ def test_too_little_memory_is_a_reason(bench: Bench, clock: Clock) -> None:
 
 def test_without_ours_there_are_times_and_no_comparison(bench: Bench, clock: Clock) -> None:
     rows = rows_of("eager", OURS)
-    time_rows(bench, rows, {"eager": Provider(clock, 0.02), OURS: Provider(clock, 0.02, fails_at=1)})
+    time_rows(
+        bench, rows, {"eager": Provider(clock, 0.02), OURS: Provider(clock, 0.02, fails_at=1)}
+    )
     assert rows["eager"].time is not None
     assert rows["eager"].versus is None
     assert rows[OURS].reason is not None
@@ -129,7 +145,8 @@ def test_who_has_a_reason_already_is_not_called(bench: Bench, clock: Clock) -> N
 
 
 def test_samples_and_passes_are_those_of_the_bench(bench: Bench, clock: Clock) -> None:
-    bench.samples, bench.passes = 3, 3
+    bench.samples = 3
+    bench.passes = 3
     rows, ours = rows_of(OURS), Provider(clock, 0.02)
     time_rows(bench, rows, {OURS: ours})
     taken = rows[OURS].time
@@ -144,7 +161,10 @@ def test_samples_and_passes_are_those_of_the_bench(bench: Bench, clock: Clock) -
 
 
 def test_reasons_are_one_line() -> None:
-    assert reason(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")) == "out of memory"
+    assert (
+        reason(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"))
+        == "out of memory"
+    )
     assert (
         reason(ValueError("  \n  width 100 is not a power of 2  \nmore"))
         == "fails: ValueError: width 100 is not a power of 2"
@@ -231,7 +251,9 @@ def test_errors_are_relative_to_the_largest_value_of_their_own_tensor() -> None:
 def test_a_wrong_result_is_over_the_allowed_error(dtype: torch.dtype) -> None:
     """Twice what plain PyTorch errs by in the same dtype lets a rounding through, not a sign, a missing term or a NaN."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(64, 64, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    a, b = (
+        torch.randn(64, 64, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
     exact = [a.double() @ b.double()]
     eager = a @ b
     allowed = allowed_error(error_of([eager], exact), dtype)

@@ -15,11 +15,17 @@ from sssd_fast.errors import SssdError
 from tests.benchmarks.documents import CPU, GPU, document, row, save
 
 
-def pair(a_us: float | None, b_us: float | None, device: dict[str, Any] = CPU) -> tuple[dict[str, Any], dict[str, Any]]:
-    return tuple(document("kernels", [row("restore_tokens", "ours", us)], device) for us in (a_us, b_us))  # type: ignore[return-value]
+def pair(
+    a_us: float | None, b_us: float | None, device: dict[str, Any] = CPU
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    return tuple(
+        document("kernels", [row("restore_tokens", "ours", us)], device) for us in (a_us, b_us)
+    )  # type: ignore[return-value]
 
 
-def verdict(a: dict[str, Any], b: dict[str, Any], fail_over: float = 0.05, margin_us: float | None = None) -> str:
+def verdict(
+    a: dict[str, Any], b: dict[str, Any], fail_over: float = 0.05, margin_us: float | None = None
+) -> str:
     (line,) = compare.compare(a, b, fail_over, margin_us).lines
     return line.verdict
 
@@ -41,7 +47,9 @@ def verdict(a: dict[str, Any], b: dict[str, Any], fail_over: float = 0.05, margi
         (None, None, ""),
     ],
 )
-def test_a_regression_needs_the_ratio_and_the_margin(a: float | None, b: float | None, expected: str) -> None:
+def test_a_regression_needs_the_ratio_and_the_margin(
+    a: float | None, b: float | None, expected: str
+) -> None:
     assert verdict(*pair(a, b)) == expected
 
 
@@ -65,16 +73,28 @@ def test_memory_is_compared_by_peak_and_by_the_largest_batch() -> None:
         rows = [row("MAE", "ours", None, phase="memory", peak_bytes=peak)]
         return document(
             "memory",
-            [*rows, row("largest batch MAE", "ours", None, phase="memory, 12 GB", sizes={"batch": batch}, more=more)],
+            [
+                *rows,
+                row(
+                    "largest batch MAE",
+                    "ours",
+                    None,
+                    phase="memory, 12 GB",
+                    sizes={"batch": batch},
+                    more=more,
+                ),
+            ],
         )
 
     mib = 2**20
     verdicts = {
-        line.name[0]: line.verdict for line in compare.compare(memory(100 * mib, 96), memory(120 * mib, 80), 0.05).lines
+        line.name[0]: line.verdict
+        for line in compare.compare(memory(100 * mib, 96), memory(120 * mib, 80), 0.05).lines
     }
     assert verdicts == {"MAE": WORSE, "largest batch MAE": WORSE}
     verdicts = {
-        line.name[0]: line.verdict for line in compare.compare(memory(mib, 80), memory(int(1.9 * mib), 96), 0.05).lines
+        line.name[0]: line.verdict
+        for line in compare.compare(memory(mib, 80), memory(int(1.9 * mib), 96), 0.05).lines
     }
     assert verdicts == {"MAE": "", "largest batch MAE": BETTER}, "0.9 MiB more is below the margin"
 
@@ -82,7 +102,16 @@ def test_memory_is_compared_by_peak_and_by_the_largest_batch() -> None:
 def test_loaders_are_compared_by_images_per_second() -> None:
     def loader(rate: float) -> dict[str, Any]:
         figures = {"median": rate, "p20": rate, "p80": rate, "n": 5, "gap": 0.0}
-        rows = [{"data": "ct", "channels": 1, "provider": "resident", "figures": figures, "reason": None, "ratio": 1.0}]
+        rows = [
+            {
+                "data": "ct",
+                "channels": 1,
+                "provider": "resident",
+                "figures": figures,
+                "reason": None,
+                "ratio": 1.0,
+            }
+        ]
         return document("loader-speed", rows)
 
     (line,) = compare.compare(loader(1000.0), loader(500.0), 0.05).lines
@@ -91,8 +120,16 @@ def test_loaders_are_compared_by_images_per_second() -> None:
 
 
 def test_the_worst_comes_first_and_rows_of_one_file_are_listed() -> None:
-    times = {"tuned": (100.0, 90.0), "ours": (100.0, 150.0), "library": (100.0, 120.0), "published": (100.0, None)}
-    a, b = (document("kernels", [row("restore_tokens", name, us[i]) for name, us in times.items()]) for i in (0, 1))
+    times = {
+        "tuned": (100.0, 90.0),
+        "ours": (100.0, 150.0),
+        "library": (100.0, 120.0),
+        "published": (100.0, None),
+    }
+    a, b = (
+        document("kernels", [row("restore_tokens", name, us[i]) for name, us in times.items()])
+        for i in (0, 1)
+    )
     a["rows"].append(row("sssd_loss", "ours", 1.0))
     b["rows"].append(row("gelu_linear", "ours", 1.0))
     found = compare.compare(a, b, 0.05)
@@ -114,7 +151,10 @@ def test_the_worst_comes_first_and_rows_of_one_file_are_listed() -> None:
         ({"schema": "other/1"}, "schema is"),
         ({"rows": [row("sssd_loss", "ours", 1.0)]}, "no row in common"),
         ({"rows": [row("restore_tokens", "ours", 100.0, dtype="bf16")]}, "fp32 in A and bf16 in B"),
-        ({"rows": [row("restore_tokens", "ours", 100.0, sizes={"batch": 9})]}, "stands for {'batch': 8} in A"),
+        (
+            {"rows": [row("restore_tokens", "ours", 100.0, sizes={"batch": 9})]},
+            "stands for {'batch': 8} in A",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(change: dict[str, Any], message: str) -> None:
@@ -163,7 +203,9 @@ def test_the_command_prints_a_table_and_returns_1_for_a_regression(
     printed = capsys.readouterr().out
     assert "restore_tokens" in printed
     assert "1.123" in printed
-    assert printed.strip().splitlines()[-1].startswith("1 of 1 rows regressed, 0 fail now, 0 better")
+    assert (
+        printed.strip().splitlines()[-1].startswith("1 of 1 rows regressed, 0 fail now, 0 better")
+    )
     assert run(tmp_path, *pair(100.0, 112.3), "--fail-over", "20%") == 0
     assert run(tmp_path, *pair(100.0, 112.3), "--margin", "0.1ms") == 0
 
@@ -180,7 +222,8 @@ def test_a_provider_that_fails_now_is_a_failure_with_its_reason(
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("5%", 0.05), ("0.05", 0.05), (" 12.5 % ", 0.125), ("150%", 1.5), ("0", 0.0)]
+    ("text", "value"),
+    [("5%", 0.05), ("0.05", 0.05), (" 12.5 % ", 0.125), ("150%", 1.5), ("0", 0.0)],
 )
 def test_shares(text: str, value: float) -> None:
     assert ratio_of(text) == pytest.approx(value)
@@ -193,7 +236,9 @@ def test_nonsense_for_a_share_is_one_line(text: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "value"), [("5us", 5.0), ("5", 5.0), ("0.1ms", 100.0), ("2 µs", 2.0), ("1s", 1e6)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("5us", 5.0), ("5", 5.0), ("0.1ms", 100.0), ("2 µs", 2.0), ("1s", 1e6)]
+)
 def test_margins(text: str, value: float) -> None:
     assert margin_of(text) == pytest.approx(value)
 

@@ -30,7 +30,9 @@ def config() -> Config:
 def counts(config: Config) -> dict[tuple[torch.dtype, bool], Counts]:
     variants = ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
     return {
-        (residual, fused): count(config, BATCH, residual=residual, fused_mlp=fused, budget=1.0, target="triton")
+        (residual, fused): count(
+            config, BATCH, residual=residual, fused_mlp=fused, budget=1.0, target="triton"
+        )
         for residual, fused in variants
     }
 
@@ -41,10 +43,14 @@ def _clean() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def test_every_product_of_the_model_is_counted(config: Config, counts: dict[tuple[torch.dtype, bool], Counts]) -> None:
+def test_every_product_of_the_model_is_counted(
+    config: Config, counts: dict[tuple[torch.dtype, bool], Counts]
+) -> None:
     """Each linear layer is one product forward and two backward; the patch projection has no gradient of its input."""
     model = SSSD(config.model, config.objective)
-    layers = sum(isinstance(m, nn.Linear) for m in model.modules()) + 2  # and the two matrices of prototypes
+    layers = (
+        sum(isinstance(m, nn.Linear) for m in model.modules()) + 2
+    )  # and the two matrices of prototypes
     for found in counts.values():
         assert found.kernels["products"] == 3 * layers + 2
 
@@ -59,12 +65,18 @@ def test_the_triton_kernels_of_the_step_are_all_there(
     assert plain >= 2 * blocks + 7
 
 
-def test_settings_move_the_count_as_they_should(counts: dict[tuple[torch.dtype, bool], Counts]) -> None:
+def test_settings_move_the_count_as_they_should(
+    counts: dict[tuple[torch.dtype, bool], Counts],
+) -> None:
     fp32, bf16, fused = counts.values()
     assert bf16.bytes["Inductor's"] < fp32.bytes["Inductor's"]
     assert bf16.saved_bytes < fp32.saved_bytes
     assert fused.saved_bytes < bf16.saved_bytes
-    tokens = BATCH * (1 + 16 + 64)  # of the encoder's block, and of the decoder's, which drops its cls row
+    tokens = BATCH * (
+        1 + 16 + 64
+    )  # of the encoder's block, and of the decoder's, which drops its cls row
     spared = bf16.saved_bytes - fused.saved_bytes
-    assert spared == pytest.approx(2 * 4 * 64 * tokens, rel=1e-3)  # GELU's output in bf16, four times the width
+    assert spared == pytest.approx(
+        2 * 4 * 64 * tokens, rel=1e-3
+    )  # GELU's output in bf16, four times the width
     assert fused.kernels["Inductor's"] < bf16.kernels["Inductor's"]

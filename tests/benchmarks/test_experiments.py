@@ -46,14 +46,24 @@ def test_every_file_is_shown_gpus_first(tmp_path: Path) -> None:
     for path in experiments.draw(found, tmp_path):
         assert f"](results/{path.name})" in page
         assert path.read_bytes().startswith(b"\x89PNG")
-    assert experiments.section(found[1:]) == "NVIDIA GPU: not measured. Small models on a processor: docs/results.md."
+    assert (
+        experiments.section(found[1:])
+        == "NVIDIA GPU: not measured. Small models on a processor: docs/results.md."
+    )
 
 
 def test_a_column_for_each_split(tmp_path: Path) -> None:
     cells = made_up()["cells"]
-    cells += [{**cell, "protocol": "controlled", "image": {**cell["image"], "accuracy": 0.5}} for cell in cells[:2]]
+    cells += [
+        {**cell, "protocol": "controlled", "image": {**cell["image"], "accuracy": 0.5}}
+        for cell in cells[:2]
+    ]
     save(tmp_path, "a.json", cells=cells)
-    rows = [line for line in experiments.section(experiments.find(tmp_path)).splitlines() if line.startswith("| ")]
+    rows = [
+        line
+        for line in experiments.section(experiments.find(tmp_path)).splitlines()
+        if line.startswith("| ")
+    ]
     assert rows[0].count("|") == 4
     assert "| the same without distillation | 75.00 ± 7.07 % | 50.00 ± 0.00 % |" in rows
     assert "| paper, no external data | 97.78 % |  |" in rows
@@ -66,7 +76,10 @@ def test_a_column_for_each_split(tmp_path: Path) -> None:
         ("{", "not a results.json"),
         ("{}", "not a results.json"),
         (json.dumps(made_up(schema="other/1")), "its schema is 'other/1'"),
-        (json.dumps(made_up(dataset="other")), "its data set is 'other', known are covid-ct, sars-cov-2-ct"),
+        (
+            json.dumps(made_up(dataset="other")),
+            "its data set is 'other', known are covid-ct, sars-cov-2-ct",
+        ),
         (json.dumps(made_up(part="val")), "evaluated on val images"),
     ],
 )

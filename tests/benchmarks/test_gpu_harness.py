@@ -14,7 +14,7 @@ from benchmarks.measure import Cache, cache_bytes, peak_bytes, race, summary, ve
 from benchmarks.registry import OPS
 from benchmarks.results import Results
 from benchmarks.shapes import MODELS
-from sssd_fast.console import Console
+from sssd_fast.run.log import Console
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -24,7 +24,9 @@ EAGER = ["published", "tuned", "library", "eager", "sdpa auto", "ours"]
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    found = Results("kernels", CUDA, (), words=["kernels"], path=tmp_path / "rows.json", ceilings={})
+    found = Results(
+        "kernels", CUDA, (), words=["kernels"], path=tmp_path / "rows.json", ceilings={}
+    )
     return Bench(CUDA, Console(enabled=False), found, Cache(CUDA), samples=5, only=EAGER)
 
 
@@ -38,7 +40,9 @@ def test_events_time_the_device() -> None:
 
 
 def test_the_flush_is_larger_than_the_cache() -> None:
-    assert cache_bytes(CUDA) >= min(2 * torch.cuda.get_device_properties(CUDA).L2_cache_size, 256 << 20)
+    assert cache_bytes(CUDA) >= min(
+        2 * torch.cuda.get_device_properties(CUDA).L2_cache_size, 256 << 20
+    )
 
 
 def test_peak_is_what_the_call_allocates() -> None:
@@ -50,7 +54,9 @@ def test_peak_is_what_the_call_allocates() -> None:
 def test_clocks_are_found() -> None:
     found = machine.clocks(CUDA)
     if found is None:
-        pytest.fail("nvidia-smi is missing or does not know the device; results would lack clocks and power")
+        pytest.fail(
+            "nvidia-smi is missing or does not know the device; results would lack clocks and power"
+        )
     assert found["clocks.sm"].endswith("MHz")
     assert found["power.draw"].endswith("W")
 

@@ -20,24 +20,32 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from mae_kernels import crop_resize, embed_patches, masked_reconstruction_loss, random_masking, restore_tokens
-from sssd_fast.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from mae_kernels import (
+    crop_resize,
+    embed_patches,
+    masked_reconstruction_loss,
+    random_masking,
+    restore_tokens,
+)
 from sssd_fast.config import load_config
 from sssd_fast.data import index as index_module
 from sssd_fast.data.index import DataIndex, check_data
-from sssd_fast.data.phantom import write_phantom_dataset
-from sssd_fast.distributed import World
+from sssd_fast.data.synthetic import write_phantom_dataset
+from sssd_fast.evaluation.metrics import bootstrap_intervals
 from sssd_fast.loaders import AugmentSpec, build_loader
 from sssd_fast.loaders.augment import turn_and_light
-from sssd_fast.metrics import bootstrap_intervals
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, parameter_groups
+from sssd_fast.run.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from sssd_fast.run.device import World
 from sssd_fast.step import Step, TaskLoss
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-pytest.importorskip("pytest_benchmark", reason="pytest-benchmark, which times the CPU's hot paths, is not installed")
+pytest.importorskip(
+    "pytest_benchmark", reason="pytest-benchmark, which times the CPU's hot paths, is not installed"
+)
 
 CPU = torch.device("cpu")
 IMAGES, HEIGHT, WIDTH = 64, 48, 56
@@ -46,7 +54,9 @@ IMAGES, HEIGHT, WIDTH = 64, 48, 56
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 synthetic slices, old enough to be remembered by a check."""
-    folder = write_phantom_dataset(tmp_path_factory.mktemp("data") / "slices", IMAGES, (HEIGHT, WIDTH), seed=5)
+    folder = write_phantom_dataset(
+        tmp_path_factory.mktemp("data") / "slices", IMAGES, (HEIGHT, WIDTH), seed=5
+    )
     for file in folder.glob("*/*.png"):
         os.utime(file, (time.time() - 3600,) * 2)
     return folder
@@ -81,7 +91,9 @@ def test_training_step(benchmark: BenchmarkFixture, model: SSSD) -> None:
     total.backward()
     torch.testing.assert_close(first.parts["loss"], total.detach())
     squares = [p.grad.square().sum() for p in twin.parameters() if p.grad is not None]
-    torch.testing.assert_close(first.grad_norm, torch.stack(squares).sum().sqrt(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        first.grad_norm, torch.stack(squares).sum().sqrt(), rtol=1e-4, atol=1e-5
+    )
 
     last = benchmark(step, [images], 0, 1e-3)
     assert bool(last.finite)
@@ -94,7 +106,9 @@ def test_mask_embed_restore_and_loss(benchmark: BenchmarkFixture) -> None:
     patches = grid * grid
     images = torch.randint(0, 256, (batch, 1, grid * patch, grid * patch), dtype=torch.uint8)
     noise_BL = torch.rand(batch, patches)
-    weight, bias, token = torch.randn(width, 1, patch, patch), torch.randn(width), torch.randn(width)
+    weight = torch.randn(width, 1, patch, patch)
+    bias = torch.randn(width)
+    token = torch.randn(width)
     pos_LD = torch.randn(patches, width)
     leaves = [tensor.requires_grad_() for tensor in (weight, bias, token, pos_LD)]
 
@@ -108,10 +122,14 @@ def test_mask_embed_restore_and_loss(benchmark: BenchmarkFixture) -> None:
     def plain() -> tuple[Tensor, ...]:
         pixels = images.float() / 255
         order_BL = noise_BL.argsort(1)
-        visible_BL = torch.zeros(batch, patches, dtype=torch.bool).scatter_(1, order_BL[:, :keep], True)
+        visible_BL = torch.zeros(batch, patches, dtype=torch.bool).scatter_(
+            1, order_BL[:, :keep], True
+        )
         embedded_BLD = F.conv2d(pixels, weight, bias, stride=patch).flatten(2).mT + pos_LD
         x_BLD = torch.where(visible_BL[..., None], embedded_BLD, token) + pos_LD
-        target_BLV = F.unfold(pixels, patch, stride=patch).mT  # one channel: (row, column) is the order of the ops too
+        target_BLV = F.unfold(
+            pixels, patch, stride=patch
+        ).mT  # one channel: (row, column) is the order of the ops too
         variance = target_BLV.var(2, keepdim=True, unbiased=True)
         target_BLV = (target_BLV - target_BLV.mean(2, keepdim=True)) / (variance + 1e-6).sqrt()
         loss = (x_BLD - target_BLV).square().mean(2)[~visible_BL].mean()
@@ -174,15 +192,23 @@ def test_crop_resize(benchmark: BenchmarkFixture, index: DataIndex) -> None:
         cut = Image.fromarray(arrays[i][top : top + height, left : left + width])
         want = np.asarray(cut.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
         want = want[:, ::-1] if flips[i] else want
-        assert np.abs(out[i, 0].numpy().astype(int) - want).max() <= 2  # Pillow rounds between its two passes
+        assert (
+            np.abs(out[i, 0].numpy().astype(int) - want).max() <= 2
+        )  # Pillow rounds between its two passes
 
 
 def test_check_of_known_files(
-    benchmark: BenchmarkFixture, folder: Path, index: DataIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    benchmark: BenchmarkFixture,
+    folder: Path,
+    index: DataIndex,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second start on the same folder: no file is read, and the index is that of a check that reads all."""
     check_data(folder, known=tmp_path)
-    monkeypatch.setattr(index_module, "read_file", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(
+        index_module, "read_file", lambda path: pytest.fail(f"{path} was read again")
+    )
     again = benchmark(check_data, folder, known=tmp_path, threads=1)
     assert again.records == index.records
     assert again.classes == index.classes
@@ -209,7 +235,9 @@ def test_bootstrapped_metrics(benchmark: BenchmarkFixture) -> None:
     scores = 1 / (1 + np.exp(-(rng.standard_normal(200) + labels)))
     found = benchmark(bootstrap_intervals, labels, scores, n=500, seed=1)["auc"]
     drawn = rng.integers(0, 200, (500, 200))
-    low, high = np.quantile([roc_auc_score(labels[ids], scores[ids]) for ids in drawn], (0.025, 0.975))
+    low, high = np.quantile(
+        [roc_auc_score(labels[ids], scores[ids]) for ids in drawn], (0.025, 0.975)
+    )
     assert found.used == 500
     assert found.low == pytest.approx(low, abs=0.02)
     assert found.high == pytest.approx(high, abs=0.02)

@@ -22,7 +22,7 @@ from benchmarks.op import Op, Provider
 from benchmarks.registry import OPS
 from benchmarks.results import Results
 from benchmarks.shapes import Shape
-from sssd_fast.console import Console
+from sssd_fast.run.log import Console
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 3, 24, 2, 16, 2, image=(24, 40), patch=8, channels=3, logits=20)
@@ -42,7 +42,9 @@ def rows_of(bench: Bench, op: Op, s: Shape = SMALL) -> dict[tuple[str, str], Any
 def test_a_case_has_a_row_for_everybody(bench: Bench) -> None:
     rows = rows_of(bench, RESTORE)
     assert set(rows) == {
-        (phase, name) for phase in ("forward", "forward+backward") for name in (*RESTORE.providers, *RESTORE.absent)
+        (phase, name)
+        for phase in ("forward", "forward+backward")
+        for name in (*RESTORE.providers, *RESTORE.absent)
     }
     for (phase, name), row in rows.items():
         if name == "library":
@@ -54,11 +56,17 @@ def test_a_case_has_a_row_for_everybody(bench: Bench) -> None:
         assert row.first_call_s > 0 and row.peak_bytes > 0
         assert (row.versus is None) == (name == "ours")
         assert row.bytes == RESTORE.cost(SMALL, 4, {}).forward_bytes or phase == "forward+backward"
-    assert rows["forward", "tuned compiled"].first_call_s > 10 * rows["forward", "tuned"].first_call_s, "it compiles"
+    assert (
+        rows["forward", "tuned compiled"].first_call_s > 10 * rows["forward", "tuned"].first_call_s
+    ), "it compiles"
 
 
 def planted(call: Any) -> Op:
-    return replace(RESTORE, providers={"tuned": RESTORE.providers["tuned"], "ours": Provider(call)}, exact="tuned")
+    return replace(
+        RESTORE,
+        providers={"tuned": RESTORE.providers["tuned"], "ours": Provider(call)},
+        exact="tuned",
+    )
 
 
 def test_a_wrong_sign_gets_no_time(bench: Bench) -> None:
@@ -81,7 +89,9 @@ def test_a_wrong_gradient_alone_gets_no_time(bench: Bench) -> None:
             return gradients[0] / 2
 
     rows = rows_of(bench, planted(lambda s, x: Halved.apply(RESTORE.providers["tuned"].call(s, x))))
-    assert rows["forward", "ours"].time is None and "off by 5.0e-01" in rows["forward", "ours"].reason
+    assert (
+        rows["forward", "ours"].time is None and "off by 5.0e-01" in rows["forward", "ours"].reason
+    )
 
 
 def test_a_provider_that_raises_is_a_row_with_the_reason(bench: Bench) -> None:
@@ -103,7 +113,9 @@ def test_too_little_memory_for_the_reference_is_said(bench: Bench) -> None:
     }
 
 
-def test_what_is_there_already_is_not_measured_again_and_what_is_left_out_is_named(bench: Bench) -> None:
+def test_what_is_there_already_is_not_measured_again_and_what_is_left_out_is_named(
+    bench: Bench,
+) -> None:
     op = replace(RESTORE, providers={"tuned": RESTORE.providers["tuned"]}, exact="tuned")
     cases = [(op, SMALL, torch.float32), (op, SMALL.at(5), torch.float32)]
     kernels.measure_all(bench, cases[:1], "first")
@@ -130,15 +142,31 @@ def test_backends_that_cannot_be_are_named(bench: Bench) -> None:
     assert ("forward", "sdpa math") not in rows
 
 
-def test_who_has_no_figure_stands_below_the_table_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_who_has_no_figure_stands_below_the_table_with_the_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     rows = [
         asdict(results.Row("op", "B, 1", "fp32", "forward", name, reason=why))
         for name, why in (("a", "broken"), ("b", None))
     ]
-    rows[1]["time"] = {"median_us": 1500.0, "p20_us": 1400.0, "p80_us": 1600.0, "n": 5, "again_us": None, "gap": None}
-    head = {"kind": "kernels", "device": {"name": "chip"}, "versions": {"torch": "2"}, "ceilings": {}}
+    rows[1]["time"] = {
+        "median_us": 1500.0,
+        "p20_us": 1400.0,
+        "p80_us": 1600.0,
+        "n": 5,
+        "again_us": None,
+        "gap": None,
+    }
+    head = {
+        "kind": "kernels",
+        "device": {"name": "chip"},
+        "versions": {"torch": "2"},
+        "ceilings": {},
+    }
     terminal.show(Console(), head, rows)
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()]
+    lines = [
+        " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()
+    ]
     assert lines[0] == "---- kernels: chip, torch 2 ----"
     assert lines[1:3] == ["op, B, 1, fp32, forward", "provider median p20 p80"]
     assert lines[-2:] == ["b 1.50 ms 1.40 ms 1.60 ms", "a: broken"]
@@ -149,7 +177,9 @@ def test_who_has_no_figure_stands_below_the_table_with_the_reason(capsys: pytest
 WORDS = ["--device", "cpu", "--samples", "2", "--threads", "1"]
 
 
-def test_the_command_writes_a_file_and_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_file_and_prints_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     threads = torch.get_num_threads()
     out = tmp_path / "a folder" / "k.json"
     words = [
@@ -167,7 +197,11 @@ def test_the_command_writes_a_file_and_prints_a_table(tmp_path: Path, capsys: py
     ]
     assert command.main([*words, "--json", str(out)]) == 0
     document = json.loads(out.read_text())
-    assert (document["schema"], document["kind"], document["finished"]) == (results.SCHEMA, "kernels", True)
+    assert (document["schema"], document["kind"], document["finished"]) == (
+        results.SCHEMA,
+        "kernels",
+        True,
+    )
     assert [row["provider"] for row in document["rows"]] == ["tuned", "ours"]
     assert document["settings"]["samples"] == document["rows"][0]["time"]["n"] == 2
     assert document["ceilings"]["copy_bytes_per_s"] > 1e8
@@ -190,14 +224,18 @@ def test_the_command_writes_a_file_and_prints_a_table(tmp_path: Path, capsys: py
         (["nonsense"], "invalid choice: 'nonsense'"),
     ],
 )
-def test_bad_arguments_are_refused(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         command.main(words)
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
 
 
-def test_a_device_that_is_not_there_and_a_bad_file_name_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_device_that_is_not_there_and_a_bad_file_name_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert command.main(["kernels", *WORDS, "--json", "k.txt"]) == 2
     assert "needs a file name that ends in .json" in capsys.readouterr().err
     if not torch.cuda.is_available():
@@ -217,7 +255,9 @@ def test_all_takes_turns_within_its_time(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(command, "_run", run)
     monkeypatch.setattr(command, "_loader", lambda words: begun.append(("loader", None)))
-    monkeypatch.setattr(results.machine, "ceilings", lambda device, dtypes: {"copy_bytes_per_s": 1.0})
+    monkeypatch.setattr(
+        results.machine, "ceilings", lambda device, dtypes: {"copy_bytes_per_s": 1.0}
+    )
     assert command.main(["all", *WORDS, "--minutes", "60", "--quick"]) == 2
     assert [kind for kind, _ in begun] == [kind for kind, _, _ in command.STAGES]
     deadlines = [d for _, d in begun if d is not None]
@@ -229,7 +269,9 @@ def test_all_takes_turns_within_its_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert begun == []
 
 
-def test_a_run_that_is_interrupted_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_interrupted_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
     real = kernels.run_case
 
@@ -241,7 +283,18 @@ def test_a_run_that_is_interrupted_keeps_its_rows(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(kernels, "run_case", interrupted)
     out = tmp_path / "k.json"
-    words = ["kernels", *WORDS, "--shape", "odd", "--batch", "1", "--provider", "ours", "--json", str(out)]
+    words = [
+        "kernels",
+        *WORDS,
+        "--shape",
+        "odd",
+        "--batch",
+        "1",
+        "--provider",
+        "ours",
+        "--json",
+        str(out),
+    ]
     assert command.main(words) == 130
     document = results.load(out)
     assert document["finished"] is False
@@ -259,13 +312,22 @@ sys.exit(main(sys.argv[1:]))
 
 def test_torch_and_triton_alone_are_enough(tmp_path: Path) -> None:
     """Ops and attention are measured on such a machine; the trainer's models are left out with a note."""
-    for kind, more in (("kernels", ["--op", "random_masking"]), ("step", []), ("memory", []), ("loader", [])):
+    for kind, more in (
+        ("kernels", ["--op", "random_masking"]),
+        ("step", []),
+        ("memory", []),
+        ("loader", []),
+    ):
         out = tmp_path / f"{kind}.json"
         words = [kind, *(WORDS if kind != "loader" else []), "--quick", *more, "--json", str(out)]
-        done = subprocess.run([sys.executable, "-c", BARE, *words], capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            [sys.executable, "-c", BARE, *words], capture_output=True, text=True, timeout=200
+        )
         if kind == "loader":
             assert (done.returncode, done.stdout) == (2, "")
-            assert re.fullmatch(r"error: bench loader needs \w+, which is not installed: .*\n", done.stderr)
+            assert re.fullmatch(
+                r"error: bench loader needs \w+, which is not installed: .*\n", done.stderr
+            )
             continue
         assert done.returncode == 0, done.stderr
         document = results.load(out)

@@ -17,8 +17,9 @@ from benchmarks import loader_memory, results
 from benchmarks.loader_memory import is_flat, watch, watch_apart
 from benchmarks.loader_pixels import Case, Difference, difference, ways
 from sssd_fast.data.index import DataIndex, check_data
-from sssd_fast.data.phantom import write_phantom_dataset
-from sssd_fast.loaders import PAD_INDEX, PAD_LABEL, AugmentSpec, Batch, build_loader, dali_loader
+from sssd_fast.data.synthetic import write_phantom_dataset
+from sssd_fast.loaders import PAD_INDEX, PAD_LABEL, AugmentSpec, Batch, build_loader
+from sssd_fast.loaders import dali as dali_loader
 from sssd_fast.loaders.resident import ResidentLoader
 
 CPU = torch.device("cpu")
@@ -42,7 +43,9 @@ def _no_pause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def quick(folder: Path, *more: str) -> dict[str, Any]:
-    return benchmark.run([str(folder), "--quick", "--batch", "16", "--size", "32", "--channels", "1", *more])
+    return benchmark.run(
+        [str(folder), "--quick", "--batch", "16", "--size", "32", "--channels", "1", *more]
+    )
 
 
 def timed(rows: list[dict[str, Any]]) -> list[str]:
@@ -71,27 +74,33 @@ def test_every_provider_has_a_row_with_its_time_or_the_reason(folder: Path, tmp_
         assert len(row["images_per_s"]) == row["figures"]["n"] == benchmark.QUICK["rounds"]
         assert min(row["images_per_s"]) > 0
         assert row["figures"]["median"] == pytest.approx(np.mean(row["images_per_s"]))  # of two
-        assert row["ratio"] == pytest.approx(row["figures"]["median"] / rows[NAMES[1]]["figures"]["median"])
+        assert row["ratio"] == pytest.approx(
+            row["figures"]["median"] / rows[NAMES[1]]["figures"]["median"]
+        )
         assert row["start_s"] > 0
         assert row["difference"]["images"] == 32  # two whole batches of 40 images
         assert (row["difference"]["max"] == 0) == name.startswith("torch")
     written = results.load(tmp_path / "speed.json")
     assert (written["kind"], written["quick"], written["finished"]) == ("loader-speed", True, True)
     assert written["command"].startswith("sssd-fast bench loader slices --quick --batch 16 ")
-    assert str(tmp_path.parent) not in json.dumps(written), "a path of this machine stands in the file"
+    assert str(tmp_path.parent) not in json.dumps(written), (
+        "a path of this machine stands in the file"
+    )
     for row, rounded in zip(found["rows"], written["rows"], strict=True):
         assert rounded["images_per_s"] == pytest.approx(row["images_per_s"], rel=1e-4)
         assert (rounded["provider"], rounded["reason"]) == (row["provider"], row["reason"])
     assert torch.get_num_threads() == threads
 
 
-def test_a_provider_with_wrong_pixels_gets_no_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_with_wrong_pixels_gets_no_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = ResidentLoader._show
     monkeypatch.setattr(ResidentLoader, "_show", lambda self, *args: real(self, *args) + 30)
     rows = quick(folder)["rows"]
-    assert [name for name in NAMES if name not in timed(rows)] == ["dali"] * bool(dali_loader.refusal(CPU)) + [
-        "resident"
-    ]
+    assert [name for name in NAMES if name not in timed(rows)] == ["dali"] * bool(
+        dali_loader.refusal(CPU)
+    ) + ["resident"]
     assert rows[3]["images_per_s"] == []
     assert rows[3]["ratio"] is None
     assert rows[3]["difference"]["mean"] > 25
@@ -116,14 +125,21 @@ class FakeLoader:
 
     steps_per_epoch = 10
 
-    def __init__(self, name: str, seconds: dict[int, float], log: list[tuple[str, int]], now: list[float]) -> None:
-        self.name, self.seconds, self.log, self.now = name, seconds, log, now
+    def __init__(
+        self, name: str, seconds: dict[int, float], log: list[tuple[str, int]], now: list[float]
+    ) -> None:
+        self.name = name
+        self.seconds = seconds
+        self.log = log
+        self.now = now
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         self.log.append((self.name, epoch))
         for _ in range(start_step, self.steps_per_epoch):
             self.now[0] += self.seconds.get(epoch, 3600.0)
-            yield Batch(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), *torch.zeros(3, 4, dtype=torch.int64))
+            yield Batch(
+                torch.zeros(4, 1, 2, 2, dtype=torch.uint8), *torch.zeros(3, 4, dtype=torch.int64)
+            )
 
 
 def test_an_epoch_is_timed_after_settling_and_the_order_alternates() -> None:
@@ -144,7 +160,13 @@ def test_an_epoch_is_timed_after_settling_and_the_order_alternates() -> None:
 
 def test_medians_quantiles_and_gap() -> None:
     found = benchmark.figures([10.0, 20.0, 99.0, 40.0, 50.0])
-    assert found == {"median": 40.0, "p20": pytest.approx(18.0), "p80": pytest.approx(59.8), "n": 5, "gap": 2.0}
+    assert found == {
+        "median": 40.0,
+        "p20": pytest.approx(18.0),
+        "p80": pytest.approx(59.8),
+        "n": 5,
+        "gap": 2.0,
+    }
     assert benchmark.figures([10.0, 20.0, 15.0, 9.0])["gap"] == pytest.approx(12 / 15 - 1)
     assert benchmark.figures([7.0]) == {"median": 7.0, "p20": 7.0, "p80": 7.0, "n": 1, "gap": None}
 
@@ -153,7 +175,10 @@ def test_one_manifest_per_folder_or_none(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         benchmark.arguments(["a", "b", "--manifest", "one.csv"])
     assert "1 manifests for 2 data folders" in capsys.readouterr().err
-    assert benchmark.arguments(["a", "b", "--manifest", "one.csv", "two.csv"]).manifest == ["one.csv", "two.csv"]
+    assert benchmark.arguments(["a", "b", "--manifest", "one.csv", "two.csv"]).manifest == [
+        "one.csv",
+        "two.csv",
+    ]
 
 
 # ---- pixels ----
@@ -187,12 +212,15 @@ def test_differences_are_counted_in_grey_levels_and_without_padding() -> None:
 
 def test_another_order_is_no_difference_of_pixels(index: DataIndex) -> None:
     loaders = [
-        build_loader(index, range(40), train=AugmentSpec(), seed=seed, **arguments(index, "torch")) for seed in (0, 1)
+        build_loader(index, range(40), train=AugmentSpec(), seed=seed, **arguments(index, "torch"))
+        for seed in (0, 1)
     ]
     assert difference(*loaders) == "batch 0 has other indices than the torch loader"
 
 
-def test_the_table_of_pixels_has_both_kinds_of_views(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_pixels_has_both_kinds_of_views(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = quick(folder, "--parity", "--markdown")["rows"]
     assert [(row["provider"], row["view"]) for row in rows] == [
         (name, view) for view in ("training", "evaluation") for name in NAMES[1:]
@@ -201,7 +229,9 @@ def test_the_table_of_pixels_has_both_kinds_of_views(folder: Path, capsys: pytes
         if "reason" not in row:
             assert row["images"] == (32 if row["view"] == "training" else 40)
             assert (row["images_differing"] == 0) == row["provider"].startswith("torch")
-    assert {line.count("|") for line in capsys.readouterr().out.splitlines()} == {len(benchmark.PARITY) + 1}
+    assert {line.count("|") for line in capsys.readouterr().out.splitlines()} == {
+        len(benchmark.PARITY) + 1
+    }
 
 
 # ---- memory ----
@@ -212,7 +242,10 @@ def test_the_table_of_pixels_has_both_kinds_of_views(folder: Path, capsys: pytes
     [
         ([400.0] * 50, True),
         ([400.0] * 10, None),
-        ([100.0 * n for n in range(1, 11)] + [1000.0] * 40, True),  # what grows before the tenth epoch
+        (
+            [100.0 * n for n in range(1, 11)] + [1000.0] * 40,
+            True,
+        ),  # what grows before the tenth epoch
         ([400.0 + n for n in range(50)], False),  # 1 MiB per epoch
         ([100.0] * 10 + [115.9], True),
         ([100.0] * 10 + [116.0], False),
@@ -225,11 +258,15 @@ def test_what_counts_as_flat(mib: list[float], flat: bool | None) -> None:
     assert is_flat(mib) is flat
 
 
-def test_memory_is_what_the_system_says_and_a_leak_is_seen(index: DataIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_what_the_system_says_and_a_leak_is_seen(
+    index: DataIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = arguments(index)
     calm = watch(index, 12, settings)
     assert calm.flat is True
-    assert calm.peak == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, rel=0.05)
+    assert calm.peak == pytest.approx(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, rel=0.05
+    )
     leaked = []
 
     def leaking(*args: Any, **kwargs: Any) -> Any:
@@ -237,7 +274,9 @@ def test_memory_is_what_the_system_says_and_a_leak_is_seen(index: DataIndex, mon
         real = loader.epoch
 
         def epoch(number: int) -> Iterator[Batch]:
-            leaked.append(np.ones((150 if number >= 10 else 1) * 2**20, dtype=np.uint8))  # 5 % of any test process
+            leaked.append(
+                np.ones((150 if number >= 10 else 1) * 2**20, dtype=np.uint8)
+            )  # 5 % of any test process
             return real(number)
 
         monkeypatch.setattr(loader, "epoch", epoch)

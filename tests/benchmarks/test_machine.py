@@ -19,7 +19,7 @@ import torch
 import mae_kernels
 from benchmarks import machine
 from benchmarks.machine import sources_hash
-from sssd_fast.ceilings import Ceilings
+from sssd_fast.performance.ceilings import Ceilings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 OPS = [name for name in mae_kernels.__all__ if name in mae_kernels.info()]
@@ -41,7 +41,8 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def changed_by(file: Path, *what: str | None) -> dict[str | None, bool]:
     """Whose hash a comment in one file changes; the file is as before afterwards."""
-    before, text = {one: sources_hash(one) for one in what}, file.read_text(encoding="utf-8")
+    before = {one: sources_hash(one) for one in what}
+    text = file.read_text(encoding="utf-8")
     file.write_text(f"{text}# changed\n", encoding="utf-8")
     after = {one: sources_hash(one) for one in what}
     file.write_text(text, encoding="utf-8")
@@ -72,14 +73,19 @@ def test_the_hash_of_an_op_is_that_of_something(op: str) -> None:
     [
         ("sssd", {"sssd_loss"}),
         ("distillation", {"sssd_loss", "distillation_loss"}),  # sssd.py fuses it
-        ("reconstruction", {"sssd_loss", "masked_reconstruction_loss", "linear_reconstruction_loss"}),
+        (
+            "reconstruction",
+            {"sssd_loss", "masked_reconstruction_loss", "linear_reconstruction_loss"},
+        ),
         ("short_attention", {"attention"}),
         ("masking", {"random_masking"}),
         ("_runtime", set(OPS)),
         ("modules", set()),  # uses ops, is used by none
     ],
 )
-def test_an_op_depends_on_its_file_and_on_what_that_imports(sources: Path, file: str, changes: set[str]) -> None:
+def test_an_op_depends_on_its_file_and_on_what_that_imports(
+    sources: Path, file: str, changes: set[str]
+) -> None:
     found = changed_by(sources / "mae_kernels" / f"{file}.py", *OPS, None, "step")
     assert {what for what, changed in found.items() if changed} == changes | {None, "step"}
 
@@ -88,7 +94,9 @@ def test_imports_are_followed_however_they_are_written(sources: Path) -> None:
     """One file after another, inside a function, and in a circle; a name that is no file of the package is none."""
     package = sources / "mae_kernels"
     masking = package / "masking.py"
-    masking.write_text(masking.read_text() + "\n\ndef _late() -> None:\n    from . import first, nothing\n")
+    masking.write_text(
+        masking.read_text() + "\n\ndef _late() -> None:\n    from . import first, nothing\n"
+    )
     (package / "first.py").write_text("from .second import x\nimport third\nfrom third import y\n")
     (package / "second.py").write_text("if True:\n    from .first import y\n")
     (package / "third.py").write_text("")
@@ -122,7 +130,10 @@ def test_an_unknown_op_has_no_hash() -> None:
 def smi(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A GPU with a made-up nvidia-smi; `asked` has the command it got."""
     state = SimpleNamespace(
-        asked=None, answer="1980 MHz, 2619 MHz, 1980 MHz, 120.53 W, 700.00 W, 41\n", error=None, uuid=UUID
+        asked=None,
+        answer="1980 MHz, 2619 MHz, 1980 MHz, 120.53 W, 700.00 W, 41\n",
+        error=None,
+        uuid=UUID,
     )
 
     def run(command: list[str], **options: Any) -> SimpleNamespace:
@@ -153,7 +164,10 @@ def test_clocks_are_read_from_the_line_of_this_device(smi: SimpleNamespace) -> N
     }
     assert smi.asked[0] == "nvidia-smi"
     assert f"--id=GPU-{UUID}" in smi.asked  # not the index, which CUDA_VISIBLE_DEVICES changes
-    assert "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu" in smi.asked
+    assert (
+        "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+        in smi.asked
+    )
     assert "--format=csv,noheader" in smi.asked
 
 
@@ -192,21 +206,34 @@ def test_the_description_names_the_machine_and_nobody(monkeypatch: pytest.Monkey
     monkeypatch.setattr(socket, "gethostname", lambda: "the-host-of-a-test")
     monkeypatch.setattr(platform, "node", lambda: "the-host-of-a-test")
     found = machine.describe(CPU)
-    assert found["device"] == {"type": "cpu", "name": found["device"]["name"], "threads": torch.get_num_threads()}
+    assert found["device"] == {
+        "type": "cpu",
+        "name": found["device"]["name"],
+        "threads": torch.get_num_threads(),
+    }
     assert re.search(r", [1-9]\d* cores$", found["device"]["name"])
     assert found["versions"]["torch"] == torch.__version__
     assert found["kernel_sources"] == sources_hash()
     assert set(found["ops"]) == set(OPS)
     text = json.dumps(found)
-    for secret in (str(Path(mae_kernels.__file__).parent), str(Path.home()) + "/", "the-host-of-a-test"):
+    for secret in (
+        str(Path(mae_kernels.__file__).parent),
+        str(Path.home()) + "/",
+        "the-host-of-a-test",
+    ):
         assert secret not in text
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
-        assert found["commit"] == subprocess.check_output(["git", "-C", root, "rev-parse", "HEAD"], text=True).strip()
+        assert (
+            found["commit"]
+            == subprocess.check_output(["git", "-C", root, "rev-parse", "HEAD"], text=True).strip()
+        )
 
 
 def test_a_gpu_is_described_by_what_torch_says_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=int(79.25 * 2**30), major=9, minor=0)
+    properties = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", total_memory=int(79.25 * 2**30), major=9, minor=0
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     device = machine.describe(CUDA)["device"]
     assert {name: device[name] for name in ("type", "name", "memory_gib", "capability")} == {

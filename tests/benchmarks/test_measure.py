@@ -52,9 +52,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_each_call_gets_its_own_time(clock: Clock) -> None:
-    calls = {name: (lambda ms=ms: clock.passes(ms / 1000)) for name, ms in (("a", 2), ("b", 4), ("c", 0.5))}
+    calls = {
+        name: (lambda ms=ms: clock.passes(ms / 1000))
+        for name, ms in (("a", 2), ("b", 4), ("c", 0.5))
+    }
     found = race(calls, CPU, NO_CACHE, samples=6, passes=3)
-    assert {name: [len(one) for one in passes] for name, passes in found.items()} == {name: [6, 6, 6] for name in "abc"}
+    assert {name: [len(one) for one in passes] for name, passes in found.items()} == {
+        name: [6, 6, 6] for name in "abc"
+    }
     for name, us in (("a", 2000), ("b", 4000), ("c", 500)):
         time_ = summary(found[name])
         for value in (time_.median_us, time_.p20_us, time_.p80_us, time_.again_us):
@@ -67,7 +72,13 @@ def test_each_call_gets_its_own_time(clock: Clock) -> None:
 
 def test_a_real_sleep_is_not_shorter_than_it_was() -> None:
     """With the machine's own clock: in microseconds, and at least as long as asked for."""
-    found = race({"a": lambda: time.sleep(0.002), "b": lambda: time.sleep(0.004)}, CPU, NO_CACHE, samples=4, passes=2)
+    found = race(
+        {"a": lambda: time.sleep(0.002), "b": lambda: time.sleep(0.004)},
+        CPU,
+        NO_CACHE,
+        samples=4,
+        passes=2,
+    )
     for name, us in (("a", 2000), ("b", 4000)):
         assert us <= summary(found[name]).p20_us < 1e6
         assert min(found[name][1]) >= us / 1e6
@@ -79,7 +90,9 @@ def test_the_first_call_and_the_warm_up_are_in_no_figure(clock: Clock) -> None:
     def slow_at_first() -> None:
         nonlocal calls
         calls += 1
-        clock.passes(0.050 if calls == 1 else 0.010 if calls <= 1 + measure.WARM_UP_CALLS else 0.002)
+        clock.passes(
+            0.050 if calls == 1 else 0.010 if calls <= 1 + measure.WARM_UP_CALLS else 0.002
+        )
 
     assert measure.first_call(slow_at_first, CPU) == pytest.approx(0.050)
     (passes,) = race({"a": slow_at_first}, CPU, NO_CACHE, samples=5, passes=2).values()
@@ -87,7 +100,9 @@ def test_the_first_call_and_the_warm_up_are_in_no_figure(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(("ms", "calls"), [(25, 3), (2, 15)])
-def test_the_warm_up_lasts_for_some_calls_and_some_time(clock: Clock, ms: float, calls: int) -> None:
+def test_the_warm_up_lasts_for_some_calls_and_some_time(
+    clock: Clock, ms: float, calls: int
+) -> None:
     assert (measure.WARM_UP_CALLS, measure.WARM_UP_S) == (3, 0.03)
     made = 0
 
@@ -105,9 +120,17 @@ def test_every_provider_comes_first_equally_often(clock: Clock, providers: int) 
     """And last, before and after each other one, and once in every round: what the one before leaves behind meets all alike."""
     order: list[str] = []
     names = "abcde"[:providers]
-    race({name: clock.call(name, 0.02, order) for name in names}, CPU, NO_CACHE, samples=4 * providers, passes=1)
+    race(
+        {name: clock.call(name, 0.02, order) for name in names},
+        CPU,
+        NO_CACHE,
+        samples=4 * providers,
+        passes=1,
+    )
     measured = order[len(order) - 4 * providers * providers :]
-    rounds = [tuple(measured[start : start + providers]) for start in range(0, len(measured), providers)]
+    rounds = [
+        tuple(measured[start : start + providers]) for start in range(0, len(measured), providers)
+    ]
     assert all(sorted(one) == list(names) for one in rounds)
     assert Counter(one[0] for one in rounds) == dict.fromkeys(names, 4)
     assert Counter(one[-1] for one in rounds) == dict.fromkeys(names, 4)
@@ -153,7 +176,9 @@ def test_flushing_writes_the_whole_buffer() -> None:
     ],
     ids=["twice the largest", "at least 8 MiB", "in MiB", "at most 256 MiB", "unknown"],
 )
-def test_the_buffer_is_twice_the_last_cache(monkeypatch: pytest.MonkeyPatch, sizes: list[str], expected: int) -> None:
+def test_the_buffer_is_twice_the_last_cache(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[str], expected: int
+) -> None:
     files = [SimpleNamespace(read_text=lambda text=text: f"{text}\n") for text in sizes]
     monkeypatch.setattr(measure, "Path", lambda name: SimpleNamespace(glob=lambda pattern: files))
     assert measure.cache_bytes(CPU) == expected
@@ -179,18 +204,27 @@ Samples = list[list[float]]
 def samples(seed: int, middle: float, noise: float, drift: float = 0.0) -> Samples:
     """Two passes of 50 seconds each, log-normal as times are; the second slower by `drift`."""
     rng = np.random.default_rng(seed)
-    return [list(middle * (1 + drift * number) * np.exp(noise * rng.standard_normal(50))) for number in range(2)]
+    return [
+        list(middle * (1 + drift * number) * np.exp(noise * rng.standard_normal(50)))
+        for number in range(2)
+    ]
 
 
-def verdicts(pairs: int, ratio: float, noise: float, *, drift_a: float = 0.0, drift_b: float = 0.0) -> list[Versus]:
+def verdicts(
+    pairs: int, ratio: float, noise: float, *, drift_a: float = 0.0, drift_b: float = 0.0
+) -> list[Versus]:
     """Of providers whose true ratio is known, each pair with its own noise."""
     return [
-        versus(samples(2 * n, 1e-3 * ratio, noise, drift_a), samples(2 * n + 1, 1e-3, noise, drift_b))
+        versus(
+            samples(2 * n, 1e-3 * ratio, noise, drift_a), samples(2 * n + 1, 1e-3, noise, drift_b)
+        )
         for n in range(pairs)
     ]
 
 
-@pytest.mark.parametrize(("ratio", "verdict"), [(2.0, "slower"), (0.5, "faster"), (1.3, "slower"), (1 / 1.3, "faster")])
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(2.0, "slower"), (0.5, "faster"), (1.3, "slower"), (1 / 1.3, "faster")]
+)
 def test_a_planted_difference_is_found_with_its_sign(ratio: float, verdict: str) -> None:
     found = verdicts(20, ratio, 0.05)
     assert {one.verdict for one in found} == {verdict}
@@ -255,7 +289,9 @@ def test_the_peak_is_that_of_what_lives_at_the_same_time() -> None:
         return c
 
     assert measure.peak_bytes(call, CPU) == 5 * mib
-    assert measure.peak_bytes(lambda: torch.empty(7 * mib, dtype=torch.uint8), CPU) == 7 * mib  # only its result
+    assert (
+        measure.peak_bytes(lambda: torch.empty(7 * mib, dtype=torch.uint8), CPU) == 7 * mib
+    )  # only its result
     assert measure.peak_bytes(lambda: None, CPU) == 0
 
 

@@ -17,9 +17,9 @@ from benchmarks.bench import Bench
 from benchmarks.measure import Cache
 from benchmarks.results import Results
 from sssd_fast.config import Config, from_dict
-from sssd_fast.console import Console
-from sssd_fast.memory_check import measure
-from sssd_fast.memory_model import Options, Work
+from sssd_fast.performance.memory_check import measure
+from sssd_fast.performance.memory_model import Options, Work
+from sssd_fast.run.log import Console
 
 CPU = torch.device("cpu")
 
@@ -36,8 +36,12 @@ def config() -> Config:
 
 def bench_on(device: torch.device, path: Path, only: tuple[str, ...]) -> Bench:
     ceilings = {"matmul_flops_per_s": {"fp32": 1e12}}
-    results = Results("memory", device, [torch.float32], words=["memory"], path=path, ceilings=ceilings)
-    return Bench(device, Console(stream=io.StringIO()), results, Cache(device, 0), samples=3, only=only)
+    results = Results(
+        "memory", device, [torch.float32], words=["memory"], path=path, ceilings=ceilings
+    )
+    return Bench(
+        device, Console(stream=io.StringIO()), results, Cache(device, 0), samples=3, only=only
+    )
 
 
 @pytest.fixture
@@ -59,27 +63,44 @@ def arguments(*words: str) -> argparse.Namespace:
 
 def test_peaks_are_those_that_another_count_finds(bench: Bench, config: Config) -> None:
     memory.run(arguments("--batch", "8", "24", "16"), bench)
-    found = {(row["case"], row["provider"], row["sizes"]["batch"]): row for row in bench.results.rows}
+    found = {
+        (row["case"], row["provider"], row["sizes"]["batch"]): row for row in bench.results.rows
+    }
     assert len(found) == 2 * 2 * 3
     for task in step_models.TASKS:
         own = step_data.for_task(config, task)
         work = Work(own.model, own.objective)
-        options = Options("fp32", attention="sdpa", decoder_attention="sdpa", device="cpu", plain_ops=True)
+        options = Options(
+            "fp32", attention="sdpa", decoder_attention="sdpa", device="cpu", plain_ops=True
+        )
         source = step_data.initial_model(own)
         values = sum(p.numel() for p in source.parameters())
         trained = sum(p.numel() for p in source.parameters() if p.requires_grad)
         for batch in (8, 16, 24):
             row = found[task, "plain", batch]
             noises = step_data.NOISES * batch * own.model.num_patches * 4
-            standing = 4 * (values + 2 * trained + source.center.numel()) + batch * 3 * 32 * 32 + noises
-            counted = measure(work, options, batch).peak  # activations and gradients, of the forward and backward
+            standing = (
+                4 * (values + 2 * trained + source.center.numel()) + batch * 3 * 32 * 32 + noises
+            )
+            counted = measure(
+                work, options, batch
+            ).peak  # activations and gradients, of the forward and backward
             assert row["peak_bytes"] == pytest.approx(standing + counted, rel=0.02)
             assert row["more"]["mb_per_image"] == pytest.approx(row["peak_bytes"] / batch / 1e6)
-        slope = (found[task, "plain", 24]["peak_bytes"] - found[task, "plain", 16]["peak_bytes"]) / 8
-        assert found[task, "plain", 24]["more"]["mb_per_further_image"] == pytest.approx(slope / 1e6)
+        slope = (
+            found[task, "plain", 24]["peak_bytes"] - found[task, "plain", 16]["peak_bytes"]
+        ) / 8
+        assert found[task, "plain", 24]["more"]["mb_per_further_image"] == pytest.approx(
+            slope / 1e6
+        )
         assert "mb_per_further_image" not in found[task, "plain", 8]["more"]
-        assert found[task, "published", 24]["peak_bytes"] > 1.1 * found[task, "plain", 24]["peak_bytes"]
-    assert bench.results.head["missing"] == {"memory caps": "torch can limit the memory of a CUDA device only"}
+        assert (
+            found[task, "published", 24]["peak_bytes"]
+            > 1.1 * found[task, "plain", 24]["peak_bytes"]
+        )
+    assert bench.results.head["missing"] == {
+        "memory caps": "torch can limit the memory of a CUDA device only"
+    }
 
 
 def test_a_provider_that_runs_out_of_memory_is_not_asked_for_more(
@@ -103,7 +124,9 @@ def test_a_provider_that_runs_out_of_memory_is_not_asked_for_more(
     assert found["plain", 24]["peak_bytes"] > 0
 
 
-def test_a_provider_with_another_loss_has_no_peak(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_with_another_loss_has_no_peak(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = step_models.published_model
 
     def spoiled(*args: Any) -> Any:
@@ -167,9 +190,13 @@ def test_nothing_fits() -> None:
 def fake_card(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A card of 80e9 bytes with 1e9 held already; returns the fractions that are set."""
     fractions: list[float] = []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9)
+    )
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1e9)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share)
+    )
     return fractions
 
 
@@ -197,7 +224,11 @@ def test_rows_of_largest_batches(
 
     monkeypatch.setattr(memory, "_runs", runs)
     row = searched(bench, config, points, 12)
-    assert (row["case"], row["phase"], row["shape"]) == ("largest batch SSSD", "memory, 12 GB", "ViT 32x2/8, 32")
+    assert (row["case"], row["phase"], row["shape"]) == (
+        "largest batch SSSD",
+        "memory, 12 GB",
+        "ViT 32x2/8, 32",
+    )
     assert row["more"]["tried"] == [360, 344]  # 11.4e9 / 31.25e6 = 364.8
     assert row["more"]["largest_batch"] == row["sizes"]["batch"] == 344
     assert row["more"]["verified"] is True
@@ -235,7 +266,9 @@ def test_only_running_out_of_memory_counts_as_not_fitting(
 
 
 @pytest.mark.gpu
-def test_a_real_cap_is_in_force_and_lifted(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_cap_is_in_force_and_lifted(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = torch.device("cuda")
     monkeypatch.setattr(step_data, "configuration", lambda name, device: config)
     bench = bench_on(device, tmp_path / "memory.json", ("plain",))

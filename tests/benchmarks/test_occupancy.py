@@ -49,7 +49,9 @@ def test_occupancy_is_what_nvidia_counts(
 
 def test_limits_agree_with_the_lint() -> None:
     """What a block may use is what an SM has less what the system keeps."""
-    assert {arch: a.shared_kib - a.reserved // 1024 for arch, a in ARCHITECTURES.items()} == lint.SHARED_LIMITS
+    assert {
+        arch: a.shared_kib - a.reserved // 1024 for arch, a in ARCHITECTURES.items()
+    } == lint.SHARED_LIMITS
 
 
 def test_waves() -> None:
@@ -81,7 +83,8 @@ def test_instructions_up_to_the_last_exit_are_counted() -> None:
     straight = code_in(LISTING.format(skip="30", back="a0"))
     assert straight == Code(10, False)
     assert straight.cycles(warps=5280, sms=132) == 10 * 5280 / 528
-    looping, skipping = code_in(LISTING.format(skip="30", back="60")), code_in(LISTING.format(skip="70", back="a0"))
+    looping = code_in(LISTING.format(skip="30", back="60"))
+    skipping = code_in(LISTING.format(skip="70", back="a0"))
     assert looping == skipping == Code(10, True)  # 4 of the 10 are skipped
     assert looping.cycles(5280, 132) is None
     with pytest.raises(RuntimeError, match="listed no kernel: nothing"):

@@ -12,7 +12,7 @@ from benchmarks import published, step_data, step_models
 from sssd_fast.config import Config, from_dict
 from sssd_fast.errors import ConfigError
 from sssd_fast.objective import SSSD
-from sssd_fast.weight_formats import to_own_names
+from sssd_fast.weights.formats import to_own_names
 
 NEAR = 5e-6  # relative; our loss is a float32 number, which its gradients pass
 NEAR_HEADS = 2e-4  # behind our heads all is float32, and the teacher's gradient is a difference of nearly equal numbers
@@ -28,7 +28,13 @@ CASES = {
 
 def config_of(name: str) -> Config:
     case: dict[str, Any] = CASES[name]
-    objective = {"norm": case["norm"], "head_hidden": 20, "head_bottleneck": 12, "prototypes": 30, "weight": 0.3}
+    objective = {
+        "norm": case["norm"],
+        "head_hidden": 20,
+        "head_bottleneck": 12,
+        "prototypes": 30,
+        "weight": 0.3,
+    }
     return from_dict({"model": {**SIZES, **case["model"]}, "objective": objective})
 
 
@@ -105,8 +111,12 @@ def test_published_distillation_has_our_losses_and_gradients(name: str) -> None:
     expected, got = ours(images, noise), theirs(images, noise)
     for part in ("total", "reconstruction", "distillation"):
         assert getattr(got, part).item() == pytest.approx(getattr(expected, part).item(), rel=NEAR)
-    assert abs(got.distillation.item() - got.reconstruction.item()) > 0.1  # so that swapped parts would show
-    torch.testing.assert_close(got.batch_center_S, expected.batch_center.double(), rtol=NEAR, atol=1e-8)
+    assert (
+        abs(got.distillation.item() - got.reconstruction.item()) > 0.1
+    )  # so that swapped parts would show
+    torch.testing.assert_close(
+        got.batch_center_S, expected.batch_center.double(), rtol=NEAR, atol=1e-8
+    )
     expected.total.backward()
     got.total.backward()
     assert worst(own_gradients(theirs), gradients(ours)) < NEAR_HEADS
@@ -145,7 +155,12 @@ def test_patches_are_rows_of_pixels_with_the_channel_last() -> None:
     for b in range(2):
         for patch in range(6):
             top, left = patch // 3 * 2, patch % 3 * 2
-            expected = [images[b, c, top + i, left + j] for i in range(2) for j in range(2) for c in range(3)]
+            expected = [
+                images[b, c, top + i, left + j]
+                for i in range(2)
+                for j in range(2)
+                for c in range(3)
+            ]
             assert found[b, patch].tolist() == [float(value) for value in expected]
 
 
@@ -162,7 +177,9 @@ def test_the_tokens_with_the_least_noise_stay() -> None:
 
 def test_settings_that_the_published_models_lack_are_refused() -> None:
     config, cpu = config_of("grey"), torch.device("cpu")
-    token = config.model_copy(update={"objective": config.objective.model_copy(update={"pooling": "token"})})
+    token = config.model_copy(
+        update={"objective": config.objective.model_copy(update={"pooling": "token"})}
+    )
     bare = config.model_copy(update={"model": config.model.model_copy(update={"cls_token": False})})
     for changed, said in ((token, "pooling"), (bare, "cls_token is false")):
         setup = step_data.Setup(changed, "SSSD", cpu, torch.float32, 2)

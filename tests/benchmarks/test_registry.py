@@ -20,7 +20,9 @@ from benchmarks.shapes import MODELS, Shape, shapes
 CPU = torch.device("cpu")
 # No two sizes alike, so that a transposed one is seen
 SMALL = Shape("small", 3, 24, 2, 16, 2, image=(24, 40), patch=8, channels=3, logits=20)
-GREY = Shape("grey", 2, 20, 5, 12, 3, image=(21, 35), patch=7, channels=1, mask_ratio=0.6, logits=11)
+GREY = Shape(
+    "grey", 2, 20, 5, 12, 3, image=(21, 35), patch=7, channels=1, mask_ratio=0.6, logits=11
+)
 SITE = replace(attention.SITES["odd decoder"], batch=2, tokens=9, heads=3, head_width=8)
 CASES: dict[str, tuple[Op, Shape]] = {
     **{f"{name}, {s.model}": (op, s) for name, op in OPS.items() for s in (SMALL, GREY)},
@@ -67,7 +69,9 @@ def test_all_masked_rows_are_what_published_code_gets() -> None:
     """It predicts every patch: the masked rows must be those that the others get, the visible ones must not matter."""
     op = OPS["masked_reconstruction_loss"]
     inputs = made(op, SMALL)
-    picked = inputs["pred_all"].gather(1, inputs["ids_masked"].unsqueeze(-1).expand_as(inputs["pred"]))
+    picked = inputs["pred_all"].gather(
+        1, inputs["ids_masked"].unsqueeze(-1).expand_as(inputs["pred"])
+    )
     assert torch.equal(picked, inputs["pred"])
     published = op.providers["published"]
     (gradient,) = torch.autograd.grad(published.call(SMALL, inputs), inputs["pred_all"])
@@ -96,7 +100,9 @@ def test_forward_bytes_are_inputs_and_results(name: str, dtype: torch.dtype) -> 
     op, s = CASES.get(name) or CASES[f"{name}, small"]
     inputs = made(op, s, dtype)
     out = tensors(op.providers["ours"].call(s, inputs))
-    assert op.cost(s, dtype.itemsize, inputs).forward_bytes == nbytes(*(inputs[n] for n in READ[name]), *out)
+    assert op.cost(s, dtype.itemsize, inputs).forward_bytes == nbytes(
+        *(inputs[n] for n in READ[name]), *out
+    )
 
 
 def test_bytes_of_losses_count_masked_pixels_once_as_uint8() -> None:
@@ -104,7 +110,10 @@ def test_bytes_of_losses_count_masked_pixels_once_as_uint8() -> None:
     for b, name in ((4, "masked_reconstruction_loss"), (2, "masked_reconstruction_loss")):
         cost = OPS[name].cost(SMALL, b, {})
         ids = SMALL.batch * SMALL.masked * 8
-        assert (cost.forward_bytes, cost.backward_bytes) == (values * b + values + ids, 2 * values * b + values + ids)
+        assert (cost.forward_bytes, cost.backward_bytes) == (
+            values * b + values + ids,
+            2 * values * b + values + ids,
+        )
     logits = SMALL.batch * SMALL.logits * 4
     both = OPS["sssd_loss"].cost(SMALL, 4, {})
     alone = OPS["masked_reconstruction_loss"].cost(SMALL, 4, {})
@@ -115,11 +124,14 @@ def test_bytes_of_crops_are_boxes_and_results() -> None:
     op = OPS["crop_resize"]
     inputs = made(op, SMALL)
     boxes = sum(h * w * 3 for _, _, h, w in inputs["boxes"].tolist())
-    assert op.cost(SMALL, 4, inputs).forward_bytes == boxes + nbytes(op.providers["ours"].call(SMALL, inputs))
+    assert op.cost(SMALL, 4, inputs).forward_bytes == boxes + nbytes(
+        op.providers["ours"].call(SMALL, inputs)
+    )
 
 
 @pytest.mark.parametrize(
-    "case", ["embed_patches, small", "gelu_linear, grey", "linear_reconstruction_loss, small", "attention"]
+    "case",
+    ["embed_patches, small", "gelu_linear, grey", "linear_reconstruction_loss, small", "attention"],
 )
 def test_flops_are_those_that_torch_counts(case: str) -> None:
     op, s = CASES[case]

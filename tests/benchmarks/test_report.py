@@ -63,11 +63,18 @@ def test_markers_that_are_missing_or_unbalanced_are_named(text: str, message: st
     assert message in str(error.value)
 
 
-def test_check_writes_nothing_and_names_what_differs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_writes_nothing_and_names_what_differs(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (root / "README.md").read_text(encoding="utf-8")
     assert run(root, "--check") == 1
     told = capsys.readouterr().err
-    for name in ("README.md", "docs/benchmarks.md", "docs/results.md", "docs/benchmarks/kernels-made-up-gpu-80gb.md"):
+    for name in (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/results.md",
+        "docs/benchmarks/kernels-made-up-gpu-80gb.md",
+    ):
         assert f"{name} is not what the files in results give" in told
     assert (root / "README.md").read_text(encoding="utf-8") == before
     assert not (root / "docs").exists()
@@ -105,7 +112,9 @@ def test_the_newest_of_each_kind_and_device_counts_and_quick_runs_never_do(root:
     save(kernels(GPU, started="2026-02-01T00:00:00+00:00"), folder / "z.json")
     save(kernels(CPU), folder / "cpu.json")
     save(kernels(GPU, started="2026-05-01T00:00:00+00:00", quick=True), folder / "quick.json")
-    (folder / "old.json").write_text('{"schema": "sssd_fast.benchmarks.loader/1"}', encoding="utf-8")
+    (folder / "old.json").write_text(
+        '{"schema": "sssd_fast.benchmarks.loader/1"}', encoding="utf-8"
+    )
     found = report.find(folder)
     assert [one["file"] for one in found.documents] == [
         "a.json",
@@ -135,9 +144,13 @@ def test_readme_and_docs_agree_with_the_committed_results(tmp_path: Path) -> Non
     What was measured here and is not committed yet does not count; outside of a git checkout all files do.
     """
     files = [
-        str(path.relative_to(results.FOLDER)) for path in results.FOLDER.rglob("*.json") if "quick" not in path.parts
+        str(path.relative_to(results.FOLDER))
+        for path in results.FOLDER.rglob("*.json")
+        if "quick" not in path.parts
     ]
-    listed = subprocess.run(["git", "ls-files", "*.json"], cwd=results.FOLDER, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "*.json"], cwd=results.FOLDER, capture_output=True, text=True
+    )
     if listed.returncode == 0 and listed.stdout:
         files = listed.stdout.split()
     assert files

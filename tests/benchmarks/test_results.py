@@ -22,7 +22,15 @@ CEILINGS = {"copy_bytes_per_s": 3e10, "matmul_flops_per_s": {"fp32": 1e11}}
 
 
 def opened(path: Path | None, *words: str, **more: Any) -> Results:
-    return Results("kernels", CPU, [torch.float32], words=["kernels", *words], path=path, ceilings=CEILINGS, **more)
+    return Results(
+        "kernels",
+        CPU,
+        [torch.float32],
+        words=["kernels", *words],
+        path=path,
+        ceilings=CEILINGS,
+        **more,
+    )
 
 
 def strict(path: Path) -> dict[str, Any]:
@@ -49,7 +57,9 @@ def test_the_file_is_whole_after_every_row(tmp_path: Path) -> None:
         for count in range(1, 4):
             found.add(a_row(f"provider {count}"))
             document = strict(path)
-            assert [row["provider"] for row in document["rows"]] == [f"provider {n + 1}" for n in range(count)]
+            assert [row["provider"] for row in document["rows"]] == [
+                f"provider {n + 1}" for n in range(count)
+            ]
             assert document["finished"] is False
         found.add(a_row("a"), a_row("b"))
         assert len(strict(path)["rows"]) == 5
@@ -58,7 +68,9 @@ def test_the_file_is_whole_after_every_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_run_that_was_stopped_keeps_its_rows_and_says_so(tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_run_that_was_stopped_keeps_its_rows_and_says_so(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     path = tmp_path / "x.json"
 
     def stopped() -> None:
@@ -73,7 +85,9 @@ def test_a_run_that_was_stopped_keeps_its_rows_and_says_so(tmp_path: Path, error
     assert len(document["rows"]) == 1
 
 
-def test_the_head_says_what_was_measured_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_says_what_was_measured_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clocks = iter([{"clocks.sm": "1980 MHz"}, {"clocks.sm": "1755 MHz"}])
     monkeypatch.setattr(machine, "clocks", lambda device: next(clocks))
     with opened(tmp_path / "x.json", "--quick", quick=True, settings={"batch": 8}) as found:
@@ -82,7 +96,10 @@ def test_the_head_says_what_was_measured_where(tmp_path: Path, monkeypatch: pyte
     assert head["schema"] == SCHEMA == "sssd_fast.benchmarks/2"
     assert (head["kind"], head["quick"], head["settings"]) == ("kernels", True, {"batch": 8})
     assert head["command"] == "sssd-fast bench kernels --quick"
-    assert head["clocks"] == {"before": {"clocks.sm": "1980 MHz"}, "after": {"clocks.sm": "1755 MHz"}}
+    assert head["clocks"] == {
+        "before": {"clocks.sm": "1980 MHz"},
+        "after": {"clocks.sm": "1755 MHz"},
+    }
     assert head["ceilings"] == CEILINGS
     assert head["missing"] == {"xformers": "no kernel for the CPU"}
     assert head["left_out"] == []
@@ -124,7 +141,10 @@ def test_an_error_that_is_no_number_leaves_the_file_readable(tmp_path: Path, err
 def test_numbers_keep_five_digits(tmp_path: Path) -> None:
     with opened(tmp_path / "x.json", settings={"deep": [(1.23456789e-7,)]}) as found:
         found.add(
-            a_row(time=Time(123456.789, -0.000123456789, 1e300, 123456789), more={"text": "1.23456789", "yes": True})
+            a_row(
+                time=Time(123456.789, -0.000123456789, 1e300, 123456789),
+                more={"text": "1.23456789", "yes": True},
+            )
         )
     document = strict(tmp_path / "x.json")
     assert document["settings"] == {"deep": [[1.2346e-7]]}
@@ -155,11 +175,18 @@ def test_every_row_is_one_line() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_the_command_has_no_folder_of_this_machine(tmp_path: Path, words: list[str], command: str) -> None:
-    assert opened(tmp_path / "x.json", *words).head["command"] == f"sssd-fast bench kernels {command}".strip()
+def test_the_command_has_no_folder_of_this_machine(
+    tmp_path: Path, words: list[str], command: str
+) -> None:
+    assert (
+        opened(tmp_path / "x.json", *words).head["command"]
+        == f"sssd-fast bench kernels {command}".strip()
+    )
 
 
-def test_without_a_path_the_name_says_kind_device_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_path_the_name_says_kind_device_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     with opened(None) as found:
         pass
@@ -169,11 +196,17 @@ def test_without_a_path_the_name_says_kind_device_and_time(tmp_path: Path, monke
     assert strict(found.path)["finished"] is True
 
 
-def test_the_ceilings_are_measured_where_none_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: {"device": device.type, "dtypes": list(dtypes)})
+def test_the_ceilings_are_measured_where_none_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        machine, "ceilings", lambda device, dtypes: {"device": device.type, "dtypes": list(dtypes)}
+    )
     found = Results("kernels", CPU, [torch.float32], words=[], path=tmp_path / "x.json")
     assert found.head["ceilings"] == {"device": "cpu", "dtypes": [torch.float32]}
-    given = Results("kernels", CPU, [torch.float32], words=[], path=tmp_path / "x.json", ceilings={})
+    given = Results(
+        "kernels", CPU, [torch.float32], words=[], path=tmp_path / "x.json", ceilings={}
+    )
     assert given.head["ceilings"] == {}
 
 
@@ -201,7 +234,9 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     ],
     ids=["missing", "empty", "cut off", "no text", "no schema", "a list", "an older schema"],
 )  # fmt: skip
-def test_what_is_no_result_is_refused_by_name(tmp_path: Path, content: bytes | None, says: list[str]) -> None:
+def test_what_is_no_result_is_refused_by_name(
+    tmp_path: Path, content: bytes | None, says: list[str]
+) -> None:
     path = tmp_path / "some result.json"
     if content is not None:
         path.write_bytes(content)
@@ -222,4 +257,6 @@ def test_the_results_of_the_repository_can_be_read() -> None:
     for path in files:
         document = load(path)
         if not document["kind"].startswith("loader"):  # whose rows have a form of their own
-            assert len({results.key(row) for row in document["rows"]}) == len(document["rows"]), path.name
+            assert len({results.key(row) for row in document["rows"]}) == len(document["rows"]), (
+                path.name
+            )

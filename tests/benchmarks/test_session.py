@@ -87,7 +87,9 @@ def alive(pid: int) -> bool:
 # ---- a whole session ----
 
 
-def test_no_stage_stops_the_next(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_stage_stops_the_next(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pids = tmp_path / "pids"
     hanging = f"echo begun; sleep 61 & echo $! >> '{pids}'; (trap '' INT TERM; sleep 62) & echo $! >> '{pids}'; wait"
     made = [
@@ -98,7 +100,11 @@ def test_no_stage_stops_the_next(out: Path, tmp_path: Path, capsys: pytest.Captu
         stage("writes", shell("yes 0123456789 | head -c 20000000; echo the end")),
         stage("absent", shell("exit 9"), left_out="nobody asked for it"),
         Stage("noted", 1, [shell("true")], notes=["without the half of it"]),
-        stage("last", shell("echo one; echo first"), Group(1, lambda s: [["echo", "two"], ["echo", "three"]])),
+        stage(
+            "last",
+            shell("echo one; echo first"),
+            Group(1, lambda s: [["echo", "two"], ["echo", "three"]]),
+        ),
     ]
     assert conduct(lambda work: made, out, 0.3, ["session", "--minutes", "0.3"]) == 1
     found = outcomes(out)
@@ -114,12 +120,18 @@ def test_no_stage_stops_the_next(out: Path, tmp_path: Path, capsys: pytest.Captu
     assert (out / "good.log").read_text() == "$ sh -c 'echo it works'\nit works\n"
     assert (out / "bad.log").read_text().splitlines()[1:] == ["it breaks"]
     assert (out / "hangs.log").read_text().splitlines()[1:] == ["begun"]
-    assert (out / "missing.log").read_text() == "$ no-such-program x\nno-such-program: No such file or directory\n"
+    assert (
+        out / "missing.log"
+    ).read_text() == "$ no-such-program x\nno-such-program: No such file or directory\n"
     assert (out / "last.log").read_text().splitlines()[1:] == [
         "one", "first", "", "$ echo two", "two", "", "$ echo three", "three",
     ]  # fmt: skip
     log = (out / "writes.log").read_text()
-    assert len(log) < session.LOG_BYTES + 100 and "\n0123456789\n" in log[:100] and log.endswith("the end\n")
+    assert (
+        len(log) < session.LOG_BYTES + 100
+        and "\n0123456789\n" in log[:100]
+        and log.endswith("the end\n")
+    )
     assert "bytes are left out here]" in log
     printed, warned = capsys.readouterr()
     assert "noted: without the half of it" in warned
@@ -143,7 +155,10 @@ def test_all_passed_is_exit_code_0_and_the_files_can_come_back(out: Path) -> Non
     made = [stage(name, shell("true")) for name in SHARES if name != "tune"]
     assert conduct(lambda work: made, out, 0.5) == 0
     names = {path.name for path in out.iterdir()} - {"mine.log"}
-    assert names == {f"{name}.log" for name in SHARES if name != "tune"} | {"session.json", "results.tar"}
+    assert names == {f"{name}.log" for name in SHARES if name != "tune"} | {
+        "session.json",
+        "results.tar",
+    }
     assert archived(out) == {}, "results.tar is the old one"
     assert (out / "mine.log").read_text() == "old"
     most = {f"{name}.log" for name in SHARES} | {"session.json", "results.tar"}
@@ -158,7 +173,9 @@ def test_an_interrupt_first_so_that_a_program_can_write_what_it_has(out: Path) -
     assert (out / "bench.log").read_text().splitlines()[-2:] == ["begun", "saved"]
 
 
-def test_children_in_sessions_of_their_own_and_those_left_behind_are_ended(out: Path, tmp_path: Path) -> None:
+def test_children_in_sessions_of_their_own_and_those_left_behind_are_ended(
+    out: Path, tmp_path: Path
+) -> None:
     pids = tmp_path / "pids"
     own = f"import os, time; os.setsid(); open({str(pids)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(63)"
     hangs = shell(f'{sys.executable} -c "{own}" & wait')
@@ -203,7 +220,9 @@ def limits(
     return seen
 
 
-def test_what_a_stage_does_not_use_goes_to_the_next(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_stage_does_not_use_goes_to_the_next(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = [stage("a", shell("a")), stage("b", shell("b")), stage("c", shell("c"), share=2)]
     seen = limits(out, monkeypatch, made, {"a": 3, "b": 19})
     assert seen == pytest.approx({"a": 15, "b": (60 - 3) / 3, "c": 60 - 3 - 19})
@@ -219,7 +238,9 @@ def test_groups_share_the_time_of_their_stage(out: Path, monkeypatch: pytest.Mon
     assert limits(out, monkeypatch, made, {"a1": 5}) == pytest.approx({"a1": 45, "a2": 55})
 
 
-def test_without_time_a_stage_is_left_out_and_that_is_no_success(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_time_a_stage_is_left_out_and_that_is_no_success(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = Clock()
     monkeypatch.setattr(session, "time", clock)
 
@@ -256,11 +277,19 @@ def background(out: Path) -> Iterator[Callable[[Sequence[Stage]], Any]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_killed_session_leaves_everything_until_then(out: Path, background: Callable[..., Any]) -> None:
+def test_a_killed_session_leaves_everything_until_then(
+    out: Path, background: Callable[..., Any]
+) -> None:
     new = results.FOLDER / "attention-new.json"
-    measure = f"mkdir -p '{results.FOLDER}'; echo rows > '{new}'; echo measuring; echo $$; exec sleep 65"
+    measure = (
+        f"mkdir -p '{results.FOLDER}'; echo rows > '{new}'; echo measuring; echo $$; exec sleep 65"
+    )
     process = background(
-        [stage("tests", shell("echo fine")), stage("bench", shell(measure)), stage("tune", shell("true"))]
+        [
+            stage("tests", shell("echo fine")),
+            stage("bench", shell(measure)),
+            stage("tune", shell("true")),
+        ]
     )
     try:
         wait_for(lambda: archived(out) and "measuring" in printed(out))
@@ -278,14 +307,20 @@ def test_a_killed_session_leaves_everything_until_then(out: Path, background: Ca
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_stage_and_is_told(out: Path, background: Callable[..., Any], which: signal.Signals) -> None:
-    process = background([stage("bench", shell("echo $$; exec sleep 66")), stage("tune", shell("true"))])
+def test_a_signal_ends_the_stage_and_is_told(
+    out: Path, background: Callable[..., Any], which: signal.Signals
+) -> None:
+    process = background(
+        [stage("bench", shell("echo $$; exec sleep 66")), stage("tune", shell("true"))]
+    )
     wait_for(lambda: printed(out))
     os.kill(process.pid, which)
     process.join(20)
     assert process.exitcode == 128 + which
     found = outcomes(out)
-    assert list(found) == ["bench"] and re.fullmatch(rf"cut off after \d+ s by {which.name}", found["bench"])
+    assert list(found) == ["bench"] and re.fullmatch(
+        rf"cut off after \d+ s by {which.name}", found["bench"]
+    )
     assert not state_of(out)["finished"]
     assert not alive(int(printed(out)[0]))
 
@@ -317,10 +352,16 @@ def test_the_archive_holds_what_was_made_since_the_session_began(out: Path, tmp_
         "benchmarks/results/changed.json": b"after\n", "benchmarks/results/new.json": b"new\n",
         "benchmarks/results/tune/t.json": b"tuned\n", "paper/covid-ct/results.md": b"table\n", "session/tests-a.xml": b"<x/>\n",
     }  # fmt: skip
-    assert state_of(out)["archive"] == {"file": "results.tar", "holds": sorted(held), "left_out": []}
+    assert state_of(out)["archive"] == {
+        "file": "results.tar",
+        "holds": sorted(held),
+        "left_out": [],
+    }
 
 
-def test_the_archive_stays_small_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_archive_stays_small_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(session, "FILE_BYTES", 3000)
     monkeypatch.setattr(session, "ARCHIVE_BYTES", 6000)
     files = {"a": 100, "b": 3001, "c": 2999, "d": 2000, "e": 10}
@@ -336,7 +377,10 @@ def test_the_archive_stays_small_and_says_what_is_missing(tmp_path: Path, monkey
 def test_the_machine_is_told_once_it_is_known(out: Path) -> None:
     def make(work: Path) -> list[Stage]:
         half = stage("info", shell(f"printf '{{\"commit\": ' > '{work}/machine.json'"))
-        return [half, stage("bench", shell(f"echo '{{\"commit\": \"abc\"}}' > '{work}/machine.json'"))]
+        return [
+            half,
+            stage("bench", shell(f"echo '{{\"commit\": \"abc\"}}' > '{work}/machine.json'")),
+        ]
 
     assert conduct(make, out, 0.5) == 0
     assert state_of(out)["machine"] == {"commit": "abc"}
@@ -344,9 +388,7 @@ def test_the_machine_is_told_once_it_is_known(out: Path) -> None:
 
 # ---- what a result is called ----
 
-SUITE = (
-    '<testsuites><testsuite name="pytest" tests="{}" failures="{}" errors="{}" skipped="{}"></testsuite></testsuites>'
-)
+SUITE = '<testsuites><testsuite name="pytest" tests="{}" failures="{}" errors="{}" skipped="{}"></testsuite></testsuites>'
 
 
 def test_tests_are_counted_over_all_files(tmp_path: Path) -> None:
@@ -356,7 +398,9 @@ def test_tests_are_counted_over_all_files(tmp_path: Path) -> None:
         "cut": "<testsuites><tests",
     }.items():
         (tmp_path / name).write_text(text)
-    assert count([tmp_path / name for name in ("a", "b", "cut")]) == Count(ran=12, failed=3, skipped=3)
+    assert count([tmp_path / name for name in ("a", "b", "cut")]) == Count(
+        ran=12, failed=3, skipped=3
+    )
     assert count([tmp_path / "cut"]) is None
     assert count([]) is None
 
@@ -365,7 +409,9 @@ def test_the_lines_of_the_checker_are_counted(out: Path) -> None:
     rows = [{"tool": "memcheck", "op": "a", "ok": ok} for ok in (True, False, True)]
 
     def make(work: Path) -> list[Stage]:
-        return [stage("sanitize", shell(f"echo '{json.dumps(rows)}' > '{work}/sanitize.json'; exit 1"))]
+        return [
+            stage("sanitize", shell(f"echo '{json.dumps(rows)}' > '{work}/sanitize.json'; exit 1"))
+        ]
 
     assert conduct(make, out, 0.5) == 1
     assert outcomes(out) == {"sanitize": "failed 1 of 3"}
@@ -385,7 +431,9 @@ def test_the_lines_of_the_checker_are_counted(out: Path) -> None:
         ([], None, Stopped(signal.SIGTERM), "cut off after 7 s by SIGTERM"),
     ],
 )
-def test_the_verdict(codes: list[int | None], tests: Count | None, stopped: Stopped | None, said: str) -> None:
+def test_the_verdict(
+    codes: list[int | None], tests: Count | None, stopped: Stopped | None, said: str
+) -> None:
     assert verdict(codes, tests, 7.2, stopped) == said
 
 
@@ -401,7 +449,9 @@ def words_of(found: Stage) -> list[list[str]]:
 
 
 def test_info_is_always_there_and_the_order_is_that_of_the_table(tmp_path: Path) -> None:
-    names = [found.name for found in stages(given("--stages", "bench", "tests"), tmp_path, tmp_path)]
+    names = [
+        found.name for found in stages(given("--stages", "bench", "tests"), tmp_path, tmp_path)
+    ]
     assert names == ["info", "tests", "bench"]
     everything = stages(given(), tmp_path, tmp_path)
     assert [found.name for found in everything] == list(SHARES)
@@ -414,7 +464,9 @@ def test_the_commands_are_accepted_as_they_stand(tmp_path: Path) -> None:
 
     for name in stages_module.DATA_SETS:
         (tmp_path / name).mkdir()
-    args = given("--covid-ct", str(tmp_path / "covid-ct"), "--sars-cov-2-ct", str(tmp_path / "sars-cov-2-ct"))
+    args = given(
+        "--covid-ct", str(tmp_path / "covid-ct"), "--sars-cov-2-ct", str(tmp_path / "sars-cov-2-ct")
+    )
     found = {one.name: words_of(one) for one in stages(args, tmp_path / "out", tmp_path)}
     for words in (*found["bench"], *found["tune"]):
         assert words[1:3] == ["-m", "benchmarks"]
@@ -422,7 +474,11 @@ def test_the_commands_are_accepted_as_they_stand(tmp_path: Path) -> None:
     assert len(found["paper"]) == 2
     for words, name in zip(found["paper"], stages_module.DATA_SETS, strict=True):
         parsed = cli._parser().parse_args(words[3:])
-        assert (parsed.dataset, parsed.data, parsed.minutes) == (name, str(tmp_path / name), pytest.approx(0.9))
+        assert (parsed.dataset, parsed.data, parsed.minutes) == (
+            name,
+            str(tmp_path / name),
+            pytest.approx(0.9),
+        )
         assert Path(parsed.out) == ROOT / "runs" / "out-paper" / name
     (words,) = found["sanitize"]
     file = ROOT / words[1]
@@ -434,12 +490,16 @@ def test_the_commands_are_accepted_as_they_stand(tmp_path: Path) -> None:
     assert runner._arguments(words[2:]).seconds == 54
 
 
-def test_the_paper_goes_on_where_an_earlier_session_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_paper_goes_on_where_an_earlier_session_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stages_module, "paper_folder", lambda out: tmp_path / "paper")
     (tmp_path / "paper" / "covid-ct").mkdir(parents=True)
     (tmp_path / "paper" / "covid-ct" / "plan.json").touch()
     (words,) = words_of(stages(given("--covid-ct", str(tmp_path)), tmp_path, tmp_path)[-1])
-    assert words[4:6] == ["--resume", str(tmp_path / "paper" / "covid-ct")] and "--data" not in words
+    assert (
+        words[4:6] == ["--resume", str(tmp_path / "paper" / "covid-ct")] and "--data" not in words
+    )
 
 
 MARK = "mark." + "gpu"  # not in one word, which would make this file one with such tests
@@ -453,18 +513,41 @@ def test_every_test_for_a_gpu_is_in_one_command_and_the_kernels_come_first(tmp_p
     first, rest = stages(given(), tmp_path, tmp_path)[1].groups
     halves, *at_once = first.commands(60)[:2], *first.commands(60)[2:]
     small, (step,), (others,) = at_once[:-1], at_once[-1:], rest.commands(60)
-    assert files(halves[0]) == files(halves[1]) == ["tests/kernels/test_attention.py", "tests/kernels/test_gpu.py"]
-    assert [words[words.index("-k") + 1] for words in halves] == ["not test_compiled", "test_compiled"]
+    assert (
+        files(halves[0])
+        == files(halves[1])
+        == ["tests/kernels/test_attention.py", "tests/kernels/test_gpu.py"]
+    )
+    assert [words[words.index("-k") + 1] for words in halves] == [
+        "not test_compiled",
+        "test_compiled",
+    ]
     named = [*files(halves[0]), stages_module.SMALL_TESTS, *files(step), *files(others)]
-    marked = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py") if MARK in path.read_text()}
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if MARK in path.read_text()
+    }
     assert sorted(named) == sorted(marked) == sorted(gpu_tests())
     for words in (*halves, step, others):
         assert words[-1] != "-x" and "-x" not in words and words[words.index("-m", 2) + 1] == "gpu"
-    assert {name for words in small for name in files(words)} == {f"tests/kernels/{name}" for name in FILES}
+    assert {name for words in small for name in files(words)} == {
+        f"tests/kernels/{name}" for name in FILES
+    }
     for words in small:
-        assert words[:4] == ["env", "MAE_KERNELS_TEST_DEVICE=cuda", "MAE_KERNELS_BACKEND=triton", "TRITON_INTERPRET=0"]
+        assert words[:4] == [
+            "env",
+            "MAE_KERNELS_TEST_DEVICE=cuda",
+            "MAE_KERNELS_BACKEND=triton",
+            "TRITON_INTERPRET=0",
+        ]
         assert words[words.index("-m", 7) + 1] == "kernel"
-    reports = {word for words in (*halves, *at_once, others) for word in words if word.startswith("--junitxml=")}
+    reports = {
+        word
+        for words in (*halves, *at_once, others)
+        for word in words
+        if word.startswith("--junitxml=")
+    }
     assert len(reports) == 2 + len(FILES) + 1 + 1, "each has a file of its own"
 
 
@@ -472,8 +555,12 @@ def test_every_test_for_a_gpu_is_in_one_command_and_the_kernels_come_first(tmp_p
 def test_without_a_package_the_rest_is_tested_and_that_is_told(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    everything = {name for words in words_of(stages(given(), tmp_path, tmp_path)[1]) for name in files(words)}
-    monkeypatch.setattr(stages_module, "find_spec", lambda name: None if name == missing else object())
+    everything = {
+        name for words in words_of(stages(given(), tmp_path, tmp_path)[1]) for name in files(words)
+    }
+    monkeypatch.setattr(
+        stages_module, "find_spec", lambda name: None if name == missing else object()
+    )
     found = stages(given(), tmp_path, tmp_path)[1]
     left = everything - {name for words in words_of(found) for name in files(words)}
     if missing == "transformers":
@@ -483,10 +570,15 @@ def test_without_a_package_the_rest_is_tested_and_that_is_told(
     assert found.notes == ["without the tests of the trainer, which need PIL"]
     stays = {name for name in everything - left if "/kernels/" not in name}
     assert "tests/benchmarks/test_gpu_harness.py" in stays
-    assert all(name.startswith("tests/benchmarks/test_g") for name in stays), "what tests/conftest.py lets pass as well"
+    assert all(name.startswith("tests/benchmarks/test_g") for name in stays), (
+        "what tests/conftest.py lets pass as well"
+    )
     conftest = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
     listed = re.search(r"TRAINER_NEEDS = \[\s*name for name in \(([^)]*)\)", conftest)
-    assert listed is not None and tuple(re.findall(r'"(\w+)"', listed[1])) == stages_module.TRAINER_NEEDS
+    assert (
+        listed is not None
+        and tuple(re.findall(r'"(\w+)"', listed[1])) == stages_module.TRAINER_NEEDS
+    )
 
 
 # ---- bad arguments ----
@@ -505,7 +597,9 @@ def test_refuses(words: list[str], error: str) -> None:
         main(given(*words), words)
 
 
-def test_without_a_gpu_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_gpu_there_is_nothing_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(session.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SssdError, match="needs a CUDA device, and torch finds none here"):
         main(given("--out", str(tmp_path / "out")), [])

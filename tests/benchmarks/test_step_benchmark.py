@@ -18,8 +18,8 @@ from benchmarks.bench import Bench
 from benchmarks.measure import Cache
 from benchmarks.results import Results
 from sssd_fast.config import Config, from_dict
-from sssd_fast.console import Console
-from sssd_fast.costs import standard_flops
+from sssd_fast.performance.costs import standard_flops
+from sssd_fast.run.log import Console
 
 CPU = torch.device("cpu")
 PEAK = 1e12  # FLOP/s that the results pretend were measured
@@ -45,7 +45,9 @@ def config() -> Config:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> Iterator[Bench]:
     monkeypatch.setattr(step_data, "configuration", lambda name, device: config)
     ceilings = {"matmul_flops_per_s": {"fp32": PEAK, "bf16": PEAK}}
-    results = Results("step", CPU, [torch.float32], words=["step"], path=tmp_path / "step.json", ceilings=ceilings)
+    results = Results(
+        "step", CPU, [torch.float32], words=["step"], path=tmp_path / "step.json", ceilings=ceilings
+    )
     with Console(stream=io.StringIO()) as console:
         yield Bench(CPU, console, results, Cache(CPU, 0), samples=3, passes=2)
 
@@ -54,7 +56,9 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> It
 def aot_eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.compile traces and partitions as always, but the code is run as it is, without waiting for a C++ compiler."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend="aot_eager", dynamic=False))
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **options: real(model, backend="aot_eager", dynamic=False)
+    )
     yield
     torch._dynamo.reset()
 
@@ -72,7 +76,9 @@ def setup_of(config: Config, task: str, dtype: torch.dtype = torch.float32) -> s
 
 
 def rows(bench: Bench, case: str | None = None) -> dict[str, dict[str, Any]]:
-    return {row["provider"]: row for row in bench.results.rows if case is None or row["case"] == case}
+    return {
+        row["provider"]: row for row in bench.results.rows if case is None or row["case"] == case
+    }
 
 
 def instead(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Any], Any]) -> None:
@@ -90,7 +96,9 @@ def instead(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Any], 
 
 
 @pytest.mark.parametrize(("task", "name"), EAGER)
-def test_all_providers_train_like_plain(config: Config, aot_eager: None, task: str, name: str) -> None:
+def test_all_providers_train_like_plain(
+    config: Config, aot_eager: None, task: str, name: str
+) -> None:
     setup = setup_of(config, task)
     data, source = step_data.Data(setup), step_data.initial_model(setup.config)
     losses = {}
@@ -118,7 +126,9 @@ def test_every_provider_decays_the_same_weights(config: Config) -> None:
     found = set()
     for name in ("published", "ViTMAE", "plain", "ours"):
         groups = step_models.build(name, setup, data, source).optimizer.param_groups
-        found.add(tuple(sorted((g["weight_decay"], sum(p.numel() for p in g["params"])) for g in groups)))
+        found.add(
+            tuple(sorted((g["weight_decay"], sum(p.numel() for p in g["params"])) for g in groups))
+        )
     assert len(found) == 1
     assert [decay for decay, _ in found.pop()] == [0.0, 0.05]
 
@@ -128,7 +138,9 @@ def test_the_published_get_the_images_that_ours_normalise_themselves(config: Con
     data = step_data.Data(setup)
     model = setup.config.model
     assert data.images.dtype == torch.uint8
-    torch.testing.assert_close(data.floats * model.std[0] + model.mean[0], data.images.float() / 255)
+    torch.testing.assert_close(
+        data.floats * model.std[0] + model.mean[0], data.images.float() / 255
+    )
     assert data.bytes() == 4 * 3 * 32 * 32 * (1 + 4) + step_data.NOISES * 4 * 16 * 4
 
 
@@ -156,13 +168,18 @@ def test_wrong_weights_get_no_time(bench: Bench, monkeypatch: pytest.MonkeyPatch
     assert found["plain"]["time"]["n"] == 3
 
 
-def test_a_wrong_gradient_is_seen_at_the_next_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gradient_is_seen_at_the_next_step(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def spoil(made: Any) -> Any:
         made.model.mae.encoder.blocks[0].attn.qkv.weight.register_hook(torch.neg)
         return made
 
     instead(monkeypatch, "plain", spoil)
-    step.run(arguments("--task", "MAE", "--batch", "4", "--steps", "3", "--no-waterfall"), bench_of(bench, "plain"))
+    step.run(
+        arguments("--task", "MAE", "--batch", "4", "--steps", "3", "--no-waterfall"),
+        bench_of(bench, "plain"),
+    )
     assert rows(bench)["plain"]["reason"].startswith("wrong: the loss at step 2 is ")
     assert rows(bench)["plain"]["time"] is None
 
@@ -197,7 +214,9 @@ def test_rows_of_a_task_and_its_waterfall(bench: Bench, config: Config, aot_eage
     assert [row["more"]["order"] for row in falls.values()] == list(range(len(falls)))
     assert falls["published"]["time"] == found["published"]["time"]
     assert falls["+ SDPA"]["time"] == found["plain"]["time"]
-    assert falls["+ torch.compile"]["time"] == found["plain compiled"]["time"]  # the ops' kernels do not run here
+    assert (
+        falls["+ torch.compile"]["time"] == found["plain compiled"]["time"]
+    )  # the ops' kernels do not run here
     for label in ("+ our ops", "+ CUDA graphs", "+ bf16 residual", "+ fused MLP"):
         assert falls[label]["time"] is None
         assert "need a CUDA device, this is cpu" in falls[label]["reason"]
@@ -212,7 +231,11 @@ def check_row(config: Config, name: str, row: dict[str, Any]) -> None:
     assert row["more"]["mfu"] == pytest.approx(4 * standard_flops(config.model) / seconds / PEAK)
     assert row["more"]["mb_per_image"] == pytest.approx(row["peak_bytes"] / 4 / 1e6)
     assert row["more"]["raced"] == "together"
-    assert (row["shape"], row["phase"], row["sizes"]["batch"]) == ("ViT 32x1/8, 32, 4 images", "step", 4)
+    assert (row["shape"], row["phase"], row["sizes"]["batch"]) == (
+        "ViT 32x1/8, 32, 4 images",
+        "step",
+        4,
+    )
 
 
 def test_quick_rows_of_both_tasks(bench: Bench, config: Config) -> None:
@@ -240,12 +263,15 @@ def test_out_of_memory_is_a_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
     assert found["ours"]["time"] is not None
 
 
-def test_what_does_not_fit_together_is_raced_one_after_another(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_together_is_raced_one_after_another(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = []
     instead(monkeypatch, "plain", lambda made: built.append(made) or made)
     monkeypatch.setattr(step, "free_bytes", lambda device: 1000.0)
     step.run(
-        arguments("--task", "MAE", "--batch", "4", "--steps", "3", "--no-waterfall"), bench_of(bench, "plain", "ours")
+        arguments("--task", "MAE", "--batch", "4", "--steps", "3", "--no-waterfall"),
+        bench_of(bench, "plain", "ours"),
     )
     found = rows(bench)
     assert len(built) == 1 + bench.passes
@@ -255,7 +281,11 @@ def test_what_does_not_fit_together_is_raced_one_after_another(bench: Bench, mon
         assert row["time"]["again_us"] is not None
         assert row["peak_bytes"] > 0
     assert found["ours"]["versus"] is None
-    assert found["plain"]["versus"]["low"] <= found["plain"]["versus"]["ratio"] <= found["plain"]["versus"]["high"]
+    assert (
+        found["plain"]["versus"]["low"]
+        <= found["plain"]["versus"]["ratio"]
+        <= found["plain"]["versus"]["high"]
+    )
 
 
 @pytest.mark.parametrize("where", ["first call", "race"])
@@ -269,7 +299,8 @@ def test_what_runs_out_of_memory_only_beside_others_is_raced_again(
 
     monkeypatch.setattr(step, "time_rows", crowded)
     step.run(
-        arguments("--task", "MAE", "--batch", "4", "--steps", "3", "--no-waterfall"), bench_of(bench, "plain", "ours")
+        arguments("--task", "MAE", "--batch", "4", "--steps", "3", "--no-waterfall"),
+        bench_of(bench, "plain", "ours"),
     )
     for row in rows(bench).values():
         assert row["reason"] is None
@@ -288,7 +319,8 @@ def test_missing_packages_are_told(bench: Bench, monkeypatch: pytest.MonkeyPatch
     absent = {"transformers"}
     monkeypatch.setattr(step_models, "find_spec", lambda name: None if name in absent else name)
     step.run(
-        arguments("--task", "MAE", "--batch", "4", "--steps", "3", "--no-waterfall"), bench_of(bench, "ViTMAE", "ours")
+        arguments("--task", "MAE", "--batch", "4", "--steps", "3", "--no-waterfall"),
+        bench_of(bench, "ViTMAE", "ours"),
     )
     assert bench.results.head["missing"] == {"ViTMAE": "transformers not installed"}
     assert list(rows(bench)) == ["ours"]
@@ -299,7 +331,9 @@ def test_missing_packages_are_told(bench: Bench, monkeypatch: pytest.MonkeyPatch
 
 
 def test_bf16_is_compared_with_fp32(bench: Bench) -> None:
-    args = arguments("--task", "SSSD", "--batch", "4", "--steps", "3", "--no-waterfall", dtypes=[torch.bfloat16])
+    args = arguments(
+        "--task", "SSSD", "--batch", "4", "--steps", "3", "--no-waterfall", dtypes=[torch.bfloat16]
+    )
     step.run(args, bench_of(bench, "published", "ours"))
     for row in rows(bench).values():
         assert row["dtype"] == "bf16"

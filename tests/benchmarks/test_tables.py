@@ -28,8 +28,18 @@ def test_sizes_rates_and_shares() -> None:
     assert formats.size_text(47.5e9) == "47.5 GB"
     assert formats.rate_text(4.3e12, "B/s") == "4.30 TB/s"
     assert formats.rate_text(96e9, "FLOP/s") == "96.0 GFLOP/s"
-    assert [formats.percent(x) for x in (0.634, 0.0042, 0.999, 1.274)] == ["63 %", "0.42 %", "99.9 %", "127 %"]
-    assert [formats.significant(x) for x in (0.0, 0.9996, 1234.5, -0.04567)] == ["0", "1.00", "1,230", "-0.0457"]
+    assert [formats.percent(x) for x in (0.634, 0.0042, 0.999, 1.274)] == [
+        "63 %",
+        "0.42 %",
+        "99.9 %",
+        "127 %",
+    ]
+    assert [formats.significant(x) for x in (0.0, 0.9996, 1234.5, -0.04567)] == [
+        "0",
+        "1.00",
+        "1,230",
+        "-0.0457",
+    ]
     assert formats.markdown(["a"], [["b|<c>\nd"]]).splitlines()[2] == "| b\\|&lt;c> d |"
 
 
@@ -44,7 +54,9 @@ def test_sizes_rates_and_shares() -> None:
         (1.6e9, 3e11, 0.8, "copy"),
     ],
 )
-def test_the_share_is_of_the_ceiling_that_is_nearer(moved: float, flops: float, share: float, ceiling: str) -> None:
+def test_the_share_is_of_the_ceiling_that_is_nearer(
+    moved: float, flops: float, share: float, ceiling: str
+) -> None:
     one = row("gelu_linear", "ours", 1000.0, dtype="bf16", bytes=moved, flops=flops)
     found = rows.share_of_ceiling(document("kernels", [one]), one)
     assert found is not None
@@ -63,10 +75,21 @@ def test_no_share_without_a_time_or_without_a_ceiling_of_the_dtype() -> None:
 
 def test_the_representative_is_vit_b_at_its_largest_batch_forward_and_backward() -> None:
     found = kernels()
-    for shape, batch in (("ViT-L, 1024 images", 1024), ("ViT-B, CT, 1024 images", 1024), ("ViT-B, 2048 images", 2048)):
+    for shape, batch in (
+        ("ViT-L, 1024 images", 1024),
+        ("ViT-B, CT, 1024 images", 1024),
+        ("ViT-B, 2048 images", 2048),
+    ):
         us = None if batch == 2048 else 1.0  # nothing ran at the largest batch
         found["rows"].append(
-            row("gelu_linear", "ours", us, shape=shape, phase="forward+backward", sizes={"batch": batch})
+            row(
+                "gelu_linear",
+                "ours",
+                us,
+                shape=shape,
+                phase="forward+backward",
+                sizes={"batch": batch},
+            )
         )
     chosen = {group.case: group for group in rows.representative(found)}
     assert chosen["gelu_linear"].shape == "ViT-B, 256 images"
@@ -74,12 +97,16 @@ def test_the_representative_is_vit_b_at_its_largest_batch_forward_and_backward()
 
 
 def test_the_short_table_shows_every_provider_and_where_ours_loses() -> None:
-    lines = {line.split("`")[1]: line for line in tables.short(kernels()).splitlines() if "`" in line}
+    lines = {
+        line.split("`")[1]: line for line in tables.short(kernels()).splitlines() if "`" in line
+    }
     assert lines["restore_tokens"] == (
         "| `restore_tokens` | ViT-B, 256 images, fp32 | forward+backward | 12.8 ms | 6.72 ms | 2.56 ms | no time | 3.20 ms | 3.10 ms "
         "| 1.25× slower than tuned compiled |"
     )
-    assert lines["gelu_linear"].endswith("| 1.50× faster than tuned compiled |"), "300 us against 200 us"
+    assert lines["gelu_linear"].endswith("| 1.50× faster than tuned compiled |"), (
+        "300 us against 200 us"
+    )
 
 
 def test_attention_shows_every_site_at_its_largest_batch_with_the_best_sdpa() -> None:
@@ -93,7 +120,9 @@ def test_attention_shows_every_site_at_its_largest_batch_with_the_best_sdpa() ->
         }
         sizes = {"batch": batch, "tokens": 50, "heads": 12, "head_width": 64}
         shape = f"ViT-B encoder [{batch}, 50, 12x64]"
-        found += race("attention", times, shape=shape, sizes=sizes, sources=machine.sources_hash("attention"))
+        found += race(
+            "attention", times, shape=shape, sizes=sizes, sources=machine.sources_hash("attention")
+        )
     lines = tables.short(document("attention", found)).splitlines()[2:]
     assert lines == [
         "| ViT-B encoder [256, 50, 12x64], fp32 | forward | - | - | 360 µs (cudnn) | no time | 400 µs | - | 1.11× slower than sdpa cudnn |"
@@ -119,7 +148,9 @@ def test_the_full_table_has_every_row_with_error_share_and_note() -> None:
 def test_the_overview_counts_losses_and_takes_the_geometric_mean() -> None:
     """Against torch.compile of the tuned reference: 0.8 twice (lost), 1.5 twice."""
     lines = {
-        line.split(" | ")[2]: line for line in tables.overview([kernels()]).splitlines() if line.startswith("| kernels")
+        line.split(" | ")[2]: line
+        for line in tables.overview([kernels()]).splitlines()
+        if line.startswith("| kernels")
     }
     mean = math.sqrt(0.8 * 1.5)
     assert lines["tuned compiled"].endswith(f"| {mean:.2f}× | 0.800 to 1.50 | 4 | 2 |")
@@ -145,13 +176,21 @@ def test_staleness_of_steps_and_loaders_follows_their_own_sources() -> None:
     one = row("MAE", "ours", 1.0, phase="step", sources=machine.sources_hash("step"))
     assert not rows.is_stale(document("step", []), one)
     assert rows.is_stale(document("step", []), {**one, "sources": machine.sources_hash()})
-    assert not rows.is_stale(loader(), loader()["rows"][0]), "without a hash of its own, that of the file"
+    assert not rows.is_stale(loader(), loader()["rows"][0]), (
+        "without a hash of its own, that of the file"
+    )
     assert rows.is_stale({**loader(), "kernel_sources": "0"}, loader()["rows"][0])
 
 
 def test_captions_say_what_ran_where() -> None:
     text = formats.caption(
-        kernels(GPU, modified=True, finished=False, left_out=["sssd_loss"], missing={"xformers": "not installed"})
+        kernels(
+            GPU,
+            modified=True,
+            finished=False,
+            left_out=["sssd_loss"],
+            missing={"xformers": "not installed"},
+        )
     )
     for part in (
         "Made-up GPU 80GB; 79.1 GiB, driver 580.1", "power limit 700.00 W", "SM clock 1980 MHz before, 1980 MHz after", "torch 2.13.0",
@@ -163,13 +202,20 @@ def test_captions_say_what_ran_where() -> None:
     text = formats.caption(kernels(ops=on_cpu))
     assert "Made-up CPU, 2 cores, 2 threads; torch" in text
     assert "the ops are their references in plain PyTorch" in text
-    assert "references" not in formats.caption(kernels(GPU, ops={**on_cpu, "restore_tokens": "triton"}))
+    assert "references" not in formats.caption(
+        kernels(GPU, ops={**on_cpu, "restore_tokens": "triton"})
+    )
 
 
 def test_steps_memory_and_loaders_have_their_tables() -> None:
     text = tables.full(step())
-    assert "| MAE | ViT-B, 8 images, fp32 | 256 | published | 90.0 ms | 2,840 | 20 % | 20.0 | 3.00 (slower) |" in text
-    rest = text[text.index("#### MAE, ViT-B, 8 images, fp32: what each part adds") :].splitlines()[4:]
+    assert (
+        "| MAE | ViT-B, 8 images, fp32 | 256 | published | 90.0 ms | 2,840 | 20 % | 20.0 | 3.00 (slower) |"
+        in text
+    )
+    rest = text[text.index("#### MAE, ViT-B, 8 images, fp32: what each part adds") :].splitlines()[
+        4:
+    ]
     assert [line.split(" | ")[2:5] for line in rest] == [
         ["1,000", "-", "1.00×"],
         ["3,000", "+200.0%", "3.00×"],
@@ -195,18 +241,32 @@ def test_loader_parity_and_memory_are_shown_in_full() -> None:
         "beyond_2": 0.000285,
     }
     assert "| training | 0.168 | 17 | 0.0285% |" in tables.full(document("loader-parity", [parity]))
-    kept = {**head, "before": 380.4, "epochs": [410.4] * 12, "peak": 455.3, "flat": True, "reason": None}
-    assert "| 380 MiB | 410 MiB | 410 MiB | - | 455 MiB | yes |" in tables.full(document("loader-memory", [kept]))
+    kept = {
+        **head,
+        "before": 380.4,
+        "epochs": [410.4] * 12,
+        "peak": 455.3,
+        "flat": True,
+        "reason": None,
+    }
+    assert "| 380 MiB | 410 MiB | 410 MiB | - | 455 MiB | yes |" in tables.full(
+        document("loader-memory", [kept])
+    )
 
 
 @pytest.mark.parametrize("section", tables.SECTIONS)
 def test_not_measured_is_printed_where_there_is_no_file(section: str) -> None:
     assert tables.summary(section, []) == "NVIDIA GPU: not measured.\n\nCPU: not measured."
-    assert report.page([]).count("NVIDIA GPU: not measured.\n\nCPU: not measured.") == len(tables.SECTIONS)
+    assert report.page([]).count("NVIDIA GPU: not measured.\n\nCPU: not measured.") == len(
+        tables.SECTIONS
+    )
 
 
 def test_a_cpu_file_leaves_the_gpu_not_measured() -> None:
     text = tables.summary("kernels", [kernels()])
     assert text.endswith("NVIDIA GPU: not measured.")
     assert "CPU: not measured" not in text
-    assert "NVIDIA GPU: not measured (kernels, attention, step, memory, loader)." in tables.overview([kernels()])
+    assert (
+        "NVIDIA GPU: not measured (kernels, attention, step, memory, loader)."
+        in tables.overview([kernels()])
+    )

@@ -26,10 +26,12 @@ from benchmarks.results import Results, Row
 from benchmarks.shapes import MODELS
 from mae_kernels import backend, lint
 from mae_kernels._runtime import record_launches
-from sssd_fast.console import Console
+from sssd_fast.run.log import Console
 
 H100 = tune.Target(90, 132, 3.35e12, listed=False)
-SITES = {site.kernel: site for site in sites(MODELS["ViT-B"].at(256))}  # of attention_kernel the one of the decoder
+SITES = {
+    site.kernel: site for site in sites(MODELS["ViT-B"].at(256))
+}  # of attention_kernel the one of the decoder
 
 # ---- choices ----
 
@@ -47,7 +49,10 @@ def launches(site: Site, candidate: Candidate = AS_IS) -> list[Started]:
 
 def test_a_loop_is_seen_in_real_code() -> None:
     """The gather makes its rows at once, the backward of restoring walks over them."""
-    found = [code_of(launches(SITES[kernel])[0].launch, 90) for kernel in ("gather_kernel", "restore_backward_kernel")]
+    found = [
+        code_of(launches(SITES[kernel])[0].launch, 90)
+        for kernel in ("gather_kernel", "restore_backward_kernel")
+    ]
     assert [code.varies for code in found] == [False, True]
     assert all(100 < code.instructions < 1000 for code in found)
 
@@ -56,7 +61,11 @@ def test_a_choice_reaches_grid_and_constants_and_is_gone_afterwards() -> None:
     site = SITES["restore_kernel"]
     before = launches(site)
     (changed,) = launches(site, Candidate({"rows_per_program": lambda device, width: (8, 2)}, 2))
-    assert (changed.launch.constants["ROWS"], changed.warps, changed.grid) == (8, 2, (256 * 197 // 8, 1))
+    assert (changed.launch.constants["ROWS"], changed.warps, changed.grid) == (
+        8,
+        2,
+        (256 * 197 // 8, 1),
+    )
     (narrow,) = launches(site, Candidate({"column_block": lambda width: 256}))
     assert (narrow.launch.constants["BLOCK_D"], narrow.grid) == (256, (256 * 197 // 8, 2))
     (one,) = launches(site)
@@ -69,7 +78,9 @@ def test_every_candidate_is_another_launch(kernel: str) -> None:
     """One that changes nothing, on the architecture that the tables were made for, would be the chosen one under another name."""
     site = SITES[kernel]
     (chosen,) = launches(site)
-    tried = [started.label for candidate in site.candidates for started in launches(site, candidate)]
+    tried = [
+        started.label for candidate in site.candidates for started in launches(site, candidate)
+    ]
     assert len(tried) == len(set(tried)) == len(site.candidates)
     assert len({*tried} - {chosen.label}) >= 2
 
@@ -104,7 +115,9 @@ def test_no_function_of_the_package_remembers_a_choice() -> None:
     found = set()
     for path in Path(lint.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and any("cache" in ast.unparse(d) for d in node.decorator_list):
+            if isinstance(node, ast.FunctionDef) and any(
+                "cache" in ast.unparse(d) for d in node.decorator_list
+            ):
                 found.add(f"{path.stem}.{node.name}")
     assert found == {"_runtime._capability"}
 
@@ -123,7 +136,7 @@ from benchmarks.measure import Cache
 from benchmarks.results import Results
 from benchmarks.shapes import Shape
 from mae_kernels import restore
-from sssd_fast.console import Console
+from sssd_fast.run.log import Console
 
 torch.set_num_threads(1)
 measure.WARM_UP_CALLS, measure.WARM_UP_S = 1, 0.0
@@ -158,12 +171,19 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str
     path = tmp_path_factory.mktemp("tune") / "rows.json"
     ops = ["restore_tokens", "gather_patches"]
     env = {**os.environ, "TRITON_INTERPRET": "1", "KINETO_LOG_LEVEL": "6"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED, str(path), *ops], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, str(path), *ops],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(path.read_text())["rows"], done.stdout
 
 
-def test_every_candidate_gives_the_right_result(interpreted: tuple[list[dict[str, Any]], str]) -> None:
+def test_every_candidate_gives_the_right_result(
+    interpreted: tuple[list[dict[str, Any]], str],
+) -> None:
     rows = [row for row in interpreted[0] if row["more"]["kernel"] != "restore_kernel"]
     for row in rows:
         assert row["reason"] is None, row
@@ -178,8 +198,12 @@ def test_every_candidate_gives_the_right_result(interpreted: tuple[list[dict[str
     assert restored[0]["more"]["verdict"] in ("keep", f"change to {best['provider']}")
 
 
-def test_who_is_wrong_or_fails_is_a_row_without_a_time(interpreted: tuple[list[dict[str, Any]], str]) -> None:
-    chosen, wrong, broken, gone = [row for row in interpreted[0] if row["more"]["kernel"] == "restore_kernel"]
+def test_who_is_wrong_or_fails_is_a_row_without_a_time(
+    interpreted: tuple[list[dict[str, Any]], str],
+) -> None:
+    chosen, wrong, broken, gone = [
+        row for row in interpreted[0] if row["more"]["kernel"] == "restore_kernel"
+    ]
     assert chosen["reason"] is None and chosen["more"]["verdict"] == "keep"
     assert "off by 2.0e+00 of the largest" in wrong["reason"] and wrong["time"] is None
     assert broken["reason"] == "fails: RuntimeError: no such tile"
@@ -194,19 +218,34 @@ def test_who_is_wrong_or_fails_is_a_row_without_a_time(interpreted: tuple[list[d
 def row(name: str, median: float | None, verdict: str | None = None) -> Row:
     time = None if median is None else Time(median, median, median, 5)
     ratio = None if verdict is None else Versus(0.9, 0.89, 0.91, verdict)
-    return Row("op", "s", "bf16", "forward", name, time=time, versus=ratio, more={"chosen": name == "chosen"})
+    return Row(
+        "op",
+        "s",
+        "bf16",
+        "forward",
+        name,
+        time=time,
+        versus=ratio,
+        more={"chosen": name == "chosen"},
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "best", "said"),
     [
         ([row("chosen", 10.0), row("a", 9.9, "same"), row("b", 12.0, "slower")], "a", "keep"),
-        ([row("chosen", 10.0), row("a", 9.0, "faster"), row("b", 9.5, "faster")], "a", "change to a"),
+        (
+            [row("chosen", 10.0), row("a", 9.0, "faster"), row("b", 9.5, "faster")],
+            "a",
+            "change to a",
+        ),
         ([row("chosen", 10.0), row("a", 11.0, "slower")], "chosen", "keep"),
         ([row("chosen", None), row("a", 11.0)], "a", "change to a"),
     ],
 )
-def test_the_chosen_launch_is_kept_unless_it_is_beaten(rows: list[Row], best: str, said: str) -> None:
+def test_the_chosen_launch_is_kept_unless_it_is_beaten(
+    rows: list[Row], best: str, said: str
+) -> None:
     tune.decide(rows)
     assert [one.provider for one in rows if one.more.get("best")] == [best]
     assert rows[0].more["verdict"] == said
@@ -224,7 +263,11 @@ def test_what_spills_is_refused_with_the_reason(capsys: pytest.CaptureFixture[st
     site = replace(SITES["gather_kernel"], candidates=(spilling,))
     chosen, refused = tune.site_rows(Console(), site, H100, None)
     assert chosen.reason is None
-    assert refused.reason is not None and refused.reason.startswith("refused: ") and "bytes of stack" in refused.reason
+    assert (
+        refused.reason is not None
+        and refused.reason.startswith("refused: ")
+        and "bytes of stack" in refused.reason
+    )
     tune.show(Console(), site, H100, [chosen, refused])
     assert f"  ROWS=16 warps=1 x784: {refused.reason}" in capsys.readouterr().out
 
@@ -233,7 +276,9 @@ def test_what_does_not_fit_is_refused_with_the_reason(monkeypatch: pytest.Monkey
     site = replace(SITES["gather_kernel"], candidates=())
 
     def judged(registers: int, *problems: str) -> Callable[..., lint.Row]:
-        return lambda case, launch, arch: lint.Row(case.op, site.kernel, arch, registers, 0, 0, 16, problems)
+        return lambda case, launch, arch: lint.Row(
+            case.op, site.kernel, arch, registers, 0, 0, 16, problems
+        )
 
     monkeypatch.setattr(lint, "judge", judged(32, "233000 bytes of shared memory, limit 227 KiB"))
     (found,) = tune.site_rows(Console(), site, H100, None)
@@ -244,12 +289,17 @@ def test_what_does_not_fit_is_refused_with_the_reason(monkeypatch: pytest.Monkey
     assert found.reason == "refused: no block fits an SM (registers)"
 
 
-def test_when_time_is_up_the_chosen_launch_is_all_that_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+def test_when_time_is_up_the_chosen_launch_is_all_that_is_looked_at(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     site = SITES["gather_kernel"]
     (found,) = tune.site_rows(Console(), site, H100, 0.0)
     assert found.more["chosen"] and found.reason is None
     told = capsys.readouterr().err
-    assert f"{site.name}: time was up before {len(site.candidates)} of {len(site.candidates) + 1} candidates" in told
+    assert (
+        f"{site.name}: time was up before {len(site.candidates)} of {len(site.candidates) + 1} candidates"
+        in told
+    )
 
 
 def test_an_op_that_is_not_begun_in_time_is_named_and_one_that_fails_ends_nothing(
@@ -286,9 +336,14 @@ def test_old_cards_have_no_kernels_for_attention(capsys: pytest.CaptureFixture[s
 # ---- the command ----
 
 
-def test_a_prediction_is_a_table_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prediction_is_a_table_and_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "a folder" / "tune.json"
-    assert command.main(["tune", "--predict", "sm_90", "--op", "random_masking", "--json", str(path)]) == 0
+    assert (
+        command.main(["tune", "--predict", "sm_90", "--op", "random_masking", "--json", str(path)])
+        == 0
+    )
     shown = capsys.readouterr().out
     bytes_ = 256 * 196 * (4 + 2 * 8 + 1)  # noise in fp32, two lists of ids, the mask
     assert f"{bytes_ / 1e6:.2f} MB to move, at least {bytes_ / 3.35e6:.3f} µs" in shown
@@ -297,18 +352,28 @@ def test_a_prediction_is_a_table_and_a_file(tmp_path: Path, capsys: pytest.Captu
     assert (document["schema"], document["finished"]) == ("sssd_fast.tune/1", True)
     assert document["settings"] == {"predicted_for": "sm_90", "sms": 132, "bytes_per_s": 3.35e12}
     rows = document["rows"]
-    assert len(rows) == len(SITES["masking_kernel"].candidates), "the chosen launch is also among the candidates"
+    assert len(rows) == len(SITES["masking_kernel"].candidates), (
+        "the chosen launch is also among the candidates"
+    )
     chosen = rows[0]
-    assert chosen["provider"] == "warps=4 x256" and chosen["bytes"] == pytest.approx(bytes_, rel=1e-4)
+    assert chosen["provider"] == "warps=4 x256" and chosen["bytes"] == pytest.approx(
+        bytes_, rel=1e-4
+    )
     for one in rows:
         more, warps = one["more"], int(one["provider"].split("warps=")[1].split()[0])
         assert one["reason"] is None and one["time"] is None and more["widest"] == 4
         fits = occupancy(90, more["registers"], more["shared"], warps)
-        assert (more["blocks"], more["warps"], more["limit"]) == (fits.blocks, fits.warps, fits.limit)
+        assert (more["blocks"], more["warps"], more["limit"]) == (
+            fits.blocks,
+            fits.warps,
+            fits.limit,
+        )
         programs = int(one["provider"].rpartition("x")[2])
         assert more["waves"] == pytest.approx(programs / (132 * fits.blocks), rel=1e-4)
         assert not more["varies"]
-        assert more["cycles"] == pytest.approx(more["instructions"] * warps * programs / (4 * 132), rel=1e-4)
+        assert more["cycles"] == pytest.approx(
+            more["instructions"] * warps * programs / (4 * 132), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -319,7 +384,9 @@ def test_a_prediction_is_a_table_and_a_file(tmp_path: Path, capsys: pytest.Captu
         (["--predict", "sm_90", "--batch", "many"], "invalid int value: 'many'"),
     ],
 )
-def test_unknown_names_are_refused(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_names_are_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         command.main(["tune", *words])
     assert ended.value.code == 2
@@ -336,17 +403,24 @@ def test_unknown_names_are_refused(words: list[str], told: str, capsys: pytest.C
         (["--predict", "sm_90", "--json", "k.txt"], "needs a file name that ends in .json"),
     ],
 )
-def test_bad_values_are_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_values_are_one_line(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command.main(["tune", *words]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"), [("HAVE_TRITON", False, "not installed"), ("INTERPRET", True, "unset it")]
+    ("name", "value", "told"),
+    [("HAVE_TRITON", False, "not installed"), ("INTERPRET", True, "unset it")],
 )
 def test_without_a_compiler_it_says_what_to_do(
-    name: str, value: bool, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    value: bool,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(tune, name, value)
     assert command.main(["tune", "--predict", "sm_90"]) == 2

@@ -16,7 +16,9 @@ DEVICE = os.environ.get("MAE_KERNELS_TEST_DEVICE", "cpu")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "kernel: small enough to run again with the Triton kernels interpreted")
+    config.addinivalue_line(
+        "markers", "kernel: small enough to run again with the Triton kernels interpreted"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,8 @@ def close() -> Callable[..., None]:
             error = (g.double().cpu() - x.double().cpu()).abs().max().item()
             allowed = 2 * (e.double().cpu() - x.double().cpu()).abs().max().item()
             allowed += atol * max(1.0, x.abs().max().item())
-            assert error <= allowed, f"result {i}: error {error:.3e} against fp64, allowed {allowed:.3e}"
+            assert error <= allowed, (
+                f"result {i}: error {error:.3e} against fp64, allowed {allowed:.3e}"
+            )
 
     return check

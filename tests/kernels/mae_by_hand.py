@@ -40,13 +40,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).unbind(2)
         weights = self.attn_drop(self.scores(q, k).softmax(-1))
-        return self.proj_drop(self.proj(torch.einsum("bhnm,bmhd->bnhd", weights, v).reshape(x.shape)))
+        return self.proj_drop(
+            self.proj(torch.einsum("bhnm,bmhd->bnhd", weights, v).reshape(x.shape))
+        )
 
 
 class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
@@ -78,8 +81,12 @@ class MaskedAutoencoderViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed = nn.Parameter(torch.randn(1, 1 + patches, decoder_embed_dim), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList([Block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth)])
+        self.decoder_pos_embed = nn.Parameter(
+            torch.randn(1, 1 + patches, decoder_embed_dim), requires_grad=False
+        )
+        self.decoder_blocks = nn.ModuleList(
+            [Block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth)]
+        )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size * patch_size * in_chans)
         self.norm_pix_loss = norm_pix_loss
@@ -96,7 +103,9 @@ class MaskedAutoencoderViT(nn.Module):
         # the place of a patch is the number of patches with less noise; uniform noise in these tests has no ties
         ids_restore = (noise[:, None, :] < noise[:, :, None]).sum(2)
         order = torch.zeros_like(ids_restore)
-        order[torch.arange(batch, device=x.device)[:, None], ids_restore] = torch.arange(patches, device=x.device)
+        order[torch.arange(batch, device=x.device)[:, None], ids_restore] = torch.arange(
+            patches, device=x.device
+        )
         kept = x[torch.arange(batch, device=x.device)[:, None], order[:, :keep]]
         return kept, (ids_restore >= keep).float(), ids_restore
 
@@ -112,7 +121,10 @@ class MaskedAutoencoderViT(nn.Module):
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         x = self.decoder_embed(x)
         batch, keep = x.shape[0], x.shape[1] - 1
-        table = torch.cat([x[:, 1:], self.mask_token.expand(batch, ids_restore.shape[1] - keep, -1).to(x.dtype)], 1)
+        table = torch.cat(
+            [x[:, 1:], self.mask_token.expand(batch, ids_restore.shape[1] - keep, -1).to(x.dtype)],
+            1,
+        )
         tokens = table[torch.arange(batch, device=x.device)[:, None], ids_restore]
         x = torch.cat([x[:, :1], tokens], 1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
@@ -124,7 +136,9 @@ class MaskedAutoencoderViT(nn.Module):
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=2, keepdim=True)
             target = (target - mean) / (var + 1e-6).sqrt()
-        return (F.mse_loss(pred, target.to(pred.dtype), reduction="none").mean(2) * mask).sum() / mask.sum()
+        return (
+            F.mse_loss(pred, target.to(pred.dtype), reduction="none").mean(2) * mask
+        ).sum() / mask.sum()
 
     def forward(self, imgs: Tensor, mask_ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio)

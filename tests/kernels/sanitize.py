@@ -24,8 +24,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch makes its first tensor
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "kernels"), str(Path(__file__).resolve().parent)]
+os.environ.setdefault(
+    "PYTORCH_NO_CUDA_MEMORY_CACHING", "1"
+)  # read when torch makes its first tensor
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[2] / "kernels"),
+    str(Path(__file__).resolve().parent),
+]
 
 import torch  # noqa: E402
 from sanitize_cases import CASES, Case, Tensors  # noqa: E402
@@ -50,7 +55,9 @@ def launches() -> Iterator[list[str]]:
         launch(kernel, grid, *args, **constants)
 
     holders = [
-        m for name, m in sys.modules.items() if name.startswith("mae_kernels.") and getattr(m, "launch", None) is launch
+        m
+        for name, m in sys.modules.items()
+        if name.startswith("mae_kernels.") and getattr(m, "launch", None) is launch
     ]
     for module in holders:
         module.launch = recorded  # type: ignore[attr-defined]
@@ -67,7 +74,9 @@ def results(case: Case, leaves: Tensors, others: Tensors, upstream: Tensor | Non
     out = case.call(leaves, others)
     out = [out] if isinstance(out, Tensor) else [x for x in out if x is not None]
     wanted = [x for x in leaves if x.requires_grad] if out[0].requires_grad else []
-    upstream = torch.ones_like(out[0]) if upstream is None or out[0].dim() == 0 else upstream.to(out[0])
+    upstream = (
+        torch.ones_like(out[0]) if upstream is None or out[0].dim() == 0 else upstream.to(out[0])
+    )
     gradients = torch.autograd.grad(out[0], wanted, upstream, allow_unused=True) if wanted else []
     return [x.detach() for x in (*out, *gradients) if x is not None]
 
@@ -83,7 +92,9 @@ def problem(case: Case, device: torch.device, backend: str) -> str | None:
     upstream = torch.randn(first.shape) if first.is_floating_point() else None
     there = others if case.spoil is None else case.spoil(others)
     with mk.backend(backend):
-        got = results(case, tuple(x.to(device) for x in leaves), tuple(x.to(device) for x in there), upstream)
+        got = results(
+            case, tuple(x.to(device) for x in leaves), tuple(x.to(device) for x in there), upstream
+        )
     got = [x.cpu() for x in got]
     with mk.backend("reference"):
         eager = results(case, leaves, others, upstream)
@@ -103,7 +114,9 @@ def problem(case: Case, device: torch.device, backend: str) -> str | None:
 
 def difference(got: Tensor, eager: Tensor, exact: Tensor) -> str | None:
     if (got.shape, got.dtype) != (eager.shape, eager.dtype):
-        return f"{tuple(got.shape)} {got.dtype}, the reference has {tuple(eager.shape)} {eager.dtype}"
+        return (
+            f"{tuple(got.shape)} {got.dtype}, the reference has {tuple(eager.shape)} {eager.dtype}"
+        )
     if got.dtype == torch.uint8:  # grey levels: the CPU's resize has weights of 16 bits
         off = (got.short() - eager.short()).abs().max().item()
         return None if off <= 2 else f"{off} grey levels from the reference"
@@ -127,7 +140,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         print(
-            "error: torch finds no CUDA device; --device cpu runs the cases without one (see --help)", file=sys.stderr
+            "error: torch finds no CUDA device; --device cpu runs the cases without one (see --help)",
+            file=sys.stderr,
         )
         return 2
     if args.self_test:
@@ -164,12 +178,18 @@ def one(case: Case, device: torch.device, backend: str) -> str:
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--list", action="store_true", help="the cases and their ops")
-    parser.add_argument("--op", nargs="+", metavar="NAME", help="only these, by the op's name or the case's")
+    parser.add_argument(
+        "--op", nargs="+", metavar="NAME", help="only these, by the op's name or the case's"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--backend", choices=["triton", "reference"], default="triton")
-    parser.add_argument("--self-test", choices=["memcheck", "racecheck", "synccheck", "initcheck"], metavar="TOOL")
+    parser.add_argument(
+        "--self-test", choices=["memcheck", "racecheck", "synccheck", "initcheck"], metavar="TOOL"
+    )
     args = parser.parse_args(words)
     known = {case.op for case in CASES.values()} | set(CASES)
     for name in args.op or ():

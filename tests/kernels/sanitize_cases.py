@@ -32,7 +32,9 @@ class Case(NamedTuple):
     spoil: Callable[[Tensors], Tensors] | None = None  # puts something of image 0 out of range
 
 
-def images(batch: int, channels: int, height: int, width: int, layout: str = "nchw uint8") -> Tensor:
+def images(
+    batch: int, channels: int, height: int, width: int, layout: str = "nchw uint8"
+) -> Tensor:
     x = torch.randint(0, 256, (batch, channels, height, width), dtype=torch.uint8)
     x = x.to(memory_format=torch.channels_last) if "nhwc" in layout else x
     return x / 255 if "float" in layout else x
@@ -46,7 +48,9 @@ def linear(*shape: int) -> Tensor:
     return torch.randn(shape) / math.sqrt(shape[-1])
 
 
-def embed(width: int, patch: int, channels: int, layout: str, bias: bool, dtype: torch.dtype) -> Case:
+def embed(
+    width: int, patch: int, channels: int, layout: str, bias: bool, dtype: torch.dtype
+) -> Case:
     def make() -> tuple[Tensors, Tensors]:
         pictures = images(3, channels, 3 * patch, 5 * patch, layout)
         ids = listed(3, 15, 7)
@@ -70,14 +74,29 @@ def gather(channels: int, patch: int, layout: str, spoil: bool = False) -> Case:
         dtype = torch.float64 if o[0].dtype == torch.float64 else torch.float32
         return mk.gather_patches(*o, patch, mean=MEAN[:channels], std=STD[:channels], dtype=dtype)
 
-    return Case("gather_patches", make, call, spoil=(lambda o: (o[0], out_of_range(o[1], 15))) if spoil else None)
+    return Case(
+        "gather_patches",
+        make,
+        call,
+        spoil=(lambda o: (o[0], out_of_range(o[1], 15))) if spoil else None,
+    )
 
 
 def restore(
-    batch: int, patches: int, keep: int, width: int, prefix: int, dtype: torch.dtype, spoil: bool = False
+    batch: int,
+    patches: int,
+    keep: int,
+    width: int,
+    prefix: int,
+    dtype: torch.dtype,
+    spoil: bool = False,
 ) -> Case:
     def make() -> tuple[Tensors, Tensors]:
-        leaves = (torch.randn(batch, prefix + keep, width), torch.randn(width), torch.randn(prefix + patches, width))
+        leaves = (
+            torch.randn(batch, prefix + keep, width),
+            torch.randn(width),
+            torch.randn(prefix + patches, width),
+        )
         return leaves, (listed(batch, patches, patches),)
 
     def call(x: Tensors, o: Tensors) -> Tensor:
@@ -87,7 +106,9 @@ def restore(
     return Case("restore_tokens", make, call, dtype, bad)
 
 
-def gelu(rows: int, hidden: int, width: int, recompute: bool, bias: bool, dtype: torch.dtype) -> Case:
+def gelu(
+    rows: int, hidden: int, width: int, recompute: bool, bias: bool, dtype: torch.dtype
+) -> Case:
     def make() -> tuple[Tensors, Tensors]:
         biases = (torch.randn(hidden), torch.randn(width)) if bias else ()
         return (torch.randn(rows, hidden), linear(width, hidden), *biases), ()
@@ -99,7 +120,9 @@ def gelu(rows: int, hidden: int, width: int, recompute: bool, bias: bool, dtype:
     return Case("gelu_linear", make, call, dtype)
 
 
-def loss(norm: str | None, channels: int, patch: int, layout: str, dtype: torch.dtype, mask: bool = False) -> Case:
+def loss(
+    norm: str | None, channels: int, patch: int, layout: str, dtype: torch.dtype, mask: bool = False
+) -> Case:
     count = 15 if mask else 11
 
     def make() -> tuple[Tensors, Tensors]:
@@ -108,7 +131,11 @@ def loss(norm: str | None, channels: int, patch: int, layout: str, dtype: torch.
         return (pred,), (images(3, channels, 3 * patch, 5 * patch, layout), select)
 
     def call(x: Tensors, o: Tensors) -> Tensor:
-        options: dict[str, Any] = {"mean": MEAN[:channels], "std": STD[:channels], "mask" if mask else "ids": o[1]}
+        options: dict[str, Any] = {
+            "mean": MEAN[:channels],
+            "std": STD[:channels],
+            "mask" if mask else "ids": o[1],
+        }
         return mk.masked_reconstruction_loss(x[0], o[0], patch_size=patch, norm=norm, **options)
 
     return Case("masked_reconstruction_loss", make, call, dtype)
@@ -116,7 +143,11 @@ def loss(norm: str | None, channels: int, patch: int, layout: str, dtype: torch.
 
 def linear_loss(width: int, dtype: torch.dtype, bias: bool) -> Case:
     def make() -> tuple[Tensors, Tensors]:
-        leaves = (torch.randn(2, 11, width), linear(25, width), *([torch.randn(25)] if bias else []))
+        leaves = (
+            torch.randn(2, 11, width),
+            linear(25, width),
+            *([torch.randn(25)] if bias else []),
+        )
         return leaves, (images(2, 1, 15, 25), listed(2, 15, 11))
 
     def call(x: Tensors, o: Tensors) -> Tensor:
@@ -125,9 +156,13 @@ def linear_loss(width: int, dtype: torch.dtype, bias: bool) -> Case:
     return Case("linear_reconstruction_loss", make, call, dtype)
 
 
-def distill(rows: int, logits: int, center: bool, options: dict[str, Any], dtype: torch.dtype) -> Case:
+def distill(
+    rows: int, logits: int, center: bool, options: dict[str, Any], dtype: torch.dtype
+) -> Case:
     def make() -> tuple[Tensors, Tensors]:
-        return (torch.randn(rows, logits), torch.randn(rows, logits)), (torch.randn(logits),) * center
+        return (torch.randn(rows, logits), torch.randn(rows, logits)), (
+            torch.randn(logits),
+        ) * center
 
     return Case(
         "distillation_loss",
@@ -153,7 +188,10 @@ def sssd(channels: int, patch: int, mask: bool, dtype: torch.dtype) -> Case:
 
 def attend(tokens: int, heads: int, width: int) -> Case:
     return Case(
-        "attention", lambda: ((torch.randn(2, tokens, 3, heads, width),), ()), lambda x, o: mk.attention(x[0]), HALF
+        "attention",
+        lambda: ((torch.randn(2, tokens, 3, heads, width),), ()),
+        lambda x, o: mk.attention(x[0]),
+        HALF,
     )
 
 
@@ -162,20 +200,32 @@ def crop(channels: int, size: tuple[int, int], spoil: bool = False) -> Case:
         shapes = torch.tensor([[13, 19], [7, 5], [21, 9]])
         boxes = torch.tensor([[2, 3, 11, 16], [0, 0, 7, 5], [3, 0, 18, 9]])
         lengths = shapes.prod(1) * channels
-        offsets, flips = lengths.cumsum(0) - lengths, torch.tensor([False, True, True])
-        return (), (torch.randint(0, 256, (int(lengths.sum()),), dtype=torch.uint8), offsets, shapes, boxes, flips)
+        offsets = lengths.cumsum(0) - lengths
+        flips = torch.tensor([False, True, True])
+        return (), (
+            torch.randint(0, 256, (int(lengths.sum()),), dtype=torch.uint8),
+            offsets,
+            shapes,
+            boxes,
+            flips,
+        )
 
     def bad(o: Tensors) -> Tensors:
         return (*o[:3], out_of_range(o[3], 10**6), o[4])
 
     return Case(
-        "crop_resize", make, lambda x, o: mk.crop_resize(*o, size, channels=channels), spoil=bad if spoil else None
+        "crop_resize",
+        make,
+        lambda x, o: mk.crop_resize(*o, size, channels=channels),
+        spoil=bad if spoil else None,
     )
 
 
 def masking(patches: int) -> Case:
     return Case(
-        "random_masking", lambda: ((), (torch.rand(3, patches),)), lambda x, o: mk.random_masking(o[0], patches // 4)
+        "random_masking",
+        lambda: ((), (torch.rand(3, patches),)),
+        lambda x, o: mk.random_masking(o[0], patches // 4),
     )
 
 

@@ -75,7 +75,9 @@ class Output:
 
 
 PREFIX = re.compile(r"^=========(\s*)(.*)$")
-SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed)")
+SUMMARY = re.compile(
+    r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed)"
+)
 # lines that belong to the report above them; the checker indents them, its manual does not always
 FURTHER = (
     "at ", "by thread", "Address ", "Access to ", "and is ", "and Read access", "and Write access", "Saved host", "Host Frame",
@@ -124,8 +126,12 @@ def _checker_line(out: Output, case: str | None, indent: str, said: str) -> None
             last = out.reports[-1]
             out.reports[-1] = Report(last.case, last.what, *place(said.removeprefix("at ")))
     else:
-        what, access, rest = said.partition(" access at ")  # racecheck tells the place in its first line
-        out.reports.append(Report(case, what + " access", *place(rest)) if access else Report(case, said))
+        what, access, rest = said.partition(
+            " access at "
+        )  # racecheck tells the place in its first line
+        out.reports.append(
+            Report(case, what + " access", *place(rest)) if access else Report(case, said)
+        )
 
 
 # ---- the table ----
@@ -148,13 +154,23 @@ def rows(tool: str, out: Output, ended: str, cases: dict[str, str]) -> Iterator[
         told = [f"{r.case}: {r}" for r in reports]
         for name in names:
             said = out.ended.get(name, f"not reached: {ended or 'the process ended before'}")
-            told += [] if said.startswith("ok, _") else [f"{name}: {said}"]  # "ok" and the kernels that ran
+            told += (
+                [] if said.startswith("ok, _") else [f"{name}: {said}"]
+            )  # "ok" and the kernels that ran
         yield Row(tool, op, len(reports), told[0] if told else f"ok, {len(names)} cases", not told)
     outside = [r for r in out.reports if r.case not in cases]
     lost = 0 if out.total is None else out.total - len(out.reports)
     problems = [str(r) for r in outside]
-    problems += [f"{lost} more in its summary than were understood; read what it printed"] if lost > 0 else []
-    problems += [ended or "it gave no summary: it did not come to its end"] if ended or out.total is None else []
+    problems += (
+        [f"{lost} more in its summary than were understood; read what it printed"]
+        if lost > 0
+        else []
+    )
+    problems += (
+        [ended or "it gave no summary: it did not come to its end"]
+        if ended or out.total is None
+        else []
+    )
     if problems:
         yield Row(tool, "(all)", len(outside) + max(lost, 0), problems[0], False)
 
@@ -163,7 +179,10 @@ def table(found: Sequence[Row]) -> str:
     lines = [("tool", "op", "errors", "first report")]
     lines += [(row.tool, row.op, str(row.errors), row.told) for row in found]
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
-    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]) for line in lines)
+    return "\n".join(
+        "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]])
+        for line in lines
+    )
 
 
 # ---- running ----
@@ -175,7 +194,11 @@ class Refused(Exception):
 
 def find_sanitizer(root: Path = Path("/usr/local")) -> Path:
     """In PATH, in <root>/cuda/bin, or in the newest <root>/cuda-*/bin."""
-    versions = sorted(root.glob("cuda-*"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], reverse=True)
+    versions = sorted(
+        root.glob("cuda-*"),
+        key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)],
+        reverse=True,
+    )
     on_path = shutil.which("compute-sanitizer")
     places = [Path(on_path)] if on_path else []
     places += [folder / "bin" / "compute-sanitizer" for folder in (root / "cuda", *versions)]
@@ -189,7 +212,9 @@ def find_sanitizer(root: Path = Path("/usr/local")) -> Path:
 
 
 def list_cases() -> str:
-    done = subprocess.run([sys.executable, str(HERE / "sanitize.py"), "--list"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "sanitize.py"), "--list"], capture_output=True, text=True
+    )
     if done.returncode:
         raise Refused(f"the cases cannot be listed: {done.stderr.strip()[-300:]}")
     return done.stdout
@@ -197,15 +222,23 @@ def list_cases() -> str:
 
 def choose(listed: str, only: Sequence[str] | None) -> dict[str, str]:
     """name -> op"""
-    known = {line.rpartition(" ")[0].strip(): line.rpartition(" ")[2] for line in listed.splitlines()}
+    known = {
+        line.rpartition(" ")[0].strip(): line.rpartition(" ")[2] for line in listed.splitlines()
+    }
     unknown = [name for name in only or () if name not in known and name not in known.values()]
     if unknown:
-        raise Refused(f"--op: got {', '.join(unknown)}, needs ops or cases that sanitize.py --list names")
+        raise Refused(
+            f"--op: got {', '.join(unknown)}, needs ops or cases that sanitize.py --list names"
+        )
     return {name: op for name, op in known.items() if not only or {name, op} & set(only)}
 
 
 def command(sanitizer: Path, tool: str, words: Sequence[str]) -> list[str]:
-    watched = [] if tool == "initcheck" else [w for name in kernels() for w in ("--kernel-name", f"kns={name}")]
+    watched = (
+        []
+        if tool == "initcheck"
+        else [w for name in kernels() for w in ("--kernel-name", f"kns={name}")]
+    )
     tools = ["--tool", tool, *TOOLS[tool][1], *COMMON, *watched]
     return [str(sanitizer), *tools, sys.executable, str(HERE / "sanitize.py"), *words]
 
@@ -213,16 +246,29 @@ def command(sanitizer: Path, tool: str, words: Sequence[str]) -> list[str]:
 def kernels() -> list[str]:
     files = [*sorted(PACKAGE.glob("*.py")), HERE / "sanitize_faults.py"]
     return [
-        name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(encoding="utf-8"), re.M)
+        name
+        for file in files
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(encoding="utf-8"), re.M)
     ]
 
 
 def run(words: list[str], limit_s: float) -> tuple[str, str]:
     """(what was printed, "" or how the process ended where not with 0 or FOUND). Ends the whole group after limit_s."""
-    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+    env = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "TRITON_INTERPRET": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
     env.pop("MAE_KERNELS_BACKEND", None)
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-    process = subprocess.Popen(words, env=env, start_new_session=True, text=True, errors="replace", **pipes)
+    pipes: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "stdin": subprocess.DEVNULL,
+    }
+    process = subprocess.Popen(
+        words, env=env, start_new_session=True, text=True, errors="replace", **pipes
+    )
     try:
         printed, _ = process.communicate(timeout=max(limit_s, 1))
     except subprocess.TimeoutExpired:
@@ -236,7 +282,12 @@ def run(words: list[str], limit_s: float) -> tuple[str, str]:
 
 
 def check(
-    sanitizer: Path, tool: str, ops: Sequence[str], cases: dict[str, str], limit_s: float, only_self: bool
+    sanitizer: Path,
+    tool: str,
+    ops: Sequence[str],
+    cases: dict[str, str],
+    limit_s: float,
+    only_self: bool,
 ) -> list[Row]:
     """The self-test's row and, unless the tool is blind, one per op."""
     started, expected = time.monotonic(), FAULTS[tool]
@@ -253,7 +304,11 @@ def check(
     printed, ended = run(command(sanitizer, tool, words), limit_s - (time.monotonic() - started))
     found += rows(tool, parse(printed), ended, cases)
     if not all(row.ok for row in found):
-        said = [line for line in printed.splitlines() if PREFIX.match(line) or not line.startswith("sanitize: ")]
+        said = [
+            line
+            for line in printed.splitlines()
+            if PREFIX.match(line) or not line.startswith("sanitize: ")
+        ]
         print("\n".join(said[:SHOWN_LINES]), flush=True)
     return found
 
@@ -275,11 +330,15 @@ def _run(args: argparse.Namespace) -> int:
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    end, found, left = time.monotonic() + args.seconds, list[Row](), list(args.tool)
+    end = time.monotonic() + args.seconds
+    found = list[Row]()
+    left = list(args.tool)
     try:
         while left:
             tool = left[0]
-            limit_s = (end - time.monotonic()) * TOOLS[tool][0] / sum(TOOLS[name][0] for name in left)
+            limit_s = (
+                (end - time.monotonic()) * TOOLS[tool][0] / sum(TOOLS[name][0] for name in left)
+            )
             print(f"{tool}: {limit_s:.0f} s at most", flush=True)
             found += check(sanitizer, tool, args.op or [], chosen, limit_s, args.self_test)
             left.pop(0)
@@ -299,16 +358,24 @@ def _interrupt(*_: object) -> NoReturn:
 
 def _save(path: str | None, found: Sequence[Row]) -> None:
     if path:
-        Path(path).write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(
+            json.dumps([asdict(row) for row in found], indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tool", nargs="+", choices=list(TOOLS), default=list(TOOLS))
     parser.add_argument("--op", nargs="+", metavar="NAME", help="only these ops or cases")
-    parser.add_argument("--self-test", action="store_true", help="only whether each tool reports a deliberate fault")
+    parser.add_argument(
+        "--self-test", action="store_true", help="only whether each tool reports a deliberate fault"
+    )
     parser.add_argument("--seconds", type=float, default=300.0, help="for all of it (300)")
-    parser.add_argument("--json", metavar="FILE", help="also write the table's lines there, after each tool")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write the table's lines there, after each tool"
+    )
     args = parser.parse_args(words)
     if not args.seconds > 0:
         parser.error(f"argument --seconds: got {args.seconds:g}, needs more than 0")

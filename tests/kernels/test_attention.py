@@ -26,7 +26,9 @@ DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.fl
 
 def by_hand(qkv, scale=None):
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (qkv.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (
+        qkv.shape[-1] ** -0.5 if scale is None else scale
+    )
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     return torch.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdim=True), v)
 
@@ -83,13 +85,17 @@ def test_the_lines_below_are_the_whole_tables(on_architecture) -> None:
     taken = set()
     for arch, tokens, width in LINES:
         on_architecture(arch)
-        taken |= {sizes_for(table, torch.device("cpu"), tokens, width) for table in (FORWARD, BACKWARD)}
+        taken |= {
+            sizes_for(table, torch.device("cpu"), tokens, width) for table in (FORWARD, BACKWARD)
+        }
     assert taken == {*FORWARD, *BACKWARD}
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(("arch", "tokens", "width"), LINES)
-def test_every_line_of_the_tables(arch, tokens, width, device, on_architecture, close: Callable[..., None]) -> None:
+def test_every_line_of_the_tables(
+    arch, tokens, width, device, on_architecture, close: Callable[..., None]
+) -> None:
     on_architecture(arch)
     for dtype in DTYPES:
         qkv = torch.randn(1, tokens, 3, 2, width, device=device).to(dtype)
@@ -102,7 +108,9 @@ def test_every_line_of_the_tables(arch, tokens, width, device, on_architecture, 
 @pytest.mark.kernel
 @pytest.mark.parametrize("tokens", [37, 130, 197])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_padding_counts_for_nothing_beside_scores_far_from_zero(tokens, sign, device, close) -> None:
+def test_padding_counts_for_nothing_beside_scores_far_from_zero(
+    tokens, sign, device, close
+) -> None:
     """Padded keys have score 0: e^900 times any real one when all of these are very negative."""
     qkv = torch.randn(1, tokens, 3, 1, 32, device=device) * 0.1
     qkv[:, :, 0] += 13
@@ -111,7 +119,12 @@ def test_padding_counts_for_nothing_beside_scores_far_from_zero(tokens, sign, de
     upstream = torch.randn(1, tokens, 1, 32, device=device).to(DTYPES[0])
     exact = out_and_gradient(by_hand, qkv, upstream, torch.float64)
     assert exact[0].isfinite().all() and exact[1].isfinite().all()
-    close(out_and_gradient(attention, qkv, upstream), exact, out_and_gradient(by_hand, qkv, upstream), atol=1e-4)
+    close(
+        out_and_gradient(attention, qkv, upstream),
+        exact,
+        out_and_gradient(by_hand, qkv, upstream),
+        atol=1e-4,
+    )
 
 
 @pytest.mark.kernel
@@ -174,7 +187,9 @@ def test_what_is_kept_for_the_backward(tokens, device) -> None:
         return  # torch's own backward
     qkv = torch.randn(2, tokens, 3, 2, 16, device=device).to(DTYPES[0]).requires_grad_()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(tuple(t.shape)), lambda t: t
+    ):
         attention(qkv)
     beyond = [(2, tokens, 2, 16), (2, 2, tokens)] if tokens > ROWS_KERNEL_TOKENS else []
     assert kept == [tuple(qkv.shape), *beyond]
@@ -194,7 +209,9 @@ def test_what_is_kept_for_the_backward(tokens, device) -> None:
 def test_other_sizes_take_sdpa(shape, dtype, reason, device) -> None:
     qkv = torch.randn(shape, device=device).to(dtype)
     if device.type == "cuda" or _runtime.INTERPRET:
-        with pytest.raises(RuntimeError, match=f"attention: backend 'triton' was asked for, but .*{reason}"):
+        with pytest.raises(
+            RuntimeError, match=f"attention: backend 'triton' was asked for, but .*{reason}"
+        ):
             attention(qkv)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     with backend("auto"):
@@ -210,7 +227,9 @@ def test_sizes_that_only_some_architectures_have(on_architecture) -> None:
     assert told == [True, True, True, False]
 
 
-def test_a_gpu_without_tensor_cores_in_triton_is_told_in_info(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_tensor_cores_in_triton_is_told_in_info(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(_runtime, "architecture", lambda device: 75)
     reason = _runtime.why_not_triton("attention", torch.device("cuda"))
     assert reason == "Triton has no tensor cores on sm_75, before sm_80"
@@ -227,22 +246,29 @@ def test_gradcheck() -> None:
 
 
 def test_opcheck_of_the_backward() -> None:
-    dout, qkv = torch.randn(2, 5, 3, 4, requires_grad=True), torch.randn(2, 5, 3, 3, 4, requires_grad=True)
+    dout = torch.randn(2, 5, 3, 4, requires_grad=True)
+    qkv = torch.randn(2, 5, 3, 3, 4, requires_grad=True)
     opcheck(OPS.attention_backward.default, (dout, qkv, None, None, 0.4))
 
 
 @pytest.mark.parametrize("ask_the_device", [False, True])
-def test_one_compiled_graph_for_every_batch_size(ask_the_device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_compiled_graph_for_every_batch_size(
+    ask_the_device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ask_the_device: with the choice that a GPU makes, traced too."""
     torch._dynamo.reset()
     if ask_the_device:
         monkeypatch.setattr(short_attention, "wants_reference", lambda qkv: False)
-    compiled = torch.compile(lambda x: attention(x) * 2, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: attention(x) * 2, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (7, 3, 5):
             qkv, upstream = torch.randn(batch, 9, 3, 2, 16), torch.randn(batch, 9, 2, 16)
             got = out_and_gradient(compiled, qkv, upstream)
-            torch.testing.assert_close(got, out_and_gradient(lambda x: attention(x) * 2, qkv, upstream))
+            torch.testing.assert_close(
+                got, out_and_gradient(lambda x: attention(x) * 2, qkv, upstream)
+            )
 
 
 class FakeH200:
@@ -270,7 +296,9 @@ def test_compiled_for_a_gpu_the_public_function_is_one_launch(tokens, written, m
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         qkv = torch.empty(8, tokens, 3, 4, 32, device="cuda", dtype=torch.bfloat16)
-        torch.compile(attention, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=look))(qkv)
+        torch.compile(
+            attention, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=look)
+        )(qkv)
     assert launches == [written]
 
 
@@ -280,7 +308,9 @@ def test_autocast_keeps_the_dtype() -> None:
         want = out_and_gradient(attention, qkv, torch.ones(2, 9, 2, 16), dtype)
         with torch.autocast("cpu", torch.bfloat16):
             got = out_and_gradient(attention, qkv, torch.ones(2, 9, 2, 16), dtype)
-            registered = out_and_gradient(lambda x: OPS.attention(x, 0.25)[0], qkv, torch.ones(2, 9, 2, 16), dtype)
+            registered = out_and_gradient(
+                lambda x: OPS.attention(x, 0.25)[0], qkv, torch.ones(2, 9, 2, 16), dtype
+            )
         assert got[0].dtype == registered[0].dtype == dtype
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
         if dtype == torch.float32:
@@ -290,10 +320,25 @@ def test_autocast_keeps_the_dtype() -> None:
 @pytest.mark.parametrize(
     ("qkv", "scale", "error", "text"),
     [
-        (torch.zeros(2, 4, 2, 3, 8), None, ValueError, r"qkv: got shape .* needs \[B, N, 3, H, d\]"),
+        (
+            torch.zeros(2, 4, 2, 3, 8),
+            None,
+            ValueError,
+            r"qkv: got shape .* needs \[B, N, 3, H, d\]",
+        ),
         (torch.zeros(2, 4, 24), None, ValueError, "qkv: got shape"),
-        (torch.zeros(2, 4, 3, 3, 0), None, ValueError, "qkv: got shape .* needs H and d of at least 1"),
-        (torch.zeros(2, 4, 3, 3, 8, dtype=torch.int64), None, TypeError, "qkv: got dtype torch.int64"),
+        (
+            torch.zeros(2, 4, 3, 3, 0),
+            None,
+            ValueError,
+            "qkv: got shape .* needs H and d of at least 1",
+        ),
+        (
+            torch.zeros(2, 4, 3, 3, 8, dtype=torch.int64),
+            None,
+            TypeError,
+            "qkv: got dtype torch.int64",
+        ),
         ([1.0], None, TypeError, "qkv: got list, needs a torch.Tensor"),
         (torch.zeros(2, 4, 3, 3, 8), -1.0, ValueError, "scale: got -1.0, needs a positive number"),
     ],
@@ -312,7 +357,9 @@ def triton_backend() -> Iterator[None]:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("shape", [(256, 50, 3, 12, 64), (256, 197, 3, 16, 32), (32, 197, 3, 12, 64)])
+@pytest.mark.parametrize(
+    "shape", [(256, 50, 3, 12, 64), (256, 197, 3, 16, 32), (32, 197, 3, 12, 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_real_sizes_on_a_gpu(shape, dtype, close) -> None:
     def sdpa_math(x):
@@ -323,7 +370,11 @@ def test_real_sizes_on_a_gpu(shape, dtype, close) -> None:
     qkv = torch.randn(shape, device="cuda").to(dtype)
     upstream = torch.randn(*shape[:2], *shape[3:], device="cuda").to(dtype)
     got = out_and_gradient(attention, qkv, upstream)
-    close(got, out_and_gradient(sdpa_math, qkv, upstream, torch.float64), out_and_gradient(sdpa_math, qkv, upstream))
+    close(
+        got,
+        out_and_gradient(sdpa_math, qkv, upstream, torch.float64),
+        out_and_gradient(sdpa_math, qkv, upstream),
+    )
     again = out_and_gradient(attention, qkv, upstream)
     torch._dynamo.reset()
     compiled = out_and_gradient(torch.compile(attention, fullgraph=True), qkv, upstream)
@@ -337,11 +388,14 @@ def test_real_sizes_on_a_gpu(shape, dtype, close) -> None:
 def test_offsets_beyond_two_to_the_31_on_a_gpu(tokens) -> None:
     free, need = torch.cuda.mem_get_info()[0], 20 * 2**30
     if free < need:
-        pytest.skip(f"{free / 2**30:.1f} GiB of GPU memory are free and {need / 2**30:.0f} are needed")
+        pytest.skip(
+            f"{free / 2**30:.1f} GiB of GPU memory are free and {need / 2**30:.0f} are needed"
+        )
     images = 2**31 // (tokens * 3 * 16 * 64) + 2
     qkv = torch.zeros(images, tokens, 3, 16, 64, device="cuda", dtype=torch.bfloat16)
     upstream = torch.zeros(images, tokens, 16, 64, device="cuda", dtype=torch.bfloat16)
-    qkv[-1:], upstream[-1:] = torch.randn_like(qkv[-1:]), torch.randn_like(upstream[-1:])
+    qkv[-1:] = torch.randn_like(qkv[-1:])
+    upstream[-1:] = torch.randn_like(upstream[-1:])
     got = out_and_gradient(attention, qkv, upstream)
     alone = out_and_gradient(attention, qkv[-1:].clone(), upstream[-1:].clone())
     for many, one in zip(got, alone, strict=True):
@@ -350,7 +404,10 @@ def test_offsets_beyond_two_to_the_31_on_a_gpu(tokens) -> None:
 
 @pytest.mark.gpu
 def test_fp32_on_a_gpu_takes_sdpa() -> None:
-    assert refusal(torch.zeros(1, 9, 3, 2, 16, device="cuda")) == "tensor cores would round the fp32 products"
+    assert (
+        refusal(torch.zeros(1, 9, 3, 2, 16, device="cuda"))
+        == "tensor cores would round the fp32 products"
+    )
 
 
 def test_torchs_flop_counter_counts_the_op_like_scaled_dot_product_attention() -> None:

@@ -30,7 +30,9 @@ class Packed(NamedTuple):
     channels: int
 
 
-def pack(images: list[Array], boxes: Sequence[Box], flips: Sequence[bool], device: torch.device) -> Packed:
+def pack(
+    images: list[Array], boxes: Sequence[Box], flips: Sequence[bool], device: torch.device
+) -> Packed:
     """The images back to back, after 3 bytes that belong to none; in the order of the boxes."""
     starts = 3 + np.cumsum([0, *(x.size for x in images)])[:-1]
     pixels = np.concatenate([np.full(3, 77, np.uint8), *(x.reshape(-1) for x in images)])
@@ -63,7 +65,9 @@ def weights(size: int, length: int) -> Array:
     stretch = max(scale, 1.0)
     for i in range(size):
         centre = (i + 0.5) * scale
-        for x in range(max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), length)):
+        for x in range(
+            max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), length)
+        ):
             matrix[i, x] = keys((x - centre + 0.5) / stretch)
         matrix[i] /= matrix[i].sum()
     return matrix
@@ -78,14 +82,23 @@ def by_formula(image: Array, box: Box, flip: bool, size: tuple[int, int]) -> Arr
     return out[:, :, ::-1] if flip else out
 
 
-def assert_near_formula(got: Tensor, packed: Packed, boxes: Sequence[Box], flips: Sequence[bool], size: Any) -> None:
-    assert (got.shape, got.dtype) == ((len(boxes), packed.channels, *size), torch.uint8) and got.is_contiguous()
+def assert_near_formula(
+    got: Tensor, packed: Packed, boxes: Sequence[Box], flips: Sequence[bool], size: Any
+) -> None:
+    assert (got.shape, got.dtype) == (
+        (len(boxes), packed.channels, *size),
+        torch.uint8,
+    ) and got.is_contiguous()
     means = []
     for b, image in enumerate(packed.images):
-        difference = np.abs(got[b].cpu().numpy().astype(np.float64) - by_formula(image, boxes[b], flips[b], size))
+        difference = np.abs(
+            got[b].cpu().numpy().astype(np.float64) - by_formula(image, boxes[b], flips[b], size)
+        )
         assert difference.max() <= 1, f"image {b}"
         means.append(difference.mean())
-    assert np.mean(means) < 0.02  # of all: enlarged from one column, an image has few different values
+    assert (
+        np.mean(means) < 0.02
+    )  # of all: enlarged from one column, an image has few different values
 
 
 # channels, size, (image height, width), box, flip: enlarged, shrunk by 7, one pixel, one row, one column, as it is
@@ -105,7 +118,11 @@ CASES: dict[str, tuple[int, tuple[int, int], list[tuple[tuple[int, int], Box, bo
     ),
     "rgb": (3, (21, 10), [((24, 17), (1, 2, 20, 15), True), ((7, 80), (0, 9, 7, 70), False)]),
     "four channels, more than a tile wide": (4, (3, 131), [((6, 9), (2, 1, 4, 8), True)]),
-    "two channels, one pixel out": (2, (1, 1), [((6, 9), (2, 1, 4, 8), True), ((3, 2), (0, 0, 3, 2), False)]),
+    "two channels, one pixel out": (
+        2,
+        (1, 1),
+        [((6, 9), (2, 1, 4, 8), True), ((3, 2), (0, 0, 3, 2), False)],
+    ),
 }
 
 
@@ -119,7 +136,9 @@ def test_equals_the_formula(name: str, device: torch.device) -> None:
     before = [x.clone() for x in packed.tensors]
     got, again = (crop_resize(*packed.tensors, size, channels=channels) for _ in range(2))
     assert torch.equal(got, again), "two runs differ"
-    assert all(torch.equal(a, b) for a, b in zip(before, packed.tensors, strict=True)), "an input was changed"
+    assert all(torch.equal(a, b) for a, b in zip(before, packed.tensors, strict=True)), (
+        "an input was changed"
+    )
     assert_near_formula(got, packed, boxes, flips, size)
 
 
@@ -129,7 +148,11 @@ def test_at_its_own_size_a_box_is_cut_out_exactly(channels: int, device: torch.d
     """Top and left, the axis of the mirror, rows and columns, the order of channels: each mistake shows."""
     images = [noise(9, 14, channels), noise(7, 11, channels, seed=1)]
     boxes: list[Box] = [(1, 4, 6, 9), (0, 2, 6, 9)]
-    got = crop_resize(*pack(images, boxes, [False, True], device).tensors, (6, 9), channels=channels).cpu().numpy()
+    got = (
+        crop_resize(*pack(images, boxes, [False, True], device).tensors, (6, 9), channels=channels)
+        .cpu()
+        .numpy()
+    )
     assert np.array_equal(got[0], images[0][1:7, 4:13].transpose(2, 0, 1))
     assert np.array_equal(got[1], images[1][0:6, 2:11][:, ::-1].transpose(2, 0, 1))
 
@@ -158,14 +181,20 @@ def test_constant_images_stay_constant(device: torch.device) -> None:
 def test_strided_places_and_no_image(device: torch.device) -> None:
     images = [noise(9, 14, 1), noise(5, 6, 1, seed=1), noise(8, 8, 1, seed=2)]
     boxes: list[Box] = [(1, 4, 6, 9), (0, 2, 5, 4), (1, 1, 6, 7)]
-    pixels, offsets, shapes, boxes_B4, flips = pack(images, boxes, [False, True, True], device).tensors
+    pixels, offsets, shapes, boxes_B4, flips = pack(
+        images, boxes, [False, True, True], device
+    ).tensors
     packed = torch.cat([offsets[:, None], shapes, boxes_B4, flips[:, None]], 1)
     mirrored = torch.stack([~flips, flips], 1)[:, 1]
     want = crop_resize(pixels, offsets, shapes, boxes_B4, flips, [7, 5])
-    assert torch.equal(crop_resize(pixels, packed[:, 0], packed[:, 1:3], packed[:, 3:7], mirrored, (7, 5)), want)
+    assert torch.equal(
+        crop_resize(pixels, packed[:, 0], packed[:, 1:3], packed[:, 3:7], mirrored, (7, 5)), want
+    )
     assert not packed[:, 3:7].is_contiguous() and mirrored.stride() == (2,)
     for none in (pixels, pixels[:0]):
-        empty = crop_resize(none, packed[:0, 0], packed[:0, 1:3], packed[:0, 3:7], mirrored[:0], (7, 5), channels=3)
+        empty = crop_resize(
+            none, packed[:0, 0], packed[:0, 1:3], packed[:0, 3:7], mirrored[:0], (7, 5), channels=3
+        )
         assert (empty.shape, empty.dtype) == ((0, 3, 7, 5), torch.uint8)
 
 
@@ -203,13 +232,19 @@ def test_the_float_passes_of_other_devices_equal_the_formula() -> None:
     for shape, size in (((40, 9, 3), (13, 17)), ((5, 70, 1), (9, 10))):
         image = noise(*shape)
         got = two_float_passes(torch.from_numpy(image).permute(2, 0, 1)[None], *size)[0]
-        packed = Packed(pack([image], [(0, 0, *shape[:2])], [False], torch.device("cpu")).tensors, [image], shape[2])
+        packed = Packed(
+            pack([image], [(0, 0, *shape[:2])], [False], torch.device("cpu")).tensors,
+            [image],
+            shape[2],
+        )
         assert_near_formula(got[None], packed, [(0, 0, *shape[:2])], [False], size)
 
 
 def some() -> tuple[Tensor, ...]:
     images = [noise(9, 14 + i, 1, seed=i) for i in range(7)]
-    return pack(images, [(1, 4, 6, 9)] * 7, [i % 2 == 0 for i in range(7)], torch.device("cpu")).tensors
+    return pack(
+        images, [(1, 4, 6, 9)] * 7, [i % 2 == 0 for i in range(7)], torch.device("cpu")
+    ).tensors
 
 
 def test_threads_and_inference_mode_change_nothing() -> None:
@@ -223,7 +258,9 @@ def test_threads_and_inference_mode_change_nothing() -> None:
                 results.append(crop_resize(*some(), (8, 8)))
         torch.set_num_threads(3)
         pixels, offsets, *rest = some()
-        with pytest.raises(ValueError, match="offsets: got 9999 for image 6"):  # from a thread or before it: not lost
+        with pytest.raises(
+            ValueError, match="offsets: got 9999 for image 6"
+        ):  # from a thread or before it: not lost
             crop_resize(pixels, torch.cat([offsets[:-1], torch.tensor([9999])]), *rest, (8, 8))
     finally:
         torch.set_num_threads(before)
@@ -255,9 +292,13 @@ def test_a_forked_child_works_after_its_parent_did() -> None:
 
 def test_a_compiled_call_checks_ranges_too() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *a: crop_resize(*a, (8, 8)), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *a: crop_resize(*a, (8, 8)), fullgraph=True, backend="aot_eager"
+    )
     pixels, offsets, *rest = some()
-    assert torch.equal(compiled(pixels, offsets, *rest), crop_resize(pixels, offsets, *rest, (8, 8)))
+    assert torch.equal(
+        compiled(pixels, offsets, *rest), crop_resize(pixels, offsets, *rest, (8, 8))
+    )
     with pytest.raises(ValueError, match="offsets: got 10003 for image 0"):
         compiled(pixels, offsets + 10000, *rest)
 
@@ -278,22 +319,72 @@ GOOD: dict[str, Any] = {
     ("name", "value", "error", "text"),
     [
         ("pixels", [0], TypeError, "pixels: got list, needs a torch.Tensor"),
-        ("pixels", torch.zeros(200), TypeError, "pixels: got dtype torch.float32, needs torch.uint8"),
-        ("pixels", torch.zeros(2, 100, dtype=torch.uint8), ValueError, r"pixels: got shape \(2, 100\), needs \[T\]"),
+        (
+            "pixels",
+            torch.zeros(200),
+            TypeError,
+            "pixels: got dtype torch.float32, needs torch.uint8",
+        ),
+        (
+            "pixels",
+            torch.zeros(2, 100, dtype=torch.uint8),
+            ValueError,
+            r"pixels: got shape \(2, 100\), needs \[T\]",
+        ),
         (
             "pixels",
             torch.zeros(400, dtype=torch.uint8)[::2],
             ValueError,
             "pixels: got stride 2, needs contiguous memory",
         ),
-        ("offsets", torch.zeros(2, dtype=torch.int32), TypeError, "offsets: got dtype torch.int32, needs torch.int64"),
-        ("offsets", torch.zeros(2, 1, dtype=I64), ValueError, r"offsets: got shape \(2, 1\), needs \[B\]"),
-        ("shapes", torch.zeros(2, 2), TypeError, "shapes: got dtype torch.float32, needs torch.int64"),
-        ("shapes", torch.ones(3, 2, dtype=I64), ValueError, r"shapes: got shape \(3, 2\), needs \[B, 2\] = \(2, 2\)"),
-        ("boxes", torch.zeros(2, 4), TypeError, "boxes: got dtype torch.float32, needs torch.int64"),
-        ("boxes", torch.ones(2, 2, dtype=I64), ValueError, r"boxes: got shape \(2, 2\), needs \[B, 4\] = \(2, 4\)"),
-        ("flips", torch.zeros(2, dtype=I64), TypeError, "flips: got dtype torch.int64, needs torch.bool"),
-        ("flips", torch.zeros(1, dtype=torch.bool), ValueError, r"flips: got shape \(1,\), needs \[B\] = \(2\)"),
+        (
+            "offsets",
+            torch.zeros(2, dtype=torch.int32),
+            TypeError,
+            "offsets: got dtype torch.int32, needs torch.int64",
+        ),
+        (
+            "offsets",
+            torch.zeros(2, 1, dtype=I64),
+            ValueError,
+            r"offsets: got shape \(2, 1\), needs \[B\]",
+        ),
+        (
+            "shapes",
+            torch.zeros(2, 2),
+            TypeError,
+            "shapes: got dtype torch.float32, needs torch.int64",
+        ),
+        (
+            "shapes",
+            torch.ones(3, 2, dtype=I64),
+            ValueError,
+            r"shapes: got shape \(3, 2\), needs \[B, 2\] = \(2, 2\)",
+        ),
+        (
+            "boxes",
+            torch.zeros(2, 4),
+            TypeError,
+            "boxes: got dtype torch.float32, needs torch.int64",
+        ),
+        (
+            "boxes",
+            torch.ones(2, 2, dtype=I64),
+            ValueError,
+            r"boxes: got shape \(2, 2\), needs \[B, 4\] = \(2, 4\)",
+        ),
+        (
+            "flips",
+            torch.zeros(2, dtype=I64),
+            TypeError,
+            "flips: got dtype torch.int64, needs torch.bool",
+        ),
+        (
+            "flips",
+            torch.zeros(1, dtype=torch.bool),
+            ValueError,
+            r"flips: got shape \(1,\), needs \[B\] = \(2\)",
+        ),
         (
             "flips",
             torch.zeros(2, dtype=torch.bool, device="meta"),
@@ -307,7 +398,12 @@ GOOD: dict[str, Any] = {
         ("size", (8, 4097), ValueError, "size: got 4097, needs at most 4096"),
         ("channels", 5, ValueError, "channels: got 5, needs at most 4"),
         ("channels", True, TypeError, "channels: got bool, needs an int"),
-        ("channels", 3, ValueError, "offsets: got 0 for image 0, which ends at 300, needs it inside the 200 of pixels"),
+        (
+            "channels",
+            3,
+            ValueError,
+            "offsets: got 0 for image 0, which ends at 300, needs it inside the 200 of pixels",
+        ),
         (
             "offsets",
             torch.tensor([0, 101]),

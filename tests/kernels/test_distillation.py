@@ -39,13 +39,18 @@ def by_hand(student, teacher, kind, center=None, ts=0.1, tt=0.04):
 @pytest.mark.parametrize("shape", [(4, 37), (2, 3, 64), (1, 1000), (19,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("centred", "mode"), [(True, "prob"), (False, "prob"), (True, "logit")])
-def test_dino_equals_a_loop(shape, dtype, centred, mode, device, close: Callable[..., None]) -> None:
+def test_dino_equals_a_loop(
+    shape, dtype, centred, mode, device, close: Callable[..., None]
+) -> None:
     student, teacher = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     center = torch.randn(shape[-1], device=device) if centred else None
     copies = student.clone(), teacher.clone()
 
     def run(op, dtype=None):
-        leaves = [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in (student, teacher)]
+        leaves = [
+            (t if dtype is None else t.to(dtype)).detach().requires_grad_()
+            for t in (student, teacher)
+        ]
         loss, statistic = op(*leaves)
         return [loss.detach(), statistic, *torch.autograd.grad(loss * 1.5, leaves)]
 
@@ -59,7 +64,9 @@ def test_dino_equals_a_loop(shape, dtype, centred, mode, device, close: Callable
         return loss, statistic
 
     got = run(
-        lambda s, t: distillation_loss(s, t, center=center, center_mode=mode, student_temp=0.2, teacher_temp=0.07)
+        lambda s, t: distillation_loss(
+            s, t, center=center, center_mode=mode, student_temp=0.2, teacher_temp=0.07
+        )
     )
     assert got[0].dtype == got[1].dtype == torch.float32
     assert not got[1].requires_grad
@@ -71,13 +78,17 @@ def test_dino_equals_a_loop(shape, dtype, centred, mode, device, close: Callable
 
 @pytest.mark.parametrize("kind", ["cosine", "mse", "smooth_l1"])
 def test_other_kinds_equal_a_loop(kind) -> None:
-    student, teacher = (torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    student, teacher = (
+        torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
     loss, statistic = distillation_loss(student * 2, teacher, kind=kind)
     want, _, _ = by_hand(student * 2, teacher, kind)
     assert statistic is None
     torch.testing.assert_close(loss, want)
     for got, expected in zip(
-        torch.autograd.grad(loss, (student, teacher)), torch.autograd.grad(want, (student, teacher)), strict=True
+        torch.autograd.grad(loss, (student, teacher)),
+        torch.autograd.grad(want, (student, teacher)),
+        strict=True,
     ):
         torch.testing.assert_close(got, expected)
 
@@ -109,26 +120,34 @@ def test_large_logits_strided_rows_and_reruns(device) -> None:
 
 @pytest.mark.kernel
 def test_no_rows(device) -> None:
-    loss, statistic = distillation_loss(torch.zeros(0, 5, device=device), torch.zeros(0, 5, device=device))
+    loss, statistic = distillation_loss(
+        torch.zeros(0, 5, device=device), torch.zeros(0, 5, device=device)
+    )
     assert loss.item() == 0
     assert torch.equal(statistic, torch.zeros(5, device=device))
 
 
 @pytest.mark.parametrize("kind", ["dino", "cosine", "mse", "smooth_l1"])
 def test_gradcheck(kind) -> None:
-    student, teacher = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    student, teacher = (
+        torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
     center = torch.randn(5, dtype=torch.float64) if kind == "dino" else None
     for name in ("auto", "reference"):
         with backend(name):
             assert torch.autograd.gradcheck(
-                lambda s, t: distillation_loss(s, t, kind=kind, center=center, student_temp=0.5, teacher_temp=0.7)[0],
+                lambda s, t: distillation_loss(
+                    s, t, kind=kind, center=center, student_temp=0.5, teacher_temp=0.7
+                )[0],
                 (student, teacher),
             )
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("use_mask", [False, True])
-def test_sssd_is_the_weighted_sum_with_its_gradients(use_mask, device, close: Callable[..., None]) -> None:
+def test_sssd_is_the_weighted_sum_with_its_gradients(
+    use_mask, device, close: Callable[..., None]
+) -> None:
     images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8, device=device)
     ids = torch.tensor([[0, 3, 5], [4, 1, 2]], device=device)
     mask = torch.zeros(2, 6, dtype=torch.bool, device=device).scatter_(1, ids, True)
@@ -137,18 +156,33 @@ def test_sssd_is_the_weighted_sum_with_its_gradients(use_mask, device, close: Ca
     center = torch.randn(21, device=device)
     which = {"mask": mask} if use_mask else {"ids": ids}
     out = sssd_loss(
-        pred, images, student, teacher, weight=0.3, patch_size=4, norm="channel", std=0.3, center=center, **which
+        pred,
+        images,
+        student,
+        teacher,
+        weight=0.3,
+        patch_size=4,
+        norm="channel",
+        std=0.3,
+        center=center,
+        **which,
     )
 
     def apart(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with backend("reference"):
-            rec = masked_reconstruction_loss(pred.to(dtype), images, patch_size=4, norm="channel", std=0.3, **which)
+            rec = masked_reconstruction_loss(
+                pred.to(dtype), images, patch_size=4, norm="channel", std=0.3, **which
+            )
             return rec, *distillation_loss(student.to(dtype), teacher.to(dtype), center=center)
 
     def with_gradients(loss: torch.Tensor) -> list[torch.Tensor]:
-        return [loss.detach(), *torch.autograd.grad(loss, (pred, student, teacher), retain_graph=True)]
+        return [
+            loss.detach(),
+            *torch.autograd.grad(loss, (pred, student, teacher), retain_graph=True),
+        ]
 
-    (rec, dis, statistic), (rec32, dis32, _) = apart(torch.float64), apart(torch.float32)
+    (rec, dis, statistic) = apart(torch.float64)
+    (rec32, dis32, _) = apart(torch.float32)
     for got, want, eager in (
         (out.total, 0.3 * dis + 0.7 * rec, 0.3 * dis32 + 0.7 * rec32),
         (out.reconstruction * 2 + out.distillation, 2 * rec + dis, 2 * rec32 + dis32),

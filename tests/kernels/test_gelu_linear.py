@@ -32,26 +32,43 @@ def by_hand(x, bias, weight, out_bias, upstream):
     c = [0.0] * width if out_bias is None else out_bias.tolist()
     rows = range(len(x))
     pairs = [[gelu_by_hand(x[n][f] + b[f]) for f in range(hidden)] for n in rows]
-    out = [[sum(pairs[n][f][0] * w[d][f] for f in range(hidden)) + c[d] for d in range(width)] for n in rows]
-    dx = [[sum(up[n][d] * w[d][f] for d in range(width)) * pairs[n][f][1] for f in range(hidden)] for n in rows]
+    out = [
+        [sum(pairs[n][f][0] * w[d][f] for f in range(hidden)) + c[d] for d in range(width)]
+        for n in rows
+    ]
+    dx = [
+        [sum(up[n][d] * w[d][f] for d in range(width)) * pairs[n][f][1] for f in range(hidden)]
+        for n in rows
+    ]
     dbias = [sum(dx[n][f] for n in rows) for f in range(hidden)]
-    dweight = [[sum(up[n][d] * pairs[n][f][0] for n in rows) for f in range(hidden)] for d in range(width)]
+    dweight = [
+        [sum(up[n][d] * pairs[n][f][0] for n in rows) for f in range(hidden)] for d in range(width)
+    ]
     dout_bias = [sum(up[n][d] for n in rows) for d in range(width)]
-    gradients = (dx, dbias if bias is not None else None, dweight, dout_bias if out_bias is not None else None)
+    gradients = (
+        dx,
+        dbias if bias is not None else None,
+        dweight,
+        dout_bias if out_bias is not None else None,
+    )
     made = [torch.tensor(t, dtype=torch.float64) for t in (out, *gradients) if t is not None]
     return [made[0].view(*lead, width), made[1].view(*lead, hidden), *made[2:]]
 
 
 def in_torch(x, bias, weight, out_bias):
     """What a model writes, in x's dtype."""
-    bias, weight, out_bias = (None if t is None else t.to(x.dtype) for t in (bias, weight, out_bias))
+    bias, weight, out_bias = (
+        None if t is None else t.to(x.dtype) for t in (bias, weight, out_bias)
+    )
     return F.linear(F.gelu(x if bias is None else x + bias), weight, out_bias)
 
 
 def make(lead, hidden, width, device="cpu", dtype=torch.float32, biases="both"):
     x = (2 * torch.randn(*lead, hidden, device=device)).to(dtype)
     weight = (torch.randn(width, hidden, device=device) / math.sqrt(hidden)).to(dtype)
-    bias = torch.randn(hidden, device=device) if biases in ("both", "bias") else None  # fp32, as parameters are
+    bias = (
+        torch.randn(hidden, device=device) if biases in ("both", "bias") else None
+    )  # fp32, as parameters are
     out_bias = torch.randn(width, device=device) if biases in ("both", "out_bias") else None
     return x, bias, weight, out_bias
 
@@ -77,12 +94,17 @@ CASES = [  # leading sizes, F, D, biases
 @pytest.mark.kernel
 @pytest.mark.parametrize(("lead", "hidden", "width", "biases"), CASES)
 @pytest.mark.parametrize("half", [False, True])
-def test_equals_a_loop(lead, hidden, width, biases, half, device, close: Callable[..., None]) -> None:
+def test_equals_a_loop(
+    lead, hidden, width, biases, half, device, close: Callable[..., None]
+) -> None:
     dtype = torch.float16 if half else torch.float32
     tensors = make(lead, hidden, width, device, dtype, biases)
     upstream = torch.randn(*lead, width, device=device).to(dtype)
     before = [None if t is None else t.clone() for t in (*tensors, upstream)]
-    runs = [run(lambda *t, r=r: gelu_linear(*t, recompute=r), tensors, upstream) for r in (True, True, False)]
+    runs = [
+        run(lambda *t, r=r: gelu_linear(*t, recompute=r), tensors, upstream)
+        for r in (True, True, False)
+    ]
     close(runs[0], by_hand(*tensors, upstream), run(in_torch, tensors, upstream))
     for other in runs[1:]:  # a rerun, and the same with g kept
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
@@ -102,7 +124,9 @@ def test_large_values(dtype, recompute, device) -> None:
     x = torch.tensor([*values, *[-v for v in values]], device=device).to(dtype)[:, None]
     one = torch.ones(1, 1, device=device, dtype=dtype)
     got = run(
-        lambda x, w: gelu_linear(x, None, w, None, recompute=recompute), (x, one), torch.ones(len(x), 1, device=device)
+        lambda x, w: gelu_linear(x, None, w, None, recompute=recompute),
+        (x, one),
+        torch.ones(len(x), 1, device=device),
     )
     assert all(t.isfinite().all() for t in got[:2])
     h = x.double().cpu().flatten()
@@ -120,7 +144,9 @@ def test_an_overflow_stays_visible(value, device) -> None:
     """The guards of a training run look for values that are not finite: the left tail must not turn one into 0."""
     x = torch.tensor([[value], [1.0]], device=device)
     one = torch.ones(1, 1, device=device)
-    out, dx, _ = run(lambda x, w: gelu_linear(x, None, w, None), (x, one), torch.ones(2, 1, device=device))
+    out, dx, _ = run(
+        lambda x, w: gelu_linear(x, None, w, None), (x, one), torch.ones(2, 1, device=device)
+    )
     assert not out[0].isfinite() and not dx[0].isfinite()
     assert out[1].isfinite() and dx[1].isfinite()
 
@@ -156,19 +182,28 @@ def test_views_with_nan_around_them_and_an_expanded_gradient(lead, shape, part, 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_no_rows(recompute, device) -> None:
     tensors = make((0, 3), 24, 6, device)
-    got = run(lambda *t: gelu_linear(*t, recompute=recompute), tensors, torch.ones(0, 3, 6, device=device))
+    got = run(
+        lambda *t: gelu_linear(*t, recompute=recompute), tensors, torch.ones(0, 3, 6, device=device)
+    )
     assert got[0].shape == (0, 3, 6) and got[1].shape == (0, 3, 24)
     assert all(t.numel() and (t == 0).all() for t in got[2:])
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("programs", [1, 2, 5])
-def test_each_program_sums_many_blocks_of_rows(programs, device, monkeypatch, close: Callable[..., None]) -> None:
+def test_each_program_sums_many_blocks_of_rows(
+    programs, device, monkeypatch, close: Callable[..., None]
+) -> None:
     """With few programs every one of them takes several steps, the last of them past the end."""
     monkeypatch.setattr(MODULE, "BACKWARD_PROGRAMS", programs)
-    tensors, upstream = make((3, 41), 72, 3, device), torch.randn(3, 41, 3, device=device)
+    tensors = make((3, 41), 72, 3, device)
+    upstream = torch.randn(3, 41, 3, device=device)
     got, again = (run(gelu_linear, tensors, upstream) for _ in range(2))
-    close(got, run(in_torch, [t.double() for t in tensors], upstream.double()), run(in_torch, tensors, upstream))
+    close(
+        got,
+        run(in_torch, [t.double() for t in tensors], upstream.double()),
+        run(in_torch, tensors, upstream),
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
@@ -177,10 +212,13 @@ def test_each_program_sums_many_blocks_of_rows(programs, device, monkeypatch, cl
 @pytest.mark.parametrize("place", range(4))
 def test_one_gradient_alone(place, recompute, device) -> None:
     """Frozen parameters change nothing for the others."""
-    tensors, upstream = make((2, 5), 24, 6, device), torch.randn(2, 5, 6, device=device)
+    tensors = make((2, 5), 24, 6, device)
+    upstream = torch.randn(2, 5, 6, device=device)
     every = run(lambda *t: gelu_linear(*t, recompute=recompute), tensors, upstream)[1 + place]
     leaves = [t.detach().requires_grad_(i == place) for i, t in enumerate(tensors)]
-    (alone,) = torch.autograd.grad(gelu_linear(*leaves, recompute=recompute), leaves[place], upstream)
+    (alone,) = torch.autograd.grad(
+        gelu_linear(*leaves, recompute=recompute), leaves[place], upstream
+    )
     assert torch.equal(alone, every)
 
 
@@ -212,7 +250,9 @@ def test_autocast(registered, recompute, monkeypatch, close: Callable[..., None]
     with torch.autocast("cpu", torch.bfloat16):
         got, eager = run(ours, tensors, upstream), run(layers, tensors, upstream)
     assert [t.dtype for t in got] == [torch.bfloat16, *[torch.float32] * 5]
-    close(got, exact, eager, atol=1e-3)  # the bias is added to a rounded product: one rounding more than in the layers
+    close(
+        got, exact, eager, atol=1e-3
+    )  # the bias is added to a rounded product: one rounding more than in the layers
 
 
 @pytest.mark.parametrize("registered", [False, True])
@@ -222,7 +262,9 @@ def test_parameters_take_the_dtype_of_x(registered, monkeypatch) -> None:
     x, bias, weight, out_bias = make((3,), 24, 6)
     got = run(gelu_linear, (x.bfloat16(), bias, weight, out_bias), torch.ones(3, 6))
     assert [t.dtype for t in got] == [torch.bfloat16, torch.bfloat16, *[torch.float32] * 3]
-    exact = run(in_torch, [t.double() for t in (x, bias, weight, out_bias)], torch.ones(3, 6).double())
+    exact = run(
+        in_torch, [t.double() for t in (x, bias, weight, out_bias)], torch.ones(3, 6).double()
+    )
     for result, want in zip(got, exact, strict=True):
         assert (result.double() - want).abs().max() <= 0.02 * want.abs().max()
 
@@ -234,7 +276,9 @@ def test_what_autograd_keeps_under_autocast() -> None:
     with (
         pytest.MonkeyPatch.context() as patch,
         torch.autocast("cpu", torch.bfloat16),
-        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
+        ),
     ):
         patch.setattr(MODULE, "wants_reference", lambda on: False)
         product = x.bfloat16()
@@ -250,17 +294,25 @@ def test_what_autograd_keeps_under_autocast() -> None:
 def test_the_module_is_the_two_layers(bias, device) -> None:
     mlp = GeluMLP(6, 24, bias=bias).to(device)
     layers = nn.Sequential()
-    layers.fc1, layers.act, layers.fc2 = nn.Linear(6, 24, bias=bias), nn.GELU(), nn.Linear(24, 6, bias=bias)
+    layers.fc1 = nn.Linear(6, 24, bias=bias)
+    layers.act = nn.GELU()
+    layers.fc2 = nn.Linear(24, 6, bias=bias)
     layers.to(device).load_state_dict(mlp.state_dict())
-    x, upstream = torch.randn(2, 5, 6, device=device), torch.randn(2, 5, 6, device=device)
+    x = torch.randn(2, 5, 6, device=device)
+    upstream = torch.randn(2, 5, 6, device=device)
     for model in (mlp, copy.deepcopy(mlp)):
         got = torch.autograd.grad(model(x), model.parameters(), upstream)
-        for g, w in zip(got, torch.autograd.grad(layers(x), layers.parameters(), upstream), strict=True):
+        for g, w in zip(
+            got, torch.autograd.grad(layers(x), layers.parameters(), upstream), strict=True
+        ):
             torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mlp(x), layers(x), rtol=1e-5, atol=1e-5)
 
 
-X, B, W, C = torch.zeros(2, 3, 8), torch.zeros(8), torch.zeros(4, 8), torch.zeros(4)
+X = torch.zeros(2, 3, 8)
+B = torch.zeros(8)
+W = torch.zeros(4, 8)
+C = torch.zeros(4)
 
 
 @pytest.mark.parametrize(
@@ -268,16 +320,44 @@ X, B, W, C = torch.zeros(2, 3, 8), torch.zeros(8), torch.zeros(4, 8), torch.zero
     [
         (lambda: gelu_linear([1.0], B, W, C), TypeError, "x: got list, needs a torch.Tensor"),
         (lambda: gelu_linear(X.int(), B, W, C), TypeError, "x: got dtype torch.int32"),
-        (lambda: gelu_linear(torch.zeros(()), B, W, C), ValueError, r"x: got shape \(\), needs \[..., F\] with F of"),
+        (
+            lambda: gelu_linear(torch.zeros(()), B, W, C),
+            ValueError,
+            r"x: got shape \(\), needs \[..., F\] with F of",
+        ),
         (lambda: gelu_linear(X[..., :0], B, W, C), ValueError, r"x: got shape \(2, 3, 0\)"),
-        (lambda: gelu_linear(X, B[:7], W, C), ValueError, r"bias: got shape \(7,\), needs \[F\] = \(8\)"),
+        (
+            lambda: gelu_linear(X, B[:7], W, C),
+            ValueError,
+            r"bias: got shape \(7,\), needs \[F\] = \(8\)",
+        ),
         (lambda: gelu_linear(X, B.long(), W, C), TypeError, "bias: got dtype torch.int64"),
         (lambda: gelu_linear(X, B, None, C), TypeError, "weight: got NoneType"),
-        (lambda: gelu_linear(X, B, W.t(), C), ValueError, r"weight: got shape \(8, 4\), needs \[D, F\] = \(any, 8\)"),
-        (lambda: gelu_linear(X, B, W[:0], None), ValueError, r"weight: got shape \(0, 8\), needs \[D, F\] with D of"),
-        (lambda: gelu_linear(X, B, W.to("meta"), C), ValueError, "weight: got device meta, needs the device of x, cpu"),
-        (lambda: gelu_linear(X, B, W, B), ValueError, r"out_bias: got shape \(8,\), needs \[D\] = \(4\)"),
-        (lambda: gelu_linear(X, B, W, C, recompute=1), TypeError, "recompute: got int, needs a bool"),
+        (
+            lambda: gelu_linear(X, B, W.t(), C),
+            ValueError,
+            r"weight: got shape \(8, 4\), needs \[D, F\] = \(any, 8\)",
+        ),
+        (
+            lambda: gelu_linear(X, B, W[:0], None),
+            ValueError,
+            r"weight: got shape \(0, 8\), needs \[D, F\] with D of",
+        ),
+        (
+            lambda: gelu_linear(X, B, W.to("meta"), C),
+            ValueError,
+            "weight: got device meta, needs the device of x, cpu",
+        ),
+        (
+            lambda: gelu_linear(X, B, W, B),
+            ValueError,
+            r"out_bias: got shape \(8,\), needs \[D\] = \(4\)",
+        ),
+        (
+            lambda: gelu_linear(X, B, W, C, recompute=1),
+            TypeError,
+            "recompute: got int, needs a bool",
+        ),
         (lambda: GeluMLP(0, 4), ValueError, "dim: got 0, needs at least 1"),
         (lambda: GeluMLP(4, 2.0), TypeError, "hidden_dim: got float, needs an int"),
     ],

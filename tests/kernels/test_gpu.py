@@ -55,7 +55,9 @@ class Inputs(NamedTuple):
     others: tuple[Tensor, ...]
 
 
-Op = Callable[..., "Tensor | tuple[Tensor, ...]"]  # (leaves, others) -> results; gradients are taken of the first
+Op = Callable[
+    ..., "Tensor | tuple[Tensor, ...]"
+]  # (leaves, others) -> results; gradients are taken of the first
 
 
 class Case(NamedTuple):
@@ -110,7 +112,9 @@ def loss_case(norm: str | None, layout: str, use_mask: bool = False) -> Case:
 
     def call(s: Sizes, x: tuple[Tensor, ...], o: tuple[Tensor, ...]) -> Tensor:
         select = {"mask" if use_mask else "ids": o[1]}
-        return mk.masked_reconstruction_loss(x[0], o[0], patch_size=s.patch, norm=norm, mean=MEAN, std=STD, **select)
+        return mk.masked_reconstruction_loss(
+            x[0], o[0], patch_size=s.patch, norm=norm, mean=MEAN, std=STD, **select
+        )
 
     return Case(make, call)
 
@@ -127,20 +131,26 @@ def make_linear(s: Sizes, device: torch.device) -> Inputs:
 
 def make_gelu(s: Sizes, device: torch.device, decoder: bool) -> Inputs:
     width, tokens = (s.decoder, 1 + s.patches) if decoder else (s.width, 1 + s.keep)
-    x, bias = normal(s.batch, tokens, 4 * width, device=device), normal(4 * width, device=device)
+    x = normal(s.batch, tokens, 4 * width, device=device)
+    bias = normal(4 * width, device=device)
     weight = normal(width, 4 * width, device=device) / math.sqrt(4 * width)
     return Inputs((x, bias, weight, normal(width, device=device)), ())
 
 
 def make_logits(s: Sizes, device: torch.device) -> Inputs:
     rows = (s.batch, s.logits)
-    return Inputs((normal(*rows, device=device), normal(*rows, device=device)), (normal(s.logits, device=device),))
+    return Inputs(
+        (normal(*rows, device=device), normal(*rows, device=device)),
+        (normal(s.logits, device=device),),
+    )
 
 
 def make_sssd(s: Sizes, device: torch.device) -> Inputs:
     pred = normal(s.batch, s.patches - s.keep, 3 * s.patch**2, device=device)
     logits = make_logits(s, device)
-    return Inputs((pred, *logits.leaves), (pixels(s, device), ids(s, device).ids_masked, *logits.others))
+    return Inputs(
+        (pred, *logits.leaves), (pixels(s, device), ids(s, device).ids_masked, *logits.others)
+    )
 
 
 def make_attention(s: Sizes, device: torch.device, decoder: bool) -> Inputs:
@@ -153,8 +163,12 @@ CASES: dict[str, Case] = {
     "embed_patches nchw uint8": embed_case("nchw"),
     "embed_patches nhwc uint8": embed_case("nhwc"),
     "embed_patches nhwc float": embed_case("nhwc float"),
-    "restore_tokens": Case(make_restore, lambda s, x, o: mk.restore_tokens(x[0], o[0], x[1], x[2], prefix=1)),
-    "gelu_linear encoder": Case(lambda s, d: make_gelu(s, d, False), lambda s, x, o: mk.gelu_linear(*x)),
+    "restore_tokens": Case(
+        make_restore, lambda s, x, o: mk.restore_tokens(x[0], o[0], x[1], x[2], prefix=1)
+    ),
+    "gelu_linear encoder": Case(
+        lambda s, d: make_gelu(s, d, False), lambda s, x, o: mk.gelu_linear(*x)
+    ),
     "gelu_linear decoder, g kept": Case(
         lambda s, d: make_gelu(s, d, True), lambda s, x, o: mk.gelu_linear(*x, recompute=False)
     ),
@@ -162,7 +176,10 @@ CASES: dict[str, Case] = {
     "masked_reconstruction_loss channel nhwc": loss_case("channel", "nhwc"),
     "masked_reconstruction_loss mask float": loss_case(None, "nchw float", use_mask=True),
     "linear_reconstruction_loss": Case(
-        make_linear, lambda s, x, o: mk.linear_reconstruction_loss(*x, *o, patch_size=s.patch, mean=MEAN, std=STD)
+        make_linear,
+        lambda s, x, o: mk.linear_reconstruction_loss(
+            *x, *o, patch_size=s.patch, mean=MEAN, std=STD
+        ),
     ),
     "distillation_loss": Case(make_logits, lambda s, x, o: mk.distillation_loss(*x, center=o[0])),
     "sssd_loss": Case(
@@ -171,15 +188,22 @@ CASES: dict[str, Case] = {
             x[0], o[0], x[1], x[2], ids=o[1], center=o[2], patch_size=s.patch, mean=MEAN, std=STD
         ),
     ),
-    "attention encoder": Case(lambda s, d: make_attention(s, d, False), lambda s, x, o: mk.attention(*x), True),
-    "attention decoder": Case(lambda s, d: make_attention(s, d, True), lambda s, x, o: mk.attention(*x), True),
+    "attention encoder": Case(
+        lambda s, d: make_attention(s, d, False), lambda s, x, o: mk.attention(*x), True
+    ),
+    "attention decoder": Case(
+        lambda s, d: make_attention(s, d, True), lambda s, x, o: mk.attention(*x), True
+    ),
 }
 NAMES = pytest.mark.parametrize("name", CASES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def results(
-    call: Callable[..., Any], leaves: tuple[Tensor, ...], others: tuple[Tensor, ...], upstream: Tensor | None = None
+    call: Callable[..., Any],
+    leaves: tuple[Tensor, ...],
+    others: tuple[Tensor, ...],
+    upstream: Tensor | None = None,
 ) -> list[Tensor]:
     """All results and the gradients of the first, with every leaf a fresh one."""
     leaves = tuple(t.detach().requires_grad_() for t in leaves)
@@ -193,7 +217,11 @@ def upstream_of(case: Case, s: Sizes, inputs: Inputs) -> Tensor:
     with torch.no_grad():
         out = case.call(s, inputs.leaves, inputs.others)
     first = out if isinstance(out, Tensor) else out[0]
-    return torch.randn_like(first, dtype=torch.float32) if first.dim() else torch.full_like(first, 1024.0)
+    return (
+        torch.randn_like(first, dtype=torch.float32)
+        if first.dim()
+        else torch.full_like(first, 1024.0)
+    )
 
 
 def backward_again(call: Callable[..., Any], leaves: tuple[Tensor, ...], upstream: Tensor) -> None:
@@ -207,12 +235,18 @@ def backward_again(call: Callable[..., Any], leaves: tuple[Tensor, ...], upstrea
     torch.autograd.grad(first, leaves, upstream * -0.5, retain_graph=True)
     again = torch.autograd.grad(first, leaves, upstream)
     for returned, copy, repeated in zip(gradients, copies, again, strict=True):
-        assert torch.equal(returned, copy), "a later backward changed a gradient that was already returned"
-        assert torch.equal(repeated, copy), "a backward through the same graph differs from the first one"
+        assert torch.equal(returned, copy), (
+            "a later backward changed a gradient that was already returned"
+        )
+        assert torch.equal(repeated, copy), (
+            "a backward through the same graph differs from the first one"
+        )
 
 
 # ----------------------------------------------------------------------------------------------- the properties
-def check_accuracy(name: str, s: Sizes, dtype: torch.dtype, device: torch.device, kernels: str) -> None:
+def check_accuracy(
+    name: str, s: Sizes, dtype: torch.dtype, device: torch.device, kernels: str
+) -> None:
     """Error against fp64 at most twice that of the eager reference in the same dtype, plus a small absolute term."""
     case = CASES[name]
     inputs = case.make(s, device)
@@ -225,11 +259,14 @@ def check_accuracy(name: str, s: Sizes, dtype: torch.dtype, device: torch.device
             return results(lambda x, o: case.call(s, x, o), which, others, upstream)
 
     got, again = run(kernels, *leaves), run(kernels, *leaves)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*leaves, *others), strict=True)), "an input was changed"
+    assert all(torch.equal(a, b) for a, b in zip(before, (*leaves, *others), strict=True)), (
+        "an input was changed"
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
     with backend(kernels):
         backward_again(lambda x: case.call(s, x, others), leaves, upstream)
-    eager, exact = run("reference", *leaves), run("reference", *(t.double() for t in leaves))
+    eager = run("reference", *leaves)
+    exact = run("reference", *(t.double() for t in leaves))
     for i, (g, e, x) in enumerate(zip(got, eager, exact, strict=True)):
         assert (g.shape, g.dtype) == (e.shape, e.dtype), f"result {i}"
         atol = 4e-6 * x.abs().max().item()
@@ -238,7 +275,9 @@ def check_accuracy(name: str, s: Sizes, dtype: torch.dtype, device: torch.device
             # the teacher's gradient is P (-log Q - loss) / temperature: a difference of numbers as large as the loss
             atol = 5 * atol + 2**-23 * upstream.item() * exact[0].item() / (0.04 * s.batch)
         error, allowed = ((t.double() - x).abs().max().item() for t in (g, e))
-        assert error <= 2 * allowed + atol, f"result {i}: error {error:.3e}, eager {allowed:.3e}, atol {atol:.3e}"
+        assert error <= 2 * allowed + atol, (
+            f"result {i}: error {error:.3e}, eager {allowed:.3e}, atol {atol:.3e}"
+        )
 
 
 def check_autocast(name: str, s: Sizes, device: torch.device, kernels: str) -> None:
@@ -250,19 +289,25 @@ def check_autocast(name: str, s: Sizes, device: torch.device, kernels: str) -> N
         with backend(chosen), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             return results(lambda x, o: case.call(s, x, o), leaves, inputs.others)
 
-    got, eager = run(kernels, True, inputs.leaves), run("reference", True, inputs.leaves)
+    got = run(kernels, True, inputs.leaves)
+    eager = run("reference", True, inputs.leaves)
     exact = run("reference", False, tuple(t.double() for t in inputs.leaves))
     for i, (g, e, x) in enumerate(zip(got, eager, exact, strict=True)):
         assert (g.shape, g.dtype) == (e.shape, e.dtype), f"result {i}"
         error, allowed = ((t.double() - x).abs().max().item() for t in (g, e))
-        assert error <= 2 * allowed + 2e-5 * x.abs().max().item(), f"result {i}: {error:.3e}, {allowed:.3e}"
+        assert error <= 2 * allowed + 2e-5 * x.abs().max().item(), (
+            f"result {i}: {error:.3e}, {allowed:.3e}"
+        )
 
 
-def check_compiled(name: str, s: Sizes, dtype: torch.dtype, device: torch.device, kernels: str, compiler: str) -> None:
+def check_compiled(
+    name: str, s: Sizes, dtype: torch.dtype, device: torch.device, kernels: str, compiler: str
+) -> None:
     """torch.compile(fullgraph=True), forward and backward, gives what eager gives."""
     case = CASES[name]
     inputs = case.make(s, device)
-    leaves, upstream = tuple(t.to(dtype) for t in inputs.leaves), upstream_of(case, s, inputs)
+    leaves = tuple(t.to(dtype) for t in inputs.leaves)
+    upstream = upstream_of(case, s, inputs)
     torch._dynamo.reset()
     with backend(kernels):
         want = results(lambda x, o: case.call(s, x, o), leaves, inputs.others, upstream)
@@ -272,7 +317,9 @@ def check_compiled(name: str, s: Sizes, dtype: torch.dtype, device: torch.device
         # sums and matrix products around the kernels may be ordered otherwise
         assert (g.shape, g.dtype) == (w.shape, w.dtype)
         scale = 1e-6 + torch.finfo(w.dtype).eps
-        assert (g.double() - w.double()).abs().max() <= 4 * scale * w.abs().max().double(), f"result {i}"
+        assert (g.double() - w.double()).abs().max() <= 4 * scale * w.abs().max().double(), (
+            f"result {i}"
+        )
 
 
 def measured(device: torch.device, call: Callable[[], object]) -> int:
@@ -297,17 +344,27 @@ class Decoded(NamedTuple):
     flips: Tensor
 
 
-def decoded(batch: int, channels: int, device: torch.device, sides: tuple[int, int] = (150, 500)) -> Decoded:
+def decoded(
+    batch: int, channels: int, device: torch.device, sides: tuple[int, int] = (150, 500)
+) -> Decoded:
     shapes = torch.randint(*sides, (batch, 2))
     sizes = shapes.prod(1) * channels
     extent = (shapes * (0.4 + 0.6 * torch.rand(batch, 2))).long()
     corner = ((shapes - extent + 1) * torch.rand(batch, 2)).long()
     pixels_T = torch.randint(0, 256, (int(sizes.sum()),), dtype=torch.uint8)
-    tensors = (pixels_T, sizes.cumsum(0) - sizes, shapes, torch.cat([corner, extent], 1), torch.rand(batch) < 0.5)
+    tensors = (
+        pixels_T,
+        sizes.cumsum(0) - sizes,
+        shapes,
+        torch.cat([corner, extent], 1),
+        torch.rand(batch) < 0.5,
+    )
     return Decoded(*(t.to(device) for t in tensors))
 
 
-def check_crops(batch: int, channels: int, size: int, device: torch.device, kernels: str, **sides: Any) -> None:
+def check_crops(
+    batch: int, channels: int, size: int, device: torch.device, kernels: str, **sides: Any
+) -> None:
     """The kernel against torch's own resize on the CPU, whose weights are 16-bit numbers: seldom another grey level."""
     made = decoded(batch, channels, device, **sides)
     with backend(kernels):
@@ -407,14 +464,20 @@ def test_captured_graph(name: str, cuda: torch.device) -> None:
         with torch.cuda.graph(graph):
             captured = step()
         with torch.no_grad():
-            for kept, new in zip((*leaves, *static.others), (*fresh.leaves, *fresh.others), strict=True):
+            for kept, new in zip(
+                (*leaves, *static.others), (*fresh.leaves, *fresh.others), strict=True
+            ):
                 kept.copy_(new)
         graph.replay()
         torch.cuda.synchronize()
         want = results(lambda x, o: case.call(s, x, o), leaves, static.others)
     for got, eager in zip(captured, want, strict=True):
-        if name.startswith(("embed", "linear", "gelu")):  # cuBLAS has another workspace while a graph is captured
-            assert (got.double() - eager.double()).abs().max() <= 4 * torch.finfo(got.dtype).eps * eager.abs().max()
+        if name.startswith(
+            ("embed", "linear", "gelu")
+        ):  # cuBLAS has another workspace while a graph is captured
+            assert (got.double() - eager.double()).abs().max() <= 4 * torch.finfo(
+                got.dtype
+            ).eps * eager.abs().max()
         else:
             assert torch.equal(got.detach(), eager)
 
@@ -425,7 +488,9 @@ def test_captured_graph(name: str, cuda: torch.device) -> None:
 def test_masking_and_gather(batch: int, patches: int, cuda: torch.device) -> None:
     noise = torch.rand(batch, patches, device=cuda)
     noise[:, 5] = noise[:, 3]  # a tie
-    images = torch.randint(0, 256, (batch, 4, 4 * patches // 64, 256), dtype=torch.uint8, device=cuda)
+    images = torch.randint(
+        0, 256, (batch, 4, 4 * patches // 64, 256), dtype=torch.uint8, device=cuda
+    )
     images = images.to(memory_format=torch.channels_last)
     if patches == 196:
         images = pixels(VIT["B"]._replace(batch=batch), cuda, "nhwc")
@@ -438,7 +503,9 @@ def test_masking_and_gather(batch: int, patches: int, cuda: torch.device) -> Non
             want = mk.random_masking(noise.to(dtype), patches // 4)
             exact = mk.gather_patches(images, want.ids_keep, side, dtype=torch.float64)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-        assert (vectors.double() - exact).abs().max() <= torch.finfo(dtype).eps  # values up to 1: one rounding
+        assert (vectors.double() - exact).abs().max() <= torch.finfo(
+            dtype
+        ).eps  # values up to 1: one rounding
 
 
 @pytest.mark.gpu
@@ -459,7 +526,11 @@ def test_memory_of_the_losses(cuda: torch.device) -> None:
         with backend("triton"):
             return measured(cuda, step), inputs
 
-    for name in ("masked_reconstruction_loss", "masked_reconstruction_loss channel nhwc", "sssd_loss"):
+    for name in (
+        "masked_reconstruction_loss",
+        "masked_reconstruction_loss channel nhwc",
+        "sssd_loss",
+    ):
         got, inputs = peak(name)
         gradients = sum(t.numel() * t.element_size() for t in inputs.leaves)
         assert got <= gradients + slack, f"{name}: {got} bytes, its gradients are {gradients}"
@@ -467,15 +538,24 @@ def test_memory_of_the_losses(cuda: torch.device) -> None:
     hidden, weight, _ = inputs.leaves
     predictions = hidden.shape[0] * hidden.shape[1] * weight.shape[0] * 2
     # hidden's gradient, as kept and as returned; an eighth of predictions, their gradient, and copies of that part of hidden
-    stated = 2 * hidden.numel() * 2 + (2 * predictions + 2 * hidden.numel() * 2) // 8 + 16 * weight.numel() + slack
+    stated = (
+        2 * hidden.numel() * 2
+        + (2 * predictions + 2 * hidden.numel() * 2) // 8
+        + 16 * weight.numel()
+        + slack
+    )
     assert got <= stated, f"{got} bytes, stated {stated}"
     kept: list[int] = []
     with (
         backend("triton"),
-        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.numel()) or t, lambda t: t
+        ),
     ):
         CASES["linear_reconstruction_loss"].call(s, *inputs)
-    assert max(kept) <= hidden.numel() < predictions // 2, "what is kept for the backward is no prediction"
+    assert max(kept) <= hidden.numel() < predictions // 2, (
+        "what is kept for the backward is no prediction"
+    )
 
 
 @pytest.mark.gpu
@@ -509,7 +589,9 @@ def free_bytes() -> int:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["gather_patches", "embed_patches", "restore_tokens", "masked_reconstruction_loss"])
+@pytest.mark.parametrize(
+    "name", ["gather_patches", "embed_patches", "restore_tokens", "masked_reconstruction_loss"]
+)
 def test_offsets_beyond_two_to_the_31(name: str, cuda: torch.device) -> None:
     """The last image of a batch of more than 2^31 elements gives what it gives alone."""
     need, free = 26 * GIB, free_bytes()
@@ -531,7 +613,11 @@ def test_offsets_beyond_two_to_the_31(name: str, cuda: torch.device) -> None:
         with backend("triton"):
             last, alone = call(x, listed)[-1:], call(x[-1:].clone(), listed[-1:])
         # cuBLAS orders the sums of a small product in another way
-        atol = 0.0 if name == "gather_patches" else 4 * torch.finfo(torch.bfloat16).eps * alone.abs().max().item()
+        atol = (
+            0.0
+            if name == "gather_patches"
+            else 4 * torch.finfo(torch.bfloat16).eps * alone.abs().max().item()
+        )
         torch.testing.assert_close(last, alone, rtol=0, atol=atol)
         return
     width, patches = (512, 196) if name == "restore_tokens" else (768, 147)
@@ -547,7 +633,10 @@ def test_offsets_beyond_two_to_the_31(name: str, cuda: torch.device) -> None:
         def restore(visible: Tensor, order: Tensor, upstream: Tensor) -> list[Tensor]:
             leaf = visible.detach().requires_grad_()
             out = mk.restore_tokens(leaf, order, token[0], pos, prefix=1)
-            return [out.detach()[-1:].clone(), torch.autograd.grad(out, leaf, upstream)[0][-1:].clone()]
+            return [
+                out.detach()[-1:].clone(),
+                torch.autograd.grad(out, leaf, upstream)[0][-1:].clone(),
+            ]
 
         with backend("triton"):
             many = restore(visible, order, upstream)
@@ -557,7 +646,9 @@ def test_offsets_beyond_two_to_the_31(name: str, cuda: torch.device) -> None:
     pred = torch.zeros(images, 147, 768, device=cuda, dtype=torch.bfloat16)
     pred[-1] = torch.randn(147, 768, device=cuda)
     pred.requires_grad_()
-    x = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8, device=cuda).expand(images, -1, -1, -1)
+    x = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8, device=cuda).expand(
+        images, -1, -1, -1
+    )
     listed = torch.randperm(196, device=cuda)[:147].expand(images, -1)
     with backend("triton"):
         loss = mk.masked_reconstruction_loss(pred, x, ids=listed, patch_size=16)
@@ -578,8 +669,11 @@ def test_gelu_linear_beyond_two_to_the_31(recompute: bool, cuda: torch.device) -
         pytest.skip(f"{free / GIB:.1f} GiB of GPU memory are free and {need / GIB:.0f} are needed")
     rows = 2**31 // 2048 + 3
     x, upstream = (torch.zeros(rows, n, device=cuda, dtype=torch.bfloat16) for n in (2048, 64))
-    x[-1], upstream[-1] = torch.randn(2048, device=cuda), torch.randn(64, device=cuda)
-    parameters = [torch.randn(n, device=cuda, dtype=torch.bfloat16) for n in ((2048,), (64, 2048), (64,))]
+    x[-1] = torch.randn(2048, device=cuda)
+    upstream[-1] = torch.randn(64, device=cuda)
+    parameters = [
+        torch.randn(n, device=cuda, dtype=torch.bfloat16) for n in ((2048,), (64, 2048), (64,))
+    ]
 
     def call(x: Tensor, upstream: Tensor) -> list[Tensor]:
         leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
@@ -589,7 +683,9 @@ def test_gelu_linear_beyond_two_to_the_31(recompute: bool, cuda: torch.device) -
 
     with backend("triton"):
         many, alone = call(x, upstream), call(x[-1:].clone(), upstream[-1:].clone())
-    for got, want in zip(many, alone, strict=True):  # cuBLAS orders the sums of a small product in another way
+    for got, want in zip(
+        many, alone, strict=True
+    ):  # cuBLAS orders the sums of a small product in another way
         atol = 4 * torch.finfo(torch.bfloat16).eps * want.abs().max().item()
         torch.testing.assert_close(got, want, rtol=0, atol=atol)
 
@@ -619,7 +715,9 @@ def test_crop_resize(channels: int, cuda: torch.device) -> None:
     torch._dynamo.reset()
     with backend("triton"):
         want = mk.crop_resize(*made, (224, 224), channels=channels)
-        compiled = torch.compile(lambda *a: mk.crop_resize(*a, (224, 224), channels=channels), fullgraph=True)
+        compiled = torch.compile(
+            lambda *a: mk.crop_resize(*a, (224, 224), channels=channels), fullgraph=True
+        )
         assert torch.equal(compiled(*made), want)
 
 
@@ -627,7 +725,9 @@ def test_crop_resize(channels: int, cuda: torch.device) -> None:
 def test_crop_resize_in_a_captured_graph(cuda: torch.device) -> None:
     """Replayed with other boxes of the same pixels, as a loader does."""
     made = decoded(64, 1, cuda)
-    other = made._replace(boxes=made.boxes.flip(0), shapes=made.shapes.flip(0), offsets=made.offsets.flip(0))
+    other = made._replace(
+        boxes=made.boxes.flip(0), shapes=made.shapes.flip(0), offsets=made.offsets.flip(0)
+    )
     with backend("triton"):
         want = mk.crop_resize(*other, (224, 224))
         graph = torch.cuda.CUDAGraph()
@@ -653,7 +753,9 @@ def test_crop_resize_beyond_two_to_the_31(cuda: torch.device) -> None:
 
     def call(pixels_T: Tensor, place: Tensor) -> Tensor:
         flips = torch.ones(len(place), dtype=torch.bool, device=cuda)
-        return mk.crop_resize(pixels_T, place[:, 0], place[:, 1:3], place[:, 3:7], flips, (224, 224))
+        return mk.crop_resize(
+            pixels_T, place[:, 0], place[:, 1:3], place[:, 3:7], flips, (224, 224)
+        )
 
     with backend("triton"):
         many = call(pixels_T, place.expand(2**31 // 224**2 + 2, -1))
@@ -672,7 +774,9 @@ def test_crop_resize_out_of_range(cuda: torch.device) -> None:
         assert not got[3].any() and got[2].any() and got[4].any()
         mk.debug_checks(True)
         try:
-            with pytest.raises(ValueError, match=r"boxes: got \(top, left, height, width\) = .* for image 3"):
+            with pytest.raises(
+                ValueError, match=r"boxes: got \(top, left, height, width\) = .* for image 3"
+            ):
                 mk.crop_resize(*made, (32, 32))
         finally:
             mk.debug_checks(False)

@@ -34,10 +34,22 @@ INTERPRETED = FILES | {"test_gpu.py": 15, "test_memory.py": 4, "traffic_by_inter
 @functools.cache  # the interpreter's start is dear: all files in one process
 def run_marked(files: tuple[str, ...], **env: str) -> subprocess.CompletedProcess[str]:
     """Runs the `kernel` tests of the files with the backend "triton" in one process, once."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", "-m", "kernel"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rp",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "kernel",
+    ]
     command += [str(HERE / file) for file in files]
     full = {**os.environ, "MAE_KERNELS_BACKEND": "triton", **env}
-    return subprocess.run(command, env=full, cwd=HERE.parents[1], capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        command, env=full, cwd=HERE.parents[1], capture_output=True, text=True, timeout=900
+    )
 
 
 def passed(files: dict[str, int], **env: str) -> Counter[str]:
@@ -57,4 +69,7 @@ def test_kernels_under_the_interpreter(file: str) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_on_a_gpu(file: str) -> None:
     """A process per file: hundreds of kernels are compiled in all."""
-    assert passed({file: FILES[file]}, MAE_KERNELS_TEST_DEVICE="cuda", TRITON_INTERPRET="0")[file] >= FILES[file]
+    assert (
+        passed({file: FILES[file]}, MAE_KERNELS_TEST_DEVICE="cuda", TRITON_INTERPRET="0")[file]
+        >= FILES[file]
+    )

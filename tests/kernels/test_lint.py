@@ -19,14 +19,24 @@ LARGEST = "attention 197 x 12 x 64"
 
 @pytest.mark.parametrize(
     ("arch", "only"),
-    [(75, SAMPLE), (80, (*SAMPLE, LARGEST)), (86, SAMPLE), (89, SAMPLE), (90, None), (100, SAMPLE), (120, SAMPLE)],
+    [
+        (75, SAMPLE),
+        (80, (*SAMPLE, LARGEST)),
+        (86, SAMPLE),
+        (89, SAMPLE),
+        (90, None),
+        (100, SAMPLE),
+        (120, SAMPLE),
+    ],
     ids=map(str, lint.ARCHITECTURES),
 )
 def test_every_kernel_keeps_the_rules(arch: int, only: tuple[str, ...] | None) -> None:
     """Every case on sm_90, every kernel on the others; the command `--lint` takes every case on all of them."""
     rows = lint.lint(arch, only)
     assert {row.arch for row in rows} == {arch}
-    assert len({row.kernel for row in rows}) == (16 if arch < lint.TENSOR_CORES_FROM["attention"] else 19)
+    assert len({row.kernel for row in rows}) == (
+        16 if arch < lint.TENSOR_CORES_FROM["attention"] else 19
+    )
     assert not [row for row in rows if row.problems]
     if arch == 80:  # sm_86 and sm_89 run what sm_80 runs, with less shared memory
         assert max(row.shared for row in rows) <= lint.SHARED_LIMITS[86] * 1024
@@ -46,5 +56,9 @@ def _bad_kernel(X, Y, scale: tl.constexpr, N: tl.constexpr):
 
 def test_the_rules_can_fail() -> None:
     x = torch.empty(4096, device="meta")
-    row = lint.judge(lint.LintCase("bad", lambda t: None), Launch(_bad_kernel, (x, x), {"scale": 0.1, "N": 512}), 90)
+    row = lint.judge(
+        lint.LintCase("bad", lambda t: None),
+        Launch(_bad_kernel, (x, x), {"scale": 0.1, "N": 512}),
+        90,
+    )
     assert row.problems == ("fp64 arithmetic", "no access of 16 bytes, widest 4")

@@ -12,12 +12,18 @@ def by_hand(noise: torch.Tensor, keep: int) -> tuple[list[list[int]], ...]:
     """Python's sort is stable; no torch sort takes part."""
     shuffle = [sorted(range(len(row)), key=lambda i: row[i]) for row in noise.tolist()]
     restore = [[s.index(i) for i in range(len(s))] for s in shuffle]
-    return [s[:keep] for s in shuffle], restore, [s[keep:] for s in shuffle], [[r >= keep for r in x] for x in restore]
+    return (
+        [s[:keep] for s in shuffle],
+        restore,
+        [s[keep:] for s in shuffle],
+        [[r >= keep for r in x] for x in restore],
+    )
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(
-    ("batch", "patches", "keep"), [(3, 12, 3), (2, 49, 49), (1, 196, 1), (5, 7, 4), (0, 16, 4), (2, 1, 1)]
+    ("batch", "patches", "keep"),
+    [(3, 12, 3), (2, 49, 49), (1, 196, 1), (5, 7, 4), (0, 16, 4), (2, 1, 1)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_equals_a_stable_sort_by_hand(
@@ -34,7 +40,9 @@ def test_equals_a_stable_sort_by_hand(
 
 @pytest.mark.kernel
 def test_ties_negative_zero_and_infinities_keep_index_order(device: torch.device) -> None:
-    noise = torch.tensor([[0.0, -0.0, 1.0, 0.0, float("inf"), -float("inf"), 1.0, -2.5, -0.0]], device=device)
+    noise = torch.tensor(
+        [[0.0, -0.0, 1.0, 0.0, float("inf"), -float("inf"), 1.0, -2.5, -0.0]], device=device
+    )
     assert random_masking(noise, 4).ids_keep.tolist() == [[5, 7, 0, 1]]
     assert random_masking(noise, 4).ids_masked.tolist() == [[3, 8, 2, 6, 4]]
 
@@ -50,7 +58,8 @@ def test_nan_sorts_last_whatever_its_sign(device: torch.device) -> None:
 def test_strided_noise_and_repeatability(device: torch.device) -> None:
     noise = torch.rand(37, 4, device=device).t()
     before = noise.clone()
-    first, second = random_masking(noise, 9), random_masking(noise.contiguous(), 9)
+    first = random_masking(noise, 9)
+    second = random_masking(noise.contiguous(), 9)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(noise, before)
 
@@ -67,10 +76,20 @@ def test_float64_and_4096_patches_and_a_permutation() -> None:
 @pytest.mark.parametrize(
     ("noise", "keep", "error", "text"),
     [
-        (torch.zeros(2, 4, dtype=torch.int64), 1, TypeError, "noise: got dtype torch.int64, needs a floating"),
+        (
+            torch.zeros(2, 4, dtype=torch.int64),
+            1,
+            TypeError,
+            "noise: got dtype torch.int64, needs a floating",
+        ),
         (torch.zeros(4), 1, ValueError, r"noise: got shape \(4,\), needs \[B, L\]"),
         (torch.zeros(2, 4), 0, ValueError, "num_keep: got 0, needs at least 1"),
-        (torch.zeros(2, 4), 5, ValueError, "num_keep: got 5, needs at most the number of patches L = 4"),
+        (
+            torch.zeros(2, 4),
+            5,
+            ValueError,
+            "num_keep: got 5, needs at most the number of patches L = 4",
+        ),
         (torch.zeros(2, 4), 1.0, TypeError, "num_keep: got float, needs an int"),
         ([[0.0]], 1, TypeError, "noise: got list, needs a torch.Tensor"),
     ],

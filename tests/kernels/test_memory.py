@@ -25,7 +25,9 @@ from mae_kernels._runtime import INTERPRET
 
 OPS = torch.ops.mae_kernels
 BATCH, MASKED, WIDTH, VALUES = 8, 64, 16, 192
-PREDICTIONS, HIDDEN, WEIGHT = 4 * BATCH * MASKED * VALUES, 4 * BATCH * MASKED * WIDTH, 4 * VALUES * WIDTH
+PREDICTIONS = 4 * BATCH * MASKED * VALUES
+HIDDEN = 4 * BATCH * MASKED * WIDTH
+WEIGHT = 4 * VALUES * WIDTH
 
 
 class LiveBytes(TorchDispatchMode):
@@ -38,11 +40,15 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "mae_kernels":  # its own function, whose operations come here one by one
+        if (
+            func.namespace == "mae_kernels"
+        ):  # its own function, whose operations come here one by one
             with self:
                 return OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        self.alive = {
+            key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()
+        }
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self.given:
                 storage = t.untyped_storage()
@@ -76,7 +82,9 @@ def test_masked_reconstruction_loss(images_and_ids: tuple[Tensor, Tensor]) -> No
     images, ids = images_and_ids
     pred = torch.randn(BATCH, MASKED, VALUES, requires_grad=True)
     live = measured(
-        lambda: OPS.masked_reconstruction_loss(pred, images, ids, None, 8, "patch", 1e-6, [0.5], [0.2])[0],
+        lambda: OPS.masked_reconstruction_loss(
+            pred, images, ids, None, 8, "patch", 1e-6, [0.5], [0.2]
+        )[0],
         [pred],
         [images, ids],
     )
@@ -88,7 +96,8 @@ def test_masked_reconstruction_loss(images_and_ids: tuple[Tensor, Tensor]) -> No
 def test_linear_reconstruction_loss(images_and_ids: tuple[Tensor, Tensor]) -> None:
     images, ids = images_and_ids
     hidden, weight, bias = (
-        torch.randn(s, requires_grad=True) for s in ((BATCH, MASKED, WIDTH), (VALUES, WIDTH), (VALUES,))
+        torch.randn(s, requires_grad=True)
+        for s in ((BATCH, MASKED, WIDTH), (VALUES, WIDTH), (VALUES,))
     )
     live = measured(
         lambda: OPS.linear_reconstruction_loss(
@@ -98,7 +107,9 @@ def test_linear_reconstruction_loss(images_and_ids: tuple[Tensor, Tensor]) -> No
         [images, ids],
     )
     part = PREDICTIONS // 8
-    assert live.largest <= max(part, HIDDEN), "predictions, or their gradient, at more than an eighth of their size"
+    assert live.largest <= max(part, HIDDEN), (
+        "predictions, or their gradient, at more than an eighth of their size"
+    )
     # two gradients of hidden; of one part predictions and gradient (plain path: target and difference too); weight's gradients
     assert live.peak <= 2 * HIDDEN + (2 if INTERPRET else 4) * part + 5 * WEIGHT
 
@@ -108,7 +119,8 @@ def test_linear_reconstruction_loss(images_and_ids: tuple[Tensor, Tensor]) -> No
 def test_gelu_linear(recompute: bool) -> None:
     rows, hidden, width = 512, 192, 8
     x, bias, weight, out_bias = (
-        torch.randn(s, requires_grad=True) for s in ((rows, hidden), (hidden,), (width, hidden), (width,))
+        torch.randn(s, requires_grad=True)
+        for s in ((rows, hidden), (hidden,), (width, hidden), (width,))
     )
     leaves = [x, bias, weight, out_bias]
 
@@ -118,7 +130,8 @@ def test_gelu_linear(recompute: bool) -> None:
         return out
 
     live = measured(call, leaves, [])
-    large, small = x.nbytes, 4 * (2 * rows * width + 3 * weight.numel() + 64 * hidden)
+    large = x.nbytes
+    small = 4 * (2 * rows * width + 3 * weight.numel() + 64 * hidden)
     assert live.largest == large
     # the gradient of g, that of x, and g itself; plain path: intermediate results of the derivative too
     assert live.peak <= (3 if INTERPRET else 6) * large + small

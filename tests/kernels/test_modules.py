@@ -32,13 +32,18 @@ class WithModules(nn.Module):
     def __init__(self, host: MaskedAutoencoderViT) -> None:
         super().__init__()
         width, decoder_width = host.cls_token.shape[-1], host.mask_token.shape[-1]
-        side, channels, patches = host.patch_embed.patch_size[0], host.patch_embed.proj.in_channels, 16
+        side = host.patch_embed.patch_size[0]
+        channels = host.patch_embed.proj.in_channels
+        patches = 16
         self.patch_embed = PatchEmbedVisible(side, channels, width)
-        self.cls_token, self.pos_embed = nn.Parameter(host.cls_token.clone()), nn.Parameter(host.pos_embed.clone())
-        self.blocks, self.norm = copy.deepcopy(host.blocks), copy.deepcopy(host.norm)
+        self.cls_token = nn.Parameter(host.cls_token.clone())
+        self.pos_embed = nn.Parameter(host.pos_embed.clone())
+        self.blocks = copy.deepcopy(host.blocks)
+        self.norm = copy.deepcopy(host.norm)
         self.decoder_embed = copy.deepcopy(host.decoder_embed)
         self.restore = RestoreTokens(patches, decoder_width)
-        self.decoder_blocks, self.decoder_norm = copy.deepcopy(host.decoder_blocks), copy.deepcopy(host.decoder_norm)
+        self.decoder_blocks = copy.deepcopy(host.decoder_blocks)
+        self.decoder_norm = copy.deepcopy(host.decoder_norm)
         self.decoder_pred = ReconstructionHead(decoder_width, side, channels)
         for block in (*self.blocks, *self.decoder_blocks):
             block.attn = ShortAttention(block.norm1.normalized_shape[0], block.attn.num_heads)
@@ -77,14 +82,20 @@ def test_a_model_written_with_them_is_the_model_without() -> None:
     for name, parameter in host.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad.abs().max() > 1e-8, name
-            torch.testing.assert_close(names[name].grad, parameter.grad, rtol=1e-8, atol=1e-12, msg=name)
+            torch.testing.assert_close(
+                names[name].grad, parameter.grad, rtol=1e-8, atol=1e-12, msg=name
+            )
 
 
 def test_reconstruction_loss_module() -> None:
     host = MaskedAutoencoderViT()
-    images, pred, mask = torch.rand(2, 3, 32, 32), torch.randn(2, 16, 192), torch.rand(2, 16) < 0.7
+    images = torch.rand(2, 3, 32, 32)
+    pred = torch.randn(2, 16, 192)
+    mask = torch.rand(2, 16) < 0.7
     loss = MaskedReconstructionLoss(8)
-    torch.testing.assert_close(loss(pred, images, mask=mask), host.forward_loss(images, pred, mask.float()))
+    torch.testing.assert_close(
+        loss(pred, images, mask=mask), host.forward_loss(images, pred, mask.float())
+    )
     ids = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
     rows = pred.gather(1, ids[..., None].expand(-1, -1, 192))
     masked = torch.zeros(2, 16).scatter_(1, ids, 1.0)
@@ -92,7 +103,9 @@ def test_reconstruction_loss_module() -> None:
     host.norm_pix_loss = False
     plain = MaskedReconstructionLoss(8, norm=None, mean=[0.5, 0.4, 0.3], std=0.2)
     shifted = (images - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / 0.2
-    torch.testing.assert_close(plain(pred, images, mask=mask), host.forward_loss(shifted, pred, mask.float()))
+    torch.testing.assert_close(
+        plain(pred, images, mask=mask), host.forward_loss(shifted, pred, mask.float())
+    )
     assert list(loss.state_dict()) == []
 
 
@@ -100,10 +113,14 @@ def test_prediction_head_is_the_linear_layer_and_its_loss() -> None:
     head = ReconstructionHead(16, 4, 3, norm="channel", mean=0.5, std=0.25)
     linear = nn.Linear(16, 48)
     head.load_state_dict(linear.state_dict())
-    hidden, images, ids = torch.randn(2, 5, 16), torch.rand(2, 3, 8, 12), torch.arange(5).expand(2, 5)
+    hidden = torch.randn(2, 5, 16)
+    images = torch.rand(2, 3, 8, 12)
+    ids = torch.arange(5).expand(2, 5)
     assert torch.equal(head(hidden), linear(hidden))
     loss = MaskedReconstructionLoss(4, norm="channel", mean=0.5, std=0.25)
-    torch.testing.assert_close(head.loss(hidden, images, ids), loss(linear(hidden), images, ids=ids))
+    torch.testing.assert_close(
+        head.loss(hidden, images, ids), loss(linear(hidden), images, ids=ids)
+    )
 
 
 def test_state_dict_of_transformers_fits() -> None:
@@ -115,7 +132,9 @@ def test_state_dict_of_transformers_fits() -> None:
     restore = RestoreTokens(16, 16)
     restore.load_state_dict({name: state["decoder." + name] for name in restore.state_dict()})
     head = ReconstructionHead(16, 8, 3)
-    head.load_state_dict({name: state["decoder.decoder_pred." + name] for name in head.state_dict()})
+    head.load_state_dict(
+        {name: state["decoder.decoder_pred." + name] for name in head.state_dict()}
+    )
     embed = PatchEmbedVisible(8, 3, 24)
     path = "vit.embeddings.patch_embeddings.projection."
     embed.proj.load_state_dict({name: state[path + name] for name in embed.proj.state_dict()})
@@ -127,7 +146,9 @@ def test_options(bias: bool) -> None:
     images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
     ids, pos = torch.tensor([[3, 0], [1, 2]]), torch.randn(1, 4, 6)
     every = embed.proj((images / 255 - 0.5) / 0.25).flatten(2).transpose(1, 2) + pos
-    torch.testing.assert_close(embed(images, ids, pos), every.gather(1, ids[..., None].expand(-1, -1, 6)))
+    torch.testing.assert_close(
+        embed(images, ids, pos), every.gather(1, ids[..., None].expand(-1, -1, 6))
+    )
 
     attention = ShortAttention(12, 3, qkv_bias=bias, proj_drop=0.5)
     x = torch.randn(2, 5, 12)
@@ -148,10 +169,14 @@ def test_learned_positions_and_no_class_token() -> None:
     restore = RestoreTokens(4, 6, prefix=0, learn_positions=True)
     with torch.no_grad():
         restore.decoder_pos_embed.normal_()
-    visible, ids_restore = torch.randn(2, 2, 6), torch.tensor([[2, 0, 1, 3], [1, 3, 2, 0]])
+    visible = torch.randn(2, 2, 6)
+    ids_restore = torch.tensor([[2, 0, 1, 3], [1, 3, 2, 0]])
     out = restore(visible, ids_restore)
     token, pos = restore.mask_token[0, 0], restore.decoder_pos_embed[0]
-    want = [[token, visible[0, 0], visible[0, 1], token], [visible[1, 1], token, token, visible[1, 0]]]
+    want = [
+        [token, visible[0, 0], visible[0, 1], token],
+        [visible[1, 1], token, token, visible[1, 0]],
+    ]
     torch.testing.assert_close(out, torch.stack([torch.stack(rows) for rows in want]) + pos)
     out.sum().backward()
     assert torch.equal(restore.decoder_pos_embed.grad, torch.full((1, 4, 6), 2.0))
@@ -172,12 +197,24 @@ def test_copies_and_one_graph() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: ShortAttention(10, 3), ValueError, "dim: got 10, needs a multiple of num_heads = 3"),
+        (
+            lambda: ShortAttention(10, 3),
+            ValueError,
+            "dim: got 10, needs a multiple of num_heads = 3",
+        ),
         (lambda: ShortAttention(10, 0), ValueError, "num_heads: got 0, needs at least 1"),
         (lambda: PatchEmbedVisible(16.0), TypeError, "patch_size: got float, needs an int"),
         (lambda: RestoreTokens(4, 6, prefix=-1), ValueError, "prefix: got -1, needs at least 0"),
-        (lambda: MaskedReconstructionLoss(norm="pixel"), ValueError, "norm: got 'pixel', needs one of 'patch'"),
-        (lambda: MaskedReconstructionLoss(eps=0.0), ValueError, "eps: got 0.0, needs a positive number"),
+        (
+            lambda: MaskedReconstructionLoss(norm="pixel"),
+            ValueError,
+            "norm: got 'pixel', needs one of 'patch'",
+        ),
+        (
+            lambda: MaskedReconstructionLoss(eps=0.0),
+            ValueError,
+            "eps: got 0.0, needs a positive number",
+        ),
         (lambda: ReconstructionHead(in_chans=0), ValueError, "in_chans: got 0, needs at least 1"),
     ],
 )

@@ -35,8 +35,12 @@ assert one.tolist() == [[[[6, 5], [10, 9]]]]
 assert "triton" not in sys.modules
 print(pred.grad.abs().sum().item() > 0)
 """
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MAE_KERNELS_BACKEND")}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MAE_KERNELS_BACKEND")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
 
 
@@ -45,7 +49,9 @@ def test_the_environment_variable_is_checked(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("MAE_KERNELS_BACKEND", name)
         assert _runtime._from_environment() == name
     monkeypatch.setenv("MAE_KERNELS_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="MAE_KERNELS_BACKEND: got 'cuda', needs one of auto, triton, reference"):
+    with pytest.raises(
+        ValueError, match="MAE_KERNELS_BACKEND: got 'cuda', needs one of auto, triton, reference"
+    ):
         _runtime._from_environment()
 
 
@@ -57,7 +63,9 @@ def test_the_triton_backend_is_refused_on_the_cpu_with_a_reason() -> None:
         mae_kernels.random_masking(torch.rand(1, 4), 2)
     mae_kernels.random_masking(torch.rand(1, 4), 2)  # the choice ended with the block
     with (
-        pytest.raises(ValueError, match="backend: got 'cuda', needs one of auto, triton, reference"),
+        pytest.raises(
+            ValueError, match="backend: got 'cuda', needs one of auto, triton, reference"
+        ),
         mae_kernels.backend("cuda"),
     ):
         pass
@@ -68,21 +76,29 @@ def test_info_covers_every_op_and_the_command_prints_it(monkeypatch, capsys) -> 
     ops = {
         name
         for name in mae_kernels.__all__
-        if name[0].islower() and name not in ("backend", "debug_checks", "info", "patch_model", "unpatch_model")
+        if name[0].islower()
+        and name not in ("backend", "debug_checks", "info", "patch_model", "unpatch_model")
     }
     assert set(told) == ops
     monkeypatch.setattr(sys, "argv", ["mae_kernels"])
     runpy.run_module("mae_kernels", run_name="__main__")
-    assert capsys.readouterr().out.splitlines() == [f"{name:28} {text}" for name, text in told.items()]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name:28} {text}" for name, text in told.items()
+    ]
 
 
 def test_debug_checks_find_what_is_no_permutation() -> None:
     ids, width = torch.tensor([[0, 1, 1]]), torch.zeros(4)
-    call = functools.partial(mae_kernels.restore_tokens, torch.zeros(1, 2, 4), ids, width, torch.zeros(3, 4), prefix=0)
+    call = functools.partial(
+        mae_kernels.restore_tokens, torch.zeros(1, 2, 4), ids, width, torch.zeros(3, 4), prefix=0
+    )
     call()
     mae_kernels.debug_checks(True)
     try:
-        with pytest.raises(ValueError, match="ids_restore: got an id more than once in one row, needs a permutation"):
+        with pytest.raises(
+            ValueError,
+            match="ids_restore: got an id more than once in one row, needs a permutation",
+        ):
             call()
         mae_kernels.gather_patches(torch.zeros(1, 1, 4, 4), ids, 2)  # a patch may be listed twice
     finally:

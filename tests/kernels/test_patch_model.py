@@ -42,7 +42,9 @@ def make_mae(**options: Any) -> nn.Module:
 
 def make_hf(attention: str = "sdpa", **options: Any) -> nn.Module:
     config = transformers.ViTMAEConfig(**HF_SIZES | options)
-    return randomised(transformers.ViTMAEForPreTraining._from_config(config, attn_implementation=attention))
+    return randomised(
+        transformers.ViTMAEForPreTraining._from_config(config, attn_implementation=attention)
+    )
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -50,7 +52,10 @@ def randomised(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter.shape[-1], 4) ** 0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator)
+                / max(parameter.shape[-1], 4) ** 0.5
+            )
             parameter.requires_grad_(True)
     return model
 
@@ -77,7 +82,9 @@ def images_for(batch: int = 3, channels: int = 3, dtype: torch.dtype = torch.flo
     return torch.rand(batch, channels, 32, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
-def results(host: str, model: nn.Module, images: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+def results(
+    host: str, model: nn.Module, images: Tensor, dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """Loss, predictions, mask and the gradient of every parameter, masking from the same seed."""
     model.zero_grad()
     torch.manual_seed(3)
@@ -100,9 +107,13 @@ def test_equal_in_float64(host: str, options: dict[str, bool]) -> None:
     names = ["loss", "predictions", "mask", *(name for name, _ in model.named_parameters())]
     for name, want, got in zip(names, before, after, strict=True):
         # a bias of the keys shifts all scores of a query alike, which the softmax takes away
-        assert want.abs().max() > 1e-9 or name.endswith("k_proj.bias"), f"{name}: zero gradients compare nothing"
+        assert want.abs().max() > 1e-9 or name.endswith("k_proj.bias"), (
+            f"{name}: zero gradients compare nothing"
+        )
         assert (got.shape, got.dtype) == (want.shape, want.dtype), name
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12 * max(1.0, float(want.abs().max())), msg=name)
+        torch.testing.assert_close(
+            got, want, rtol=1e-9, atol=1e-12 * max(1.0, float(want.abs().max())), msg=name
+        )
 
 
 @BOTH
@@ -175,7 +186,9 @@ def test_the_loss_curve_of_50_steps(host: str, optimizer: type[torch.optim.Optim
             optimise.step()
             curve.append(loss.detach())
         curves.append(torch.stack(curve))
-    assert curves[0][-10:].mean() < 0.7 * curves[0][:5].mean(), "training that learns nothing compares nothing"
+    assert curves[0][-10:].mean() < 0.7 * curves[0][:5].mean(), (
+        "training that learns nothing compares nothing"
+    )
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
 
 
@@ -218,7 +231,9 @@ def test_transformers_outputs_and_noise() -> None:
         after = model(images, noise=noise, output_hidden_states=True)
         also_tuple = model(images, noise=noise, return_dict=False)
     assert type(after) is type(before) and after.keys() == before.keys()
-    assert torch.equal(after.mask, before.mask) and torch.equal(after.ids_restore, before.ids_restore)
+    assert torch.equal(after.mask, before.mask) and torch.equal(
+        after.ids_restore, before.ids_restore
+    )
     assert len(after.hidden_states) == len(before.hidden_states) == 3
     for want, got in zip((before.loss, before.logits, *before.hidden_states, *as_tuple[:2]),
                          (after.loss, after.logits, *after.hidden_states, *also_tuple[:2]), strict=True):  # fmt: skip
@@ -238,13 +253,19 @@ def test_state_dict_and_parameters_stay_and_unpatch_restores(host: str) -> None:
     kept = {name: (type(m), set(vars(m)), repr(m)) for name, m in model.named_modules()}
     random_state = torch.get_rng_state()
     patch_model(model)
-    assert torch.equal(torch.get_rng_state(), random_state), "patching must not move the masks of a seeded run"
+    assert torch.equal(torch.get_rng_state(), random_state), (
+        "patching must not move the masks of a seeded run"
+    )
     assert list(model.state_dict()) == keys
     assert [(name, id(p)) for name, p in model.named_parameters()] == parameters
-    assert {n: (set(vars(m)), repr(m)) for n, m in model.named_modules()} == {n: k[1:] for n, k in kept.items()}
+    assert {n: (set(vars(m)), repr(m)) for n, m in model.named_modules()} == {
+        n: k[1:] for n, k in kept.items()
+    }
     assert all(isinstance(m, kept[name][0]) for name, m in model.named_modules())
     own, patched = (inspect.signature(cls.forward).parameters for cls in (kept[""][0], type(model)))
-    assert list(own) == list(patched), "trainers choose the columns of a batch by the names of the arguments"
+    assert list(own) == list(patched), (
+        "trainers choose the columns of a batch by the names of the arguments"
+    )
     results(host, model, images)
     unpatch_model(model)
     assert {n: (type(m), set(vars(m)), repr(m)) for n, m in model.named_modules()} == kept
@@ -285,7 +306,9 @@ def test_copies_stay_patched_and_stand_alone(host: str, how: str) -> None:
         torch.save(model, buffer)
         other = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
     with torch.no_grad():
-        model.get_parameter(next(iter(model.state_dict()))).zero_()  # the copy has its own parameters
+        model.get_parameter(
+            next(iter(model.state_dict()))
+        ).zero_()  # the copy has its own parameters
     assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
     assert all(torch.equal(a, b) for a, b in zip(before, results(host, other, images), strict=True))
     unpatch_model(other)
@@ -310,8 +333,12 @@ def test_save_pretrained_does_not_see_the_patch(tmp_path) -> None:
     patch_model(model)
     model.save_pretrained(tmp_path)
     loaded = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path)
-    assert type(loaded).__name__ == "ViTMAEForPreTraining" and loaded.config.architectures == ["ViTMAEForPreTraining"]
-    for (name, want), got in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+    assert type(loaded).__name__ == "ViTMAEForPreTraining" and loaded.config.architectures == [
+        "ViTMAEForPreTraining"
+    ]
+    for (name, want), got in zip(
+        model.state_dict().items(), loaded.state_dict().values(), strict=True
+    ):
         assert torch.equal(want, got), name
 
 
@@ -358,11 +385,16 @@ def test_refuses_what_it_does_not_know() -> None:
         patch_model({})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model: got dict, needs a torch\.nn\.Module"):
         unpatch_model({})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"model: got Linear, needs a MaskedAutoencoderViT .* \(it lacks patch_embed"):
+    with pytest.raises(
+        ValueError,
+        match=r"model: got Linear, needs a MaskedAutoencoderViT .* \(it lacks patch_embed",
+    ):
         patch_model(nn.Linear(2, 2))
     lacking = make_mae()
     del lacking.decoder_pos_embed
-    with pytest.raises(ValueError, match=r"in facebookresearch/mae \(it lacks decoder_pos_embed\) or ViTMAE"):
+    with pytest.raises(
+        ValueError, match=r"in facebookresearch/mae \(it lacks decoder_pos_embed\) or ViTMAE"
+    ):
         patch_model(lacking)
 
     class Renamed(MaskedAutoencoderViT):
@@ -378,7 +410,9 @@ def test_refuses_what_it_does_not_know() -> None:
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
 def test_refuses_a_wrapped_model_with_advice(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    with pytest.raises(ValueError, match="It wraps another module: patch that one, before wrapping it"):
+    with pytest.raises(
+        ValueError, match="It wraps another module: patch that one, before wrapping it"
+    ):
         patch_model(wrap(make_mae()))
 
 
@@ -387,9 +421,13 @@ def test_unpatch_refuses_to_drop_what_came_on_top() -> None:
     patch_model(model)
     attention = model.blocks[0].attn
     attention.__class__ = type("OnTop", (type(attention),), {})
-    with pytest.raises(ValueError, match=r"the class of blocks.0.attn was changed after patch_model"):
+    with pytest.raises(
+        ValueError, match=r"the class of blocks.0.attn was changed after patch_model"
+    ):
         unpatch_model(model)
-    with pytest.raises(TypeError, match="Attention is pickled in its own way; call unpatch_model before"):
+    with pytest.raises(
+        TypeError, match="Attention is pickled in its own way; call unpatch_model before"
+    ):
         copy.deepcopy(model)
 
 
@@ -449,7 +487,10 @@ class OnlyOnTheGPU(mae_by_hand.Attention):
         (WithBias, "its own code computes something else"),
         (WithHiddenDropout, "its own code computes something else"),
         (WithStoppedGradient, "its own code computes something else"),
-        (OnlyOnTheGPU, "could not be compared on the CPU in float64 (RuntimeError: this attention needs a GPU)"),
+        (
+            OnlyOnTheGPU,
+            "could not be compared on the CPU in float64 (RuntimeError: this attention needs a GPU)",
+        ),
     ],
 )
 def test_another_attention_stays(attention: type[nn.Module], why: str) -> None:
@@ -526,7 +567,10 @@ def test_another_method_stays(kind: type[nn.Module], where: str) -> None:
     model, images = randomised(kind()).double(), images_for(dtype=torch.float64)
     before = results("mae", model, images)
     report = patch_model(model)
-    assert list(left(report)) == [where] and "its own code computes something else" in left(report)[where]
+    assert (
+        list(left(report)) == [where]
+        and "its own code computes something else" in left(report)[where]
+    )
     for want, got in zip(before, results("mae", model, images), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
@@ -552,12 +596,17 @@ def test_calls_that_an_op_cannot_serve_get_the_hosts_code() -> None:
     model, images = make_mae(), images_for()
     report = patch_model(model)
     unless = {part.where: part.unless for part in report.replaced}
-    assert "hooks on patch_embed" in unless["forward_encoder"] and "attn_drop" in unless["blocks.0.attn"]
+    assert (
+        "hooks on patch_embed" in unless["forward_encoder"]
+        and "attn_drop" in unless["blocks.0.attn"]
+    )
     plain = make_mae()
     want = results("mae", plain, images)
 
     calls = watch(model.patch_embed.proj)
-    assert torch.allclose(results("mae", model, images)[0], want[0], rtol=1e-5) and calls == ["called"]
+    assert torch.allclose(results("mae", model, images)[0], want[0], rtol=1e-5) and calls == [
+        "called"
+    ]
 
     model.random_masking = lambda x, ratio: (x[:, :4], (torch.arange(16) >= 4).float().expand(3, 16),
                                              torch.arange(16).expand(3, 16))  # fmt: skip
@@ -569,7 +618,8 @@ def test_calls_that_an_op_cannot_serve_get_the_hosts_code() -> None:
 
     images.requires_grad_(True)
     model.forward_loss(images, torch.zeros(3, 16, 192), torch.ones(3, 16)).backward()
-    gradient, images.grad = images.grad, None
+    gradient = images.grad
+    images.grad = None
     plain.forward_loss(images, torch.zeros(3, 16, 192), torch.ones(3, 16)).backward()
     assert torch.equal(gradient, images.grad) and gradient.abs().max() > 0
 
@@ -585,7 +635,11 @@ def test_attention_dropout_gets_the_hosts_code_in_training_only(
     assert patch_model(model).left == ()
     own_code = []
     scores = mae_by_hand.Attention.scores
-    monkeypatch.setattr(mae_by_hand.Attention, "scores", lambda self, q, k: own_code.append(self) or scores(self, q, k))
+    monkeypatch.setattr(
+        mae_by_hand.Attention,
+        "scores",
+        lambda self, q, k: own_code.append(self) or scores(self, q, k),
+    )
     torch.testing.assert_close(results("mae", model, images), want, rtol=1e-4, atol=1e-4)
     assert own_code == ([model.blocks[0].attn] if training else [])
 
@@ -615,14 +669,20 @@ def test_transformers_exceptions() -> None:
     noise = torch.rand(2, 36)
     want = plain(larger, noise=noise, interpolate_pos_encoding=True)
     got = model(larger, noise=noise, interpolate_pos_encoding=True)
-    torch.testing.assert_close((got.loss, got.logits), (want.loss, want.logits), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        (got.loss, got.logits), (want.loss, want.logits), rtol=1e-4, atol=1e-5
+    )
 
     noise = torch.rand(3, 16)
     mask = torch.ones(3, 5)  # the class token and four visible patches
     mask[:, -1] = 0
     want, got = (m(images, noise=noise, attention_mask=mask) for m in (plain, model))
-    torch.testing.assert_close((got.loss, got.logits), (want.loss, want.logits), rtol=1e-4, atol=1e-5)
-    assert (want.logits - plain(images, noise=noise).logits).abs().max() > 1e-3, "the attention mask must matter"
+    torch.testing.assert_close(
+        (got.loss, got.logits), (want.loss, want.logits), rtol=1e-4, atol=1e-5
+    )
+    assert (want.logits - plain(images, noise=noise).logits).abs().max() > 1e-3, (
+        "the attention mask must matter"
+    )
 
     calls = watch(model.vit.layers[0].attention.k_proj)
     model(images)
@@ -630,7 +690,8 @@ def test_transformers_exceptions() -> None:
 
 
 def test_transformers_attention_dropout() -> None:
-    model, images = make_hf(attention_probs_dropout_prob=0.5).train(), images_for()
+    model = make_hf(attention_probs_dropout_prob=0.5).train()
+    images = images_for()
     want = results("transformers", model, images)
     assert patch_model(model).left == ()
     torch.testing.assert_close(results("transformers", model, images), want, rtol=1e-4, atol=1e-4)
@@ -643,7 +704,9 @@ def test_the_report_is_readable() -> None:
     assert "restore_tokens in forward_decoder" in text
 
 
-def test_the_examples_of_the_readme(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_readme(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every code block of "Use it in another MAE" runs, the two sides of each pair agree, and the printed report is the one shown."""
     text = (Path(mae_kernels.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     section = text.split("## Use it in another MAE\n")[1].split("\n## ")[0]
@@ -652,7 +715,9 @@ def test_the_examples_of_the_readme(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     published = types.ModuleType("models_mae")
     published.mae_vit_base_patch16 = functools.partial(make_mae, depth=12, decoder_depth=8)
     monkeypatch.setitem(sys.modules, "models_mae", published)
-    monkeypatch.setattr(transformers.ViTMAEForPreTraining, "from_pretrained", lambda name: make_hf())
+    monkeypatch.setattr(
+        transformers.ViTMAEForPreTraining, "from_pretrained", lambda name: make_hf()
+    )
     images = images_for()
     losses = []
     for block in blocks:

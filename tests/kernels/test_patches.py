@@ -11,16 +11,22 @@ from mae_kernels import backend, embed_patches, gather_patches
 
 
 def by_hand(
-    images: torch.Tensor, ids: torch.Tensor, patch: int, mean: list[float] | None = None, std: list[float] | None = None
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    patch: int,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
 ) -> torch.Tensor:
     """float64, one patch at a time, by slicing."""
     columns = images.shape[3] // patch
     x = images.double() / (255 if images.dtype == torch.uint8 else 1)
     if mean is not None and std is not None:
-        x = (x - torch.tensor(mean).double().to(x.device)[:, None, None]) / torch.tensor(std).double().to(x.device)[
-            :, None, None
-        ]
-    out = torch.zeros(*ids.shape, images.shape[1] * patch * patch, dtype=torch.float64, device=x.device)
+        x = (x - torch.tensor(mean).double().to(x.device)[:, None, None]) / torch.tensor(
+            std
+        ).double().to(x.device)[:, None, None]
+    out = torch.zeros(
+        *ids.shape, images.shape[1] * patch * patch, dtype=torch.float64, device=x.device
+    )
     for b, row in enumerate(ids.tolist()):
         for k, i in enumerate(row):
             top, left = i // columns * patch, i % columns * patch
@@ -28,13 +34,17 @@ def by_hand(
     return out
 
 
-def make_images(layout: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def make_images(
+    layout: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
     x = torch.randint(0, 256, shape, device=device)
     x = x.to(torch.uint8) if dtype == torch.uint8 else (x / 100 - 1).to(dtype)
     if layout == "nhwc":
         return x.to(memory_format=torch.channels_last)
     if layout == "cropped":  # a view with other pixels, here NaN or 255, all around it
-        big = torch.full((shape[0], shape[1], shape[2] + 3, shape[3] + 5), 255.0, device=device).to(dtype)
+        big = torch.full((shape[0], shape[1], shape[2] + 3, shape[3] + 5), 255.0, device=device).to(
+            dtype
+        )
         if dtype != torch.uint8:
             big.fill_(float("nan"))
         view = big[:, :, 1:-2, 2:-3]
@@ -68,7 +78,9 @@ CASES = [  # B, C, H, W, P, K
         if (i + j + k) % 4 in (0, 1)
     ],
 )
-def test_gather_equals_slicing(case: tuple[int, ...], layout: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_gather_equals_slicing(
+    case: tuple[int, ...], layout: str, dtype: torch.dtype, device: torch.device
+) -> None:
     batch, channels, height, width, patch, keep = case
     images = make_images(layout, dtype, (batch, channels, height, width), device)
     ids = make_ids(batch, height // patch * (width // patch), keep, device)
@@ -79,10 +91,14 @@ def test_gather_equals_slicing(case: tuple[int, ...], layout: str, dtype: torch.
     assert plain.dtype == (torch.float32 if dtype == torch.uint8 else dtype)
     assert plain.is_contiguous()
     if dtype == torch.uint8:
-        torch.testing.assert_close(plain.double(), by_hand(images, ids, patch), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            plain.double(), by_hand(images, ids, patch), rtol=1e-6, atol=1e-7
+        )
     else:
         assert torch.equal(plain.double(), by_hand(images, ids, patch))
-    torch.testing.assert_close(scaled.double(), by_hand(images, ids, patch, mean, std), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(
+        scaled.double(), by_hand(images, ids, patch, mean, std), rtol=2e-6, atol=2e-6
+    )
     assert torch.equal(images.nan_to_num(7), before.nan_to_num(7))
     assert torch.equal(plain, gather_patches(images, ids, patch))
 
@@ -90,17 +106,23 @@ def test_gather_equals_slicing(case: tuple[int, ...], layout: str, dtype: torch.
 @pytest.mark.kernel
 def test_gather_of_nothing(device: torch.device) -> None:
     none = gather_patches(
-        torch.zeros(0, 3, 8, 8, device=device), torch.zeros(0, 2, dtype=torch.int64, device=device), 4
+        torch.zeros(0, 3, 8, 8, device=device),
+        torch.zeros(0, 2, dtype=torch.int64, device=device),
+        4,
     )
     assert none.shape == (0, 2, 48)
     none = gather_patches(
-        torch.zeros(2, 3, 8, 8, device=device), torch.zeros(2, 0, dtype=torch.int64, device=device), 4
+        torch.zeros(2, 3, 8, 8, device=device),
+        torch.zeros(2, 0, dtype=torch.int64, device=device),
+        4,
     )
     assert none.shape == (2, 0, 48)
 
 
 @pytest.mark.kernel
-def test_embed_equals_a_convolution_in_float64(device: torch.device, close: Callable[..., None]) -> None:
+def test_embed_equals_a_convolution_in_float64(
+    device: torch.device, close: Callable[..., None]
+) -> None:
     for (batch, channels, height, width, patch, keep), dtype in zip(
         CASES, [torch.uint8, torch.float32, torch.uint8, torch.float32], strict=True
     ):
@@ -108,15 +130,23 @@ def test_embed_equals_a_convolution_in_float64(device: torch.device, close: Call
         patches, depth = height // patch * (width // patch), 10
         ids = make_ids(batch, patches, keep, device)
         weight = torch.randn(depth, channels, patch, patch, device=device)
-        bias, pos = torch.randn(depth, device=device), torch.randn(patches, depth, device=device)
+        bias = torch.randn(depth, device=device)
+        pos = torch.randn(patches, depth, device=device)
         upstream = torch.randn(batch, keep, depth, device=device)
 
-        def convolve(dtype: torch.dtype, images=images, ids=ids, upstream=upstream, args=(weight, bias, pos)):
+        def convolve(
+            dtype: torch.dtype, images=images, ids=ids, upstream=upstream, args=(weight, bias, pos)
+        ):
             weight, bias, pos = (t.detach().to(dtype).requires_grad_() for t in args)
             x = images.to(dtype) / (255 if images.dtype == torch.uint8 else 1)
-            x = torch.nn.functional.conv2d((x - 0.4) / 0.3, weight, bias, stride=weight.shape[-1]).flatten(2)
+            x = torch.nn.functional.conv2d(
+                (x - 0.4) / 0.3, weight, bias, stride=weight.shape[-1]
+            ).flatten(2)
             out = torch.stack([row[:, i].t() for row, i in zip(x, ids, strict=True)]) + pos[ids]
-            return [out.detach(), *torch.autograd.grad(out, (weight, bias, pos), upstream.to(dtype))]
+            return [
+                out.detach(),
+                *torch.autograd.grad(out, (weight, bias, pos), upstream.to(dtype)),
+            ]
 
         leaves = [t.requires_grad_() for t in (weight, bias, pos)]
         out = embed_patches(images, ids, weight, bias, pos[None], mean=0.4, std=0.3)
@@ -126,10 +156,13 @@ def test_embed_equals_a_convolution_in_float64(device: torch.device, close: Call
 
 @pytest.mark.kernel
 def test_embed_without_bias_and_with_an_expanded_gradient(device: torch.device) -> None:
-    images, ids = torch.rand(2, 1, 8, 12, device=device), make_ids(2, 6, 4, device)
+    images = torch.rand(2, 1, 8, 12, device=device)
+    ids = make_ids(2, 6, 4, device)
     weight = torch.randn(5, 1, 4, 4, device=device, requires_grad=True)
     pos = torch.randn(6, 5, device=device, requires_grad=True)
-    embed_patches(images, ids, weight, None, pos).sum().backward()  # the gradient of sum is an expanded scalar
+    embed_patches(
+        images, ids, weight, None, pos
+    ).sum().backward()  # the gradient of sum is an expanded scalar
     vectors = by_hand(images, ids, 4)
     torch.testing.assert_close(
         weight.grad.double().view(5, 16), vectors.sum((0, 1)).expand(5, 16), rtol=1e-5, atol=1e-5
@@ -142,9 +175,12 @@ def test_embed_without_bias_and_with_an_expanded_gradient(device: torch.device) 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(("batch", "listed"), [(3, 5), (9, 70)])
-def test_a_patch_listed_more_than_once_gets_every_gradient(batch: int, listed: int, device: torch.device) -> None:
+def test_a_patch_listed_more_than_once_gets_every_gradient(
+    batch: int, listed: int, device: torch.device
+) -> None:
     """Twice, four times and in one image only; a table of slots per patch would keep one of the gradients."""
-    images, ids = torch.rand(batch, 1, 8, 12, device=device), torch.randint(0, 6, (batch, listed), device=device)
+    images = torch.rand(batch, 1, 8, 12, device=device)
+    ids = torch.randint(0, 6, (batch, listed), device=device)
     ids[:, -1], ids[0] = ids[:, 0], 2
     weight = torch.randn(5, 1, 4, 4, device=device, requires_grad=True)
     pos = torch.randn(6, 5, device=device, requires_grad=True)
@@ -157,13 +193,17 @@ def test_a_patch_listed_more_than_once_gets_every_gradient(batch: int, listed: i
     torch.testing.assert_close(got[1].double().cpu(), want, rtol=1e-5, atol=1e-5)
     vectors = by_hand(images, ids, 4).flatten(0, 1)
     torch.testing.assert_close(
-        got[0].double().view(5, 16), upstream.double().flatten(0, 1).t() @ vectors, rtol=1e-5, atol=1e-5
+        got[0].double().view(5, 16),
+        upstream.double().flatten(0, 1).t() @ vectors,
+        rtol=1e-5,
+        atol=1e-5,
     )
     assert torch.equal(got[1], torch.autograd.grad(out, pos, upstream)[0])
 
 
 def test_gradcheck() -> None:
-    images, ids = torch.rand(2, 3, 4, 6, dtype=torch.float64), make_ids(2, 6, 3, torch.device("cpu"))
+    images = torch.rand(2, 3, 4, 6, dtype=torch.float64)
+    ids = make_ids(2, 6, 3, torch.device("cpu"))
     weight = torch.randn(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
     pos = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
@@ -173,15 +213,22 @@ def test_gradcheck() -> None:
                 lambda w, b, p: embed_patches(images, ids, w, b, p, std=0.3), (weight, bias, pos)
             )
             wanted = images.clone().requires_grad_()
-            assert torch.autograd.gradcheck(lambda x: gather_patches(x, ids, 2, mean=0.1), (wanted,))
-            assert torch.autograd.gradcheck(lambda x: embed_patches(x, ids, weight, bias, pos), (wanted,))
+            assert torch.autograd.gradcheck(
+                lambda x: gather_patches(x, ids, 2, mean=0.1), (wanted,)
+            )
+            assert torch.autograd.gradcheck(
+                lambda x: embed_patches(x, ids, weight, bias, pos), (wanted,)
+            )
 
 
 def test_autocast_picks_the_product_dtype_and_keeps_fp32_positions() -> None:
-    images, ids = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), make_ids(2, 4, 2, torch.device("cpu"))
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    ids = make_ids(2, 4, 2, torch.device("cpu"))
     weight = torch.randn(6, 3, 4, 4, requires_grad=True)
     bias, pos = torch.randn(6, requires_grad=True), torch.randn(4, 6)
-    exact = by_hand(images, ids, 4) @ weight.detach().double().flatten(1).t() + bias.detach() + pos[ids]
+    exact = (
+        by_hand(images, ids, 4) @ weight.detach().double().flatten(1).t() + bias.detach() + pos[ids]
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         auto = embed_patches(images, ids, weight, bias, pos)
         full = embed_patches(images, ids, weight, bias, pos, dtype=torch.float32)
@@ -206,21 +253,57 @@ IDS = torch.zeros(2, 1, dtype=torch.int64)
             TypeError,
             "images: got dtype torch.int32, needs uint8 or a floating",
         ),
-        (lambda: gather_patches(U8[0], IDS, 4), ValueError, r"images: got shape \(3, 8, 8\), needs \[B, C, H, W\]"),
-        (lambda: gather_patches(U8, IDS, 3), ValueError, "images: got 8 x 8 pixels.*divisible by patch_size = 3"),
+        (
+            lambda: gather_patches(U8[0], IDS, 4),
+            ValueError,
+            r"images: got shape \(3, 8, 8\), needs \[B, C, H, W\]",
+        ),
+        (
+            lambda: gather_patches(U8, IDS, 3),
+            ValueError,
+            "images: got 8 x 8 pixels.*divisible by patch_size = 3",
+        ),
         (lambda: gather_patches(U8, IDS, 0), ValueError, "patch_size: got 0, needs at least 1"),
-        (lambda: gather_patches(U8, IDS.int(), 4), TypeError, "ids: got dtype torch.int32, needs torch.int64"),
-        (lambda: gather_patches(U8, IDS[:1], 4), ValueError, r"ids: got shape \(1, 1\), needs \[B, K\] = \(2, any\)"),
-        (lambda: gather_patches(U8, IDS + 4, 4), ValueError, "ids: got ids from 4 to 4, needs ids from 0 to 3"),
-        (lambda: gather_patches(U8, IDS - 1, 4), ValueError, "ids: got ids from -1 to -1, needs ids from 0 to 3"),
+        (
+            lambda: gather_patches(U8, IDS.int(), 4),
+            TypeError,
+            "ids: got dtype torch.int32, needs torch.int64",
+        ),
+        (
+            lambda: gather_patches(U8, IDS[:1], 4),
+            ValueError,
+            r"ids: got shape \(1, 1\), needs \[B, K\] = \(2, any\)",
+        ),
+        (
+            lambda: gather_patches(U8, IDS + 4, 4),
+            ValueError,
+            "ids: got ids from 4 to 4, needs ids from 0 to 3",
+        ),
+        (
+            lambda: gather_patches(U8, IDS - 1, 4),
+            ValueError,
+            "ids: got ids from -1 to -1, needs ids from 0 to 3",
+        ),
         (
             lambda: gather_patches(U8, IDS, 4, mean=[0.5]),
             ValueError,
             "mean: got 1 numbers, needs one per image channel = 3",
         ),
-        (lambda: gather_patches(U8, IDS, 4, std=[1, 1, 0]), ValueError, "std: got .* needs positive"),
-        (lambda: gather_patches(U8, IDS, 4, mean=torch.zeros(3)), TypeError, "mean: got a Tensor, needs a number or 3"),
-        (lambda: gather_patches(U8, IDS, 4, dtype=torch.int8), TypeError, "dtype: got torch.int8, needs a floating"),
+        (
+            lambda: gather_patches(U8, IDS, 4, std=[1, 1, 0]),
+            ValueError,
+            "std: got .* needs positive",
+        ),
+        (
+            lambda: gather_patches(U8, IDS, 4, mean=torch.zeros(3)),
+            TypeError,
+            "mean: got a Tensor, needs a number or 3",
+        ),
+        (
+            lambda: gather_patches(U8, IDS, 4, dtype=torch.int8),
+            TypeError,
+            "dtype: got torch.int8, needs a floating",
+        ),
         (
             lambda: embed_patches(U8, IDS, torch.zeros(5, 1, 4, 4), None, torch.zeros(4, 5)),
             ValueError,
@@ -232,7 +315,9 @@ IDS = torch.zeros(2, 1, dtype=torch.int64)
             "weight: got shape .* needs a square patch",
         ),
         (
-            lambda: embed_patches(U8, IDS, torch.zeros(5, 3, 4, 4), torch.zeros(4), torch.zeros(4, 5)),
+            lambda: embed_patches(
+                U8, IDS, torch.zeros(5, 3, 4, 4), torch.zeros(4), torch.zeros(4, 5)
+            ),
             ValueError,
             r"bias: got shape \(4,\), needs \[D\] = \(5\)",
         ),
@@ -242,7 +327,9 @@ IDS = torch.zeros(2, 1, dtype=torch.int64)
             r"pos_embed: got shape \(5, 5\), needs \[L, D\] = \(4, 5\)",
         ),
         (
-            lambda: embed_patches(U8, IDS, torch.zeros(5, 3, 4, 4, device="meta"), None, torch.zeros(4, 5)),
+            lambda: embed_patches(
+                U8, IDS, torch.zeros(5, 3, 4, 4, device="meta"), None, torch.zeros(4, 5)
+            ),
             ValueError,
             "weight: got device meta, needs the device of images, cpu",
         ),

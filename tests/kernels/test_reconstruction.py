@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from mae_kernels import backend, linear_reconstruction_loss, masked_reconstruction_loss, random_masking
+from mae_kernels import (
+    backend,
+    linear_reconstruction_loss,
+    masked_reconstruction_loss,
+    random_masking,
+)
 
 MEAN, STD = [0.4, 0.5, 0.6, 0.1], [0.2, 0.3, 0.25, 1.5]
 
@@ -23,7 +28,9 @@ def by_hand(pred, images, ids, patch, norm, eps=1e-6, mean=None, std=None, dtype
     for b, row in enumerate(ids.tolist()):
         for m, i in enumerate(row):
             top, left = i // columns * patch, i % columns * patch
-            t = x[b, :, top : top + patch, left : left + patch].permute(1, 2, 0)  # row, column, channel
+            t = x[b, :, top : top + patch, left : left + patch].permute(
+                1, 2, 0
+            )  # row, column, channel
             if norm is not None:
                 dims = (0, 1, 2) if norm == "patch" else (0, 1)
                 n = patch * patch * (channels if norm == "patch" else 1)
@@ -34,9 +41,13 @@ def by_hand(pred, images, ids, patch, norm, eps=1e-6, mean=None, std=None, dtype
     return total / max(ids.numel(), 1)
 
 
-def make(batch, channels, height, width, patch, masked, image_dtype, pred_dtype, device, layout="nchw"):
+def make(
+    batch, channels, height, width, patch, masked, image_dtype, pred_dtype, device, layout="nchw"
+):
     images = torch.randint(0, 256, (batch, channels, height, width), device=device)
-    images = images.to(torch.uint8) if image_dtype == torch.uint8 else (images / 100 - 1).to(image_dtype)
+    images = (
+        images.to(torch.uint8) if image_dtype == torch.uint8 else (images / 100 - 1).to(image_dtype)
+    )
     if layout == "nhwc":
         images = images.to(memory_format=torch.channels_last)
     patches = height // patch * (width // patch)
@@ -78,7 +89,11 @@ def test_equals_a_loop(case, scaled, device, close: Callable[..., None]) -> None
         )
     )
     exact = run(lambda p: by_hand(p, images, masking.ids_masked, patch, norm, 1e-6, mean, std))
-    eager = run(lambda p: by_hand(p, images, masking.ids_masked, patch, norm, 1e-6, mean, std, torch.float32))
+    eager = run(
+        lambda p: by_hand(
+            p, images, masking.ids_masked, patch, norm, 1e-6, mean, std, torch.float32
+        )
+    )
     assert got[0].dtype == torch.float32
     assert got[0].shape == ()
     close(got, exact, eager, atol=1e-6)
@@ -90,15 +105,22 @@ def test_equals_a_loop(case, scaled, device, close: Callable[..., None]) -> None
 @pytest.mark.parametrize("norm", ["patch", None])
 def test_mask_equals_ids_and_ignores_visible_predictions(norm, device) -> None:
     pred, images, masking = make(2, 3, 16, 24, 8, 4, torch.uint8, torch.float32, device)
-    full = torch.full((2, 6, 192), float("inf"), device=device)  # visible rows hold infinities: they must not matter
+    full = torch.full(
+        (2, 6, 192), float("inf"), device=device
+    )  # visible rows hold infinities: they must not matter
     full.scatter_(1, masking.ids_masked[..., None].expand(-1, -1, 192), pred)
     full.requires_grad_()
     pred.requires_grad_()
-    by_ids = masked_reconstruction_loss(pred, images, ids=masking.ids_masked, patch_size=8, norm=norm)
+    by_ids = masked_reconstruction_loss(
+        pred, images, ids=masking.ids_masked, patch_size=8, norm=norm
+    )
     by_mask = masked_reconstruction_loss(full, images, mask=masking.mask, patch_size=8, norm=norm)
     torch.testing.assert_close(by_ids, by_mask, rtol=1e-6, atol=0)
-    (g_ids,), (g_mask,) = torch.autograd.grad(by_ids, pred), torch.autograd.grad(by_mask, full)
-    torch.testing.assert_close(g_mask.gather(1, masking.ids_masked[..., None].expand(-1, -1, 192)), g_ids)
+    (g_ids,) = torch.autograd.grad(by_ids, pred)
+    (g_mask,) = torch.autograd.grad(by_mask, full)
+    torch.testing.assert_close(
+        g_mask.gather(1, masking.ids_masked[..., None].expand(-1, -1, 192)), g_ids
+    )
     assert (g_mask[~masking.mask] == 0).all()
 
 
@@ -112,7 +134,13 @@ def test_strided_predictions_expanded_images_and_reruns(device) -> None:
     runs = []
     for p in (view, view, pred.requires_grad_()):
         loss = masked_reconstruction_loss(p, images, ids=masking.ids_masked, patch_size=8)
-        runs.append((loss, torch.autograd.grad(loss, p, retain_graph=True)[0], torch.autograd.grad(2 * loss, p)[0]))
+        runs.append(
+            (
+                loss,
+                torch.autograd.grad(loss, p, retain_graph=True)[0],
+                torch.autograd.grad(2 * loss, p)[0],
+            )
+        )
     for loss, once, twice in runs:
         assert torch.equal(loss, runs[0][0])
         assert torch.equal(once, runs[0][1])
@@ -146,13 +174,17 @@ def test_nothing_masked_is_zero(device) -> None:
     for shape in ((0, 1, 8, 8), (2, 1, 8, 8)):
         none = torch.zeros(shape[0], 0, dtype=torch.int64, device=device)
         pred = torch.zeros(shape[0], 0, 16, device=device, requires_grad=True)
-        loss = masked_reconstruction_loss(pred, torch.zeros(shape, device=device), ids=none, patch_size=4)
+        loss = masked_reconstruction_loss(
+            pred, torch.zeros(shape, device=device), ids=none, patch_size=4
+        )
         loss.backward()
         assert loss.item() == 0
         assert pred.grad.shape == pred.shape
     full = torch.ones(2, 4, 16, device=device, requires_grad=True)
     mask = torch.zeros(2, 4, dtype=torch.bool, device=device)
-    loss = masked_reconstruction_loss(full, torch.zeros(2, 1, 8, 8, device=device), mask=mask, patch_size=4)
+    loss = masked_reconstruction_loss(
+        full, torch.zeros(2, 1, 8, 8, device=device), mask=mask, patch_size=4
+    )
     loss.backward()
     assert loss.item() == 0
     assert (full.grad == 0).all()
@@ -163,7 +195,9 @@ def test_flat_patch_stays_finite(device) -> None:
     """A constant patch has variance 0: eps inside the root keeps the target at 0."""
     pred = torch.ones(1, 4, 16, device=device)
     ids = torch.arange(4, device=device)[None]
-    loss = masked_reconstruction_loss(pred, torch.full((1, 1, 8, 8), 0.25, device=device), ids=ids, patch_size=4)
+    loss = masked_reconstruction_loss(
+        pred, torch.full((1, 1, 8, 8), 0.25, device=device), ids=ids, patch_size=4
+    )
     assert loss.item() == 1.0
 
 
@@ -176,7 +210,9 @@ def test_facebookresearch_formula() -> None:
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
     mask = masking.mask.float()
     want = (((full - target) ** 2).mean(-1) * mask).sum() / mask.sum()
-    torch.testing.assert_close(masked_reconstruction_loss(full, images, mask=masking.mask, patch_size=16), want)
+    torch.testing.assert_close(
+        masked_reconstruction_loss(full, images, mask=masking.mask, patch_size=16), want
+    )
 
 
 @pytest.mark.parametrize("norm", ["patch", "channel", None])
@@ -189,7 +225,10 @@ def test_gradcheck(norm) -> None:
     for name in ("auto", "reference"):
         with backend(name):
             assert torch.autograd.gradcheck(
-                lambda p: masked_reconstruction_loss(p, images, ids=masking.ids_masked, patch_size=2, norm=norm), pred
+                lambda p: masked_reconstruction_loss(
+                    p, images, ids=masking.ids_masked, patch_size=2, norm=norm
+                ),
+                pred,
             )
             assert torch.autograd.gradcheck(
                 lambda h, w, b: linear_reconstruction_loss(
@@ -201,30 +240,48 @@ def test_gradcheck(norm) -> None:
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_linear_equals_the_head_then_the_loss(with_bias, device, close: Callable[..., None]) -> None:
+def test_linear_equals_the_head_then_the_loss(
+    with_bias, device, close: Callable[..., None]
+) -> None:
     _, images, masking = make(5, 3, 16, 24, 8, 4, torch.uint8, torch.float32, device)
-    hidden, weight = torch.randn(5, 4, 20, device=device), torch.randn(192, 20, device=device) / 4
+    hidden = torch.randn(5, 4, 20, device=device)
+    weight = torch.randn(192, 20, device=device) / 4
     bias = torch.randn(192, device=device) if with_bias else None
 
     def run(op, dtype):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight, bias) if t is not None]
+        leaves = [
+            t.detach().to(dtype).requires_grad_() for t in (hidden, weight, bias) if t is not None
+        ]
         loss = op(*leaves, *([] if with_bias else [None]))
         return [loss.detach(), *torch.autograd.grad(loss * 2, leaves)]
 
     def separate(h, w, b):
-        return by_hand(h @ w.t() + (0 if b is None else b), images, masking.ids_masked, 8, "patch", dtype=h.dtype)
+        return by_hand(
+            h @ w.t() + (0 if b is None else b),
+            images,
+            masking.ids_masked,
+            8,
+            "patch",
+            dtype=h.dtype,
+        )
 
     got = run(
-        lambda h, w, b: linear_reconstruction_loss(h, w, b, images, masking.ids_masked, patch_size=8), torch.float32
+        lambda h, w, b: linear_reconstruction_loss(
+            h, w, b, images, masking.ids_masked, patch_size=8
+        ),
+        torch.float32,
     )
     close(got, run(separate, torch.float64), run(separate, torch.float32), atol=2e-6)
 
 
 def test_linear_under_autocast_multiplies_in_bf16_and_returns_full_gradients() -> None:
     _, images, masking = make(2, 1, 16, 24, 8, 4, torch.uint8, torch.float32, "cpu")
-    hidden, weight = torch.randn(2, 4, 20, requires_grad=True), torch.randn(64, 20, requires_grad=True)
+    hidden = torch.randn(2, 4, 20, requires_grad=True)
+    weight = torch.randn(64, 20, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = linear_reconstruction_loss(hidden, weight, None, images, masking.ids_masked, patch_size=8)
+        loss = linear_reconstruction_loss(
+            hidden, weight, None, images, masking.ids_masked, patch_size=8
+        )
     loss.backward()
     rounded = hidden.detach().bfloat16().double() @ weight.detach().bfloat16().double().t()
     want = by_hand(rounded, images, masking.ids_masked, 8, "patch").item()
@@ -233,7 +290,9 @@ def test_linear_under_autocast_multiplies_in_bf16_and_returns_full_gradients() -
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
-PRED, IMG, IDS = torch.zeros(2, 3, 48), torch.zeros(2, 3, 8, 8), torch.arange(3).expand(2, 3)
+PRED = torch.zeros(2, 3, 48)
+IMG = torch.zeros(2, 3, 8, 8)
+IDS = torch.arange(3).expand(2, 3)
 MASK = torch.ones(2, 4, dtype=torch.bool)
 
 
@@ -255,7 +314,11 @@ MASK = torch.ones(2, 4, dtype=torch.bool)
             ValueError,
             r"pred: got shape \(2, 3, 48\), needs \[B, L, P\*P\*C\] = \(2, 4, 48\)",
         ),
-        (lambda: masked_reconstruction_loss(PRED[..., 1:], IMG, ids=IDS, patch_size=4), ValueError, "pred: got shape"),
+        (
+            lambda: masked_reconstruction_loss(PRED[..., 1:], IMG, ids=IDS, patch_size=4),
+            ValueError,
+            "pred: got shape",
+        ),
         (
             lambda: masked_reconstruction_loss(PRED, IMG, mask=MASK.float(), patch_size=4),
             TypeError,
@@ -282,22 +345,30 @@ MASK = torch.ones(2, 4, dtype=torch.bool)
             "eps: got 0, needs a positive number",
         ),
         (
-            lambda: masked_reconstruction_loss(PRED[..., :3], IMG, ids=IDS, patch_size=1, norm="channel"),
+            lambda: masked_reconstruction_loss(
+                PRED[..., :3], IMG, ids=IDS, patch_size=1, norm="channel"
+            ),
             ValueError,
             "norm: got 'channel' over 1 value",
         ),
         (
-            lambda: linear_reconstruction_loss(PRED, torch.zeros(48, 47), None, IMG, IDS, patch_size=4),
+            lambda: linear_reconstruction_loss(
+                PRED, torch.zeros(48, 47), None, IMG, IDS, patch_size=4
+            ),
             ValueError,
             r"weight: got shape \(48, 47\), needs \[P\*P\*C, D\] = \(48, 48\)",
         ),
         (
-            lambda: linear_reconstruction_loss(PRED[:, :2], torch.zeros(48, 48), None, IMG, IDS, patch_size=4),
+            lambda: linear_reconstruction_loss(
+                PRED[:, :2], torch.zeros(48, 48), None, IMG, IDS, patch_size=4
+            ),
             ValueError,
             r"hidden: got shape \(2, 2, 48\)",
         ),
         (
-            lambda: linear_reconstruction_loss(PRED, torch.zeros(48, 48), torch.zeros(3), IMG, IDS, patch_size=4),
+            lambda: linear_reconstruction_loss(
+                PRED, torch.zeros(48, 48), torch.zeros(3), IMG, IDS, patch_size=4
+            ),
             ValueError,
             r"bias: got shape \(3,\)",
         ),

@@ -36,8 +36,19 @@ def pixels(batch: int, channels: int, height: int, width: int) -> Tensor:
 
 
 def embed_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    weight, bias, pos = floats(5, 3, 4, 4, dtype=dtype), floats(5, dtype=dtype), floats(6, 5, dtype=dtype)
-    return pixels(batch, 3, 8, 12), ids_of(batch, 6, 4), weight, bias, pos, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], dtype
+    weight = floats(5, 3, 4, 4, dtype=dtype)
+    bias = floats(5, dtype=dtype)
+    pos = floats(6, 5, dtype=dtype)
+    return (
+        pixels(batch, 3, 8, 12),
+        ids_of(batch, 6, 4),
+        weight,
+        bias,
+        pos,
+        [0.5, 0.4, 0.3],
+        [0.2, 0.3, 0.4],
+        dtype,
+    )
 
 
 def loss_arguments(batch: int, dtype: torch.dtype, use_mask: bool = False) -> tuple[Any, ...]:
@@ -45,17 +56,30 @@ def loss_arguments(batch: int, dtype: torch.dtype, use_mask: bool = False) -> tu
     mask = torch.zeros(batch, 6, dtype=torch.bool).scatter_(1, ids, True)
     select = (None, mask) if use_mask else (ids, None)
     pred = floats(batch, 6 if use_mask else 4, 48, dtype=dtype)
-    return pred, pixels(batch, 3, 8, 12), *select, 4, "channel" if use_mask else "patch", 1e-6, [0.5], [0.2]
+    return (
+        pred,
+        pixels(batch, 3, 8, 12),
+        *select,
+        4,
+        "channel" if use_mask else "patch",
+        1e-6,
+        [0.5],
+        [0.2],
+    )
 
 
 def linear_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    hidden, weight, bias = floats(batch, 2, 5, dtype=dtype), floats(48, 5, dtype=dtype), floats(48, dtype=dtype)
+    hidden = floats(batch, 2, 5, dtype=dtype)
+    weight = floats(48, 5, dtype=dtype)
+    bias = floats(48, dtype=dtype)
     rest = (4, "patch", 1e-6, [0.5], [0.2], dtype, True)
     return hidden, weight, bias, pixels(batch, 3, 8, 12), ids_of(batch, 6, 2), *rest
 
 
 def restore_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    visible, token, pos = floats(batch, 3, 5, dtype=dtype), floats(5, dtype=dtype), floats(7, 5, dtype=dtype)
+    visible = floats(batch, 3, 5, dtype=dtype)
+    token = floats(5, dtype=dtype)
+    pos = floats(7, 5, dtype=dtype)
     return visible, ids_of(batch, 6, 6), token, pos, 1
 
 
@@ -66,7 +90,15 @@ def gelu_arguments(batch: int, dtype: torch.dtype, recompute: bool = True) -> tu
 
 def sssd_arguments(batch: int, dtype: torch.dtype) -> tuple[Any, ...]:
     pred, images, ids, mask, *options = loss_arguments(batch, dtype)
-    tensors = (pred, images, floats(batch, 9, dtype=dtype), floats(batch, 9, dtype=dtype), ids, mask, torch.rand(9))
+    tensors = (
+        pred,
+        images,
+        floats(batch, 9, dtype=dtype),
+        floats(batch, 9, dtype=dtype),
+        ids,
+        mask,
+        torch.rand(9),
+    )
     return *tensors, *options, 0.2, False, 0.2, 0.1
 
 
@@ -75,7 +107,15 @@ def crop_arguments(batch: int) -> tuple[Any, ...]:
         batch, 1
     )  # offset, image, box, mirror: columns of one tensor
     pixels_T = torch.randint(0, 256, (400,), dtype=torch.uint8)
-    return pixels_T, places[:, 0], places[:, 1:3], places[:, 3:7], torch.rand(batch) < 0.5, [6, 5], 3
+    return (
+        pixels_T,
+        places[:, 0],
+        places[:, 1:3],
+        places[:, 3:7],
+        torch.rand(batch) < 0.5,
+        [6, 5],
+        3,
+    )
 
 
 CASES = {
@@ -147,18 +187,27 @@ def test_a_second_backward_through_one_graph_is_the_first(name: str) -> None:
 def test_one_compiled_graph_for_every_batch_size(name: str) -> None:
     torch._dynamo.reset()
     op, first = op_of(name), CASES[name].first
-    compiled = torch.compile(lambda *a: first(op(*a)).float() * 2, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *a: first(op(*a)).float() * 2, fullgraph=True, backend="aot_eager"
+    )
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (11, 3, 5):  # 11 is no other size here: equal sizes would be compiled as one
             arguments = CASES[name].make(batch, torch.float32)
             for tensor in arguments:
                 if isinstance(tensor, Tensor) and tensor.shape[0] == batch == 11:
-                    torch._dynamo.mark_dynamic(tensor, 0)  # an error if the trace makes the batch a constant
+                    torch._dynamo.mark_dynamic(
+                        tensor, 0
+                    )  # an error if the trace makes the batch a constant
             results = []
             for call in (compiled, lambda *a: first(op(*a)).float() * 2):
                 out = call(*arguments)
                 leaves = leaves_of(arguments)
-                results.append([out.detach(), *(torch.autograd.grad(out.square().sum(), leaves) if leaves else [])])
+                results.append(
+                    [
+                        out.detach(),
+                        *(torch.autograd.grad(out.square().sum(), leaves) if leaves else []),
+                    ]
+                )
             for got, want in zip(*results, strict=True):
                 torch.testing.assert_close(got, want)
 

@@ -35,15 +35,23 @@ def make(batch, patches, keep, prefix, width, device, dtypes=(torch.float32,) * 
     [(2, 12, 3, 1, 24), (3, 7, 7, 0, 10), (1, 49, 1, 2, 33), (2, 9, 0, 1, 16), (5, 1, 1, 0, 192)],
 )
 @pytest.mark.parametrize("half", [False, True])
-def test_equals_a_loop(batch, patches, keep, prefix, width, half, device, close: Callable[..., None]) -> None:
+def test_equals_a_loop(
+    batch, patches, keep, prefix, width, half, device, close: Callable[..., None]
+) -> None:
     dtypes = (torch.float16, torch.float32, torch.float32) if half else (torch.float32,) * 3
     visible, ids, mask_token, pos = make(batch, patches, keep, prefix, width, device, dtypes)
     upstream = torch.randn(batch, prefix + patches, width, device=device)
 
     def run(op, dtype=None):
-        leaves = [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in (visible, mask_token, pos)]
+        leaves = [
+            (t if dtype is None else t.to(dtype)).detach().requires_grad_()
+            for t in (visible, mask_token, pos)
+        ]
         out = op(leaves[0], ids, leaves[1], leaves[2], prefix)
-        return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype), materialize_grads=True)]
+        return [
+            out.detach(),
+            *torch.autograd.grad(out, leaves, upstream.to(out.dtype), materialize_grads=True),
+        ]
 
     got = run(lambda v, i, m, p, prefix: restore_tokens(v, i, m, p, prefix=prefix))
     again = run(lambda v, i, m, p, prefix: restore_tokens(v, i, m, p, prefix=prefix))
@@ -71,7 +79,9 @@ def test_views_with_nan_around_them_and_an_expanded_gradient(device: torch.devic
 def test_no_images(device: torch.device) -> None:
     visible, _, mask_token, pos = make(1, 6, 2, 1, 8, device)
     mask_token.requires_grad_()
-    out = restore_tokens(visible[:0], torch.zeros(0, 6, dtype=torch.int64, device=device), mask_token, pos, prefix=1)
+    out = restore_tokens(
+        visible[:0], torch.zeros(0, 6, dtype=torch.int64, device=device), mask_token, pos, prefix=1
+    )
     out.sum().backward()
     assert out.shape == (0, 7, 8)
     assert torch.equal(mask_token.grad, torch.zeros(8, device=device))
@@ -82,27 +92,49 @@ def test_gradcheck() -> None:
     leaves = [t.requires_grad_() for t in (visible, mask_token, pos)]
     for name in ("auto", "reference"):
         with backend(name):
-            assert torch.autograd.gradcheck(lambda v, m, p: restore_tokens(v, ids, m, p, prefix=1), leaves)
+            assert torch.autograd.gradcheck(
+                lambda v, m, p: restore_tokens(v, ids, m, p, prefix=1), leaves
+            )
 
 
 def test_autocast_keeps_the_widest_dtype() -> None:
-    visible, ids, mask_token, pos = make(2, 5, 2, 1, 4, "cpu", (torch.bfloat16, torch.float32, torch.float32))
+    visible, ids, mask_token, pos = make(
+        2, 5, 2, 1, 4, "cpu", (torch.bfloat16, torch.float32, torch.float32)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = restore_tokens(visible, ids, mask_token, pos, prefix=1)
     assert out.dtype == torch.float32
     assert torch.equal(out, by_hand(visible, ids, mask_token, pos, 1))
-    assert restore_tokens(visible, ids, mask_token.bfloat16(), pos.bfloat16(), prefix=1).dtype == torch.bfloat16
+    assert (
+        restore_tokens(visible, ids, mask_token.bfloat16(), pos.bfloat16(), prefix=1).dtype
+        == torch.bfloat16
+    )
 
 
-V, IDS, M, POS = torch.zeros(2, 3, 8), torch.arange(6).expand(2, 6), torch.zeros(8), torch.zeros(7, 8)
+V = torch.zeros(2, 3, 8)
+IDS = torch.arange(6).expand(2, 6)
+M = torch.zeros(8)
+POS = torch.zeros(7, 8)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: restore_tokens(V.int(), IDS, M, POS, prefix=1), TypeError, "visible: got dtype torch.int32"),
-        (lambda: restore_tokens(V[0], IDS, M, POS, prefix=1), ValueError, r"visible: got shape \(3, 8\), needs"),
-        (lambda: restore_tokens(V, IDS[:1], M, POS, prefix=1), ValueError, r"ids_restore: got shape \(1, 6\)"),
+        (
+            lambda: restore_tokens(V.int(), IDS, M, POS, prefix=1),
+            TypeError,
+            "visible: got dtype torch.int32",
+        ),
+        (
+            lambda: restore_tokens(V[0], IDS, M, POS, prefix=1),
+            ValueError,
+            r"visible: got shape \(3, 8\), needs",
+        ),
+        (
+            lambda: restore_tokens(V, IDS[:1], M, POS, prefix=1),
+            ValueError,
+            r"ids_restore: got shape \(1, 6\)",
+        ),
         (
             lambda: restore_tokens(V, IDS + 1, M, POS, prefix=1),
             ValueError,
@@ -123,7 +155,11 @@ V, IDS, M, POS = torch.zeros(2, 3, 8), torch.arange(6).expand(2, 6), torch.zeros
             ValueError,
             "visible: got 3 tokens, needs between prefix = 4",
         ),
-        (lambda: restore_tokens(V, IDS, M, POS, prefix=-1), ValueError, "prefix: got -1, needs at least 0"),
+        (
+            lambda: restore_tokens(V, IDS, M, POS, prefix=-1),
+            ValueError,
+            "prefix: got -1, needs at least 0",
+        ),
     ],
 )
 def test_refuses(call: Callable[[], object], error: type[Exception], text: str) -> None:

@@ -46,7 +46,10 @@ def test_every_public_op_has_a_case() -> None:
 
 
 def package_kernels() -> set[str]:
-    modules = [importlib.import_module(f"mae_kernels.{file.stem}") for file in sanitize_run.PACKAGE.glob("[!_]*.py")]
+    modules = [
+        importlib.import_module(f"mae_kernels.{file.stem}")
+        for file in sanitize_run.PACKAGE.glob("[!_]*.py")
+    ]
     found = {name for module in modules for name, x in vars(module).items() if hasattr(x, "fn")}
     return {name for name in found if name.endswith("_kernel")}
 
@@ -62,12 +65,16 @@ def test_every_kernel_is_launched_and_right_and_reads_nothing_out_of_range() -> 
     """
     path = os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     told: dict[str, str] = json.loads(done.stdout)
     assert {name for name, said in told.items() if not said.startswith("ok, _")} == set(), told
     assert set(told) == set(CASES) - SLOW
-    launched = {kernel for said in told.values() for kernel in said.removeprefix("ok, ").split(", ")}
+    launched = {
+        kernel for said in told.values() for kernel in said.removeprefix("ok, ").split(", ")
+    }
     assert launched == package_kernels() and len(launched) > 15
     slow_ops = {CASES[name].op for name in SLOW}
     assert slow_ops <= {CASES[name].op for name in told}
@@ -80,7 +87,9 @@ def test_the_cases_are_right_with_the_reference(name: str) -> None:
     assert sanitize.one(CASES[name], torch.device("cpu"), "reference") == "ok, no kernel"
 
 
-def test_a_case_out_of_range_is_noticed_where_it_gives_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_out_of_range_is_noticed_where_it_gives_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With the out-of-range id put right again the result has no NaN: that is a failure, not a pass."""
     case = CASES["gather_patches out of range"]._replace(spoil=lambda others: others)
     assert "neither NaN nor zeros" in sanitize.one(case, torch.device("cpu"), "reference")
@@ -120,7 +129,9 @@ def test_integers_are_equal_and_grey_levels_nearly() -> None:
     assert sanitize.difference(x + 1, x, x) == "not equal to the reference"
     grey = x.to(torch.uint8)
     assert sanitize.difference(grey - 2, grey, grey) is None
-    assert sanitize.difference(grey + 5, grey, grey) == "5 grey levels from the reference"  # 250 + 5 does not wrap
+    assert (
+        sanitize.difference(grey + 5, grey, grey) == "5 grey levels from the reference"
+    )  # 250 + 5 does not wrap
 
 
 def test_the_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +159,9 @@ def test_there_is_a_fault_for_every_tool_and_its_kernel_is_watched() -> None:
 
     assert set(sanitize_faults.FAULTS) == set(sanitize_run.FAULTS) == set(sanitize_run.TOOLS)
     assert package_kernels() < set(sanitize_run.kernels())
-    assert sum(name.startswith("fault_") for name in sanitize_run.kernels()) == len(sanitize_run.TOOLS)
+    assert sum(name.startswith("fault_") for name in sanitize_run.kernels()) == len(
+        sanitize_run.TOOLS
+    )
     assert (sanitize.BEGIN, sanitize.END) == (sanitize_run.BEGIN, sanitize_run.END)
 
 
@@ -170,7 +183,10 @@ def test_the_faults_are_in_the_machine_code() -> None:
     bounds = ptx(faults.fault_bounds_kernel, X="*fp32")
     assert "st.global" in bounds and "@" not in re.sub(r"//.*", "", bounds)
     race = ptx(faults.fault_race_kernel, **pair)
-    assert re.search(r"st\.volatile\.shared.*\n\s*ld\.volatile\.shared", race) and "bar.sync" not in race
+    assert (
+        re.search(r"st\.volatile\.shared.*\n\s*ld\.volatile\.shared", race)
+        and "bar.sync" not in race
+    )
     assert "@some bar.sync" in ptx(faults.fault_barrier_kernel, **pair)
     unwritten = ptx(faults.fault_unwritten_kernel, **pair)
     assert "ld.global" in unwritten and "st.global" in unwritten
@@ -213,8 +229,18 @@ sanitize: end attention 65: ok, _attention_kernel
 def test_memcheck_is_read() -> None:
     out = parse(MEMCHECK)
     assert out.reports == [
-        Report("restore_tokens 33", "Invalid __global__ write of size 4 bytes", "_restore_kernel", "restore.py:86"),
-        Report("restore_tokens 33", "Invalid __shared__ read of size 16 bytes", "_restore_kernel", "restore.py:90"),
+        Report(
+            "restore_tokens 33",
+            "Invalid __global__ write of size 4 bytes",
+            "_restore_kernel",
+            "restore.py:86",
+        ),
+        Report(
+            "restore_tokens 33",
+            "Invalid __shared__ read of size 16 bytes",
+            "_restore_kernel",
+            "restore.py:90",
+        ),
     ]
     assert out.total == 2
     assert out.ended["gather_patches rgb"] == "ok, _gather_kernel"
@@ -224,12 +250,27 @@ def test_memcheck_is_read() -> None:
 def test_racecheck_is_read() -> None:
     out = parse(RACECHECK)
     assert out.reports == [
-        Report("attention 65", "Error: Race reported between Write access", "_attention_kernel", "standard.py:237"),
-        Report("attention 65", "Warning: Race reported between Read access", "RAW", "raceGroupBasic.cu:40"),
+        Report(
+            "attention 65",
+            "Error: Race reported between Write access",
+            "_attention_kernel",
+            "standard.py:237",
+        ),
+        Report(
+            "attention 65",
+            "Warning: Race reported between Read access",
+            "RAW",
+            "raceGroupBasic.cu:40",
+        ),
     ]
     assert out.total == 2
-    assert parse("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n").total == 0
-    assert parse("========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n").total == 1
+    assert (
+        parse("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n").total
+        == 0
+    )
+    assert (
+        parse("========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n").total == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,7 +301,9 @@ def test_racecheck_is_read() -> None:
     ],
     ids=["synccheck", "initcheck", "without indentation", "unknown", "internal"],
 )  # fmt: skip
-def test_other_reports_are_read(said: str, what: str, kernel: str | None, where: str | None) -> None:
+def test_other_reports_are_read(
+    said: str, what: str, kernel: str | None, where: str | None
+) -> None:
     text = f"sanitize: begin attention 10\n========= {said}\n========= ERROR SUMMARY: 1 error\n"
     assert parse(text).reports == [Report("attention 10", what, kernel, where)]
 
@@ -270,8 +313,14 @@ def test_other_reports_are_read(said: str, what: str, kernel: str | None, where:
     [
         ("matmul_kernel+0xec0 in matmul_triton2.py:43", ("matmul_kernel", "matmul_triton2.py:43")),
         ("unaligned_kernel()+0x50", ("unaligned_kernel", None)),
-        ("0xda0 in moe/fused_moe.py:175:fused_moe_kernel", ("fused_moe_kernel", "fused_moe.py:175")),
-        ("0x9670 in void f<short, unsigned int>(T2, T3)", ("void f<short, unsigned int>(T2, T3)", None)),
+        (
+            "0xda0 in moe/fused_moe.py:175:fused_moe_kernel",
+            ("fused_moe_kernel", "fused_moe.py:175"),
+        ),
+        (
+            "0x9670 in void f<short, unsigned int>(T2, T3)",
+            ("void f<short, unsigned int>(T2, T3)", None),
+        ),
         ("0x79d8", (None, None)),
         ("k()+0x280 in a.py:46 [4 hazards]", ("k", "a.py:46")),
         ("nowhere", (None, None)),
@@ -297,7 +346,10 @@ def test_the_rows_name_the_first_report() -> None:
     assert (second.op, second.errors, second.ok) == ("restore_tokens", 2, False)
     what = "restore_tokens 33: Invalid __global__ write of size 4 bytes, _restore_kernel, restore.py:86"
     assert second.told == what
-    assert sanitize_run.table([first, second]).splitlines()[2] == f"memcheck  restore_tokens  2       {what}"
+    assert (
+        sanitize_run.table([first, second]).splitlines()[2]
+        == f"memcheck  restore_tokens  2       {what}"
+    )
 
 
 CLEAN = "sanitize: begin x\nsanitize: end x: ok, _a_kernel\n========= ERROR SUMMARY: 0 errors\n"
@@ -308,13 +360,29 @@ CLEAN = "sanitize: begin x\nsanitize: end x: ok, _a_kernel\n========= ERROR SUMM
     [
         (CLEAN, "", {}),
         (CLEAN.replace("ok, _a_kernel", "ok, no kernel"), "", {"op": "x: ok, no kernel"}),
-        (CLEAN.replace("ok, _a_kernel", "fails: RuntimeError: CUDA error"), "", {"op": "x: fails: RuntimeError"}),
+        (
+            CLEAN.replace("ok, _a_kernel", "fails: RuntimeError: CUDA error"),
+            "",
+            {"op": "x: fails: RuntimeError"},
+        ),
         (CLEAN, "exit code 139", {"(all)": "exit code 139"}),
         (CLEAN.partition("=")[0], "", {"(all)": "it gave no summary"}),
-        (CLEAN.replace("0 errors", "3 errors"), "", {"(all)": "3 more in its summary than were understood"}),
-        ("sanitize: begin x\n", "cut off after 7 s", {"op": "x: not reached: cut off after 7 s", "(all)": "cut off"}),
+        (
+            CLEAN.replace("0 errors", "3 errors"),
+            "",
+            {"(all)": "3 more in its summary than were understood"},
+        ),
+        (
+            "sanitize: begin x\n",
+            "cut off after 7 s",
+            {"op": "x: not reached: cut off after 7 s", "(all)": "cut off"},
+        ),
         ("", "", {"op": "x: not reached: the process ended before", "(all)": "it gave no summary"}),
-        ("========= Invalid thing\n" + CLEAN.replace("0 errors", "1 error"), "", {"(all)": "Invalid thing"}),
+        (
+            "========= Invalid thing\n" + CLEAN.replace("0 errors", "1 error"),
+            "",
+            {"(all)": "Invalid thing"},
+        ),
     ],
     ids=[
         "clean",
@@ -351,7 +419,8 @@ def test_it_is_found_in_path_then_in_cuda_then_in_the_newest_toolkit(
     root = tmp_path / "local"
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(
-        Refused, match=r"not in PATH, .*cuda/bin or .*cuda-\*/bin.*install the toolkit or its package cuda-sanitizer"
+        Refused,
+        match=r"not in PATH, .*cuda/bin or .*cuda-\*/bin.*install the toolkit or its package cuda-sanitizer",
     ):
         sanitize_run.find_sanitizer(root)
     old = executable(root / "cuda-9.2" / "bin" / "compute-sanitizer")
@@ -370,7 +439,9 @@ def test_without_it_the_command_fails_and_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(sanitize_run, "find_sanitizer", lambda find=sanitize_run.find_sanitizer: find(tmp_path))
+    monkeypatch.setattr(
+        sanitize_run, "find_sanitizer", lambda find=sanitize_run.find_sanitizer: find(tmp_path)
+    )
     assert sanitize_run.main([]) == 2
     assert "It is part of the CUDA toolkit: install" in capsys.readouterr().err
 
@@ -378,7 +449,9 @@ def test_without_it_the_command_fails_and_says_what_to_install(
 def test_a_run_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     started = time.monotonic()
-    printed, ended = sanitize_run.run(["sh", "-c", f"echo begun; sleep 60 & echo $! > '{pid}'; wait"], 1)
+    printed, ended = sanitize_run.run(
+        ["sh", "-c", f"echo begun; sleep 60 & echo $! > '{pid}'; wait"], 1
+    )
     assert (printed, ended) == ("begun\n", "cut off after 1 s")
     assert time.monotonic() - started < 10
     assert gone(int(pid.read_text()))
@@ -420,7 +493,9 @@ def checker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "========= Invalid __global__ write of size 4 bytes\n========= ERROR SUMMARY: 1 error\n"
     )
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(sanitize_run, "list_cases", lambda: "".join(f"{name:40} {op}\n" for name, op in TWO.items()))
+    monkeypatch.setattr(
+        sanitize_run, "list_cases", lambda: "".join(f"{name:40} {op}\n" for name, op in TWO.items())
+    )
     return tmp_path
 
 
@@ -431,9 +506,16 @@ def test_a_clean_run_passes(checker: Path, capsys: pytest.CaptureFixture[str]) -
     (checker / "cases").write_text(CLEAN_CASES + "========= ERROR SUMMARY: 0 errors\n")
     assert sanitize_run.main(["--tool", "memcheck", "--json", str(checker / "rows.json")]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^memcheck +self-test +1 +ok, the fault is reported: Invalid __global__ write", printed, re.M)
+    assert re.search(
+        r"^memcheck +self-test +1 +ok, the fault is reported: Invalid __global__ write",
+        printed,
+        re.M,
+    )
     assert printed.splitlines()[-1] == "3 of 3 lines ok"
-    assert [row["op"] for row in json.loads((checker / "rows.json").read_text())] == ["self-test", *TWO.values()]
+    assert [row["op"] for row in json.loads((checker / "rows.json").read_text())] == [
+        "self-test",
+        *TWO.values(),
+    ]
     words = (checker / "words").read_text()
     assert "--tool memcheck --leak-check no" in words and "--error-exitcode 9" in words
     assert "--kernel-name kns=_gather_kernel" in words and "kns=fault_bounds_kernel" in words
@@ -445,7 +527,9 @@ def test_what_is_found_fails_the_run(checker: Path, capsys: pytest.CaptureFixtur
     assert sanitize_run.main(["--tool", "memcheck"]) == 1
     printed = capsys.readouterr().out
     assert "161 bytes after the nearest allocation" in printed, "what the checker said is shown"
-    assert re.search(r"^memcheck +restore_tokens +2 +restore_tokens 33: Invalid __global__ write", printed, re.M)
+    assert re.search(
+        r"^memcheck +restore_tokens +2 +restore_tokens 33: Invalid __global__ write", printed, re.M
+    )
     assert printed.splitlines()[-1] == "2 of 3 lines ok, 1 not"
 
 
@@ -453,11 +537,15 @@ def test_a_checker_that_sees_nothing_fails_and_its_cases_are_not_run(
     checker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (checker / "cases").write_text(CLEAN_CASES + "========= ERROR SUMMARY: 0 errors\n")
-    (checker / "fault").write_text("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
+    (checker / "fault").write_text(
+        "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+    )
     assert sanitize_run.main(["--tool", "memcheck", "racecheck"]) == 1
     printed = capsys.readouterr().out
     for tool in ("memcheck", "racecheck"):
-        assert re.search(rf"^{tool} +self-test +0 +BLIND: no report .* of the deliberate fault", printed, re.M)
+        assert re.search(
+            rf"^{tool} +self-test +0 +BLIND: no report .* of the deliberate fault", printed, re.M
+        )
     assert "0 of 2 lines ok, 2 not" in printed
 
 

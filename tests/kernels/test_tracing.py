@@ -75,7 +75,9 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]], list[list
         [["OUT"], ["OUT"]],
     ),
     "embed_patches_backward": (
-        lambda g, a, i: OPS.embed_patches_backward(g, a, i, 16, 196, *STATS, BF16, F32, F32, F32, True, True, True),
+        lambda g, a, i: OPS.embed_patches_backward(
+            g, a, i, 16, 196, *STATS, BF16, F32, F32, F32, True, True, True
+        ),
         lambda: [cuda(8, 49, 768), images(), cuda(8, 49, dtype=I64)],
         [["OUT"], ["FIRST", "NEXT"], ["DPOS"]],
     ),
@@ -101,7 +103,13 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]], list[list
     ),
     "gelu_linear_backward with g kept": (
         lambda g, x, b, w, k: OPS.gelu_linear_backward(g, x, b, w, k, F32, True, True),
-        lambda: [cuda(8, 50, 768), cuda(8, 50, 3072), cuda(3072, dtype=F32), cuda(768, 3072), cuda(400, 3072)],
+        lambda: [
+            cuda(8, 50, 768),
+            cuda(8, 50, 3072),
+            cuda(3072, dtype=F32),
+            cuda(768, 3072),
+            cuda(400, 3072),
+        ],
         [["DH", "PARTIAL"]],
     ),
     "gelu_linear_backward without a bias": (
@@ -131,32 +139,64 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]], list[list
         [["DSTUDENT", "DTEACHER"]],
     ),
     "sssd_loss": (  # both terms: one launch
-        lambda p, a, s, t, i, c: OPS.sssd_loss(p, a, s, t, i, None, c, *LOSS, 0.2, False, 0.1, 0.04),
-        lambda: [cuda(8, 147, 768), images(), *logits(), cuda(8, 147, dtype=I64), cuda(4096, dtype=F32)],
+        lambda p, a, s, t, i, c: OPS.sssd_loss(
+            p, a, s, t, i, None, c, *LOSS, 0.2, False, 0.1, 0.04
+        ),
+        lambda: [
+            cuda(8, 147, 768),
+            images(),
+            *logits(),
+            cuda(8, 147, dtype=I64),
+            cuda(4096, dtype=F32),
+        ],
         [["LOGIT_LOSSES", "PARTIAL", "PATCH_LOSSES"]],
     ),
     "sssd_loss_backward": (
         lambda x, y, z, n, p, a, s, t, i, c: OPS.sssd_loss_backward(
             x, y, z, n, p, a, s, t, i, None, c, *LOSS, 0.2, 0.1, 0.04, True
         ),
-        lambda: [*scalars(4), cuda(8, 147, 768), images(), *logits(), cuda(8, 147, dtype=I64), cuda(4096, dtype=F32)],
+        lambda: [
+            *scalars(4),
+            cuda(8, 147, 768),
+            images(),
+            *logits(),
+            cuda(8, 147, dtype=I64),
+            cuda(4096, dtype=F32),
+        ],
         [["DPRED", "DSTUDENT", "DTEACHER"]],
     ),
-    "attention up to 64 tokens": (lambda q: OPS.attention(q, 0.125), lambda: [cuda(8, 50, 3, 12, 64)], [["OUT"]]),
+    "attention up to 64 tokens": (
+        lambda q: OPS.attention(q, 0.125),
+        lambda: [cuda(8, 50, 3, 12, 64)],
+        [["OUT"]],
+    ),
     "attention_backward up to 64 tokens": (
         lambda g, q: OPS.attention_backward(g, q, None, None, 0.125),
         lambda: [cuda(8, 50, 12, 64), cuda(8, 50, 3, 12, 64)],
         [["DQKV"]],
     ),
-    "attention": (lambda q: OPS.attention(q, 0.125), lambda: [cuda(8, 197, 3, 16, 32)], [["LSE", "OUT"]]),
+    "attention": (
+        lambda q: OPS.attention(q, 0.125),
+        lambda: [cuda(8, 197, 3, 16, 32)],
+        [["LSE", "OUT"]],
+    ),
     "crop_resize": (
         lambda *tensors: OPS.crop_resize(*tensors, [224, 224], 3),
-        lambda: [cuda(10**6, dtype=U8), *(cuda(8, *n, dtype=I64) for n in ((), (2,), (4,))), cuda(8, dtype=torch.bool)],
+        lambda: [
+            cuda(10**6, dtype=U8),
+            *(cuda(8, *n, dtype=I64) for n in ((), (2,), (4,))),
+            cuda(8, dtype=torch.bool),
+        ],
         [["OUT"]],
     ),
     "attention_backward": (
         lambda g, q, o, n: OPS.attention_backward(g, q, o, n, 0.125),
-        lambda: [cuda(8, 197, 16, 32), cuda(8, 197, 3, 16, 32), cuda(8, 197, 16, 32), cuda(8, 16, 197, dtype=F32)],
+        lambda: [
+            cuda(8, 197, 16, 32),
+            cuda(8, 197, 3, 16, 32),
+            cuda(8, 197, 16, 32),
+            cuda(8, 16, 197, dtype=F32),
+        ],
         [["DQKV"]],
     ),
 }
@@ -172,7 +212,11 @@ def test_launches_are_captured_with_what_they_write(name: str) -> None:
         return (out,) if isinstance(out, Tensor) else tuple(out)
 
     graph = aot_export_joint_simple(as_tuple, make(), trace_joint=False).graph
-    launches = [n for n in graph.nodes if n.op == "call_function" and "triton_kernel_wrapper" in str(n.target)]
+    launches = [
+        n
+        for n in graph.nodes
+        if n.op == "call_function" and "triton_kernel_wrapper" in str(n.target)
+    ]
     assert [sorted(n.kwargs["tensors_to_clone"]) for n in launches] == written
 
 
@@ -199,6 +243,10 @@ def test_the_compiler_knows_what_an_attention_kernel_costs(
         return (out,) if isinstance(out, Tensor) else tuple(out)
 
     graph = aot_export_joint_simple(as_tuple, make(), trace_joint=False).graph
-    (launch,) = (n for n in graph.nodes if n.op == "call_function" and "triton_kernel_wrapper" in str(n.target))
+    (launch,) = (
+        n
+        for n in graph.nodes
+        if n.op == "call_function" and "triton_kernel_wrapper" in str(n.target)
+    )
     batch, tokens, heads, width = sizes
     assert estimate_runtime(launch) == 2 * products * batch * heads * tokens * tokens * width

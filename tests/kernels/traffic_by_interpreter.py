@@ -19,7 +19,9 @@ from mae_kernels import _runtime
 
 pytestmark = pytest.mark.kernel
 OPS = torch.ops.mae_kernels
-gelu_module = importlib.import_module("mae_kernels.gelu_linear")  # the name in the package is the function's
+gelu_module = importlib.import_module(
+    "mae_kernels.gelu_linear"
+)  # the name in the package is the function's
 
 
 class Traffic:
@@ -32,7 +34,9 @@ class Traffic:
     def of(self, addresses: list[np.ndarray[Any, Any]], x: Tensor) -> tuple[int, int]:
         """(accesses, different elements) of a tensor's memory."""
         first, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
-        inside = np.concatenate([a[(a >= first) & (a < first + size)] for a in addresses] or [np.zeros(0)])
+        inside = np.concatenate(
+            [a[(a >= first) & (a < first + size)] for a in addresses] or [np.zeros(0)]
+        )
         return inside.size, np.unique(inside).size
 
     def assert_read_once(self, x: Tensor, elements: int | None = None) -> None:
@@ -49,7 +53,8 @@ class Traffic:
 def traffic(monkeypatch: pytest.MonkeyPatch) -> Traffic:
     assert _runtime.INTERPRET, "run with TRITON_INTERPRET=1"
     seen = Traffic()
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    load = InterpreterBuilder.create_masked_load
+    store = InterpreterBuilder.create_masked_store
 
     def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
         seen.read.append(ptrs.data[mask.data].ravel())
@@ -96,15 +101,21 @@ def test_embed(traffic: Traffic) -> None:
 
 
 def test_embed_backward_reads_the_gradient_once(traffic: Traffic) -> None:
-    grad, images, ids = torch.randn(3, 4, 10), pixels(3, 1, 8, 12), ids_of(3, 6, 4)
+    grad = torch.randn(3, 4, 10)
+    images = pixels(3, 1, 8, 12)
+    ids = ids_of(3, 6, 4)
     dtypes = (torch.float32,) * 3
-    _, _, dpos = OPS.embed_patches_backward(grad, images, ids, 4, 6, [], [], torch.float32, *dtypes, False, False, True)
+    _, _, dpos = OPS.embed_patches_backward(
+        grad, images, ids, 4, 6, [], [], torch.float32, *dtypes, False, False, True
+    )
     traffic.assert_read_once(grad)
     traffic.assert_written_once(dpos)
 
 
 def test_restore(traffic: Traffic) -> None:
-    visible, ids, pos = torch.randn(3, 5, 24), ids_of(3, 12, 12), torch.randn(13, 24)
+    visible = torch.randn(3, 5, 24)
+    ids = ids_of(3, 12, 12)
+    pos = torch.randn(13, 24)
     out = OPS.restore_tokens(visible, ids, torch.randn(24), pos, 1)
     traffic.assert_read_once(visible)
     traffic.assert_written_once(out)
@@ -126,7 +137,9 @@ def test_gelu(traffic: Traffic, rows: int) -> None:
     traffic.assert_written_once(g)
 
 
-@pytest.mark.parametrize("programs", [512, 2])  # one step each; several, the last of them past the end
+@pytest.mark.parametrize(
+    "programs", [512, 2]
+)  # one step each; several, the last of them past the end
 def test_gelu_backward(traffic: Traffic, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
     """The launch itself: the gradient of g, which it reads, is made and dropped inside the op."""
     monkeypatch.setattr(gelu_module, "BACKWARD_PROGRAMS", programs)
@@ -153,7 +166,9 @@ def test_reconstruction(traffic: Traffic, norm: str, use_mask: bool) -> None:
     options = (images, *select, 8, norm, 1e-6, [0.4], [0.2])
     OPS.masked_reconstruction_loss(pred, *options)
     for x in (pred, images):
-        traffic.assert_read_once(x, 2 * 4 * 192)  # with a mask too: visible predictions are not read
+        traffic.assert_read_once(
+            x, 2 * 4 * 192
+        )  # with a mask too: visible predictions are not read
     traffic.read.clear()
     one = torch.ones(())
     dpred = OPS.masked_reconstruction_loss_backward(one, one, pred, *options)
@@ -163,8 +178,12 @@ def test_reconstruction(traffic: Traffic, norm: str, use_mask: bool) -> None:
 
 
 def test_sssd(traffic: Traffic) -> None:
-    images, ids, pred = pixels(2, 3, 16, 24), ids_of(2, 6, 4), torch.randn(2, 4, 192)
-    student, teacher, center = torch.randn(2, 37), torch.randn(2, 37), torch.randn(37)
+    images = pixels(2, 3, 16, 24)
+    ids = ids_of(2, 6, 4)
+    pred = torch.randn(2, 4, 192)
+    student = torch.randn(2, 37)
+    teacher = torch.randn(2, 37)
+    center = torch.randn(37)
     tensors = (pred, images, student, teacher, ids, None, center)
     options = (8, "patch", 1e-6, [0.4], [0.2], 0.2)
     OPS.sssd_loss(*tensors, *options, False, 0.1, 0.04)
@@ -180,12 +199,16 @@ def test_sssd(traffic: Traffic) -> None:
 
 
 def test_distillation(traffic: Traffic) -> None:
-    student, teacher, center = torch.randn(5, 37), torch.randn(5, 37), torch.randn(37)
+    student = torch.randn(5, 37)
+    teacher = torch.randn(5, 37)
+    center = torch.randn(37)
     OPS.distillation_loss(student, teacher, center, False, 0.1, 0.04)
     for x in (student, teacher):
         traffic.assert_read_once(x)
     traffic.read.clear()
-    gradients = OPS.distillation_loss_backward(torch.ones(()), student, teacher, center, 0.1, 0.04, True)
+    gradients = OPS.distillation_loss_backward(
+        torch.ones(()), student, teacher, center, 0.1, 0.04, True
+    )
     for x in (student, teacher):
         traffic.assert_read_once(x)
     traffic.assert_written_once(*gradients)
@@ -193,7 +216,9 @@ def test_distillation(traffic: Traffic) -> None:
 
 def crop(pixels_T: Tensor, places: Tensor, size: list[int], channels: int) -> Tensor:
     flips = torch.tensor([False, True])[: len(places)]
-    return OPS.crop_resize(pixels_T, places[:, 0], places[:, 1:3], places[:, 3:7], flips, size, channels)
+    return OPS.crop_resize(
+        pixels_T, places[:, 0], places[:, 1:3], places[:, 3:7], flips, size, channels
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -213,7 +238,9 @@ def test_crop_resize(traffic: Traffic, channels: int) -> None:
 
 def test_crop_resize_reads_no_pixel_for_a_box_out_of_range(traffic: Traffic) -> None:
     pixels_T = pixels(500)
-    out = crop(pixels_T, torch.tensor([[5, 9, 13, 1, 5, 7, 9], [480, 4, 31, 0, 3, 3, 27]]), [9, 11], 1)
+    out = crop(
+        pixels_T, torch.tensor([[5, 9, 13, 1, 5, 7, 9], [480, 4, 31, 0, 3, 3, 27]]), [9, 11], 1
+    )
     assert traffic.of(traffic.read, pixels_T) == (0, 0) and not out.any()
     traffic.assert_written_once(out)
 

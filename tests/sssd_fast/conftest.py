@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sssd_fast.data.phantom import write_phantom_dataset
+from sssd_fast.data.synthetic import write_phantom_dataset
 
 TINY = [
     "model.name=tiny",

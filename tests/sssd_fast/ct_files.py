@@ -14,8 +14,19 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 ROOT = "1.2.826.0.1.3680043.8.498."  # of every UID written here
-NAME, PATIENT, BIRTH, ACCESSION = "Quastenflosser^Wilhelmina", "KH-4711-0815", "19470203", "ACC998877"
-SECRETS = ["Quastenflosser", "Wilhelmina", PATIENT, BIRTH, ACCESSION, ROOT, "Rossmoor"]  # the last: InstitutionName
+NAME = "Quastenflosser^Wilhelmina"
+PATIENT = "KH-4711-0815"
+BIRTH = "19470203"
+ACCESSION = "ACC998877"
+SECRETS = [
+    "Quastenflosser",
+    "Wilhelmina",
+    PATIENT,
+    BIRTH,
+    ACCESSION,
+    ROOT,
+    "Rossmoor",
+]  # the last: InstitutionName
 
 
 def uid(*parts: int) -> str:
@@ -28,16 +39,26 @@ def dataset(
     """A CT slice [H, W], or frames [N, H, W] (any integer type), in HU as it stands. tags: set last; None deletes one."""
     ds = FileDataset("", {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID, ds.SOPInstanceUID = CT, uid(series, 7, number)
-    ds.StudyInstanceUID, ds.SeriesInstanceUID = uid(5), uid(series, 3)
-    ds.PatientName, ds.PatientID, ds.PatientBirthDate, ds.AccessionNumber = NAME, PATIENT, BIRTH, ACCESSION
-    ds.InstitutionName, ds.Modality, ds.InstanceNumber = "Rossmoor", "CT", number
+    ds.SOPClassUID = CT
+    ds.SOPInstanceUID = uid(series, 7, number)
+    ds.StudyInstanceUID = uid(5)
+    ds.SeriesInstanceUID = uid(series, 3)
+    ds.PatientName = NAME
+    ds.PatientID = PATIENT
+    ds.PatientBirthDate = BIRTH
+    ds.AccessionNumber = ACCESSION
+    ds.InstitutionName = "Rossmoor"
+    ds.Modality = "CT"
+    ds.InstanceNumber = number
     ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
     ds.Rows, ds.Columns = stored.shape[-2:]
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = "MONOCHROME2"
     ds.BitsAllocated = ds.BitsStored = 8 * stored.dtype.itemsize
-    ds.HighBit, ds.PixelRepresentation = ds.BitsStored - 1, int(stored.dtype.kind == "i")
-    ds.RescaleSlope, ds.RescaleIntercept = 1, 0
+    ds.HighBit = ds.BitsStored - 1
+    ds.PixelRepresentation = int(stored.dtype.kind == "i")
+    ds.RescaleSlope = 1
+    ds.RescaleIntercept = 0
     ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     if z is not None:
         ds.ImagePositionPatient = [0, 0, z]
@@ -64,7 +85,9 @@ def write_slice(path: Path, stored: np.ndarray, **tags: Any) -> Path:
     return write(path, dataset(stored, **tags))
 
 
-def noise(seed: int, shape: tuple[int, ...] = (12, 10), low: int = -1400, high: int = 250) -> np.ndarray:
+def noise(
+    seed: int, shape: tuple[int, ...] = (12, 10), low: int = -1400, high: int = 250
+) -> np.ndarray:
     return np.random.default_rng(seed).integers(low, high, shape, dtype=np.int16)
 
 
@@ -72,11 +95,15 @@ def write_series(folder: Path, seed: int, count: int = 3, **tags: Any) -> np.nda
     """`count` slices 5 mm apart, the lowest first in the array [count, H, W] that is returned."""
     stored = noise(seed, (count, 12, 10))
     for i, picture in enumerate(stored):
-        write_slice(folder / f"IM{(i * 7) % 10}{i}", picture, series=seed, number=i + 1, z=5.0 * i, **tags)
+        write_slice(
+            folder / f"IM{(i * 7) % 10}{i}", picture, series=seed, number=i + 1, z=5.0 * i, **tags
+        )
     return stored
 
 
-def write_nifti(path: Path, values_XYZ: np.ndarray, affine: np.ndarray, *, slope: float = 1, inter: float = 0) -> Path:
+def write_nifti(
+    path: Path, values_XYZ: np.ndarray, affine: np.ndarray, *, slope: float = 1, inter: float = 0
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nibabel.Nifti1Image(values_XYZ, affine)
     image.header.set_slope_inter(slope, inter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sssd_fast.reproduce_table import SCHEMA
+from sssd_fast.reproduce.table import SCHEMA
 
 
 def made_up(**changes: Any) -> dict[str, Any]:
@@ -39,6 +39,11 @@ def made_up(**changes: Any) -> dict[str, Any]:
                 "date": "d",
             }
         ],
-        "cells": [cell("mae", 1, 0.8), cell("mae", 0, 0.7), cell("sssd", 0, 0.9), cell("sssd", 1, 0.8)],
+        "cells": [
+            cell("mae", 1, 0.8),
+            cell("mae", 0, 0.7),
+            cell("sssd", 0, 0.9),
+            cell("sssd", 1, 0.8),
+        ],
         **changes,
     }

@@ -25,28 +25,49 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mae_kernels
 from mae_kernels import short_attention
 from sssd_fast import attention
-from sssd_fast.attention import FUSED_TOKENS, PROVIDERS, Choice, Site, attend, attend_packed, choose, refusal
+from sssd_fast.attention import (
+    FUSED_TOKENS,
+    PROVIDERS,
+    Choice,
+    Site,
+    attend,
+    attend_packed,
+    choose,
+    refusal,
+)
 from sssd_fast.errors import ConfigError, DependencyError
-from sssd_fast.step import AUTOCAST, pick_precision
+from sssd_fast.run.device import AUTOCAST, pick_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-HERE = ("fused", "sdpa", "eager")  # on a CPU; `fused` is its reference there, which tests the way to it
+HERE = (
+    "fused",
+    "sdpa",
+    "eager",
+)  # on a CPU; `fused` is its reference there, which tests the way to it
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-has_xformers = pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="xformers is not installed")
+has_xformers = pytest.mark.skipif(
+    importlib.util.find_spec("xformers") is None, reason="xformers is not installed"
+)
 
 
 # ---------------------------------------------------------------------------------------------------- reference
 def by_hand(qkv: Tensor, scale: float | None = None) -> Tensor:
     """The formula, in the dtype of qkv, but sums of exponentials in at least fp32."""
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (qkv.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (
+        qkv.shape[-1] ** -0.5 if scale is None else scale
+    )
     scores = scores if scores.dtype == torch.float64 else scores.float()
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    return torch.einsum("bhnm,bmhd->bnhd", (weights / weights.sum(-1, keepdim=True)).to(qkv.dtype), v)
+    return torch.einsum(
+        "bhnm,bmhd->bnhd", (weights / weights.sum(-1, keepdim=True)).to(qkv.dtype), v
+    )
 
 
 def packed_by_hand(qkv: Tensor, lengths: Sequence[int], scale: float | None = None) -> Tensor:
-    parts = [by_hand(qkv[None, sum(lengths[:i]) :][:, :n], scale)[0] for i, n in enumerate(lengths) if n]
+    parts = [
+        by_hand(qkv[None, sum(lengths[:i]) :][:, :n], scale)[0] for i, n in enumerate(lengths) if n
+    ]
     return torch.cat([*parts, qkv[:0, 0]])
 
 
@@ -56,7 +77,12 @@ def results(op: Callable[[Tensor], Tensor], qkv: Tensor, upstream: Tensor) -> li
     return [out.detach(), torch.autograd.grad(out, leaf, upstream.to(out.dtype))[0]]
 
 
-def agree(op: Callable[[Tensor], Tensor], hand: Callable[[Tensor], Tensor], qkv: Tensor, atol: float = 1e-6) -> None:
+def agree(
+    op: Callable[[Tensor], Tensor],
+    hand: Callable[[Tensor], Tensor],
+    qkv: Tensor,
+    atol: float = 1e-6,
+) -> None:
     """Output and gradient are at most twice as far from fp64 as the formula in qkv's dtype is."""
     upstream = torch.randn(hand(qkv).shape, device=qkv.device).to(qkv.dtype)
     got, eager = results(op, qkv, upstream), results(hand, qkv, upstream)
@@ -64,22 +90,29 @@ def agree(op: Callable[[Tensor], Tensor], hand: Callable[[Tensor], Tensor], qkv:
     assert got[0].is_contiguous()
     for what, g, x, e in zip(("output", "gradient"), got, exact, eager, strict=True):
         assert (g.shape, g.dtype) == (x.shape, qkv.dtype)
-        error, allowed = (g - x).abs().max(), 2 * (e - x).abs().max() + atol * max(1.0, x.abs().max())
+        error = (g - x).abs().max()
+        allowed = 2 * (e - x).abs().max() + atol * max(1.0, x.abs().max())
         assert error <= allowed, f"{what}: error {error:.2e} against fp64, allowed {allowed:.2e}"
 
 
 def strided(qkv: Tensor) -> Tensor:
     """The same values, with gaps of NaN between the heads' values."""
-    wide = torch.full((*qkv.shape[:-1], qkv.shape[-1] + 8), float("nan"), dtype=qkv.dtype, device=qkv.device)
+    wide = torch.full(
+        (*qkv.shape[:-1], qkv.shape[-1] + 8), float("nan"), dtype=qkv.dtype, device=qkv.device
+    )
     wide[..., : qkv.shape[-1]] = qkv
     return wide[..., : qkv.shape[-1]]
 
 
 # ---------------------------------------------------------------------------------------------------- computing
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 50, 3, 3, 64), (2, 37, 3, 2, 32), (1, 197, 3, 2, 32), (2, 1, 3, 1, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 50, 3, 3, 64), (2, 37, 3, 2, 32), (1, 197, 3, 2, 32), (2, 1, 3, 1, 8)], ids=str
+)
 @pytest.mark.parametrize("provider", HERE)
-def test_every_provider_equals_the_formula(provider: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_every_provider_equals_the_formula(
+    provider: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     qkv = torch.randn(shape).to(dtype)
     agree(lambda x: attend(x, provider), by_hand, qkv)
     agree(lambda x: attend(x, provider, 0.3), lambda x: by_hand(x, 0.3), strided(qkv))
@@ -87,9 +120,13 @@ def test_every_provider_equals_the_formula(provider: str, shape: tuple[int, ...]
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(8, 50, 3, 12, 64), (4, 197, 3, 16, 32), (2, 197, 3, 12, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 50, 3, 12, 64), (4, 197, 3, 16, 32), (2, 197, 3, 12, 64)], ids=str
+)
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_every_provider_equals_the_formula_on_a_gpu(provider: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_every_provider_equals_the_formula_on_a_gpu(
+    provider: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     reason = refusal(provider, Site(CUDA, dtype, shape[1], shape[3], shape[4]))
     if reason is not None:
         pytest.skip(f"{provider} refuses: {reason}")
@@ -107,9 +144,13 @@ def _compiled_equals_plain(provider: str, qkv: Tensor, backend: str) -> None:
     upstream = torch.randn(qkv[:, :, 0].shape, device=qkv.device).to(qkv.dtype)
     plain = results(layer, qkv, upstream)
     for one, other in zip(
-        results(torch.compile(layer, fullgraph=True, backend=backend), qkv, upstream), plain, strict=True
+        results(torch.compile(layer, fullgraph=True, backend=backend), qkv, upstream),
+        plain,
+        strict=True,
     ):
-        torch.testing.assert_close(one, other, rtol=1e-2 if qkv.is_cuda else 0, atol=1e-2 if qkv.is_cuda else 1e-6)
+        torch.testing.assert_close(
+            one, other, rtol=1e-2 if qkv.is_cuda else 0, atol=1e-2 if qkv.is_cuda else 1e-6
+        )
 
 
 @pytest.mark.parametrize("provider", HERE)
@@ -124,7 +165,9 @@ def test_it_compiles_as_one_graph_on_a_gpu(provider: str) -> None:
     reason = refusal(provider, Site(CUDA, dtype, 50, 12, 64, compiled=True))
     if reason is not None:
         pytest.skip(f"{provider} refuses: {reason}")
-    _compiled_equals_plain(provider, torch.randn(4, 50, 3, 12, 64, device="cuda").to(dtype), "inductor")
+    _compiled_equals_plain(
+        provider, torch.randn(4, 50, 3, 12, 64, device="cuda").to(dtype), "inductor"
+    )
 
 
 class Recorded(TorchDispatchMode):
@@ -147,7 +190,9 @@ def test_sdpa_copies_nothing_forward_and_writes_the_gradient_once_in_the_order_o
     upstream = torch.randn(out.shape)
     with Recorded() as backward:
         (gradient,) = torch.autograd.grad(out, qkv, upstream)
-    assert sum(name in ("clone", "copy_", "_to_copy", "stack", "cat") for name in backward.names) == 1
+    assert (
+        sum(name in ("clone", "copy_", "_to_copy", "stack", "cat") for name in backward.names) == 1
+    )
     assert gradient.is_contiguous()
 
 
@@ -167,19 +212,28 @@ def test_eager_is_what_autocast_makes_of_the_published_code(dtype: torch.dtype) 
     def published(qkv: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype):
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            return (((q @ k.transpose(-2, -1)) * 16**-0.5).float().softmax(dim=-1) @ v).transpose(1, 2)
+            return (((q @ k.transpose(-2, -1)) * 16**-0.5).float().softmax(dim=-1) @ v).transpose(
+                1, 2
+            )
 
-    qkv, upstream = torch.randn(2, 20, 3, 2, 16).to(dtype), torch.randn(2, 20, 2, 16).to(dtype)
+    qkv = torch.randn(2, 20, 3, 2, 16).to(dtype)
+    upstream = torch.randn(2, 20, 2, 16).to(dtype)
     for got, expected in zip(
-        results(lambda x: attend(x, "eager"), qkv, upstream), results(published, qkv, upstream), strict=True
+        results(lambda x: attend(x, "eager"), qkv, upstream),
+        results(published, qkv, upstream),
+        strict=True,
     ):
         assert torch.equal(got, expected)
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"qkv: got shape \(2, 5, 2, 2, 8\), needs \[B, N, 3, H, d\]"):
+    with pytest.raises(
+        ValueError, match=r"qkv: got shape \(2, 5, 2, 2, 8\), needs \[B, N, 3, H, d\]"
+    ):
         attend(torch.zeros(2, 5, 2, 2, 8), "sdpa")
-    with pytest.raises(ValueError, match="provider: got 'flash', needs one of fused, xformers, sdpa, eager"):
+    with pytest.raises(
+        ValueError, match="provider: got 'flash', needs one of fused, xformers, sdpa, eager"
+    ):
         attend(torch.zeros(2, 5, 3, 2, 8), "flash")
     with pytest.raises(ValueError, match=r"qkv: got shape \(1, 5, 3, 2, 8\), needs \[T, 3, H, d\]"):
         attend_packed(torch.zeros(1, 5, 3, 2, 8), [5], "sdpa")
@@ -197,10 +251,16 @@ LENGTHS = [[5, 3, 5, 1, 0, 7], [6, 6, 6], [9], [0, 4]]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("provider", HERE)
-def test_packed_sequences_equal_the_formula_in_each(provider: str, lengths: list[int], dtype: torch.dtype) -> None:
+def test_packed_sequences_equal_the_formula_in_each(
+    provider: str, lengths: list[int], dtype: torch.dtype
+) -> None:
     qkv = torch.randn(sum(lengths), 3, 2, 16).to(dtype)
     agree(lambda x: attend_packed(x, lengths, provider), lambda x: packed_by_hand(x, lengths), qkv)
-    agree(lambda x: attend_packed(x, lengths, provider, 0.3), lambda x: packed_by_hand(x, lengths, 0.3), strided(qkv))
+    agree(
+        lambda x: attend_packed(x, lengths, provider, 0.3),
+        lambda x: packed_by_hand(x, lengths, 0.3),
+        strided(qkv),
+    )
 
 
 @pytest.mark.gpu
@@ -221,11 +281,15 @@ def _nan_stays_in_its_sequence(provider: str, lengths: list[int], qkv: Tensor) -
     clean = results(lambda x: attend_packed(x, lengths, provider), qkv, upstream)
     for place in range(3):
         spoiled = qkv.clone()
-        spoiled[lengths[0], place] = float("nan")  # a token of the second sequence: in q, in k, in v
+        spoiled[lengths[0], place] = float(
+            "nan"
+        )  # a token of the second sequence: in q, in k, in v
         rest = torch.ones(len(qkv), dtype=torch.bool)
         rest[lengths[0] : lengths[0] + lengths[1]] = False
         for got, expected in zip(
-            results(lambda x: attend_packed(x, lengths, provider), spoiled, upstream), clean, strict=True
+            results(lambda x: attend_packed(x, lengths, provider), spoiled, upstream),
+            clean,
+            strict=True,
         ):
             tolerance = 1e-2 if qkv.is_cuda else 0.0  # some kernels there add in no fixed order
             torch.testing.assert_close(got[rest], expected[rest], rtol=tolerance, atol=tolerance)
@@ -253,7 +317,9 @@ def test_packed_sdpa_traces_as_one_graph() -> None:
     qkv = torch.randn(9, 3, 2, 16)
     upstream = torch.randn(9, 2, 16)
     plain = results(lambda x: attend_packed(x, [3, 5, 1], "sdpa"), qkv, upstream)
-    compiled = torch.compile(lambda x: attend_packed(x, [3, 5, 1], "sdpa"), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: attend_packed(x, [3, 5, 1], "sdpa"), fullgraph=True, backend="aot_eager"
+    )
     for one, other in zip(results(compiled, qkv, upstream), plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
@@ -265,7 +331,12 @@ def no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def on(capability: tuple[int, int], dtype: torch.dtype = torch.bfloat16, tokens: int = 50, width: int = 64) -> Site:
+def on(
+    capability: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: int = 50,
+    width: int = 64,
+) -> Site:
     return Site(CUDA, dtype, tokens, 12, width, compiled=True, capability=capability)
 
 
@@ -285,11 +356,17 @@ def on(capability: tuple[int, int], dtype: torch.dtype = torch.bfloat16, tokens:
         (on((9, 0), torch.float64), "sdpa", "fp16 and bf16, not fp64"),
         (on((9, 0), tokens=577), "sdpa", "1 to 256 tokens"),
         (on((9, 0), width=80), "sdpa", "heads of 16, 32, 64, 128 values, not of 80"),
-        (Site(CPU, torch.float32, 50, 12, 64), "sdpa", "no kernel for the cpu, where it would be computed by sdpa"),
+        (
+            Site(CPU, torch.float32, 50, 12, 64),
+            "sdpa",
+            "no kernel for the cpu, where it would be computed by sdpa",
+        ),
         (Site(CPU, torch.bfloat16, 50, 12, 64), "sdpa", "no kernel for the cpu"),
     ],
 )
-def test_what_auto_takes(site: Site, provider: str, not_fused: str | None, no_gpu_here: None) -> None:
+def test_what_auto_takes(
+    site: Site, provider: str, not_fused: str | None, no_gpu_here: None
+) -> None:
     choice = choose("auto", site)
     assert choice.provider == provider
     assert choice.refused.keys() == ({"fused"} if not_fused else set())
@@ -297,7 +374,9 @@ def test_what_auto_takes(site: Site, provider: str, not_fused: str | None, no_gp
         assert not_fused in choice.refused["fused"]
 
 
-def test_auto_at_one_length_never_imports_xformers(no_gpu_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_at_one_length_never_imports_xformers(
+    no_gpu_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "load_xformers", lambda: pytest.fail("it was asked"))
     for site in (on((9, 0)), on((7, 5), torch.float16), Site(CPU, torch.float32, 50, 12, 64)):
         choose("auto", site)
@@ -309,7 +388,9 @@ def test_auto_takes_xformers_for_different_lengths_where_it_works(
     packed = replace(on((9, 0)), packed=True, compiled=False)
     monkeypatch.setattr(attention, "_xformers", (object(), None))
     assert choose("auto", packed).provider == "xformers"
-    assert choose("auto", replace(packed, compiled=True)).provider == "fused"  # its mask does not trace
+    assert (
+        choose("auto", replace(packed, compiled=True)).provider == "fused"
+    )  # its mask does not trace
     monkeypatch.setattr(attention, "_xformers", (None, "it is broken"))
     assert choose("auto", packed).refused == {"xformers": "it is broken"}
     assert choose("auto", replace(packed, dtype=torch.float32)).provider == "sdpa"
@@ -320,12 +401,16 @@ def test_xformers_compiled_needs_its_flash_kernels(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attention, "_xformers", (object(), None))
     assert refusal("xformers", on((8, 0))) is None
     for site in (on((7, 5), torch.float16), on((8, 0), torch.float32), on((8, 0), width=264)):
-        assert "compiled it takes only fp16 and bf16 on sm_80 or newer" in str(refusal("xformers", site))
+        assert "compiled it takes only fp16 and bf16 on sm_80 or newer" in str(
+            refusal("xformers", site)
+        )
         assert refusal("xformers", replace(site, compiled=False)) is None
         assert refusal("xformers", replace(site, training=False)) is None
 
 
-def test_the_sizes_of_fused_are_those_of_its_kernels(no_gpu_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sizes_of_fused_are_those_of_its_kernels(
+    no_gpu_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else `fused` would silently be sdpa there, or sdpa would be taken where there is a kernel."""
     assert [oldest for oldest, _ in FUSED_TOKENS] == [(12, 0), (9, 0), (8, 0)]
     for arch in (80, 86, 89, 90, 100, 103, 120, 121):
@@ -334,7 +419,12 @@ def test_the_sizes_of_fused_are_those_of_its_kernels(no_gpu_here: None, monkeypa
             for tokens in (1, 50, 127, 128, 129, 197, 224, 225, 256, 257, 577):
                 qkv = torch.empty(1, tokens, 3, 1, width, device="meta", dtype=torch.bfloat16)
                 ours = refusal("fused", on(divmod(arch, 10), tokens=tokens, width=width))
-                assert (ours is None) == (short_attention.refusal(qkv) is None), (arch, width, tokens, ours)
+                assert (ours is None) == (short_attention.refusal(qkv) is None), (
+                    arch,
+                    width,
+                    tokens,
+                    ours,
+                )
 
 
 def test_fused_is_refused_with_the_reason_of_mae_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +444,8 @@ def test_a_named_provider_that_cannot_run_is_an_error() -> None:
         "cpu, where it would be computed by sdpa; set it to auto, sdpa, eager"
     )
     with pytest.raises(
-        ConfigError, match=r"step\.attention is 'flash', needs auto or one of fused, xformers, sdpa, eager"
+        ConfigError,
+        match=r"step\.attention is 'flash', needs auto or one of fused, xformers, sdpa, eager",
     ):
         choose("flash", site)
     assert choose("eager", site).provider == "eager"
@@ -366,8 +457,13 @@ def test_the_line_for_the_start_of_a_run(no_gpu_here: None) -> None:
         "encoder attention (50 tokens, 12 heads of 64, bf16): fused, because one program per head moves the fewest bytes for "
         "short sequences (by count of bytes, not measured)"
     )
-    line = Choice("sdpa", "it can", on((9, 0)), "step.decoder_attention", {"fused": "it cannot"}).line()
-    assert line == "decoder attention (50 tokens, 12 heads of 64, bf16): sdpa, because it can; not fused: it cannot"
+    line = Choice(
+        "sdpa", "it can", on((9, 0)), "step.decoder_attention", {"fused": "it cannot"}
+    ).line()
+    assert (
+        line
+        == "decoder attention (50 tokens, 12 heads of 64, bf16): sdpa, because it can; not fused: it cannot"
+    )
     named = choose("eager", on((9, 0)), "step.decoder_attention")
     assert named.line().endswith("eager, because step.decoder_attention names it")
 
@@ -376,14 +472,19 @@ def test_the_line_for_the_start_of_a_run(no_gpu_here: None) -> None:
 def test_a_site_on_a_gpu_asks_the_gpu() -> None:
     assert Site(CUDA, torch.float16, 50, 12, 64).capability == torch.cuda.get_device_capability()
     with mae_kernels.backend("reference"):
-        assert refusal("fused", Site(CUDA, torch.float16, 50, 12, 64)) == "the backend is set to 'reference'"
+        assert (
+            refusal("fused", Site(CUDA, torch.float16, 50, 12, 64))
+            == "the backend is set to 'reference'"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- xformers
 @pytest.fixture
 def fake_xformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """fake_xformers(code of xformers, code of xformers.ops or None): what `import xformers` finds."""
-    real = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "xformers"}
+    real = {
+        name: module for name, module in sys.modules.items() if name.partition(".")[0] == "xformers"
+    }
     for name in real:
         del sys.modules[name]
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -422,7 +523,11 @@ WORKS = "def memory_efficient_attention(): pass"
 @pytest.mark.parametrize(
     ("package", "ops", "reason"),
     [
-        ("raise OSError('libcudart.so.12: missing')", None, "its import fails: OSError('libcudart.so.12: missing')"),
+        (
+            "raise OSError('libcudart.so.12: missing')",
+            None,
+            "its import fails: OSError('libcudart.so.12: missing')",
+        ),
         ("raise ValueError('two\\nlines')", None, r"its import fails: ValueError('two\nlines')"),
         (
             "import a_module_nobody_has",
@@ -430,7 +535,11 @@ WORKS = "def memory_efficient_attention(): pass"
             "its import fails: ModuleNotFoundError(\"No module named 'a_module_nobody_has'\")",
         ),
         ("raise SystemExit(3)", None, "its import fails: SystemExit(3)"),
-        (NOISY + "    raise RuntimeError('after all that')", None, "its import fails: RuntimeError('after all that')"),
+        (
+            NOISY + "    raise RuntimeError('after all that')",
+            None,
+            "its import fails: RuntimeError('after all that')",
+        ),
         ("", None, "its import fails: ModuleNotFoundError(\"No module named 'xformers.ops'\")"),
         ("", "", "it has no memory_efficient_attention"),
         ("", "memory_efficient_attention = None", "it has no memory_efficient_attention"),
@@ -486,7 +595,10 @@ def test_xformers_is_imported_late_and_once(
 ) -> None:
     fake_xformers(f"open({str(tmp_path / 'imports')!r}, 'a').write('x')\nraise OSError('broken')")
     choose("auto", on((9, 0)))
-    assert refusal("xformers", Site(CPU, torch.float32, 50, 12, 64)) == "its attention needs an NVIDIA GPU"
+    assert (
+        refusal("xformers", Site(CPU, torch.float32, 50, 12, 64))
+        == "its attention needs an NVIDIA GPU"
+    )
     assert not (tmp_path / "imports").exists()
     for _ in range(3):
         assert "OSError('broken')" in str(refusal("xformers", on((9, 0))))
@@ -494,12 +606,14 @@ def test_xformers_is_imported_late_and_once(
 
 
 def test_importing_the_trainer_imports_no_xformers() -> None:
-    code = "import sys, sssd_fast.attention, sssd_fast.doctor as d; d.collect_environment(); print('xformers' in sys.modules)"
+    code = "import sys, sssd_fast.attention, sssd_fast.run.environment as d; d.collect_environment(); print('xformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-def test_xformers_gets_views_of_qkv_the_scale_and_the_lengths(fake_xformers: Callable[..., None]) -> None:
+def test_xformers_gets_views_of_qkv_the_scale_and_the_lengths(
+    fake_xformers: Callable[..., None],
+) -> None:
     ops = """
         from types import SimpleNamespace
         import torch
@@ -527,7 +641,11 @@ def test_xformers_gets_views_of_qkv_the_scale_and_the_lengths(fake_xformers: Cal
     assert all(x.shape == (2, 7, 2, 16) and x.stride() == (672, 96, 16, 1) for x in seen[0])
     for lengths in LENGTHS:
         packed = torch.randn(sum(lengths), 3, 2, 16)
-        agree(lambda x, n=lengths: attend_packed(x, n, "xformers"), lambda x, n=lengths: packed_by_hand(x, n), packed)
+        agree(
+            lambda x, n=lengths: attend_packed(x, n, "xformers"),
+            lambda x, n=lengths: packed_by_hand(x, n),
+            packed,
+        )
     assert len({x.untyped_storage().data_ptr() for x in seen[-1]}) == 1
 
 
@@ -545,7 +663,9 @@ fmha.common._built_with_cuda = True  # the compiled part serves other things tha
 
 def _run(code: str) -> str:
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", PRETEND + code], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", PRETEND + code], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

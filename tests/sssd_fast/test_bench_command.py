@@ -96,7 +96,9 @@ def test_every_word_arrives_unchanged(checkout: Path, words: list[str]) -> None:
         ("wrong", 2, "the benchmarks: error: unknown word\n"),
     ],
 )
-def test_errors_of_the_benchmarks_are_one_message(checkout: Path, word: str, status: int, message: str) -> None:
+def test_errors_of_the_benchmarks_are_one_message(
+    checkout: Path, word: str, status: int, message: str
+) -> None:
     done = bench("kernels", word, path=[checkout], where=checkout)
     assert done.returncode == status
     assert done.stderr.endswith(message)
@@ -104,7 +106,9 @@ def test_errors_of_the_benchmarks_are_one_message(checkout: Path, word: str, sta
 
 
 @pytest.mark.parametrize("stranger", [False, True], ids=["alone", "beside a stranger"])
-def test_an_installation_without_the_benchmarks_says_what_to_do(checkout: Path, stranger: bool) -> None:
+def test_an_installation_without_the_benchmarks_says_what_to_do(
+    checkout: Path, stranger: bool
+) -> None:
     site = checkout.parent / "site"
     shutil.copytree(checkout / "sssd_fast", site / "sssd_fast")
     if stranger:
@@ -139,7 +143,9 @@ def test_the_parser_knows_the_command(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("words", [["--help"], ["kernels", "--help"]], ids=" ".join)
-def test_help_is_that_of_the_benchmarks_here(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_that_of_the_benchmarks_here(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["bench", *words])
     assert end.value.code == 0

@@ -17,18 +17,23 @@ from sklearn.linear_model import LogisticRegression
 from sssd_fast import commands
 from sssd_fast.cli import main
 from sssd_fast.errors import ConfigError, Interrupted, NumericsError
-from sssd_fast.inference import load_trained, predict_files
+from sssd_fast.evaluation.predict import load_trained, predict_files
 
 
 @pytest.fixture(scope="module")
 def trained(slices: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short pre-training and fine-tuning run."""
-    from .conftest import TINY
+    from tests.sssd_fast.conftest import TINY
 
     out = tmp_path_factory.mktemp("trained")
     settings = [*TINY, f"data.source={slices}", "pretrain.max_steps=2", "finetune.max_steps=4"]
     assert main(["pretrain", "--out", str(out / "pretrain"), *settings]) == 0
-    assert main(["finetune", "--init", str(out / "pretrain"), "--out", str(out / "finetune"), *settings]) == 0
+    assert (
+        main(
+            ["finetune", "--init", str(out / "pretrain"), "--out", str(out / "finetune"), *settings]
+        )
+        == 0
+    )
     return out
 
 
@@ -37,7 +42,8 @@ def test_predict_scores_files_as_evaluate_did(trained: Path, slices: Path, tmp_p
     assert main(["predict", str(trained / "finetune"), str(slices), "--out", str(out)]) == 0
     with open(out, newline="") as file:
         mine = {
-            str(Path(r["path"]).relative_to(slices)): float(r["score_synthetic_covid"]) for r in csv.DictReader(file)
+            str(Path(r["path"]).relative_to(slices)): float(r["score_synthetic_covid"])
+            for r in csv.DictReader(file)
         }
     with open(trained / "finetune" / "eval" / "predictions.csv", newline="") as file:
         theirs = {r["path"]: float(r["score"]) for r in csv.DictReader(file)}
@@ -68,34 +74,71 @@ def test_evaluate_another_part(trained: Path, capsys: pytest.CaptureFixture[str]
     result = json.loads((trained / "finetune" / "eval" / "metrics.json").read_text())
     assert result["split"] == "train"
     assert result["positive_class"] == "synthetic_covid"
-    assert main(["evaluate", str(trained / "finetune")]) == 0  # the test part again, for the other tests
+    assert (
+        main(["evaluate", str(trained / "finetune")]) == 0
+    )  # the test part again, for the other tests
 
 
-def test_a_pretraining_run_is_no_classifier(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pretraining_run_is_no_classifier(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["predict", str(trained / "pretrain"), "x.png"]) == 2
     assert "sssd-fast finetune --init" in capsys.readouterr().err
 
 
-def test_finetune_takes_the_model_of_the_run_it_starts_from(trained: Path, slices: Path, tmp_path: Path) -> None:
+def test_finetune_takes_the_model_of_the_run_it_starts_from(
+    trained: Path, slices: Path, tmp_path: Path
+) -> None:
     """No --config: a new user does not have to repeat the model's settings."""
     out = tmp_path / "again"
-    assert main(["finetune", "--init", str(trained / "pretrain"), "--out", str(out), "finetune.max_steps=1"]) == 0
-    assert load_trained(out, next(load_trained(out, _cpu()).model.parameters()).device).config.model.width == 32
+    assert (
+        main(
+            [
+                "finetune",
+                "--init",
+                str(trained / "pretrain"),
+                "--out",
+                str(out),
+                "finetune.max_steps=1",
+            ]
+        )
+        == 0
+    )
+    assert (
+        load_trained(
+            out, next(load_trained(out, _cpu()).model.parameters()).device
+        ).config.model.width
+        == 32
+    )
 
 
 def _cpu() -> torch.device:
     return torch.device("cpu")
 
 
-def test_probe_is_logistic_regression_on_frozen_features(trained: Path, slices: Path, tmp_path: Path) -> None:
+def test_probe_is_logistic_regression_on_frozen_features(
+    trained: Path, slices: Path, tmp_path: Path
+) -> None:
     """The folded head gives scikit-learn's own probabilities, and the encoder is the pre-trained one."""
-    from sssd_fast.checkpoint import load_checkpoint
     from sssd_fast.data.index import DataIndex
     from sssd_fast.data.splits import split_csv
-    from sssd_fast.inference import checkpoint_of
+    from sssd_fast.evaluation.predict import checkpoint_of
+    from sssd_fast.run.checkpoint import load_checkpoint
 
     out = tmp_path / "probe"
-    assert main(["probe", "--init", str(trained / "pretrain"), "--out", str(out), "probe.inverse_penalties=[0.1]"]) == 0
+    assert (
+        main(
+            [
+                "probe",
+                "--init",
+                str(trained / "pretrain"),
+                "--out",
+                str(out),
+                "probe.inverse_penalties=[0.1]",
+            ]
+        )
+        == 0
+    )
     probe = load_trained(out, torch.device("cpu"))
     before = load_checkpoint(checkpoint_of(trained / "pretrain", "last"))["model"]
     for name, value in probe.model.state_dict().items():
@@ -114,7 +157,9 @@ def test_probe_is_logistic_regression_on_frozen_features(trained: Path, slices: 
     labels = [index.records[i].label for i in split.train]
     fitted = LogisticRegression(C=0.1, max_iter=5000).fit((train - mean) / std, labels)
     want = fitted.predict_proba((test - mean) / std)
-    got, bad = predict_files(probe, [index.file(i) for i in split.test], batch_size=4, precision="fp32")
+    got, bad = predict_files(
+        probe, [index.file(i) for i in split.test], batch_size=4, precision="fp32"
+    )
     assert not bad
     np.testing.assert_allclose(got, want, atol=2e-4)
 
@@ -123,11 +168,18 @@ def test_run_over_folds_reports_mean_and_deviation(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "folds"
-    short = ["pretrain.max_steps=1", "finetune.max_steps=2", "data.folds=2", "finetune.base_lr=0.05"]
+    short = [
+        "pretrain.max_steps=1",
+        "finetune.max_steps=2",
+        "data.folds=2",
+        "finetune.base_lr=0.05",
+    ]
     assert main(["run", "--folds", "--out", str(out), *tiny, *short]) == 0
     summary = json.loads((out / "summary.json").read_text())
     values = [
-        json.loads((out / f"fold-{k}" / "finetune" / "eval" / "metrics.json").read_text())["image"]["auc"]
+        json.loads((out / f"fold-{k}" / "finetune" / "eval" / "metrics.json").read_text())["image"][
+            "auc"
+        ]
         for k in (0, 1)
     ]
     assert summary["image"]["auc"]["mean"] == pytest.approx(np.mean(values))
@@ -154,22 +206,51 @@ def test_run_without_pretraining_is_the_supervised_control(tiny: list[str], tmp_
     assert (out / "report.html").exists()
 
 
-def test_data_check_and_split(slices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_and_split(
+    slices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     index, splits = tmp_path / "index.json", tmp_path / "split.csv"
     assert main(["data", "check", str(slices), "--out", str(index)]) == 0
     assert "48 images in 2 classes" in capsys.readouterr().out
-    assert main(["data", "split", str(index), "--protocol", "block", "--val", "0", "--out", str(splits)]) == 0
+    assert (
+        main(
+            ["data", "split", str(index), "--protocol", "block", "--val", "0", "--out", str(splits)]
+        )
+        == 0
+    )
     rows = list(csv.DictReader(splits.open()))
-    tested = sorted(r["path"] for r in rows if r["split"] == "test" and r["label"] == "synthetic_covid")
+    tested = sorted(
+        r["path"] for r in rows if r["split"] == "test" and r["label"] == "synthetic_covid"
+    )
     every = sorted(r["path"] for r in rows if r["label"] == "synthetic_covid")
     assert tested == every[-4:]  # the last 20 % of 24
-    assert main(["data", "split", str(index), "--protocol", "kfold", "--folds", "3", "--out", str(splits)]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "split",
+                str(index),
+                "--protocol",
+                "kfold",
+                "--folds",
+                "3",
+                "--out",
+                str(splits),
+            ]
+        )
+        == 0
+    )
     assert all((tmp_path / f"split.fold{k}.csv").exists() for k in range(3))
 
 
-def test_errors_are_one_message_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_message_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for command, message in (
-        (["pretrain", "--out", str(tmp_path / "a"), "data.source=/no/such/folder"], "no such file or folder"),
+        (
+            ["pretrain", "--out", str(tmp_path / "a"), "data.source=/no/such/folder"],
+            "no such file or folder",
+        ),
         (["pretrain", "pretrain.epoch=1"], "did you mean 'epochs'"),
         (["pretrain", "--config", "cpu_smok"], "did you mean 'cpu_smoke'"),
         (["evaluate", str(tmp_path)], "no run folder"),
@@ -237,7 +318,9 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         main(["doctor"])
 
 
-def test_a_command_that_is_unknown_or_missing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_is_unknown_or_missing_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for words in ([], ["benchmark"], ["data"], ["probe"]):
         with pytest.raises(SystemExit) as end:
             main(words)

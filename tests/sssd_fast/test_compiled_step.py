@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from sssd_fast.checkpoint import CheckpointManager, load_checkpoint
 from sssd_fast.cli import main
+from sssd_fast.run.checkpoint import CheckpointManager, load_checkpoint
 
 STEPS, HALF = 50, 25
 
@@ -43,8 +43,16 @@ def _losses(out: Path) -> dict[int, float]:
 
 
 def _train(out: Path, settings: list[str], *, command: str = "pretrain") -> Path:
-    schedule = [f"{command}.max_steps={STEPS}", f"{command}.epochs=20", f"{command}.checkpoint_steps={HALF}"]
-    schedule += [f"{command}.checkpoint_epochs=1000", f"{command}.base_lr=0.002", f"{command}.keep_last={STEPS}"]
+    schedule = [
+        f"{command}.max_steps={STEPS}",
+        f"{command}.epochs=20",
+        f"{command}.checkpoint_steps={HALF}",
+    ]
+    schedule += [
+        f"{command}.checkpoint_epochs=1000",
+        f"{command}.base_lr=0.002",
+        f"{command}.keep_last={STEPS}",
+    ]
     assert main([command, "--out", str(out), *settings, *schedule]) == 0
     return out
 
@@ -61,7 +69,9 @@ def test_50_steps_agree_and_checkpoints_go_both_ways(
         assert ("compiling the training step" in said) is (name == "true")
         assert f"compile: {'on' if name == 'true' else 'off'}, step.compile is {name}" in said
     assert re.search(r"[1-9] graphs? compiled, kept in ", said)
-    assert counters["stats"]["unique_graphs"] == 2  # forward with backward, and the update; nothing was compiled again
+    assert (
+        counters["stats"]["unique_graphs"] == 2
+    )  # forward with backward, and the update; nothing was compiled again
     assert not counters["graph_break"]
     plain, made = (_losses(outs[name]) for name in ("false", "true"))
     assert list(plain) == list(made) == list(range(1, STEPS + 1))
@@ -85,7 +95,9 @@ def test_50_steps_agree_and_checkpoints_go_both_ways(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_fine_tuning_draws_the_same_random_numbers_compiled(tiny: list[str], tmp_path: Path) -> None:
+def test_fine_tuning_draws_the_same_random_numbers_compiled(
+    tiny: list[str], tmp_path: Path
+) -> None:
     """Drop path draws inside the compiled graph, mixing and erasing outside."""
     settings = [
         *tiny,
@@ -96,7 +108,10 @@ def test_fine_tuning_draws_the_same_random_numbers_compiled(tiny: list[str], tmp
     ]
     losses = []
     for name in ("false", "true"):
-        assert main(["finetune", "--out", str(tmp_path / name), *settings, f"step.compile={name}"]) == 0
+        assert (
+            main(["finetune", "--out", str(tmp_path / name), *settings, f"step.compile={name}"])
+            == 0
+        )
         losses.append(_losses(tmp_path / name))
     assert not counters["graph_break"]
     assert len(losses[0]) == 6
@@ -105,11 +120,15 @@ def test_fine_tuning_draws_the_same_random_numbers_compiled(tiny: list[str], tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_50_steps_in_bf16_stay_as_close_to_fp32_compiled_as_plain(tiny: list[str], tmp_path: Path) -> None:
+def test_50_steps_in_bf16_stay_as_close_to_fp32_compiled_as_plain(
+    tiny: list[str], tmp_path: Path
+) -> None:
     runs = {"fp32": ("fp32", "false"), "plain": ("bf16", "false"), "compiled": ("bf16", "true")}
     losses = {}
     for name, (precision, compile_it) in runs.items():
-        out = _train(tmp_path / name, [*tiny, f"precision={precision}", f"step.compile={compile_it}"])
+        out = _train(
+            tmp_path / name, [*tiny, f"precision={precision}", f"step.compile={compile_it}"]
+        )
         losses[name] = torch.tensor(list(_losses(out).values()))
     errors = {name: (losses[name] - losses["fp32"]).abs() for name in ("plain", "compiled")}
     assert errors["plain"].max() > 0  # it is bf16

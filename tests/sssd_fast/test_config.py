@@ -12,7 +12,14 @@ from sssd_fast.errors import ConfigError
 
 
 def test_the_promised_configurations_ship() -> None:
-    assert set(shipped_configs()) >= {"cpu_smoke", "8gb", "16gb", "24gb", "paper_covid_ct", "paper_sars_cov_2"}
+    assert set(shipped_configs()) >= {
+        "cpu_smoke",
+        "8gb",
+        "16gb",
+        "24gb",
+        "paper_covid_ct",
+        "paper_sars_cov_2",
+    }
 
 
 @pytest.mark.parametrize("name", shipped_configs())
@@ -74,7 +81,10 @@ def test_every_problem_is_reported_at_once() -> None:
         ("model.image_size=100", "needs a multiple of patch_size 8 (nearest: 96)"),
         ("model.heads=5", "width is 128, needs a multiple of heads (5)"),
         ("model.mask_ratio=0.999", "leaves 0 visible; needs at least 1 visible and 1 masked"),
-        ("model.mean=[0.1,0.2]", "mean has 2 values, needs 1 or one per channel (in_channels is 1)"),
+        (
+            "model.mean=[0.1,0.2]",
+            "mean has 2 values, needs 1 or one per channel (in_channels is 1)",
+        ),
         ("model.patch_size=10", "needs to be 8, 14 or 16"),
         ("pretrain.warmup_epochs=1000", "warmup_epochs is 1000, needs to be below epochs"),
         ("data.split=randm", "split is 'randm', needs random, block, patient, kfold, manifest"),
@@ -94,7 +104,9 @@ def test_contradictions_name_what_is_needed(override: str, message: str) -> None
 
 
 def test_cls_pooling_needs_a_cls_token() -> None:
-    with pytest.raises(ConfigError, match=r"finetune.pool is 'cls', which needs model.cls_token=true"):
+    with pytest.raises(
+        ConfigError, match=r"finetune.pool is 'cls', which needs model.cls_token=true"
+    ):
         load_config("cpu_smoke", ["finetune.pool=cls", "model.cls_token=false"])
 
 

@@ -10,20 +10,30 @@ from torch import Tensor
 
 from sssd_fast.config import ModelConfig
 from sssd_fast.model import MAE, Block, Classifier, sincos_positions
-from sssd_fast.weights import export_state
+from sssd_fast.weights.load import export_state
 from tests.sssd_fast import vit_by_hand
 
 GEOMETRIES = {
     "square grey patch 16": {"image_size": (64, 64), "patch_size": 16, "in_channels": 1},
     "wide colour patch 8": {"image_size": (24, 40), "patch_size": 8, "in_channels": 3},
-    "tall grey patch 14 without cls": {"image_size": (70, 42), "patch_size": 14, "in_channels": 1, "cls_token": False},
+    "tall grey patch 14 without cls": {
+        "image_size": (70, 42),
+        "patch_size": 14,
+        "in_channels": 1,
+        "cls_token": False,
+    },
     "wide colour patch 16 without cls": {
         "image_size": (32, 80),
         "patch_size": 16,
         "in_channels": 3,
         "cls_token": False,
     },
-    "tall grey patch 8, odd mlp": {"image_size": (40, 16), "patch_size": 8, "in_channels": 1, "mlp_ratio": 1.5},
+    "tall grey patch 8, odd mlp": {
+        "image_size": (40, 16),
+        "patch_size": 8,
+        "in_channels": 1,
+        "mlp_ratio": 1.5,
+    },
 }
 
 
@@ -56,13 +66,17 @@ def images_for(config: ModelConfig, batch: int = 2, dtype: torch.dtype = torch.f
 def test_classifier_equals_the_hand_written_one_on_exported_weights(name: str, pool: str) -> None:
     config = small(**GEOMETRIES[name])
     if pool == "cls" and not config.cls_token:
-        with pytest.raises(ValueError, match="pool is 'cls', needs 'mean', or 'cls' with a cls token"):
+        with pytest.raises(
+            ValueError, match="pool is 'cls', needs 'mean', or 'cls' with a cls token"
+        ):
             Classifier(config, 5, pool)
         return
     model = Classifier(config, 5, pool).double().eval()
     randomize(model)
     images = images_for(config)
-    want = vit_by_hand.classify(images, export_state(model, "timm"), config.encoder_shape[2], config.norm_eps)
+    want = vit_by_hand.classify(
+        images, export_state(model, "timm"), config.encoder_shape[2], config.norm_eps
+    )
     torch.testing.assert_close(model(images), want, rtol=1e-9, atol=1e-9)
 
 
@@ -72,9 +86,12 @@ def test_autoencoder_equals_the_hand_written_one(name: str) -> None:
     config = small(**GEOMETRIES[name], mask_ratio=0.6)
     model = MAE(config).double().eval()
     randomize(model)
-    images, noise = images_for(config), torch.rand(2, config.num_patches, dtype=torch.float64)
+    images = images_for(config)
+    noise = torch.rand(2, config.num_patches, dtype=torch.float64)
     weights = export_state(model, "timm", decoder=True)
-    decoder = {n.removeprefix("decoder_"): t for n, t in weights.items() if n.startswith("decoder_")}
+    decoder = {
+        n.removeprefix("decoder_"): t for n, t in weights.items() if n.startswith("decoder_")
+    }
     encoder = {n: t for n, t in weights.items() if not n.startswith("decoder_")}
     order = torch.from_numpy(np.argsort(noise.numpy(), axis=1, kind="stable"))
     keep = order[:, : config.num_visible]
@@ -90,7 +107,9 @@ def test_autoencoder_equals_the_hand_written_one(name: str) -> None:
             full[b, prefix + patch] = visible[b, prefix + k]
     full = full + decoder["pos_embed"]
     for i in range(config.decoder_depth):
-        full, _ = vit_by_hand.block(full, decoder, f"blocks.{i}", config.decoder_heads, config.norm_eps)
+        full, _ = vit_by_hand.block(
+            full, decoder, f"blocks.{i}", config.decoder_heads, config.norm_eps
+        )
     teacher = vit_by_hand.layer_norm(full, decoder, "norm", config.norm_eps)[:, prefix:]
     want = vit_by_hand.linear(teacher, decoder, "pred")
 
@@ -113,11 +132,15 @@ def test_attention_maps_are_the_last_blocks_probabilities(name: str) -> None:
     randomize(model)
     images = images_for(config)
     maps = model.encoder.attention_maps(images)
-    _, want = vit_by_hand.encode(images, export_state(model, "timm"), config.encoder_shape[2], config.norm_eps)
+    _, want = vit_by_hand.encode(
+        images, export_state(model, "timm"), config.encoder_shape[2], config.norm_eps
+    )
     tokens = config.num_patches + int(config.cls_token)
     assert maps.shape == (2, config.encoder_shape[2], tokens, tokens)
     torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps.sum(-1)), rtol=0, atol=1e-6)
-    torch.testing.assert_close(maps.double(), want, rtol=1e-5, atol=1e-7)  # computed in float32 by design
+    torch.testing.assert_close(
+        maps.double(), want, rtol=1e-5, atol=1e-7
+    )  # computed in float32 by design
 
 
 def test_attention_maps_come_from_the_weights_that_mix_the_values() -> None:
@@ -146,7 +169,10 @@ def test_predictions_depend_on_visible_patches_only(cls_token: bool) -> None:
     noise_image = torch.randint(0, 256, images.shape, dtype=torch.uint8)
     after, _ = model.reconstruct(torch.where(hidden, noise_image, images), noise)
     assert torch.equal(before, after)
-    assert torch.equal(model(images, noise).pred_BMV, model(torch.where(hidden, noise_image, images), noise).pred_BMV)
+    assert torch.equal(
+        model(images, noise).pred_BMV,
+        model(torch.where(hidden, noise_image, images), noise).pred_BMV,
+    )
     shown, _ = model.reconstruct(torch.where(hidden, images, noise_image), noise)
     assert bool((shown != before).any(-1).all())
 
@@ -162,20 +188,28 @@ def test_uint8_images_mean_the_same_as_normalised_floats(
     model = MAE(config)
     randomize(model)
     images = torch.randint(0, 256, (2, channels, 32, 48), dtype=torch.uint8)
-    scaled = (images / 255.0 - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
+    scaled = (images / 255.0 - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(
+        1, -1, 1, 1
+    )
     noise = torch.rand(2, config.num_patches)
-    torch.testing.assert_close(model(images, noise).pred_BMV, model(scaled, noise).pred_BMV, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(images, noise).pred_BMV, model(scaled, noise).pred_BMV, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(model.encoder(images), model.encoder(scaled), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("width", "grid"), [(24, (3, 5)), (16, (7, 2)), (192, (14, 14)), (32, (1, 6))])
+@pytest.mark.parametrize(
+    ("width", "grid"), [(24, (3, 5)), (16, (7, 2)), (192, (14, 14)), (32, (1, 6))]
+)
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_positions_equal_the_table_by_loops(width: int, grid: tuple[int, int], prefix: int) -> None:
     want = vit_by_hand.sincos_table(width, *grid)
     got = sincos_positions(width, grid, prefix)
     assert got[:prefix].abs().sum() == 0
     np.testing.assert_allclose(got[prefix:].numpy(), want, rtol=0, atol=1e-7)
-    assert len(np.unique(want.round(6), axis=0)) == grid[0] * grid[1]  # every place has its own code
+    assert (
+        len(np.unique(want.round(6), axis=0)) == grid[0] * grid[1]
+    )  # every place has its own code
 
 
 def test_positions_are_fixed_in_pre_training_and_trained_in_fine_tuning() -> None:
@@ -196,7 +230,9 @@ def test_drop_path_is_the_identity_in_evaluation_and_keeps_the_expectation_in_tr
     dropped = block.train()._branch(branch)
     kept = dropped[:, 0, 0] != 0
     assert kept.float().mean().item() == pytest.approx(0.7, abs=0.02)  # 6 standard deviations
-    torch.testing.assert_close(dropped[kept], branch[kept] / 0.7)  # so that the mean over draws is the branch
+    torch.testing.assert_close(
+        dropped[kept], branch[kept] / 0.7
+    )  # so that the mean over draws is the branch
     assert bool((dropped == 0).flatten(1).all(1).eq(~kept).all())  # a whole image at a time
 
 
@@ -223,7 +259,9 @@ def test_mean_pooling_leaves_out_the_cls_token() -> None:
 
 def test_initial_values_follow_the_published_recipes() -> None:
     """Xavier-uniform linear layers and patch projection, zero biases, tokens of deviation 0.02, a head near zero."""
-    model = MAE(ModelConfig(name="tiny", depth=1, decoder_depth=1, decoder_width=192, decoder_heads=3))
+    model = MAE(
+        ModelConfig(name="tiny", depth=1, decoder_depth=1, decoder_width=192, decoder_heads=3)
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert parameter.abs().max() == 0, name
@@ -242,7 +280,8 @@ def test_initial_values_follow_the_published_recipes() -> None:
 def test_images_of_another_shape_are_refused_with_the_needed_one(shape: tuple[int, ...]) -> None:
     model = MAE(small(image_size=(32, 32)))
     with pytest.raises(
-        ValueError, match=r"needs \[B, 1, 32, 32\]; resize them or set model.image_size and model.in_channels"
+        ValueError,
+        match=r"needs \[B, 1, 32, 32\]; resize them or set model.image_size and model.in_channels",
     ):
         model.encoder(torch.randn(shape))
 
@@ -256,6 +295,15 @@ def test_state_dict_names_are_those_that_checkpoints_and_conversions_rely_on() -
         for layer in layers
         for kind in ("weight", "bias")
     }
-    ends = ("encoder.patch_embed.proj", "encoder.norm", "decoder.embed", "decoder.norm", "decoder.pred")
+    ends = (
+        "encoder.patch_embed.proj",
+        "encoder.norm",
+        "decoder.embed",
+        "decoder.norm",
+        "decoder.pred",
+    )
     single = {"encoder.cls_token", "encoder.pos_embed", "decoder.mask_token", "decoder.pos_embed"}
-    assert names == blocks | {f"{layer}.{kind}" for layer in ends for kind in ("weight", "bias")} | single
+    assert (
+        names
+        == blocks | {f"{layer}.{kind}" for layer in ends for kind in ("weight", "bias")} | single
+    )

@@ -13,13 +13,34 @@ import transformers
 from mae_kernels import masked_reconstruction_loss
 from sssd_fast.config import ModelConfig
 from sssd_fast.model import MAE, Classifier, sincos_positions
-from sssd_fast.weight_formats import to_own_names
-from sssd_fast.weights import load_into, save_huggingface
+from sssd_fast.weights.formats import to_own_names
+from sssd_fast.weights.load import load_into, save_huggingface
 
 CASES = {
-    "grey_norm_pix": {"image": 64, "patch": 16, "channels": 1, "norm": True, "eps": 1e-6, "ratio": 0.75},
-    "colour_norm_pix": {"image": 48, "patch": 8, "channels": 3, "norm": True, "eps": 1e-6, "ratio": 0.6},
-    "colour_raw_pixels": {"image": 56, "patch": 14, "channels": 3, "norm": False, "eps": 1e-12, "ratio": 0.5},
+    "grey_norm_pix": {
+        "image": 64,
+        "patch": 16,
+        "channels": 1,
+        "norm": True,
+        "eps": 1e-6,
+        "ratio": 0.75,
+    },
+    "colour_norm_pix": {
+        "image": 48,
+        "patch": 8,
+        "channels": 3,
+        "norm": True,
+        "eps": 1e-6,
+        "ratio": 0.6,
+    },
+    "colour_raw_pixels": {
+        "image": 56,
+        "patch": 14,
+        "channels": 3,
+        "norm": False,
+        "eps": 1e-12,
+        "ratio": 0.5,
+    },
 }
 
 
@@ -70,7 +91,9 @@ def randomize(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+                parameter.add_(
+                    0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                )
 
 
 def with_positions(model: transformers.ViTMAEForPreTraining) -> transformers.ViTMAEForPreTraining:
@@ -80,7 +103,11 @@ def with_positions(model: transformers.ViTMAEForPreTraining) -> transformers.ViT
         marked._is_hf_initialized = False
     embeddings.initialize_weights()
     model.decoder.initialize_weights(embeddings.patch_embeddings.num_patches)
-    assert embeddings.position_embeddings.abs().max() == model.decoder.decoder_pos_embed.abs().max() == 1
+    assert (
+        embeddings.position_embeddings.abs().max()
+        == model.decoder.decoder_pos_embed.abs().max()
+        == 1
+    )
     return model
 
 
@@ -116,12 +143,18 @@ def test_same_noise_gives_the_same_masking_predictions_loss_and_gradients(name: 
     assert torch.equal(got.masking.mask, expected.mask.bool())
     ids = got.masking.ids_masked.unsqueeze(-1).expand(-1, -1, expected.logits.shape[-1])
     torch.testing.assert_close(got.pred_BMV, expected.logits.gather(1, ids), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(ours.reconstruct(images, noise)[0], expected.logits.detach(), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(loss.double(), expected.loss, rtol=2e-6, atol=0)  # the op's result is float32
+    torch.testing.assert_close(
+        ours.reconstruct(images, noise)[0], expected.logits.detach(), rtol=1e-10, atol=1e-10
+    )
+    torch.testing.assert_close(
+        loss.double(), expected.loss, rtol=2e-6, atol=0
+    )  # the op's result is float32
 
     loss.backward()
     expected.loss.backward()
-    _, gradients = to_own_names({n: p.grad for n, p in theirs.named_parameters() if p.grad is not None})
+    _, gradients = to_own_names(
+        {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    )
     trained = {n for n, p in ours.named_parameters() if p.requires_grad}
     assert trained == gradients.keys()
     for parameter_name, parameter in ours.named_parameters():
@@ -131,16 +164,27 @@ def test_same_noise_gives_the_same_masking_predictions_loss_and_gradients(name: 
             # the gradient passes the float32 loss
             tolerance = 2e-6 * want.abs().max().item()
             torch.testing.assert_close(
-                parameter.grad, want, rtol=2e-6, atol=tolerance, msg=lambda m, n=parameter_name: f"{n}: {m}"
+                parameter.grad,
+                want,
+                rtol=2e-6,
+                atol=tolerance,
+                msg=lambda m, n=parameter_name: f"{n}: {m}",
             )
 
 
 @pytest.mark.parametrize("grid", [4, 7, 14])
 def test_position_tables_equal_those_transformers_initialises(grid: int) -> None:
-    model = with_positions(transformers.ViTMAEForPreTraining(hf_config(CASES["grey_norm_pix"], image_size=16 * grid)))
-    encoder, decoder = model.vit.embeddings.position_embeddings[0], model.decoder.decoder_pos_embed[0]
-    torch.testing.assert_close(sincos_positions(48, (grid, grid), 1), encoder.detach(), rtol=0, atol=1e-7)
-    torch.testing.assert_close(sincos_positions(32, (grid, grid), 1), decoder.detach(), rtol=0, atol=1e-7)
+    model = with_positions(
+        transformers.ViTMAEForPreTraining(hf_config(CASES["grey_norm_pix"], image_size=16 * grid))
+    )
+    encoder = model.vit.embeddings.position_embeddings[0]
+    decoder = model.decoder.decoder_pos_embed[0]
+    torch.testing.assert_close(
+        sincos_positions(48, (grid, grid), 1), encoder.detach(), rtol=0, atol=1e-7
+    )
+    torch.testing.assert_close(
+        sincos_positions(32, (grid, grid), 1), decoder.detach(), rtol=0, atol=1e-7
+    )
 
 
 def test_folder_written_by_save_pretrained_loads_with_its_decoder(tmp_path: Path) -> None:
@@ -162,7 +206,9 @@ def test_a_folder_made_with_other_heads_is_refused(tmp_path: Path) -> None:
     case = CASES["colour_norm_pix"]
     hf_pretraining(case).save_pretrained(tmp_path)
     model = MAE(our_config(case, heads=8))
-    with pytest.raises(Exception, match=r"made with 4 attention heads, the model has 8; set model.heads=4"):
+    with pytest.raises(
+        Exception, match=r"made with 4 attention heads, the model has 8; set model.heads=4"
+    ):
         load_into(model, tmp_path)
 
 
@@ -171,7 +217,9 @@ def test_vit_model_loads_the_exported_encoder_and_gives_the_same_tokens(tmp_path
     ours: MAE = MAE(our_config(case))
     randomize(ours)
     save_huggingface(tmp_path, ours)
-    theirs, info = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False, output_loading_info=True)
+    theirs, info = transformers.ViTModel.from_pretrained(
+        tmp_path, add_pooling_layer=False, output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
@@ -181,13 +229,17 @@ def test_vit_model_loads_the_exported_encoder_and_gives_the_same_tokens(tmp_path
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_vit_for_image_classification_loads_the_exported_classifier_and_back(tmp_path: Path) -> None:
+def test_vit_for_image_classification_loads_the_exported_classifier_and_back(
+    tmp_path: Path,
+) -> None:
     case = CASES["grey_norm_pix"]
     config = our_config(case)
     ours = Classifier(config, 3, pool="cls").eval()
     randomize(ours)
     save_huggingface(tmp_path, ours)
-    theirs, info = transformers.ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, info = transformers.ViTForImageClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     images = torch.randn(2, 1, 64, 64)
@@ -206,10 +258,14 @@ def test_vitmae_loads_the_exported_autoencoder(tmp_path: Path) -> None:
     ours = MAE(our_config(case))
     randomize(ours)
     save_huggingface(tmp_path, ours, decoder=True)
-    theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     images, noise = torch.randn(2, 3, 48, 48), torch.rand(2, 36)
     with torch.no_grad():
         want = theirs.eval()(images, noise=noise)
-    torch.testing.assert_close(ours.reconstruct(images, noise)[0], want.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours.reconstruct(images, noise)[0], want.logits, rtol=1e-4, atol=1e-5
+    )

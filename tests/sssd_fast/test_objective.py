@@ -49,19 +49,23 @@ def _reference(module: SSSD, images: torch.Tensor, noise: torch.Tensor) -> dict[
     cfg, mae = module.objective, module.mae
     out = mae(images, noise)
     P, C = 8, images.shape[1]
-    x = (images.double() / 255 - torch.tensor(mae.encoder.mean).view(1, -1, 1, 1)) / torch.tensor(mae.encoder.std).view(
-        1, -1, 1, 1
-    )
+    x = (images.double() / 255 - torch.tensor(mae.encoder.mean).view(1, -1, 1, 1)) / torch.tensor(
+        mae.encoder.std
+    ).view(1, -1, 1, 1)
     losses = []
     for b in range(len(images)):
         for row, patch in enumerate(out.masking.ids_masked[b].tolist()):
             r, c = divmod(patch, 6)
-            target = x[b, :, r * P : (r + 1) * P, c * P : (c + 1) * P].permute(1, 2, 0)  # (row, col, channel)
+            target = x[b, :, r * P : (r + 1) * P, c * P : (c + 1) * P].permute(
+                1, 2, 0
+            )  # (row, col, channel)
             if cfg.norm == "patch":
                 target = (target - target.mean()) / (target.var(unbiased=True) + 1e-6).sqrt()
             elif cfg.norm == "channel":
                 flat = target.reshape(-1, C)
-                target = ((flat - flat.mean(0)) / (flat.var(0, unbiased=True) + 1e-6).sqrt()).view(P, P, C)
+                target = ((flat - flat.mean(0)) / (flat.var(0, unbiased=True) + 1e-6).sqrt()).view(
+                    P, P, C
+                )
             losses.append((out.pred_BMV[b, row].double() - target.flatten()).square().mean())
     reconstruction = torch.stack(losses).mean()
     s = _head(module.student_head, out.student_BKD.double())  # type: ignore[arg-type]
@@ -82,7 +86,12 @@ def _reference(module: SSSD, images: torch.Tensor, noise: torch.Tensor) -> dict[
         d = (s - t_loss).abs()
         distillation = torch.where(d < 1, 0.5 * d * d, d - 0.5).mean()
     total = cfg.weight * distillation + (1 - cfg.weight) * reconstruction
-    return {"total": total, "reconstruction": reconstruction, "distillation": distillation, "center": center}  # type: ignore[dict-item]
+    return {
+        "total": total,
+        "reconstruction": reconstruction,
+        "distillation": distillation,
+        "center": center,
+    }  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +121,10 @@ def test_loss_and_gradients_equal_the_formula(channels: int, overrides: list[str
     got = torch.autograd.grad(out.total, parameters, allow_unused=True)
     expected = torch.autograd.grad(want["total"], parameters, allow_unused=True)
     for (name, _), g, e in zip(
-        [(n, p) for n, p in module.named_parameters() if p.requires_grad], got, expected, strict=True
+        [(n, p) for n, p in module.named_parameters() if p.requires_grad],
+        got,
+        expected,
+        strict=True,
     ):
         assert (g is None) == (e is None), name
         if g is not None and e is not None:
@@ -127,7 +139,9 @@ def test_stop_gradient_switch_cuts_exactly_the_teacher() -> None:
         assert module.student_head is not None
         assert module.teacher_head is not None
         assert module.student_head.fc3.weight.grad is not None
-        reached = module.teacher_head.fc3.weight.grad is not None and bool(module.teacher_head.fc3.weight.grad.any())
+        reached = module.teacher_head.fc3.weight.grad is not None and bool(
+            module.teacher_head.fc3.weight.grad.any()
+        )
         assert reached is not detach
 
 

@@ -61,7 +61,8 @@ def test_biases_norms_and_tokens_are_not_decayed() -> None:
 
 
 def test_set_lr_scales_each_group() -> None:
-    weight, bias = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    weight = torch.nn.Parameter(torch.ones(2))
+    bias = torch.nn.Parameter(torch.ones(2))
     optimizer = build_optimizer(
         [
             {"params": [weight], "lr_scale": 1.0, "weight_decay": 0.0},

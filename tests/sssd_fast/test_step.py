@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sssd_fast import adamw8bit
 from sssd_fast.config import load_config
-from sssd_fast.distributed import World, pick_device
 from sssd_fast.errors import ConfigError, DependencyError
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, clipped_update, parameter_groups
-from sssd_fast.step import Step, TaskLoss, generator, pick_precision
+from sssd_fast.run.device import World, generator, pick_device, pick_precision
+from sssd_fast.step import Step, TaskLoss
 
 CPU = World(torch.device("cpu"))
 
@@ -31,7 +31,9 @@ def _model() -> nn.Module:
 def _loss(module: nn.Module, batch: Tensor, step: int, micro: int) -> TaskLoss:
     out = module(batch)
     return TaskLoss(
-        out.float().square().mean(), {"part": out.detach().float().abs().mean()}, out.detach().float().mean(0)
+        out.float().square().mean(),
+        {"part": out.detach().float().abs().mean()},
+        out.detach().float().mean(0),
     )
 
 
@@ -49,7 +51,9 @@ def test_micro_batches_equal_one_large_batch() -> None:
     once, parts = _model(), _model()
     carried: list[Tensor] = []
     a = _step(once, after=lambda carry, finite: carried.append(carry))([data], 0, 1e-2)
-    b = _step(parts, after=lambda carry, finite: carried.append(carry))(list(data.chunk(4)), 0, 1e-2)
+    b = _step(parts, after=lambda carry, finite: carried.append(carry))(
+        list(data.chunk(4)), 0, 1e-2
+    )
     for x, y in zip(_weights(once), _weights(parts), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(a.parts["loss"], b.parts["loss"])
@@ -63,9 +67,16 @@ def test_the_update_is_adamw_on_the_mean_gradient() -> None:
     result = _step(model)([data], 0, 1e-2)
     loss = _loss(twin, data, 0, 0).total
     loss.backward()
-    norm = torch.sqrt(sum((p.grad.square().sum() for p in twin.parameters() if p.grad is not None), torch.tensor(0.0)))
+    norm = torch.sqrt(
+        sum(
+            (p.grad.square().sum() for p in twin.parameters() if p.grad is not None),
+            torch.tensor(0.0),
+        )
+    )
     torch.testing.assert_close(result.grad_norm, norm)
-    optimizer = torch.optim.AdamW(parameter_groups(twin, weight_decay=0.05), lr=1e-2, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(twin, weight_decay=0.05), lr=1e-2, betas=(0.9, 0.95)
+    )
     optimizer.step()
     for x, y in zip(_weights(model), _weights(twin), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
@@ -81,7 +92,9 @@ def test_clipping_is_that_of_torch(max_norm: float) -> None:
     _loss(twin, data, 0, 0).total.backward()
     norm = nn.utils.clip_grad_norm_(twin.parameters(), max_norm)
     torch.testing.assert_close(result.grad_norm, norm)  # the norm before clipping is what is logged
-    optimizer = torch.optim.AdamW(parameter_groups(twin, weight_decay=0.05), lr=1e-2, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(twin, weight_decay=0.05), lr=1e-2, betas=(0.9, 0.95)
+    )
     optimizer.step()
     for x, y in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
@@ -90,7 +103,9 @@ def test_clipping_is_that_of_torch(max_norm: float) -> None:
             "exp_avg_sq",
             "step",
         ):  # Adam's first step hides the gradient's size, the moments do not
-            torch.testing.assert_close(step.optimizer.state[x][name], optimizer.state[y][name], rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                step.optimizer.state[x][name], optimizer.state[y][name], rtol=1e-5, atol=0
+            )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -135,19 +150,33 @@ def test_nothing_non_finite_is_applied(precision: str, poison: str) -> None:
 class _NoWaiting(TorchDispatchMode):
     """Refuses every operation that makes the host wait for values of the device."""
 
-    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "aten.item")
+    WAITING = (
+        "_local_scalar_dense",
+        "nonzero",
+        "is_nonzero",
+        "masked_select",
+        "unique",
+        "equal",
+        "aten.item",
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert not any(name in str(func) for name in self.WAITING), f"the step waits for the device in {func}"
+        assert not any(name in str(func) for name in self.WAITING), (
+            f"the step waits for the device in {func}"
+        )
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_never_waits_for_the_device(tiny: list[str], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_never_waits_for_the_device(
+    tiny: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole pre-training step, accumulation, clipping, loss scale and centre included, applied and skipped."""
     for name, ops in list(sys.modules.items()):
         if name.startswith("mae_kernels") and hasattr(ops, "check_ids"):
-            monkeypatch.setattr(ops, "check_ids", lambda *args, **kwargs: None)  # ids are looked at on the CPU only
+            monkeypatch.setattr(
+                ops, "check_ids", lambda *args, **kwargs: None
+            )  # ids are looked at on the CPU only
     config = load_config(None, [*tiny, f"precision={precision}"])
     module = SSSD(config.model, config.objective)
     optimizer = build_optimizer(parameter_groups(module, weight_decay=0.05), (0.9, 0.95))
@@ -157,8 +186,19 @@ def test_a_step_never_waits_for_the_device(tiny: list[str], precision: str, monk
         total = out.total * float("nan") if step == 1 else out.total
         return TaskLoss(total, {"part": out.reconstruction}, out.batch_center)
 
-    step = Step(module, optimizer, loss, world=CPU, precision=precision, clip_grad=1.0, after=module.update_center)
-    batch = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8), torch.rand(4, config.model.num_patches)
+    step = Step(
+        module,
+        optimizer,
+        loss,
+        world=CPU,
+        precision=precision,
+        clip_grad=1.0,
+        after=module.update_center,
+    )
+    batch = (
+        torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8),
+        torch.rand(4, config.model.num_patches),
+    )
     with pytest.raises(AssertionError, match="waits for the device"), _NoWaiting():
         float(torch.ones(()))  # the mode sees what it should
     with _NoWaiting():
@@ -190,7 +230,9 @@ def test_the_learning_rate_and_a_skip_compile_nothing_new() -> None:
 def test_a_checkpoint_of_torchs_adamw_goes_on_in_ours_and_back() -> None:
     data, ours, theirs = torch.randn(8, 6), _model(), _model()
     step = _step(ours)
-    reference = torch.optim.AdamW(parameter_groups(theirs, weight_decay=0.05), lr=1e-2, betas=(0.9, 0.95), fused=True)
+    reference = torch.optim.AdamW(
+        parameter_groups(theirs, weight_decay=0.05), lr=1e-2, betas=(0.9, 0.95), fused=True
+    )
 
     def train_theirs() -> None:
         reference.zero_grad()
@@ -223,23 +265,31 @@ def test_8bit_moments_follow_adamw_and_a_skipped_step_leaves_them_alone() -> Non
     steps = []
     for model, name in ((exact, "adamw"), (small, "adamw8bit")):
         groups = parameter_groups(model, weight_decay=0.05)
-        steps.append(Step(model, build_optimizer(groups, (0.9, 0.95), name), _loss, world=CPU, clip_grad=1.0))
+        steps.append(
+            Step(model, build_optimizer(groups, (0.9, 0.95), name), _loss, world=CPU, clip_grad=1.0)
+        )
     before = exact.weight.detach().clone()
     for i in range(5):
         data = torch.randn(16, 64)
         for step in steps:
             step([data], i, 1e-3 * (i + 1))
-    moved, apart = (exact.weight - before).norm(), (exact.weight - small.weight).norm()
+    moved = (exact.weight - before).norm()
+    apart = (exact.weight - small.weight).norm()
     assert apart < 0.05 * moved
     state = steps[1].optimizer.state[small.weight]
     assert state["exp_avg"].codes.dtype == torch.uint8  # 8 bits are what is stored
     saved = steps[1].optimizer.state_dict()
     flat = [value for values in saved["state"].values() for value in values.values()]
-    plain = [part for value in flat for part in (value.values() if isinstance(value, dict) else [value])]
+    plain = [
+        part for value in flat for part in (value.values() if isinstance(value, dict) else [value])
+    ]
     assert {type(part) for part in plain} == {Tensor, bool}  # what a checkpoint may hold
     again = copy.deepcopy(small)
     resumed = Step(
-        again, build_optimizer(parameter_groups(again, weight_decay=0.05), (0.9, 0.95), "adamw8bit"), _loss, world=CPU
+        again,
+        build_optimizer(parameter_groups(again, weight_decay=0.05), (0.9, 0.95), "adamw8bit"),
+        _loss,
+        world=CPU,
     )
     resumed.optimizer.load_state_dict(copy.deepcopy(saved))
     straight = Step(small, steps[1].optimizer, _loss, world=CPU)
@@ -258,7 +308,9 @@ def test_8bit_moments_follow_adamw_and_a_skipped_step_leaves_them_alone() -> Non
 def test_torchao_missing_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     adamw8bit._optimizer_class.cache_clear()
-    with pytest.raises(DependencyError, match=r"adamw8bit.*sssd-fast\[torchao\].*step.optimizer=adamw"):
+    with pytest.raises(
+        DependencyError, match=r"adamw8bit.*sssd-fast\[torchao\].*step.optimizer=adamw"
+    ):
         build_optimizer(parameter_groups(_model(), weight_decay=0.0), (0.9, 0.95), "adamw8bit")
 
 

@@ -12,19 +12,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sssd_fast.compute import compiled, prepare
 from sssd_fast.config import Config, load_config
-from sssd_fast.distributed import World
 from sssd_fast.finetune import FinetuneTask
 from sssd_fast.loaders import Batch
 from sssd_fast.model import Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, parameter_groups
+from sssd_fast.performance.execution import compiled, prepare
+from sssd_fast.run.device import World
 from sssd_fast.step import Step, TaskLoss
 
 pytestmark = pytest.mark.gpu
 
-SMALL = ["model.depth=2", "model.decoder_depth=2", "objective.prototypes=512", "objective.head_hidden=256"]
+SMALL = [
+    "model.depth=2",
+    "model.decoder_depth=2",
+    "objective.prototypes=512",
+    "objective.head_hidden=256",
+]
 BATCH, STEPS = 32, 20
 PRECISIONS = ["fp32", "fp16", "bf16"]
 
@@ -54,7 +59,9 @@ def _train(
     model = SSSD(config.model, config.objective).to(device)
     execution = prepare(model, config, precision, device, BATCH)
     module = compiled(model, config.step, graphs=execution.graphs) if execution.compiled else model
-    optimizer = build_optimizer(parameter_groups(model, weight_decay=0.05), (0.9, 0.95), config.step.optimizer)
+    optimizer = build_optimizer(
+        parameter_groups(model, weight_decay=0.05), (0.9, 0.95), config.step.optimizer
+    )
     options: dict[str, Any] = {"compiled": execution.compiled, "graphs": execution.graphs}
     step = Step(
         module,
@@ -72,7 +79,9 @@ def _train(
     for i in range(steps):
         batches = [
             (
-                torch.randint(0, 256, (BATCH, 1, height, width), dtype=torch.uint8, device=device, generator=g),
+                torch.randint(
+                    0, 256, (BATCH, 1, height, width), dtype=torch.uint8, device=device, generator=g
+                ),
                 torch.rand(BATCH, config.model.num_patches, device=device, generator=g),
             )
             for _ in range(accumulate)
@@ -97,14 +106,18 @@ def test_no_step_waits_for_the_device(cuda: torch.device, precision: str, compil
 
 
 def test_no_fine_tuning_loss_waits_for_the_device(cuda: torch.device) -> None:
-    config = load_config(None, [*SMALL, "finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.random_erasing=0.5"])
+    config = load_config(
+        None, [*SMALL, "finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.random_erasing=0.5"]
+    )
     task = FinetuneTask.__new__(FinetuneTask)  # the loss alone: no run folder, no data
-    task.settings, task.num_classes = config.finetune, 2
+    task.settings = config.finetune
+    task.num_classes = 2
     task.class_weights = torch.ones(2, device=cuda)
     task.run = type("Run", (), {"world": World(cuda), "config": config})()
     model = Classifier(config.model, 2, drop_path=0.1).to(cuda)
     images = torch.randint(0, 256, (8, 1, 224, 224), dtype=torch.uint8, device=cuda)
-    labels, kept = torch.zeros(8, dtype=torch.int64, device=cuda), torch.ones(8, dtype=torch.bool, device=cuda)
+    labels = torch.zeros(8, dtype=torch.int64, device=cuda)
+    kept = torch.ones(8, dtype=torch.bool, device=cuda)
     batch = Batch(images, labels, labels, kept)
     task.loss(model, batch, 0, 0).total.backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -124,7 +137,12 @@ def test_compiled_and_captured_steps_learn_the_same(
     """Error against fp32 without the compiler at most twice that of the plain step in the same precision."""
     exact = _train(_config("step.compile=false"), "fp32", cuda, accumulate=accumulate)
     plain = _train(_config("step.compile=false"), precision, cuda, accumulate=accumulate)
-    fast = _train(_config("step.compile=true", f"step.cuda_graphs={graphs}"), precision, cuda, accumulate=accumulate)
+    fast = _train(
+        _config("step.compile=true", f"step.cuda_graphs={graphs}"),
+        precision,
+        cuda,
+        accumulate=accumulate,
+    )
     assert exact[-1] < exact[0]
     assert (fast - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2e-3 * exact.abs().max()
 
@@ -140,7 +158,12 @@ def test_every_provider_learns_the_same(cuda: torch.device, provider: str, mlp: 
     ]
     exact = _train(_config("step.compile=false"), "fp32", cuda)
     plain = _train(
-        _config("step.compile=false", "step.attention=eager", "step.decoder_attention=eager", "step.mlp=plain"),
+        _config(
+            "step.compile=false",
+            "step.attention=eager",
+            "step.decoder_attention=eager",
+            "step.mlp=plain",
+        ),
         "bf16",
         cuda,
     )
@@ -148,8 +171,12 @@ def test_every_provider_learns_the_same(cuda: torch.device, provider: str, mlp: 
     assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2e-3 * exact.abs().max()
 
 
-@pytest.mark.parametrize("setting", ["step.checkpoint=selective", "step.checkpoint=full", "step.activation_budget=0.5"])
-def test_recomputation_needs_less_memory_and_learns_the_same(cuda: torch.device, setting: str) -> None:
+@pytest.mark.parametrize(
+    "setting", ["step.checkpoint=selective", "step.checkpoint=full", "step.activation_budget=0.5"]
+)
+def test_recomputation_needs_less_memory_and_learns_the_same(
+    cuda: torch.device, setting: str
+) -> None:
     base = "step.compile=false" if "checkpoint" in setting else "step.compile=true"
     losses, peaks = [], []
     for settings in ([base], [base, setting]):
@@ -173,7 +200,9 @@ def test_a_compiled_step_takes_the_state_of_a_plain_one(cuda: torch.device) -> N
     model = SSSD(config.model, config.objective).to(cuda)
     twin = copy.deepcopy(model)
     ours = build_optimizer(parameter_groups(model, weight_decay=0.05), (0.9, 0.95))
-    theirs = torch.optim.AdamW(parameter_groups(twin, weight_decay=0.05), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    theirs = torch.optim.AdamW(
+        parameter_groups(twin, weight_decay=0.05), lr=1e-3, betas=(0.9, 0.95), fused=True
+    )
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         if p.requires_grad:
             p.grad = torch.randn_like(p)

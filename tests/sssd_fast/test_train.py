@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from sssd_fast.checkpoint import CheckpointManager, load_checkpoint
 from sssd_fast.cli import main
 from sssd_fast.config import load_config
+from sssd_fast.run.checkpoint import CheckpointManager, load_checkpoint
 from sssd_fast.train import Schedule
 
 # Runs the command line in a process of its own and sends it a signal right before optimizer step KILL_AT.
@@ -38,7 +38,12 @@ sys.exit(main(sys.argv[1:]))
 def _child(arguments: list[str], kill_at: int, kill_with: int) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "KILL_AT": str(kill_at), "KILL_WITH": str(kill_with)}
     return subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments], env=env, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", CHILD, *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -91,7 +96,9 @@ def test_a_killed_run_continues_bit_for_bit(task: str, tiny: list[str], tmp_path
     assert [step for step, _ in _losses(whole)] == list(range(1, 11))
 
 
-def test_sigterm_saves_and_names_the_command_that_continues(tiny: list[str], tmp_path: Path) -> None:
+def test_sigterm_saves_and_names_the_command_that_continues(
+    tiny: list[str], tmp_path: Path
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "my runs"
     settings = [*tiny, "pretrain.max_steps=8"]
     assert main(["pretrain", "--out", str(whole), *settings]) == 0
@@ -104,7 +111,10 @@ def test_sigterm_saves_and_names_the_command_that_continues(tiny: list[str], tmp
 
 
 def test_nan_ends_the_run_and_leaves_the_last_good_state(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from sssd_fast.objective import SSSD
 
@@ -118,7 +128,12 @@ def test_nan_ends_the_run_and_leaves_the_last_good_state(
     calls = [0]
     monkeypatch.setattr(SSSD, "forward", poisoned)
     out = tmp_path / "run"
-    settings = [*tiny, "pretrain.max_steps=12", "pretrain.checkpoint_steps=1", "pretrain.keep_last=20"]
+    settings = [
+        *tiny,
+        "pretrain.max_steps=12",
+        "pretrain.checkpoint_steps=1",
+        "pretrain.keep_last=20",
+    ]
     assert main(["pretrain", "--out", str(out), *settings]) == 3
     assert "finite" in capsys.readouterr().err
     manager = CheckpointManager(out / "checkpoints", keep_last=20)
@@ -128,9 +143,13 @@ def test_nan_ends_the_run_and_leaves_the_last_good_state(
     assert manager.steps()[-1] == 7
     _assert_same(good["model"], bad["model"])  # no weight, and not the centre
     _assert_same(good["optimizer"]["state"], bad["optimizer"]["state"])
-    assert not torch.equal(load_checkpoint(manager.path(4))["model"]["center"], good["model"]["center"])
+    assert not torch.equal(
+        load_checkpoint(manager.path(4))["model"]["center"], good["model"]["center"]
+    )
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {r["step"]: r.get("skipped_steps") for r in records if r["kind"] == "train" and r["step"] > 4} == {
+    assert {
+        r["step"]: r.get("skipped_steps") for r in records if r["kind"] == "train" and r["step"] > 4
+    } == {
         5: None,
         6: 1,
         7: 2,
@@ -138,21 +157,40 @@ def test_nan_ends_the_run_and_leaves_the_last_good_state(
 
 
 def _torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     return subprocess.run(
-        [*command, "-m", "sssd_fast", *arguments], capture_output=True, text=True, timeout=180, check=False
+        [*command, "-m", "sssd_fast", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
     )
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 def test_two_processes_train_as_one(task: str, tiny: list[str], tmp_path: Path) -> None:
     """The same images, masks and centre: losses and weights of 2 x batch 4 equal those of 1 x batch 8."""
-    settings = [*tiny, f"{task}.max_steps=6", "finetune.drop_path=0", "objective.center_momentum=0.5"]
+    settings = [
+        *tiny,
+        f"{task}.max_steps=6",
+        "finetune.drop_path=0",
+        "objective.center_momentum=0.5",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([task, "--out", str(one), *settings, f"{task}.batch_size=8"]) == 0
     run = _torchrun(2, [task, "--out", str(two), *settings, f"{task}.batch_size=4"])
     assert run.returncode == 0, run.stderr[-3000:]
-    records = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
+    records = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (one, two)
+    ]
     first = [next(r for r in found if r["kind"] == "train") for found in records]
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-6)
     assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-5)
@@ -171,7 +209,13 @@ def test_two_processes_train_as_one(task: str, tiny: list[str], tmp_path: Path) 
 
 def test_schedule_counts_optimizer_steps() -> None:
     settings = load_config(
-        None, ["pretrain.epochs=10", "pretrain.batch_size=16", "pretrain.accumulate=3", "pretrain.warmup_epochs=2"]
+        None,
+        [
+            "pretrain.epochs=10",
+            "pretrain.batch_size=16",
+            "pretrain.accumulate=3",
+            "pretrain.warmup_epochs=2",
+        ],
     ).pretrain
     schedule = Schedule.of(settings, micro_steps=10, processes=2)
     assert (schedule.steps_per_epoch, schedule.total_steps, schedule.warmup_steps) == (3, 30, 6)
@@ -191,7 +235,9 @@ def test_an_existing_run_is_refused_until_told(
     assert main([*command, "--overwrite"]) == 0
 
 
-def test_resume_refuses_another_run(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_refuses_another_run(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     assert main(["pretrain", "--out", str(out), *tiny, "pretrain.max_steps=2"]) == 0
     capsys.readouterr()
@@ -214,10 +260,37 @@ def test_dry_run_trains_two_steps_and_keeps_nothing(
 
 def test_the_run_folder_says_everything(tiny: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert main(["pretrain", "--out", str(out), *tiny, "pretrain.max_steps=4", "pretrain.image_epochs=1"]) == 0
+    assert (
+        main(
+            [
+                "pretrain",
+                "--out",
+                str(out),
+                *tiny,
+                "pretrain.max_steps=4",
+                "pretrain.image_epochs=1",
+            ]
+        )
+        == 0
+    )
     names = {path.name for path in out.iterdir()}
-    assert {"config.yaml", "command.txt", "env.json", "data.json", "index.json", "split.csv", "train.log"} <= names
-    assert {"metrics.jsonl", "metrics.csv", "checkpoints", "images", "report.md", "report.html"} <= names
+    assert {
+        "config.yaml",
+        "command.txt",
+        "env.json",
+        "data.json",
+        "index.json",
+        "split.csv",
+        "train.log",
+    } <= names
+    assert {
+        "metrics.jsonl",
+        "metrics.csv",
+        "checkpoints",
+        "images",
+        "report.md",
+        "report.html",
+    } <= names
     assert "pretrain" in (out / "command.txt").read_text()
     assert load_config(out / "config.yaml").pretrain.max_steps == 4
     facts = json.loads((out / "data.json").read_text())
@@ -238,18 +311,34 @@ def test_the_run_folder_says_everything(tiny: list[str], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
-def test_validation_every_so_many_epochs_and_at_the_end(task: str, tiny: list[str], tmp_path: Path) -> None:
+def test_validation_every_so_many_epochs_and_at_the_end(
+    task: str, tiny: list[str], tmp_path: Path
+) -> None:
     epochs = {}
     for every in (1, 2):
         out = tmp_path / str(every)
-        assert main([task, "--out", str(out), *tiny, f"{task}.epochs=3", f"{task}.validate_epochs={every}"]) == 0
+        assert (
+            main(
+                [
+                    task,
+                    "--out",
+                    str(out),
+                    *tiny,
+                    f"{task}.epochs=3",
+                    f"{task}.validate_epochs={every}",
+                ]
+            )
+            == 0
+        )
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         epochs[every] = {r["epoch"]: r["loss"] for r in records if r["kind"] == "val"}
     assert list(epochs[1]) == [1, 2, 3]
     assert epochs[2] == {epoch: epochs[1][epoch] for epoch in (2, 3)}
 
 
-def test_training_on_the_ops_equals_training_on_plain_torch(tiny: list[str], tmp_path: Path) -> None:
+def test_training_on_the_ops_equals_training_on_plain_torch(
+    tiny: list[str], tmp_path: Path
+) -> None:
     """20 steps with the registered ops (their own backward formulas) and with MAE_KERNELS_BACKEND=reference (torch's autograd)."""
     import mae_kernels
 
@@ -257,7 +346,19 @@ def test_training_on_the_ops_equals_training_on_plain_torch(tiny: list[str], tmp
     for backend in ("auto", "reference"):
         out = tmp_path / backend
         with mae_kernels.backend(backend):
-            assert main(["pretrain", "--out", str(out), *tiny, "pretrain.max_steps=20", "pretrain.epochs=5"]) == 0
+            assert (
+                main(
+                    [
+                        "pretrain",
+                        "--out",
+                        str(out),
+                        *tiny,
+                        "pretrain.max_steps=20",
+                        "pretrain.epochs=5",
+                    ]
+                )
+                == 0
+            )
         losses.append([loss for _, loss in _losses(out)])
     assert len(losses[0]) == 20
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

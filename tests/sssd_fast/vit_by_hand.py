@@ -26,7 +26,9 @@ def gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def attention(x: Tensor, weights: dict[str, Tensor], name: str, heads: int) -> tuple[Tensor, Tensor]:
+def attention(
+    x: Tensor, weights: dict[str, Tensor], name: str, heads: int
+) -> tuple[Tensor, Tensor]:
     """(output [B, N, D], probabilities [B, H, N, N]), one image and one head at a time."""
     width = x.shape[-1]
     d = width // heads
@@ -35,7 +37,9 @@ def attention(x: Tensor, weights: dict[str, Tensor], name: str, heads: int) -> t
     for image in qkv:
         columns, rows = [], []
         for h in range(heads):
-            q, k, v = (image[:, part * width + h * d : part * width + (h + 1) * d] for part in range(3))
+            q, k, v = (
+                image[:, part * width + h * d : part * width + (h + 1) * d] for part in range(3)
+            )
             scores = torch.exp(q @ k.T / math.sqrt(d))
             p = scores / scores.sum(1, keepdim=True)
             rows.append(p)
@@ -45,8 +49,12 @@ def attention(x: Tensor, weights: dict[str, Tensor], name: str, heads: int) -> t
     return linear(torch.stack(outs), weights, f"{name}.proj"), torch.stack(maps)
 
 
-def block(x: Tensor, weights: dict[str, Tensor], name: str, heads: int, eps: float) -> tuple[Tensor, Tensor]:
-    mixed, maps = attention(layer_norm(x, weights, f"{name}.norm1", eps), weights, f"{name}.attn", heads)
+def block(
+    x: Tensor, weights: dict[str, Tensor], name: str, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    mixed, maps = attention(
+        layer_norm(x, weights, f"{name}.norm1", eps), weights, f"{name}.attn", heads
+    )
     x = x + mixed
     hidden = gelu(linear(layer_norm(x, weights, f"{name}.norm2", eps), weights, f"{name}.mlp.fc1"))
     return x + linear(hidden, weights, f"{name}.mlp.fc2"), maps
@@ -60,7 +68,9 @@ def patch_tokens(images: Tensor, weights: dict[str, Tensor]) -> Tensor:
     for top in range(0, images.shape[2], side):
         for left in range(0, images.shape[3], side):
             patch = images[:, :, top : top + side, left : left + side]
-            tokens.append(torch.einsum("bcij,dcij->bd", patch, kernel) + weights["patch_embed.proj.bias"])
+            tokens.append(
+                torch.einsum("bcij,dcij->bd", patch, kernel) + weights["patch_embed.proj.bias"]
+            )
     return torch.stack(tokens, 1)
 
 
@@ -74,7 +84,10 @@ def encode(
     if keep is not None:
         x = torch.stack([tokens[ids] for tokens, ids in zip(x, keep, strict=True)])
     if prefix:
-        cls = weights["cls_token"].reshape(1, 1, -1) + weights["pos_embed"].reshape(-1, x.shape[-1])[:1]
+        cls = (
+            weights["cls_token"].reshape(1, 1, -1)
+            + weights["pos_embed"].reshape(-1, x.shape[-1])[:1]
+        )
         x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     maps = torch.empty(0)
@@ -102,7 +115,9 @@ def sincos_table(width: int, rows: int, columns: int) -> np.ndarray:
         for column in range(columns):
             for i in range(quarter):
                 frequency = 10000.0 ** (-i / quarter)
-                table[row * columns + column, [i, quarter + i, 2 * quarter + i, 3 * quarter + i]] = (
+                table[
+                    row * columns + column, [i, quarter + i, 2 * quarter + i, 3 * quarter + i]
+                ] = (
                     np.sin(column * frequency),
                     np.cos(column * frequency),
                     np.sin(row * frequency),

@@ -1,0 +1,135 @@
+"""Values of one slice to 8-bit grey.
+
+window            what is shown
+lung              level -600, width 1500 HU: -1350 black, +150 white (the usual window for lung parenchyma)
+mediastinum       level 40, width 400 HU
+LEVEL,WIDTH       your own, in HU
+file              each slice by its own WindowCenter and WindowWidth, the first where a file names several
+minmax            darkest to brightest value of the volume; for values that are not HU
+
+Level L and width W >= 1 mean the LINEAR function of DICOM PS3.3 C.11.2.1.2.1, with 0 and 255 as its ends:
+    x <= L - 0.5 - (W - 1) / 2    0
+    x >  L - 0.5 + (W - 1) / 2    255
+    else                          ((x - (L - 0.5)) / (W - 1) + 0.5) * 255
+MONOCHROME1 (PS3.3 C.7.6.3.1.2: the lowest value is shown white) is inverted after the window. What lies outside the
+scan (pixel padding, NaN) is 0 either way.
+
+HW: rows and columns of one slice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sssd_fast.data.images import ImageArray
+from sssd_fast.errors import ConfigError
+
+PRESETS = {"lung": (-600.0, 1500.0), "mediastinum": (40.0, 400.0)}  # level, width in HU
+
+
+class Unusable(Exception):
+    """One file or slice that is left out. `reason` never quotes the file: it may go to where patient data must not.
+
+    damaged: it should have been a slice and is none; False for what is no axial slice by its nature (a localizer).
+    """
+
+    def __init__(self, reason: str, *, damaged: bool = True) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.damaged = damaged
+
+
+@dataclass(frozen=True)
+class Window:
+    name: str  # lung, mediastinum, custom, file or minmax
+    level: float | None = None  # HU; None for file and minmax
+    width: float | None = None
+
+    @property
+    def hounsfield(self) -> bool:
+        """Whether it only means something for values in HU."""
+        return self.level is not None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice as the radiologist sees it: patient's right on the left of the picture, anterior up."""
+
+    values_HW: npt.NDArray[np.float64]  # after rescaling: HU for CT
+    outside_HW: npt.NDArray[np.bool_] | None = None  # True where nothing was scanned
+    inverted: bool = False  # MONOCHROME1
+    window: tuple[float, float] | None = None  # the file's own level and width
+
+    def limits(self) -> tuple[float, float] | None:
+        """Lowest and highest value inside the scan; None when there is none."""
+        inside: npt.NDArray[Any] = np.isfinite(self.values_HW)
+        if self.outside_HW is not None:
+            inside &= ~self.outside_HW
+        return (
+            (float(self.values_HW[inside].min()), float(self.values_HW[inside].max()))
+            if inside.any()
+            else None
+        )
+
+
+def parse_window(text: str) -> Window:
+    """`lung`, `mediastinum`, `file`, `minmax` or LEVEL,WIDTH. Raises ConfigError."""
+    if text in PRESETS:
+        return Window(text, *PRESETS[text])
+    if text in ("file", "minmax"):
+        return Window(text)
+    try:
+        level, width = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"window is {text!r}; needed: {', '.join(PRESETS)}, file, minmax, or LEVEL,WIDTH in HU such as -600,1500 "
+            "(on the command line with =, as in --window=-600,1500)"
+        ) from None
+    if not (math.isfinite(level) and math.isfinite(width) and width >= 1):
+        raise ConfigError(
+            f"window is {text!r}; a finite level and a width of at least 1 HU are needed"
+        )
+    return Window("custom", level, width)
+
+
+def to_grey(
+    picture: Slice, window: Window, limits: tuple[float, float] | None = None
+) -> ImageArray:
+    """uint8 [H, W]. limits: the volume's lowest and highest value, for minmax. Raises Unusable (`file` without one)."""
+    x_HW = picture.values_HW
+    if window.name == "minmax":
+        low, high = limits or (0.0, 0.0)
+        y_HW = (x_HW - low) * 255 / (high - low) if high > low else np.zeros_like(x_HW)
+    else:
+        level, width = _level_and_width(picture, window)
+        above_HW = x_HW - (level - 0.5)
+        y_HW = (
+            (above_HW / (width - 1) + 0.5) * 255
+            if width > 1
+            else np.where(above_HW > 0, 255.0, 0.0)
+        )
+    outside_HW = (
+        np.isnan(y_HW) if picture.outside_HW is None else np.isnan(y_HW) | picture.outside_HW
+    )
+    grey_HW = np.rint(np.clip(np.where(outside_HW, 0, y_HW), 0, 255)).astype(np.uint8)
+    if picture.inverted:
+        grey_HW = 255 - grey_HW
+    grey_HW[outside_HW] = 0
+    return grey_HW
+
+
+def _level_and_width(picture: Slice, window: Window) -> tuple[float, float]:
+    if window.level is not None and window.width is not None:
+        return window.level, window.width
+    if picture.window is None:
+        raise Unusable(
+            "the file names no window (WindowCenter, WindowWidth); use --window=LEVEL,WIDTH or minmax"
+        )
+    if not (all(map(math.isfinite, picture.window)) and picture.window[1] >= 1):
+        raise Unusable("the file's own WindowWidth is below 1; use --window=LEVEL,WIDTH or minmax")
+    return picture.window

@@ -1,0 +1,237 @@
+"""Use a trained classifier: evaluate it on a part of its run's data, or score any images."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sssd_fast.config import Config, from_dict
+from sssd_fast.data.images import decode_image, to_channels
+from sssd_fast.data.index import DataIndex
+from sssd_fast.data.splits import split_csv
+from sssd_fast.errors import CheckpointError, DataError
+from sssd_fast.evaluation.evaluate import result_rows, write_evaluation
+from sssd_fast.evaluation.visualize import attention_grid
+from sssd_fast.loaders import Loader
+from sssd_fast.loaders.crops import evaluation_view
+from sssd_fast.loaders.prepare import make_loader, positive_label
+from sssd_fast.model import Classifier
+from sssd_fast.run.checkpoint import CheckpointManager, load_checkpoint
+from sssd_fast.run.device import World, autocast, pick_precision
+from sssd_fast.run.files import atomic_write_text
+from sssd_fast.run.folder import Run
+from sssd_fast.run.log import Console
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+
+
+class Predictions(NamedTuple):
+    """One row per image, in the order of `ids`."""
+
+    labels: NDArray[np.int64]  # [N]
+    scores: NDArray[np.float64]  # [N, classes] softmax
+
+    def binary(self, positive: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """([N] 1 = positive class, [N] score of the positive class)."""
+        return (self.labels == positive).astype(np.int64), self.scores[:, positive]
+
+
+@dataclass
+class Trained:
+    """A classifier as a checkpoint holds it."""
+
+    model: Classifier
+    config: Config
+    classes: list[str]
+    path: Path
+
+
+def checkpoint_of(path: str | Path, which: str = "best") -> Path:
+    """A checkpoint file as it is, or checkpoints/best.pt (else the newest) of a run folder."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not (path / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{path} is neither a checkpoint file nor a run folder with checkpoints/ in it"
+        )
+    manager = CheckpointManager(path / "checkpoints")
+    return manager.resolve(which if manager.best_path.exists() else "last")
+
+
+def load_trained(path: str | Path, device: torch.device) -> Trained:
+    """Raises CheckpointError where the checkpoint is damaged or holds no classifier."""
+    path = checkpoint_of(path)
+    state = load_checkpoint(path)
+    if state.get("task") not in ("finetune", "probe"):
+        raise CheckpointError(
+            f"{path} is a checkpoint of `{state.get('task')}`, needs one of `finetune` or `probe`; "
+            f"make one with: sssd-fast finetune --init {path.parent.parent}"
+        )
+    config, classes = from_dict(state["config"]), list(state["classes"])
+    model = Classifier(config.model, len(classes), state["pool"])
+    model.load_state_dict(state["model"])
+    return Trained(model.to(device).eval(), config, classes, path)
+
+
+def evaluate_run(run: Run, part: str = "test") -> dict[str, Any]:
+    """Scores `part` of the run's own split with its best checkpoint, writes eval/ and prints the table."""
+    trained = load_trained(run.out, run.world.device)
+    index = DataIndex.load(run.out / "index.json")
+    split = split_csv(index, run.out / "split.csv")
+    ids = split.part(part)
+    if not ids:
+        raise DataError(
+            f"the split of {run.out} has no {part} images; choose --part among those of data.json"
+        )
+    loader = make_loader(run, index, ids, batch_size=run.config.evaluate.batch_size, shard=True)
+    context = autocast(run.precision, run.world.device)
+    found = predict(trained.model, loader, ids, len(trained.classes), run.world, context)
+    records = [index.records[i] for i in ids]
+    result: dict[str, Any] = {}
+    if run.world.main:
+        result = write_evaluation(
+            run.out,
+            labels=found.labels,
+            probabilities=found.scores,
+            paths=[r.path for r in records],
+            classes=trained.classes,
+            split=part,
+            patients=[r.patient for r in records],
+            positive=positive_label(run.config, index) if len(trained.classes) == 2 else None,
+            threshold=run.config.evaluate.threshold,
+            seed=run.config.seed,
+            resamples=run.config.evaluate.bootstrap,
+            load_image=lambda path: decode_image(index.root / path),
+        )
+        first = make_loader(run, index, ids[:8], batch_size=len(ids[:8]), shard=False)
+        images = next(iter(first.epoch(0))).images
+        encoder = trained.model.encoder
+        attention_grid(
+            images,
+            encoder.attention_maps(images),
+            encoder.grid,
+            encoder.num_prefix,
+            path=run.out / "images" / f"attention-{part}.png",
+        )
+        _print(run.console, result, len(ids), part, trained.path)
+    return result
+
+
+def _print(
+    console: Console, result: dict[str, Any], images: int, part: str, checkpoint: Path
+) -> None:
+    rows = result_rows(result)
+    columns = ["", "per image (95 % interval)", "per patient (95 % interval)"]
+    if result["patient"] is None:
+        rows, columns = [row[:2] for row in rows], columns[:2]  # type: ignore[misc]
+    console.table(f"{images} {part} images, {checkpoint.name}", columns, rows)
+    for note in result["notes"]:
+        console.info(note)
+
+
+def predict_files(
+    trained: Trained, paths: Sequence[Path], *, batch_size: int, precision: str
+) -> tuple[NDArray[np.float64], list[tuple[Path, str]]]:
+    """[N, classes] scores, NaN rows for files that cannot be read, and those files with the reason."""
+    config, device = trained.config, next(trained.model.parameters()).device
+    context = autocast(pick_precision(precision, device), device)
+    scores = np.full((len(paths), len(trained.classes)), np.nan)
+    bad: list[tuple[Path, str]] = []
+    for start in range(0, len(paths), batch_size):
+        rows: list[int] = []
+        images: list[Tensor] = []
+        for row in range(start, min(start + batch_size, len(paths))):
+            try:
+                picture = to_channels(decode_image(paths[row]), config.model.in_channels)
+            except (DataError, OSError) as error:
+                bad.append((paths[row], str(error)))
+                continue
+            view = evaluation_view(picture, config.model.image_size, config.data.fit)
+            images.append(
+                torch.from_numpy(
+                    np.array(view, ndmin=3) if view.ndim == 2 else view.transpose(2, 0, 1).copy()
+                )
+            )
+            rows.append(row)
+        if rows:
+            with torch.no_grad(), context:
+                logits = trained.model(torch.stack(images).to(device))
+            scores[rows] = logits.double().softmax(1).cpu().numpy()
+    return scores, bad
+
+
+def find_images(targets: Sequence[str]) -> list[Path]:
+    """Image files named, or below the folders named, sorted. Raises DataError where there is none."""
+    found: list[Path] = []
+    for target in map(Path, targets):
+        if target.is_dir():
+            found += sorted(
+                p for p in target.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+            )
+        elif target.exists():
+            found.append(target)
+        else:
+            raise DataError(f"{target} does not exist; give image files or folders")
+    if not found:
+        raise DataError(f"no image ({', '.join(IMAGE_SUFFIXES)}) below {', '.join(targets)}")
+    return found
+
+
+def write_predictions(
+    out: Path, trained: Trained, paths: Sequence[Path], scores: NDArray[np.float64]
+) -> None:
+    """CSV path,prediction,score_CLASS...; empty cells where a file could not be read."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "prediction", *(f"score_{name}" for name in trained.classes)])
+    for path, row in zip(paths, scores, strict=True):
+        known = bool(np.isfinite(row).all())
+        cells = [f"{value:.9g}" for value in row] if known else [""] * len(row)
+        writer.writerow([str(path), trained.classes[int(row.argmax())] if known else "", *cells])
+    atomic_write_text(out, text.getvalue())
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    loader: Loader,
+    ids: Sequence[int],
+    num_classes: int,
+    world: World,
+    autocast: torch.autocast,
+) -> Predictions:
+    """Scores of the images `ids` that `loader` deals out, gathered from all processes; leaves the model in the mode it was in."""
+    row_of = {image: row for row, image in enumerate(ids)}
+    logits_NC = torch.zeros(len(row_of), num_classes, device=world.device)
+    labels_N = torch.zeros(len(row_of), device=world.device, dtype=torch.int64)
+    training = model.training
+    model.eval()
+    for batch in loader.epoch(0):
+        keep = batch.valid
+        rows = torch.tensor(
+            [row_of[i] for i in batch.indices[keep].tolist()],
+            device=world.device,
+            dtype=torch.int64,
+        )
+        with autocast:
+            logits = model(batch.images)
+        logits_NC[rows] = logits[keep].float()
+        labels_N[rows] = batch.labels[keep]
+    model.train(training)
+    world.sum_(logits_NC)
+    world.sum_(labels_N)
+    if not torch.isfinite(logits_NC).all():
+        raise DataError(
+            "the model's scores are not finite; the checkpoint is unusable, or fp16 overflows (precision=fp32)"
+        )
+    return Predictions(labels_N.cpu().numpy(), logits_NC.double().softmax(1).cpu().numpy())

@@ -1,0 +1,203 @@
+"""Processes started by torchrun: who am I, on which device, and the few collectives the trainer needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sssd_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Mean over all processes, in place."""
+        return self.sum_(tensor).div_(self.size)
+
+    def any(self, flag: bool) -> bool:
+        """True everywhere when true anywhere."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ConfigError for a device this machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}, needs auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}, needs auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {name!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
+            f"use device=cpu, or run `sssd-fast doctor` to see why"
+        )
+    return device
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """The process group that torchrun's variables describe, or a world of one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(pick_device(device))
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    own = pick_device(device, local_rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield World(own, dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto: bf16 from sm_80 on, fp16 on older GPUs, fp32 on the CPU."""
+    if name != "auto":
+        if (
+            name == "bf16"
+            and device.type == "cuda"
+            and torch.cuda.get_device_capability(device) < (8, 0)
+        ):
+            raise ConfigError(
+                f"precision is bf16, but {torch.cuda.get_device_name(device)} has no bf16 units; use precision=fp16"
+            )
+        return name
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context that computes in bf16 or fp16 where that is safe; with fp32 it changes nothing."""
+    dtype = AUTOCAST.get(precision)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def generator(device: torch.device, *key: int) -> torch.Generator:
+    """Random numbers that depend on `key`, such as (seed, step, micro), and on nothing that happened before."""
+    state = 0
+    for part in key:
+        state = (state * 1_000_003 + part + 1) % (1 << 61)
+    return torch.Generator(device).manual_seed(state)
+
+
+GIB = 2**30
+
+
+def _memory() -> dict[str, float | None]:
+    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo") or "", re.MULTILINE))
+    limit = (_read("/sys/fs/cgroup/memory.max") or "max").strip()
+    return {
+        "total_gib": round(int(kib["MemTotal"]) / 2**20, 1) if "MemTotal" in kib else None,
+        "available_gib": round(int(kib["MemAvailable"]) / 2**20, 1)
+        if "MemAvailable" in kib
+        else None,
+        "limit_gib": round(int(limit) / GIB, 1) if limit.isdigit() else None,
+        "shm_free_gib": _disk_free(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None,
+    }
+
+
+def available_memory() -> int | None:
+    """Bytes of host memory that are free, or that this control group may use where that is less; None = unknown."""
+    memory = _memory()
+    sizes = [size for size in (memory["available_gib"], memory["limit_gib"]) if size is not None]
+    return int(min(sizes) * GIB) if sizes else None
+
+
+def _disk_free(path: Path) -> float | None:
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        return round(shutil.disk_usage(path).free / GIB, 1)
+    except OSError:
+        return None
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def peak_memory_gib(device: torch.device | str) -> float:
+    """Peak memory in GiB since the process started (or since torch.cuda.reset_peak_memory_stats).
+
+    CUDA: what PyTorch's allocator reserved on `device`, the figure that decides whether a batch fits (the CUDA context,
+    some 0.5 GiB, comes on top). Otherwise: resident memory of this process, without its loader workers.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        # not getrusage, where there is /proc: its maximum is inherited from the process that started this one
+        status = Path("/proc/self/status").read_text()
+        kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(kib) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "cudaErrorMemoryAllocation",
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the device or the host ran out of memory, in any of the ways PyTorch says so, wrapped by others or not."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False

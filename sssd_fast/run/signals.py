@@ -1,0 +1,91 @@
+"""SIGTERM and Ctrl-C as a flag that a training loop polls between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class SignalGuard:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag to poll, so that the loop can save and leave between two steps.
+
+    with SignalGuard() as guard: ... if guard.requested: save; raise Interrupted(..., guard.requested)
+
+    A second signal ends the process at once with status 128 + number; checkpoints are atomic, so that is safe. Signals
+    less than `repeat_after_s` after the first count as the same request: Ctrl-C under torchrun, and `timeout`, deliver
+    two. Handlers that were there before are called too and restored at the end; signals that were ignored (nohup,
+    background jobs) stay ignored. Outside the main thread, where Python cannot install handlers, it does nothing.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, *, repeat_after_s: float = 1.0) -> None:
+        self.requested: int | None = None
+        self.repeat_after_s = repeat_after_s
+        self._requested_at = 0.0
+        self._pid = os.getpid()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalGuard:
+        if threading.current_thread() is threading.main_thread():
+            for signum in self.SIGNALS:
+                previous = signal.getsignal(signum)
+                if previous not in (
+                    signal.SIG_IGN,
+                    None,
+                ):  # None: installed from C, cannot be restored
+                    self._previous[signum] = previous
+                    signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for signum, previous in self._previous.items():
+            signal.signal(signum, previous)
+        self._previous.clear()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            self._handle_in_child(signum)
+            return
+        now = time.monotonic()
+        if self.requested is not None:
+            if now - self._requested_at >= self.repeat_after_s:
+                self._exit_at_once(signum)
+            return
+        self.requested = signum
+        self._requested_at = now
+        previous = self._previous.get(signum)
+        if callable(previous) and previous is not signal.default_int_handler:
+            previous(signum, frame)
+
+    def _handle_in_child(self, signum: int) -> None:
+        """Forked loader workers inherit handlers. Ctrl-C reaches the whole process group: a worker that died of it
+        would cost the parent its last step; any other signal does what it would have done."""
+        if signum != signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    def _exit_at_once(self, signum: int) -> None:
+        with contextlib.suppress(OSError):
+            cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a live progress display hid it
+            os.write(
+                2, cursor + b"\nsecond signal: leaving at once; the last checkpoint is intact\n"
+            )
+        os._exit(128 + signum)
+
+
+def ignore_signals_in_worker(worker_id: int) -> None:
+    """A `worker_init_fn` for torch's DataLoader: batch systems signal the whole process group, and a worker that dies of
+    it makes the parent's next batch fail before the parent can save. Workers still end when the parent does."""
+    for signum in SignalGuard.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

@@ -1,0 +1,257 @@
+"""Weight files of any project, read without running code from them; safetensors written atomically."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sssd_fast.config import ModelConfig
+from sssd_fast.errors import DependencyError, WeightsError
+from sssd_fast.model import MAE, Classifier
+from sssd_fast.run.checkpoint import verify_checkpoint
+from sssd_fast.run.files import atomic_write_bytes
+from sssd_fast.weights.formats import export_state, huggingface_config, strip_wrappers
+
+Norm = tuple[
+    Sequence[float], Sequence[float]
+]  # (mean, std) of x / 255, one value or one per channel
+_ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
+_UNREADABLE = (
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError, struct.error,
+)  # fmt: skip
+
+
+class Source(NamedTuple):
+    """A state dict and what is known about the model it comes from; None where the file does not say."""
+
+    state: dict[str, Tensor]
+    path: str
+    grid: tuple[int, int] | None = None
+    heads: int | None = None
+    decoder_heads: int | None = None
+    norm_eps: float | None = None
+    norm: Norm | None = None
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .pth/.pt/.bin/.ckpt or .safetensors file, or of a Hugging Face folder (sharded too), on the CPU.
+
+    Torch files are read with weights_only=True; of classes only argparse.Namespace is let through (plain data that
+    training scripts such as facebookresearch/mae save beside the weights). Unwraps {"model"}, {"state_dict"}, {"module"}
+    and strips `module.` and `_orig_mod.`. Raises WeightsError for anything missing, damaged, without tensors, with NaN
+    or infinity, or that would have to run code; CheckpointError where a checksum beside the file does not fit it.
+    """
+    return read_source(path).state
+
+
+def read_source(path: str | Path) -> Source:
+    """`read_weights`, with what a config in or beside the file says about the model."""
+    path = Path(path)
+    if path.is_dir():
+        tensors, facts = _read_folder(path)
+    elif not path.is_file():
+        raise WeightsError(f"weights {path} do not exist; give a {_accepted()}")
+    elif path.suffix == ".safetensors":
+        tensors, facts = _read_safetensors(path)
+    elif path.suffix in _ENDINGS:
+        tensors, facts = _read_torch(path)
+    else:
+        raise WeightsError(f"weights {path} end in {path.suffix!r}; needs a {_accepted()}")
+    broken = [
+        name
+        for name, t in tensors.items()
+        if t.is_floating_point() and not bool(torch.isfinite(t).all())
+    ]
+    if broken:
+        raise WeightsError(
+            f"weights {path} hold NaN or infinity in {listed(broken)}; use an earlier checkpoint"
+        )
+    return Source(strip_wrappers(tensors), str(path), **facts)
+
+
+def _accepted() -> str:
+    return f"{', '.join(_ENDINGS)} or .safetensors file, or a Hugging Face folder"
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if path.with_name(path.name + ".sha256").is_file():  # a checkpoint of this package
+        verify_checkpoint(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(_refused(path, str(error))) from error
+    except _UNREADABLE as error:
+        raise WeightsError(_damaged(path, error)) from error
+    config = content.get("config") if isinstance(content, Mapping) else None
+    while isinstance(content, Mapping) and not any(
+        isinstance(value, Tensor) for value in content.values()
+    ):
+        inner = next(
+            (content[key] for key in ("model", "state_dict", "module") if key in content), None
+        )
+        if inner is None:
+            raise WeightsError(
+                f"weights {path} hold no tensors but {listed([str(key) for key in content])}; needs a state dict, "
+                f"or one under 'model', 'state_dict' or 'module'"
+            )
+        content = inner
+    if not isinstance(content, Mapping):
+        raise WeightsError(
+            f"weights {path} hold a {type(content).__name__}, needs a state dict (name -> tensor)"
+        )
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return tensors, _own_facts(config.get("model")) if isinstance(config, dict) else {}
+
+
+def _refused(path: Path, message: str) -> str:
+    """In place of torch's message, whose first advice is to load the file without protection."""
+    found = re.search(r"GLOBAL (\S+)", message)
+    if not found:
+        reason = message.rpartition("WeightsUnpickler error:")[2].strip().splitlines()[0]
+        return f"{path} is damaged or not what its name says: {reason}. Copy or download it again"
+    if "is blocked" in message:
+        return f"weights {path} call {found[1]} when read, which no weights need: refused. Do not open this file elsewhere"
+    return (
+        f"weights {path} hold {found[1]}, which cannot be read without running code from the file: refused. "
+        f"If you trust where the file comes from, convert it once (this does run that code):\n"
+        f"  python -c \"import torch; c = torch.load('{path.name}', map_location='cpu', weights_only=False); "
+        f"torch.save({{'model': c['model']}}, 'converted.pth')\""
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise DependencyError(
+            f"reading {path} needs safetensors: pip install 'sssd-fast[train]'"
+        ) from None
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        config = json.loads(metadata.get("config", "null"))
+    except (SafetensorError, *_UNREADABLE) as error:
+        raise WeightsError(_damaged(path, error)) from error
+    return tensors, _own_facts(config)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    index = folder / "model.safetensors.index.json"
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    if (folder / "model.safetensors").is_file():
+        tensors, facts = _read_safetensors(folder / "model.safetensors")
+    elif index.is_file():
+        shards = sorted({str(shard) for shard in _json(index).get("weight_map", {}).values()})
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise WeightsError(
+                    f"{index} names the shard {shard!r}, which lies outside its folder: refused"
+                )
+            if not (folder / shard).is_file():
+                raise WeightsError(
+                    f"{index} names the shard {shard!r}, which is not there; copy all {len(shards)} shards"
+                )
+            tensors |= _read_safetensors(folder / shard)[0]
+    elif (folder / "pytorch_model.bin").is_file():
+        tensors, _ = _read_torch(folder / "pytorch_model.bin")
+    else:
+        raise WeightsError(
+            f"folder {folder} holds no model.safetensors, model.safetensors.index.json or pytorch_model.bin"
+        )
+    if (folder / "config.json").is_file():
+        facts |= _huggingface_facts(_json(folder / "config.json"))
+    return tensors, facts
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise WeightsError(_damaged(path, error)) from error
+    if not isinstance(tree, dict):
+        raise WeightsError(f"{path} holds a {type(tree).__name__}, needs an object")
+    return tree
+
+
+def _own_facts(tree: Any) -> dict[str, Any]:
+    """From a ModelConfig as plain containers; a config of another project says nothing."""
+    try:
+        config = ModelConfig.model_validate(tree)
+    except ValueError:
+        return {}
+    return {
+        "grid": config.grid,
+        "heads": config.encoder_shape[2],
+        "decoder_heads": config.decoder_heads,
+        "norm_eps": config.norm_eps,
+        "norm": (config.mean, config.std),
+    }
+
+
+def _huggingface_facts(tree: dict[str, Any]) -> dict[str, Any]:
+    def pair(value: Any) -> list[Any]:
+        return value if isinstance(value, list) else [value, value]
+
+    sizes, patches = pair(tree.get("image_size")), pair(tree.get("patch_size"))
+    known = all(isinstance(n, int) and n > 0 for n in (*sizes, *patches))
+    return {
+        "grid": (sizes[0] // patches[0], sizes[1] // patches[1]) if known else None,
+        "heads": tree.get("num_attention_heads"),
+        "decoder_heads": tree.get("decoder_num_attention_heads"),
+        "norm_eps": tree.get("layer_norm_eps"),
+    }
+
+
+def save_safetensors(
+    path: str | Path,
+    model: MAE | Classifier,
+    format: Literal["timm", "huggingface"],
+    *,
+    decoder: bool = False,
+) -> None:
+    """`export_state` as one file, written atomically; metadata: the naming, and the model's configuration as JSON."""
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise DependencyError(
+            "writing safetensors needs safetensors: pip install 'sssd-fast[train]'"
+        ) from None
+    config = json.dumps(model.config.model_dump(mode="json"))
+    metadata = {
+        "format": "pt",
+        "names": format,
+        "config": config,
+    }  # transformers insists on format = pt
+    atomic_write_bytes(path, save(export_state(model, format, decoder=decoder), metadata=metadata))
+
+
+def save_huggingface(folder: str | Path, model: MAE | Classifier, *, decoder: bool = False) -> None:
+    """model.safetensors and config.json for transformers' from_pretrained."""
+    folder = Path(folder)
+    save_safetensors(folder / "model.safetensors", model, "huggingface", decoder=decoder)
+    tree = huggingface_config(model, decoder=decoder)
+    atomic_write_bytes(folder / "config.json", (json.dumps(tree, indent=2) + "\n").encode())
+
+
+def listed(items: Sequence[str], limit: int = 8) -> str:
+    """The first items in words, and how many more there are."""
+    return ", ".join(items[:limit]) + (
+        f" and {len(items) - limit} more" if len(items) > limit else ""
+    )
+
+
+def _damaged(path: Path, error: BaseException) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{path} is damaged or not what its name says: {reason}. Copy or download it again"

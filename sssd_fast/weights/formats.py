@@ -1,0 +1,262 @@
+"""Names and layouts of ViT weights in other projects, to and from this package's.
+
+sssd_fast    this package's MAE, Classifier and SSSD: encoder.*, decoder.*, fc_norm.*, head.*
+mae          facebookresearch/mae with its decoder: blocks.i.attn.qkv, decoder_blocks.i
+timm         VisionTransformer, also facebookresearch/mae's released encoders: blocks.i.attn.qkv, head
+huggingface  ViTMAE*, ViTModel, ViTFor*: [vit.]encoder.layer.i in files, layers.i in memory since transformers 5.0
+
+Shapes: D encoder width, E decoder width, L patches, p prefix tokens, P patch side, C channels, V = P*P*C.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sssd_fast.errors import WeightsError
+from sssd_fast.model import MAE, Classifier
+
+Format = Literal["sssd_fast", "mae", "timm", "huggingface"]
+
+
+class Converted(NamedTuple):
+    tensor: Tensor
+    source: str  # name in the file
+    how: str  # what was done to the values; "" = only renamed
+
+
+_MAE_NAMES = (
+    (r"^decoder_(embed|blocks|norm|pred)\.", r"decoder.\1."),
+    (r"^decoder_pos_embed$", "decoder.pos_embed"),
+    (r"^mask_token$", "decoder.mask_token"),
+    (r"^(cls_token$|pos_embed$|patch_embed\.proj\.|blocks\.\d+\.|norm\.)", r"encoder.\1"),
+)
+_HUGGINGFACE_NAMES = (
+    (r"^vit\.", ""),
+    # transformers 5 writes decoder_layers back as decoder_encoder.layer in save_pretrained
+    (r"^decoder\.decoder_(?:layers|encoder\.layer)\.(\d+)\.", r"decoder.blocks.\1."),
+    (r"^decoder\.decoder_(embed|norm|pred)\.", r"decoder.\1."),
+    (r"^decoder\.decoder_pos_embed$", "decoder.pos_embed"),
+    (r"^embeddings\.cls_token$", "encoder.cls_token"),
+    (r"^embeddings\.position_embeddings$", "encoder.pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
+    (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"encoder.blocks.\1."),
+    (r"^layernorm\.", "encoder.norm."),
+    (r"^classifier\.", "head."),
+    (r"(blocks\.\d+)\.attention\.(?:attention\.)?(q|k|v)(?:uery|ey|alue|_proj)\.", r"\1.attn.\2."),
+    (r"(blocks\.\d+)\.attention\.(?:output\.dense|o_proj)\.", r"\1.attn.proj."),
+    (r"(blocks\.\d+)\.intermediate\.dense\.", r"\1.mlp.fc1."),
+    (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"(blocks\.\d+)\.layernorm_before\.", r"\1.norm1."),
+    (r"(blocks\.\d+)\.layernorm_after\.", r"\1.norm2."),
+)
+_OWN_NAMES = ((r"^mae\.", ""),)
+_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "sssd_fast": _OWN_NAMES,
+    "mae": _MAE_NAMES,
+    "timm": _MAE_NAMES,
+    "huggingface": _HUGGINGFACE_NAMES,
+}
+
+
+def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Removes what torch.compile (`_orig_mod.`) and DistributedDataParallel (`module.`) put into names."""
+    stripped: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        short = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+        if short in stripped:
+            raise WeightsError(
+                f"two tensors are called {short!r} once 'module.' and '_orig_mod.' are removed; keep one"
+            )
+        stripped[short] = tensor
+    return stripped
+
+
+def detect_format(state: Mapping[str, Tensor]) -> Format:
+    """Raises WeightsError, with the first names, where no known naming of a ViT's patch projection is found."""
+    for name in state:
+        if name.endswith("encoder.patch_embed.proj.weight"):
+            return "sssd_fast"
+        if name.endswith("embeddings.patch_embeddings.projection.weight"):
+            return "huggingface"
+        if name == "patch_embed.proj.weight":
+            return "mae" if "decoder_embed.weight" in state else "timm"
+    raise WeightsError(
+        f"not the weights of a ViT under known names: none of {len(state)} tensors is patch_embed.proj.weight (timm, "
+        f"facebookresearch/mae), embeddings.patch_embeddings.projection.weight (Hugging Face) or encoder.patch_embed.proj.weight "
+        f"(sssd_fast); the first are {', '.join(list(state)[:5])}. Rename them to one of these forms"
+    )
+
+
+def to_own_names(state: Mapping[str, Tensor]) -> tuple[Format, dict[str, Converted]]:
+    """Names and layouts of this package; names without a counterpart stay as they are. Values are still the source's sizes.
+
+    Joins q, k, v; gives attention without qkv bias a zero bias and folds LayerScale into the layer before it (both exact);
+    drops the batch axis of position tables.
+    """
+    format_ = detect_format(state)
+    named: dict[str, Converted] = {}
+    for source, tensor in state.items():
+        name = source
+        for pattern, replacement in _NAMES[format_]:
+            name = re.sub(pattern, replacement, name)
+        if name in ("encoder.pos_embed", "decoder.pos_embed") and tensor.ndim == 3:
+            tensor = tensor.squeeze(0)
+        named[name] = Converted(tensor, source, "")
+    for name in [n for n in named if n.endswith((".attn.q.weight", ".attn.q.bias"))]:
+        stem, kind = name[: name.rindex(".q.")], name.rsplit(".", 1)[1]
+        parts = [f"{stem}.{x}.{kind}" for x in "qkv"]
+        if all(part in named for part in parts):
+            q, k, v = (named.pop(part) for part in parts)
+            joined = torch.cat([q.tensor, k.tensor, v.tensor])
+            named[f"{stem}.qkv.{kind}"] = Converted(joined, q.source, "q, k, v joined")
+    for part in ("encoder", "decoder"):
+        qkv = [n for n in named if re.fullmatch(rf"{part}\.blocks\.\d+\.attn\.qkv\.weight", n)]
+        if not any(n.replace("weight", "bias") in named for n in qkv):
+            for name in qkv:
+                zeros = named[name].tensor.new_zeros(len(named[name].tensor))
+                named[name.replace("weight", "bias")] = Converted(
+                    zeros, "(none)", "no qkv bias in the source: zeros"
+                )
+    for name in [n for n in named if n.endswith((".ls1.gamma", ".ls2.gamma"))]:
+        stem, which, _ = name.rsplit(".", 2)
+        layer = f"{stem}.attn.proj" if which == "ls1" else f"{stem}.mlp.fc2"
+        if {f"{layer}.weight", f"{layer}.bias"} <= named.keys():
+            gamma = named.pop(name).tensor
+            weight, bias = named[f"{layer}.weight"], named[f"{layer}.bias"]
+            how = "LayerScale folded in"
+            named[f"{layer}.weight"] = weight._replace(
+                tensor=gamma[:, None] * weight.tensor, how=how
+            )
+            named[f"{layer}.bias"] = bias._replace(tensor=gamma * bias.tensor, how=how)
+    return format_, named
+
+
+def export_state(
+    model: MAE | Classifier, format: Literal["timm", "huggingface"], *, decoder: bool = False
+) -> dict[str, Tensor]:
+    """Contiguous CPU copies under foreign names: the encoder, with a Classifier's head, or with an MAE's decoder if asked.
+
+    "timm": names of VisionTransformer (global_pool "avg" with fc_norm for pool "mean", else "token"); with `decoder`, those of
+    facebookresearch/mae. "huggingface": the names in files of transformers 4 and 5 (ViTModel for an encoder,
+    ViTForImageClassification for a Classifier, ViTMAEForPreTraining with `decoder`); from_pretrained renames them itself.
+    Raises WeightsError for what the other side cannot express.
+    """
+    if decoder and not isinstance(model, MAE):
+        raise WeightsError(
+            f"decoder=True needs an MAE, got a {type(model).__name__}, which has no decoder"
+        )
+    own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    own = {
+        name: tensor for name, tensor in own.items() if decoder or not name.startswith("decoder.")
+    }
+    own |= {
+        name: own[name].unsqueeze(0)
+        for name in ("encoder.pos_embed", "decoder.pos_embed")
+        if name in own
+    }
+    if format == "timm":
+        renamed = {_timm_name(name): tensor for name, tensor in own.items()}
+    elif format == "huggingface":
+        if model.encoder.cls_token is None:
+            raise WeightsError(
+                "Hugging Face ViT always has a cls token and this model has none; export it as 'timm'"
+            )
+        if isinstance(model, Classifier) and model.pool == "mean":
+            raise WeightsError(
+                "Hugging Face ViTForImageClassification classifies from the cls token and this model from the mean of the patch "
+                "tokens; export it as 'timm', or fine-tune with finetune.pool=cls"
+            )
+        renamed = {}
+        for name, tensor in own.items():
+            if ".attn.qkv." in name:
+                for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                    renamed[
+                        _huggingface_name(name).replace("attn.qkv", f"attention.attention.{part}")
+                    ] = piece
+            else:
+                renamed[_huggingface_name(name)] = tensor
+        if not decoder and isinstance(model, MAE):  # a bare ViTModel
+            renamed = {name.removeprefix("vit."): tensor for name, tensor in renamed.items()}
+    else:
+        raise WeightsError(f"weights format is {format!r}, needs 'timm' or 'huggingface'")
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in renamed.items()
+    }
+
+
+def _timm_name(name: str) -> str:
+    if name == "decoder.mask_token":
+        return "mask_token"
+    return re.sub(r"^decoder\.", "decoder_", name.removeprefix("encoder."))
+
+
+_TO_HUGGINGFACE = (
+    (r"^encoder\.blocks\.", "vit.encoder.layer."),
+    (r"^encoder\.norm\.", "vit.layernorm."),
+    (r"^encoder\.pos_embed$", "vit.embeddings.position_embeddings"),
+    (r"^encoder\.patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
+    (r"^encoder\.cls_token$", "vit.embeddings.cls_token"),
+    (r"^head\.", "classifier."),
+    (r"^decoder\.blocks\.", "decoder.decoder_layers."),
+    (r"^decoder\.(embed\.|norm\.|pred\.|pos_embed$)", r"decoder.decoder_\1"),
+    (r"(\.\d+)\.attn\.proj\.", r"\1.attention.output.dense."),
+    (r"(\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),
+    (r"(\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
+    (r"(\.\d+)\.norm1\.", r"\1.layernorm_before."),
+    (r"(\.\d+)\.norm2\.", r"\1.layernorm_after."),
+)
+
+
+def _huggingface_name(name: str) -> str:
+    for pattern, replacement in _TO_HUGGINGFACE:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def huggingface_config(model: MAE | Classifier, *, decoder: bool = False) -> dict[str, Any]:
+    """The config.json that goes with export_state(model, "huggingface")."""
+    config = model.config
+    width, depth, heads = config.encoder_shape
+    tree: dict[str, Any] = {
+        "architectures": [
+            "ViTMAEForPreTraining"
+            if decoder
+            else "ViTForImageClassification"
+            if isinstance(model, Classifier)
+            else "ViTModel"
+        ],
+        "model_type": "vit_mae" if decoder else "vit",
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "intermediate_size": int(width * config.mlp_ratio),
+        "image_size": config.image_size[0]
+        if config.image_size[0] == config.image_size[1]
+        else list(config.image_size),
+        "patch_size": config.patch_size,
+        "num_channels": config.in_channels,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    if isinstance(model, Classifier):
+        tree["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_classes)}
+        tree["label2id"] = {f"LABEL_{i}": i for i in range(model.num_classes)}
+    if decoder:
+        tree |= {
+            "decoder_hidden_size": config.decoder_width,
+            "decoder_num_hidden_layers": config.decoder_depth,
+            "decoder_num_attention_heads": config.decoder_heads,
+            "decoder_intermediate_size": int(config.decoder_width * config.mlp_ratio),
+            "mask_ratio": config.mask_ratio,
+            "norm_pix_loss": True,
+        }
+    return tree

@@ -1,0 +1,487 @@
+"""Weights from other projects into this package's models.
+
+    report = load_into(model, "mae_pretrain_vit_base.pth", source_norm=IMAGENET)
+    print(report.table())
+
+A source that does not fit the model is an error, never a partial load: every tensor of the model and of the source is
+accounted for in the report.
+
+Pixel normalisation. A patch projection fits the (mean, std) its images were scaled with. Between 3 and 1 channels its
+weights are summed (3 -> 1) or divided by 3 (1 -> 3), which keeps the tokens of a grey image where both models scale
+every channel by the same mean and std. Where they differ, give `source_norm`: the change of scale is then folded into
+weight and bias, which is exact. The decoder's prediction of a patch vector, in the order (row, column, channel), is
+averaged over channels (3 -> 1) or repeated (1 -> 3), whatever the normalisation: with targets normalised per patch it
+plays no part.
+
+Shapes: D encoder width, L patches, p prefix tokens, P patch side, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sssd_fast.errors import WeightsError
+from sssd_fast.model import MAE, Classifier
+from sssd_fast.weights.files import (
+    Norm,
+    Source,
+    listed,
+    read_source,
+    read_weights,
+    save_huggingface,
+    save_safetensors,
+)
+from sssd_fast.weights.formats import Converted, Format, export_state, strip_wrappers, to_own_names
+
+__all__ = [
+    "IMAGENET",
+    "LoadReport",
+    "export_state",
+    "load_into",
+    "read_weights",
+    "save_huggingface",
+    "save_safetensors",
+]
+
+# What facebookresearch/mae and Hugging Face's ViTMAE were trained with
+IMAGENET: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Row(NamedTuple):
+    name: str  # in this package, or in the source for what has no counterpart
+    source: str
+    how: str
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor of the model and of the source."""
+
+    path: str
+    format: Format
+    matched: list[Row] = field(default_factory=list)
+    converted: list[Row] = field(default_factory=list)
+    missing: list[Row] = field(
+        default_factory=list
+    )  # the model has it, the source should have had it
+    expected_missing: list[Row] = field(
+        default_factory=list
+    )  # the model has it, such a source never does
+    unexpected: list[Row] = field(
+        default_factory=list
+    )  # the source has it under a name without a place here
+    unused: list[Row] = field(
+        default_factory=list
+    )  # the source has it, this model does without it by design
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def summary(self) -> str:
+        loaded = len(self.matched) + len(self.converted)
+        return (
+            f"{loaded} tensors loaded from {self.path} ({self.format}), {len(self.converted)} of them converted; "
+            f"{len(self.missing)} missing, {len(self.expected_missing)} new by design, "
+            f"{len(self.unexpected)} unexpected, {len(self.unused)} not used"
+        )
+
+    def table(self) -> str:
+        """The summary, then one line per kind of tensor: blocks that fared alike share a line, a part left out is one line."""
+        lines = [self.summary, *(f"note: {note}" for note in self.notes)]
+        labels = {"expected_missing": "new", "unused": "not used"}
+        for status in (
+            "matched",
+            "converted",
+            "missing",
+            "expected_missing",
+            "unexpected",
+            "unused",
+        ):
+            rows: list[Row] = getattr(self, status)
+            by_part = Counter((row.name.split(".")[0], row.how) for row in rows)
+            groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+            for row in rows:
+                part = row.name.split(".")[0]
+                block = re.search(r"(?<=\.)\d+(?=\.)", row.name)
+                if status in labels and by_part[part, row.how] > 4:
+                    groups[f"{part}.* ({by_part[part, row.how]} tensors)", row.how] = []
+                    continue
+                pattern = (
+                    row.name[: block.start()] + "*" + row.name[block.end() :] if block else row.name
+                )
+                groups.setdefault((pattern, row.how), []).append(
+                    (block[0] if block else "", row.source)
+                )
+            for (pattern, how), members in groups.items():
+                blocks = _ranges([int(index) for index, _ in members if index])
+                source = re.sub(r"(?<=\.)\d+(?=\.)", "*", members[0][1]) if members else ""
+                name = pattern.replace("*", blocks, 1) if blocks else pattern
+                arrow = f" <- {source}" if source not in ("", pattern) else ""
+                lines.append(
+                    f"{labels.get(status, status):<10} {name}{arrow}" + (f" [{how}]" if how else "")
+                )
+        return "\n".join(lines)
+
+
+def load_into(
+    model: MAE | Classifier,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    part: Literal["auto", "encoder"] = "auto",
+    min_matched: float = 0.9,
+    source_norm: Norm | None = None,
+) -> LoadReport:
+    """Copies weights into `model` in place, all or nothing.
+
+    source: a path (see `read_weights`) or a state dict in any known naming. Position tables are interpolated to the
+        model's grid (bicubic with antialiasing, prefix rows kept); a source without a config is taken to be square.
+    part: "auto" takes what the model and the source share; "encoder" leaves decoder, fc_norm and head as they are.
+    min_matched: smallest share of the encoder's tensors that must be loaded, and of the source's that must be used.
+    source_norm: (mean, std) of x / 255 that the source was trained with, see the module's docstring; None = this model's.
+    Raises WeightsError listing names where too little fits, where a shape cannot be converted, or where the number of
+    blocks or heads differs; the model is then unchanged.
+    """
+    given = (
+        read_source(source)
+        if isinstance(source, (str, Path))
+        else Source(strip_wrappers(source), "the state dict")
+    )
+    try:
+        format_, named = to_own_names(given.state)
+    except WeightsError as error:
+        raise WeightsError(f"{given.path}: {error}") from None
+    report = LoadReport(given.path, format_)
+    _check_heads(model, given, named)
+    if source_norm is not None:
+        _fold_norm(named, model, source_norm)
+    report.notes += _notes(model, given, folded=source_norm is not None)
+    _drop_other_head(named, model, report)
+
+    has_decoder = any(name.startswith("decoder.") for name in named)
+    target = model.state_dict()
+    fitted: dict[str, Tensor] = {}
+    misfits: list[str] = []
+    for name, tensor in target.items():
+        found = named.get(name)
+        if part == "encoder" and not name.startswith("encoder."):
+            report.expected_missing.append(Row(name, "", "part='encoder'"))
+        elif found is None:
+            by_design = name.startswith(("head.", "fc_norm.")) or (
+                name.startswith("decoder.") and not has_decoder
+            )
+            rows = report.expected_missing if by_design else report.missing
+            rows.append(Row(name, "", "not in the source: keeps its initial value"))
+        else:
+            fit, how = _fit(name, found.tensor, model, given, named, format_)
+            if fit is None or fit.shape != tensor.shape:
+                misfits.append(
+                    f"{name} is {list(found.tensor.shape)}, needs {list(tensor.shape)}{how and f' ({how})'}"
+                )
+                continue
+            how = "; ".join(text for text in (found.how, how) if text)
+            (report.converted if how else report.matched).append(Row(name, found.source, how))
+            fitted[name] = fit
+    for name, found in named.items():
+        if name not in target or (part == "encoder" and not name.startswith("encoder.")):
+            why = _unused(name, model, part)
+            (report.unused if why else report.unexpected).append(
+                Row(name if why else found.source, found.source, why)
+            )
+
+    _require_fit(report, misfits, named, model, part, min_matched)
+    with torch.no_grad():
+        for name, tensor in fitted.items():
+            target[name].copy_(tensor)
+    return report
+
+
+def _unused(name: str, model: MAE | Classifier, part: str) -> str:
+    """Why a tensor of the source has no place in this model by design; "" where it should have had one."""
+    if name.startswith(("decoder.", "fc_norm.", "head.")) and part == "encoder":
+        return "part='encoder'"
+    if name.startswith("decoder.") and isinstance(model, Classifier):
+        return "a classifier has no decoder"
+    if name.startswith(("head.", "fc_norm.")):
+        return "this model has none"
+    if name.startswith("encoder.norm."):
+        return "mean pooling has its own fc_norm after the pooling"
+    if name == "encoder.cls_token":
+        return "this model has no cls token"
+    if name.startswith(("student_head.", "teacher_head.")) or name == "center":
+        return "self-distillation of pre-training"
+    return "pooler of Hugging Face's ViT" if name.startswith("pooler.") else ""
+
+
+def _drop_other_head(
+    named: dict[str, Converted], model: MAE | Classifier, report: LoadReport
+) -> None:
+    """A head for another number of classes is left out, with its reason."""
+    head = named.get("head.weight")
+    if not isinstance(model, Classifier) or head is None or len(head.tensor) == model.num_classes:
+        return
+    for name in ("head.weight", "head.bias"):
+        if name in named:
+            how = f"head of {len(head.tensor)} classes, this model has {model.num_classes}"
+            report.unused.append(Row(name, named.pop(name).source, how))
+
+
+def _notes(model: MAE | Classifier, given: Source, *, folded: bool) -> list[str]:
+    config, notes = model.config, []
+    if given.norm is not None and not folded:
+        mean, std = (
+            tuple(values) * (config.in_channels // len(values))
+            for values in (config.mean, config.std)
+        )
+        if any(
+            len({*a, *b}) > 1 and tuple(a) != b
+            for a, b in zip(given.norm, (mean, std), strict=True)
+        ):
+            notes.append(
+                f"pixels of the source were scaled with mean, std {given.norm}, this model's with {(mean, std)}"
+            )
+    if given.norm_eps is not None and given.norm_eps != config.norm_eps:
+        notes.append(
+            f"norm_eps of the source is {given.norm_eps:g}, this model's is {config.norm_eps:g}"
+        )
+    return notes
+
+
+def _fit(
+    name: str,
+    tensor: Tensor,
+    model: MAE | Classifier,
+    given: Source,
+    named: Mapping[str, Converted],
+    format_: Format,
+) -> tuple[Tensor | None, str]:
+    """(tensor in the model's size, what was done); (None, reason) where that is impossible."""
+    how = []
+    if tensor.dtype not in (torch.float32, torch.float64):
+        how.append(f"from {str(tensor.dtype).removeprefix('torch.')}")
+        tensor = tensor.float()
+    channels, pixels = model.config.in_channels, model.config.patch_size**2
+    if name.endswith("pos_embed") and tensor.ndim == 2:
+        fit, done = _fit_positions(tensor, model, given, named, format_)
+        if fit is None:
+            return None, done
+        tensor = fit
+        how += [done] * bool(done)
+    elif (
+        name == "encoder.patch_embed.proj.weight"
+        and tensor.ndim == 4
+        and tensor.shape[1] != channels
+    ):
+        if channels == 1:
+            how.append(f"{tensor.shape[1]} -> 1 channel: summed")
+            tensor = tensor.sum(1, keepdim=True)
+        elif tensor.shape[1] == 1:
+            how.append(f"1 -> {channels} channels: divided by {channels}")
+            tensor = (tensor / channels).expand(-1, channels, -1, -1)
+    elif (
+        name.startswith("decoder.pred.")
+        and len(tensor) != pixels * channels
+        and len(tensor) % pixels == 0
+    ):
+        by_pixel = tensor.reshape(pixels, -1, *tensor.shape[1:])
+        if channels == 1:
+            how.append(f"{by_pixel.shape[1]} -> 1 channel: averaged")
+            tensor = by_pixel.mean(1)
+        elif by_pixel.shape[1] == 1:
+            how.append(f"1 -> {channels} channels: repeated")
+            tensor = by_pixel.repeat_interleave(channels, 1).flatten(0, 1)
+    return tensor, "; ".join(how)
+
+
+def _fit_positions(
+    pos_ND: Tensor,
+    model: MAE | Classifier,
+    given: Source,
+    named: Mapping[str, Converted],
+    format_: Format,
+) -> tuple[Tensor | None, str]:
+    grid, p = model.encoder.grid, model.encoder.num_prefix
+    tokens = 1 if "encoder.cls_token" in named else 0
+    tokens += 1 if "dist_token" in named else 0
+    tokens += named["reg_token"].tensor.shape[1] if "reg_token" in named else 0
+    source_grid, prefix = _source_grid(
+        len(pos_ND), tokens, grid, given.grid, own=format_ == "sssd_fast"
+    )
+    if source_grid is None:
+        return None, f"{len(pos_ND)} rows are neither {grid[0]} x {grid[1]} nor a square of patches"
+    how = []
+    table_LD = pos_ND[prefix:]
+    if source_grid != grid:
+        image = table_LD.reshape(1, *source_grid, -1).permute(0, 3, 1, 2)
+        image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
+        table_LD = image.permute(0, 2, 3, 1).flatten(0, 2)
+        how.append(f"{source_grid[0]} x {source_grid[1]} -> {grid[0]} x {grid[1]} patches: bicubic")
+    if prefix != p:
+        how.append(f"{prefix} -> {p} prefix rows")
+    kept = min(prefix, p)
+    prefix_rows = torch.cat([pos_ND[:kept], pos_ND.new_zeros(p - kept, pos_ND.shape[1])])
+    return torch.cat([prefix_rows, table_LD]), "; ".join(how)
+
+
+def _source_grid(
+    rows: int, tokens: int, grid: tuple[int, int], known: tuple[int, int] | None, *, own: bool
+) -> tuple[tuple[int, int] | None, int]:
+    """(grid of the source's position table, its prefix rows); a table need not have rows for its `tokens` prefix tokens."""
+    if known is not None:
+        prefix = rows - known[0] * known[1]
+        return (known, prefix) if prefix in (0, tokens) else (None, 0)
+    for prefix in (tokens, 0):
+        side = math.isqrt(max(rows - prefix, 0))
+        square = side > 0 and side * side == rows - prefix
+        # 16 rows may be 4 x 4 or 2 x 8: our own tables are taken as they are, others as the square they nearly always are
+        if rows - prefix == grid[0] * grid[1] and (own or not square):
+            return grid, prefix
+        if square:
+            return (side, side), prefix
+    return None, 0
+
+
+def _fold_norm(named: dict[str, Converted], model: MAE | Classifier, source_norm: Norm) -> None:
+    """Turns a projection of (x - m_s) / s_s into the equal one of (x - m_t) / s_t.
+
+    w_t = w_s * s_t / s_s and b_t = b_s + sum over pixels of w_s * (m_t - m_s) / s_s, per channel.
+    """
+    key = "encoder.patch_embed.proj"
+    weight, bias = named.get(f"{key}.weight"), named.get(f"{key}.bias")
+    if weight is None or bias is None or weight.tensor.ndim != 4:
+        return  # reported as missing or misfitting
+    config = model.config
+    how = [f"scaled for mean {model.config.mean}, std {model.config.std}"]
+    w_DCPP = weight.tensor.double()
+    if w_DCPP.shape[1] == 1 and config.in_channels > 1:
+        how.insert(0, f"1 -> {config.in_channels} channels: divided by {config.in_channels}")
+        w_DCPP = (w_DCPP / config.in_channels).expand(-1, config.in_channels, -1, -1)
+    channels = w_DCPP.shape[1]
+    mean_t, std_t, mean_s, std_s = (
+        torch.tensor(tuple(values), dtype=torch.float64)
+        for values in (config.mean, config.std, *source_norm)
+    )
+    if not all(len(x) in (1, channels) for x in (mean_t, std_t, mean_s, std_s)) or bool(
+        (std_s <= 0).any()
+    ):
+        raise WeightsError(
+            f"source_norm is {source_norm}; needs (mean, std) with 1 or {channels} values each and std above 0, for a "
+            f"source of {channels} channels and a model with mean {config.mean} and std {config.std}"
+        )
+    shift_C = ((mean_t - mean_s) / std_s).expand(channels)
+    b_D = bias.tensor.double() + w_DCPP.sum((2, 3)) @ shift_C
+    w_DCPP = w_DCPP * (std_t / std_s).expand(channels)[:, None, None]
+    named[f"{key}.weight"] = weight._replace(
+        tensor=w_DCPP.to(weight.tensor.dtype), how="; ".join(how)
+    )
+    named[f"{key}.bias"] = bias._replace(tensor=b_D.to(bias.tensor.dtype), how=how[-1])
+
+
+def _check_heads(model: MAE | Classifier, given: Source, named: Mapping[str, Converted]) -> None:
+    """The number of heads cannot be seen in the weights, and a wrong one gives wrong tokens without any error."""
+    heads = model.config.encoder_shape[2]
+    if given.heads not in (None, heads):
+        raise WeightsError(
+            f"{given.path} was made with {given.heads} attention heads, the model has {heads}; set model.heads={given.heads}"
+        )
+    heads = model.config.decoder_heads
+    wanted = isinstance(model, MAE) and any(name.startswith("decoder.") for name in named)
+    if wanted and given.decoder_heads not in (None, heads):
+        raise WeightsError(
+            f"{given.path} was made with {given.decoder_heads} decoder heads, the model has {heads}; set "
+            f"model.decoder_heads={given.decoder_heads}, or load part='encoder'"
+        )
+
+
+def _require_fit(
+    report: LoadReport,
+    misfits: list[str],
+    named: Mapping[str, Converted],
+    model: MAE | Classifier,
+    part: str,
+    min_matched: float,
+) -> None:
+    used = sum(row.name.startswith("encoder.") for row in report.matched + report.converted)
+    missing = [row.name for row in report.missing if row.name.startswith("encoder.")]
+    missing_decoder = [row.name for row in report.missing if row.name.startswith("decoder.")]
+    unexpected = [row.name for row in report.unexpected]
+    wanted = used + len(missing) + sum(text.startswith("encoder.") for text in misfits)
+    with_decoder = (
+        isinstance(model, MAE)
+        and part == "auto"
+        and any(name.startswith("decoder.") for name in named)
+    )
+    depths = {"encoder": (_depth("encoder", named), len(model.encoder.blocks))}
+    if with_decoder:
+        depths["decoder"] = (_depth("decoder", named), model.config.decoder_depth)
+    problems = [
+        f"the source's {name} has {theirs} blocks, the model's {ours}"
+        for name, (theirs, ours) in depths.items()
+        if theirs != ours
+    ]
+    if misfits:
+        problems.append(
+            f"{len(misfits)} tensors have shapes that cannot be converted: {listed(misfits)}"
+        )
+    if used < min_matched * wanted:
+        problems.append(
+            f"{used} of the model's {wanted} encoder tensors fit, needs {min_matched:.0%}; missing: {listed(missing)}"
+        )
+    if used < min_matched * (used + len(unexpected)):
+        problems.append(
+            f"{len(unexpected)} tensors of the source have no place in the model: {listed(unexpected)}"
+        )
+    if missing_decoder:
+        problems.append(
+            f"{len(missing_decoder)} decoder tensors are missing: {listed(missing_decoder)}"
+        )
+    if not problems:
+        return
+    config = model.config
+    ours = (
+        f"width {config.encoder_shape[0]}, patch {config.patch_size}, {config.in_channels} channels"
+    )
+    advice = "Set model.* to the source's sizes, or take other weights"
+    if with_decoder:
+        ours += f", decoder width {config.decoder_width}"
+        advice += "; part='encoder' leaves the decoder at its initial values"
+    raise WeightsError(
+        f"{report.path} ({report.format}) does not fit the model; nothing was loaded:\n"
+        + "\n".join(f"  - {problem}" for problem in problems)
+        + f"\nThe source has {_sizes(named)}; the model has {ours}. {advice}."
+    )
+
+
+def _depth(part: str, named: Mapping[str, Converted]) -> int:
+    return len(
+        {found[1] for name in named if (found := re.match(rf"{part}\.blocks\.(\d+)\.", name))}
+    )
+
+
+def _sizes(named: Mapping[str, Converted]) -> str:
+    text = "no patch projection"
+    proj = named.get("encoder.patch_embed.proj.weight")
+    embed = named.get("decoder.embed.weight")
+    if proj is not None and proj.tensor.ndim == 4:
+        width, channels, patch, _ = proj.tensor.shape
+        text = f"width {width}, patch {patch}, {channels} channels"
+    return text + (f", decoder width {len(embed.tensor)}" if embed is not None else "")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(str(n) for n in part) for part in parts)

@@ -1,0 +1,546 @@
+"""Files that break after the check, and files that few programs read alike: each provider names the one and shows the other.
+
+What each provider does with good files is in test_loaders.py, what the check does with bad ones in test_index.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import gc
+import hashlib
+import io
+import itertools
+import multiprocessing
+import os
+import signal
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from sssd_fast.data.images import shown
+from sssd_fast.data.index import DataIndex, check_data
+from sssd_fast.errors import DataError
+from sssd_fast.loaders import AugmentSpec, Loader, build_loader
+
+pytestmark = pytest.mark.timeout(60)
+
+FEEDS: dict[str, dict[str, Any]] = {
+    "torch": {"provider": "torch"},
+    "torch with a worker": {"provider": "torch", "workers": 1},
+    "resident": {"provider": "resident", "cache": "none"},
+    "dali": {"provider": "dali"},
+}
+# largest difference to the torch loader; DALI does not round between the two passes, and decodes JPEG in its own way
+EXACTNESS = {"torch": 0, "torch with a worker": 0, "resident": 2, "dali": 40}
+SIZE = (24, 32)
+Build = Callable[..., Loader]
+
+
+@pytest.fixture(params=FEEDS)
+def feed(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def build(feed: str) -> Iterator[Build]:
+    """Loaders of the provider under test, or of the one named; closed at the end, and no process is left."""
+    made: list[Loader] = []
+
+    def make(
+        index: DataIndex, *, by: str = feed, train: AugmentSpec | None = None, **changes: Any
+    ) -> Loader:
+        settings = {"batch_size": 3, "image_size": SIZE, "channels": 1, **FEEDS[by], **changes}
+        made.append(build_loader(index, range(len(index)), train=train, **settings))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+    assert not multiprocessing.active_children()
+
+
+def coarse(seed: int, shape: tuple[int, ...] = (48, 64, 3)) -> np.ndarray:
+    """A picture without fine detail, in which every way to resize and every JPEG decoder agrees well."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, *shape[2:]), dtype=np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+
+
+def write_set(root: Path, seed: int) -> DataIndex:
+    """Nine pictures: PNG, JPEG, and PNG with transparency, which DALI does not decode itself."""
+    (root / "a").mkdir(parents=True)
+    for i in range(9):
+        pixels = coarse(9 * seed + i)
+        if i % 3 == 0:
+            Image.fromarray(pixels[:, :, 0].copy()).save(root / "a" / f"{i}.png")
+        elif i % 3 == 1:
+            Image.fromarray(pixels).save(root / "a" / f"{i}.jpg", quality=95)
+        else:
+            alpha = np.full((48, 64, 1), 200, np.uint8)
+            Image.fromarray(np.concatenate([pixels, alpha], 2)).save(root / "a" / f"{i}.png")
+    return check_data(root)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> DataIndex:
+    return write_set(tmp_path_factory.mktemp("good"), 0)
+
+
+@pytest.fixture
+def index(tmp_path: Path, sets: Iterator[int]) -> DataIndex:
+    return write_set(tmp_path / "data", next(sets))
+
+
+@pytest.fixture(scope="module")
+def sets() -> Iterator[int]:
+    return itertools.count(
+        1
+    )  # no two sets with the same pictures, because resident sets with the same pictures are shared
+
+
+def by_torch(index: DataIndex, channels: int = 1) -> torch.Tensor:
+    """What the torch loader shows: [N, C, H, W] in the order of the index."""
+    settings: dict[str, Any] = {
+        "image_size": SIZE,
+        "channels": channels,
+        "train": None,
+        "provider": "torch",
+    }
+    loader = build_loader(index, range(len(index)), batch_size=len(index), **settings)
+    return next(loader.epoch(0)).images
+
+
+def count_right(loader: Loader, reference: torch.Tensor, feed: str, epoch: int = 0) -> int:
+    """The number of images in an epoch, each of which is the right picture."""
+    count = 0
+    for batch in loader.epoch(epoch):
+        ids = batch.indices[batch.valid]
+        difference = (batch.images[batch.valid].int() - reference[ids].int()).abs()
+        assert difference.max() <= EXACTNESS[feed]
+        assert difference.float().mean((1, 2, 3)).max() <= 1
+        count += len(ids)
+    return count
+
+
+# ---- files that break between the check and the reading ----
+
+
+def directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def other_picture(path: Path) -> None:
+    with Image.open(path) as image:
+        mode, size = image.mode, image.size
+    Image.new(mode, size).save(path)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "vanished": (Path.unlink, "no such file"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "truncated or damaged"),
+    "zero bytes": (lambda path: path.write_bytes(b""), "empty file"),
+    "another picture": (other_picture, "another picture than the one that was checked"),
+    "text": (lambda path: path.write_text("404 not found"), "no known image format"),
+    "directory": (directory, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", ["3.png", "4.jpg", "5.png"])
+def test_a_file_that_breaks_after_the_check_is_named_and_never_shown(
+    index: DataIndex, good: DataIndex, build: Build, feed: str, fault: str, name: str
+):
+    """In the second of three batches."""
+    reference = by_torch(index)
+    spoil, reason = FAULTS[fault]
+    bad = index.root / "a" / name
+    content = bad.read_bytes()
+    spoil(bad)
+    loader = None
+    with pytest.raises(DataError) as error:  # noqa: PT012 - the resident set is read when its loader is made
+        loader = build(index)
+        count_right(loader, reference, feed)
+    assert_names(error.value, bad, reason)
+    assert count_right(build(good), by_torch(good), feed) == 9  # the process is as good as before
+    with pytest.raises(DataError) as error:
+        count_right(loader or build(index), reference, feed)
+    assert_names(error.value, bad, reason)
+    if bad.is_dir():
+        bad.rmdir()
+    bad.write_bytes(content)
+    loader = loader or build(index)
+    for epoch in range(2):
+        assert count_right(loader, reference, feed, epoch) == 9
+
+
+def assert_names(error: DataError, file: Path, reason: str) -> None:
+    """One line: the file, what is wrong, what to do."""
+    text = str(error)
+    assert text.startswith(f"{shown(str(file))}: ")
+    assert reason in text
+    assert text.endswith(
+        "it was good when the data were checked: restore it, or run `sssd-fast data check` again"
+    )
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize("feed", [name for name in FEEDS if name != "resident"], indirect=True)
+def test_a_file_that_vanishes_while_training_runs_ends_it(
+    index: DataIndex, build: Build, feed: str
+):
+    loader = build(index, train=AugmentSpec())
+    assert len(list(loader.epoch(0))) == 3
+    bad = index.root / "a" / "7.jpg"
+    bad.unlink()
+    with pytest.raises(DataError) as error:
+        list(
+            itertools.chain.from_iterable(map(loader.epoch, range(1, 5)))
+        )  # DALI may have read the next ones already
+    assert_names(error.value, bad, "no such file")
+
+
+def test_the_resident_set_needs_no_file_once_it_is_read(index: DataIndex):
+    reference = by_torch(index)
+    settings: dict[str, Any] = {
+        **FEEDS["resident"],
+        "batch_size": 3,
+        "image_size": SIZE,
+        "channels": 1,
+        "train": None,
+    }
+    loader = build_loader(index, range(9), **settings)
+    for i in range(9):
+        index.file(i).unlink()
+    assert count_right(loader, reference, "resident") == 9
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EIO, errno.ESTALE], ids=["rights", "disk", "network"]
+)
+def test_a_file_that_can_no_longer_be_read(
+    index: DataIndex, build: Build, feed: str, number: int, monkeypatch: pytest.MonkeyPatch
+):
+    real = Path.read_bytes
+    reference, bad = by_torch(index), index.root / "a" / "5.png"
+
+    def read_bytes(path: Path) -> bytes:
+        if path == bad:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(
+        Path, "read_bytes", read_bytes
+    )  # worker processes are forked: they inherit this
+    with pytest.raises(DataError) as error:
+        count_right(build(index), reference, feed)
+    assert_names(error.value, bad, f"cannot be read ({os.strerror(number)})")
+    monkeypatch.undo()
+    assert count_right(build(index), reference, feed) == 9
+
+
+def test_several_broken_files_and_a_folder_that_is_gone(
+    index: DataIndex, good: DataIndex, build: Build, feed: str
+):
+    (index.root / "a").rename(index.root / "elsewhere")
+    with pytest.raises(DataError) as error:
+        list(build(index).epoch(0))
+    assert_names(error.value, index.file(0), "no such file")
+    assert count_right(build(good), by_torch(good), feed) == 9
+
+
+def test_a_package_that_allows_truncated_pictures_is_an_error_not_half_a_picture(
+    index: DataIndex, build: Build, feed: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(
+        DataError, match=r"^PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: .* set it to False\.$"
+    ):
+        list(build(index).epoch(0))  # with DALI by the files that it does not decode itself
+
+
+@pytest.mark.parametrize("feed", ["dali"], indirect=True)
+def test_a_file_that_dali_alone_cannot_decode_is_named(tmp_path: Path, build: Build, feed: str):
+    """As some damaged ones that Pillow reads; here one that is declared good. The words of DALI name no file."""
+    index = write_set(tmp_path, 10**6)
+    bad = index.root / "a" / "new\nline.jpg"
+    index.file(4).rename(bad)
+    damaged = bad.read_bytes()[:300]
+    bad.write_bytes(damaged)
+    changes: dict[str, Any] = {
+        "path": "a/new\nline.jpg",
+        "sha256": hashlib.sha256(damaged).hexdigest(),
+    }
+    records = [
+        dataclasses.replace(r, **changes) if i == 4 else r for i, r in enumerate(index.records)
+    ]
+    wanted = r"new\\nline\.jpg: DALI cannot decode it.*data\.loader=torch or resident"
+    with pytest.raises(DataError, match=wanted) as error:
+        list(build(dataclasses.replace(index, records=records)).epoch(0))
+    assert str(error.value).isprintable()
+
+
+# ---- files that few programs read alike ----
+
+
+def png(pixels: np.ndarray, colour: int, bits: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of kinds that Pillow cannot write. pixels: [H, W] or [H, W, samples], in 8 or 16 bits, or packed by the caller."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    height, width = pixels.shape[:2]
+    width = width * 8 // bits if bits < 8 else width
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    rows = pixels.astype(">u2" if bits == 16 else np.uint8).reshape(height, -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    extra = b"".join(itertools.starmap(chunk, chunks))
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra
+    return start + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def save(image: np.ndarray, *, mode: str | None = None, kind: str = "PNG", **options: Any) -> bytes:
+    """mode: of Pillow, where the shape does not tell it."""
+    picture = (
+        Image.fromarray(image)
+        if mode is None
+        else Image.frombytes(mode, image.shape[1::-1], image.tobytes())
+    )
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+RGB = coarse(1)
+GREY = coarse(2, (48, 64))
+ALPHA = coarse(3, (48, 64))
+SOLID = np.full((48, 64), 255, np.uint8)
+SHINE = ALPHA[:, :, None] / 255  # what is left of a colour over black
+FEW = (GREY // 64).astype(np.uint8)  # 0 to 3
+COLOURS = np.array([[250, 10, 20], [30, 240, 50], [60, 70, 230], [90, 200, 220]], np.uint8)
+CMYK = np.concatenate([RGB, GREY[:, :, None] // 2], 2)
+FINE = GREY.astype(np.uint16) * 257
+WITHOUT_20 = np.where(GREY == 20, 21, GREY)
+
+
+def palette(**options: Any) -> bytes:
+    image = Image.fromarray(FEW).convert("P")
+    image.putpalette(COLOURS.tobytes())
+    stream = io.BytesIO()
+    image.save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
+def packed(values: np.ndarray, bits: int) -> np.ndarray:
+    shifts = np.arange(8 - bits, -1, -bits)
+    return (values.reshape(len(values), -1, 8 // bits) << shifts).sum(2).astype(np.uint8)
+
+
+# file name -> content, what a person sees of it [H, W] or [H, W, 3], and by how much a decoder may differ from that
+KINDS: dict[str, tuple[bytes, np.ndarray, float]] = {
+    "grey.png": (save(GREY), GREY, 0),
+    "rgb.png": (save(RGB), RGB, 0),
+    "grey with alpha.png": (save(np.dstack([GREY, ALPHA])), GREY * SHINE[:, :, 0], 1),
+    "rgb with alpha.png": (save(np.dstack([RGB, ALPHA])), RGB * SHINE, 1),
+    "grey with solid alpha.png": (save(np.dstack([GREY, SOLID])), GREY, 0),
+    "rgb with solid alpha.png": (save(np.dstack([RGB, SOLID])), RGB, 0),
+    "rgb with one transparent colour.png": (
+        save(np.where(FEW[:, :, None] == 2, 77, RGB).astype(np.uint8), transparency=(77, 77, 77)),
+        np.where(FEW[:, :, None] == 2, 0, RGB),
+        0,
+    ),
+    "grey with one transparent value.png": (
+        save(np.where(FEW == 2, 20, WITHOUT_20).astype(np.uint8), transparency=20),
+        np.where(FEW == 2, 0, WITHOUT_20),
+        0,
+    ),
+    "palette.png": (palette(), COLOURS[FEW], 0),
+    "palette with a transparent colour.png": (
+        palette(transparency=3),
+        np.where(FEW == 3, 0, 1)[:, :, None] * COLOURS[FEW],
+        0,
+    ),
+    "16 bits.png": (save(FINE), GREY, 0),
+    "12 in 16 bits.png": (save(GREY.astype(np.uint16) * 16), GREY * (16 * 255 / 4095), 1),
+    "16 bits rgb.png": (png(RGB.astype(np.uint16) * 257, 2, 16), RGB, 0),
+    "16 bits rgb with solid alpha.png": (
+        png(np.dstack([RGB, SOLID]).astype(np.uint16) * 257, 6, 16),
+        RGB,
+        0,
+    ),
+    "16 bits grey with solid alpha.png": (
+        png(np.dstack([GREY, SOLID]).astype(np.uint16) * 257, 4, 16),
+        GREY,
+        0,
+    ),
+    "1 bit.png": (save(GREY > 127), (GREY > 127) * 255, 0),
+    "2 bits.png": (png(packed(FEW, 2), 0, 2), FEW * 85, 0),
+    "4 bits.png": (png(packed(GREY // 16, 4), 0, 4), GREY // 16 * 17, 0),
+    "gamma.png": (png(GREY, 0, 8, (b"gAMA", struct.pack(">I", 100000))), GREY, 0),
+    "gamma rgb.png": (png(RGB, 2, 8, (b"gAMA", struct.pack(">I", 100000))), RGB, 0),
+    "significant bits.png": (png(RGB, 2, 8, (b"sBIT", b"\5\5\5")), RGB, 0),
+    "grey.jpg": (save(GREY, kind="JPEG", quality=95), GREY, 8),
+    "rgb.jpg": (save(RGB, kind="JPEG", quality=95), RGB, 16),
+    "progressive.jpg": (save(RGB, kind="JPEG", quality=95, progressive=True), RGB, 16),
+    "whole chroma.jpg": (save(RGB, kind="JPEG", quality=95, subsampling=0), RGB, 12),
+    "stored as rgb.jpg": (save(RGB, kind="JPEG", quality=95, keep_rgb=True), RGB, 12),
+    "cmyk.jpg": (
+        save(CMYK, mode="CMYK", kind="JPEG", quality=95),
+        (255 - RGB.astype(float)) * (1 - CMYK[:, :, 3:] / 255.0),
+        16,
+    ),
+    "bytes behind the end.jpg": (save(RGB, kind="JPEG", quality=95) + b"\0" * 99, RGB, 16),
+    "turn by 180.jpg": (save(np.rot90(RGB, 2), kind="JPEG", quality=95, exif=turned(3)), RGB, 16),
+    "turn right.jpg": (save(np.rot90(RGB), kind="JPEG", quality=95, exif=turned(6)), RGB, 16),
+    "turn left.jpg": (save(np.rot90(RGB, -1), kind="JPEG", quality=95, exif=turned(8)), RGB, 16),
+    "turn right.png": (save(np.rot90(RGB), exif=turned(6)), RGB, 0),
+    "mirror.png": (save(RGB[:, ::-1], exif=turned(2)), RGB, 0),
+    "rgb.bmp": (save(RGB, kind="BMP"), RGB, 0),
+    "grey.tif": (save(GREY, kind="TIFF"), GREY, 0),
+    "16 bits.tif": (save(FINE, kind="TIFF"), GREY, 0),
+    "rgb.webp": (save(RGB, kind="WEBP", lossless=True), RGB, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> DataIndex:
+    root = tmp_path_factory.mktemp("kinds")
+    (root / "a").mkdir()
+    for name, (content, _, _) in KINDS.items():
+        (root / "a" / name).write_bytes(content)
+    index = check_data(root)
+    assert sorted(Path(r.path).name for r in index.records) == sorted(KINDS)
+    return index
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_kind_of_file_is_shown_as_people_see_it(
+    kinds: DataIndex, build: Build, feed: str, channels: int
+):
+    reference = by_torch(kinds, channels).numpy().astype(int)
+    (batch,) = build(kinds, channels=channels, batch_size=len(kinds)).epoch(0)
+    wrong = {}
+    for i, record in enumerate(kinds.records):
+        name = Path(record.path).name
+        _, seen, tolerance = KINDS[name]
+        picture = Image.fromarray(np.rint(seen).astype(np.uint8)).convert(
+            "L" if channels == 1 else "RGB"
+        )
+        expected = np.asarray(
+            picture.resize((32, 48), Image.Resampling.BICUBIC).resize(
+                (32, 24), Image.Resampling.BICUBIC
+            )
+        )
+        shown_CHW = batch.images[i].numpy().astype(int)
+        from_seen = np.abs(shown_CHW - expected.reshape(24, 32, channels).transpose(2, 0, 1))
+        from_torch = np.abs(shown_CHW - reference[i])
+        if from_seen.max() > tolerance + EXACTNESS[feed] or from_seen.mean() > 1 + tolerance / 8:
+            wrong[name] = ("seen", from_seen.max(), from_seen.mean())
+        if from_torch.max() > EXACTNESS[feed] or from_torch.mean() > 1:
+            wrong[name] = ("torch", from_torch.max(), from_torch.mean())
+    assert not wrong
+
+
+def test_a_large_picture(tmp_path: Path, build: Build, feed: str):
+    (tmp_path / "a").mkdir()
+    side = np.repeat(np.linspace(0, 255, 125).astype(np.uint8), 64)  # 8000
+    Image.fromarray(np.minimum(side[:, None], side)).save(
+        tmp_path / "a" / "large.png", compress_level=1
+    )
+    (tmp_path / "a" / "announced.png").write_bytes(announced(100_000, 100_000))
+    Image.new("L", (1, 1)).save(tmp_path / "a" / "dot.png")
+    index = check_data(tmp_path, max_bad_fraction=0.7)
+    reasons = {e.path: e.reason for e in index.excluded}
+    assert list(reasons) == ["a/announced.png", "a/dot.png"]
+    assert "pixels" in reasons["a/announced.png"]
+    assert reasons["a/dot.png"] == "1 x 1 pixels; at least 8 x 8 are needed"
+    assert [(r.height, r.width) for r in index.records] == [(8000, 8000)]
+    (batch,) = build(index, batch_size=1, image_size=(25, 25)).epoch(0)
+    line = np.linspace(0, 255, 125).reshape(25, 5).mean(1)
+    difference = np.abs(batch.images[0, 0].numpy() - np.minimum(line[:, None], line))
+    assert difference.max() < 4
+
+
+def announced(width: int, height: int) -> bytes:
+    """A PNG whose header tells of pixels that are not there."""
+    small = png(np.zeros((8, 8), np.uint8), 0, 8)
+    body = b"IHDR" + struct.pack(">II", width, height) + small[24:29]
+    return small[:12] + body + struct.pack(">I", zlib.crc32(body)) + small[33:]
+
+
+ODD_NAMES = [
+    "new\nline.png",
+    "both\"quotes'.png",
+    "100%s%0.png",
+    "ünï 中.png",
+    os.fsdecode(b"latin1-\xe9.png"),
+    "-r *.png",
+]
+
+
+def test_a_file_may_have_any_name_and_is_named_on_one_line(
+    tmp_path: Path, build: Build, feed: str, sets: Iterator[int]
+):
+    folder = tmp_path / "cl\nass 1%"
+    folder.mkdir()
+    seed = next(sets)
+    for i, name in enumerate(ODD_NAMES):
+        Image.fromarray(coarse(9 * seed + i, (48, 64))).save(folder / name)
+    index = check_data(tmp_path)
+    for i in range(len(ODD_NAMES)):
+        path = index.file(i)
+        content = path.read_bytes()
+        path.write_bytes(content[:-50])
+        with pytest.raises(DataError) as error:
+            list(build(index).epoch(0))
+        assert_names(error.value, path, "truncated or damaged PNG")
+        path.write_bytes(content)
+    assert count_right(build(index), by_torch(index), feed) == len(ODD_NAMES)
+
+
+# ---- processes ----
+
+
+@pytest.mark.parametrize("feed", ["dali"], indirect=True)
+def test_a_process_forked_while_dali_works_does_not_hang(good: DataIndex, feed: str):
+    """Workers of any DataLoader are such processes. The threads of a pipeline are not there after a fork: one that ended in
+    the child would wait for them for ever."""
+    settings: dict[str, Any] = {
+        **FEEDS[feed],
+        "batch_size": 3,
+        "image_size": SIZE,
+        "channels": 1,
+        "train": None,
+    }
+    loader = build_loader(good, range(9), **settings)
+    next(loader.epoch(0))
+    child = os.fork()
+    if child == 0:
+        del loader
+        gc.collect()
+        os._exit(0)
+    deadline = time.monotonic() + 10
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+    assert count_right(loader, by_torch(good), feed) == 9
+    loader.close()

@@ -1,0 +1,479 @@
+"""The loader contract, for every provider: content and order are a function of (seed, epoch, record), shards tile an epoch,
+resume is exact. The pixels are compared with Pillow's on the file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sssd_fast.data.images import decode_image, to_channels
+from sssd_fast.data.index import DataIndex, check_data
+from sssd_fast.data.pixels import open_store
+from sssd_fast.errors import ConfigError, DataError
+from sssd_fast.loaders import (
+    PAD_INDEX,
+    PAD_LABEL,
+    AugmentSpec,
+    Batch,
+    Loader,
+    build_loader,
+    choose,
+    resident,
+)
+from sssd_fast.loaders import dali as dali_loader
+from sssd_fast.loaders.augment import turn_and_light
+from sssd_fast.loaders.crops import evaluation_view, show, training_views
+from sssd_fast.loaders.order import Schedule
+
+COUNT = 23
+SPEC = AugmentSpec(rotation_deg=10, brightness=0.1, contrast=0.1)
+CROPS = AugmentSpec(hflip=0.5)
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4,
+    "image_size": (24, 32),
+    "channels": 1,
+    "seed": 7,
+    "cache": "none",
+}
+# largest difference to Pillow, mean difference: torch has 16-bit weights, DALI does not round between the two passes
+EXACTNESS = {"torch": (0, 0.0), "resident": (2, 0.02), "staged": (2, 0.02), "dali": (45, 0.8)}
+PROVIDERS = list(EXACTNESS)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> DataIndex:
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        folder = root / ("b" if i % 3 else "a")
+        folder.mkdir(exist_ok=True)
+        height, width = (40 + i, 50) if i % 2 else (40, 50 + i)
+        coarse = Image.fromarray(
+            rng.integers(0, 256, (12, 12) if i % 2 else (12, 12, 3), dtype=np.uint8)
+        )
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return check_data(root)
+
+
+@pytest.fixture
+def make(index: DataIndex) -> Iterator[Callable[..., Loader]]:
+    """Loaders of the index, closed at the end. "staged" is the resident set as it works with a GPU that it does not fit."""
+    made: list[Loader] = []
+
+    def build(
+        provider: str,
+        train: AugmentSpec | None = CROPS,
+        ids: Iterable[int] = range(COUNT),
+        **changes: Any,
+    ) -> Loader:
+        settings = {**SETTINGS, "train": train, **changes}
+        loader: Loader
+        if provider == "staged":
+            settings = {k: v for k, v in settings.items() if k not in ("cache", "workers")}
+            images = resident.resident_set(index, settings["channels"], CPU, "host", None)
+            loader = resident.ResidentLoader(Schedule(index, list(ids), **settings), CPU, images)
+        else:
+            loader = build_loader(index, list(ids), provider=provider, **settings)
+        made.append(loader)
+        return loader
+
+    yield build
+    for loader in made:
+        loader.close()
+
+
+def same(first: Iterable[Batch], second: Iterable[Batch]) -> None:
+    first, second = list(first), list(second)
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        for name in ("images", "labels", "indices", "valid"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def picture(index: DataIndex, i: int, channels: int) -> np.ndarray:
+    return to_channels(decode_image(index.file(i)), channels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_every_training_image_is_the_stated_function_of_seed_epoch_and_record(
+    index: DataIndex, make: Callable[..., Loader], provider: str, channels: int
+):
+    shapes = np.array([(r.height, r.width) for r in index.records])
+    views = training_views(shapes, CROPS, 7, 3)
+    largest, mean = EXACTNESS[provider]
+    for batch in make(provider, channels=channels).epoch(3):
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.shape == (4, channels, 24, 32)
+        for image, label, i in zip(
+            batch.images, batch.labels.tolist(), batch.indices.tolist(), strict=True
+        ):
+            expected = show(
+                picture(index, i, channels), views.boxes[i], bool(views.flips[i]), (24, 32)
+            )
+            got = image.permute(1, 2, 0).numpy().reshape(expected.shape)
+            difference = np.abs(got.astype(int) - expected.astype(int))
+            assert difference.max() <= largest
+            assert difference.mean() <= mean
+            assert label == index.records[i].label
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_every_evaluation_image_is_pillows(
+    index: DataIndex, make: Callable[..., Loader], provider: str, fit: str
+):
+    largest, mean = EXACTNESS[provider]
+    for batch in make(provider, None, channels=3, fit=fit).epoch(0):
+        for image, i in zip(
+            batch.images[batch.valid], batch.indices[batch.valid].tolist(), strict=True
+        ):
+            expected = evaluation_view(picture(index, i, 3), (24, 32), fit)
+            difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected.astype(int))
+            assert difference.max() <= largest
+            assert difference.mean() <= mean
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_rotation_and_light_come_on_top(
+    index: DataIndex, make: Callable[..., Loader], provider: str
+):
+    shapes = np.array([(r.height, r.width) for r in index.records])
+    views = training_views(shapes, SPEC, 7, 1)
+    for plain, turned in zip(make(provider).epoch(1), make(provider, SPEC).epoch(1), strict=True):
+        looks = torch.from_numpy(views.looks[plain.indices.numpy()]).float()
+        assert torch.equal(turned.images, turn_and_light(plain.images, looks))
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_epochs_shuffle_and_drop_the_incomplete_batch(make: Callable[..., Loader], provider: str):
+    loader = make(provider)
+    orders = [torch.cat([b.indices for b in loader.epoch(e)]).tolist() for e in range(3)]
+    assert loader.steps_per_epoch == len(loader) == 5
+    for order in orders:
+        assert len(order) == len(set(order)) == 20
+    assert orders[0] != orders[1] != orders[2]
+    assert orders[0] != torch.cat([b.indices for b in make(provider, seed=8).epoch(0)]).tolist()
+
+
+def test_dropping_is_not_always_the_same_images(index: DataIndex):
+    schedule = Schedule(
+        index, range(COUNT), train=SPEC, **{k: v for k, v in SETTINGS.items() if k != "cache"}
+    )
+    left_out = set.union(
+        *(set(range(COUNT)) - set(schedule.order(e)[:20].tolist()) for e in range(30))
+    )
+    assert len(left_out) > 15
+
+
+@pytest.mark.parametrize(("provider", "workers"), [(p, 0) for p in PROVIDERS] + [("torch", 2)])
+def test_any_epoch_and_step_can_be_produced_directly(
+    make: Callable[..., Loader], provider: str, workers: int
+):
+    loader = make(provider, workers=workers)
+    whole = list(loader.epoch(1))
+    kept = [b.images.clone() for b in whole]
+    abandoned = loader.epoch(2)
+    next(abandoned)  # left in the middle, with batches in flight
+    same(whole[3:], loader.epoch(1, start_step=3))
+    same(whole, loader.epoch(1))
+    same(whole, make(provider).epoch(1))
+    for before, batch in zip(kept, whole, strict=True):
+        assert torch.equal(before, batch.images)  # nothing handed out is written again
+    assert list(loader.epoch(1, start_step=5)) == []
+
+
+@pytest.mark.parametrize("train", [CROPS, None], ids=["train", "evaluate"])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_ranks_tile_the_global_batch(
+    make: Callable[..., Loader], provider: str, train: AugmentSpec | None, world: int
+):
+    """N ranks of batch b are one rank of batch N*b: position g belongs to rank g % N."""
+    one = list(make(provider, train, batch_size=2 * world).epoch(1))
+    ranks = [
+        list(make(provider, train, batch_size=2, rank=r, world=world).epoch(1))
+        for r in range(world)
+    ]
+    assert {len(r) for r in ranks} == {len(one)}
+    for step, whole in enumerate(one):
+        for name in ("images", "labels", "indices", "valid"):
+            woven = torch.stack([getattr(ranks[r][step], name) for r in range(world)], 1).flatten(
+                0, 1
+            )
+            assert torch.equal(woven, getattr(whole, name)), name
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(4, 1), (7, 3), (6, 4), (50, 4), (23, 1)])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_evaluation_sees_every_image_once_in_order(
+    make: Callable[..., Loader], provider: str, batch_size: int, world: int
+):
+    seen: list[int] = []
+    for rank in range(world):
+        loader = make(provider, None, batch_size=batch_size, rank=rank, world=world)
+        for epoch in range(2):  # evaluations repeat
+            found = []
+            for batch in loader.epoch(epoch):
+                assert len(batch) == len(batch.images) == batch_size
+                padded = ~batch.valid
+                assert (batch.indices[padded] == PAD_INDEX).all()
+                assert (batch.labels[padded] == PAD_LABEL).all()
+                assert not batch.images[padded].any()
+                found += batch.indices[batch.valid].tolist()
+        seen += found
+    assert sorted(seen) == list(range(COUNT))
+    if world == 1:
+        assert seen == sorted(seen)
+
+
+def test_padding_is_invisible_to_cross_entropy(make: Callable[..., Loader]):
+    batch = list(make("torch", None).epoch(0))[-1]
+    logits = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    assert batch.valid.sum() == 3
+    torch.testing.assert_close(
+        torch.nn.functional.cross_entropy(logits, batch.labels),
+        torch.nn.functional.cross_entropy(logits[:3], batch.labels[:3]),
+    )
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_saved_position_continues_bit_for_bit_with_the_next_batch(
+    make: Callable[..., Loader], provider: str
+):
+    loader = make(provider, SPEC)
+    stream = loader.epoch(2)
+    next(stream)
+    next(stream)
+    state = loader.state_dict()
+    other = make(
+        provider, SPEC, batch_size=2, rank=1, world=2
+    )  # the same global batch on other hardware
+    assert other.load_state_dict(state) == (2, 2)
+    again = make(provider, SPEC)
+    same(list(stream), again.epoch(*again.load_state_dict(state)))
+    assert (
+        loader.state_dict()["epoch"] == 3
+    )  # the epoch is done: the next one starts at its first step
+    assert loader.state_dict()["step"] == 0
+    same(loader.epoch(3), again.epoch(3))
+
+
+def test_a_position_moves_from_one_provider_to_another(make: Callable[..., Loader]):
+    stream = make("resident").epoch(1)
+    state = {"epoch": 1, "step": 2, "fingerprint": make("resident").state_dict()["fingerprint"]}
+    next(stream), next(stream)
+    torch_loader = make("torch")
+    position = torch_loader.load_state_dict(state)
+    for a, b in zip(stream, torch_loader.epoch(*position), strict=True):
+        assert torch.equal(a.indices, b.indices)
+        assert (a.images.int() - b.images.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 8},
+        {"batch_size": 3},
+        {"image_size": (32, 32)},
+        {"channels": 3},
+        {"train": AugmentSpec(hflip=0.1)},
+    ],
+)
+def test_saved_position_of_other_settings_is_refused(
+    make: Callable[..., Loader], change: dict[str, Any]
+):
+    state = make("torch").state_dict()
+    with pytest.raises(DataError, match="other data or settings"):
+        make("torch", **change).load_state_dict(state)
+
+
+def test_saved_position_of_other_images_is_refused(make: Callable[..., Loader]):
+    with pytest.raises(DataError, match="other data or settings"):
+        make("torch", ids=range(20)).load_state_dict(make("torch").state_dict())
+
+
+def test_a_dead_worker_process_is_an_error_with_advice(
+    make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
+):
+    import os
+
+    import sssd_fast.loaders.torch_loader as module
+
+    monkeypatch.setattr(
+        module, "decode_record", lambda *args: os._exit(9)
+    )  # workers are forked: they inherit this
+    with pytest.raises(DataError, match=r"a loader process died.*fewer workers"):
+        list(make("torch", workers=1).epoch(0))
+
+
+def test_too_few_images_says_which_batch_fits(make: Callable[..., Loader]):
+    with pytest.raises(
+        DataError, match=r"23 training images do not fill one batch of 12 on 2 .* at most 11"
+    ):
+        make("torch", batch_size=12, world=2)
+    assert make("torch", batch_size=11, world=2).steps_per_epoch == 1
+    assert make("torch", None, batch_size=100).steps_per_epoch == 1  # evaluation pads instead
+
+
+def test_settings_out_of_range_are_refused_together(make: Callable[..., Loader]):
+    with pytest.raises(ConfigError) as error:
+        make("torch", batch_size=0, channels=2, rank=3, fit="pad", image_size=(0, 4))
+    for name in ("batch_size", "channels", "rank", "fit", "image_size"):
+        assert name in str(error.value)
+    with pytest.raises(ConfigError, match="workers is -1"):
+        make("torch", workers=-1)
+    with pytest.raises(ConfigError, match="loader is 'ffcv'"):
+        make("ffcv")
+    with pytest.raises(ConfigError, match="start_step is 6; an epoch has 5 steps"):
+        next(make("torch").epoch(0, 6))
+    with pytest.raises(DataError, match="no images"):
+        make("torch", ids=[])
+    with pytest.raises(DataError, match="record numbers 0 to 23; the index holds 23"):
+        make("torch", ids=[0, 23])
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_what_a_loader_is_and_does_with_the_last_batch_is_told(
+    make: Callable[..., Loader], provider: str
+):
+    train, evaluate = make(provider), make(provider, None)
+    assert train.describe().startswith(provider.replace("staged", "resident"))
+    assert "23 images, 5 steps of 4 (the incomplete last batch is dropped)" in train.describe()
+    assert "23 images, 6 steps of 4 (the last batch is padded)" in evaluate.describe()
+    assert "rank 1 of 2" in make(provider, batch_size=2, rank=1, world=2).describe()
+
+
+def test_loaders_of_one_index_share_the_decoded_images(make: Callable[..., Loader]):
+    train, evaluate = make("resident"), make("resident", None)
+    assert train._set is evaluate._set  # type: ignore[attr-defined]
+    assert make("resident", channels=3)._set is not train._set  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_closing_ends_the_threads_and_a_half_read_epoch_does_not_hang(
+    make: Callable[..., Loader], provider: str
+):
+    before = threading.active_count()
+    for _ in range(2):
+        loader = make(provider)
+        stream = loader.epoch(0)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        loader.close()
+        del loader, stream
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() == before
+
+
+# ---- which provider ----
+
+
+def test_auto_takes_the_resident_set_where_it_fits_then_dali_then_torch(
+    index: DataIndex, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dali_loader, "refusal", lambda device: None)
+    first = choose("auto", index, 1, CPU)
+    assert first.provider == "resident"
+    assert "MiB of decoded images fit in memory (at most" in str(first)
+    second = choose("auto", index, 1, CPU, limit_gib=1e-6)
+    assert second.provider == "dali"
+    assert "not resident: 0 MiB of decoded images are more than the 0.0 GiB of memory" in str(
+        second
+    )
+    monkeypatch.setattr(dali_loader, "refusal", lambda device: "not installed")
+    third = choose("auto", index, 1, CPU, limit_gib=1e-6)
+    assert third.provider == "torch"
+    assert "not dali: not installed" in str(third)
+    assert choose("torch", index, 1, CPU).provider == "torch"
+    for name, reason in (("dali", "not installed"), ("resident", "more than")):
+        with pytest.raises(ConfigError, match=f"data.loader is '{name}', but .*{reason}"):
+            choose(name, index, 1, CPU, limit_gib=1e-6)
+
+
+def test_placement_by_the_stated_shares(monkeypatch: pytest.MonkeyPatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(resident, "available_memory", lambda: 16 * 2**30)
+    cases = (
+        (0.7, None, "device"),
+        (0.9, None, "host"),
+        (7.9, None, "host"),
+        (8.1, None, None),
+        (2.0, 3.0, "device"),
+    )
+    for size, limit, where in (*cases, (7.0, 7.0, "host"), (7.5, 7.0, None)):
+        found, reason = resident.placement(int(size * 2**30), cuda, limit)
+        assert found == where, reason
+    assert (
+        resident.placement(7 * 2**30, CPU, None)[0] == "device"
+    )  # the device is the CPU: in its memory
+    assert resident.placement(9 * 2**30, CPU, None)[0] is None
+
+
+def test_dali_that_breaks_on_import_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch):
+
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    reason = dali_loader.refusal(CPU)
+    assert reason is not None and ("not installed" in reason or "import fails" in reason)
+
+
+def test_the_cache_is_one_file_that_the_next_loader_reads(
+    index: DataIndex, make: Callable[..., Loader], tmp_path: Path
+):
+    first = list(make("resident", cache=str(tmp_path)).epoch(0))
+    assert [p.suffix for p in sorted(tmp_path.iterdir())] == [".lock", ".pixels"]
+    assert "read from the cache" in open_store(index, 1, tmp_path).how
+    same(first, make("resident", cache=str(tmp_path)).epoch(0))
+
+
+LEAVES_WITHOUT_CLOSING = """
+import sys
+import torch
+from sssd_fast.data.index import DataIndex
+from sssd_fast.loaders import AugmentSpec, build_loader
+
+index = DataIndex.load(sys.argv[1])
+loader = build_loader(index, range(len(index)), batch_size=4, image_size=(24, 32), channels=1, train=AugmentSpec(),
+                      provider=sys.argv[2], workers=int(sys.argv[3]), cache="none")
+stream = loader.epoch(0)
+print(next(stream).images.float().mean() > 0)
+if sys.argv[4] == "error":
+    raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize("ending", ["end", "error"])
+@pytest.mark.parametrize(
+    ("provider", "workers"), [(p, 0) for p in PROVIDERS if p != "staged"] + [("torch", 1)]
+)
+def test_a_process_that_leaves_in_the_middle_of_an_epoch_ends(
+    index: DataIndex, tmp_path: Path, provider: str, workers: int, ending: str
+):
+    index.save(tmp_path / "index.json")
+    command = [
+        sys.executable,
+        "-c",
+        LEAVES_WITHOUT_CLOSING,
+        str(tmp_path / "index.json"),
+        provider,
+        str(workers),
+        ending,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "tensor(True)\n", done.stderr
+    assert done.returncode == (7 if ending == "error" else 0), done.stderr
+    assert "Traceback" not in done.stderr

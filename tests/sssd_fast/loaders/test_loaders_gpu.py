@@ -1,0 +1,176 @@
+"""The loaders on a CUDA device: the same pictures as on the CPU, no wait for the device, nothing overwritten, memory bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sssd_fast.data.index import DataIndex, check_data
+from sssd_fast.errors import DataError
+from sssd_fast.loaders import AugmentSpec, Loader, build_loader, resident
+from sssd_fast.loaders import dali as dali_loader
+from sssd_fast.loaders.order import Schedule
+
+pytestmark = pytest.mark.gpu
+
+COUNT = 40
+SETTINGS: dict[str, Any] = {"batch_size": 8, "image_size": (64, 96), "seed": 3, "cache": "none"}
+LOOKS = AugmentSpec(rotation_deg=10, brightness=0.1, contrast=0.1)
+# largest and mean difference to Pillow on smooth pictures: nvJPEG's inverse transform and colour differ by a level or two
+EXACTNESS = {"torch": (0, 0.0), "resident": (2, 0.05), "staged": (2, 0.05), "dali": (45, 1.0)}
+PROVIDERS = list(EXACTNESS)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> DataIndex:
+    """Grey and colour, PNG (decoded on the CPU by every provider) and JPEG (on the GPU by DALI)."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    (root / "a").mkdir()
+    for i in range(COUNT):
+        coarse = Image.fromarray(
+            rng.integers(0, 256, (9, 9) if i % 2 else (9, 9, 3), dtype=np.uint8)
+        )
+        picture = coarse.resize((100 + 3 * i, 150 - i), Image.Resampling.BICUBIC)
+        picture.save(root / "a" / f"{i}.{'png' if i % 3 else 'jpg'}", quality=95)
+    return check_data(root)
+
+
+@pytest.fixture
+def make(index: DataIndex) -> Iterator[Callable[..., Loader]]:
+    made: list[Loader] = []
+
+    def build(
+        provider: str, train: AugmentSpec | None, device: str = "cuda", **changes: Any
+    ) -> Loader:
+        settings = {**SETTINGS, "channels": 1, "train": train, **changes}
+        loader: Loader
+        if provider == "staged":
+            settings.pop("cache")
+            images = resident.resident_set(
+                index, settings["channels"], torch.device(device), "host", None
+            )
+            schedule = Schedule(index, range(COUNT), **settings)
+            loader = resident.ResidentLoader(schedule, torch.device(device), images)
+        else:
+            loader = build_loader(index, range(COUNT), provider=provider, device=device, **settings)
+        made.append(loader)
+        return loader
+
+    yield build
+    for loader in made:
+        loader.close()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("train", [None, AugmentSpec()], ids=["evaluate", "train"])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_same_pictures_as_pillows(
+    make: Callable[..., Loader], provider: str, train: AugmentSpec | None, channels: int
+):
+    largest, mean = EXACTNESS[provider]
+    expected = list(make("torch", train, "cpu", channels=channels).epoch(1))
+    for a, b in zip(expected, make(provider, train, channels=channels).epoch(1), strict=True):
+        assert b.images.is_cuda and b.images.dtype == torch.uint8
+        for name in ("labels", "indices", "valid"):
+            assert torch.equal(getattr(a, name), getattr(b, name).cpu()), name
+        difference = (a.images.int() - b.images.cpu().int()).abs()
+        assert difference.max() <= largest
+        assert difference.float().mean() <= mean
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_resume_is_bit_equal_and_nothing_handed_out_is_overwritten(
+    make: Callable[..., Loader], provider: str
+):
+    loader = make(provider, LOOKS)
+    whole = list(loader.epoch(2))
+    kept = [batch.images.clone() for batch in whole]
+    list(loader.epoch(3))
+    torch.cuda.synchronize()
+    again = list(make(provider, LOOKS).epoch(2, start_step=2))
+    for batch, copy in zip(whole, kept, strict=True):
+        assert torch.equal(batch.images, copy)
+    for a, b in zip(whole[2:], again, strict=True):
+        assert torch.equal(a.images, b.images)
+
+
+@pytest.mark.parametrize("provider", ["resident", "staged"])
+def test_the_resident_set_never_waits_for_the_device(make: Callable[..., Loader], provider: str):
+    loader = make(provider, LOOKS)
+    list(loader.epoch(0))  # compiles the kernel, grows the pinned memory
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(loader.epoch(1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_memory_stays_flat(make: Callable[..., Loader], provider: str):
+    loader = make(provider, AugmentSpec())
+
+    def used() -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    for epoch in range(10):
+        for _ in loader.epoch(epoch):
+            pass
+    before = used()
+    for epoch in range(10, 50):
+        for _ in loader.epoch(epoch):
+            pass
+    assert used() - before <= 32 * 2**20
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_batches_feed_a_captured_graph(make: Callable[..., Loader], provider: str):
+    """A loader's own threads and memory must not break the capture of the training step, nor its replays."""
+    loader = make(provider, AugmentSpec())
+    batches = loader.epoch(0)
+    static = next(batches).images.clone()
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        static.float().mean()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        mean = static.float().mean()
+    for batch in batches:
+        static.copy_(batch.images)
+        graph.replay()
+        torch.testing.assert_close(mean, batch.images.float().mean())
+
+
+@pytest.mark.dali
+def test_a_truncated_jpeg_is_named_and_not_shown_grey(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    for i in range(4):
+        Image.fromarray(noise).save(tmp_path / "a" / f"{i}.jpg")
+    index = check_data(tmp_path)
+    broken = tmp_path / "a" / "2.jpg"
+    broken.write_bytes(broken.read_bytes()[:-300])
+    settings = {**SETTINGS, "batch_size": 4, "channels": 1}
+    loader = build_loader(index, range(4), provider="dali", device="cuda", train=None, **settings)
+    with pytest.raises(DataError, match=r"2\.jpg"):
+        next(loader.epoch(0))
+    loader.close()
+
+
+@pytest.mark.dali
+def test_dali_runs_on_the_device_that_was_asked_for(make: Callable[..., Loader]):
+    assert dali_loader.refusal(torch.device("cuda")) is None
+    last = torch.cuda.device_count() - 1
+    batch = next(make("dali", None, f"cuda:{last}").epoch(0))
+    assert batch.images.device == torch.device("cuda", last)

@@ -1,0 +1,207 @@
+"""`batch: auto`: the largest micro-batch that fits is found, the effective batch never changes, and nothing is tried twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sssd_fast.cli import main
+from sssd_fast.config import Config, load_config
+from sssd_fast.errors import ConfigError
+from sssd_fast.performance import batch_size as microbatch
+from sssd_fast.performance import plan as planner
+from sssd_fast.performance.batch_size import resolve_batch, search
+from sssd_fast.performance.memory_check import Traced
+from sssd_fast.performance.memory_model import saved_per_image
+from sssd_fast.run.device import World
+
+CPU = World(torch.device("cpu"))
+
+
+def _config(
+    tiny: list[str], batch_size: int, accumulate: int = 1, task: str = "pretrain", *more: str
+) -> Config:
+    own = [
+        f"{task}.batch=auto",
+        f"{task}.batch_size={batch_size}",
+        f"{task}.accumulate={accumulate}",
+    ]
+    return load_config(None, [*tiny, *own, *more])
+
+
+@pytest.mark.parametrize("own", [1, 7, 24, 97, 256, 360])
+@pytest.mark.parametrize("fits", [1, 5, 16, 100, 1000])
+def test_the_largest_divisor_that_fits_is_found(own: int, fits: int) -> None:
+    tried: list[int] = []
+
+    def trial(images: int) -> bool:
+        tried.append(images)
+        return images <= fits
+
+    found = search(own, lambda n: True, trial, CPU)
+    assert found == max(n for n in range(1, own + 1) if own % n == 0 and n <= fits)
+    assert tried == sorted(set(tried), reverse=True)
+    assert search(own, lambda n: False, trial, CPU) is None
+    assert search(own, lambda n: n <= 2, lambda n: True, CPU) == (2 if own % 2 == 0 else 1)
+
+
+def test_processes_agree_on_what_fits_in_all_of_them() -> None:
+    class Other(World):
+        """A second process in which at most 8 images fit."""
+
+        def any(self, flag: bool) -> bool:
+            return flag or not self.other_fits
+
+        other_fits = True
+
+    world = Other(torch.device("cpu"), size=2)
+
+    def trial(images: int) -> bool:
+        object.__setattr__(world, "other_fits", images <= 8)
+        return images <= 32
+
+    def likely(images: int) -> bool:
+        object.__setattr__(world, "other_fits", True)
+        return True
+
+    assert search(64, likely, trial, world) == 8
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (4, 6), (1, 13), (96, 3)])
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_the_effective_batch_stays(
+    tiny: list[str], batch_size: int, accumulate: int, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tiny, batch_size, accumulate, task)
+    said: list[str] = []
+    found = getattr(resolve_batch(config, task, CPU, say=said.append), task)
+    assert (found.batch_size, found.accumulate, found.batch) == (batch_size * accumulate, 1, None)
+    assert (
+        f"micro-batch {found.batch_size} x 1 (effective batch {batch_size * accumulate})" in said[0]
+    )
+    # with memory for about three images of this model beside what belongs to no image
+    work = microbatch.work_of(config, task)
+    o = microbatch.options_of(config, microbatch.work_of(config, task), "fp32", CPU.device, False)
+    need = microbatch.total_peak(
+        work, work.stages(o), 3, o, accumulate=max(1, batch_size * accumulate // 3)
+    )
+    monkeypatch.setattr(microbatch, "_free_bytes", lambda device: need / microbatch.CPU_SHARE)
+    small = getattr(resolve_batch(config, task, CPU, say=said.append), task)
+    assert small.batch_size * small.accumulate == batch_size * accumulate
+    assert small.batch_size <= 3
+    monkeypatch.setattr(microbatch, "_free_bytes", lambda device: 1000.0)
+    with pytest.raises(
+        ConfigError, match=rf"{task}\.batch is auto, and not one image fits: .*sssd-fast plan"
+    ):
+        resolve_batch(config, task, CPU, say=said.append)
+
+
+def test_a_budget_lets_more_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ViT-B with 9 GB: what torch keeps at a budget of a half counts, not what it keeps without one."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(microbatch, "pick_compile", lambda step, device: (True, ""))
+    monkeypatch.setattr(microbatch, "pick_precision", lambda name, device: "bf16")
+    monkeypatch.setattr(microbatch, "_free_bytes", lambda device: 9e9)
+    monkeypatch.setattr(microbatch, "_steps_fit", lambda *args: True)
+    monkeypatch.setattr(
+        microbatch, "reserved", lambda device, limit_gib: int((limit_gib or 0) * 2**30)
+    )
+    monkeypatch.setattr(
+        planner,
+        "measured_saved_bytes",
+        lambda work, o, images, budget: Traced(
+            budget * saved_per_image(work.stages(o)), 0.0, 0.0, 0.0
+        ),
+    )
+    found = []
+    for budget in (1.0, 0.5):
+        settings = [
+            "pretrain.batch=auto",
+            "pretrain.batch_size=1024",
+            f"step.activation_budget={budget}",
+        ]
+        resolved = resolve_batch(
+            load_config(None, settings), "pretrain", World(device), say=lambda text: None
+        )
+        found.append(resolved.pretrain.batch_size)
+    assert found[1] >= 2 * found[0]
+    for loader, fewer in (
+        ("resident", True),
+        ("torch", False),
+    ):  # what decoded images may take is left to them
+        kept = load_config(None, [*settings, "data.resident_gib=5", f"data.loader={loader}"])
+        resolved = resolve_batch(kept, "pretrain", World(device), say=lambda text: None)
+        assert (resolved.pretrain.batch_size < found[1]) == fewer
+
+
+def test_a_number_stays_as_it_is(tiny: list[str]) -> None:
+    config = load_config(None, tiny)
+    assert resolve_batch(config, "pretrain", CPU) is config
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_a_trial_is_a_real_step_that_leaves_nothing_behind(
+    tiny: list[str], task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, said = _config(tiny, 8, 2, task), list[str]()
+    state = torch.random.get_rng_state()
+    assert microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, 0, said.append)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert said[-1].startswith("trying a micro-batch of 4: fits")
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(microbatch, "_two_steps", full)
+    assert not microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, 0, said.append)
+    assert said[-1] == "trying a micro-batch of 4: out of memory"
+
+    def broken(*args: object) -> None:
+        raise ValueError("something else")
+
+    monkeypatch.setattr(microbatch, "_two_steps", broken)
+    with pytest.raises(ValueError, match="something else"):  # only a lack of memory is an answer
+        microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, 0, said.append)
+
+
+def test_a_run_stores_the_numbers_and_resumes_with_them(tiny: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = [
+        *tiny,
+        "pretrain.batch=auto",
+        "pretrain.batch_size=2",
+        "pretrain.accumulate=4",
+        "pretrain.max_steps=4",
+    ]
+    assert main(["pretrain", "--out", str(out), *settings, "pretrain.checkpoint_steps=2"]) == 0
+    stored = yaml.safe_load((out / "config.yaml").read_text())["pretrain"]
+    assert (stored["batch_size"], stored["accumulate"], stored["batch"]) == (8, 1, None)
+    assert main(["pretrain", "--resume", str(out)]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_on_a_gpu_the_cap_decides(task: str) -> None:
+    """ViT-S in 3 GB: less than the effective batch of 512 fits, and one step of what was found runs under the same cap."""
+    device = torch.device("cuda")
+    total = torch.cuda.get_device_properties(device).total_memory
+    config = _config(
+        ["model.name=small", "step.compile=false", "data.resident_gib=0.1"], 512, 1, task
+    )
+    said: list[str] = []
+    torch.cuda.set_per_process_memory_fraction(3e9 / total)
+    try:
+        found = getattr(resolve_batch(config, task, World(device), say=said.append), task)
+        assert 1 <= found.batch_size < 512
+        assert found.batch_size * found.accumulate == 512
+        assert any(
+            "out of memory" in line for line in said
+        )  # the free memory is that of the whole card
+        assert microbatch._steps_fit(
+            config, task, 2, World(device), "bf16", found.batch_size, 2, 0, said.append
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

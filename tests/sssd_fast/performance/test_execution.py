@@ -1,0 +1,334 @@
+"""How a model is computed: what each setting does, that none changes the result, and that what cannot be done is an error."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sssd_fast.performance.costs
+from sssd_fast.config import Config, load_config
+from sssd_fast.errors import ConfigError
+from sssd_fast.model import MLP, Classifier, pick_patches
+from sssd_fast.objective import SSSD
+from sssd_fast.performance import ceilings
+from sssd_fast.performance import execution as compute
+from sssd_fast.performance.execution import pick_compile, pick_graphs, prepare
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+Inputs = tuple[Tensor, ...]
+
+
+def _config(tiny: list[str], *settings: str) -> Config:
+    return load_config(None, [*tiny, *settings])
+
+
+def _sssd(config: Config) -> tuple[SSSD, Inputs]:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
+    return SSSD(config.model, config.objective), (images, torch.rand(4, config.model.num_patches))
+
+
+def _gradients(
+    module: nn.Module, model: nn.Module, inputs: Inputs, *, bf16: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = module(*inputs)
+        loss = out.total if isinstance(model, SSSD) else out.float().square().mean()
+    loss.backward()
+    return loss.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# ---- recomputation -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "norms", "products"), [("none", 0, 0), ("selective", 1, 0), ("full", 1, 3)]
+)
+def test_recomputation_repeats_what_it_says_and_changes_nothing(
+    tiny: list[str], checkpoint: str, norms: int, products: int
+) -> None:
+    config = _config(tiny, f"step.checkpoint={checkpoint}")
+    model, inputs = _sssd(config)
+    expected_loss, expected = _gradients(model, model, inputs)
+    expected = {name: grad.clone() for name, grad in expected.items()}
+    blocks = len(model.mae.encoder.blocks) + len(model.mae.decoder.blocks)
+    prepare(model, config, "fp32", CPU, 4)
+    model.zero_grad()
+    loss = model(*inputs).total
+    with _Calls() as calls:
+        loss.backward()
+    assert calls.count["aten.native_layer_norm.default"] == 2 * blocks * norms
+    assert (
+        calls.count["aten.addmm.default"] == blocks * products
+    )  # of 4: no gradient needs the result of the last one
+    attention = [
+        n
+        for name, n in calls.count.items()
+        if "scaled_dot_product" in name and "backward" not in name
+    ]
+    assert sum(attention) == (blocks if products else 0)
+    torch.testing.assert_close(loss.detach(), expected_loss, rtol=0, atol=0)
+    for name, p in model.named_parameters():
+        if name in expected:
+            assert p.grad is not None
+            torch.testing.assert_close(p.grad, expected[name], rtol=0, atol=0, msg=name)
+
+
+# ---- what is not read is not computed ----------------------------------------------------------------------------------------
+
+
+def test_picked_patches_have_the_gradient_of_a_gather() -> None:
+    B, L, p, D = 3, 7, 2, 4
+    order = torch.stack([torch.randperm(L) for _ in range(B)])
+    x = torch.randn(B, p + L, D, dtype=torch.float64, requires_grad=True)
+    for picked in (order, order[:, :3], order[:, 3:]):
+        first = 0 if picked.shape[1] == L or torch.equal(picked, order[:, :3]) else 3
+        rank = order.argsort(1) - first
+        rows = torch.arange(B)[:, None]
+        torch.testing.assert_close(
+            pick_patches(x, picked, rank), x[rows, p + picked], rtol=0, atol=0
+        )
+        assert torch.autograd.gradcheck(
+            lambda y, ids=picked, place=rank: pick_patches(y, ids, place), (x,)
+        )
+
+
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_without_distillation_the_last_mlp_sees_masked_patches_only(
+    tiny: list[str], cls_token: bool
+) -> None:
+    config = _config(tiny, f"model.cls_token={str(cls_token).lower()}")
+    model, (images, noise) = _sssd(config)
+    rows: list[int] = []
+    model.mae.decoder.blocks[-1].mlp.register_forward_hook(
+        lambda module, args, out: rows.append(args[0].shape[1])
+    )
+    full = model.mae(images, noise)
+    alone = model.mae(images, noise, teacher=False)
+    masked = config.model.num_patches - config.model.num_visible
+    assert rows == [config.model.num_patches, masked]
+    assert alone.teacher_BKE is None
+    torch.testing.assert_close(alone.pred_BMV, full.pred_BMV)
+    everything, masking = model.mae.reconstruct(images, noise)
+    at = torch.arange(len(images))[:, None], masking.ids_masked
+    torch.testing.assert_close(full.pred_BMV, everything[at])
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_the_classifiers_last_mlp_sees_pooled_rows_only(tiny: list[str], pool: str) -> None:
+    config = _config(tiny)
+    torch.manual_seed(0)
+    model = Classifier(config.model, 3, pool)
+    rows: list[int] = []
+    model.encoder.blocks[-1].mlp.register_forward_hook(
+        lambda module, args, out: rows.append(args[0].shape[1])
+    )
+    images = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    features = model.features(images)
+    assert rows == [1 if pool == "cls" else config.model.num_patches]
+    tokens = model.encoder(images)  # every row
+    pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
+    torch.testing.assert_close(features, model.fc_norm(pooled))
+
+
+# ---- one graph with all gradients --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", ["sssd", "reconstruction only", "token pooling", "detached teacher", "classifier"]
+)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_compiled_module_is_one_graph_with_every_gradient(
+    tiny: list[str], kind: str, bf16: bool
+) -> None:
+    """Mask token, cls token, positions and heads included; the same gradients as without the compiler."""
+    settings = {
+        "reconstruction only": ["objective.weight=0"],
+        "token pooling": ["objective.pooling=token", "objective.kind=cosine"],
+        "detached teacher": ["objective.detach_teacher=true"],
+    }
+    config = _config(tiny, *settings.get(kind, []))
+    model: SSSD | Classifier
+    model, inputs = _sssd(config)
+    if kind == "classifier":
+        model, inputs = Classifier(config.model, 2), inputs[:1]
+        nn.init.normal_(
+            model.head.weight
+        )  # starts near zero, where no gradient would reach the encoder
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(
+                0.02 * torch.randn_like(p)
+            )  # no parameter at a value where its gradient vanishes
+    loss, expected = _gradients(model, model, inputs, bf16=bf16)
+    expected = {name: grad.clone() for name, grad in expected.items()}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    found_loss, found = _gradients(compiled, model, inputs, bf16=bf16)  # type: ignore[arg-type]
+    torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-6)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            found[name],
+            expected[name],
+            rtol=2e-2 if bf16 else 1e-4,
+            atol=1e-3 if bf16 else 1e-6,
+            msg=name,
+        )
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    if kind == "detached teacher":
+        wanted = {name for name in wanted if not name.startswith("teacher_head.")}
+    assert {name for name, grad in found.items() if grad.abs().max() > 0} == wanted
+
+
+# ---- residual stream and MLP -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+def test_the_residual_stream_has_the_dtype_asked_for(tiny: list[str], residual: str) -> None:
+    config = _config(tiny, "precision=bf16", f"step.residual={residual}")
+    model, inputs = _sssd(config)
+    exact, _ = _gradients(model, model, inputs)
+    prepare(model, config, "bf16", CPU, 4)
+    dtypes: list[torch.dtype] = []
+    for blocks in (model.mae.encoder.blocks, model.mae.decoder.blocks):
+        for block in blocks:
+            block.register_forward_hook(
+                lambda module, args, out: dtypes.extend([args[0].dtype, out.dtype])
+            )
+    loss, _ = _gradients(model, model, inputs, bf16=True)
+    assert set(dtypes) == {torch.float32 if residual == "fp32" else torch.bfloat16}
+    torch.testing.assert_close(loss, exact, rtol=2e-2, atol=1e-2)
+
+
+def test_the_fused_mlp_is_the_plain_one(tiny: list[str]) -> None:
+    config = _config(tiny)
+    model, inputs = _sssd(config)
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, MLP):
+            module.fused = True
+    loss, expected = _gradients(model, model, inputs)
+    found_loss, found = _gradients(twin, twin, inputs)
+    torch.testing.assert_close(found_loss, loss, rtol=1e-6, atol=1e-6)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+# ---- decisions ---------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_compiles_on_a_gpu_with_a_compiler_only(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = _config(tiny).step
+    assert pick_compile(step, CPU) == (False, "on the cpu compiling takes longer than it saves")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(compute.shutil, "which", lambda name: f"/bin/{name}")
+    assert pick_compile(step, GPU)[0]
+    assert not pick_compile(step.model_copy(update={"checkpoint": "full"}), GPU)[0]
+    monkeypatch.setattr(compute.shutil, "which", lambda name: None)
+    compiled, why = pick_compile(step, GPU)
+    assert not compiled
+    assert "C compiler" in why
+    assert pick_compile(step.model_copy(update={"compile": True}), CPU)[0]
+
+
+def test_cuda_graphs_pay_below_a_batch_that_the_rule_computes(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tiny)
+    model, _ = _sssd(config)
+    monkeypatch.setattr(
+        ceilings,
+        "measure_ceilings",
+        lambda device, dtype: ceilings.Ceilings(1e12, 1e12, "bfloat16"),
+    )
+    launch_s = compute.LAUNCH_S * compute.expected_launches(config.model, decoder=True)
+    even = int(
+        launch_s * 0.5e12 / sssd_fast.performance.costs.train_flops(config.model, config.objective)
+    )
+    for batch, expected in ((even // 2, True), (2 * even, False)):
+        graphs, why = pick_graphs(model, config, GPU, batch, torch.bfloat16, compile_it=True)
+        assert graphs is expected
+        assert "launches are expected to take" in why
+    assert pick_graphs(model, config, CPU, 1, torch.float32, compile_it=True) == (
+        False,
+        "the device is cpu",
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["step.residual=bf16"],
+            r"step\.residual is bf16, which needs precision=bf16; the precision here is fp32",
+        ),
+        (
+            ["step.activation_budget=0.5"],
+            r"activation_budget is 0\.5, which only a compiled step reads.*checkpoint=selective",
+        ),
+        (["step.cuda_graphs=true"], r"cuda_graphs is true, which needs step\.compile=true"),
+        (
+            ["step.compile=true", "step.cuda_graphs=true"],
+            r"cuda_graphs is true, which needs a CUDA device",
+        ),
+        (
+            ["step.attention=fused"],
+            r"step\.attention is 'fused', which cannot run here.*set it to auto",
+        ),
+        (
+            ["step.mlp=fused"],
+            r"step\.mlp is fused, which cannot run here.*Set step\.mlp to auto or plain",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_an_error(
+    tiny: list[str], settings: list[str], message: str
+) -> None:
+    config = _config(tiny, *settings)
+    with pytest.raises(ConfigError, match=message):
+        prepare(SSSD(config.model, config.objective), config, "fp32", CPU, 4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["step.compile=false", "step.cuda_graphs=true"],
+        ["step.compile=false", "step.activation_budget=0.5"],
+        ["step.compile=true", "step.checkpoint=full"],
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    tiny: list[str], settings: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match="step: "):
+        _config(tiny, *settings)
+
+
+def test_the_decisions_are_told(tiny: list[str]) -> None:
+    config = _config(tiny)
+    model, _ = _sssd(config)
+    lines = prepare(model, config, "fp32", CPU, 4).lines
+    assert [line.split(" ")[0] for line in lines] == ["compile:", "encoder", "decoder", "MLP:"]
+    assert all(", " in line for line in lines)

@@ -1,0 +1,326 @@
+"""Reports: everything in one safe HTML file, missing parts named, synthetic data announced, results as in metrics.json."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from sssd_fast.errors import DataError
+from sssd_fast.evaluation.evaluate import write_evaluation
+from sssd_fast.report.report import write_combined_report, write_report
+
+NASTY = '<script>alert("x")</script> & `a|b`.png'
+EVALUATIONS = {}  # what write_evaluation leaves, made once per kind: drawing is slow
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks nesting while it reads; collects tags, attributes and visible text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open = []
+        self.tags = []
+        self.attributes = []
+        self.words = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "title"} & set(self.open):
+            self.words.append(data)
+
+    def pictures(self):
+        return [value for tag, name, value in self.attributes if tag == "img" and name == "src"]
+
+
+def make_run(folder, *, source="ct", evaluated=True, shift=0, patients=None):
+    """A run folder as the trainer leaves it, with 10 images of two classes and 3 mistakes."""
+    (folder / "images").mkdir(parents=True)
+    stage = next((s for s in ("pretrain", "probe") if folder.name.startswith(s)), "finetune")
+    config = {
+        "seed": 3,
+        "data": {"source": source},
+        "model": {"patch_size": 16},
+        "pretrain": {"epochs": 4},
+        "finetune": {"epochs": 2},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "command.txt").write_text(f"sssd-fast {stage} --out '{folder.name}'\n")
+    (folder / "env.json").write_text(
+        json.dumps({"torch": {"version": "2.99"}, "memory": {"available_gib": shift}})
+    )
+    data = {
+        "source": source,
+        "synthetic": False,
+        "classes": ["CT_COVID", "CT_NonCOVID"],
+        "counts": {
+            "train": {"CT_COVID": 1234, "CT_NonCOVID": 20},
+            "test": {"CT_COVID": 5, "CT_NonCOVID": 5},
+        },
+        "excluded": [{"path": NASTY, "reason": "zero bytes"}],
+        "duplicates": ["  identical pictures: 0 groups"],
+        "leaks": [],
+        "notes": [],
+        "split_protocol": "by patient",
+    }
+    (folder / "data.json").write_text(json.dumps(data))
+    records = [
+        {
+            "kind": "train",
+            "step": s,
+            "epoch": s / 5,
+            "loss": 2 / s,
+            "lr": 0.1,
+            "images_per_s": 10.0 * s,
+            "time_s": 65.0 * s,
+        }
+        for s in range(1, 11)
+    ]
+    records += [{"kind": "val", "step": 10, "epoch": 2.0, "loss": 0.5, "accuracy": 0.7}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name, grey in (
+        ("attention-e2", 20),
+        ("attention-e10", 200),
+        ("reconstruction-e2", 30),
+        ("reconstruction-e10", 210),
+    ):
+        if stage == "pretrain" or "attention" in name:
+            Image.new("L", (8, 8), grey).save(folder / "images" / f"{name}.png")
+    if evaluated:
+        key = (shift, patients is not None)
+        if key not in EVALUATIONS:
+            evaluate(folder, shift, patients)
+            EVALUATIONS[key] = {
+                path.relative_to(folder): path.read_bytes() for path in folder.glob("eval/**/*.*")
+            }
+        for name, content in EVALUATIONS[key].items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    return folder
+
+
+def evaluate(folder, shift, patients):
+    labels = np.arange(10) % 2
+    covid = np.where(labels == 0, 0.9, 0.1)
+    covid[[0, 1, 2]] = [0.2, 0.7 + shift, 0.4]
+    write_evaluation(
+        folder,
+        labels=labels,
+        probabilities=np.stack([covid, 1 - covid], axis=1),
+        paths=[NASTY, *(f"{i}.png" for i in range(1, 10))],
+        classes=["CT_COVID", "CT_NonCOVID"],
+        split="test",
+        patients=patients,
+        resamples=100,
+        load_image=lambda path: np.full((40, 40), 10, dtype=np.uint8),
+    )
+
+
+def test_finetune_report_holds_the_results(tmp_path):
+    """The page shows the figures of metrics.json, counts, mistakes, command and settings of this stage only."""
+    folder = make_run(tmp_path / "finetune")
+    markdown, page = write_report(folder)
+    stored = json.loads((folder / "eval" / "metrics.json").read_text())
+    html = Page(page.read_text(encoding="utf-8"))
+    plain = markdown.read_text(encoding="utf-8")
+    assert stored["image"]["accuracy"] == 0.7
+    interval = stored["image"]["intervals"]["sensitivity"]
+    sensitivity = f"60.0 % ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
+    for text in (html.text, plain):
+        assert "70.0 %" in text
+        assert sensitivity in text
+        assert "1,234" in text
+        assert "by patient" in text
+        assert "3 of 10 images are wrong" in text
+        assert "sssd-fast finetune --out 'finetune'" in text
+        assert "finetune.epochs" in text
+        assert "pretrain.epochs" not in text
+        assert "Synthetic" not in text
+        assert "SYNTHETIC" not in text
+        assert "10 min 50 s" in text
+        assert "55.0 (median)" in text
+        assert "too narrow" in text  # no patients are known
+    assert "zero bytes" in html.text
+    assert NASTY in html.text  # readable as written, by way of entities
+    assert (
+        html.text.index("score 0.200")
+        < html.text.index("score 0.700")
+        < html.text.index("score 0.400")
+    )
+
+
+def test_html_is_one_file_without_script_or_network(tmp_path):
+    """No script (not even from a file name), no outside address, every picture embedded and intact."""
+    folder = make_run(tmp_path / "finetune")
+    text = write_report(folder)[1].read_text(encoding="utf-8")
+    html = Page(text)
+    assert "script" not in html.tags
+    assert "link" not in html.tags
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", text.split("data:image")[0])
+    outside = [
+        v
+        for _, n, v in html.attributes
+        if n in ("src", "href") and not v.startswith(("data:image/png;base64,", "#"))
+    ]
+    assert outside == []
+    assert not [name for _, name, _ in html.attributes if name.startswith("on")]
+    pictures = [base64.b64decode(value.partition(",")[2]) for value in html.pictures()]
+    files = [
+        "eval/roc.png",
+        "eval/confusion.png",
+        "eval/mistakes/00.png",
+        "eval/mistakes/01.png",
+        "eval/mistakes/02.png",
+    ]
+    files += ["images/curves.png", "images/attention-e10.png"]
+    assert pictures == [(folder / name).read_bytes() for name in files]
+    assert all(value for tag, name, value in html.attributes if tag == "img" and name == "alt")
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+
+
+def test_markdown_links_exist_and_names_are_escaped(tmp_path):
+    folder = make_run(tmp_path / "finetune")
+    plain = write_report(folder)[0].read_text(encoding="utf-8")
+    links = re.findall(r"!\[[^\n]*?\]\(([^)]+)\)", plain)
+    assert len(links) == 7
+    assert all((folder / link).is_file() for link in links)
+    assert "<script>" not in plain
+    row = next(line for line in plain.splitlines() if "alert" in line and line.startswith("|"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3  # the bar in the name opens no column
+
+
+def test_pretraining_report_shows_the_latest_pictures(tmp_path):
+    """Epoch 10 comes after epoch 2 by number; a pre-training has no result section."""
+    folder = make_run(tmp_path / "pretrain", evaluated=False)
+    html = Page(write_report(folder)[1].read_text(encoding="utf-8"))
+    shown = [base64.b64decode(value.partition(",")[2]) for value in html.pictures()]
+    names = ("curves.png", "reconstruction-e10.png", "attention-e10.png")
+    assert shown == [(folder / "images" / name).read_bytes() for name in names]
+    assert "Earlier pictures in images/: 1." in html.text
+    assert "No evaluation" not in html.text
+    assert "pretrain.epochs" in html.text
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "evaluate", "some run"])
+def test_empty_folder_names_what_is_missing(tmp_path, stage):
+    (tmp_path / stage).mkdir()
+    text = Page(write_report(tmp_path / stage)[1].read_text(encoding="utf-8")).text
+    assert ("No evaluation yet" in text) == (stage != "pretrain")
+    assert ("No training records" in text) == (stage != "evaluate")
+    assert ("No reconstruction pictures" in text) == (stage == "pretrain")
+    for name in ("data.json", "command.txt", "env.json", "config.yaml"):
+        assert f"No {name}" in text
+
+
+def test_damaged_files_are_named(tmp_path):
+    """Half a JSON, a last line cut by a kill, a list for a table, an old result: each is named, the rest is shown."""
+    folder = make_run(tmp_path / "finetune")
+    (folder / "env.json").write_text('{"torch": ')
+    (folder / "config.yaml").write_text("- a\n- b\n")
+    (folder / "eval" / "metrics.json").write_text('{"split": "test"}')
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    text = Page(write_report(folder)[1].read_text(encoding="utf-8")).text
+    assert "env.json could not be read" in text
+    assert "config.yaml holds a list" in text
+    assert "eval/metrics.json lacks bootstrap" in text
+    assert "metrics.jsonl: 1 unreadable line left out" in text
+    assert "10 min 50 s" in text
+
+
+@pytest.mark.parametrize("sign", ["source", "data", "classes"])
+def test_synthetic_data_is_announced(tmp_path, sign):
+    """Any sign is enough: the phantom as source, data.json, or class names."""
+    folder = make_run(tmp_path / "finetune", source="phantom" if sign == "source" else "ct")
+    data = json.loads((folder / "data.json").read_text())
+    if sign == "data":
+        data["synthetic"] = True
+    if sign == "classes":
+        data["classes"] = ["synthetic_covid", "synthetic_normal"]
+    (folder / "data.json").write_text(json.dumps(data))
+    markdown, page = write_report(folder)
+    assert "Synthetic data These images were drawn by a program." in Page(page.read_text()).text
+    assert "> **SYNTHETIC DATA**" in markdown.read_text()
+
+
+def test_leaks_and_one_class_are_announced(tmp_path):
+    folder = make_run(tmp_path / "finetune")
+    data = json.loads((folder / "data.json").read_text())
+    (folder / "data.json").write_text(json.dumps(data | {"leaks": ["patient 7 in test, train"]}))
+    write_evaluation(
+        folder,
+        labels=[0, 0],
+        probabilities=[[0.9, 0.1], [0.2, 0.8]],
+        paths=["a", "b"],
+        classes=["CT_COVID", "CT_NonCOVID"],
+        split="test",
+        resamples=100,
+    )
+    text = Page(write_report(folder)[1].read_text()).text
+    assert "The split leaks 1 patients or groups" in text
+    assert "patient 7 in test, train" in text
+    assert "undefined: only positives" in text
+    assert "No ROC curve: only positives." in text
+
+
+def test_combined_report_averages_over_seeds(tmp_path):
+    """Runs of one stage are averaged; pre-training is shown but not averaged; equal data and machine are not repeated."""
+    for seed in (0, 1):
+        make_run(
+            tmp_path / f"seed-{seed}" / "finetune",
+            shift=-0.3 * seed,
+            patients=[str(i // 2) for i in range(10)],
+        )
+    make_run(tmp_path / "seed-0" / "pretrain", evaluated=False)
+    names = ["seed-0/pretrain", "seed-0/finetune", tmp_path / "seed-1" / "finetune"]
+    markdown, page = write_combined_report(tmp_path, names)
+    html, plain = Page(page.read_text()), markdown.read_text()
+    assert "Fine-tuning over 2 runs, per image" in html.text
+    assert "over seed-0/finetune, seed-1/finetune" in html.text
+    assert "| Accuracy | 75.0 % | 7.1 | 2 |" in plain  # 7 and 8 of 10
+    assert "Fine-tuning: seed-1" in html.text
+    assert html.text.count("The same images and split as in Pre-training: seed-0.") == 2
+    assert html.text.count("The same machine and versions as in Pre-training: seed-0.") == 2
+    assert "Per patient, with 95 % bootstrap intervals." in html.text
+    links = re.findall(r"!\[[^\n]*?\]\(([^)]+)\)", plain)
+    assert all((tmp_path / link).is_file() for link in links)
+    assert len(links) == len(html.pictures())
+
+
+def test_relative_paths_from_the_working_folder(tmp_path, monkeypatch):
+    """ "runs/x" with "runs/x/finetune" means the same as with "finetune"."""
+    make_run(tmp_path / "runs" / "x" / "finetune")
+    monkeypatch.chdir(tmp_path)
+    first = write_combined_report("runs/x", ["runs/x/finetune"])[0].read_text()
+    second = write_combined_report("runs/x", ["finetune"])[0].read_text()
+    assert first.rpartition("Written by")[0] == second.rpartition("Written by")[0]
+    assert "(finetune/eval/roc.png)" in first
+
+
+def test_wrong_folders_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no run folder at"):
+        write_report(tmp_path / "nowhere")
+    make_run(tmp_path / "a" / "finetune")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(DataError, match="lies outside"):
+        write_combined_report(tmp_path / "b", [tmp_path / "a" / "finetune"])

@@ -1,0 +1,250 @@
+"""Protects exported files: they run without this package on any batch size, give the model's outputs from the same uint8 images, and one
+that does not is never written."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+from sssd_fast.config import Config, ModelConfig, to_dict
+from sssd_fast.errors import CheckpointError, DependencyError, SssdError, WeightsError
+from sssd_fast.model import Classifier
+from sssd_fast.objective import SSSD
+from sssd_fast.run.checkpoint import save_checkpoint
+from sssd_fast.weights import export
+from sssd_fast.weights.export import PortableClassifier, export_classifier, export_encoder
+from sssd_fast.weights.load import load_into
+from tests.sssd_fast import vit_by_hand
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mean, grey": ("mean", {"in_channels": 1, "mean": (0.4,), "std": (0.2,)}),
+    "cls, colour": (
+        "cls",
+        {"in_channels": 3, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    ),
+    "mean, no cls token": (
+        "mean",
+        {"in_channels": 3, "cls_token": False, "mean": (0.5,), "std": (0.25,)},
+    ),
+}
+
+
+def model_of(name: str) -> Classifier:
+    pool, overrides = CASES[name]
+    config = ModelConfig(image_size=(24, 40), patch_size=8, width=24, depth=2, heads=3, **overrides)
+    model = Classifier(
+        config, 3, pool, drop_path=0.5
+    ).train()  # exported as in evaluation, whatever mode it is in
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def images_of(model: Classifier, batch: int) -> Tensor:
+    return torch.randint(0, 256, (batch, model.encoder.in_channels, 24, 40), dtype=torch.uint8)
+
+
+def by_hand(model: Classifier, images: Tensor) -> Tensor:
+    """Logits by the hand-written transformer from pixels scaled by hand, in float64."""
+    mean, std = (
+        torch.tensor(x, dtype=torch.float64).view(-1, 1, 1)
+        for x in (model.config.mean, model.config.std)
+    )
+    weights = {
+        n.removeprefix("encoder."): t.detach().double() for n, t in model.state_dict().items()
+    }
+    return vit_by_hand.classify(
+        (images.double() / 255 - mean) / std, weights, 3, model.config.norm_eps
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_portable_forward_is_the_model(name: str) -> None:
+    model = model_of(name).eval()
+    images = images_of(model, 3)
+    logits, scores = PortableClassifier(model)(images)
+    torch.testing.assert_close(logits, model(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), by_hand(model, images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores, logits.softmax(1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_onnx_gives_the_models_outputs_for_any_batch(tmp_path: Path, name: str) -> None:
+    model = model_of(name)
+    (line,) = export_classifier(model, tmp_path, ["onnx"], classes=["a", "b c", "ü"])
+    assert line.startswith(f"{tmp_path / 'classifier.onnx'}: ")
+    proto = onnx.load(str(tmp_path / "classifier.onnx"))
+    assert {node.domain for node in proto.graph.node} == {""}  # standard operators only
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "classifier.onnx"), providers=["CPUExecutionProvider"]
+    )
+    (taken,) = session.get_inputs()
+    assert (taken.name, taken.type, taken.shape[1:]) == (
+        "images",
+        "tensor(uint8)",
+        [model.encoder.in_channels, 24, 40],
+    )
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["a", "b c", "ü"]
+    for batch in (1, 2, 7):
+        images = images_of(model, batch)
+        logits, scores = session.run(["logits", "scores"], {"images": images.numpy()})
+        want = by_hand(model, images).numpy()
+        np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            scores, np.exp(want) / np.exp(want).sum(1, keepdims=True), rtol=1e-4, atol=1e-5
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["classifier.onnx"]
+
+
+def test_the_torch_program_runs_in_a_process_without_this_package(tmp_path: Path) -> None:
+    """For every case and batch sizes 1, 2 and 7."""
+    models = {name: model_of(name) for name in CASES}
+    saved = {}
+    for i, (name, model) in enumerate(models.items()):
+        (line,) = export_classifier(
+            model, tmp_path / f"{i}.pt2", ["torch"], classes=["a", "b", "c"]
+        )
+        assert line.startswith(f"{tmp_path / f'{i}.pt2'}: ")
+        saved[name] = [images_of(model, batch) for batch in (1, 2, 7)]
+    torch.save(list(saved.values()), tmp_path / "images.pt")
+    script = """
+import json, sys, torch
+outputs = []
+for i, batches in enumerate(torch.load("images.pt")):
+    extra = {"classes.json": ""}
+    program = torch.export.load(f"{i}.pt2", extra_files=extra).module()
+    assert json.loads(extra["classes.json"]) == ["a", "b", "c"]
+    outputs.append([program(images) for images in batches])
+assert not {"sssd_fast", "mae_kernels"} & set(sys.modules)
+torch.save(outputs, "outputs.pt")
+"""
+    subprocess.run(
+        [sys.executable, "-I", "-W", "ignore", "-c", script], cwd=tmp_path, check=True, timeout=120
+    )
+    for (name, batches), outputs in zip(
+        saved.items(), torch.load(tmp_path / "outputs.pt"), strict=True
+    ):
+        for images, (logits, scores) in zip(batches, outputs, strict=True):
+            want = by_hand(models[name], images)
+            torch.testing.assert_close(logits.double(), want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(scores.double(), want.softmax(1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
+    model = model_of("mean, grey")
+    export_classifier(model.bfloat16(), tmp_path / "half.pt2", ["torch"])
+    images = images_of(model, 2)
+    logits, _ = torch.export.load(tmp_path / "half.pt2").module()(images)
+    torch.testing.assert_close(logits.double(), by_hand(model, images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_program_that_computes_something_else_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A translation that swaps two heads' channels, say: the comparison with the model must catch it."""
+
+    def wrong(block: export.Block, x: Tensor) -> Tensor:
+        return 1.01 * right(block, x)
+
+    right = export._attention
+    monkeypatch.setattr(export, "_attention", wrong)
+    (tmp_path / "classifier.pt2").write_bytes(b"what was there before")
+    with pytest.raises(
+        SssdError,
+        match=r"classifier.pt2 was not written: logits of the exported program differ by .* the limit is",
+    ):
+        export_classifier(model_of("mean, grey"), tmp_path, ["torch"])
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"what was there before"]
+
+
+def test_missing_onnx_packages_name_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "onnxruntime":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(
+        DependencyError, match=r"onnxruntime is missing: pip install 'sssd-fast\[export\]'"
+    ):
+        export_classifier(model_of("mean, grey"), tmp_path, ["onnx"])
+
+
+def test_wrong_requests_are_refused(tmp_path: Path) -> None:
+    model = model_of("mean, grey")
+    with pytest.raises(WeightsError, match="2 class names were given for a model of 3 classes"):
+        export_classifier(model, tmp_path, classes=["a", "b"])
+    with pytest.raises(WeightsError, match="export format is 'tflite', needs one of torch, onnx"):
+        export_classifier(model, tmp_path, ["tflite"])  # type: ignore[list-item]
+    with pytest.raises(WeightsError, match=r"is one file for 2 formats; give a folder"):
+        export_classifier(model, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def checkpoints(folder: Path) -> tuple[Path, Path, Config]:
+    """(pre-training, fine-tuning) checkpoints as the training loop writes them."""
+    config = Config.model_validate(
+        {
+            "model": {
+                "image_size": 32,
+                "width": 24,
+                "depth": 2,
+                "heads": 3,
+                "decoder_width": 16,
+                "decoder_heads": 2,
+            },
+            "objective": {"prototypes": 8, "head_hidden": 8, "head_bottleneck": 4},
+        }
+    )
+    common = {"config": to_dict(config), "optimizer": {}}
+    trained = SSSD(config.model, config.objective).state_dict()
+    save_checkpoint(folder / "pretrain.pt", {"task": "pretrain", "model": trained, **common})
+    tuned = Classifier(config.model, 2, "cls").state_dict()
+    extra = {"classes": ["covid", "normal"], "pool": "cls"}
+    save_checkpoint(folder / "finetune.pt", {"task": "finetune", "model": tuned, **common, **extra})
+    return folder / "pretrain.pt", folder / "finetune.pt", config
+
+
+@pytest.mark.parametrize("format_", ["timm", "huggingface"])
+def test_encoders_of_checkpoints_are_exported_and_read_back(tmp_path: Path, format_: Any) -> None:
+    pretrained, finetuned, config = checkpoints(tmp_path)
+    for source in (pretrained, finetuned):
+        out = tmp_path / f"{source.stem}_{format_}"
+        line = export_encoder(source, out, format_)
+        assert line.startswith(str(out))
+        assert line.endswith(f"tensors of {source} under {format_} names, read back equal")
+        want, got = (Classifier(config.model, 2, "cls") for _ in range(2))
+        load_into(want, source)
+        load_into(got, out)
+        for name, tensor in got.state_dict().items():
+            if name.startswith("encoder.") or source is finetuned:
+                assert torch.equal(tensor, want.state_dict()[name]), name
+
+
+def test_a_damaged_checkpoint_is_not_exported_or_loaded(tmp_path: Path) -> None:
+    """The checksum beside our own checkpoints is looked at, also when they serve as foreign weights."""
+    source, _, config = checkpoints(tmp_path)
+    content = bytearray(source.read_bytes())
+    content[len(content) // 2] ^= 1
+    source.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match="damaged"):
+        export_encoder(source, tmp_path / "out", "timm")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_into(Classifier(config.model, 2), source)
+    assert not (tmp_path / "out").exists()
