@@ -20,7 +20,7 @@ from sssd_fast.loaders import resident
 from sssd_fast.loaders.batch import PAD_INDEX, PAD_LABEL, Batch
 from sssd_fast.loaders.crops import AugmentSpec
 from sssd_fast.loaders.order import Choice, Schedule, ScheduledLoader
-from sssd_fast.loaders.torch import TorchLoader
+from sssd_fast.loaders.pillow import TorchLoader
 
 __all__ = [
     "PAD_INDEX",

@@ -309,7 +309,7 @@ def test_a_dead_worker_process_is_an_error_with_advice(
 ):
     import os
 
-    import sssd_fast.loaders.torch_loader as module
+    import sssd_fast.loaders.pillow as module
 
     monkeypatch.setattr(
         module, "decode_record", lambda *args: os._exit(9)
