@@ -3,6 +3,7 @@ SHELL := /bin/bash
 VENV_PYTHON := .venv/bin/python
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+SLOW ?=
 MINUTES ?= 9
 BENCH_ARGS ?=
 SANITIZE_ARGS ?=
@@ -40,18 +41,20 @@ setup: .venv/.installed ## make .venv and install everything in it, once; again 
 	echo "Installed in $$(( $$(date +%s) - start )) s"
 	@touch .venv/.installed
 
-demo: setup ## pre-train, fine-tune, evaluate and report on synthetic slices; the report lies in runs/demo
+demo: setup ## pre-train, fine-tune and evaluate on synthetic slices, with a report in runs/demo
 	$(VENV_PYTHON) -m sssd_fast run --config cpu_smoke --out runs/demo --overwrite
 
-test: setup ## run the tests that need no GPU and no network
-	$(VENV_PYTHON) -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --benchmark-disable $(PYTEST_ARGS)
+test: setup ## run the tests that need no GPU and no network; SLOW=1 includes those marked slow
+	timeout --foreground -k 30 20m $(VENV_PYTHON) -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --benchmark-disable \
+	  $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
-check: setup ## lint, formatting, types
+check: setup ## check lint, formatting, import order and types
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
+	$(dir $(VENV_PYTHON))lint-imports --no-logo
 	$(VENV_PYTHON) -m mypy
 
-format: setup ## let ruff mend what it can
+format: setup ## fix lint and formatting with ruff
 	$(VENV_PYTHON) -m ruff check --fix
 	$(VENV_PYTHON) -m ruff format
 

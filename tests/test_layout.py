@@ -411,7 +411,7 @@ def test_ci_ends_with_the_summary_and_fails_when_anything_failed(
     done = subprocess.run(
         [clone / ".ci" / "run"], env=env, cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.stdout.splitlines()[:2] == ["asked for check test", "secret= proxy=kept"]
+    assert done.stdout.splitlines()[:2] == ["asked for check test SLOW=1", "secret= proxy=kept"]
     assert done.stdout.splitlines()[-1] == last
     assert done.returncode == status
 
