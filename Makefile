@@ -7,7 +7,7 @@ SLOW ?=
 MINUTES ?= 9
 BENCH_ARGS ?=
 SANITIZE_ARGS ?=
-GPU_ARGS ?=
+STAGES ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format bench-cpu gpu test-gpu sanitize-gpu bench-gpu constraints clean
@@ -58,12 +58,12 @@ format: setup ## fix lint and formatting with ruff
 	$(VENV_PYTHON) -m ruff check --fix
 	$(VENV_PYTHON) -m ruff format
 
-bench-cpu: setup ## time the CPU hot paths and compare with the run before, which another commit may have made (.benchmarks/)
+bench-cpu: setup ## time the CPU hot paths and compare with the previous run (.benchmarks/)
 	$(VENV_PYTHON) -m pytest tests/benchmarks/test_hot_paths.py -q -p no:xdist --benchmark-only --benchmark-autosave \
 	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) $(PYTEST_ARGS)
 
-gpu: ## tests, compute-sanitizer, benchmarks and tuning within MINUTES (9), all that comes of it in OUT (runs/gpu-session); installs nothing
-	PYTHONPATH=.:kernels $(if $(PYTHON),"$(PYTHON)",python3) -m benchmarks session --minutes $(MINUTES) $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
+gpu: ## GPU tests, compute-sanitizer, benchmarks and tuning within MINUTES (9), results in OUT (runs/gpu); installs nothing
+	OUT="$(OUT)" MINUTES="$(MINUTES)" PYTHON="$(PYTHON)" benchmarks/gpu.sh $(STAGES)
 
 test-gpu: ## run the tests marked gpu with the torch of PYTHON (python3 if not given); installs nothing
 	$(if $(PYTHON),"$(PYTHON)",python3) -m pytest -q -m gpu $(PYTEST_ARGS)
@@ -71,7 +71,7 @@ test-gpu: ## run the tests marked gpu with the torch of PYTHON (python3 if not g
 sanitize-gpu: ## every kernel at small shapes under compute-sanitizer (of the CUDA toolkit); installs nothing
 	$(if $(PYTHON),"$(PYTHON)",python3) tests/kernels/sanitize_run.py $(SANITIZE_ARGS)
 
-bench-gpu: ## measure everything on the GPU within 9 minutes, the most telling first; a stop loses nothing; installs nothing
+bench-gpu: ## run all benchmarks on the GPU within MINUTES (9), most important first; every row is saved at once; installs nothing
 	PYTHONPATH=.:kernels $(if $(PYTHON),"$(PYTHON)",python3) -m benchmarks all --device cuda --minutes $(MINUTES) $(BENCH_ARGS)
 
 constraints: ## for maintainers: resolve constraints.txt anew (needs uv)

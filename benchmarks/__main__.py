@@ -6,7 +6,6 @@
     memory      memory of a step over the batch, and the largest batch under a cap
     loader      images per second of each loader
     all         all of these within --minutes, the most telling first
-    session     the tests, compute-sanitizer, all of these, tune and the paper's experiments on a GPU, within --minutes
     tune        which launch of each kernel is fastest; --predict counts registers and occupancy without a GPU
     compare     two result files: what became slower
     report      README tables, docs/benchmarks.md and its pictures from the files in benchmarks/results
@@ -34,7 +33,7 @@ import torch
 from sssd_fast.errors import DependencyError, SssdError
 from sssd_fast.run.log import Console, duration
 
-from . import session, terminal, tune
+from . import terminal, tune
 from .bench import QUICK_SAMPLES, Bench
 from .machine import DTYPES
 from .measure import PASSES, SAMPLES, Cache, cache_bytes
@@ -71,8 +70,6 @@ def main(words: Sequence[str] | None = None) -> int:
         args = _parse(words)
         if args.kind in ("compare", "report"):
             return int(importlib.import_module(f".{args.kind}", __package__).main(args))
-        if args.kind == "session":
-            return session.main(args, words)
         if args.kind == "tune":
             return tune.main(args, words, _path(args))
         return _all(args, words) if args.kind == "all" else _measure(args, words)
@@ -264,7 +261,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Arguments with their defaults, which depend on each other."""
     parser = _parser()
     args = parser.parse_args(words)
-    if args.kind in ("compare", "report", "session", "tune"):
+    if args.kind in ("compare", "report", "tune"):
         return args
     for name, least in (("samples", 2), ("threads", 1), ("minutes", 0.01)):
         value = getattr(args, name)
@@ -299,7 +296,6 @@ def _parser() -> argparse.ArgumentParser:
     _common(sub)
     sub.set_defaults(minutes=9.0)
     own = {
-        "session": "everything that needs a GPU, within a time",
         "tune": "which launch of each kernel is fastest",
         "compare": "what became slower from A to B",
         "report": "tables and pictures from results",
