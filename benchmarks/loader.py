@@ -38,7 +38,7 @@ from benchmarks.loader_pixels import Case, Difference, difference, parity, ways
 from benchmarks.machine import sources_hash
 from benchmarks.results import Results
 from sssd_fast.data.index import check_data
-from sssd_fast.data.synthetic import write_phantom_dataset
+from sssd_fast.data.synthetic import write_synthetic_dataset
 from sssd_fast.errors import SssdError
 from sssd_fast.loaders import AugmentSpec, Batch, Loader
 from sssd_fast.run.log import Console
@@ -351,7 +351,7 @@ def cases(
     if not data:
         count = QUICK["images"] if args.quick else SYNTHETIC
         with console.announce(f"drawing {count} synthetic slices"):
-            data = [write_phantom_dataset(folder / "synthetic", count, (SIDE, SIDE))]
+            data = [write_synthetic_dataset(folder / "synthetic", count, (SIDE, SIDE))]
     for source, manifest in zip(data, args.manifest or [None] * len(data), strict=True):
         index = check_data(source, manifest, accept_wrong_extension=True)
         index = replace(index, records=index.records[: QUICK["images"]]) if args.quick else index

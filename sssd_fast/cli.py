@@ -296,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, default=64)
 
     data = command(
-        "data", None, "check, split, extract, convert or generate image sets"
+        "data", None, "check, split, convert or generate image sets"
     ).add_subparsers(required=True, metavar="ACTION")
     sub = command(
         "check",
@@ -329,9 +329,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--count", type=int, default=1600)
     sub.add_argument("--size", type=int, default=96)
     sub.add_argument("--seed", type=int, default=0)
-    sub = command("extract", commands.data_extract, "unpack a zip or tar of images safely", to=data)
-    sub.add_argument("archive")
-    sub.add_argument("out", metavar="DIR")
     sub = command(
         "convert",
         commands.data_convert,

@@ -206,18 +206,12 @@ def data_split(args: argparse.Namespace) -> None:
 
 
 def data_synthetic(args: argparse.Namespace) -> None:
-    from sssd_fast.data.synthetic import write_phantom_dataset
+    from sssd_fast.data.synthetic import write_synthetic_dataset
 
-    write_phantom_dataset(Path(args.out), args.count, (args.size, args.size), seed=args.seed)
+    write_synthetic_dataset(Path(args.out), args.count, (args.size, args.size), seed=args.seed)
     print(
         f"{args.count} synthetic chest-CT-like slices of {args.size}x{args.size} written to {args.out}"
     )
-
-
-def data_extract(args: argparse.Namespace) -> None:
-    from sssd_fast.data.archive import extract_archive
-
-    print(f"extracted to {extract_archive(args.archive, args.out)}")
 
 
 def data_convert(args: argparse.Namespace) -> None:

@@ -44,10 +44,10 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which images, which labels, which split."""
 
-    source: str = "phantom"  # "phantom" = the seeded synthetic slices; else a folder with one folder per class, or the images' root
+    source: str = "synthetic"  # "synthetic" = the seeded synthetic slices; else a folder with one folder per class, or the images' root
     manifest: str | None = None  # CSV path,label[,split][,patient], paths relative to `source`
-    phantom_images: Annotated[int, Field(ge=40)] = 1600
-    phantom_seed: Annotated[int, Field(ge=0)] = 0
+    synthetic_images: Annotated[int, Field(ge=40)] = 1600
+    synthetic_seed: Annotated[int, Field(ge=0)] = 0
     split: str = (
         "random"  # random | block | patient | kfold | manifest (its split column) | a CSV file
     )

@@ -53,7 +53,7 @@ def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
     run.console.info(load_into(model, init, source_norm=norm).summary)
     x, y = {}, {}
     for part in ("train", "val"):
-        ids = split.part(part)
+        ids = split.ids(part)
         if ids:
             loader = make_loader(run, index, ids, batch_size=settings.batch_size)
             with run.console.announce(f"computing features of {len(ids)} {part} images"):

@@ -4,7 +4,7 @@
     OUT/manifest.csv                               path,label,patient[,split]
     OUT/convert.json                               window, counts, what was left out and why, versions
 
-volumes.py finds the volumes, dicom.py and nifti.py read them, planes.py turns them, window.py makes them grey.
+volumes.py finds the volumes, dicom.py and nifti.py read them, orientation.py turns them, window.py makes them grey.
 
 Patient data. Nothing of a source file's names, identifiers, dates or path enters OUT: patients and volumes get numbers
 (p0001, p0001-1), PNG files have no metadata, every file the same time, and convert.json counts reasons that quote no file.
@@ -46,7 +46,7 @@ from sssd_fast import __version__
 from sssd_fast.convert.dicom import BURNED_IN
 from sssd_fast.convert.volumes import Log, Volume, find_volumes, list_files, pictures
 from sssd_fast.convert.window import Unusable, Window, parse_window, to_grey
-from sssd_fast.data.images import MIN_SIDE, ImageArray, shown
+from sssd_fast.data.images import MIN_SIDE, ImageArray, printable
 from sssd_fast.data.manifest import first_lines
 from sssd_fast.errors import ConfigError, DataError
 
@@ -116,10 +116,10 @@ class Converted:
         patients = len({w.patient for w in self.written})
         total = sum(w.slices for w in self.written)
         lines = [
-            f"{total} slices of {len(self.written)} volumes of {patients} patients under {shown(str(self.out))}"
+            f"{total} slices of {len(self.written)} volumes of {patients} patients under {printable(str(self.out))}"
         ]
         lines += [
-            f"  {shown(label)}: {n['slices']} slices, {n['volumes']} volumes, {n['patients']} patients"
+            f"  {printable(label)}: {n['slices']} slices, {n['volumes']} volumes, {n['patients']} patients"
             for label, n in self.counts().items()
         ]
         level = (
@@ -134,7 +134,7 @@ class Converted:
             lines.append(f"  ignored {sum(self.log.ignored.values())} other files: {kinds}")
         lines += _by_reason("passed over", self.log.passed)
         lines.append(f"  excluded: {len(self.log.excluded)}")
-        lines += [f"    {shown(str(path))}: {reason}" for path, reason in self.log.excluded]
+        lines += [f"    {printable(str(path))}: {reason}" for path, reason in self.log.excluded]
         return "\n".join(lines)
 
 
@@ -162,12 +162,12 @@ def convert_volumes(
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(
-            f"{shown(str(target))} exists and is not empty; name another folder or delete it"
+            f"{printable(str(target))} exists and is not empty; name another folder or delete it"
         )
     files, roots = list_files(Path(source), manifest)
     if any(target.resolve().is_relative_to(root.resolve()) for root in roots):
         raise DataError(
-            f"{shown(str(target))} lies in the source, which stays as it is; name a folder elsewhere"
+            f"{printable(str(target))} lies in the source, which stays as it is; name a folder elsewhere"
         )
     log = Log()
     with _progress(console, len(files), "reading headers") as done:
@@ -290,7 +290,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         there = next(folder for folder in place.parents if folder.exists())
         raise DataError(
-            f"cannot write {shown(str(target))}: {error.strerror or error} "
+            f"cannot write {printable(str(target))}: {error.strerror or error} "
             f"({shutil.disk_usage(there).free / 2**30:.2f} GiB free there); nothing was kept. Free some space, check the "
             "permissions, or name another folder; --every and --size make it smaller."
         ) from None
@@ -317,7 +317,7 @@ def _refuse_too_many_bad(log: Log, limit: float) -> None:
     bad = len({path for path, _ in log.excluded})
     if bad > limit * log.files:
         listed = "\n".join(
-            first_lines([f"{shown(str(path))}: {reason}" for path, reason in log.excluded])
+            first_lines([f"{printable(str(path))}: {reason}" for path, reason in log.excluded])
         )
         raise DataError(
             f"{bad} of {log.files} DICOM and NIfTI files are unusable ({bad / log.files:.1%}); the limit is {limit:.1%}:\n"
@@ -331,7 +331,7 @@ def _refuse_empty_classes(found: set[str], log: Log) -> None:
     if found and not empty:
         return
     what = (
-        f"class {', '.join(map(shown, empty))}"
+        f"class {', '.join(map(printable, empty))}"
         if empty
         else "any class: no DICOM or NIfTI file was found"
     )
@@ -345,7 +345,7 @@ def _refuse_empty_classes(found: set[str], log: Log) -> None:
 def _by_reason(title: str, entries: list[tuple[Path, str]]) -> list[str]:
     paths: dict[str, list[str]] = defaultdict(list)
     for path, reason in dict.fromkeys(entries):
-        paths[reason].append(shown(str(path)))
+        paths[reason].append(printable(str(path)))
     lines = [f"  {title}: {sum(map(len, paths.values()))} files"] if paths else []
     for reason, names in sorted(paths.items()):
         lines += [f"    {len(names)}: {reason}", *(f"  {line}" for line in first_lines(names))]

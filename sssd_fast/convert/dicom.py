@@ -8,7 +8,7 @@
 - Left out by nature: localizers (C.8.2.1.1.1), what has no pixels or is no picture (reports, segmentations, dose),
   colour, and planes that are nearer to coronal or sagittal than to axial.
 - PixelPaddingValue, to PixelPaddingRangeLimit if given, was not scanned (C.7.5.1.1.2).
-- Order and direction of the slices: planes.py.
+- Order and direction of the slices: orientation.py.
 - Multi-frame files: one slice a frame; position, orientation, rescaling and window from the functional groups
   (C.7.6.16), per frame before shared.
 
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sssd_fast.convert.planes import Orientation, height_mm, parse_orientation, turn
+from sssd_fast.convert.orientation import Orientation, height_mm, parse_orientation, turn
 from sssd_fast.convert.window import Slice, Unusable, Window
 from sssd_fast.data.images import MAX_PIXELS, MIN_SIDE
 from sssd_fast.errors import DependencyError

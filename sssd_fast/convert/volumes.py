@@ -26,9 +26,9 @@ from sssd_fast.convert.dicom import (
     read_slices,
 )
 from sssd_fast.convert.nifti import HEADER_BYTES, nifti_kind, read_nifti, unpacked_head
-from sssd_fast.convert.planes import is_axial, order
+from sssd_fast.convert.orientation import is_axial, order
 from sssd_fast.convert.window import Slice, Unusable, Window
-from sssd_fast.data.images import shown, sniff_format
+from sssd_fast.data.images import printable, sniff_format
 from sssd_fast.data.manifest import first_lines, read_manifest
 from sssd_fast.errors import DataError
 
@@ -77,11 +77,11 @@ def list_files(
 ) -> tuple[list[SourceFile], list[Path]]:
     """Every file with its class, and the folders that were searched. Raises DataError."""
     if not source.exists():
-        raise DataError(f"{shown(str(source))}: no such file or folder")
+        raise DataError(f"{printable(str(source))}: no such file or folder")
     if source.is_file():
         if manifest is not None or source.suffix.lower() != ".csv":
             raise DataError(
-                f"{shown(str(source))} is a file; needed: a folder with one folder per class, a folder and --manifest "
+                f"{printable(str(source))} is a file; needed: a folder with one folder per class, a folder and --manifest "
                 "CSV, or a CSV path,label[,split][,patient] whose paths start from its own folder"
             )
         source, manifest = source.parent, source
@@ -94,7 +94,7 @@ def list_files(
         roots = [source]
         if not files:
             raise DataError(
-                f"{shown(str(source))}: no files in folders; needed: one folder per class, with DICOM or NIfTI "
+                f"{printable(str(source))}: no files in folders; needed: one folder per class, with DICOM or NIfTI "
                 "files in any nesting below it, or a CSV manifest path,label[,split][,patient]"
             )
     else:
@@ -108,7 +108,7 @@ def list_files(
     )
     if wrong:
         raise DataError(
-            f"a class becomes a folder, which cannot be named {', '.join(map(shown, wrong))}; needed are printable names "
+            f"a class becomes a folder, which cannot be named {', '.join(map(printable, wrong))}; needed are printable names "
             "without / and \\ that do not start with a dot"
         )
     return files, roots
@@ -235,7 +235,7 @@ def _look_at(path: Path, window: Window, log: Log) -> list[Frame] | str:
 def _walk(root: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise DataError(
-            f"{shown(str(error.filename))}: folder cannot be read ({error.strerror})"
+            f"{printable(str(error.filename))}: folder cannot be read ({error.strerror})"
         ) from error
 
     for folder, subfolders, names in os.walk(root, onerror=refuse):
@@ -251,17 +251,17 @@ def _manifest_files(
     for row in read_manifest(manifest):
         place = source / row["path"]
         if not place.exists():
-            problems.append(f"{shown(row['path'])}: no such file or folder")
+            problems.append(f"{printable(row['path'])}: no such file or folder")
         if place.is_dir():
             roots.append(place)
         for path in _walk(place) if place.is_dir() else [place]:
             if path in files:
-                problems.append(f"{shown(str(path))}: named by two rows")
+                problems.append(f"{printable(str(path))}: named by two rows")
             files[path] = SourceFile(
                 path, row["label"], row.get("split", ""), row.get("patient", "")
             )
     if problems:
         raise DataError(
-            f"{shown(str(manifest))}: {len(problems)} problems\n" + "\n".join(first_lines(problems))
+            f"{printable(str(manifest))}: {len(problems)} problems\n" + "\n".join(first_lines(problems))
         )
     return list(files.values()), roots

@@ -58,7 +58,7 @@ class ImageError(DataError):
     """One file that is not a usable image. `reason` is the message without the file's name."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{shown(name)}: {reason}")
+        super().__init__(f"{printable(name)}: {reason}")
         self.name = name
         self.reason = reason
 
@@ -70,7 +70,7 @@ class Decoded(NamedTuple):
     plain: bool  # see `_is_plain`
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """The name as one printable line: newlines, terminal escapes and undecodable bytes become \\-escapes."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()

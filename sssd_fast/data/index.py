@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TextIO
 
-from sssd_fast.data.images import SUFFIXES, ImageError, decode_bytes, pixel_hash, read_file, shown
-from sssd_fast.data.index_cache import Facts, Known
+from sssd_fast.data.images import SUFFIXES, ImageError, decode_bytes, pixel_hash, read_file, printable
+from sssd_fast.data.index_cache import Facts, IndexCache
 from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
 from sssd_fast.data.split import Split
 from sssd_fast.errors import DataError
@@ -148,8 +148,8 @@ class DataIndex:
         heights, widths = [h for h, _ in sides], [w for _, w in sides]
         modes = Counter(r.mode for r in self.records)
         lines = [
-            f"{len(self)} images in {len(self.classes)} classes under {shown(str(self.root))}",
-            "  classes: " + ", ".join(f"{shown(name)} {n}" for name, n in self.counts().items()),
+            f"{len(self)} images in {len(self.classes)} classes under {printable(str(self.root))}",
+            "  classes: " + ", ".join(f"{printable(name)} {n}" for name, n in self.counts().items()),
             f"  height {min(heights)}-{max(heights)}, width {min(widths)}-{max(widths)} pixels; "
             + "modes: "
             + ", ".join(f"{mode} {n}" for mode, n in modes.most_common()),
@@ -159,13 +159,13 @@ class DataIndex:
                 ids = [i for i, r in enumerate(self.records) if r.split == name]
                 lines.append(
                     f"  {name}: "
-                    + ", ".join(f"{shown(c)} {n}" for c, n in self.counts(ids).items())
+                    + ", ".join(f"{printable(c)} {n}" for c, n in self.counts(ids).items())
                 )
         if any(r.patient for r in self.records):
             lines.append(f"  patients: {len({r.patient for r in self.records if r.patient})}")
         lines += [f"  note: {note}" for note in self.notes]
         lines.append(f"  excluded: {len(self.excluded)}")
-        lines += [f"    {shown(e.path)}: {e.reason}" for e in self.excluded]
+        lines += [f"    {printable(e.path)}: {e.reason}" for e in self.excluded]
         return "\n".join(lines + report_duplicates(self).lines())
 
     def print_summary(self, file: TextIO | None = None) -> None:
@@ -189,7 +189,7 @@ class Duplicates:
             if groups:
                 lines.append(f"  identical pictures {title}: {len(groups)} groups")
                 lines += first_lines(
-                    [" = ".join(shown(name) for name in group) for group in groups]
+                    [" = ".join(printable(name) for name in group) for group in groups]
                 )
         return lines
 
@@ -197,7 +197,7 @@ class Duplicates:
 def report_duplicates(index: DataIndex, split: Split | None = None) -> Duplicates:
     """Find pictures with equal pixels; `split` None uses the manifest's split column."""
     part_of = (
-        {i: r.split for i, r in enumerate(index.records)} if split is None else split.part_of()
+        {i: r.split for i, r in enumerate(index.records)} if split is None else split.split_of()
     )
     by_hash: dict[str, list[int]] = defaultdict(list)
     for i, record in enumerate(index.records):
@@ -229,7 +229,7 @@ def check_data(
     progress: Progress | None = None,
     threads: int | None = None,
     accept_wrong_extension: bool = False,
-    known: Path | None = None,
+    index_cache: Path | None = None,
 ) -> DataIndex:
     """Decode every image once and return the index of the good ones.
 
@@ -237,7 +237,7 @@ def check_data(
     whose own folder is then the data folder. out: also save the index there. threads: default one per core, at most 8.
     accept_wrong_extension: keep files such as a JPEG named .png, which decode well, and only note their names (COVID-CT
     has 34 of them); by default they are excluded like other bad files.
-    known: folder in which good files are remembered; unchanged ones are not decoded again.
+    index_cache: folder in which good files are remembered; unchanged ones are not decoded again.
     Raises DataError: nothing found, a bad manifest (all problems at once), a class left empty, or more than
     `max_bad_fraction` of the files unusable.
     """
@@ -245,17 +245,17 @@ def check_data(
         raise DataError(f"max_bad_fraction is {max_bad_fraction}; a fraction from 0 to 1 is needed")
     place = Path(source)
     if not place.exists():
-        raise DataError(f"{shown(str(place))}: no such file or folder")
+        raise DataError(f"{printable(str(place))}: no such file or folder")
     if place.is_file():
         if manifest is not None:
             raise DataError(
-                f"{shown(str(place))} is a file; with a manifest the source is the folder its paths start from"
+                f"{printable(str(place))} is a file; with a manifest the source is the folder its paths start from"
             )
         place, manifest = place.parent, place
     notes: list[str] = []
     rows = _scan_folders(place, notes) if manifest is None else read_manifest(manifest, notes)
     classes = sorted({row["label"] for row in rows})
-    memory = Known(known, place)
+    memory = IndexCache(index_cache, place)
     results = _decode_all(
         place, rows, classes, memory, progress, threads or min(8, os.cpu_count() or 1)
     )
@@ -264,12 +264,12 @@ def check_data(
     for record, problem in results:
         if record is not None and (problem is None or accept_wrong_extension):
             records.append(record)
-            renamed += [f"{shown(problem.path)}: {problem.reason}"] if problem else []
+            renamed += [f"{printable(problem.path)}: {problem.reason}"] if problem else []
         elif problem is not None:
             excluded.append(problem)
             renamed += [problem.path] if record is not None else []
     if len(excluded) > max_bad_fraction * len(rows) or not records:
-        listed = "\n".join(first_lines([f"{shown(e.path)}: {e.reason}" for e in excluded]))
+        listed = "\n".join(first_lines([f"{printable(e.path)}: {e.reason}" for e in excluded]))
         raise DataError(
             f"{len(excluded)} of {len(rows)} images are unusable ({len(excluded) / len(rows):.1%}); "
             f"the limit is {max_bad_fraction:.1%}:\n{listed}\n"
@@ -291,20 +291,20 @@ def check_data(
     empty = [name for name, n in index.counts().items() if n == 0]
     if empty:
         raise DataError(
-            f"no usable image left in class {', '.join(map(shown, empty))}; see the excluded files: {excluded}"
+            f"no usable image left in class {', '.join(map(printable, empty))}; see the excluded files: {excluded}"
         )
     if out is not None:
         index.save(out)
     return index
 
 
-def _examine(path: Path, name: str, known: Known) -> Facts:
+def _examine(path: Path, name: str, index_cache: IndexCache) -> Facts:
     """What an image file is. Raises ImageError when it is not a good one."""
     try:
         status = path.stat()
     except OSError:
         status = None  # read_file says what is wrong
-    facts = None if status is None else known.get(name, status)
+    facts = None if status is None else index_cache.get(name, status)
     if facts is None:
         data = read_file(path)
         decoded = decode_bytes(data, name)
@@ -312,7 +312,7 @@ def _examine(path: Path, name: str, known: Known) -> Facts:
         digests = hashlib.sha256(data).hexdigest(), pixel_hash(decoded.pixels)
         facts = Facts(*digests, height, width, decoded.mode, decoded.format, decoded.plain)
         if status is not None:
-            known.put(name, status, facts)
+            index_cache.put(name, status, facts)
     return facts
 
 
@@ -320,7 +320,7 @@ def _decode_all(
     root: Path,
     rows: Sequence[Mapping[str, str]],
     classes: list[str],
-    known: Known,
+    index_cache: IndexCache,
     progress: Progress | None,
     threads: int,
 ) -> list[tuple[ImageRecord | None, Excluded | None]]:
@@ -330,7 +330,7 @@ def _decode_all(
     def check(row: Mapping[str, str]) -> tuple[ImageRecord | None, Excluded | None]:
         path = row["path"]
         try:
-            facts = _examine(root / path, path, known)
+            facts = _examine(root / path, path, index_cache)
         except ImageError as error:
             return None, Excluded(path, error.reason)
         record = ImageRecord(
@@ -346,7 +346,7 @@ def _decode_all(
             plain=facts.plain,
         )
         suffix = PurePosixPath(path).suffix
-        named = SUFFIXES.get(suffix.lower(), shown(suffix) or "nothing")
+        named = SUFFIXES.get(suffix.lower(), printable(suffix) or "nothing")
         if named == facts.format:
             return record, None
         return record, Excluded(
@@ -370,7 +370,7 @@ def _scan_folders(root: Path, notes: list[str]) -> list[dict[str, str]]:
 
     def refuse(error: OSError) -> None:
         raise DataError(
-            f"{shown(str(error.filename))}: folder cannot be read ({error.strerror})"
+            f"{printable(str(error.filename))}: folder cannot be read ({error.strerror})"
         ) from error
 
     rows: list[dict[str, str]] = []
@@ -388,14 +388,14 @@ def _scan_folders(root: Path, notes: list[str]) -> list[dict[str, str]]:
                 ignored[
                     (suffix or "no suffix") + ("" if inside.parts else " directly in the folder")
                 ] += 1
-    listed = ", ".join(f"{n} {shown(kind)}" for kind, n in sorted(ignored.items()))
+    listed = ", ".join(f"{n} {printable(kind)}" for kind, n in sorted(ignored.items()))
     if ignored:
         notes.append(
             f"ignored {sum(ignored.values())} files that are not images of a class: {listed}"
         )
     if not rows:
         raise DataError(
-            f"{shown(str(root))}: no images found ({'ignored ' + listed if listed else 'no files'}); "
+            f"{printable(str(root))}: no images found ({'ignored ' + listed if listed else 'no files'}); "
             f"needed: one folder per class with {', '.join(SUFFIXES)} files, "
             "or a CSV manifest path,label[,split][,patient]"
         )

@@ -32,7 +32,7 @@ class Facts(NamedTuple):
     plain: bool
 
 
-class Known:
+class IndexCache:
     """The facts of the files under one data folder, kept in `folder`; None remembers nothing."""
 
     def __init__(self, folder: Path | None, root: Path) -> None:

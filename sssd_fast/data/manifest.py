@@ -6,7 +6,7 @@ import csv
 import os
 from pathlib import PurePosixPath
 
-from sssd_fast.data.images import shown
+from sssd_fast.data.images import printable
 from sssd_fast.errors import DataError
 
 SPLIT_NAMES = ("train", "val", "test")
@@ -17,7 +17,7 @@ def read_manifest(
     manifest: str | os.PathLike[str], notes: list[str] | None = None
 ) -> list[dict[str, str]]:
     """Rows of a CSV path,label[,split][,patient], paths normalised. Raises DataError listing every problem at once."""
-    where = shown(str(manifest))
+    where = printable(str(manifest))
     try:
         with open(manifest, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -28,7 +28,7 @@ def read_manifest(
     missing = [name for name in ("path", "label") if name not in header]
     if missing:
         raise DataError(
-            f"{where}: no column {' and '.join(missing)}; the header is {','.join(map(shown, header))!r}, "
+            f"{where}: no column {' and '.join(missing)}; the header is {','.join(map(printable, header))!r}, "
             "needed is path,label[,split][,patient] separated by commas"
         )
     problems: list[str] = []
@@ -44,7 +44,7 @@ def read_manifest(
             name: cells[name].strip() for name in header if name in ("label", "split", "patient")
         }
         path = PurePosixPath(cells["path"])
-        name = shown(cells["path"])
+        name = printable(cells["path"])
         if not cells["path"].strip():
             problems.append(f"line {line}: empty path")
         elif path.is_absolute() or ".." in path.parts:
@@ -58,7 +58,7 @@ def read_manifest(
             problems.append(f"line {line}: empty label")
         if "split" in row and row["split"] not in SPLIT_NAMES:
             problems.append(
-                f"line {line}: split {shown(row['split'])!r} is not one of {', '.join(SPLIT_NAMES)}"
+                f"line {line}: split {printable(row['split'])!r} is not one of {', '.join(SPLIT_NAMES)}"
             )
         rows.append({"path": path.as_posix(), **row})
     if problems:
@@ -67,7 +67,7 @@ def read_manifest(
         raise DataError(f"{where}: no rows")
     extra = [name for name in header if name not in ("path", "label", "split", "patient")]
     if extra and notes is not None:
-        notes.append(f"columns of {where} not used: {', '.join(map(shown, extra))}")
+        notes.append(f"columns of {where} not used: {', '.join(map(printable, extra))}")
     return rows
 
 

@@ -47,7 +47,7 @@ class PixelStore:
     shapes: npt.NDArray[np.int64]  # [N, 2] heights and widths
     channels: int
     path: Path | None  # of the cache file
-    how: str  # where the pixels came from, for people
+    origin: str  # where the pixels came from, for people
 
     @property
     def nbytes(self) -> int:
@@ -120,11 +120,11 @@ def open_store(
     *,
     threads: int = 1,
     progress: Progress | None = None,
-    say: Callable[[str], object] = lambda text: None,
+    log: Callable[[str], object] = lambda text: None,
 ) -> PixelStore:
     """All images of `index`, from the cache file in `folder`, or decoded and written there; None keeps them in memory.
 
-    A folder that cannot hold the file (full, read-only) is told through `say` and the pixels stay in memory. Of several
+    A folder that cannot hold the file (full, read-only) is told through `log` and the pixels stay in memory. Of several
     processes one decodes and the others wait for its file. Raises ImageError naming a file that can no longer be read.
     """
     if folder is None:
@@ -132,21 +132,21 @@ def open_store(
     path = folder / (store_key(index, channels) + _SUFFIX)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(path, say):
-            store = _open(path, index, channels, threads, say)
+        with _only_one(path, log):
+            store = _open(path, index, channels, threads, log)
             if store is None:
                 start = time.perf_counter()
                 _decode_to_file(path, index, channels, threads, progress)
-                store = _open(path, index, channels, threads, say)
+                store = _open(path, index, channels, threads, log)
                 if store is not None:
-                    store = replace(store, how=_decoded_in(start))
+                    store = replace(store, origin=_decoded_in(start))
             if store is not None:
                 return store
-            say(
+            log(
                 f"{path} reads back damaged right after it was written; the decoded images are kept in memory instead"
             )
     except OSError as error:  # of the cache: what is wrong with an image is an ImageError
-        say(
+        log(
             f"no cache in {folder} ({error.strerror or error}); the decoded images are kept in memory. Set data.cache to a folder"
         )
     return _decode_to_memory(index, channels, threads, progress)
@@ -253,7 +253,7 @@ def _write(file: int, data: npt.NDArray[np.uint8], offset: int) -> None:
 
 
 def _open(
-    path: Path, index: DataIndex, channels: int, threads: int, say: Callable[[str], object]
+    path: Path, index: DataIndex, channels: int, threads: int, log: Callable[[str], object]
 ) -> PixelStore | None:  # fmt: skip
     """The store in a cache file; None where there is none, or a damaged one, which is told and removed."""
     offsets, shapes, total = _layout(index, channels)
@@ -289,13 +289,13 @@ def _open(
     except FileNotFoundError:
         return None
     except (ValueError, struct.error) as error:
-        say(f"the cache {path} is damaged ({error}); it is made again")
+        log(f"the cache {path} is damaged ({error}); it is made again")
         path.unlink()
         return None
 
 
 @contextlib.contextmanager
-def _only_one(path: Path, say: Callable[[str], object]) -> Iterator[None]:
+def _only_one(path: Path, log: Callable[[str], object]) -> Iterator[None]:
     """One process at a time builds or opens `path`; what a killed one left beside it is removed."""
     with open(path.with_suffix(".lock"), "w") as lock:
         with contextlib.suppress(
@@ -304,7 +304,7 @@ def _only_one(path: Path, say: Callable[[str], object]) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"waiting for another process that prepares {path}")
+                log(f"waiting for another process that prepares {path}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             for stale in path.parent.glob(f"{path.stem}.*.part"):
                 stale.unlink()

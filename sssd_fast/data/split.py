@@ -29,11 +29,11 @@ class Split:
         if not self.train:
             raise DataError(f"split {self.name}: the train part is empty")
 
-    def part(self, name: str) -> list[int]:
+    def ids(self, name: str) -> list[int]:
         if name not in SPLIT_NAMES:
             raise DataError(f"no part {name!r}; the parts are {', '.join(SPLIT_NAMES)}")
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
-    def part_of(self) -> dict[int, str | None]:
+    def split_of(self) -> dict[int, str | None]:
         """Record number -> the part that holds it."""
-        return {i: name for name in SPLIT_NAMES for i in self.part(name)}
+        return {i: name for name in SPLIT_NAMES for i in self.ids(name)}

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sssd_fast.data.images import shown
+from sssd_fast.data.images import printable
 from sssd_fast.data.index import DataIndex, report_duplicates
 from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
 from sssd_fast.data.split import Split
@@ -37,17 +37,17 @@ def find_leaks(index: DataIndex, split: Split) -> list[str]:
     """One line per patient and per group of identical pictures that lies in more than one part."""
     parts: dict[str, set[str]] = defaultdict(set)
     for name in SPLIT_NAMES:
-        for i in split.part(name):
+        for i in split.ids(name):
             patient = index.records[i].patient
             if patient:
                 parts[patient].add(name)
     leaks = [
-        f"patient {shown(p)} in {', '.join(sorted(names))}"
+        f"patient {printable(p)} in {', '.join(sorted(names))}"
         for p, names in sorted(parts.items())
         if len(names) > 1
     ]
     same = report_duplicates(index, split).across_splits
-    return leaks + ["identical pictures " + " = ".join(map(shown, group)) for group in same]
+    return leaks + ["identical pictures " + " = ".join(map(printable, group)) for group in same]
 
 
 def split_random(index: DataIndex, test: float = 0.2, seed: int = 0, *, val: float = 0.0) -> Split:
@@ -108,7 +108,7 @@ def split_kfold(index: DataIndex, k: int, fold: int, seed: int = 0, *, val: floa
             (len({patients[i] for i in ids}), "patients") if grouped else (len(ids), "images")
         )
         if units < k:
-            raise DataError(f"class {shown(name)} has {units} {what}; {k} folds need at least {k}")
+            raise DataError(f"class {printable(name)} has {units} {what}; {k} folds need at least {k}")
     splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(
         k, shuffle=True, random_state=seed
     )
@@ -129,7 +129,7 @@ def split_kfold(index: DataIndex, k: int, fold: int, seed: int = 0, *, val: floa
 def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
     """The parts that a CSV path,label,split gives. Images the check excluded are passed over; the rest must agree."""
     rows = read_manifest(path)
-    where = shown(str(path))
+    where = printable(str(path))
     if "split" not in rows[0]:
         raise DataError(
             f"{where}: no column split; needed: path,label,split with {', '.join(SPLIT_NAMES)}"
@@ -142,11 +142,11 @@ def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
         i = number.get(row["path"])
         if i is None:
             if row["path"] not in excluded:
-                problems.append(f"{shown(row['path'])} is not in the index")
+                problems.append(f"{printable(row['path'])} is not in the index")
         elif index.classes[index.records[i].label] != row["label"]:
             known = index.classes[index.records[i].label]
             problems.append(
-                f"{shown(row['path'])}: label {shown(row['label'])}, in the index {shown(known)}"
+                f"{printable(row['path'])}: label {printable(row['label'])}, in the index {printable(known)}"
             )
         else:
             parts[row["split"]].append(i)
@@ -155,7 +155,7 @@ def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
         raise DataError(
             f"{where}: {len(problems)} rows do not fit the index of {index.root}\n{listed}"
         )
-    return _given(index, parts, Path(path).stem, f"given by {shown(Path(path).name)}")
+    return _given(index, parts, Path(path).stem, f"given by {printable(Path(path).name)}")
 
 
 def split_manifest(index: DataIndex) -> Split:
@@ -215,7 +215,7 @@ def _need_patients(index: DataIndex, what: str) -> None:
     unknown = [r.path for r in index.records if not r.patient]
     if unknown:
         raise DataError(
-            f"{what}: {len(unknown)} of {len(index)} images have no patient, such as {shown(unknown[0])}; "
+            f"{what}: {len(unknown)} of {len(index)} images have no patient, such as {printable(unknown[0])}; "
             "add a patient column to the manifest, or use split_block"
         )
 
@@ -224,7 +224,7 @@ def _need_every_class(index: DataIndex, ids: Sequence[int], part: str) -> None:
     empty = [name for name, n in index.counts(ids).items() if n == 0]
     if empty:
         raise DataError(
-            f"the {part} part would hold no image of class {', '.join(map(shown, empty))}; "
+            f"the {part} part would hold no image of class {', '.join(map(printable, empty))}; "
             f"the classes have {index.counts()}: use a larger fraction or more images"
         )
 
@@ -312,7 +312,7 @@ def save_split(split: Split, path: str | os.PathLike[str], index: DataIndex) -> 
     )
     writer.writerow(["path", "label", "split"] + ["patient"] * patients)
     for name in SPLIT_NAMES:
-        for i in split.part(name):
+        for i in split.ids(name):
             r = index.records[i]
             writer.writerow([r.path, index.classes[r.label], name] + [r.patient or ""] * patients)
     atomic_write_bytes(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
@@ -322,8 +322,8 @@ def split_summary(split: Split, index: DataIndex) -> str:
     """Counts per part and class, then every leak found."""
     lines = [f"split {split.name}: {split.protocol}"]
     for name in SPLIT_NAMES:
-        counts = ", ".join(f"{shown(c)} {n}" for c, n in index.counts(split.part(name)).items())
-        lines.append(f"  {name}: {len(split.part(name))} images ({counts})")
+        counts = ", ".join(f"{printable(c)} {n}" for c, n in index.counts(split.ids(name)).items())
+        lines.append(f"  {name}: {len(split.ids(name))} images ({counts})")
     if split.unused:
         lines.append(f"  not used: {len(split.unused)} images")
     return "\n".join(lines + [f"  leak: {leak}" for leak in find_leaks(index, split)])

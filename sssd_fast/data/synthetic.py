@@ -43,22 +43,22 @@ COVID, NORMAL = 0, 1
 
 _README = """# SYNTHETIC images
 
-{n} made-up chest-CT-like slices of {height} x {width} pixels, drawn by sssd_fast (data/phantom.py, seed {seed}).
+{n} made-up chest-CT-like slices of {height} x {width} pixels, drawn by sssd_fast (data/synthetic.py, seed {seed}).
 They show no person, carry no medical information and must not be used to judge anything but software.
 
 synthetic_covid: hazy patches along the pleura. synthetic_normal: as much haze, but around the hilum.
 """
 
 
-def make_phantom(seed: int, index: int, label: int, size: tuple[int, int]) -> ImageArray:
+def make_synthetic_slice(seed: int, index: int, label: int, size: tuple[int, int]) -> ImageArray:
     """Draw synthetic slice `index` -> uint8 [H, W]. label: COVID (0) or NORMAL (1). size: (H, W), each at least 32."""
     if label not in (COVID, NORMAL):
         raise DataError(
-            f"phantom label is {label}; 0 ({CLASSES[COVID]}) or 1 ({CLASSES[NORMAL]}) is needed"
+            f"synthetic slice: label is {label}; 0 ({CLASSES[COVID]}) or 1 ({CLASSES[NORMAL]}) is needed"
         )
     if min(size) < 32:
         raise DataError(
-            f"phantom size is {size}; at least 32 x 32 pixels are needed to draw a slice"
+            f"synthetic slice: size is {size}; at least 32 x 32 pixels are needed to draw a slice"
         )
     anatomy, haze, scanner = (np.random.default_rng([seed, index, part]) for part in range(3))
     x, y, pixel = _coordinates(anatomy, size)
@@ -80,7 +80,7 @@ def make_phantom(seed: int, index: int, label: int, size: tuple[int, int]) -> Im
     return _scan(scanner, picture, size)
 
 
-def write_phantom_dataset(
+def write_synthetic_dataset(
     out: str | os.PathLike[str],
     n: int,
     size: tuple[int, int],
@@ -88,7 +88,7 @@ def write_phantom_dataset(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write n synthetic slices (half per class) as out/<class>/phantom_00000.png, manifest.csv and README.md.
+    """Write n synthetic slices (half per class) as out/<class>/slice_00000.png, manifest.csv and README.md.
 
     The folder appears complete or not at all. Raises DataError when it exists with anything in it.
     """
@@ -104,8 +104,8 @@ def write_phantom_dataset(
         rows = []
         for i in range(n):
             label = i % len(CLASSES)
-            path = f"{CLASSES[label]}/phantom_{i:05d}.png"
-            Image.fromarray(make_phantom(seed, i, label, size)).save(part / path)
+            path = f"{CLASSES[label]}/slice_{i:05d}.png"
+            Image.fromarray(make_synthetic_slice(seed, i, label, size)).save(part / path)
             rows.append((path, CLASSES[label]))
             if progress is not None:
                 progress(i + 1, n)

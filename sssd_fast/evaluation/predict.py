@@ -88,7 +88,7 @@ def evaluate_run(run: Run, part: str = "test") -> dict[str, Any]:
     trained = load_trained(run.out, run.world.device)
     index = DataIndex.load(run.out / "index.json")
     split = split_csv(index, run.out / "split.csv")
-    ids = split.part(part)
+    ids = split.ids(part)
     if not ids:
         raise DataError(
             f"the split of {run.out} has no {part} images; choose --part among those of data.json"

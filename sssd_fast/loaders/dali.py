@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sssd_fast.data.images import shown, to_channels
+from sssd_fast.data.images import printable, to_channels
 from sssd_fast.data.pixels import decode_record, read_record
 from sssd_fast.errors import DataError, DependencyError
 from sssd_fast.loaders.crops import Views
@@ -201,7 +201,7 @@ class DaliLoader(ScheduledLoader):
             except RuntimeError:
                 path = self.schedule.index.file(int(i))
                 return DataError(
-                    f"{shown(str(path))}: DALI cannot decode it, Pillow can; set data.loader=torch or resident ({reason})"
+                    f"{printable(str(path))}: DALI cannot decode it, Pillow can; set data.loader=torch or resident ({reason})"
                 )
         return DataError(f"DALI stopped: {reason}; set data.loader to resident or torch")
 

@@ -27,7 +27,7 @@ from sssd_fast.data.splits import (
     split_random,
     split_summary,
 )
-from sssd_fast.data.synthetic import write_phantom_dataset
+from sssd_fast.data.synthetic import write_synthetic_dataset
 from sssd_fast.errors import DataError
 from sssd_fast.loaders import AugmentSpec, Loader, build_loader
 from sssd_fast.run.folder import Run
@@ -65,7 +65,7 @@ def pretraining_images(run: Run, index: DataIndex, split: Split) -> tuple[DataIn
                 folder,
                 max_bad_fraction=run.config.data.max_bad_fraction,
                 accept_wrong_extension=run.config.data.accept_wrong_extension,
-                known=cache_folder(run.config.data.cache),
+                index_cache=cache_folder(run.config.data.cache),
             )
         _joined(index, split.train, extra).save(recorded)
     run.world.barrier()
@@ -192,17 +192,17 @@ class _Decoding:
 
 def _make(run: Run) -> None:
     config, console = run.config.data, run.console
-    synthetic = config.source == "phantom"
+    synthetic = config.source == "synthetic"
     source: Path = Path(config.source)
     if synthetic:
-        source = _phantom(run)
+        source = _synthetic_slices(run)
     with console.announce(f"checking every image in {source}"):
         index = check_data(
             source,
             config.manifest,
             max_bad_fraction=config.max_bad_fraction,
             accept_wrong_extension=config.accept_wrong_extension,
-            known=cache_folder(config.cache),
+            index_cache=cache_folder(config.cache),
         )
     split = make_split(config, index)
     index.save(run.out / "index.json")
@@ -212,19 +212,19 @@ def _make(run: Run) -> None:
     run.write_json("data.json", _facts(index, split, synthetic))
 
 
-def _phantom(run: Run) -> Path:
+def _synthetic_slices(run: Run) -> Path:
     """The synthetic slices of this size and number, written once beside the run folder and used again."""
     config, (height, width) = run.config, run.config.model.image_size
-    count = config.data.phantom_images
+    count = config.data.synthetic_images
     folder = (
         run.out.absolute().parent
-        / f"synthetic-ct-{count}-{height}x{width}-seed{config.data.phantom_seed}"
+        / f"synthetic-ct-{count}-{height}x{width}-seed{config.data.synthetic_seed}"
     )
     if not (folder / "manifest.csv").exists():
         with run.console.announce(
             f"drawing {count} synthetic chest-CT-like slices of {height}x{width} into {folder}"
         ):
-            write_phantom_dataset(folder, count, (height, width), seed=config.data.phantom_seed)
+            write_synthetic_dataset(folder, count, (height, width), seed=config.data.synthetic_seed)
     return folder
 
 

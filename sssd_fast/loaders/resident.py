@@ -92,7 +92,7 @@ def resident_set(
     key = (store_key(index, channels), str(device), where, str(cache))
     found = _shared.get(key)
     if found is None:
-        store = open_store(index, channels, cache, threads=threads, progress=progress, say=say)
+        store = open_store(index, channels, cache, threads=threads, progress=progress, log=say)
         found = _shared[key] = Resident(store, device, where)
     return found
 
@@ -156,7 +156,7 @@ class ResidentLoader(ScheduledLoader):
         )
         file = f", cache {store.path}" if store.path else ", no cache file"
         return self._described(
-            f"{store.nbytes / 2**20:.0f} MiB decoded images {where} ({store.how}{file})"
+            f"{store.nbytes / 2**20:.0f} MiB decoded images {where} ({store.origin}{file})"
         )
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from sssd_fast.config import Config, to_dict
 from sssd_fast.data.index import check_data
 from sssd_fast.data.pixels import cache_folder
-from sssd_fast.data.synthetic import write_phantom_dataset
+from sssd_fast.data.synthetic import write_synthetic_dataset
 from sssd_fast.errors import ConfigError
 from sssd_fast.loaders import Batch, Loader
 from sssd_fast.loaders.prepare import make_loader, make_split
@@ -208,19 +208,19 @@ class Bench:
         )
         images = needed * settings.batch_size * settings.accumulate
         source = Path(data.source)
-        if data.source == "phantom":  # no more of them than the steps see
-            source = folder / "phantom"
-            count = min(data.phantom_images, 2 * images + 40)
+        if data.source == "synthetic":  # no more of them than the steps see
+            source = folder / "synthetic"
+            count = min(data.synthetic_images, 2 * images + 40)
             with console.announce(f"drawing {count} synthetic slices"):
-                write_phantom_dataset(
-                    source, count, config.model.image_size, seed=data.phantom_seed
+                write_synthetic_dataset(
+                    source, count, config.model.image_size, seed=data.synthetic_seed
                 )
         self.index = check_data(
             source,
             data.manifest,
             max_bad_fraction=data.max_bad_fraction,
             accept_wrong_extension=data.accept_wrong_extension,
-            known=cache_folder(data.cache),
+            index_cache=cache_folder(data.cache),
         )
         self.split = make_split(data, self.index)
         self.loader: Loader = make_loader(

@@ -47,8 +47,8 @@ class RunFiles:
     def synthetic(self) -> bool:
         classes = self.data.get("classes") or self.evaluation.get("classes") or []
         named = bool(classes) and all(str(name).startswith("synthetic") for name in classes)
-        phantom = section(self.config, "data").get("source") == "phantom"
-        return phantom or bool(self.data.get("synthetic")) or named
+        named_source = section(self.config, "data").get("source") == "synthetic"
+        return named_source or bool(self.data.get("synthetic")) or named
 
     @property
     def title(self) -> str:

@@ -30,7 +30,7 @@ class NearestNeighbour:
     def rates(self, index: DataIndex, split: Split, part: str) -> dict[str, Any]:
         """Rates on `part` (metrics.Metrics as a dict); every image before it in train, val, test is known. The score is 0 or 1."""
         known = [*split.train, *(split.val if part == "test" else [])]
-        asked = split.part(part)
+        asked = split.ids(part)
         if not asked:
             raise DataError(f"split {split.name} has no {part} images")
         known_KP, asked_NP = self._stack(index, known), self._stack(index, asked)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from sssd_fast.data.images import SUFFIXES, shown
+from sssd_fast.data.images import SUFFIXES, printable
 from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
 from sssd_fast.errors import DataError
 from sssd_fast.run.files import atomic_write_bytes
@@ -73,7 +73,7 @@ def image_root(which: PublicSet, folder: str | os.PathLike[str]) -> Path:
     top = Path(folder)
     if not top.is_dir():
         raise DataError(
-            f"{shown(str(top))} is no folder; give the one with the images of {which.title}"
+            f"{printable(str(top))} is no folder; give the one with the images of {which.title}"
         )
     found = [
         place for place, names in _folders(top) if all(name in names for name in which.classes)
@@ -82,17 +82,17 @@ def image_root(which: PublicSet, folder: str | os.PathLike[str]) -> Path:
     if not found:
         archives = sorted(path.name for path in top.rglob("*.zip"))
         hint = (
-            f"; unpack {', '.join(map(shown, archives[:3]))} first (`sssd-fast data extract`)"
+            f"; unpack {', '.join(map(printable, archives[:3]))} first"
             if archives
             else ""
         )
         raise DataError(
-            f"{shown(str(top))}: no folder in it holds {needed}, the classes of {which.title}{hint}"
+            f"{printable(str(top))}: no folder in it holds {needed}, the classes of {which.title}{hint}"
         )
     if len(found) > 1:
-        listed = ", ".join(shown(str(place)) for place in found)
+        listed = ", ".join(printable(str(place)) for place in found)
         raise DataError(
-            f"{shown(str(top))}: {needed} lie in several places ({listed}); name the one to use"
+            f"{printable(str(top))}: {needed} lie in several places ({listed}); name the one to use"
         )
     return found[0]
 
@@ -127,7 +127,7 @@ def write_official_split(
         ]
         if not all(part for _, _, part in rows):
             raise DataError(
-                f"{shown(str(source))}: no column split; needed: path,label,split with {', '.join(SPLIT_NAMES)}"
+                f"{printable(str(source))}: no column split; needed: path,label,split with {', '.join(SPLIT_NAMES)}"
             )
         where = source.name
     else:
@@ -140,11 +140,11 @@ def write_official_split(
         if (root / label / name).is_file():
             writer.writerow([f"{label}/{name}", label, part])
         else:
-            missing.append(f"{shown(label)}/{shown(name)}")
+            missing.append(f"{printable(label)}/{printable(name)}")
     if missing:
         listed = "\n".join(first_lines(missing))
         raise DataError(
-            f"{where} names {len(missing)} images that are not in {shown(str(root))}:\n{listed}"
+            f"{where} names {len(missing)} images that are not in {printable(str(root))}:\n{listed}"
         )
     atomic_write_bytes(out, text.getvalue().encode("utf-8", "surrogateescape"))
     return where
@@ -159,7 +159,7 @@ def _named_in_lists(which: PublicSet, folder: Path) -> tuple[list[tuple[str, str
             files = [path for path in folder.rglob(name) if "old_split" not in path.parts]
             if len(files) != 1:
                 raise DataError(
-                    f"{shown(str(folder))}: {len(files) or 'no'} files called {name}, which list the authors' split of {which.title}; "
+                    f"{printable(str(folder))}: {len(files) or 'no'} files called {name}, which list the authors' split of {which.title}; "
                     f"one is needed. Or give the split as CSV path,label,split: --official-split FILE.csv"
                 )
             lines = files[0].read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()

@@ -153,7 +153,7 @@ class _Reproduction:
             facts = {
                 "protocol": cell.protocol, "seed": cell.seed, "method": cell.method, "variant": list(cell.variant),
                 "part": self.plan.part, **seconds,
-                "counts": {part: len(split.part(part)) for part in ("train", "val", "test")}, "image": rates,
+                "counts": {part: len(split.ids(part)) for part in ("train", "val", "test")}, "image": rates,
                 "nearest": self.nearest.rates(index, split, self.plan.part),
                 "departures": departures(self.plan.public, index.counts()),
                 "config": to_dict(_anywhere(config)), "machine": self.machine,

@@ -30,7 +30,7 @@ from mae_kernels import (
 from sssd_fast.config import load_config
 from sssd_fast.data import index as index_module
 from sssd_fast.data.index import DataIndex, check_data
-from sssd_fast.data.synthetic import write_phantom_dataset
+from sssd_fast.data.synthetic import write_synthetic_dataset
 from sssd_fast.evaluation.metrics import bootstrap_intervals
 from sssd_fast.loaders import AugmentSpec, build_loader
 from sssd_fast.loaders.augment import turn_and_light
@@ -54,7 +54,7 @@ IMAGES, HEIGHT, WIDTH = 64, 48, 56
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 synthetic slices, old enough to be remembered by a check."""
-    folder = write_phantom_dataset(
+    folder = write_synthetic_dataset(
         tmp_path_factory.mktemp("data") / "slices", IMAGES, (HEIGHT, WIDTH), seed=5
     )
     for file in folder.glob("*/*.png"):
@@ -205,11 +205,11 @@ def test_check_of_known_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second start on the same folder: no file is read, and the index is that of a check that reads all."""
-    check_data(folder, known=tmp_path)
+    check_data(folder, index_cache=tmp_path)
     monkeypatch.setattr(
         index_module, "read_file", lambda path: pytest.fail(f"{path} was read again")
     )
-    again = benchmark(check_data, folder, known=tmp_path, threads=1)
+    again = benchmark(check_data, folder, index_cache=tmp_path, threads=1)
     assert again.records == index.records
     assert again.classes == index.classes
     assert len(again) == IMAGES

@@ -17,7 +17,7 @@ from benchmarks import loader_memory, results
 from benchmarks.loader_memory import is_flat, watch, watch_apart
 from benchmarks.loader_pixels import Case, Difference, difference, ways
 from sssd_fast.data.index import DataIndex, check_data
-from sssd_fast.data.synthetic import write_phantom_dataset
+from sssd_fast.data.synthetic import write_synthetic_dataset
 from sssd_fast.loaders import PAD_INDEX, PAD_LABEL, AugmentSpec, Batch, build_loader
 from sssd_fast.loaders import dali as dali_loader
 from sssd_fast.loaders.resident import ResidentLoader
@@ -28,7 +28,7 @@ NAMES = ["torch, 0 workers", "torch, 2 workers", "dali", "resident"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_phantom_dataset(tmp_path_factory.mktemp("data") / "slices", 40, (48, 56), seed=3)
+    return write_synthetic_dataset(tmp_path_factory.mktemp("data") / "slices", 40, (48, 56), seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sssd_fast.data.synthetic import write_phantom_dataset
+from sssd_fast.data.synthetic import write_synthetic_dataset
 
 TINY = [
     "model.name=tiny",
@@ -43,7 +43,7 @@ TINY = [
 def slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 synthetic slices of 32 x 32 in two folders."""
     folder = tmp_path_factory.mktemp("data") / "slices"
-    write_phantom_dataset(folder, 48, (32, 32), seed=1)
+    write_synthetic_dataset(folder, 48, (32, 32), seed=1)
     return folder
 
 

@@ -18,7 +18,7 @@ from sssd_fast.data.images import (
     decode_bytes,
     decode_image,
     pixel_hash,
-    shown,
+    printable,
     sniff_format,
     to_channels,
 )
@@ -209,7 +209,7 @@ def test_pixel_hash_follows_pixels_not_storage():
 
 
 def test_names_print_on_one_line_without_control_characters():
-    assert shown("a\nb\x1b[31m é%0.png") == "a\\nb\\x1b[31m é%0.png"
-    assert shown("\udcff.png").isprintable()
+    assert printable("a\nb\x1b[31m é%0.png") == "a\\nb\\x1b[31m é%0.png"
+    assert printable("\udcff.png").isprintable()
     assert sniff_format(b"RIFF\0\0\0\0WEBPVP8 ") == "WEBP"
     assert sniff_format(b"RIFF\0\0\0\0WAVE") is None

@@ -44,22 +44,22 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_second_check_decodes_nothing_and_finds_the_same(
     data: Path, tmp_path: Path, decoded: list[str]
 ):
-    first = check_data(data, known=tmp_path / "memory")
+    first = check_data(data, index_cache=tmp_path / "memory")
     assert len(decoded) == 6
     decoded.clear()
-    assert check_data(data, known=tmp_path / "memory") == first == check_data(data, known=None)
+    assert check_data(data, index_cache=tmp_path / "memory") == first == check_data(data, index_cache=None)
     assert len(decoded) == 6  # of the check without a memory
     other = tmp_path / "other"
     data.rename(other)
     decoded.clear()
-    assert len(check_data(other, known=tmp_path / "memory")) == 6
+    assert len(check_data(other, index_cache=tmp_path / "memory")) == 6
     assert len(decoded) == 6  # another folder is not known
 
 
 def test_what_changed_is_decoded_again_and_what_broke_is_excluded(
     data: Path, tmp_path: Path, decoded: list[str]
 ):
-    before = check_data(data, known=tmp_path / "memory")
+    before = check_data(data, index_cache=tmp_path / "memory")
     paths = [before.file(i) for i in range(6)]
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(paths[0])
     age(paths[0], 60)
@@ -68,13 +68,13 @@ def test_what_changed_is_decoded_again_and_what_broke_is_excluded(
     age(paths[1], 60)
     age(paths[2], 60)  # touched only
     decoded.clear()
-    after = check_data(data, known=tmp_path / "memory", max_bad_fraction=0.5)
+    after = check_data(data, index_cache=tmp_path / "memory", max_bad_fraction=0.5)
     assert sorted(decoded) == sorted(before.records[i].path for i in range(3))
     assert [e.path for e in after.excluded] == [before.records[1].path]
     assert after.records[0].sha256 != before.records[0].sha256
     paths[3].unlink()
     assert before.records[3].path not in [
-        r.path for r in check_data(data, known=tmp_path / "memory", max_bad_fraction=0.5).records
+        r.path for r in check_data(data, index_cache=tmp_path / "memory", max_bad_fraction=0.5).records
     ]
 
 
@@ -83,9 +83,9 @@ def test_a_file_that_changed_just_now_is_not_remembered(
 ):
     young = next(data.rglob("*.png"))
     os.utime(young)
-    check_data(data, known=tmp_path / "memory")
+    check_data(data, index_cache=tmp_path / "memory")
     decoded.clear()
-    check_data(data, known=tmp_path / "memory")
+    check_data(data, index_cache=tmp_path / "memory")
     assert decoded == [young.relative_to(data).as_posix()]
 
 
@@ -100,14 +100,14 @@ def test_a_file_that_changed_just_now_is_not_remembered(
     ],
 )
 def test_a_damaged_memory_is_as_none(data: Path, tmp_path: Path, decoded: list[str], content: str):
-    check_data(data, known=tmp_path / "memory")
+    check_data(data, index_cache=tmp_path / "memory")
     (kept,) = (tmp_path / "memory").iterdir()
     kept.write_text(content)
     decoded.clear()
-    assert len(check_data(data, known=tmp_path / "memory")) == 6
+    assert len(check_data(data, index_cache=tmp_path / "memory")) == 6
     assert len(decoded) == 6
 
 
 def test_a_memory_that_cannot_be_written_changes_nothing(data: Path, tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
-    assert check_data(data, known=tmp_path / "file" / "memory") == check_data(data)
+    assert check_data(data, index_cache=tmp_path / "file" / "memory") == check_data(data)

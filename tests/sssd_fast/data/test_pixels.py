@@ -72,17 +72,17 @@ def never(*args: object) -> None:
 def test_pixels_are_those_of_the_files_from_the_cache_too(
     index: DataIndex, cache: Path, channels: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ):
-    first = open_store(index, channels, cache, threads=threads, say=never)
+    first = open_store(index, channels, cache, threads=threads, log=never)
     assert_right(first, index, channels)
     assert first.path == assert_whole(cache)
     assert first.path.stat().st_mode & 0o777 == 0o644 & ~current_umask()
-    assert "decoded in" in first.how
+    assert "decoded in" in first.origin
     monkeypatch.setattr(pixels, "decode_record", never)
     monkeypatch.setattr(pixels, "read_file", never)
-    second = open_store(index, channels, cache, threads=threads, progress=never, say=never)
+    second = open_store(index, channels, cache, threads=threads, progress=never, log=never)
     assert_right(second, index, channels)
     assert second.path == first.path
-    assert second.how == "read from the cache"
+    assert second.origin == "read from the cache"
 
 
 def current_umask() -> int:
@@ -158,14 +158,14 @@ def test_a_damaged_cache_is_told_and_made_again(index: DataIndex, cache: Path, d
     path.unlink()  # a new file: the old one may still be mapped
     path.write_bytes(broken)
     said: list[str] = []
-    store = open_store(index, 1, cache, say=said.append)
+    store = open_store(index, 1, cache, log=said.append)
     assert_right(store, index, 1)
     (line,) = said
     assert line.startswith(f"the cache {path} is damaged (")
     assert line.endswith("it is made again")
     assert assert_whole(cache).read_bytes() == whole
-    assert "decoded in" in store.how
-    assert open_store(index, 1, cache, progress=never, say=never).path == path
+    assert "decoded in" in store.origin
+    assert open_store(index, 1, cache, progress=never, log=never).path == path
 
 
 # ---- several processes ----
@@ -253,7 +253,7 @@ def test_a_killed_process_leaves_no_cache_and_the_next_one_clears_up(
     child.wait()
     assert len(list(cache.glob("*.part"))) == 1
     assert not list(cache.glob("*.pixels"))
-    assert_right(open_store(index, 1, cache, say=never), index, 1)
+    assert_right(open_store(index, 1, cache, log=never), index, 1)
     assert_whole(cache)
 
 
@@ -280,7 +280,7 @@ pixels.os.fsync = fsync
         assert not list(cache.glob("*.pixels"))
         go_on.touch()  # only now, so the second has waited
 
-    store = open_store(index, 1, cache, progress=never, say=say)
+    store = open_store(index, 1, cache, progress=never, log=say)
     printed, problems = child.communicate()
     assert child.returncode == 0, problems
     assert_right(store, index, 1)
@@ -295,7 +295,7 @@ pixels.os.fsync = fsync
 
 def assert_in_memory(index: DataIndex, folder: Path, reason: str) -> None:
     said: list[str] = []
-    store = open_store(index, 1, folder, say=said.append)
+    store = open_store(index, 1, folder, log=said.append)
     assert_right(store, index, 1)
     assert store.path is None
     (line,) = said
@@ -326,7 +326,7 @@ def test_a_disk_that_fills_up_on_the_way(
     assert_in_memory(index, cache, "No space left on device")
     assert_nothing_left(cache)
     monkeypatch.undo()
-    assert open_store(index, 1, cache, say=never).path == assert_whole(cache)
+    assert open_store(index, 1, cache, log=never).path == assert_whole(cache)
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_an_image(
@@ -351,7 +351,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_an_image(
 def test_short_writes_are_continued(index: DataIndex, cache: Path, monkeypatch: pytest.MonkeyPatch):
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: real(file, data[:7], offset))
-    assert_right(open_store(index, 1, cache, say=never), index, 1)
+    assert_right(open_store(index, 1, cache, log=never), index, 1)
 
 
 def test_a_disk_that_is_too_small_is_seen_before_decoding(
@@ -375,7 +375,7 @@ def test_a_disk_that_is_too_small_is_seen_before_decoding(
     assert not written
     monkeypatch.undo()
     monkeypatch.setattr(os, "fstatvfs", with_room(needed))
-    assert open_store(index, 1, cache, say=never).path == assert_whole(cache)
+    assert open_store(index, 1, cache, log=never).path == assert_whole(cache)
 
 
 def test_a_file_that_reads_back_wrong_is_not_used(
@@ -390,7 +390,7 @@ def test_a_file_that_reads_back_wrong_is_not_used(
 
     monkeypatch.setattr(os, "replace", replace)
     said: list[str] = []
-    store = open_store(index, 1, cache, say=said.append)
+    store = open_store(index, 1, cache, log=said.append)
     assert_right(store, index, 1)
     assert store.path is None
     assert len(said) == 2
@@ -408,7 +408,7 @@ def test_none_keeps_files_nowhere(
     before = sorted(tmp_path.rglob("*"))
     folder = cache_folder("none")
     assert folder is None
-    store = open_store(index, 3, folder, say=never)
+    store = open_store(index, 3, folder, log=never)
     assert_right(store, index, 3)
     assert store.path is None
     assert sorted(tmp_path.rglob("*")) == before
@@ -453,10 +453,10 @@ def test_a_cache_that_cannot_be_mapped_is_not_used(
 
 def test_a_cache_folder_with_any_name(index: DataIndex, tmp_path: Path):
     for name in ("new\nline", "[1]*?", os.fsdecode(b"latin1-\xe9")):
-        store = open_store(index, 1, tmp_path / name, say=never)
+        store = open_store(index, 1, tmp_path / name, log=never)
         assert_right(store, index, 1)
         assert store.path is not None
-        assert_right(open_store(index, 1, tmp_path / name, progress=never, say=never), index, 1)
+        assert_right(open_store(index, 1, tmp_path / name, progress=never, log=never), index, 1)
 
 
 # ---- images that changed since the check ----
@@ -495,7 +495,7 @@ def test_an_image_that_changed_since_the_check_ends_it(
     make(index.file(i))
     place = None if folder is None else tmp_path / folder
     with pytest.raises(ImageError) as error:
-        open_store(index, 1, place, threads=2, say=never)
+        open_store(index, 1, place, threads=2, log=never)
     text = str(error.value)
     assert "new\\nline.png: " in text
     assert "\n" not in text
@@ -507,7 +507,7 @@ def test_an_image_that_changed_since_the_check_ends_it(
     if place is not None:
         assert_nothing_left(place)
     index.file(i).write_bytes(good)
-    assert_right(open_store(index, 1, place, say=never), index, 1)
+    assert_right(open_store(index, 1, place, log=never), index, 1)
 
 
 def test_an_image_under_an_undecodable_name_is_named_printably(index: DataIndex):
@@ -522,7 +522,7 @@ def test_a_whole_cache_needs_no_image_file(index: DataIndex, cache: Path):
     before = [image.copy() for image in map(open_store(index, 1, cache).image, range(6))]
     for i in range(6):
         index.file(i).unlink()
-    store = open_store(index, 1, cache, say=never)
+    store = open_store(index, 1, cache, log=never)
     for i, image in enumerate(before):
         np.testing.assert_array_equal(store.image(i), image)
 
@@ -545,4 +545,4 @@ def test_an_interrupt_in_the_middle_leaves_nothing(index: DataIndex, cache: Path
     with pytest.raises(KeyboardInterrupt):
         open_store(index, 1, cache, threads=2, progress=progress)
     assert_nothing_left(cache)
-    assert_right(open_store(index, 1, cache, say=never), index, 1)
+    assert_right(open_store(index, 1, cache, log=never), index, 1)

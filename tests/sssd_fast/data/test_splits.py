@@ -167,7 +167,7 @@ def test_saved_split_reads_back_as_csv_and_as_manifest(tmp_path: Path, odd: str)
     assert (again.train, again.val, again.test) == (split.train, split.val, split.test)
     rows = {row["path"]: row for row in read_manifest(tmp_path / "mine.csv")}
     for name in ("train", "val", "test"):
-        for i in split.part(name):
+        for i in split.ids(name):
             r = records[i]
             assert rows[r.path] == {
                 "path": r.path, "label": index.classes[r.label], "split": name, "patient": r.patient
@@ -257,4 +257,4 @@ def test_parts_may_not_overlap_and_train_may_not_be_empty():
     with pytest.raises(DataError, match="train part is empty"):
         Split("x", [], [], [1], "by hand")
     with pytest.raises(DataError, match="no part 'dev'"):
-        Split("x", [0], [], [1], "by hand").part("dev")
+        Split("x", [0], [], [1], "by hand").ids("dev")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sssd_fast.data import synthetic as phantom
+from sssd_fast.data import synthetic
 from sssd_fast.data.index import check_data
-from sssd_fast.data.synthetic import COVID, NORMAL, make_phantom, write_phantom_dataset
+from sssd_fast.data.synthetic import COVID, NORMAL, make_synthetic_slice, write_synthetic_dataset
 from sssd_fast.errors import DataError
 
 SIZE = (96, 96)
@@ -22,7 +22,7 @@ TRAIN, COUNT = 500, 800
 def data() -> tuple[np.ndarray, np.ndarray]:
     labels = np.arange(COUNT) % 2
     return np.stack(
-        [make_phantom(11, i, int(label), SIZE) for i, label in enumerate(labels)]
+        [make_synthetic_slice(11, i, int(label), SIZE) for i, label in enumerate(labels)]
     ), labels
 
 
@@ -82,8 +82,8 @@ def test_place_does_tell_the_classes_apart(data):
 
 def test_twins_share_everything_but_the_place_of_the_haze():
     for i in range(12):
-        covid = make_phantom(5, i, COVID, SIZE).astype(int)
-        normal = make_phantom(5, i, NORMAL, SIZE).astype(int)
+        covid = make_synthetic_slice(5, i, COVID, SIZE).astype(int)
+        normal = make_synthetic_slice(5, i, NORMAL, SIZE).astype(int)
         changed = np.abs(covid - normal) > 3
         assert 0.01 < changed.mean() < 0.35
         assert not changed[:6].any()  # skin, bones and background are the same
@@ -100,7 +100,7 @@ def test_haze_lies_further_out_in_covid():
     rows, cols = np.mgrid[-1 : 1 : SIZE[0] * 1j, -1 : 1 : SIZE[1] * 1j]
     further = 0
     for i in range(40):
-        gain = make_phantom(6, i, COVID, SIZE).astype(float) - make_phantom(6, i, NORMAL, SIZE)
+        gain = make_synthetic_slice(6, i, COVID, SIZE).astype(float) - make_synthetic_slice(6, i, NORMAL, SIZE)
         radius = np.hypot((np.abs(cols) - 0.4) / 0.35, rows / 0.55)
         out, inner = (np.average(radius, weights=np.clip(sign * gain, 0, None)) for sign in (1, -1))
         further += int(out > inner)
@@ -108,16 +108,16 @@ def test_haze_lies_further_out_in_covid():
 
 
 def test_slices_are_seeded_and_vary():
-    first = make_phantom(0, 3, COVID, SIZE)
+    first = make_synthetic_slice(0, 3, COVID, SIZE)
     assert first.dtype == np.uint8
-    np.testing.assert_array_equal(first, make_phantom(0, 3, COVID, SIZE))
-    for other in (make_phantom(1, 3, COVID, SIZE), make_phantom(0, 4, COVID, SIZE)):
+    np.testing.assert_array_equal(first, make_synthetic_slice(0, 3, COVID, SIZE))
+    for other in (make_synthetic_slice(1, 3, COVID, SIZE), make_synthetic_slice(0, 4, COVID, SIZE)):
         assert np.abs(first.astype(int) - other).mean() > 5
 
 
 @pytest.mark.parametrize("size", [(96, 96), (64, 128), (224, 224), (32, 32), (120, 90)])
 def test_slices_look_like_a_chest_in_a_lung_window(size: tuple[int, int]):
-    images = np.stack([make_phantom(2, i, i % 2, size) for i in range(16)]).astype(float)
+    images = np.stack([make_synthetic_slice(2, i, i % 2, size) for i in range(16)]).astype(float)
     height, width = size
     average = images.mean(0)
     corner = average[: height // 12, : width // 12].mean()
@@ -132,20 +132,20 @@ def test_slices_look_like_a_chest_in_a_lung_window(size: tuple[int, int]):
 
 def test_written_set_is_complete_labelled_synthetic_and_readable(tmp_path: Path):
     seen: list[tuple[int, int]] = []
-    out = write_phantom_dataset(
+    out = write_synthetic_dataset(
         tmp_path / "set", 10, (48, 64), 3, progress=lambda d, t: seen.append((d, t))
     )
     assert seen[-1] == (10, 10)
     assert "SYNTHETIC" in (out / "README.md").read_text()
     by_folder, by_manifest = check_data(out), check_data(out / "manifest.csv")
-    assert by_folder.classes == by_manifest.classes == list(phantom.CLASSES)
+    assert by_folder.classes == by_manifest.classes == list(synthetic.CLASSES)
     assert all(name.startswith("synthetic_") for name in by_folder.classes)
     assert by_folder.counts() == {"synthetic_covid": 5, "synthetic_normal": 5}
     assert len({r.pixel_hash for r in by_folder.records}) == 10
     for record in by_manifest.records:
         i = int(Path(record.path).stem.split("_")[1])
         stored = np.asarray(Image.open(out / record.path))
-        np.testing.assert_array_equal(stored, make_phantom(3, i, record.label, (48, 64)))
+        np.testing.assert_array_equal(stored, make_synthetic_slice(3, i, record.label, (48, 64)))
 
 
 def test_an_interrupted_or_existing_set_is_never_half_there(tmp_path: Path):
@@ -154,19 +154,19 @@ def test_an_interrupted_or_existing_set_is_never_half_there(tmp_path: Path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_phantom_dataset(tmp_path / "set", 8, (32, 32), progress=stop)
+        write_synthetic_dataset(tmp_path / "set", 8, (32, 32), progress=stop)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(DataError, match="exists and is not empty"):
-        write_phantom_dataset(tmp_path / "mine", 8, (32, 32))
-    assert len(check_data(write_phantom_dataset(tmp_path / "set", 8, (32, 32)))) == 8
+        write_synthetic_dataset(tmp_path / "mine", 8, (32, 32))
+    assert len(check_data(write_synthetic_dataset(tmp_path / "set", 8, (32, 32)))) == 8
 
 
 def test_impossible_requests_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match="at least 32 x 32"):
-        make_phantom(0, 0, COVID, (16, 64))
+        make_synthetic_slice(0, 0, COVID, (16, 64))
     with pytest.raises(DataError, match="label is 2"):
-        make_phantom(0, 0, 2, SIZE)
+        make_synthetic_slice(0, 0, 2, SIZE)
     with pytest.raises(DataError, match="1 synthetic images"):
-        write_phantom_dataset(tmp_path / "one", 1, SIZE)
+        write_synthetic_dataset(tmp_path / "one", 1, SIZE)

@@ -26,7 +26,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from sssd_fast.data.images import shown
+from sssd_fast.data.images import printable
 from sssd_fast.data.index import DataIndex, check_data
 from sssd_fast.errors import DataError
 from sssd_fast.loaders import AugmentSpec, Loader, build_loader
@@ -185,7 +185,7 @@ def test_a_file_that_breaks_after_the_check_is_named_and_never_shown(
 def assert_names(error: DataError, file: Path, reason: str) -> None:
     """One line: the file, what is wrong, what to do."""
     text = str(error)
-    assert text.startswith(f"{shown(str(file))}: ")
+    assert text.startswith(f"{printable(str(file))}: ")
     assert reason in text
     assert text.endswith(
         "it was good when the data were checked: restore it, or run `sssd-fast data check` again"

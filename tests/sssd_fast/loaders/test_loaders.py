@@ -436,7 +436,7 @@ def test_the_cache_is_one_file_that_the_next_loader_reads(
 ):
     first = list(make("resident", cache=str(tmp_path)).epoch(0))
     assert [p.suffix for p in sorted(tmp_path.iterdir())] == [".lock", ".pixels"]
-    assert "read from the cache" in open_store(index, 1, tmp_path).how
+    assert "read from the cache" in open_store(index, 1, tmp_path).origin
     same(first, make("resident", cache=str(tmp_path)).epoch(0))
 
 

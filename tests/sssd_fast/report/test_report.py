@@ -250,8 +250,8 @@ def test_damaged_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("sign", ["source", "data", "classes"])
 def test_synthetic_data_is_announced(tmp_path, sign):
-    """Any sign is enough: the phantom as source, data.json, or class names."""
-    folder = make_run(tmp_path / "finetune", source="phantom" if sign == "source" else "ct")
+    """Any sign is enough: data.source=synthetic, data.json, or class names."""
+    folder = make_run(tmp_path / "finetune", source="synthetic" if sign == "source" else "ct")
     data = json.loads((folder / "data.json").read_text())
     if sign == "data":
         data["synthetic"] = True

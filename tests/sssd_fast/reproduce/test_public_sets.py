@@ -81,7 +81,7 @@ def test_the_official_split_from_the_authors_lists(covid: Path, tmp_path: Path) 
     assert {part: len(paths) for part, paths in found.items()} == {"train": 12, "val": 4, "test": 8}
     assert "CT_NonCOVID/scan-p9-100%9.png" in found["test"]
     split = split_csv(check_data(root), out)
-    assert [len(split.part(part)) for part in PARTS] == [12, 4, 8]
+    assert [len(split.ids(part)) for part in PARTS] == [12, 4, 8]
 
 
 def test_the_official_split_from_csv_with_other_folders(covid: Path, tmp_path: Path) -> None:
@@ -150,10 +150,10 @@ def test_nearest_neighbour_is_scikit_learns(covid: Path, part: str) -> None:
     labels = np.array(index.labels)
     known = split.train + (split.val if part == "test" else [])
     model = KNeighborsClassifier(1, algorithm="brute").fit(pixels[known], labels[known])
-    wanted = model.predict(pixels[split.part(part)])
+    wanted = model.predict(pixels[split.ids(part)])
     got = NearestNeighbour().rates(index, split, part)
     positive = positive_class(index.classes)
-    truth = labels[split.part(part)]
+    truth = labels[split.ids(part)]
     table = [
         [int(((truth == positive) == a)[(wanted == positive) == b].sum()) for b in (False, True)]
         for a in (False, True)
@@ -172,4 +172,4 @@ def test_the_real_sets_are_the_published_ones(name: str, tmp_path: Path) -> None
     if which.controlled == "official":
         write_official_split(which, folder, root, None, tmp_path / "official.csv")
         split = split_csv(index, tmp_path / "official.csv")
-        assert [len(split.part(part)) for part in PARTS] == [425, 118, 203]
+        assert [len(split.ids(part)) for part in PARTS] == [425, 118, 203]
