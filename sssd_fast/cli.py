@@ -295,9 +295,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     sub.add_argument("--batch-size", type=int, default=64)
 
-    data = command(
-        "data", None, "check, split, convert or generate image sets"
-    ).add_subparsers(required=True, metavar="ACTION")
+    data = command("data", None, "check, split, convert or generate image sets").add_subparsers(
+        required=True, metavar="ACTION"
+    )
     sub = command(
         "check",
         commands.data_check,

@@ -262,6 +262,7 @@ def _manifest_files(
             )
     if problems:
         raise DataError(
-            f"{printable(str(manifest))}: {len(problems)} problems\n" + "\n".join(first_lines(problems))
+            f"{printable(str(manifest))}: {len(problems)} problems\n"
+            + "\n".join(first_lines(problems))
         )
     return list(files.values()), roots

@@ -17,7 +17,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TextIO
 
-from sssd_fast.data.images import SUFFIXES, ImageError, decode_bytes, pixel_hash, read_file, printable
+from sssd_fast.data.images import (
+    SUFFIXES,
+    ImageError,
+    decode_bytes,
+    pixel_hash,
+    printable,
+    read_file,
+)
 from sssd_fast.data.index_cache import Facts, IndexCache
 from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
 from sssd_fast.data.split import Split
@@ -149,7 +156,8 @@ class DataIndex:
         modes = Counter(r.mode for r in self.records)
         lines = [
             f"{len(self)} images in {len(self.classes)} classes under {printable(str(self.root))}",
-            "  classes: " + ", ".join(f"{printable(name)} {n}" for name, n in self.counts().items()),
+            "  classes: "
+            + ", ".join(f"{printable(name)} {n}" for name, n in self.counts().items()),
             f"  height {min(heights)}-{max(heights)}, width {min(widths)}-{max(widths)} pixels; "
             + "modes: "
             + ", ".join(f"{mode} {n}" for mode, n in modes.most_common()),

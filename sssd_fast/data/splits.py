@@ -108,7 +108,9 @@ def split_kfold(index: DataIndex, k: int, fold: int, seed: int = 0, *, val: floa
             (len({patients[i] for i in ids}), "patients") if grouped else (len(ids), "images")
         )
         if units < k:
-            raise DataError(f"class {printable(name)} has {units} {what}; {k} folds need at least {k}")
+            raise DataError(
+                f"class {printable(name)} has {units} {what}; {k} folds need at least {k}"
+            )
     splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(
         k, shuffle=True, random_state=seed
     )

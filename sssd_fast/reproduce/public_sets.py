@@ -81,11 +81,7 @@ def image_root(which: PublicSet, folder: str | os.PathLike[str]) -> Path:
     needed = " and ".join(which.classes)
     if not found:
         archives = sorted(path.name for path in top.rglob("*.zip"))
-        hint = (
-            f"; unpack {', '.join(map(printable, archives[:3]))} first"
-            if archives
-            else ""
-        )
+        hint = f"; unpack {', '.join(map(printable, archives[:3]))} first" if archives else ""
         raise DataError(
             f"{printable(str(top))}: no folder in it holds {needed}, the classes of {which.title}{hint}"
         )

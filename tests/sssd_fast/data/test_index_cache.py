@@ -47,7 +47,11 @@ def test_the_second_check_decodes_nothing_and_finds_the_same(
     first = check_data(data, index_cache=tmp_path / "memory")
     assert len(decoded) == 6
     decoded.clear()
-    assert check_data(data, index_cache=tmp_path / "memory") == first == check_data(data, index_cache=None)
+    assert (
+        check_data(data, index_cache=tmp_path / "memory")
+        == first
+        == check_data(data, index_cache=None)
+    )
     assert len(decoded) == 6  # of the check without a memory
     other = tmp_path / "other"
     data.rename(other)
@@ -74,7 +78,8 @@ def test_what_changed_is_decoded_again_and_what_broke_is_excluded(
     assert after.records[0].sha256 != before.records[0].sha256
     paths[3].unlink()
     assert before.records[3].path not in [
-        r.path for r in check_data(data, index_cache=tmp_path / "memory", max_bad_fraction=0.5).records
+        r.path
+        for r in check_data(data, index_cache=tmp_path / "memory", max_bad_fraction=0.5).records
     ]
 
 

@@ -100,7 +100,9 @@ def test_haze_lies_further_out_in_covid():
     rows, cols = np.mgrid[-1 : 1 : SIZE[0] * 1j, -1 : 1 : SIZE[1] * 1j]
     further = 0
     for i in range(40):
-        gain = make_synthetic_slice(6, i, COVID, SIZE).astype(float) - make_synthetic_slice(6, i, NORMAL, SIZE)
+        gain = make_synthetic_slice(6, i, COVID, SIZE).astype(float) - make_synthetic_slice(
+            6, i, NORMAL, SIZE
+        )
         radius = np.hypot((np.abs(cols) - 0.4) / 0.35, rows / 0.55)
         out, inner = (np.average(radius, weights=np.clip(sign * gain, 0, None)) for sign in (1, -1))
         further += int(out > inner)
