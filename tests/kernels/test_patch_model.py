@@ -426,7 +426,7 @@ def test_unpatch_refuses_to_drop_what_came_on_top() -> None:
     ):
         unpatch_model(model)
     with pytest.raises(
-        TypeError, match="Attention is pickled in its own way; call unpatch_model before"
+        TypeError, match="Attention defines its own pickling; call unpatch_model before"
     ):
         copy.deepcopy(model)
 
