@@ -197,7 +197,7 @@ class Encoder(nn.Module):
         self.pos_embed = nn.Parameter(
             sincos_positions(width, config.grid, self.num_prefix), requires_grad=False
         )
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = Blocks(
             Block(width, heads, config.mlp_ratio, config.norm_eps, drop_path=rate) for rate in rates
         )

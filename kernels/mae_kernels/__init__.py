@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._checks import debug_checks
-from ._runtime import backend, info
+from ._runtime import as_on_gpu, backend, info
 from .crop_resize import crop_resize
 from .distillation import distillation_loss
 from .gelu_linear import gelu_linear
@@ -34,6 +34,7 @@ __all__ = [
     "RestoreTokens",
     "SSSDLoss",
     "ShortAttention",
+    "as_on_gpu",
     "attention",
     "backend",
     "crop_resize",

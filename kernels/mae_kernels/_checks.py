@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 _debug = False
 
@@ -24,9 +25,9 @@ def debug_checks(enabled: bool = True) -> None:
 
 def can_look(x: Tensor) -> bool:
     """Whether the values of x may be read now: on the CPU in eager mode, on CUDA with debug_checks."""
-    return not torch.compiler.is_compiling() and (
-        x.device.type == "cpu" or (x.device.type == "cuda" and _debug)
-    )
+    if torch.compiler.is_compiling() or is_fake(x):
+        return False
+    return x.device.type == "cpu" or (x.device.type == "cuda" and _debug)
 
 
 def check_tensor(name: str, value: object) -> None:

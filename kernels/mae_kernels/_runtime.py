@@ -77,7 +77,8 @@ def _from_environment() -> str:
 
 
 _backend = _from_environment()
-_recording: tuple[int, list[Launch]] | None = None
+_recording: tuple[int, list[Launch] | None] | None = None
+_pretending = False  # inside `as_on_gpu`
 
 
 @contextmanager
@@ -104,7 +105,7 @@ def wants_reference(on: Tensor) -> bool:
 
     On the CPU it does unless the backend is "triton": what an op saves in memory by computing twice costs time there.
     """
-    return _backend == "reference" or (_backend == "auto" and not on.is_cuda)
+    return _backend == "reference" or (_backend == "auto" and not on.is_cuda and not _pretending)
 
 
 @functools.cache
@@ -126,7 +127,7 @@ def why_not_triton(op: str, device: torch.device, *dtypes: torch.dtype) -> str |
     """The reason why the op's kernels cannot run on this device with these dtypes; None when they can."""
     if not HAVE_TRITON:
         return "triton is not installed"
-    if device.type == "cpu" and not INTERPRET:
+    if device.type == "cpu" and not INTERPRET and not _pretending:
         return "the tensors are on the CPU"
     if device.type == "cuda" and torch.version.hip is not None:
         return "the kernels are checked for NVIDIA GPUs only"
@@ -150,7 +151,7 @@ def use_triton(
     reason = why_not_triton(op, device, *dtypes) or refused
     if _backend == "triton" and reason is not None:
         raise RuntimeError(f"{op}: backend 'triton' was asked for, but {reason}")
-    if device.type == "cpu" and _backend != "triton":
+    if device.type == "cpu" and _backend != "triton" and not _pretending:
         return False  # the interpreter is for tests that ask for it
     return _backend != "reference" and reason is None
 
@@ -167,11 +168,27 @@ class Launch(NamedTuple):
 def record_launches(arch: int) -> Iterator[list[Launch]]:
     """Inside the block, ops on meta tensors choose their kernels as for sm_<arch>, and launches are only recorded."""
     global _recording
-    _recording = (arch, [])
+    launches: list[Launch] = []
+    _recording = (arch, launches)
     try:
-        yield _recording[1]
+        yield launches
     finally:
         _recording = None
+
+
+@contextmanager
+def as_on_gpu(capability: tuple[int, int]) -> Iterator[None]:
+    """Inside the block, ops on fake tensors choose what they choose on a GPU of that compute capability.
+
+    No kernel starts. With torch's FakeTensorMode on the CPU this shows what a step would allocate on a
+    GPU that is not there.
+    """
+    global _recording, _pretending
+    _recording, _pretending = (10 * capability[0] + capability[1], None), True
+    try:
+        yield
+    finally:
+        _recording, _pretending = None, False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:
@@ -179,7 +196,8 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constan
     if any(size == 0 for size in grid):
         return
     if _recording is not None:
-        _recording[1].append(Launch(kernel, args, constants))
+        if _recording[1] is not None:
+            _recording[1].append(Launch(kernel, args, constants))
     elif INTERPRET:
         kernel[grid](*args, **constants)
     elif (
