@@ -179,7 +179,7 @@ class OwnStep:
         self.optimizer = build_optimizer(groups, setup.betas, config.step.optimizer)
         self._step = Step(
             module, self.optimizer, self._loss,
-            world=World(setup.device), precision=precision, after=self.model.update_center,
+            world=World(setup.device), precision=precision, update_state=self.model.update_center,
             compiled=execution.compiled, graphs=execution.graphs,
         )  # fmt: skip
         ops = (
@@ -210,7 +210,7 @@ class OwnStep:
         count = self._count
         self._count = self._count + 1
         with mae_kernels.backend(self._backend), self._compiler():
-            return self._step([self._data.images], count, self._lr).parts["loss"]
+            return self._step([self._data.images], count, self._lr).losses["loss"]
 
 
 def _own_code(model: nn.Module) -> None:

@@ -1,4 +1,6 @@
-"""Fine-tuning: a classifier on the pre-trained encoder, and its predictions on any part of the data."""
+"""Fine-tuning: a classifier on the pre-trained encoder, and its predictions on any part of the
+data.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class FinetuneTask:
         self.num_classes = len(index.classes)
         if self.num_classes < 2:
             raise DataError(
-                f"the data have {self.num_classes} class ({', '.join(index.classes)}); a classifier needs 2 or more"
+                f"the data have {self.num_classes} class ({', '.join(index.classes)}); a "
+                "classifier needs 2 or more"
             )
         torch.manual_seed(config.seed)
         self.module = Classifier(
@@ -85,8 +88,8 @@ class FinetuneTask:
         log_q_BC = F.log_softmax(module(images).float(), 1)
         return TaskLoss(-(targets_BC * self.class_weights * log_q_BC).sum(1).mean(), {})
 
-    def after(self, carry: Tensor, finite: Tensor) -> None:
-        """A classifier has no state beside its parameters."""
+    def update_state(self, batch_stats: Tensor, finite: Tensor) -> None:
+        """A classifier has no state besides its parameters."""
 
     def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
         due = last or epoch % self.settings.validate_epochs == 0

@@ -1,7 +1,8 @@
-"""The masked autoencoder (He et al., arXiv 2111.06377) and the classifier made of its encoder.
+"""The masked autoencoder (He et al., arXiv 2111.06377) and the classifier built on its encoder.
 
-Shapes: B images, L patches, K visible, M = L - K masked, p prefix tokens (1 with a cls token, else 0), N = tokens in a block,
-D encoder width, E decoder width, H heads, V = P*P*C values of one patch in the order (row, column, channel).
+Shapes: B images, L patches, K visible, M = L - K masked, p prefix tokens (1 with a cls token, else
+0), N tokens in a block, D encoder width, E decoder width, H heads, d = D / H head width, V = P*P*C
+values of one patch in the order (row, column, channel).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mae_kernels import Masking, embed_patches, gelu_linear, random_masking, res
 from sssd_fast.attention import attend
 from sssd_fast.config import ModelConfig
 
-Rows = Callable[[Tensor], Tensor]
+SelectTokens = Callable[[Tensor], Tensor]  # [B, N, D] -> the tokens that are used afterwards
 
 
 class MAEOutput(NamedTuple):
@@ -30,20 +31,23 @@ class MAEOutput(NamedTuple):
 def sincos_positions(width: int, grid: tuple[int, int], prefix: int) -> Tensor:
     """[prefix + rows*cols, width] fixed 2-D sin-cos positions; prefix rows are zero.
 
-    Half of the width encodes the column, half the row, each as sin then cos of position / 10000^(i / (width/4)):
-    the layout of facebookresearch/mae, so that its weights fit.
+    Half of the width encodes the column, half the row, each as sin then cos of position / 10000^(i
+    / (width/4)): the layout of facebookresearch/mae, so that its weights fit.
     """
     omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    rows, cols = torch.meshgrid(
-        *(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"
-    )
+    axes = (torch.arange(n, dtype=torch.float64) for n in grid)
+    rows, cols = torch.meshgrid(*axes, indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in (cols, rows)]
     table = torch.cat([torch.cat((a.sin(), a.cos()), 1) for a in angles], 1)
     return torch.cat([torch.zeros(prefix, width, dtype=torch.float64), table]).float()
 
 
 class _PickPatches(torch.autograd.Function):
-    """Rows of x[:, p:] in the order of ids; backward is a gather too, where torch's own would be atomic additions."""
+    """Rows of x[:, p:] in the order of ids.
+
+    The backward is a gather too: torch's own scatters with atomic additions, which are slow on a
+    GPU and add in a different order in each run.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_BND: Tensor, ids_BM: Tensor, rank_BL: Tensor) -> Tensor:
@@ -62,9 +66,11 @@ class _PickPatches(torch.autograd.Function):
 
 
 def pick_patches(x_BND: Tensor, ids_BM: Tensor, rank_BL: Tensor) -> Tensor:
-    """[B, M, D]: the patch tokens `ids`, in that order; x is [B, p+L, D] with p prefix tokens, which nothing reads.
+    """[B, M, D]: the patch tokens `ids` in that order. x is [B, p+L, D]; its p prefix tokens are
+    dropped.
 
-    rank [B, L] is the place of each patch in `ids`, and below 0 or from M on for a patch that is not in it.
+    rank [B, L] is the position of each patch in `ids`; a patch that is not in `ids` has a rank
+    below 0 or at least M.
     """
     out: Tensor = _PickPatches.apply(x_BND, ids_BM, rank_BL)
     return out
@@ -75,7 +81,9 @@ def _rows(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    provider = "fused"  # mae_kernels.attention, which chooses by itself; training sets what sssd_fast.attention chose
+    # "fused" is mae_kernels.attention. performance.execution sets the provider chosen for this
+    # machine.
+    provider = "fused"
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -92,17 +100,15 @@ class Attention(nn.Module):
     def probabilities(self, x_BND: Tensor) -> Tensor:
         """[B, H, N, N] softmax(q k^T / sqrt(d)): row = query."""
         B, N, D = x_BND.shape
-        q_BHNd, k_BHNd, _ = (
-            self.qkv(x_BND)
-            .view(B, N, 3, self.heads, D // self.heads)
-            .permute(2, 0, 3, 1, 4)
-            .float()
-        )
+        qkv_BN3Hd = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads)
+        q_BHNd, k_BHNd, _ = qkv_BN3Hd.permute(2, 0, 3, 1, 4).float()
         return (q_BHNd @ k_BHNd.transpose(-1, -2) * (D // self.heads) ** -0.5).softmax(-1)
 
 
 class MLP(nn.Module):
-    fused = False  # GELU, both bias gradients and the second product by mae_kernels.gelu_linear; training sets it where that runs
+    # True: mae_kernels.gelu_linear computes GELU and the second layer. Set by
+    # performance.execution.
+    fused = False
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -111,15 +117,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            return gelu_linear(
-                F.linear(x, self.fc1.weight), self.fc1.bias, self.fc2.weight, self.fc2.bias
-            )
+            h = F.linear(x, self.fc1.weight)
+            return gelu_linear(h, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `drop_path` skips a branch per image (stochastic depth, arXiv 1603.09382)."""
+    """Pre-norm transformer block; `drop_path` skips a branch per image (stochastic depth, arXiv
+    1603.09382).
+    """
 
     def __init__(
         self, width: int, heads: int, mlp_ratio: float, norm_eps: float, drop_path: float = 0.0
@@ -137,41 +144,46 @@ class Block(nn.Module):
         keep = 1.0 - self.drop_path
         return x_BND * (torch.rand(x_BND.shape[0], 1, 1, device=x_BND.device) < keep) / keep
 
-    def forward(self, x_BND: Tensor, read: Rows | None = None) -> Tensor:
-        """`read` picks the rows whose result somebody reads: for the last block, whose MLP then does not compute the others.
+    def forward(self, x_BND: Tensor, select: SelectTokens | None = None) -> Tensor:
+        """`select` keeps only the tokens that are used afterwards; the MLP does not compute the
+        others.
 
-        It stands behind the attention's projection, where it only changes what the norm's kernel loads; before it, the gather
-        would move more bytes than the projection of the spared rows.
+        It is applied after the attention's projection, where it only changes what the norm loads.
+        Before the projection, the gather would move more bytes than projecting the dropped tokens
+        costs.
         """
         x_BND = x_BND + self._branch(self.attn(self.norm1(x_BND)))
-        if read is not None:
-            x_BND = read(x_BND)
+        if select is not None:
+            x_BND = select(x_BND)
         return x_BND + self._branch(self.mlp(self.norm2(x_BND)))
 
 
 class Blocks(nn.ModuleList):
-    """The blocks of an encoder or decoder, and how they are computed; none of the settings changes more than rounding.
+    """The blocks of an encoder or decoder, and how they are computed.
 
-    residual: dtype of the tokens between blocks under autocast; None leaves them as they come.
-    recompute: wraps the call of a block so that its activations are computed again in the backward; None keeps them.
+    residual: dtype of the tokens between blocks under autocast; None does not convert them.
+    recompute: wraps the call of a block so that its activations are recomputed in the backward;
+    None keeps them. Both are set by performance.execution and change results by rounding at most.
     """
 
     residual: torch.dtype | None = None
     recompute: Callable[..., Tensor] | None = None
 
-    def forward(self, x_BND: Tensor, read: Rows | None = None, skip: int = 0) -> Tensor:
-        """All blocks in turn without the last `skip`; `read` picks rows in the last one."""
+    def forward(self, x_BND: Tensor, select: SelectTokens | None = None, skip: int = 0) -> Tensor:
+        """All blocks but the last `skip`, in order; `select` is applied in the last block."""
         if self.residual is not None:
             x_BND = x_BND.to(self.residual)
-        again = self.recompute if torch.is_grad_enabled() else None
+        recompute = self.recompute if torch.is_grad_enabled() else None
         for i, block in enumerate(list(self)[: len(self) - skip]):
-            rows = read if i == len(self) - 1 else None
-            x_BND = block(x_BND, rows) if again is None else again(block, x_BND, rows)
+            kept = select if i == len(self) - 1 else None
+            x_BND = block(x_BND, kept) if recompute is None else recompute(block, x_BND, kept)
         return x_BND
 
 
 class PatchEmbed(nn.Module):
-    """Holds the projection of patches to tokens under the usual name `proj`; mae_kernels.embed_patches does the work."""
+    """Holds the patch projection under its usual name `proj`; mae_kernels.embed_patches computes
+    it.
+    """
 
     def __init__(self, patch_size: int, channels: int, width: int) -> None:
         super().__init__()
@@ -204,32 +216,28 @@ class Encoder(nn.Module):
         self.norm: nn.Module = (
             nn.LayerNorm(width, eps=config.norm_eps) if final_norm else nn.Identity()
         )
-        # plain numbers: not in the state dict, since they belong to the data, and exact whatever the model's dtype
+        # Plain numbers, not buffers: they belong to the data and stay exact in a half-precision
+        # model.
         self.mean = config.mean * (config.in_channels // len(config.mean))
         self.std = config.std * (config.in_channels // len(config.std))
 
     def tokens(self, images_BCHW: Tensor, ids_BK: Tensor | None) -> Tensor:
         """[B, p+K, D] input of the first block. `ids` None = all patches in order."""
-        if tuple(images_BCHW.shape[1:]) != (self.in_channels, *self.image_size):
+        needed = (self.in_channels, *self.image_size)
+        if tuple(images_BCHW.shape[1:]) != needed:
             raise ValueError(
-                f"images have shape {tuple(images_BCHW.shape)}, the model needs [B, {self.in_channels}, {self.image_size[0]}, "
-                f"{self.image_size[1]}]; resize them or set model.image_size and model.in_channels"
+                f"images have shape {tuple(images_BCHW.shape)}, the model needs [B, {needed[0]}, "
+                f"{needed[1]}, {needed[2]}]; resize them or set model.image_size and "
+                "model.in_channels"
             )
         B, p = images_BCHW.shape[0], self.num_prefix
         if ids_BK is None:
-            ids_BK = torch.arange(self.grid[0] * self.grid[1], device=images_BCHW.device).expand(
-                B, -1
-            )
-        proj = self.patch_embed.proj
-        scale = (self.mean, self.std) if images_BCHW.dtype == torch.uint8 else (None, None)
+            patches_L = torch.arange(self.grid[0] * self.grid[1], device=images_BCHW.device)
+            ids_BK = patches_L.expand(B, -1)
+        proj, pos_LD = self.patch_embed.proj, self.pos_embed[p:]
+        mean, std = (self.mean, self.std) if images_BCHW.dtype == torch.uint8 else (None, None)
         x_BKD = embed_patches(
-            images_BCHW,
-            ids_BK,
-            proj.weight,
-            proj.bias,
-            self.pos_embed[p:],
-            mean=scale[0],
-            std=scale[1],
+            images_BCHW, ids_BK, proj.weight, proj.bias, pos_LD, mean=mean, std=std
         )
         if self.cls_token is None:
             return x_BKD
@@ -237,11 +245,13 @@ class Encoder(nn.Module):
         return torch.cat([cls_B1D.to(x_BKD.dtype), x_BKD], 1)
 
     def forward(
-        self, images_BCHW: Tensor, ids_BK: Tensor | None = None, read: Rows | None = None
+        self, images_BCHW: Tensor, ids_BK: Tensor | None = None, select: SelectTokens | None = None
     ) -> Tensor:
-        """uint8 (scaled by mean and std here) or already normalised float images -> [B, p+K, D] tokens after the final norm,
-        or only the rows that `read` picks."""
-        out: Tensor = self.norm(self.blocks(self.tokens(images_BCHW, ids_BK), read))
+        """[B, p+K, D] tokens after the final norm, or only those that `select` keeps.
+
+        Images are uint8 (normalised here with mean and std) or floats that are normalised already.
+        """
+        out: Tensor = self.norm(self.blocks(self.tokens(images_BCHW, ids_BK), select))
         return out
 
     @torch.no_grad()
@@ -272,23 +282,25 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.pred = nn.Linear(width, config.patch_size**2 * config.in_channels)
 
-    def forward(self, x_BND: Tensor, ids_restore_BL: Tensor, read: Rows | None = None) -> Tensor:
-        """[B, p+K, D] encoder output -> [B, L, E] patch tokens before the final norm, in image order, or the rows of `read`."""
-        x_BNE = restore_tokens(
-            self.embed(x_BND),
-            ids_restore_BL,
-            self.mask_token.flatten(),
-            self.pos_embed,
-            prefix=self.num_prefix,
-        )
-        out: Tensor = self.blocks(x_BNE, self.patches if read is None else read)
-        return out
+    def forward(
+        self, x_BND: Tensor, ids_restore_BL: Tensor, select: SelectTokens | None = None
+    ) -> Tensor:
+        """[B, p+K, D] encoder output -> [B, L, E] patch tokens in image order, before the final
+        norm.
 
-    def patches(self, x_BNE: Tensor) -> Tensor:
-        return x_BNE[:, self.num_prefix :]
+        With `select`: the tokens that it keeps of [B, p+L, E].
+        """
+        mask_token_E, p = self.mask_token.flatten(), self.num_prefix
+        x_BNE = restore_tokens(
+            self.embed(x_BND), ids_restore_BL, mask_token_E, self.pos_embed, prefix=p
+        )
+        out: Tensor = self.blocks(x_BNE, select or (lambda x_BNE: x_BNE[:, p:]))
+        return out
 
 
 class MAE(nn.Module):
+    """Encoder over the visible patches and decoder over all of them."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -299,26 +311,26 @@ class MAE(nn.Module):
         nn.init.normal_(self.decoder.mask_token, std=0.02)
 
     def forward(self, images_BCHW: Tensor, noise_BL: Tensor, *, teacher: bool = True) -> MAEOutput:
-        """`noise` orders the patches: the K smallest stay visible. Only masked patches are predicted.
+        """`noise` orders the patches: the K smallest stay visible. Only masked patches are
+        predicted.
 
-        Behind the decoder's last attention the patches go on as visible, then masked, without the cls token; without `teacher`
-        only the masked ones do, and teacher_BKE is None.
+        After the decoder's last attention only the tokens that are used remain: visible, then
+        masked patches; without `teacher` only the masked ones, and teacher_BKE is None.
         """
-        config, decoder = self.config, self.decoder
-        masking, K = random_masking(noise_BL, config.num_visible), config.num_visible
+        decoder, K = self.decoder, self.config.num_visible
+        masking = random_masking(noise_BL, K)
+        ids_masked, rank_BL = masking.ids_masked, masking.ids_restore
         x_BND = self.encoder(images_BCHW, masking.ids_keep)
 
-        def read(y_BNE: Tensor) -> Tensor:
-            if teacher:
-                return pick_patches(
-                    y_BNE, torch.cat([masking.ids_keep, masking.ids_masked], 1), masking.ids_restore
-                )
-            return pick_patches(y_BNE, masking.ids_masked, masking.ids_restore - K)
+        def select(y_BNE: Tensor) -> Tensor:
+            if not teacher:
+                return pick_patches(y_BNE, ids_masked, rank_BL - K)
+            return pick_patches(y_BNE, torch.cat([masking.ids_keep, ids_masked], 1), rank_BL)
 
-        y_BLE = decoder(x_BND, masking.ids_restore, read)
-        # the norm writes both parts contiguous, which the layers behind them need
+        y_BLE = decoder(x_BND, rank_BL, select)
+        # One norm for each group: its output is then contiguous, as the next layers need it.
         teacher_BKE = decoder.norm(y_BLE[:, :K]) if teacher else None
-        pred_BMV = decoder.pred(decoder.norm(y_BLE[:, -masking.ids_masked.shape[1] :]))
+        pred_BMV = decoder.pred(decoder.norm(y_BLE[:, -ids_masked.shape[1] :]))
         return MAEOutput(pred_BMV, masking, x_BND[:, self.encoder.num_prefix :], teacher_BKE)
 
     @torch.no_grad()
@@ -330,7 +342,10 @@ class MAE(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Encoder over all patches, pooled, with a linear head; names as in timm's VisionTransformer below `encoder.`."""
+    """Encoder over all patches, pooled, with a linear head.
+
+    Parameter names below `encoder.` are those of timm's VisionTransformer.
+    """
 
     def __init__(
         self, config: ModelConfig, num_classes: int, pool: str = "mean", drop_path: float = 0.0
@@ -338,7 +353,7 @@ class Classifier(nn.Module):
         super().__init__()
         if pool not in ("mean", "cls") or (pool == "cls" and not config.cls_token):
             raise ValueError(
-                f"pool is {pool!r}, needs 'mean', or 'cls' with a cls token in the model"
+                f"pool is {pool!r}, needs 'mean', or 'cls' if the model has a cls token"
             )
         self.config = config
         self.pool = pool
@@ -352,15 +367,15 @@ class Classifier(nn.Module):
         self.head = nn.Linear(width, num_classes)
         self.apply(_init)
         _init_tokens(self.encoder)
-        nn.init.trunc_normal_(
-            self.head.weight, std=2e-5
-        )  # MAE fine-tuning: near-zero logits at the start
+        # As in MAE's fine-tuning: logits near zero at the start.
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """[B, D] pooled features: the mean over patch tokens (cls excluded) then norm, or the normalised cls token."""
-        p = self.encoder.num_prefix
-        rows = slice(0, 1) if self.pool == "cls" else slice(p, None)
-        x_BND = self.encoder(images_BCHW, read=lambda x_BND: x_BND[:, rows])
+        """[B, D] pooled features: mean over the patch tokens, then norm; or the normalised cls
+        token.
+        """
+        used = slice(0, 1) if self.pool == "cls" else slice(self.encoder.num_prefix, None)
+        x_BND = self.encoder(images_BCHW, select=lambda x_BND: x_BND[:, used])
         pooled_BD = x_BND[:, 0] if self.pool == "cls" else x_BND.mean(1)
         out: Tensor = self.fc_norm(pooled_BD)
         return out
@@ -371,7 +386,9 @@ class Classifier(nn.Module):
 
 
 def _init(module: nn.Module) -> None:
-    """Xavier-uniform linear layers, as facebookresearch/mae; the patch projection like a linear layer too."""
+    """Xavier-uniform linear layers, as facebookresearch/mae; the patch projection like a linear
+    layer too.
+    """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -1,8 +1,14 @@
-"""The SSSD-COVID objective: masked reconstruction plus self-distillation between decoder and encoder.
+"""The SSSD-COVID objective: masked reconstruction plus self-distillation from decoder to encoder.
 
-total = w * distillation + (1 - w) * reconstruction, both as in SD-MAE (Luo, Chen et al., arXiv 2203.16983, read off its released code):
-the student is LayerNorm(encoder), the teacher LayerNorm(decoder), both at the visible patches; each passes its own projection head;
-cross-entropy from the centred, sharpened teacher to the student (DINO, arXiv 2104.14294, eq. 1), per image.
+    total = w * distillation + (1 - w) * reconstruction
+
+As in SD-MAE (Luo, Chen et al., arXiv 2203.16983, read off its released code): the student is
+LayerNorm(encoder), the teacher LayerNorm(decoder), both at the visible patches. Each passes its own
+projection head; the loss is the cross-entropy from the centred, sharpened teacher to the student
+(DINO, arXiv 2104.14294, eq. 1), per image.
+
+To add a loss term, add its name to LOSSES and its value to `losses` in `SSSD.forward`: logging,
+validation and plots take the names from there.
 
 Shapes: B images, K visible patches, D any width, S prototypes, F bottleneck features.
 """
@@ -20,26 +26,30 @@ from sssd_fast.config import ModelConfig, ObjectiveConfig
 from sssd_fast.model import MAE
 
 
+LOSSES = ("reconstruction", "distillation")  # the terms of the total
+
+
 class SSSDOutput(NamedTuple):
+    """Losses are means over the batch; all tensors but `batch_center` are scalars."""
+
     total: Tensor
-    reconstruction: Tensor
-    distillation: Tensor
-    batch_center: (
-        Tensor | None
-    )  # [S] mean of this batch's teacher; None where the loss has no centre
+    losses: dict[str, Tensor]  # the terms by name, without gradients
+    batch_center: Tensor | None  # [S] mean teacher distribution; None if the loss has no centre
 
 
 class ProjectionHead(nn.Module):
-    """Linear-GELU-Linear-GELU-Linear, L2-normalised, then (with prototypes) a weight-normalised linear layer of gain 1."""
+    """Linear-GELU-Linear-GELU-Linear, L2-normalised; with prototypes a weight-normalised linear
+    layer of gain 1 follows.
+    """
 
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int | None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, bottleneck)
-        self.prototypes = (
-            None if prototypes is None else nn.Parameter(torch.empty(prototypes, bottleneck))
-        )
+        self.prototypes = None
+        if prototypes is not None:
+            self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
         for layer in (self.fc1, self.fc2, self.fc3):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -49,8 +59,8 @@ class ProjectionHead(nn.Module):
     def forward(self, x_BKD: Tensor, pooling: str) -> Tensor:
         """pooling "image": [B, S]; "token": [B*K, S]. Without prototypes S is the bottleneck F.
 
-        The last layer is linear, so mean_k(W f_k) = W mean_k(f_k): pooling before it gives SD-MAE's image-level logits without
-        ever storing [B, K, S].
+        The last layer is linear, so mean_k(W f_k) = W mean_k(f_k). Pooling before it gives SD-MAE's
+        image-level logits without storing [B, K, S].
         """
         f_BKF = F.normalize(self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x_BKD))))).float(), dim=-1)
         f = f_BKF.mean(1) if pooling == "image" else f_BKF.flatten(0, 1)
@@ -60,7 +70,9 @@ class ProjectionHead(nn.Module):
 
 
 class SSSD(nn.Module):
-    """Masked autoencoder, both heads and the centre: what pre-training trains and its checkpoints hold."""
+    """Masked autoencoder, both projection heads and the centre: everything that pre-training
+    trains.
+    """
 
     center: Tensor
 
@@ -78,29 +90,27 @@ class SSSD(nn.Module):
         self.register_buffer("center", torch.zeros(objective.prototypes))
 
     def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> SSSDOutput:
-        """One batch: uint8 (or already normalised float) images and the noise that chooses the masked patches."""
+        """Losses of a batch. Images are uint8 or normalised floats; the noise chooses the masked
+        patches."""
         cfg, encoder = self.objective, self.mae.encoder
         out = self.mae(images_BCHW, noise_BL, teacher=self.teacher_head is not None)
         uint8 = images_BCHW.dtype == torch.uint8
-        mean, std = (encoder.mean, encoder.std) if uint8 else (None, None)
-        norm = None if cfg.norm == "none" else cfg.norm
         reconstruction = {
             "ids": out.masking.ids_masked,
             "patch_size": encoder.patch_size,
-            "norm": norm,
-            "mean": mean,
-            "std": std,
+            "norm": None if cfg.norm == "none" else cfg.norm,
+            "mean": encoder.mean if uint8 else None,
+            "std": encoder.std if uint8 else None,
         }
         if self.student_head is None or self.teacher_head is None or out.teacher_BKE is None:
             loss = masked_reconstruction_loss(out.pred_BMV, images_BCHW, **reconstruction)
-            return SSSDOutput(loss, loss.detach(), torch.zeros_like(loss), None)
-        student = self.student_head(out.student_BKD, cfg.pooling)
-        teacher = self.teacher_head(out.teacher_BKE, cfg.pooling)
+            losses = {"reconstruction": loss.detach(), "distillation": torch.zeros_like(loss)}
+            return SSSDOutput(loss, losses, None)
         both = sssd_loss(
             out.pred_BMV,
             images_BCHW,
-            student,
-            teacher,
+            self.student_head(out.student_BKD, cfg.pooling),
+            self.teacher_head(out.teacher_BKE, cfg.pooling),
             weight=cfg.weight,
             kind=cfg.kind,
             center=self.center if cfg.kind == "dino" else None,
@@ -110,11 +120,15 @@ class SSSD(nn.Module):
             detach_teacher=cfg.detach_teacher,
             **reconstruction,
         )
-        return SSSDOutput(*both)
+        losses = {"reconstruction": both.reconstruction, "distillation": both.distillation}
+        return SSSDOutput(both.total, losses, both.batch_center)
 
     @torch.no_grad()
     def update_center(self, batch_center_S: Tensor, apply: Tensor) -> None:
-        """c <- m c + (1 - m) mean(teacher) where the bool scalar `apply` is true; the caller averages over ranks and micro-batches."""
+        """c <- m c + (1 - m) mean(teacher), only if the bool scalar `apply` is true.
+
+        The caller averages `batch_center_S` over processes and micro-batches.
+        """
         m = self.objective.center_momentum
         moved_S = m * self.center + (1 - m) * batch_center_S.to(self.center.dtype)
         self.center.copy_(torch.where(apply, moved_S, self.center))

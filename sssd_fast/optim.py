@@ -1,10 +1,11 @@
 """AdamW with parameter groups, layer-wise learning rates and a schedule.
 
-Layer decay (Clark et al., arXiv 2003.10555; BEiT, arXiv 2106.08254): the learning rate of block i of n is multiplied by
-decay ** (n + 1 - (i + 1)), of the embedding by decay ** (n + 1), of the head by 1.
+Layer decay (Clark et al., arXiv 2003.10555; BEiT, arXiv 2106.08254): the learning rate of block i
+of n is multiplied by decay ** (n + 1 - (i + 1)), of the embedding by decay ** (n + 1), of the head
+by 1.
 
-Whatever changes from step to step (learning rate, gradient scale, the flag that skips a step) reaches the device as a tensor: nothing
-waits for the device, and a compiled step is compiled once.
+Whatever changes from step to step (learning rate, gradient scale, the flag that skips a step)
+reaches the device as a tensor: nothing waits for the device, and a compiled step is compiled once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def scaled_lr(base_lr: float, effective_batch: int) -> float:
 
 
 def lr_at(step: int, *, total_steps: int, warmup_steps: int, peak: float, minimum: float) -> float:
-    """Linear warm-up to `peak`, then half a cosine to `minimum`. `step` counts optimizer steps from 0."""
+    """Linear warm-up to `peak`, then half a cosine to `minimum`. `step` counts optimizer steps from
+    0.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -43,7 +46,9 @@ def layer_of(name: str, depth: int) -> int:
 def parameter_groups(
     model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0, depth: int = 0
 ) -> list[dict[str, Any]]:
-    """Groups with keys params, weight_decay, lr_scale, names. Biases, norms, tokens and positions are not decayed."""
+    """Groups with keys params, weight_decay, lr_scale, names. Biases, norms, tokens and positions
+    are not decayed.
+    """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -59,8 +64,9 @@ def parameter_groups(
     return list(groups.values())
 
 
-# torch.compile cannot trace torch's multi-tensor kernels with a tensor as learning rate, and its own code for a norm over hundreds of
-# tensors is hundreds of kernels: as ops of their own, both stay the few launches that they are.
+# torch.compile cannot trace torch's multi-tensor kernels with a tensor as learning rate, and its
+# own code for a norm over hundreds of tensors is hundreds of kernels: as ops of their own, both
+# stay the few launches that they are.
 @torch.library.custom_op("sssd_fast::global_norm", mutates_args=())
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of all elements of all tensors together, fp32 scalar."""
@@ -91,7 +97,9 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on gradients divided by `scale`; nothing changes where `skip` is 1."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on gradients divided by `scale`; nothing
+    changes where `skip` is 1.
+    """
     torch._foreach_add_(steps, 1)
     torch._fused_adamw_(
         params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
@@ -116,7 +124,9 @@ class Group(NamedTuple):
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW(fused=True), its state and its state dict, with an update that torch.compile can trace."""
+    """torch.optim.AdamW(fused=True), its state and its state dict, with an update that
+    torch.compile can trace.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
         super().__init__(groups, lr=0.0, betas=betas, fused=True)
@@ -161,10 +171,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def clipped_update(
     groups: list[Group], max_norm: float | None, watched: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """AdamW on gradients clipped to a global norm of `max_norm`: (norm before clipping, bool scalar: whether it was applied).
+    """AdamW on gradients clipped to a global norm of `max_norm`: (norm before clipping, bool
+    scalar: whether it was applied).
 
-    Two passes over the gradients: the norm's, and the update's own. Nothing is applied where the norm or anything in `watched`
-    is not finite.
+    Two passes over the gradients: the norm's, and the update's own. Nothing is applied where the
+    norm or anything in `watched` is not finite.
     """
     grad_norm = global_norm([grad for group in groups for grad in group.grads])
     finite = all_finite(grad_norm, *watched)
@@ -178,7 +189,9 @@ def clipped_update(
 def build_optimizer(
     groups: list[dict[str, Any]], betas: tuple[float, float], name: str = "adamw"
 ) -> torch.optim.Optimizer:
-    """FusedAdamW for "adamw"; for "adamw8bit" torchao's, whose moments take 2 bytes per parameter in place of 8."""
+    """FusedAdamW for "adamw"; for "adamw8bit" torchao's, whose moments take 2 bytes per parameter
+    in place of 8.
+    """
     return FusedAdamW(groups, betas) if name == "adamw" else build_adamw8bit(groups, betas)
 
 
@@ -193,9 +206,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def all_finite(loss: Tensor, *others: Tensor) -> Tensor:
-    """Whether every element of the loss (and gradient norm, ...) is finite: a bool tensor [] on the loss's device.
+    """Whether every element of the loss (and gradient norm, ...) is finite: a bool tensor [] on the
+    loss's device.
 
-    Nothing here waits for the device, so it can stand in a compiled or captured step; read the flag when convenient.
+    Nothing here waits for the device, so it can stand in a compiled or captured step; read the flag
+    when convenient.
     """
     finite = torch.isfinite(loss.detach()).all()
     for other in others:

@@ -1,4 +1,6 @@
-"""Pre-training: reconstruct masked patches and distil the decoder into the encoder, without labels."""
+"""Pre-training: reconstruct masked patches and distil the decoder into the encoder, without
+labels.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from sssd_fast.data.split import Split
 from sssd_fast.evaluation.visualize import attention_grid, reconstruction_grid
 from sssd_fast.loaders import Batch, Loader
 from sssd_fast.loaders.prepare import make_loader, prepare_data, pretraining_images
-from sssd_fast.objective import SSSD, SSSDOutput
+from sssd_fast.objective import LOSSES, SSSD, SSSDOutput
 from sssd_fast.optim import parameter_groups
 from sssd_fast.run.device import generator
 from sssd_fast.run.folder import Run
@@ -26,7 +28,10 @@ VALIDATION_SEED = 2**31  # masks of the validation images, the same in every epo
 
 
 class PretrainTask:
-    """The Task of `fit` for SSSD. best.pt has the lowest loss on the validation images, whose masks stay the same."""
+    """The Task of `fit` for SSSD.
+
+    The best checkpoint has the lowest loss on the validation images, whose masks never change.
+    """
 
     name = "pretrain"
     best = ("loss", False)
@@ -39,9 +44,8 @@ class PretrainTask:
         self.module = SSSD(config.model, config.objective).to(run.world.device)
         self.val_loader: Loader | None = None
         if split.val:
-            self.val_loader = make_loader(
-                run, index, split.val, batch_size=self.settings.batch_size
-            )
+            size = self.settings.batch_size
+            self.val_loader = make_loader(run, index, split.val, batch_size=size)
         shown = (split.val or split.train)[: self.settings.num_images]
         self.pictured = make_loader(run, index, shown, batch_size=len(shown), shard=False)
 
@@ -49,14 +53,12 @@ class PretrainTask:
         return parameter_groups(self.module, weight_decay=self.settings.weight_decay)
 
     def loss(self, module: nn.Module, batch: Batch, step: int, micro: int) -> TaskLoss:
-        out: SSSDOutput = module(
-            batch.images, self._noise(len(batch.images), self.run.config.seed, step, micro)
-        )
-        parts = {"loss_reconstruction": out.reconstruction, "loss_distillation": out.distillation}
-        return TaskLoss(out.total, parts, out.batch_center)
+        noise = self._noise(len(batch.images), self.run.config.seed, step, micro)
+        out: SSSDOutput = module(batch.images, noise)
+        return TaskLoss(out.total, _named(out), out.batch_center)
 
-    def after(self, carry: Tensor, finite: Tensor) -> None:
-        self.module.update_center(carry, finite)
+    def update_state(self, batch_stats: Tensor, finite: Tensor) -> None:
+        self.module.update_center(batch_stats, finite)
 
     def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
         every = self.settings.image_epochs
@@ -69,7 +71,10 @@ class PretrainTask:
         return {}
 
     def _noise(self, images: int, *key: int) -> Tensor:
-        """[B, L]: this process's rows of one draw for all processes, so that N processes mask as one would."""
+        """[B, L]: this process's rows of one draw for all processes.
+
+        N processes therefore choose the same masks as one process with N times the batch.
+        """
         world = self.run.world
         shape = images * world.size, self.run.config.model.num_patches
         noise = torch.rand(shape, generator=generator(world.device, *key), device=world.device)
@@ -77,9 +82,10 @@ class PretrainTask:
 
     @torch.no_grad()
     def _validate(self, loader: Loader, step: Step) -> dict[str, float]:
-        """Means over the validation images; the centre stays as training left it."""
+        """Means over the validation images; the centre is not updated."""
         world = self.run.world
-        names = ("loss", "loss_reconstruction", "loss_distillation")
+        # Not taken from an output: a process without validation images computes none.
+        names = ["loss", *(f"loss_{name}" for name in LOSSES)]
         sums = torch.zeros(len(names) + 1, device=world.device, dtype=torch.float64)
         self.module.eval()
         for i, batch in enumerate(loader.epoch(0)):
@@ -88,12 +94,8 @@ class PretrainTask:
             if len(images):
                 with step.autocast():
                     out = self.module(images, noise)
-                values = [
-                    out.total,
-                    out.reconstruction,
-                    out.distillation,
-                    torch.ones_like(out.total),
-                ]
+                terms = (out.losses[name] for name in LOSSES)
+                values = [out.total, *terms, torch.ones_like(out.total)]
                 sums += torch.stack(values).double() * len(images)
         self.module.train()
         world.mean_(sums)
@@ -101,16 +103,14 @@ class PretrainTask:
 
     @torch.no_grad()
     def _draw(self, epoch: int, step: Step) -> None:
-        """images/reconstruction-eNNNN.png and attention-eNNNN.png of the first validation images."""
+        """images/reconstruction-eNNNN.png and attention-eNNNN.png of the first validation
+        images.
+        """
         model, out = self.run.config.model, self.run.out / "images"
         encoder = self.module.mae.encoder
         images = next(iter(self.pictured.epoch(0))).images
-        noise = torch.rand(
-            len(images),
-            model.num_patches,
-            generator=generator(images.device, VALIDATION_SEED),
-            device=images.device,
-        )
+        shape, device = (len(images), model.num_patches), images.device
+        noise = torch.rand(shape, generator=generator(device, VALIDATION_SEED), device=device)
         self.module.eval()
         with step.autocast():
             pred, masking = self.module.mae.reconstruct(images, noise)
@@ -135,8 +135,15 @@ class PretrainTask:
         )
 
 
+def _named(out: SSSDOutput) -> dict[str, Tensor]:
+    """The loss terms under the names that metrics.jsonl uses."""
+    return {f"loss_{name}": value for name, value in out.losses.items()}
+
+
 def pretrain(run: Run, init: str | None = None, norm: Norm | None = None) -> Progress:
-    """Trains from scratch, from the weights in `init`, or from the newest checkpoint of a resumed run."""
+    """Trains from scratch, from the weights in `init`, or from the newest checkpoint of a resumed
+    run.
+    """
     index, split = prepare_data(run)
     task = PretrainTask(run, index, split)
     if init is not None and not run.resume:

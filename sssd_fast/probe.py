@@ -1,8 +1,9 @@
 """Linear probe: how much of the classes a frozen encoder already separates.
 
-Features are computed once without augmentation and standardised; scikit-learn's logistic regression is fitted on the training part, and
-the penalty with the highest validation AUC is taken. The result is folded into a Classifier's head, so that `evaluate`, `predict` and
-`export` treat a probe like any fine-tuned model.
+Features are computed once without augmentation and standardised; scikit-learn's logistic regression
+is fitted on the training part, and the penalty with the highest validation AUC is taken. The result
+is folded into a Classifier's head, so that `evaluate`, `predict` and `export` treat a probe like
+any fine-tuned model.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def features(
 
 
 def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
-    """Fits the probe on the encoder in `init` and saves it as checkpoints/best.pt. Returns the validation figures."""
+    """Fits the probe on the encoder in `init` and saves it as checkpoints/best.pt. Returns the
+    validation figures.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import accuracy_score, log_loss
 
@@ -99,7 +102,9 @@ def _fold(
     mean: NDArray[np.float64],
     std: NDArray[np.float64],
 ) -> None:
-    """softmax(head(f)) = the regression's probabilities of (f - mean) / std; two classes have one row, split as -z/2, +z/2."""
+    """softmax(head(f)) = the regression's probabilities of (f - mean) / std; two classes have one
+    row, split as -z/2, +z/2.
+    """
     if len(bias) == 1:
         weight = np.concatenate([-weight, weight]) / 2
         bias = np.concatenate([-bias, bias]) / 2

@@ -1,7 +1,8 @@
-"""One optimizer step: precision, micro-batches, clipping, and the rule that nothing non-finite is ever applied.
+"""One optimizer step: precision, micro-batches, clipping. Nothing non-finite is ever applied.
 
-The decision is taken on the device: the fused optimizer and the centre read a flag there, so that no step waits for the host.
-Compiled, a step is two graphs: forward and backward, cut by torch where activations are kept, and the update.
+Whether a step is applied is decided on the device: the fused optimizer and the centre read a flag
+there, so no step waits for the host. Compiled, a step consists of two graphs: forward and backward
+(which torch cuts at the activations it keeps), and the update.
 """
 
 from __future__ import annotations
@@ -19,25 +20,32 @@ from sssd_fast.run.device import World, autocast
 
 
 class TaskLoss(NamedTuple):
-    """What a task computes from one micro-batch. `parts` are logged; `carry` (or None) is averaged and handed to `after`."""
+    """What a task computes from one micro-batch.
+
+    `losses` are logged. `batch_stats` (or None) is averaged and passed to `update_state`.
+    """
 
     total: Tensor
-    parts: dict[str, Tensor]
-    carry: Tensor | None = None
+    losses: dict[str, Tensor]
+    batch_stats: Tensor | None = None
 
 
 class StepResult(NamedTuple):
-    parts: dict[str, Tensor]  # scalars, averaged over micro-batches (not over processes)
+    losses: dict[str, Tensor]  # scalars, averaged over micro-batches (not over processes)
     grad_norm: Tensor
     finite: Tensor  # bool scalar: False = this step was skipped
 
 
 class Step:
-    """Callable that does forward, backward and update for a list of micro-batches.
+    """Callable that computes forward, backward and update for a list of micro-batches.
 
-    `loss(module, batch, step, micro)` returns a TaskLoss; `after(carry, finite)` updates state that is no parameter (the centre).
-    compiled: compile the update too (the module comes compiled already). graphs: the module runs as CUDA graphs, whose
-    outputs the next replay overwrites.
+    Args:
+        module: what `loss` calls; compiled or wrapped in DistributedDataParallel already.
+        loss: `loss(module, batch, step, micro)` returns a TaskLoss.
+        update_state: `update_state(batch_stats, finite)` updates state that is not a parameter (the
+            centre of the distillation).
+        compiled: compile the update too.
+        graphs: the module runs as CUDA graphs, whose outputs are overwritten by the next replay.
     """
 
     def __init__(
@@ -49,14 +57,14 @@ class Step:
         world: World,
         precision: str = "fp32",
         clip_grad: float | None = None,
-        after: Callable[[Tensor, Tensor], None] | None = None,
+        update_state: Callable[[Tensor, Tensor], None] | None = None,
         compiled: bool = False,
         graphs: bool = False,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
         self.loss = loss
-        self.after = after
+        self.update_state = update_state
         self.world = world
         self.precision = precision
         self.graphs = graphs
@@ -72,57 +80,63 @@ class Step:
 
     def __call__(self, micro_batches: Sequence[Any], step: int, lr: float) -> StepResult:
         set_lr(self.optimizer, lr)
-        sums, carry = self._forward_backward(micro_batches, step)
+        losses, batch_stats = self._forward_backward(micro_batches, step)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        watched = [self.world.mean_(sums["loss"].clone())] + (
-            [] if carry is None else [self.world.mean_(carry)]
-        )
-        grad_norm, finite = self._apply(watched)
+        # The step is skipped everywhere if the loss or the statistics are not finite on any
+        # process.
+        must_be_finite = [self.world.mean_(losses["loss"].clone())]
+        if batch_stats is not None:
+            must_be_finite.append(self.world.mean_(batch_stats))
+        grad_norm, finite = self._apply(must_be_finite)
         if self.scaler is not None:
             self.scaler.update()
-        if carry is not None and self.after is not None:
-            self.after(carry, finite)
+        if batch_stats is not None and self.update_state is not None:
+            self.update_state(batch_stats, finite)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(sums, grad_norm, finite)
+        return StepResult(losses, grad_norm, finite)
 
     def _forward_backward(
         self, micro_batches: Sequence[Any], step: int
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Gradients of the mean over the micro-batches; returns the means of loss and parts, and of what is carried."""
+        """Accumulates the gradients of the mean over the micro-batches.
+
+        Returns the means of the losses and of the batch statistics.
+        """
         n = len(micro_batches)
-        sums: dict[str, Tensor] = {}
-        carry_sum: Tensor | None = None
+        losses: dict[str, Tensor] = {}
+        stats: Tensor | None = None
+        ddp = self.module if isinstance(self.module, DistributedDataParallel) else None
         for i, batch in enumerate(micro_batches):
             if self.graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-            ddp = self.module if isinstance(self.module, DistributedDataParallel) else None
+            # Gradients are exchanged once per step, in the backward of the last micro-batch.
             with ddp.no_sync() if ddp is not None and i < n - 1 else nullcontext():
                 with self.autocast():
-                    total, parts, carry = self.loss(self.module, batch, step, i)
+                    total, parts, batch_stats = self.loss(self.module, batch, step, i)
                 scaled = total / n
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
             if self.graphs and n > 1 and i == 0:
-                for p in (
-                    self.parameters
-                ):  # out of the memory of the graph, which the next micro-batch writes again
+                # The first gradients are in the graph's memory, which the next replay overwrites.
+                for p in self.parameters:
                     p.grad = None if p.grad is None else p.grad.clone()
             for name, value in {"loss": total, **parts}.items():
                 value = value.detach().float() / n
-                sums[name] = value if name not in sums else sums[name] + value
-            if carry is not None:
-                carry = carry.detach() / n
-                carry_sum = carry if carry_sum is None else carry_sum + carry
-        return sums, carry_sum
+                losses[name] = value if name not in losses else losses[name] + value
+            if batch_stats is not None:
+                batch_stats = batch_stats.detach() / n
+                stats = batch_stats if stats is None else stats + batch_stats
+        return losses, stats
 
     @torch.no_grad()
-    def _apply(self, watched: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _apply(self, must_be_finite: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(gradient norm before clipping, whether the update was applied)."""
         optimizer = self.optimizer
         if isinstance(optimizer, FusedAdamW):
-            return self._update(optimizer.filled_groups(), self.clip_grad, watched)
-        # torchao's update cannot be skipped on the device: here, and only here, a step waits for it
+            return self._update(optimizer.filled_groups(), self.clip_grad, must_be_finite)
+        # torchao's update cannot be skipped on the device: only here a step waits for the host.
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or float("inf"))
-        finite = all_finite(grad_norm, *watched)
+        finite = all_finite(grad_norm, *must_be_finite)
         if bool(finite):
             optimizer.step()
         return grad_norm, finite

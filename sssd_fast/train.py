@@ -1,7 +1,9 @@
-"""The training loop. Every command that trains builds a Task and calls `fit`; read it top to bottom.
+"""The training loop. Every command that trains builds a Task and calls `fit`; read it top to
+bottom.
 
-A run is a pure function of its configuration: the order of images, their augmentation, the masks and every random number of step s are
-derived from (seed, s), so a checkpoint needs no random state, and resuming continues bit for bit on the same number of threads.
+A run is a pure function of its configuration: the order of images, their augmentation, the masks
+and every random number of step s are derived from (seed, s), so a checkpoint needs no random state,
+and resuming continues bit for bit on the same number of threads.
 """
 
 from __future__ import annotations
@@ -69,10 +71,12 @@ class Task(Protocol):
 
     def loss(self, module: nn.Module, batch: Batch, step: int, micro: int) -> TaskLoss: ...
 
-    def after(self, carry: Tensor, finite: Tensor) -> None: ...
+    def update_state(self, batch_stats: Tensor, finite: Tensor) -> None: ...
 
     def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
-        """Validation and pictures after `epoch` (from 1); the figures go to metrics.jsonl. Empty = nothing measured."""
+        """Validation and pictures after `epoch` (from 1); the figures go to metrics.jsonl. Empty =
+        nothing measured.
+        """
         ...
 
     def extra_state(self) -> dict[str, Any]:
@@ -104,7 +108,8 @@ class Schedule:
         per_epoch = micro_steps // settings.accumulate
         if per_epoch == 0:
             raise DataError(
-                f"an epoch has {micro_steps} batches of {settings.batch_size}, accumulate={settings.accumulate} needs at least "
+                f"an epoch has {micro_steps} batches of {settings.batch_size}, "
+                f"accumulate={settings.accumulate} needs at least "
                 f"{settings.accumulate}; lower accumulate or batch_size"
             )
         total = settings.epochs * per_epoch
@@ -122,7 +127,9 @@ class Schedule:
 
 
 def make_step(task: Task, run: Run, config: Config) -> tuple[Step, Execution]:
-    """The step that trains `task` as config.step wants it, and what was decided, which is printed too."""
+    """The step that trains `task` as config.step wants it, and what was decided, which is printed
+    too.
+    """
     settings, world = task.settings, run.world
     optimizer = build_optimizer(
         task.groups(), (settings.beta1, settings.beta2), config.step.optimizer
@@ -143,7 +150,7 @@ def make_step(task: Task, run: Run, config: Config) -> tuple[Step, Execution]:
         world=world,
         precision=run.precision,
         clip_grad=settings.clip_grad,
-        after=task.after,
+        update_state=task.update_state,
         compiled=execution.compiled,
         graphs=execution.graphs,
     )
@@ -151,7 +158,9 @@ def make_step(task: Task, run: Run, config: Config) -> tuple[Step, Execution]:
 
 
 def fit(task: Task, loader: Loader, run: Run) -> Progress:
-    """Trains `task` to the end of its schedule, or from the newest checkpoint on when the run was opened to resume."""
+    """Trains `task` to the end of its schedule, or from the newest checkpoint on when the run was
+    opened to resume.
+    """
     settings, config, world = task.settings, run.config, run.world
     schedule = Schedule.of(settings, loader.steps_per_epoch, world.size)
     progress = Progress()
@@ -160,7 +169,8 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
         progress = _restore(task, step, run)
     run.tracker.start(progress.step)
     run.console.info(
-        f"{task.name}: {schedule.total_steps} steps, {schedule.steps_per_epoch} per epoch, effective batch {schedule.effective_batch}, "
+        f"{task.name}: {schedule.total_steps} steps, {schedule.steps_per_epoch} per epoch, "
+        f"effective batch {schedule.effective_batch}, "
         f"peak lr {schedule.peak_lr:.3g}, {run.precision} on {world.device}"
         + (f", {world.size} processes" if world.size > 1 else "")
     )
@@ -179,7 +189,8 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
             )
             for batches in micro_batches:
                 lr = schedule.lr(progress.step)
-                # what draws from torch's own generator (drop path) depends on the step alone, like everything else
+                # what draws from torch's own generator (drop path) depends on the step alone, like
+                # everything else
                 torch.manual_seed(
                     generator(world.device, config.seed, progress.step, world.rank).initial_seed()
                 )
@@ -203,7 +214,7 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                         guard.check(
                             finite,
                             progress.step,
-                            f"loss {float(result.parts['loss']):.4g}, lr {lr:.3g}",
+                            f"loss {float(result.losses['loss']):.4g}, lr {lr:.3g}",
                         )
                 if progress.step % record_every == 0 or progress.step % sync_every == 0 or last:
                     record = meter.record(world)
@@ -228,7 +239,8 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                 ):
                     _save(task, step, progress, run)
                     raise Interrupted(
-                        f"stopped by {signal.Signals(signum).name} at step {progress.step}; a checkpoint was saved. Continue with:\n"
+                        f"stopped by {signal.Signals(signum).name} at step {progress.step}; a "
+                        "checkpoint was saved. Continue with:\n"
                         f"  {run.resume_with}",
                         signum,
                     )
@@ -284,10 +296,12 @@ class _Meter:
         return [bool(flag) for flag in torch.stack(flags).tolist()] if flags else []
 
     def record(self, world: World) -> dict[str, float]:
-        """Means of the losses over all processes since the last record, speed and memory; waits for the device."""
-        names = list(self._pending[0].parts)
+        """Means of the losses over all processes since the last record, speed and memory; waits for
+        the device.
+        """
+        names = list(self._pending[0].losses)
         means = torch.stack(
-            [torch.stack([r.parts[name] for r in self._pending]).mean() for name in names]
+            [torch.stack([r.losses[name] for r in self._pending]).mean() for name in names]
         )
         values = dict(zip(names, world.mean_(means).tolist(), strict=True))
         values["grad_norm"] = float(self._pending[-1].grad_norm)
@@ -303,7 +317,9 @@ class _Meter:
 def _micro_batches(
     loader: Loader, progress: Progress, accumulate: int, steps_per_epoch: int, meter: _Meter
 ) -> Iterator[list[Batch]]:
-    """The rest of the current epoch in groups of `accumulate`; what does not fill a group is left out."""
+    """The rest of the current epoch in groups of `accumulate`; what does not fill a group is left
+    out.
+    """
     batches = loader.epoch(progress.epoch, start_step=progress.step_in_epoch * accumulate)
     for _ in range(steps_per_epoch - progress.step_in_epoch):
         started = time.perf_counter()
@@ -329,7 +345,9 @@ def _sentence(epoch: float, figures: dict[str, float]) -> str:
 
 
 def _save(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = False) -> None:
-    """Writes step-N.pt (and best.pt) on the main process; the others wait, so that none runs ahead of a failing disk."""
+    """Writes step-N.pt (and best.pt) on the main process; the others wait, so that none runs ahead
+    of a failing disk.
+    """
     if run.world.main:
         state = {
             "task": task.name,
@@ -366,15 +384,17 @@ def _restore(task: Task, step: Step, run: Run) -> Progress:
 class FiniteGuard:
     """Host-side policy: a non-finite step is skipped; `limit` of them in a row end the run.
 
-    fp16 needs a larger limit than bf16 or fp32 (3): its loss scale starts too high and halves at every overflow.
-    folder: the run folder, for `failure/step-N.json`; without one nothing is written. Steps draw from (seed, step) alone, so
-    resuming from the last checkpoint reproduces the failure.
+    fp16 needs a larger limit than bf16 or fp32 (3): its loss scale starts too high and halves at
+    every overflow.
+    folder: the run folder, for `failure/step-N.json`; without one nothing is written. Steps draw
+    from (seed, step) alone, so resuming from the last checkpoint reproduces the failure.
     """
 
     def __init__(self, limit: int = 3, *, folder: str | Path | None = None) -> None:
         if limit < 1:
             raise ConfigError(
-                f"the number of non-finite steps in a row that ends a run is {limit}, at least 1 is needed"
+                f"the number of non-finite steps in a row that ends a run is {limit}, at least 1 "
+                "is needed"
             )
         self.limit = limit
         self.folder = None if folder is None else Path(folder) / "failure"
@@ -399,15 +419,19 @@ class FiniteGuard:
             else ", ".join(f"{key} {value}" for key, value in context.items())
         )
         raise NumericsError(
-            f"loss or gradients were not finite in {self.consecutive} steps in a row, the last was step {step}"
+            f"loss or gradients were not finite in {self.consecutive} steps in a row, the last was "
+            f"step {step}"
             + (f" ({numbers})" if numbers else "")
-            + ". None of these steps was applied: parameters and checkpoints are intact. Try precision=bf16 (fp32 on "
+            + ". None of these steps was applied: parameters and checkpoints are intact. Try "
+            "precision=bf16 (fp32 on "
             "hardware without it), a lower base_lr, or a smaller clip_grad."
             + self._write(step, context)
         )
 
     def _write(self, step: int, context: str | Mapping[str, Any]) -> str:
-        """Files for the post-mortem; a problem in writing them must not hide the reason the run stopped."""
+        """Files for the post-mortem; a problem in writing them must not hide the reason the run
+        stopped.
+        """
         import json
 
         if self.folder is None:

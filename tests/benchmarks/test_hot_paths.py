@@ -81,15 +81,15 @@ def test_training_step(benchmark: BenchmarkFixture, model: SSSD) -> None:
 
     def loss(module: torch.nn.Module, batch: Tensor, step: int, micro: int) -> TaskLoss:
         out = module(batch, noise_BL)
-        return TaskLoss(out.total, {"reconstruction": out.reconstruction}, out.batch_center)
+        return TaskLoss(out.total, {"reconstruction": out.losses["reconstruction"]}, out.batch_center)
 
     twin = copy.deepcopy(model)
     optimizer = build_optimizer(parameter_groups(model, weight_decay=0.05), (0.9, 0.95))
-    step = Step(model, optimizer, loss, world=World(CPU), after=model.update_center)
+    step = Step(model, optimizer, loss, world=World(CPU), update_state=model.update_center)
     first = step([images], 0, 1e-3)
     total = twin(images, noise_BL).total
     total.backward()
-    torch.testing.assert_close(first.parts["loss"], total.detach())
+    torch.testing.assert_close(first.losses["loss"], total.detach())
     squares = [p.grad.square().sum() for p in twin.parameters() if p.grad is not None]
     torch.testing.assert_close(
         first.grad_norm, torch.stack(squares).sum().sqrt(), rtol=1e-4, atol=1e-5
@@ -97,7 +97,7 @@ def test_training_step(benchmark: BenchmarkFixture, model: SSSD) -> None:
 
     last = benchmark(step, [images], 0, 1e-3)
     assert bool(last.finite)
-    assert float(last.parts["loss"]) < float(first.parts["loss"])
+    assert float(last.losses["loss"]) < float(first.losses["loss"])
 
 
 def test_mask_embed_restore_and_loss(benchmark: BenchmarkFixture) -> None:

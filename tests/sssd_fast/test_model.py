@@ -67,7 +67,7 @@ def test_classifier_equals_the_hand_written_one_on_exported_weights(name: str, p
     config = small(**GEOMETRIES[name])
     if pool == "cls" and not config.cls_token:
         with pytest.raises(
-            ValueError, match="pool is 'cls', needs 'mean', or 'cls' with a cls token"
+            ValueError, match="pool is 'cls', needs 'mean', or 'cls' if the model has a cls token"
         ):
             Classifier(config, 5, pool)
         return

@@ -49,16 +49,16 @@ def _weights(model: nn.Module) -> list[Tensor]:
 def test_micro_batches_equal_one_large_batch() -> None:
     data = torch.randn(32, 6)
     once, parts = _model(), _model()
-    carried: list[Tensor] = []
-    a = _step(once, after=lambda carry, finite: carried.append(carry))([data], 0, 1e-2)
-    b = _step(parts, after=lambda carry, finite: carried.append(carry))(
+    averaged: list[Tensor] = []
+    a = _step(once, update_state=lambda stats, finite: averaged.append(stats))([data], 0, 1e-2)
+    b = _step(parts, update_state=lambda stats, finite: averaged.append(stats))(
         list(data.chunk(4)), 0, 1e-2
     )
     for x, y in zip(_weights(once), _weights(parts), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(a.parts["loss"], b.parts["loss"])
+    torch.testing.assert_close(a.losses["loss"], b.losses["loss"])
     torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(carried[0], carried[1])
+    torch.testing.assert_close(averaged[0], averaged[1])
 
 
 def test_the_update_is_adamw_on_the_mean_gradient() -> None:
@@ -109,27 +109,27 @@ def test_clipping_is_that_of_torch(max_norm: float) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("poison", ["loss", "gradient", "carry"])
+@pytest.mark.parametrize("poison", ["loss", "gradient", "batch_stats"])
 def test_nothing_non_finite_is_applied(precision: str, poison: str) -> None:
-    """Weights, moments, step counts and the carried state stay bit-equal through a poisoned step, and training goes on after it."""
+    """Weights, moments, step counts and the averaged state stay bit-equal through a poisoned step, and training goes on after it."""
     model, state = _model(), {"center": torch.zeros(3)}
 
     def loss(module: nn.Module, batch: Tensor, step: int, micro: int) -> TaskLoss:
-        total, parts, carry = _loss(module, batch, step, micro)
+        total, parts, batch_stats = _loss(module, batch, step, micro)
         if step == 1:
             if poison == "loss":
                 total = total * float("nan")
             elif poison == "gradient":  # sqrt at 0: the loss is finite, its gradient is not
                 total = total + (module[0].weight * 0).sum().sqrt()  # type: ignore[index, operator]
             else:
-                assert carry is not None
-                carry = carry * float("inf")
-        return TaskLoss(total, parts, carry)
+                assert batch_stats is not None
+                batch_stats = batch_stats * float("inf")
+        return TaskLoss(total, parts, batch_stats)
 
-    def after(carry: Tensor, finite: Tensor) -> None:
-        state["center"] = torch.where(finite, carry, state["center"])
+    def update_state(batch_stats: Tensor, finite: Tensor) -> None:
+        state["center"] = torch.where(finite, batch_stats, state["center"])
 
-    step = _step(model, loss=loss, precision=precision, after=after)
+    step = _step(model, loss=loss, precision=precision, update_state=update_state)
     if step.scaler is not None:
         step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     data = torch.randn(8, 6)
@@ -184,7 +184,7 @@ def test_a_step_never_waits_for_the_device(
     def loss(module: nn.Module, batch: tuple[Tensor, Tensor], step: int, micro: int) -> TaskLoss:
         out = module(*batch)
         total = out.total * float("nan") if step == 1 else out.total
-        return TaskLoss(total, {"part": out.reconstruction}, out.batch_center)
+        return TaskLoss(total, {"part": out.losses["reconstruction"]}, out.batch_center)
 
     step = Step(
         module,
@@ -193,7 +193,7 @@ def test_a_step_never_waits_for_the_device(
         world=CPU,
         precision=precision,
         clip_grad=1.0,
-        after=module.update_center,
+        update_state=module.update_center,
     )
     batch = (
         torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8),

@@ -42,7 +42,7 @@ def cuda() -> torch.device:
 
 def _loss(module: nn.Module, batch: tuple[Tensor, Tensor], step: int, micro: int) -> TaskLoss:
     out = module(*batch)
-    return TaskLoss(out.total, {"reconstruction": out.reconstruction}, out.batch_center)
+    return TaskLoss(out.total, {"reconstruction": out.losses["reconstruction"]}, out.batch_center)
 
 
 def _train(
@@ -70,7 +70,7 @@ def _train(
         world=World(device),
         precision=precision,
         clip_grad=1.0,
-        after=model.update_center,
+        update_state=model.update_center,
         **options,
     )
     g = torch.Generator(device).manual_seed(1)
@@ -88,7 +88,7 @@ def _train(
         ]
         torch.cuda.set_sync_debug_mode("error" if watch and i >= 2 else "default")
         try:
-            losses.append(step(batches, i, 1e-4 * (i + 1)).parts["loss"])
+            losses.append(step(batches, i, 1e-4 * (i + 1)).losses["loss"])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return torch.stack(losses).cpu()
