@@ -25,7 +25,6 @@ from mae_kernels import masked_reconstruction_loss, sssd_loss
 from sssd_fast.config import ModelConfig, ObjectiveConfig
 from sssd_fast.model import MAE
 
-
 LOSSES = ("reconstruction", "distillation")  # the terms of the total
 
 

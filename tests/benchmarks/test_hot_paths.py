@@ -81,7 +81,9 @@ def test_training_step(benchmark: BenchmarkFixture, model: SSSD) -> None:
 
     def loss(module: torch.nn.Module, batch: Tensor, step: int, micro: int) -> TaskLoss:
         out = module(batch, noise_BL)
-        return TaskLoss(out.total, {"reconstruction": out.losses["reconstruction"]}, out.batch_center)
+        return TaskLoss(
+            out.total, {"reconstruction": out.losses["reconstruction"]}, out.batch_center
+        )
 
     twin = copy.deepcopy(model)
     optimizer = build_optimizer(parameter_groups(model, weight_decay=0.05), (0.9, 0.95))
