@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
-from pathlib import PurePosixPath
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 
 from sssd_fast.data.images import printable
 from sssd_fast.errors import DataError
+from sssd_fast.run.files import atomic_write_bytes
 
 SPLIT_NAMES = ("train", "val", "test")
 _LISTED = 20  # lines of a list printed before "and N more"
@@ -75,3 +78,15 @@ def first_lines(lines: list[str]) -> list[str]:
     """The lines, indented, and how many more there are when they are too many to print."""
     more = [f"    and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
     return [f"    {line}" for line in lines[:_LISTED]] + more
+
+
+def write_manifest(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write rows with equal keys as CSV that `read_manifest` reads back, atomically."""
+    text = io.StringIO()
+    # Python before 3.13 leaves a lone carriage return unquoted, and reads it as the end of a line
+    odd = any("\r" in row["path"] for row in rows)
+    quoting = csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", quoting=quoting)
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
