@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sssd_fast.errors import DependencyError
-from sssd_fast.evaluation.visualize import INK, QUIET
+from sssd_fast.evaluation.pictures import INK, QUIET
 
 LINE, GAIN, LOSS, BASE = "#d5dbe1", "#009e73", "#d55e00", "#8a939c"
 COLORS = {

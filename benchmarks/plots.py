@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sssd_fast.evaluation.visualize import INK, QUIET, write_picture
+from sssd_fast.evaluation.pictures import INK, QUIET, write_picture
 
 from . import plots_training
 from .bench import OURS

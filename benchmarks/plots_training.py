@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sssd_fast.evaluation.visualize import INK, QUIET
+from sssd_fast.evaluation.pictures import INK, QUIET
 
 from .drawing import BASE, GAIN, LINE, LOSS, color_of, label_ends, new_axes, new_figure
 from .formats import Document, Row, significant

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sssd_fast.config import Config, to_yaml
-from sssd_fast.evaluation.evaluate import RATE_NAMES, aggregate_runs
+from sssd_fast.evaluation.metrics import RATES, aggregate_runs
 from sssd_fast.evaluation.predict import checkpoint_of, evaluate_run
 from sssd_fast.finetune import finetune
 from sssd_fast.performance.batch_size import resolve_batch
@@ -140,7 +140,7 @@ def _summary(config: Config, out: Path, results: dict[str, dict[str, Any]]) -> N
             summary[level] = aggregate_runs(found)
             rows = [
                 (
-                    RATE_NAMES[rate],
+                    RATES[rate],
                     _percent(value["mean"]),
                     _percent(value["deviation"]),
                     str(value["n"]),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sssd_fast.config import PretrainConfig
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.split import Split
-from sssd_fast.evaluation.visualize import attention_grid, reconstruction_grid
+from sssd_fast.evaluation.pictures import attention_picture, reconstruction_picture
 from sssd_fast.loaders import Batch, Loader
 from sssd_fast.loaders.prepare import make_loader, prepare_data, pretraining_images
 from sssd_fast.objective import LOSSES, SSSD, SSSDOutput
@@ -47,6 +47,7 @@ class PretrainTask:
             size = self.settings.batch_size
             self.val_loader = make_loader(run, index, split.val, batch_size=size)
         shown = (split.val or split.train)[: self.settings.num_images]
+        self.pictured_names = [index.records[i].path for i in shown]
         self.pictured = make_loader(run, index, shown, batch_size=len(shown), shard=False)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -116,22 +117,24 @@ class PretrainTask:
             pred, masking = self.module.mae.reconstruct(images, noise)
             attention = encoder.attention_maps(images)
         self.module.train()
-        reconstruction_grid(
+        reconstruction_picture(
             images,
             pred.float(),
             masking.mask,
             model.patch_size,
             path=out / f"reconstruction-e{epoch:04d}.png",
+            names=self.pictured_names,
             norm=self.run.config.objective.norm,
             mean=list(encoder.mean),
             std=list(encoder.std),
         )
-        attention_grid(
+        attention_picture(
             images,
             attention,
             encoder.grid,
             encoder.num_prefix,
             path=out / f"attention-e{epoch:04d}.png",
+            names=self.pictured_names,
         )
 
 

@@ -1,7 +1,6 @@
-"""Write what an evaluation leaves in a run folder: eval/metrics.json, predictions.csv, roc.png, confusion.png,
-mistakes/*.png.
+"""Files of an evaluation: eval/metrics.json, predictions.csv, roc.png, confusion.png, mistakes/*.png.
 
-The rates themselves are in metrics.py and importable from here. Shapes: N images, K classes.
+Shapes: N images, K classes.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,42 +22,17 @@ from sssd_fast.evaluation.metrics import (
     LEVEL,
     RATES,
     Floats,
-    Interval,
     Ints,
-    Metrics,
-    PatientScores,
     aggregate_by_patient,
-    aggregate_runs,
     binary_metrics,
     bootstrap_intervals,
-    checked,
+    check_scores,
     multiclass_metrics,
-    predict,
-    roc_points,
+    predict_classes,
 )
+from sssd_fast.evaluation.pictures import confusion_picture, roc_picture, thumbnail
+from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
 
-__all__ = [
-    "Interval",
-    "Metrics",
-    "PatientScores",
-    "aggregate_by_patient",
-    "aggregate_runs",
-    "binary_metrics",
-    "bootstrap_intervals",
-    "multiclass_metrics",
-    "positive_class",
-    "result_rows",
-    "write_evaluation",
-]
-
-RATE_NAMES = {
-    "accuracy": "Accuracy",
-    "sensitivity": "Sensitivity (recall)",
-    "specificity": "Specificity",
-    "precision": "Precision",
-    "f1": "F1",
-    "auc": "AUC",
-}
 MAX_MISTAKES = 12
 
 
@@ -77,17 +51,14 @@ def write_evaluation(
     resamples: int = 2000,
     load_image: Callable[[str], NDArray[np.uint8]] | None = None,
 ) -> dict[str, Any]:
-    """Write eval/metrics.json, predictions.csv, roc.png, confusion.png and mistakes/*.png under the run folder;
-    returns the JSON.
+    """Write the files of eval/ in the run folder; returns the content of metrics.json.
 
-    `labels` [N] class indices, `probabilities` [N, K], `positive` the index or name of the positive class (default
-    `positive_class`), `load_image` gives the picture of a path ([H, W] or [H, W, 3] uint8) for thumbnails of the worst
-    mistakes. Every file is written atomically; a split of one class gets a note instead of a ROC picture. Raises
-    DataError for no images or arrays that do not fit each other.
+    `labels` [N] class indices, `probabilities` [N, K], `positive` the index or name of the positive
+    class (default `positive_class`), `load_image` reads a path as [H, W] or [H, W, 3] uint8 for
+    thumbnails of the worst mistakes. Every file is written atomically; a split of one class gets a
+    note instead of a ROC picture. Raises DataError for no images or arrays that do not fit.
     """
-    from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
-
-    labels_N, probabilities_NK, num_classes = checked(labels, probabilities, binary=False)
+    labels_N, scores_N, num_classes = check_scores(labels, probabilities, binary=False)
     if len(labels_N) == 0:
         raise DataError(f"evaluation: split {split!r} has no images; check the split file")
     if num_classes != len(classes):
@@ -97,47 +68,43 @@ def write_evaluation(
     if len(paths) != len(labels_N) or (patients is not None and len(patients) != len(labels_N)):
         given = "" if patients is None else f" and {len(patients)} patients"
         raise DataError(
-            f"evaluation: {len(paths)} paths{given} for {len(labels_N)} labels; give one of each per image"
+            f"evaluation: {len(paths)} paths{given} for {len(labels_N)} labels; give one of each "
+            "per image"
         )
-
-    binary = num_classes == 2
-    names = list(classes)
-    scores_N: Floats = probabilities_NK
-    targets_N = labels_N
+    names, binary = list(classes), num_classes == 2
+    patients = list(patients or [None] * len(paths))
     if binary:
-        positive = positive_class(classes) if positive is None else positive
-        if positive not in (0, 1, *classes):
-            raise DataError(
-                f"evaluation: positive class {positive!r} is not one of {list(classes)}; give its name or 0 or 1"
-            )
-        positive = classes.index(positive) if isinstance(positive, str) else positive
-        names = [classes[1 - positive], classes[positive]]
-        scores_N = probabilities_NK[:, positive]
-        targets_N = (labels_N == positive).astype(np.int64)
-    predicted_N = predict(scores_N, threshold)
+        index = _positive_index(classes, positive)
+        names = [classes[1 - index], classes[index]]
+        labels_N, scores_N = (labels_N == index).astype(np.int64), scores_N[:, index]
+    predicted_N = predict_classes(scores_N, threshold)
 
-    notes: list[str] = []
-    known = patients is not None and any(patients)
-    groups = (
-        [patient or row for row, patient in enumerate(patients)]
-        if known and patients is not None
-        else None
-    )
-    image = _level(targets_N, scores_N, threshold, binary, resamples, seed, groups)
-    patient_level = None
-    if known and patients is not None:
-        by_patient = aggregate_by_patient(targets_N, scores_N, patients)
-        patient_level = _level(
-            by_patient.labels, by_patient.scores, threshold, binary, resamples, seed, None
+    def level(labels_N: Ints, scores_N: Floats, groups: list[Any] | None) -> dict[str, Any]:
+        if binary:
+            metrics = binary_metrics(labels_N, scores_N, threshold)
+        else:
+            metrics = multiclass_metrics(labels_N, scores_N)
+        intervals = bootstrap_intervals(
+            labels_N, scores_N, n=resamples, seed=seed, groups=groups, threshold=threshold
         )
-        if by_patient.mixed:
+        return {**metrics.as_dict(), "intervals": {k: asdict(v) for k, v in intervals.items()}}
+
+    grouped = any(patients)
+    # an image without a patient is a group of one
+    groups = [patient or row for row, patient in enumerate(patients)] if grouped else None
+    image, patient_level = level(labels_N, scores_N, groups), None
+    notes: list[str] = []
+    if grouped:
+        found = aggregate_by_patient(labels_N, scores_N, patients)
+        patient_level = level(found.labels, found.scores, None)
+        if found.mixed:
             rule = "counted as positive" if binary else "given their most frequent label"
             notes.append(
-                f"{by_patient.mixed} patients have images of more than one class; they are {rule}."
+                f"{found.mixed} patients have images of more than one class; they are {rule}."
             )
-        if by_patient.without_patient:
+        if found.without_patient:
             notes.append(
-                f"{by_patient.without_patient} images name no patient; they are left out of the per-patient results."
+                f"{found.without_patient} images name no patient; the per-patient results exclude them."
             )
     if image["auc"] is None:
         notes.append(f"No ROC curve: {image['undefined']['auc']}.")
@@ -156,31 +123,50 @@ def write_evaluation(
             "resamples": resamples,
             "seed": seed,
             "stratified": False,
-            "unit": "patient" if known else "image",
+            "unit": "patient" if grouped else "image",
         },
         "image": image,
         "patient": patient_level,
         "notes": notes,
-        "mistakes": _mistakes(
-            out, targets_N, scores_N, predicted_N, paths, names, threshold, load_image
-        ),
-        "num_mistakes": int((predicted_N != targets_N).sum()),
+        "mistakes": [],
+        "num_mistakes": int((predicted_N != labels_N).sum()),
     }
-    table = _predictions_csv(targets_N, scores_N, predicted_N, paths, names, split, patients)
+    for place, row in enumerate(_worst(labels_N, scores_N, predicted_N, threshold)):
+        score = scores_N[row] if binary else scores_N[row, predicted_N[row]]
+        mistake = {
+            "path": paths[row].encode("utf-8", "replace").decode(),
+            "label": names[labels_N[row]],
+            "prediction": names[predicted_N[row]],
+            "score": float(score),
+        }
+        picture = out / "mistakes" / f"{place:02d}.png"
+        result["mistakes"].append(mistake | _thumbnail(load_image, paths[row], picture))
+
+    header = ["path", "label", "score", "prediction", "patient", "split"]
+    rows: list[list[Any]] = []
+    for row, path in enumerate(paths):
+        score = float(scores_N[row].max())
+        label, prediction = names[labels_N[row]], names[predicted_N[row]]
+        extra = [] if binary else scores_N[row].tolist()
+        rows.append([path, label, score, prediction, patients[row] or "", split, *extra])
+    table = _csv([header if binary else [*header, *(f"score_{name}" for name in names)], *rows])
     atomic_write_bytes(out / "predictions.csv", table.encode("utf-8", "surrogateescape"))
-    _pictures(out, targets_N, scores_N, names, image, threshold)
+
+    confusion_picture(image["confusion"], names, path=out / "confusion.png")
+    if image["auc"] is not None:
+        _draw_roc(labels_N, scores_N, names, image, path=out / "roc.png")
     text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=True)
     atomic_write_text(out / "metrics.json", text + "\n")
     return result
 
 
 def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows (rate, per image, per patient) of a metrics.json for tables, e.g. ("Accuracy", "81.8 % (75.0-87.8)", "")."""
+    """(rate, per image, per patient) of a metrics.json: ("Accuracy", "81.8 % (75.0 to 87.8)", "")."""
     rows = []
-    for rate in RATES:
+    for rate, name in RATES.items():
         macro = "" if result.get("positive_class") or rate == "accuracy" else ", macro"
         cells = [_cell(result.get(level), rate) for level in ("image", "patient")]
-        rows.append((RATE_NAMES[rate] + macro, cells[0], cells[1]))
+        rows.append((name + macro, cells[0], cells[1]))
     return rows
 
 
@@ -189,145 +175,73 @@ def _cell(level: Mapping[str, Any] | None, rate: str) -> str:
         return ""
     if level[rate] is None:
         return f"undefined: {level['undefined'][rate]}"
-    interval = level["intervals"][rate]
-    if interval["low"] is None:
-        return f"{100 * level[rate]:.1f} %"
-    return (
-        f"{100 * level[rate]:.1f} % ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
-    )
+    low, high = level["intervals"][rate]["low"], level["intervals"][rate]["high"]
+    interval = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * level[rate]:.1f} %{interval}"
 
 
-def _level(
-    labels_N: Ints,
-    scores_N: Floats,
-    threshold: float,
-    binary: bool,
-    resamples: int,
-    seed: int,
-    groups: Sequence[Hashable] | None,
-) -> dict[str, Any]:
-    metrics = (
-        binary_metrics(labels_N, scores_N, threshold)
-        if binary
-        else multiclass_metrics(labels_N, scores_N)
-    )
-    intervals = bootstrap_intervals(
-        labels_N, scores_N, n=resamples, seed=seed, groups=groups, threshold=threshold
-    )
-    return {
-        **metrics.as_dict(),
-        "intervals": {name: asdict(interval) for name, interval in intervals.items()},
-    }
-
-
-def _predictions_csv(
-    labels_N: Ints,
-    scores_N: Floats,
-    predicted_N: Ints,
-    paths: Sequence[str],
-    names: Sequence[str],
-    split: str,
-    patients: Sequence[str | None] | None,
-) -> str:
-    """Every text is quoted (file names hold commas, quotes and line breaks); floats keep all their digits."""
-    binary = scores_N.ndim == 1
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    writer.writerow(
-        [
-            "path",
-            "label",
-            "score",
-            "prediction",
-            "patient",
-            "split",
-            *([] if binary else [f"score_{name}" for name in names]),
-        ]
-    )
-    for row, path in enumerate(paths):
-        score = float(scores_N[row] if binary else scores_N[row].max())
-        patient = (patients[row] or "") if patients is not None else ""
-        extra = [] if binary else [float(value) for value in scores_N[row]]
-        writer.writerow(
-            [path, names[labels_N[row]], score, names[predicted_N[row]], patient, split, *extra]
+def _positive_index(classes: Sequence[str], positive: int | str | None) -> int:
+    if positive is None:
+        return positive_class(classes)
+    if positive not in (0, 1, *classes):
+        raise DataError(
+            f"evaluation: positive class {positive!r} is not one of {list(classes)}; give its name "
+            "or 0 or 1"
         )
-    return buffer.getvalue()
+    return classes.index(positive) if isinstance(positive, str) else positive
 
 
-def _mistakes(
-    out: Path,
-    labels_N: Ints,
-    scores_N: Floats,
-    predicted_N: Ints,
-    paths: Sequence[str],
-    names: Sequence[str],
-    threshold: float,
-    load_image: Callable[[str], NDArray[np.uint8]] | None,
-) -> list[dict[str, Any]]:
-    """The most confident wrong predictions, most confident first, with a thumbnail file where the picture can be read."""
-    from sssd_fast.evaluation.visualize import thumbnail
-
+def _worst(labels_N: Ints, scores_N: Floats, predicted_N: Ints, threshold: float) -> list[int]:
+    """Rows of the wrong predictions, most confident first."""
     wrong = np.flatnonzero(predicted_N != labels_N)
     if scores_N.ndim == 1:
         margin = np.abs(scores_N - threshold)[wrong]
     else:
         margin = scores_N[wrong, predicted_N[wrong]] - scores_N[wrong, labels_N[wrong]]
-    mistakes = []
-    for place, row in enumerate(wrong[np.argsort(-margin, kind="stable")][:MAX_MISTAKES]):
-        mistake: dict[str, Any] = {
-            "path": paths[row].encode("utf-8", "replace").decode(),
-            "label": names[labels_N[row]],
-            "prediction": names[predicted_N[row]],
-            "score": float(
-                scores_N[row] if scores_N.ndim == 1 else scores_N[row, predicted_N[row]]
-            ),
-            "thumbnail": None,
-        }
-        if load_image is not None:
-            try:
-                picture = load_image(paths[row])
-            except (
-                OSError,
-                ValueError,
-                DataError,
-            ) as error:  # a picture that vanished must not cost the evaluation
-                mistake["thumbnail_error"] = str(error)
-            else:
-                mistake["thumbnail"] = f"eval/mistakes/{place:02d}.png"
-                thumbnail(picture, path=out / "mistakes" / f"{place:02d}.png")
-        mistakes.append(mistake)
-    return mistakes
+    return [int(row) for row in wrong[np.argsort(-margin, kind="stable")][:MAX_MISTAKES]]
 
 
-def _pictures(
-    out: Path,
-    labels_N: Ints,
-    scores_N: Floats,
-    names: Sequence[str],
-    image: Mapping[str, Any],
-    threshold: float,
+def _thumbnail(
+    load_image: Callable[[str], NDArray[np.uint8]] | None, path: str, out: Path
+) -> dict[str, str | None]:
+    if load_image is None:
+        return {"thumbnail": None}
+    try:
+        picture = load_image(path)
+    except (OSError, ValueError, DataError) as error:
+        # an image that was deleted meanwhile must not cost the evaluation
+        return {"thumbnail": None, "thumbnail_error": str(error)}
+    thumbnail(picture, path=out)
+    return {"thumbnail": f"eval/mistakes/{out.name}"}
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    """Text is quoted (file names hold commas, quotes and line breaks); floats keep all digits."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def _draw_roc(
+    labels_N: Ints, scores_N: Floats, names: Sequence[str], image: Mapping[str, Any], *, path: Path
 ) -> None:
-    from sssd_fast.evaluation.plots import confusion_picture, roc_picture
+    """One curve with the threshold in use, or one per class against the rest."""
+    from sklearn.metrics import roc_curve
 
-    confusion_picture(image["confusion"], names, path=out / "confusion.png")
-    if image["auc"] is None:
-        return
-    low = image["intervals"]["auc"]["low"]
-    high = image["intervals"]["auc"]["high"]
-    text = f"AUC {image['auc']:.3f}" + (f" ({low:.3f} to {high:.3f})" if low is not None else "")
+    def points(truth_N: NDArray[np.bool_], score_N: Floats) -> tuple[Floats, Floats]:
+        false_rate, true_rate, _ = roc_curve(truth_N, score_N, drop_intermediate=False)
+        return false_rate, true_rate
+
     if scores_N.ndim == 1:
-        point = (1 - image["specificity"], image["sensitivity"])
-        roc_picture(
-            {text: roc_points(labels_N == 1, scores_N)},
-            operating_point=point,
-            threshold=threshold,
-            path=out / "roc.png",
-        )
+        low, high = image["intervals"]["auc"]["low"], image["intervals"]["auc"]["high"]
+        interval = "" if low is None else f" ({low:.3f} to {high:.3f})"
+        lines = {f"AUC {image['auc']:.3f}{interval}": points(labels_N == 1, scores_N)}
+        mark = (1 - image["specificity"], image["sensitivity"], image["threshold"])
+        roc_picture(lines, operating_point=mark, path=path)
         return
     lines = {}
     for k, name in enumerate(names):
         area = binary_metrics(labels_N == k, scores_N[:, k]).auc
-        lines[f"{name} against the rest, AUC {area:.3f}"] = roc_points(
-            labels_N == k, scores_N[:, k]
-        )
-    roc_picture(lines, path=out / "roc.png")
+        label = f"{name} against the rest, AUC {area:.3f}"
+        lines[label] = points(labels_N == k, scores_N[:, k])
+    roc_picture(lines, path=path)

@@ -1,16 +1,17 @@
-"""How good is a classifier: rates, ROC area, bootstrap intervals, per patient, over seeds or folds.
+"""Classification metrics: rates, ROC AUC, bootstrap intervals, per patient, over seeds or folds.
 
-Shapes: N images, K classes, R bootstrap resamples, G groups (patients), U distinct scores. numpy only. For two classes
-`scores` is [N], the probability of the positive class, and an image is called positive when score >= threshold. For
-more classes `scores` is [N, K], the prediction is the largest score, and rates are macro averages of one class against
-the rest. A rate whose denominator is zero is None, with the reason in `Metrics.undefined`; it is never reported as 0.
+Shapes: N images, K classes, R bootstrap resamples, G groups (patients), U distinct scores. For two
+classes `scores` is [N], the probability of the positive class, and the prediction is positive when
+score >= threshold. For more classes `scores` is [N, K], the prediction is the largest score, and
+rates are macro averages, one class against the rest. A rate with denominator zero is None, with the
+reason in `Metrics.undefined`; it is never reported as 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,16 +21,22 @@ from sssd_fast.errors import DataError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-RATES = ("accuracy", "sensitivity", "specificity", "precision", "f1", "auc")
+RATES = {
+    "accuracy": "Accuracy",
+    "sensitivity": "Sensitivity (recall)",
+    "specificity": "Specificity",
+    "precision": "Precision",
+    "f1": "F1",
+    "auc": "AUC",
+}
 LEVEL = 0.95
-_ELEMENTS_AT_ONCE = 4_000_000  # bounds the [R, N] weight matrix of the bootstrap to 32 MB
+# Limits the [R, N] weight matrix of the bootstrap to 32 MB.
+_MAX_ELEMENTS = 4_000_000
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Rates in [0, 1] or None; `confusion[true][predicted]` in counts, for two classes in the order negative,
-    positive.
-    """
+    """Rates in [0, 1] or None. `confusion[true][predicted]` holds counts, negative class first."""
 
     n: int
     accuracy: float | None
@@ -44,31 +51,29 @@ class Metrics:
     undefined: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dict, ready for JSON."""
+        """Plain dict for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """95 % percentile interval over `used` resamples; `left_out` resamples had no defined value. None bounds carry a
-    reason.
+    """95 % percentile interval over the `used` resamples with a defined value; `skipped` had none.
+
+    Bounds of None have a reason.
     """
 
     low: float | None
     high: float | None
     used: int
-    left_out: int
+    skipped: int
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class PatientScores:
+class PatientScores(NamedTuple):
     """One row per patient, in order of first appearance."""
 
-    patients: tuple[str, ...]
     labels: Ints
     scores: Floats
-    images: Ints
     mixed: int
     without_patient: int
 
@@ -78,14 +83,17 @@ def binary_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5)
 
     Raises DataError for another shape, other labels or scores that are not finite.
     """
-    return _metrics(*checked(labels, scores, binary=True), threshold)
+    labels_N, scores_N, _ = check_scores(labels, scores, binary=True)
+    prevalence = float(labels_N.mean()) if len(labels_N) else None
+    return _metrics(labels_N, scores_N, 2, threshold=threshold, prevalence=prevalence)
 
 
 def multiclass_metrics(labels: ArrayLike, scores: ArrayLike) -> Metrics:
-    """Metrics of K >= 2 classes. `labels` [N] in 0..K-1, `scores` [N, K]; macro averages, one-vs-rest AUC. Raises
-    DataError.
+    """Metrics of K >= 2 classes: macro averages, one-vs-rest AUC.
+
+    `labels` [N] in 0..K-1, `scores` [N, K]. Raises DataError as `binary_metrics`.
     """
-    return _metrics(*checked(labels, scores, binary=False), None)
+    return _metrics(*check_scores(labels, scores, binary=False))
 
 
 def bootstrap_intervals(
@@ -97,51 +105,49 @@ def bootstrap_intervals(
     groups: Sequence[Hashable] | None = None,
     threshold: float = 0.5,
 ) -> dict[str, Interval]:
-    """95 % percentile intervals (Efron and Tibshirani 1993, chapter 13) of every rate, from `n` resamples.
+    """95 % percentile intervals of every rate (Efron and Tibshirani 1993, chapter 13).
 
-    Not stratified: prevalence varies as it would in a new sample, since accuracy, precision and F1 depend on it. With
-    `groups` (patient per image) whole patients are drawn, because images of one patient are not independent. A
-    resample in which a rate is undefined (AUC: only one class drawn) is left out for that rate and counted in
-    `Interval.left_out`.
+    The `n` resamples are not stratified: prevalence varies as it would in a new sample, since
+    accuracy, precision and F1 depend on it. With `groups` (patient per image) whole patients are
+    drawn, because images of one patient are not independent. A resample in which a rate is undefined
+    (AUC: only one class drawn) is skipped for that rate and counted in `Interval.skipped`.
     """
-    labels_N, scores_N, num_classes = checked(labels, scores, binary=np.ndim(scores) == 1)
+    labels_N, scores_N, num_classes = check_scores(labels, scores, binary=np.ndim(scores) == 1)
     if n < 1:
         raise DataError(f"bootstrap: n is {n}; give at least 1 resample, 2000 by default")
-    if groups is not None and len(groups) != len(labels_N):
+    unit = "image" if groups is None else "patient"
+    groups = range(len(labels_N)) if groups is None else groups
+    if len(groups) != len(labels_N):
         raise DataError(
             f"bootstrap: {len(groups)} groups for {len(labels_N)} labels; give one group per image"
         )
     number_of: dict[Hashable, int] = {}
-    group_N = np.array(
-        [number_of.setdefault(group, len(number_of)) for group in groups or range(len(labels_N))],
-        dtype=np.int64,
-    )
+    group_N = np.array([number_of.setdefault(g, len(number_of)) for g in groups], dtype=np.int64)
     num_groups = len(number_of)
     if num_groups < 2:
-        unit = "image" if groups is None else "patient"
-        reason = (
-            f"resampling needs at least 2 {unit}s, there is {num_groups}"
-            if num_groups
-            else "no images"
-        )
-        return {name: Interval(None, None, 0, n, reason) for name in RATES}
+        reason = f"resampling needs at least 2 {unit}s, there is {num_groups}"
+        none = Interval(None, None, 0, n, reason if num_groups else "no images")
+        return dict.fromkeys(RATES, none)
 
     rng = np.random.default_rng(seed)
-    predicted_N = predict(scores_N, threshold)
-    rows = max(1, _ELEMENTS_AT_ONCE // len(labels_N))
-    parts: list[dict[str, Floats]] = []
-    for start in range(0, n, rows):
-        size = min(rows, n - start)
-        drawn_RG = (
-            rng.integers(0, num_groups, size=(size, num_groups))
-            + num_groups * np.arange(size)[:, None]
-        )
-        counts_RG = np.bincount(drawn_RG.ravel(), minlength=size * num_groups).reshape(
-            size, num_groups
-        )
-        weights_RN = counts_RG[:, group_N].astype(np.float64)
-        parts.append(_rates(labels_N, predicted_N, scores_N, weights_RN, num_classes))
-    return {name: _interval(np.concatenate([part[name] for part in parts]), n) for name in RATES}
+    predicted_N = predict_classes(scores_N, threshold)
+    cells_NX = np.eye(num_classes**2)[labels_N * num_classes + predicted_N]
+    chunk = max(1, _MAX_ELEMENTS // len(labels_N))
+    found: dict[str, list[Floats]] = {name: [] for name in RATES}
+    for start in range(0, n, chunk):
+        size = min(chunk, n - start)
+        drawn_RG = rng.integers(0, num_groups, size=(size, num_groups))
+        # one bincount for all resamples: each has its own range of numbers
+        drawn_RG += num_groups * np.arange(size)[:, None]
+        counts_RG = np.bincount(drawn_RG.ravel(), minlength=size * num_groups)
+        weights_RN = counts_RG.reshape(size, num_groups)[:, group_N].astype(np.float64)
+        confusion_RKK = (weights_RN @ cells_NX).reshape(-1, num_classes, num_classes)
+        for name, values_R in _rates(confusion_RKK, scores_N.ndim == 1).items():
+            found[name].append(values_R)
+        columns = _columns(labels_N, scores_N)
+        aucs = [_weighted_auc(truth, score, weights_RN) for truth, score in columns]
+        found["auc"].append(np.mean(aucs, axis=0))
+    return {name: _interval(np.concatenate(values)) for name, values in found.items()}
 
 
 def aggregate_by_patient(
@@ -149,14 +155,15 @@ def aggregate_by_patient(
 ) -> PatientScores:
     """Mean score per patient. `scores` [N] or [N, K].
 
-    A patient whose images carry different labels is counted in `mixed` and labelled positive if any image is (two
-    classes), else by the most frequent label, the lowest of equals. Images without a patient (None or "") are left out
-    and counted.
+    A patient whose images have different labels is counted in `mixed` and labelled positive if any
+    image is (two classes), else by the most frequent label, the lowest of equals. Images without a
+    patient (None or "") are excluded and counted.
     """
-    labels_N, scores_N, num_classes = checked(labels, scores, binary=np.ndim(scores) == 1)
+    labels_N, scores_N, num_classes = check_scores(labels, scores, binary=np.ndim(scores) == 1)
     if len(patients) != len(labels_N):
         raise DataError(
-            f"per patient: {len(patients)} patients for {len(labels_N)} labels; give one per image, None where unknown"
+            f"per patient: {len(patients)} patients for {len(labels_N)} labels; give one per image, "
+            "None where unknown"
         )
     rows_of: dict[str, list[int]] = {}
     for row, patient in enumerate(patients):
@@ -169,24 +176,20 @@ def aggregate_by_patient(
         mixed += int(several)
         label_of.append(1 if several and num_classes == 2 else int(counts_K.argmax()))
         score_of.append(scores_N[rows].mean(axis=0))
-    images = np.array([len(rows) for rows in rows_of.values()], dtype=np.int64)
     return PatientScores(
-        patients=tuple(rows_of),
         labels=np.array(label_of, dtype=np.int64),
         scores=np.array(score_of, dtype=np.float64).reshape(len(rows_of), *scores_N.shape[1:]),
-        images=images,
         mixed=mixed,
-        without_patient=len(labels_N) - int(images.sum()),
+        without_patient=len(labels_N) - sum(map(len, rows_of.values())),
     )
 
 
 def aggregate_runs(
     runs: Sequence[Metrics | Mapping[str, Any]],
 ) -> dict[str, dict[str, float | int | None]]:
-    """Mean and sample standard deviation (n - 1) of every rate over seeds or folds; `n` counts the runs where it is
-    defined.
+    """Mean and sample standard deviation (n - 1) of every rate over seeds or folds.
 
-    `mean` is None without a defined run, `deviation` is None for fewer than two.
+    `n` counts the runs with a defined rate; `mean` is None for n = 0, `deviation` for n < 2.
     """
     summary: dict[str, dict[str, float | int | None]] = {}
     for name in RATES:
@@ -200,27 +203,20 @@ def aggregate_runs(
     return summary
 
 
-def roc_points(is_positive: ArrayLike, scores: ArrayLike) -> tuple[Floats, Floats]:
-    """False and true positive rates at every distinct score from high to low, starting at (0, 0). Needs both classes."""
-    positive_N = np.asarray(is_positive, dtype=bool)
-    scores_N = np.asarray(scores, dtype=np.float64)
-    order = np.argsort(-scores_N, kind="stable")
-    last = np.flatnonzero(np.diff(scores_N[order], append=-np.inf))
-    hits = positive_N[order].cumsum()[last]
-    alarms = (~positive_N[order]).cumsum()[last]
-    return np.r_[0.0, alarms / (~positive_N).sum()], np.r_[0.0, hits / positive_N.sum()]
-
-
-def checked(labels: ArrayLike, scores: ArrayLike, *, binary: bool) -> tuple[Ints, Floats, int]:
+def check_scores(
+    labels: ArrayLike, scores: ArrayLike, *, binary: bool
+) -> tuple[Ints, Floats, int]:
+    """(labels [N], scores [N] or [N, K], number of classes). Raises DataError for unusable input."""
     labels_N, scores_N = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if labels_N.ndim != 1 or (labels_N.size and labels_N.dtype.kind not in "iub"):
         raise DataError(
-            f"labels: need whole numbers of shape [N], got {labels_N.dtype} of shape {list(labels_N.shape)}"
+            f"labels: need whole numbers of shape [N], got {labels_N.dtype} of shape "
+            f"{list(labels_N.shape)}"
         )
     if scores_N.ndim != (1 if binary else 2) or len(scores_N) != len(labels_N):
-        need = "[N]" if binary else "[N, K]"
         raise DataError(
-            f"scores: need shape {need} with N = {len(labels_N)} like the labels, got {list(scores_N.shape)}"
+            f"scores: need shape {'[N]' if binary else '[N, K]'} with N = {len(labels_N)} like the "
+            f"labels, got {list(scores_N.shape)}"
         )
     num_classes = 2 if binary else scores_N.shape[1]
     if num_classes < 2:
@@ -232,94 +228,98 @@ def checked(labels: ArrayLike, scores: ArrayLike, *, binary: bool) -> tuple[Ints
     bad = ~np.isfinite(scores_N if scores_N.ndim == 1 else scores_N.sum(axis=1))
     if bad.any():
         raise DataError(
-            f"scores: {int(bad.sum())} of {len(bad)} rows are not finite, the first is row {int(bad.argmax())}; "
-            "the model gave NaN or infinity, so evaluate an earlier checkpoint or in fp32"
+            f"scores: {int(bad.sum())} of {len(bad)} rows are not finite, the first is row "
+            f"{int(bad.argmax())}; the model gave NaN or infinity, so evaluate an earlier checkpoint "
+            "or in fp32"
         )
     return labels_N.astype(np.int64), scores_N, num_classes
 
 
-def predict(scores_N: Floats, threshold: float) -> Ints:
+def predict_classes(scores_N: Floats, threshold: float) -> Ints:
+    """[N] predicted classes of scores [N] (positive = 1) or [N, K]."""
     predicted = scores_N >= threshold if scores_N.ndim == 1 else scores_N.argmax(axis=1)
     return predicted.astype(np.int64)
 
 
-def _rates(
-    labels_N: Ints, predicted_N: Ints, scores_N: Floats, weights_RN: Floats, num_classes: int
-) -> dict[str, Floats]:
-    """Every rate for R weightings of the images; NaN where undefined."""
-    cells_NX = np.eye(num_classes * num_classes)[labels_N * num_classes + predicted_N]
-    confusion_RKK = (weights_RN @ cells_NX).reshape(-1, num_classes, num_classes)
+def _metrics(
+    labels_N: Ints,
+    scores_N: Floats,
+    num_classes: int,
+    *,
+    threshold: float | None = None,
+    prevalence: float | None = None,
+) -> Metrics:
+    from sklearn.metrics import confusion_matrix, roc_auc_score
+
+    predicted_N = predict_classes(scores_N, threshold or 0.0)
+    confusion_KK = np.zeros((num_classes, num_classes), dtype=np.int64)
+    if len(labels_N):
+        confusion_KK = confusion_matrix(labels_N, predicted_N, labels=range(num_classes))
+    columns = _columns(labels_N, scores_N)
+    # scikit-learn warns and gives NaN, or raises, for a column of one class
+    both = all(truth.any() and not truth.all() for truth, _ in columns)
+    aucs = [roc_auc_score(truth, score) if both else np.nan for truth, score in columns]
+    found = _rates(confusion_KK[None].astype(np.float64), scores_N.ndim == 1)
+    values = {name: float(rate[0]) for name, rate in found.items()} | {"auc": float(np.mean(aucs))}
+    undefined = {
+        name: _reason(name, confusion_KK, scores_N.ndim == 1)
+        for name, value in values.items()
+        if np.isnan(value)
+    }
+    return Metrics(
+        n=len(labels_N),
+        prevalence=prevalence,
+        threshold=threshold,
+        confusion=tuple(tuple(map(int, row)) for row in confusion_KK),
+        undefined=undefined,
+        **{name: None if name in undefined else value for name, value in values.items()},
+    )
+
+
+def _columns(labels_N: Ints, scores_N: Floats) -> list[tuple[NDArray[np.bool_], Floats]]:
+    """(is positive [N], score [N]) of the positive class, or of each class against the rest."""
+    if scores_N.ndim == 1:
+        return [(labels_N == 1, scores_N)]
+    return [(labels_N == k, scores_N[:, k]) for k in range(scores_N.shape[1])]
+
+
+def _rates(confusion_RKK: Floats, binary: bool) -> dict[str, Floats]:
+    """Every rate but AUC of R confusion matrices; NaN where undefined."""
     true_RK = np.diagonal(confusion_RKK, axis1=1, axis2=2)
     total_R1 = confusion_RKK.sum(axis=(1, 2))[:, None]
     missed_RK = confusion_RKK.sum(axis=2) - true_RK
     false_RK = confusion_RKK.sum(axis=1) - true_RK
     rest_RK = total_R1 - true_RK - missed_RK - false_RK
     with np.errstate(invalid="ignore", divide="ignore"):
+        accuracy = true_RK.sum(axis=1) / total_R1[:, 0]
         per_class = {
             "sensitivity": true_RK / (true_RK + missed_RK),
             "specificity": rest_RK / (rest_RK + false_RK),
             "precision": true_RK / (true_RK + false_RK),
             "f1": 2 * true_RK / (2 * true_RK + false_RK + missed_RK),
         }
-        rates = {"accuracy": true_RK.sum(axis=1) / total_R1[:, 0]}
-    if num_classes == 2 and scores_N.ndim == 1:
-        rates |= {name: values_RK[:, 1] for name, values_RK in per_class.items()}
-        rates["auc"] = _auc(labels_N == 1, scores_N, weights_RN)
-    else:
-        rates |= {name: values_RK.mean(axis=1) for name, values_RK in per_class.items()}
-        aucs = [_auc(labels_N == k, scores_N[:, k], weights_RN) for k in range(num_classes)]
-        rates["auc"] = np.mean(aucs, axis=0)
-    return rates
+    rates = {k: value[:, 1] if binary else value.mean(axis=1) for k, value in per_class.items()}
+    return {"accuracy": accuracy, **rates}
 
 
-def _auc(is_positive_N: NDArray[np.bool_], scores_N: Floats, weights_RN: Floats) -> Floats:
-    """P(score of a positive > score of a negative) + half of the ties (Mann-Whitney), weighted; NaN with one class
-    only.
+def _weighted_auc(truth_N: NDArray[np.bool_], scores_N: Floats, weights_RN: Floats) -> Floats:
+    """P(score of a positive > score of a negative) + half of the ties (Mann-Whitney) for R weightings.
+
+    Equals sklearn.metrics.roc_auc_score(truth, scores, sample_weight=weights) of each row, for all
+    rows at once; NaN where a row has only one class.
     """
-    if len(scores_N) == 0:
-        return np.full(len(weights_RN), np.nan)
     order = np.argsort(scores_N, kind="stable")
     starts_U = np.flatnonzero(np.diff(scores_N[order], prepend=-np.inf))
-    positive_RU = np.add.reduceat((weights_RN * is_positive_N)[:, order], starts_U, axis=1)
-    negative_RU = np.add.reduceat((weights_RN * ~is_positive_N)[:, order], starts_U, axis=1)
+    positive_RU = np.add.reduceat((weights_RN * truth_N)[:, order], starts_U, axis=1)
+    negative_RU = np.add.reduceat((weights_RN * ~truth_N)[:, order], starts_U, axis=1)
     below_RU = negative_RU.cumsum(axis=1) - negative_RU
     pairs_R = positive_RU.sum(axis=1) * negative_RU.sum(axis=1)
     with np.errstate(invalid="ignore"):
-        return np.asarray(
-            (positive_RU * (below_RU + 0.5 * negative_RU)).sum(axis=1) / pairs_R, dtype=np.float64
-        )
-
-
-def _metrics(
-    labels_N: Ints, scores_N: Floats, num_classes: int, threshold: float | None
-) -> Metrics:
-    binary = scores_N.ndim == 1
-    predicted_N = predict(scores_N, 0.0 if threshold is None else threshold)
-    values = {
-        name: float(v[0])
-        for name, v in _rates(
-            labels_N, predicted_N, scores_N, np.ones((1, len(labels_N))), num_classes
-        ).items()
-    }
-    confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
-    np.add.at(confusion, (labels_N, predicted_N), 1)
-    undefined = {
-        name: _reason(name, confusion, binary) for name, value in values.items() if np.isnan(value)
-    }
-    rates = {name: None if name in undefined else value for name, value in values.items()}
-    prevalence = float((labels_N == 1).mean()) if binary and len(labels_N) else None
-    cells = tuple(tuple(int(count) for count in row) for row in confusion)
-    return Metrics(
-        n=len(labels_N),
-        prevalence=prevalence,
-        threshold=threshold,
-        confusion=cells,
-        undefined=undefined,
-        **rates,
-    )
+        return np.asarray((positive_RU * (below_RU + 0.5 * negative_RU)).sum(axis=1) / pairs_R)
 
 
 def _reason(name: str, confusion_KK: Ints, binary: bool) -> str:
+    """Why a rate of this confusion matrix is undefined."""
     if confusion_KK.sum() == 0:
         return "no images"
     images_K, predictions_K = confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
@@ -332,18 +332,17 @@ def _reason(name: str, confusion_KK: Ints, binary: bool) -> str:
             "auc": "only positives" if images_K[0] == 0 else "only negatives",
         }
         return reasons[name]
-    empty = (
-        np.flatnonzero(predictions_K == 0) if name == "precision" else np.flatnonzero(images_K == 0)
-    )
+    empty = np.flatnonzero((predictions_K if name == "precision" else images_K) == 0)
     if name == "specificity" or len(empty) == 0:
         return "all images are of one class"
     what = "was never predicted" if name == "precision" else "has no images"
     return f"class {', '.join(map(str, empty))} {what}"
 
 
-def _interval(values_R: Floats, n: int) -> Interval:
+def _interval(values_R: Floats) -> Interval:
     defined = values_R[~np.isnan(values_R)]
+    skipped = len(values_R) - len(defined)
     if len(defined) == 0:
-        return Interval(None, None, 0, n, "undefined in every resample")
+        return Interval(None, None, 0, skipped, "undefined in every resample")
     low, high = np.percentile(defined, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return Interval(float(low), float(high), len(defined), n - len(defined))
+    return Interval(float(low), float(high), len(defined), skipped)

@@ -1,4 +1,4 @@
-"""Use a trained classifier: evaluate it on a part of its run's data, or score any images."""
+"""Use a trained classifier: evaluate it on a split of its run's data, or score any images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sssd_fast.data.index import DataIndex
 from sssd_fast.data.splits import split_csv
 from sssd_fast.errors import CheckpointError, DataError
 from sssd_fast.evaluation.evaluate import result_rows, write_evaluation
-from sssd_fast.evaluation.visualize import attention_grid
+from sssd_fast.evaluation.pictures import attention_picture
 from sssd_fast.loaders import Loader
 from sssd_fast.loaders.crops import evaluation_view
 from sssd_fast.loaders.prepare import make_loader, positive_label
@@ -29,7 +29,6 @@ from sssd_fast.run.checkpoint import CheckpointManager, load_checkpoint
 from sssd_fast.run.device import World, autocast, pick_precision
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.folder import Run
-from sssd_fast.run.log import Console
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
@@ -47,7 +46,7 @@ class Predictions(NamedTuple):
 
 @dataclass
 class Trained:
-    """A classifier as a checkpoint holds it."""
+    """A classifier loaded from a checkpoint."""
 
     model: Classifier
     config: Config
@@ -69,7 +68,7 @@ def checkpoint_of(path: str | Path, which: str = "best") -> Path:
 
 
 def load_trained(path: str | Path, device: torch.device) -> Trained:
-    """Raises CheckpointError where the checkpoint is damaged or holds no classifier."""
+    """Raises CheckpointError if the checkpoint is damaged or does not hold a classifier."""
     path = checkpoint_of(path)
     state = load_checkpoint(path)
     if state.get("task") not in ("finetune", "probe"):
@@ -83,60 +82,54 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     return Trained(model.to(device).eval(), config, classes, path)
 
 
-def evaluate_run(run: Run, part: str = "test") -> dict[str, Any]:
-    """Scores `part` of the run's own split with its best checkpoint, writes eval/ and prints the table."""
+def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
+    """Evaluate the best checkpoint on a split of the run's own data; writes eval/, prints a table."""
     trained = load_trained(run.out, run.world.device)
     index = DataIndex.load(run.out / "index.json")
-    split = split_csv(index, run.out / "split.csv")
-    ids = split.ids(part)
+    ids = split_csv(index, run.out / "split.csv").ids(split)
     if not ids:
         raise DataError(
-            f"the split of {run.out} has no {part} images; choose --part among those of data.json"
+            f"the data of {run.out} have no {split} images; choose a --split that data.json lists"
         )
     loader = make_loader(run, index, ids, batch_size=run.config.evaluate.batch_size, shard=True)
     context = autocast(run.precision, run.world.device)
     found = predict(trained.model, loader, ids, len(trained.classes), run.world, context)
+    if not run.world.main:
+        return {}
     records = [index.records[i] for i in ids]
-    result: dict[str, Any] = {}
-    if run.world.main:
-        result = write_evaluation(
-            run.out,
-            labels=found.labels,
-            probabilities=found.scores,
-            paths=[r.path for r in records],
-            classes=trained.classes,
-            split=part,
-            patients=[r.patient for r in records],
-            positive=positive_label(run.config, index) if len(trained.classes) == 2 else None,
-            threshold=run.config.evaluate.threshold,
-            seed=run.config.seed,
-            resamples=run.config.evaluate.bootstrap,
-            load_image=lambda path: decode_image(index.root / path),
-        )
-        first = make_loader(run, index, ids[:8], batch_size=len(ids[:8]), shard=False)
-        images = next(iter(first.epoch(0))).images
-        encoder = trained.model.encoder
-        attention_grid(
-            images,
-            encoder.attention_maps(images),
-            encoder.grid,
-            encoder.num_prefix,
-            path=run.out / "images" / f"attention-{part}.png",
-        )
-        _print(run.console, result, len(ids), part, trained.path)
-    return result
-
-
-def _print(
-    console: Console, result: dict[str, Any], images: int, part: str, checkpoint: Path
-) -> None:
-    rows = result_rows(result)
+    result = write_evaluation(
+        run.out,
+        labels=found.labels,
+        probabilities=found.scores,
+        paths=[r.path for r in records],
+        classes=trained.classes,
+        split=split,
+        patients=[r.patient for r in records],
+        positive=positive_label(run.config, index) if len(trained.classes) == 2 else None,
+        threshold=run.config.evaluate.threshold,
+        seed=run.config.seed,
+        resamples=run.config.evaluate.bootstrap,
+        load_image=lambda path: decode_image(index.root / path),
+    )
+    shown = ids[:8]
+    first = make_loader(run, index, shown, batch_size=len(shown), shard=False)
+    images, encoder = next(iter(first.epoch(0))).images, trained.model.encoder
+    attention_picture(
+        images,
+        encoder.attention_maps(images),
+        encoder.grid,
+        encoder.num_prefix,
+        names=[r.path for r in records[: len(shown)]],
+        path=run.out / "images" / f"attention-{split}.png",
+    )
     columns = ["", "per image (95 % interval)", "per patient (95 % interval)"]
-    if result["patient"] is None:
-        rows, columns = [row[:2] for row in rows], columns[:2]  # type: ignore[misc]
-    console.table(f"{images} {part} images, {checkpoint.name}", columns, rows)
+    shown_columns = 2 if result["patient"] is None else 3
+    table = [row[:shown_columns] for row in result_rows(result)]
+    title = f"{len(ids)} {split} images, {trained.path.name}"
+    run.console.table(title, columns[:shown_columns], table)
     for note in result["notes"]:
-        console.info(note)
+        run.console.info(note)
+    return result
 
 
 def predict_files(
@@ -148,30 +141,26 @@ def predict_files(
     scores = np.full((len(paths), len(trained.classes)), np.nan)
     bad: list[tuple[Path, str]] = []
     for start in range(0, len(paths), batch_size):
-        rows: list[int] = []
-        images: list[Tensor] = []
-        for row in range(start, min(start + batch_size, len(paths))):
+        images: dict[int, Tensor] = {}
+        for row, path in enumerate(paths[start : start + batch_size], start):
             try:
-                picture = to_channels(decode_image(paths[row]), config.model.in_channels)
+                picture = to_channels(decode_image(path), config.model.in_channels)
             except (DataError, OSError) as error:
-                bad.append((paths[row], str(error)))
+                bad.append((path, str(error)))
                 continue
             view = evaluation_view(picture, config.model.image_size, config.data.fit)
-            images.append(
-                torch.from_numpy(
-                    np.array(view, ndmin=3) if view.ndim == 2 else view.transpose(2, 0, 1).copy()
-                )
-            )
-            rows.append(row)
-        if rows:
+            # [H, W] -> [1, H, W], [H, W, C] -> [C, H, W]
+            view = np.moveaxis(np.atleast_3d(view), 2, 0)
+            images[row] = torch.from_numpy(np.ascontiguousarray(view))
+        if images:
             with torch.no_grad(), context:
-                logits = trained.model(torch.stack(images).to(device))
-            scores[rows] = logits.double().softmax(1).cpu().numpy()
+                logits = trained.model(torch.stack(list(images.values())).to(device))
+            scores[list(images)] = logits.double().softmax(1).cpu().numpy()
     return scores, bad
 
 
 def find_images(targets: Sequence[str]) -> list[Path]:
-    """Image files named, or below the folders named, sorted. Raises DataError where there is none."""
+    """Image files, and those in folders, sorted. Raises DataError if there are none."""
     found: list[Path] = []
     for target in map(Path, targets):
         if target.is_dir():
@@ -210,28 +199,27 @@ def predict(
     world: World,
     autocast: torch.autocast,
 ) -> Predictions:
-    """Scores of the images `ids` that `loader` deals out, gathered from all processes; leaves the model in the mode it was in."""
+    """Scores of the images `ids` of `loader`, gathered from all processes; keeps the model's mode."""
     row_of = {image: row for row, image in enumerate(ids)}
-    logits_NC = torch.zeros(len(row_of), num_classes, device=world.device)
-    labels_N = torch.zeros(len(row_of), device=world.device, dtype=torch.int64)
+    logits_NC = torch.zeros(len(ids), num_classes, device=world.device)
+    labels_N = torch.zeros(len(ids), device=world.device, dtype=torch.int64)
     training = model.training
     model.eval()
     for batch in loader.epoch(0):
         keep = batch.valid
-        rows = torch.tensor(
-            [row_of[i] for i in batch.indices[keep].tolist()],
-            device=world.device,
-            dtype=torch.int64,
-        )
+        rows = torch.tensor([row_of[i] for i in batch.indices[keep].tolist()], dtype=torch.int64)
+        rows = rows.to(world.device)
         with autocast:
             logits = model(batch.images)
         logits_NC[rows] = logits[keep].float()
         labels_N[rows] = batch.labels[keep]
     model.train(training)
+    # every image is scored by one process, the other rows are 0
     world.sum_(logits_NC)
     world.sum_(labels_N)
     if not torch.isfinite(logits_NC).all():
         raise DataError(
-            "the model's scores are not finite; the checkpoint is unusable, or fp16 overflows (precision=fp32)"
+            "the model's scores are not finite; the checkpoint is unusable, or fp16 overflows "
+            "(try precision=fp32)"
         )
     return Predictions(labels_N.cpu().numpy(), logits_NC.double().softmax(1).cpu().numpy())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sssd_fast.errors import DependencyError
-from sssd_fast.evaluation.visualize import INK, QUIET, write_picture
+from sssd_fast.evaluation.pictures import INK, QUIET, write_picture
 from sssd_fast.performance.profile_trace import BACKWARD, PARTS
 from sssd_fast.run.log import Console
 

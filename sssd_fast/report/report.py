@@ -15,7 +15,7 @@ from typing import Any
 
 from sssd_fast import __version__
 from sssd_fast.errors import DataError
-from sssd_fast.evaluation.plots import curves
+from sssd_fast.evaluation.pictures import curves
 from sssd_fast.report.read import RunFiles, read_run, section
 from sssd_fast.report.render import (
     Banner,

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sssd_fast.evaluation.evaluate import RATE_NAMES, aggregate_runs, result_rows
+from sssd_fast.evaluation.evaluate import result_rows
+from sssd_fast.evaluation.metrics import RATES, aggregate_runs
 from sssd_fast.report.read import STAGES, RunFiles
 from sssd_fast.report.render import (
     Block,
@@ -48,7 +49,7 @@ def result_blocks(run: RunFiles, level: int) -> list[Block]:
             else ""
         )
         value = _percent(image[rate]) if image[rate] is not None else "undefined"
-        cards.append((RATE_NAMES[rate], value, bounds))
+        cards.append((RATES[rate], value, bounds))
     rows = [row if patient else row[:2] for row in result_rows(result)]
     header = ["", "per image (95 % interval)"] + (
         ["per patient (95 % interval)"] if patient else []
@@ -90,13 +91,13 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     for level in ("image", "patient"):
         intervals = (result.get(level) or {}).get("intervals", {})
         left_out = {
-            rate: i["left_out"]
+            rate: i["skipped"]
             for rate, i in intervals.items()
-            if i["low"] is not None and i["left_out"]
+            if i["low"] is not None and i["skipped"]
         }
         for rate, count in left_out.items():
             notes.append(
-                f"{RATE_NAMES[rate]} per {level}: {count} resamples where it is undefined were left out."
+                f"{RATES[rate]} per {level}: {count} resamples where it is undefined were left out."
             )
         if any(i["low"] is not None and i["low"] == i["high"] for i in intervals.values()):
             notes.append(
@@ -140,7 +141,7 @@ def comparison_blocks(runs: Sequence[RunFiles]) -> list[Block]:
     blocks: list[Block] = []
     for place, level in enumerate(("image", "patient"), start=1):
         known = [run for run in evaluated if run.evaluation[level]]
-        columns = [[f"{level}s", *RATE_NAMES.values()]]
+        columns = [[f"{level}s", *RATES.values()]]
         for run in known:
             where = f"{run.evaluation['split']}, n = {run.evaluation[level]['n']}"
             columns.append([where, *(row[place] for row in result_rows(run.evaluation))])
@@ -168,7 +169,7 @@ def _over_runs(members: Sequence[RunFiles], level: str) -> list[Block]:
         spread = f"{100 * deviation:.1f}" if deviation is not None else "-"
         rows.append(
             [
-                RATE_NAMES[rate],
+                RATES[rate],
                 _percent(mean) if mean is not None else "undefined",
                 spread,
                 str(found["n"]),

@@ -12,7 +12,7 @@ from typing import Any
 
 from sssd_fast.evaluation.metrics import aggregate_runs
 
-SCHEMA = "sssd_fast.reproduce.reproduce/1"
+SCHEMA = "sssd_fast.reproduce/1"
 RATES = {"accuracy": "Accuracy", "f1": "F1", "auc": "AUC"}
 METHODS = {
     "sssd": "SSSD: masked autoencoder with self-distillation",
@@ -151,15 +151,21 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 def picture(results: Mapping[str, Any], *, path: str | Path) -> Path | None:
     """A dot per model, a bar at each mean, dashed lines at the published accuracies; None without a finished cell."""
-    from sssd_fast.evaluation.plots import COLORS, _figure, _save, _style
-    from sssd_fast.evaluation.visualize import INK, QUIET
+    from sssd_fast.evaluation.pictures import (
+        COLORS,
+        INK,
+        QUIET,
+        new_figure,
+        save_figure,
+        style_axes,
+    )
 
     panels = [p for p in PROTOCOLS if any(c["protocol"] == p for c in results["cells"])]
     if not panels:
         return None
     groups = {p: _groups([c for c in results["cells"] if c["protocol"] == p]) for p in panels}
     height = 1.6 + 0.45 * max(len(g) + 1 for g in groups.values())
-    figure = _figure(4.4 * len(panels) + 2.2, height)
+    figure = new_figure(4.4 * len(panels) + 2.2, height)
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
     for axes, protocol in zip(all_axes, panels, strict=True):
         named = [
@@ -190,12 +196,12 @@ def picture(results: Mapping[str, Any], *, path: str | Path) -> Path | None:
             )
         axes.set_yticks(range(len(named)), [label for label, _ in named], fontsize=8)
         axes.set_ylim(len(named) - 0.5, -0.5)
-        _style(
+        style_axes(
             axes,
             title=f"{results['title']}, {protocol} split",
             xlabel=f"accuracy on {results['part']} images, %",
         )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _title(results: Mapping[str, Any], protocol: str, cells: Sequence[Mapping[str, Any]]) -> str:

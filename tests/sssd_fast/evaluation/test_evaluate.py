@@ -10,15 +10,14 @@ import pytest
 from sklearn import metrics as sk
 
 from sssd_fast.errors import DataError
-from sssd_fast.evaluation.evaluate import (
+from sssd_fast.data.labels import positive_class
+from sssd_fast.evaluation.evaluate import result_rows, write_evaluation
+from sssd_fast.evaluation.metrics import (
     aggregate_by_patient,
     aggregate_runs,
     binary_metrics,
     bootstrap_intervals,
     multiclass_metrics,
-    positive_class,
-    result_rows,
-    write_evaluation,
 )
 
 RATES = ("accuracy", "sensitivity", "specificity", "precision", "f1", "auc")
@@ -160,7 +159,7 @@ def test_bootstrap_equals_a_plain_loop():
         low, high = np.percentile(values, [2.5, 97.5])
         assert got[name].low == pytest.approx(low, abs=1e-12)
         assert got[name].high == pytest.approx(high, abs=1e-12)
-        assert (got[name].used, got[name].left_out) == (200, 0)
+        assert (got[name].used, got[name].skipped) == (200, 0)
 
 
 def test_bootstrap_interval_covers_the_truth():
@@ -194,9 +193,9 @@ def test_bootstrap_by_patient_is_wider():
 def test_bootstrap_counts_resamples_without_auc():
     """Resamples of one class are left out of AUC, counted, and do not touch accuracy. P(one class) = 2 * 0.5^4 here."""
     got = bootstrap_intervals([0, 0, 1, 1], [0.2, 0.6, 0.4, 0.9], n=2000, seed=0)
-    assert got["auc"].used + got["auc"].left_out == 2000
-    assert got["auc"].left_out == pytest.approx(2000 / 8, abs=60)
-    assert got["accuracy"].left_out == 0
+    assert got["auc"].used + got["auc"].skipped == 2000
+    assert got["auc"].skipped == pytest.approx(2000 / 8, abs=60)
+    assert got["accuracy"].skipped == 0
 
 
 def test_bootstrap_without_enough_units_gives_a_reason():
@@ -219,10 +218,9 @@ def test_bootstrap_is_seeded():
 def test_patients_are_averaged():
     """Mean score per patient in order of appearance; images without a patient are left out and counted."""
     got = aggregate_by_patient([1, 0, 1, 0, 1], [0.9, 0.2, 0.5, 0.4, 0.3], ["b", "a", "b", "a", ""])
-    assert got.patients == ("b", "a")
     assert got.scores == pytest.approx([0.7, 0.3])
     assert got.labels.tolist() == [1, 0]
-    assert (got.images.tolist(), got.mixed, got.without_patient) == ([2, 2], 0, 1)
+    assert (got.mixed, got.without_patient) == (0, 1)
 
 
 def test_patient_with_mixed_labels():

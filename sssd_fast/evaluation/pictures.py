@@ -1,0 +1,427 @@
+"""Pictures of a run as PNG files: reconstructions, attention maps, curves, ROC, confusion matrix.
+
+Drawn by matplotlib without a display, written atomically. Shapes: n images, C channels, L = rows *
+cols patches, P patch side, N = prefix + L tokens. Images are uint8 [n, C, H, W].
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sssd_fast.errors import DataError, DependencyError
+from sssd_fast.run.files import atomic_write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+Bytes = NDArray[np.uint8]
+Norm = Literal["patch", "channel", "none"]
+
+INK, QUIET, LINE = "#1d2733", "#66727f", "#d5dbe1"
+COLORS = ("#1f6f8b", "#c8553d", "#6a8d3f", "#7a5c99", "#b08a2e", "#4d5b6a")
+HIDDEN = 128  # grey of a masked patch
+TARGET_STATISTICS = (
+    "predictions are un-normalised with the mean and standard deviation of the target patches, "
+    "as usual for masked autoencoders"
+)
+
+
+def reconstruction_rows(
+    images: Any, pred: Any, mask: Any, patch_size: int, **target: Any
+) -> dict[str, Bytes]:
+    """The rows of `reconstruction_picture`, each uint8 [n, H, W, C]; arguments as there."""
+    images_nCHW = _uint8_images(images)
+    n, channels, height, width = images_nCHW.shape
+    if height % patch_size or width % patch_size:
+        raise DataError(
+            f"images of {height} x {width} pixels cannot be divided into patches of {patch_size}"
+        )
+    patches = height * width // patch_size**2
+    pred_nLX, mask_nL = as_array(pred), np.asarray(as_array(mask), dtype=bool)
+    for name, got, need in (
+        ("pred", pred_nLX.shape, (n, patches, patch_size**2 * channels)),
+        ("mask", mask_nL.shape, (n, patches)),
+    ):
+        if got != need:
+            raise DataError(
+                f"{name}: got shape {list(got)}, need {list(need)} for these images and patch size "
+                f"{patch_size}"
+            )
+    if not np.isfinite(pred_nLX).all():
+        raise DataError("pred: some values are not finite; the model has diverged")
+    values_nLX = unnormalise(pred_nLX, images_nCHW, patch_size, **target)
+    predicted = np.clip(np.rint(values_nLX), 0, 255).astype(np.uint8)
+    original, masked = patchify(images_nCHW, patch_size), mask_nL[:, :, None]
+    return {
+        "input": images_nCHW.transpose(0, 2, 3, 1),
+        "masked": unpatchify(np.where(masked, HIDDEN, original), images_nCHW.shape, patch_size),
+        "reconstruction": unpatchify(
+            np.where(masked, predicted, original), images_nCHW.shape, patch_size
+        ),
+    }
+
+
+def unnormalise(
+    pred_nLX: NDArray[Any],
+    images_nCHW: Bytes,
+    patch_size: int,
+    *,
+    norm: Norm = "patch",
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    eps: float = 1e-6,
+) -> Floats:
+    """Predictions as pixel values 0..255 (not clipped), [n, L, P*P*C] in (row, column, channel) order.
+
+    pred [n, L, P*P*C] is in the space of the training target: (x / 255 - mean) / std, then, for norm
+    "patch" or "channel", minus the patch's mean and divided by its sqrt(unbiased variance + eps)
+    (He et al. 2022, section 4.2). Both statistics are those of the target patch.
+    """
+    n, channels = images_nCHW.shape[:2]
+    scale, shift = 255 * np.asarray(std, np.float64), 255 * np.asarray(mean, np.float64)
+    shape = (n, -1, patch_size**2, channels)
+    pred_nLSC = pred_nLX.astype(np.float64).reshape(shape)
+    if norm != "none":
+        target_nLSC = (patchify(images_nCHW, patch_size).reshape(shape) - shift) / scale
+        axes = (2, 3) if norm == "patch" else 2
+        spread = np.sqrt(target_nLSC.var(axis=axes, ddof=1, keepdims=True) + eps)
+        pred_nLSC = pred_nLSC * spread + target_nLSC.mean(axis=axes, keepdims=True)
+    return np.asarray((pred_nLSC * scale + shift).reshape(pred_nLX.shape))
+
+
+def patchify(images_nCHW: NDArray[Any], patch_size: int) -> NDArray[Any]:
+    """[n, C, H, W] -> [n, L, P*P*C], pixels of a patch in (row, column, channel) order."""
+    n, channels, height, width = images_nCHW.shape
+    grid = (height // patch_size, patch_size, width // patch_size, patch_size)
+    patches = images_nCHW.reshape(n, channels, *grid).transpose(0, 2, 4, 3, 5, 1)
+    return patches.reshape(n, grid[0] * grid[2], patch_size**2 * channels)
+
+
+def unpatchify(
+    patches_nLX: NDArray[Any], shape: tuple[int, int, int, int], patch_size: int
+) -> NDArray[Any]:
+    """[n, L, P*P*C] -> [n, H, W, C] for images of `shape` [n, C, H, W]; inverse of `patchify`."""
+    n, channels, height, width = shape
+    grid = (height // patch_size, width // patch_size, patch_size, patch_size)
+    cells = patches_nLX.reshape(n, *grid, channels).transpose(0, 1, 3, 2, 4, 5)
+    return cells.reshape(n, height, width, channels)
+
+
+def reconstruction_picture(
+    images: Any,
+    pred: Any,
+    mask: Any,
+    patch_size: int,
+    *,
+    path: str | Path,
+    names: Sequence[str] = (),
+    **target: Any,
+) -> Path:
+    """One column per image: input, masked input, visible patches with the predicted masked ones.
+
+    images uint8 [n, C, H, W], pred [n, L, P*P*C], mask [n, L] (True = masked), `names` of the images;
+    `target` are norm, mean, std and eps of `unnormalise`. Raises DataError for shapes that do not
+    fit or predictions that are not finite.
+    """
+    rows = reconstruction_rows(images, pred, mask, patch_size, **target)
+    caption = f"{np.asarray(as_array(mask), dtype=bool).mean():.0%} of patches masked"
+    if target.get("norm", "patch") != "none":
+        caption += f"; {TARGET_STATISTICS}"
+    return _sheet(rows, names, caption, path)
+
+
+def attention_picture(
+    images: Any,
+    attention: Any,
+    grid: tuple[int, int],
+    num_prefix: int,
+    *,
+    path: str | Path,
+    names: Sequence[str] = (),
+    max_heads: int = 6,
+) -> Path:
+    """One column per image: the image, then the attention of the mean of heads and of each head.
+
+    attention [n, heads, N, N] probabilities, rows = queries. With a prefix the query is token 0
+    (cls); without one, the mean over all queries. Each map is scaled to its own maximum. Raises
+    DataError unless N is num_prefix + rows * cols.
+    """
+    images_nHW3 = [_rgb(image.transpose(1, 2, 0)) for image in _uint8_images(images)]
+    maps_nhL = attention_maps(attention, grid, num_prefix)
+    rows = {"image": images_nHW3}
+    shown = {"mean of heads": maps_nhL.mean(axis=1)}
+    shown |= {f"head {k + 1}": maps_nhL[:, k] for k in range(min(max_heads, maps_nhL.shape[1]))}
+    for title, maps_nL in shown.items():
+        pairs = zip(images_nHW3, maps_nL, strict=True)
+        rows[title] = [_overlay(image, map_L.reshape(grid)) for image, map_L in pairs]
+    query = "of the class token" if num_prefix else "averaged over all queries"
+    caption = f"attention {query} in the last block; each map scaled to its own maximum"
+    if maps_nhL.shape[1] > max_heads:
+        caption += f"; the first {max_heads} of {maps_nhL.shape[1]} heads"
+    return _sheet(rows, names, caption, path, colorbar="attention / maximum")
+
+
+def attention_maps(attention: Any, grid: tuple[int, int], num_prefix: int) -> Floats:
+    """[n, heads, N, N] probabilities -> [n, heads, L] of the cls token, or the mean over queries."""
+    attention_nhNN = as_array(attention).astype(np.float64)
+    need = num_prefix + grid[0] * grid[1]
+    if attention_nhNN.ndim != 4 or attention_nhNN.shape[2:] != (need, need):
+        raise DataError(
+            f"attention: got shape {list(attention_nhNN.shape)}, need [n, heads, {need}, {need}] for "
+            f"a grid of {grid[0]} x {grid[1]} patches and {num_prefix} prefix tokens"
+        )
+    queries = attention_nhNN[:, :, 0] if num_prefix else attention_nhNN.mean(axis=2)
+    return np.asarray(queries[:, :, num_prefix:])
+
+
+def thumbnail(image: Bytes, *, path: str | Path, side: int = 192) -> Path:
+    """PNG of an [H, W] or [H, W, 3] uint8 image with its longer side at most `side` pixels."""
+    from PIL import Image
+
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return write_picture(buffer.getvalue(), path)
+
+
+def curves(records: Iterable[Mapping[str, Any]], *, path: str | Path) -> Path | None:
+    """Two panels from metrics.jsonl records over epochs; None if there is nothing to draw.
+
+    Pre-training: reconstruction loss, and distillation loss on a log scale, since its first values
+    are far above the rest. Other stages: loss, and accuracy and AUC of the validation images.
+    Training losses are drawn as recorded, with their mean per epoch.
+    """
+    records = list(records)
+    of_kind = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "val")}
+
+    def both(key: str) -> dict[str, Any]:
+        return {"training": _series(of_kind["train"], key), "validation": _series(of_kind["val"], key)}
+
+    if any("loss_reconstruction" in record for record in records):
+        panels = {
+            "reconstruction loss": both("loss_reconstruction"),
+            "distillation loss": both("loss_distillation"),
+        }
+    else:
+        metrics = {"accuracy": "accuracy", "AUC": "auc"}
+        shown = {label: _series(of_kind["val"], key) for label, key in metrics.items()}
+        panels = {"loss": both("loss"), "validation metric": shown}
+    drawn = {title: lines for title, lines in panels.items() if any(x for x, _ in lines.values())}
+    if not drawn:
+        return None
+    figure = new_figure(4.6 * len(drawn), 3.0)
+    all_axes = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axes, (title, lines) in zip(all_axes, drawn.items(), strict=True):
+        for color, (label, (x, y)) in zip(COLORS, lines.items(), strict=False):
+            if label == "training" and len(x) > 20:
+                axes.plot(x, y, color=color, lw=0.7, alpha=0.35)
+                x, y = _epoch_means(x, y)
+            marker = "o" if len(x) < 25 else None
+            if x:
+                axes.plot(x, y, color=color, lw=1.6, label=label, marker=marker, ms=3)
+        if title == "distillation loss" and any(v > 0 for _, y in lines.values() for v in y):
+            axes.set_yscale("log", nonpositive="mask")
+        style_axes(axes, title=title.capitalize(), xlabel="epoch", ylabel=title)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return save_figure(figure, path)
+
+
+def roc_picture(
+    lines: Mapping[str, tuple[Floats, Floats]],
+    *,
+    path: str | Path,
+    operating_point: tuple[float, float, float] | None = None,
+) -> Path:
+    """ROC curves, label -> (false positive rates, true positive rates).
+
+    `operating_point` (false positive rate, true positive rate, threshold) is marked.
+    """
+    figure = new_figure(4.4, 4.2)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=LINE, lw=1, ls="--")
+    for i, (label, (false_rate, true_rate)) in enumerate(lines.items()):
+        axes.plot(false_rate, true_rate, color=COLORS[i % len(COLORS)], lw=1.8, label=label)
+    if operating_point is not None:
+        x, y, threshold = operating_point
+        axes.plot(x, y, "o", color=INK, ms=6, label=f"threshold {threshold:g}")
+    style_axes(axes, title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    legend = axes.legend(frameon=False, fontsize=8, loc="lower right", labelcolor=INK)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return save_figure(figure, path)
+
+
+def confusion_picture(confusion: ArrayLike, classes: Sequence[str], *, path: str | Path) -> Path:
+    """Confusion matrix [K, K] (rows true, columns predicted): counts, and the share of each row."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    counts = np.asarray(confusion)
+    totals = counts.sum(axis=1, keepdims=True)
+    share = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
+    side = max(3.9, 0.9 * len(classes) + 1.8)
+    figure = new_figure(side, side * 0.92)
+    axes = figure.subplots()
+    blues = LinearSegmentedColormap.from_list("counts", ["#f4f7f9", COLORS[0]])
+    axes.imshow(share, cmap=blues, vmin=0, vmax=1)
+    for row, col in np.ndindex(*counts.shape):
+        color = "white" if share[row, col] > 0.55 else INK
+        text = f"{counts[row, col]}\n{share[row, col]:.1%}" if totals[row, 0] else "0\nno images"
+        axes.text(col, row, text, ha="center", va="center", color=color, fontsize=11)
+    style_axes(axes, title="Confusion", xlabel="predicted", ylabel="true", grid=False)
+    names, ticks = [_short(name) for name in classes], range(len(classes))
+    axes.set_xticks(ticks, names, rotation=0 if len(classes) < 4 else 45, parse_math=False)
+    axes.set_yticks(ticks, names, rotation=90, va="center", parse_math=False)
+    return save_figure(figure, path)
+
+
+# ---- shared with the pictures of reproduce and of the profile ----
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Empty matplotlib figure of width x height inches without a display."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DependencyError('pictures need matplotlib: pip install "sssd-fast[train]"') from error
+    return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
+
+
+def style_axes(axes: Any, *, title: str, xlabel: str, ylabel: str = "", grid: bool = True) -> None:
+    """The title, labels, ticks and grid that all plots share."""
+    axes.set_title(title, fontsize=10, color=INK, loc="left", fontweight="bold")
+    axes.set_xlabel(xlabel, fontsize=9, color=QUIET)
+    axes.set_ylabel(ylabel, fontsize=9, color=QUIET)
+    axes.tick_params(labelsize=8, colors=QUIET, length=3)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(LINE)
+    if grid:
+        axes.grid(color=LINE, lw=0.5, alpha=0.7)
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Atomic write of a figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return write_picture(buffer.getvalue(), path)
+
+
+def write_picture(data: bytes, path: str | Path) -> Path:
+    """Atomic write of an encoded picture; makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, data)
+    return path
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """numpy array of an array or of a torch tensor on any device."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+    return np.asarray(value)
+
+
+# ---- helpers ----
+
+
+def _uint8_images(images: Any) -> Bytes:
+    array = as_array(images)
+    if array.ndim != 4 or array.dtype != np.uint8 or array.shape[1] not in (1, 3):
+        raise DataError(
+            f"images: got {array.dtype} of shape {list(array.shape)}, need uint8 [n, C, H, W] with "
+            "C = 1 or 3"
+        )
+    return array
+
+
+def _rgb(image_HWC: Bytes) -> Bytes:
+    return np.repeat(image_HWC, 3, axis=2) if image_HWC.shape[2] == 1 else image_HWC
+
+
+def _overlay(image_HW3: Bytes, map_rows_cols: Floats) -> Bytes:
+    """The image under a colour scale; stronger attention is brighter and more opaque."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    height, width = image_HW3.shape[:2]
+    scaled = (map_rows_cols / max(float(map_rows_cols.max()), 1e-12)).astype(np.float32)
+    smooth = Image.fromarray(scaled).resize((width, height), resample=Image.Resampling.BILINEAR)
+    strength = np.clip(np.asarray(smooth), 0.0, 1.0)[:, :, None]
+    color = 255 * colormaps["inferno"](strength[:, :, 0])[:, :, :3]
+    opacity = 0.25 + 0.5 * strength
+    return np.asarray(np.rint((1 - opacity) * image_HW3 + opacity * color), dtype=np.uint8)
+
+
+def _sheet(
+    rows: Mapping[str, Sequence[Bytes]],
+    names: Sequence[str],
+    caption: str,
+    path: str | Path,
+    *,
+    colorbar: str = "",
+) -> Path:
+    """Equal pictures as a table: row titles at the left, image names above, a caption below.
+
+    One mosaic in one axes: dozens of subplots would take seconds.
+    """
+    from matplotlib.cm import ScalarMappable
+
+    first = next(iter(rows.values()))
+    count, (height, width) = len(first), first[0].shape[:2]
+    gap = max(1, round(0.04 * width))
+    pad = ((0, gap), (0, gap), (0, 0))
+    lines = [
+        np.hstack([np.pad(_rgb(cell), pad, constant_values=255) for cell in row])
+        for row in rows.values()
+    ]
+    mosaic = np.vstack(lines)[:-gap, :-gap]
+    # inches: a column is wide enough for a name, a sheet of few columns for its caption
+    cell = max(1.15, 4.6 / count)
+    margin = 1.6 if colorbar else 0.8
+    sheet_w = cell * count + margin
+    figure = new_figure(sheet_w, cell * count * mosaic.shape[0] / mosaic.shape[1] + 0.8)
+    axes = figure.subplots()
+    axes.imshow(mosaic, interpolation="nearest")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0, labelsize=7, colors=QUIET)
+    axes.xaxis.tick_top()
+    titles = [_short(PurePath(name).name, 18) for name in names]
+    columns = [(i + 0.5) * (width + gap) - gap / 2 for i in range(len(titles))]
+    axes.set_xticks(columns, titles, parse_math=False)
+    axes.set_yticks([(i + 0.5) * (height + gap) - gap / 2 for i in range(len(rows))], list(rows))
+    axes.set_xlabel(textwrap.fill(caption, int(16 * sheet_w)), fontsize=7.5, color=QUIET)
+    if colorbar:
+        bar = figure.colorbar(ScalarMappable(cmap="inferno"), ax=axes, fraction=0.025, pad=0.01)
+        bar.set_label(colorbar, fontsize=7.5, color=QUIET)
+        bar.ax.tick_params(labelsize=7, colors=QUIET)
+    return save_figure(figure, path)
+
+
+def _series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """(epochs, values) of the records that have both."""
+    found = [(r["epoch"], r[key]) for r in records if None not in (r.get("epoch"), r.get(key))]
+    return [float(epoch) for epoch, _ in found], [float(value) for _, value in found]
+
+
+def _epoch_means(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Mean of y per epoch, placed at the end of the epoch (the last one may be unfinished)."""
+    epochs = np.ceil(np.asarray(x) - 1e-9).astype(int)
+    ends = np.unique(epochs)
+    means = [float(np.mean(np.asarray(y)[epochs == end])) for end in ends]
+    return [min(float(end), max(x)) for end in ends], means
+
+
+def _short(name: str, limit: int = 24) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"
