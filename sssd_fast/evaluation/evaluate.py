@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,8 @@ def write_evaluation(
     predicted_N = predict_classes(scores_N, threshold)
 
     def level(labels_N: Ints, scores_N: Floats, groups: list[Any] | None) -> dict[str, Any]:
-        if binary:
-            metrics = binary_metrics(labels_N, scores_N, threshold)
-        else:
-            metrics = multiclass_metrics(labels_N, scores_N)
+        measure = partial(binary_metrics, threshold=threshold) if binary else multiclass_metrics
+        metrics = measure(labels_N, scores_N)
         intervals = bootstrap_intervals(
             labels_N, scores_N, n=resamples, seed=seed, groups=groups, threshold=threshold
         )

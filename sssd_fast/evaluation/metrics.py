@@ -203,9 +203,7 @@ def aggregate_runs(
     return summary
 
 
-def check_scores(
-    labels: ArrayLike, scores: ArrayLike, *, binary: bool
-) -> tuple[Ints, Floats, int]:
+def check_scores(labels: ArrayLike, scores: ArrayLike, *, binary: bool) -> tuple[Ints, Floats, int]:
     """(labels [N], scores [N] or [N, K], number of classes). Raises DataError for unusable input."""
     labels_N, scores_N = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if labels_N.ndim != 1 or (labels_N.size and labels_N.dtype.kind not in "iub"):

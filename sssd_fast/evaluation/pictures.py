@@ -204,7 +204,10 @@ def curves(records: Iterable[Mapping[str, Any]], *, path: str | Path) -> Path | 
     of_kind = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "val")}
 
     def both(key: str) -> dict[str, Any]:
-        return {"training": _series(of_kind["train"], key), "validation": _series(of_kind["val"], key)}
+        return {
+            "training": _series(of_kind["train"], key),
+            "validation": _series(of_kind["val"], key),
+        }
 
     if any("loss_reconstruction" in record for record in records):
         panels = {

@@ -96,9 +96,7 @@ def test_reconstruction_picture_names_the_target_statistics(tmp_path, monkeypatc
     """The caption says where brightness and contrast come from, unless nothing was normalised."""
     captions = []
     real = pictures._sheet
-    monkeypatch.setattr(
-        pictures, "_sheet", lambda *args: captions.append(args[2]) or real(*args)
-    )
+    monkeypatch.setattr(pictures, "_sheet", lambda *args: captions.append(args[2]) or real(*args))
     images, pred, mask = make_case()
     for norm in ("patch", "none"):
         path = tmp_path / "new" / f"{norm}.png"
