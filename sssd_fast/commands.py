@@ -336,10 +336,11 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _init(path: str | None) -> str | None:
     """Weights to start from: the newest checkpoint of a run folder, or the file itself."""
-    from sssd_fast.evaluation.predict import checkpoint_of
+    from sssd_fast.run.checkpoint import find_checkpoint
 
-    if path is not None and Path(path, "checkpoints").is_dir():
-        return str(checkpoint_of(path, "last"))
+    stages = ("pretrain", "finetune")
+    if path is not None and any(Path(path, s, "checkpoints").is_dir() for s in ("", *stages)):
+        return str(find_checkpoint(path, "last", stages=stages))
     return path
 
 

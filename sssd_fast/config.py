@@ -282,7 +282,7 @@ class FinetuneConfig(TrainConfig):
     pool: Literal["mean", "cls"] = "mean"
     class_weights: Literal["none", "balanced"] = "none"
     select: Literal["auc", "accuracy", "loss", "last"] = (
-        "auc"  # which validation figure picks best.pt
+        "auc"  # which validation figure picks the best checkpoint
     )
 
 

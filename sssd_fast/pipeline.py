@@ -9,11 +9,12 @@ from typing import Any
 
 from sssd_fast.config import Config, to_yaml
 from sssd_fast.evaluation.metrics import RATES, aggregate_runs
-from sssd_fast.evaluation.predict import checkpoint_of, evaluate_run
+from sssd_fast.evaluation.predict import evaluate_run
 from sssd_fast.finetune import finetune
 from sssd_fast.performance.batch_size import resolve_batch
 from sssd_fast.pretrain import pretrain
 from sssd_fast.report.report import write_combined_report
+from sssd_fast.run.checkpoint import find_checkpoint
 from sssd_fast.run.device import World, world
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.folder import open_run
@@ -118,7 +119,7 @@ def _once(
             run.console.rule(f"{stage}: {place}")
             if stage == "pretrain":
                 pretrain(run)
-                init = str(checkpoint_of(place, "last"))
+                init = str(find_checkpoint(place, "last"))
             else:
                 finetune(run, init)
                 result = evaluate_run(run)

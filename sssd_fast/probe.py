@@ -42,7 +42,7 @@ def features(
 
 
 def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
-    """Fits the probe on the encoder in `init` and saves it as checkpoints/best.pt. Returns the
+    """Fits the probe on the encoder in `init` and saves it as the best checkpoint. Returns the
     validation figures.
     """
     from sklearn.linear_model import LogisticRegression

@@ -64,7 +64,7 @@ class Task(Protocol):
 
     @property
     def best(self) -> tuple[str, bool]:
-        """(figure of `end_epoch` that chooses best.pt, whether higher is better)."""
+        """(figure of `end_epoch` that chooses the best checkpoint, whether higher is better)."""
         ...
 
     def groups(self) -> list[dict[str, Any]]: ...
@@ -345,7 +345,7 @@ def _sentence(epoch: float, figures: dict[str, float]) -> str:
 
 
 def _save(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = False) -> None:
-    """Writes step-N.pt (and best.pt) on the main process; the others wait, so that none runs ahead
+    """Saves a checkpoint on the main process; the others wait, so that none runs ahead
     of a failing disk.
     """
     if run.world.main:

@@ -25,7 +25,7 @@ from sssd_fast.loaders import Loader
 from sssd_fast.loaders.crops import evaluation_view
 from sssd_fast.loaders.prepare import make_loader, positive_label
 from sssd_fast.model import Classifier
-from sssd_fast.run.checkpoint import CheckpointManager, load_checkpoint
+from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
 from sssd_fast.run.device import World, autocast, pick_precision
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.folder import Run
@@ -54,22 +54,9 @@ class Trained:
     path: Path
 
 
-def checkpoint_of(path: str | Path, which: str = "best") -> Path:
-    """A checkpoint file as it is, or checkpoints/best.pt (else the newest) of a run folder."""
-    path = Path(path)
-    if path.is_file():
-        return path
-    if not (path / "checkpoints").is_dir():
-        raise CheckpointError(
-            f"{path} is neither a checkpoint file nor a run folder with checkpoints/ in it"
-        )
-    manager = CheckpointManager(path / "checkpoints")
-    return manager.resolve(which if manager.best_path.exists() else "last")
-
-
 def load_trained(path: str | Path, device: torch.device) -> Trained:
     """Raises CheckpointError if the checkpoint is damaged or does not hold a classifier."""
-    path = checkpoint_of(path)
+    path = find_checkpoint(path)
     state = load_checkpoint(path)
     if state.get("task") not in ("finetune", "probe"):
         raise CheckpointError(

@@ -23,7 +23,7 @@ from sssd_fast.config import Config, from_dict, load_config, to_dict
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.splits import split_csv
 from sssd_fast.errors import CheckpointError, RunExistsError
-from sssd_fast.evaluation.predict import checkpoint_of, evaluate_run
+from sssd_fast.evaluation.predict import evaluate_run
 from sssd_fast.finetune import finetune
 from sssd_fast.performance.batch_size import resolve_batch
 from sssd_fast.pretrain import pretrain
@@ -32,7 +32,7 @@ from sssd_fast.reproduce.nearest import NearestNeighbour
 from sssd_fast.reproduce.plan import Cell, Plan, cell_config, cells_of, folder_name
 from sssd_fast.reproduce.public_sets import departures, image_root, write_official_split
 from sssd_fast.reproduce.table import SCHEMA, lines, markdown, picture, tables
-from sssd_fast.run.checkpoint import CheckpointManager
+from sssd_fast.run.checkpoint import CheckpointManager, find_checkpoint
 from sssd_fast.run.device import World, world
 from sssd_fast.run.environment import collect_environment
 from sssd_fast.run.files import atomic_write_text
@@ -142,7 +142,7 @@ class _Reproduction:
             if folder not in self._ready:
                 self._stage("pretrain", self.config(before), folder)
                 self._ready.add(folder)
-            init = str(checkpoint_of(folder, "last"))
+            init = str(find_checkpoint(folder, "last"))
             seconds["pretrain_s"] = _seconds(folder)
         result = self._stage("finetune", config, place, init)
         seconds["finetune_s"] = _seconds(place)

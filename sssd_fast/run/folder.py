@@ -151,7 +151,7 @@ def open_run(
             checkpoints=CheckpointManager(
                 out / "checkpoints",
                 keep_last=getattr(settings, "keep_last", 2),
-                report=console.warn,
+                log=console.warn,
             ),
             precision=pick_precision(config.precision, world.device),
             resume=resume,

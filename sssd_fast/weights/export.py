@@ -27,9 +27,8 @@ from torch.nn import functional as F
 
 from sssd_fast.config import from_dict
 from sssd_fast.errors import DependencyError, SssdError, WeightsError
-from sssd_fast.evaluation.predict import checkpoint_of
 from sssd_fast.model import MAE, Block, Classifier
-from sssd_fast.run.checkpoint import load_checkpoint
+from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
 from sssd_fast.run.files import atomic_write_bytes
 from sssd_fast.weights.load import load_into, save_huggingface, save_safetensors
 
@@ -248,7 +247,7 @@ def export_encoder(
 
 
 def _load_model(source: str | Path) -> tuple[MAE | Classifier, Path]:
-    path = checkpoint_of(source)
+    path = find_checkpoint(source)
     state: dict[str, Any] = load_checkpoint(path)
     config = from_dict(state["config"])
     finetuned = "classes" in state

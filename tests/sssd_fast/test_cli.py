@@ -122,8 +122,7 @@ def test_probe_is_logistic_regression_on_frozen_features(
     """The folded head gives scikit-learn's own probabilities, and the encoder is the pre-trained one."""
     from sssd_fast.data.index import DataIndex
     from sssd_fast.data.splits import split_csv
-    from sssd_fast.evaluation.predict import checkpoint_of
-    from sssd_fast.run.checkpoint import load_checkpoint
+    from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
 
     out = tmp_path / "probe"
     assert (
@@ -140,7 +139,7 @@ def test_probe_is_logistic_regression_on_frozen_features(
         == 0
     )
     probe = load_trained(out, torch.device("cpu"))
-    before = load_checkpoint(checkpoint_of(trained / "pretrain", "last"))["model"]
+    before = load_checkpoint(find_checkpoint(trained / "pretrain", "last"))["model"]
     for name, value in probe.model.state_dict().items():
         if name.startswith("encoder.blocks."):
             assert torch.equal(value, before[f"mae.{name}"])
