@@ -1,38 +1,57 @@
-"""Configuration: one tree of typed sections, read from YAML, overridden by key=value, refused as a whole when wrong.
+"""Settings: one tree of typed sections, read from YAML, changed by key=value, checked as a whole.
 
     config = load_config("cpu_smoke", ["data.source=ct/", "pretrain.epochs=400"])
 
-A name is looked up among the shipped files (sssd_fast/configs), anything with a slash or a .yaml ending is a path. Every problem
-(unknown key, wrong type, value out of range, keys that contradict each other) is collected and raised in one ConfigError.
+OmegaConf reads and merges, pydantic checks. Every problem (unknown key, wrong type, value out of range, keys that
+contradict each other) is collected and raised in one ConfigError. `sssd-fast configs NAME` prints the descriptions.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
+from yaml import YAMLError, safe_dump
 
 from sssd_fast.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Area = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+AttentionProvider = Literal["auto", "fused", "xformers", "sdpa", "eager"]
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-# name: (width, depth, heads), Dosovitskiy et al. 2021 (arXiv 2010.11929) and Touvron et al. 2021 (arXiv 2012.12877)
+# name: (width, depth, heads), Dosovitskiy et al. 2021 (arXiv 2010.11929), Touvron et al. 2021 (arXiv 2012.12877)
 VIT_SIZES = {
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
 }
+SPLITS = ("random", "block", "patient", "kfold", "manifest")
+# Keys of earlier versions, with what to do instead. Files and checkpoints of those versions hold them.
+REMOVED = {
+    "log_seconds": "remove it; a plain log line is written at least every 10 s",
+    "data.phantom_images": "rename it to data.synthetic_images",
+    "data.phantom_seed": "rename it to data.synthetic_seed",
+    "pretrain.num_images": "remove it; a picture shows 8 images",
+    "pretrain.augment.crop_ratio": "remove it; random crops have a ratio of 3/4 to 4/3",
+    "finetune.augment.crop_ratio": "remove it; random crops have a ratio of 3/4 to 4/3",
+}
+
+
+SectionT = TypeVar("SectionT", bound="Section")
 
 
 class Section(BaseModel):
@@ -41,90 +60,119 @@ class Section(BaseModel):
     )
 
 
-class DataConfig(Section):
-    """Which images, which labels, which split."""
+def _raise(section: SectionT, problems: list[str]) -> SectionT:
+    """`section` if a validator found no problems; pydantic collects the error."""
+    if problems:
+        raise ValueError("; ".join(problems))
+    return section
 
-    source: str = "synthetic"  # "synthetic" = the seeded synthetic slices; else a folder with one folder per class, or the images' root
-    manifest: str | None = None  # CSV path,label[,split][,patient], paths relative to `source`
-    synthetic_images: Annotated[int, Field(ge=40)] = 1600
-    synthetic_seed: Annotated[int, Field(ge=0)] = 0
-    split: str = (
-        "random"  # random | block | patient | kfold | manifest (its split column) | a CSV file
+
+class DataConfig(Section):
+    """Images, labels, split and loader."""
+
+    source: str = Field(
+        "synthetic",
+        description="Folder with one folder per class, or root of the manifest's paths; "
+        "synthetic = generated CT-like slices.",
     )
-    test_fraction: OpenFraction = 0.2
-    val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = (
-        0.1  # of all images, cut from the training part; 0 = no validation
+    manifest: str | None = Field(
+        None, description="CSV file path,label[,split][,patient], paths relative to source."
     )
-    folds: Annotated[int, Field(ge=2)] = 5
-    fold: Annotated[int, Field(ge=0)] = 0
-    split_seed: Annotated[int, Field(ge=0)] = 0
-    positive: str | None = (
-        None  # class whose score counts in sensitivity and AUC; None = see `positive_class`
+    synthetic_images: int = Field(1600, ge=40, description="Number of synthetic slices.")
+    synthetic_seed: Index = Field(0, description="Seed of the synthetic slices.")
+    split: str = Field(
+        "random", description="random, block, patient, kfold, manifest (its column) or a CSV file."
     )
-    max_bad_fraction: Fraction = 0.01  # more unusable files than this is an error
-    accept_wrong_extension: bool = (
-        False  # keep good images whose file name ends in another format's extension
+    test_fraction: OpenFraction = Field(0.2, description="Test images, as a fraction of all.")
+    val_fraction: BelowOne = Field(
+        0.1, description="Validation images, as a fraction of all, taken from training; 0 = none."
     )
-    fit: Literal["crop", "stretch"] = (
-        "crop"  # evaluation view: largest centred part of the model's aspect, or the whole image
+    folds: int = Field(5, ge=2, description="Number of folds of split=kfold.")
+    fold: Index = Field(0, description="Fold to test on, from 0.")
+    split_seed: Index = Field(0, description="Seed of the split.")
+    positive: str | None = Field(
+        None,
+        description="Class that sensitivity and AUC count as positive; null = chosen by its name.",
     )
-    loader: Literal["auto", "resident", "dali", "torch"] = (
-        "auto"  # auto = images decoded once and kept where they fit, else DALI, else torch
+    max_bad_fraction: Fraction = Field(
+        0.01, description="Largest fraction of unusable files; more is an error."
     )
-    workers: Annotated[int, Field(ge=0)] = 0  # processes of the torch loader, threads of the others
-    cache: str = "auto"  # file of decoded images: auto = in the user's cache folder, none = no file, or a folder
-    resident_gib: Positive | None = (
-        None  # most that decoded images may take; None = a tenth of the GPU, half of the free host memory
+    accept_wrong_extension: bool = Field(
+        False, description="Keep good images whose name ends in another format's extension."
+    )
+    fit: Literal["crop", "stretch"] = Field(
+        "crop",
+        description="How evaluation fits an image: largest centred crop of the model's aspect, or "
+        "the whole image stretched.",
+    )
+    loader: Literal["auto", "resident", "dali", "torch"] = Field(
+        "auto",
+        description="auto = resident (images decoded once and kept) if they fit, else dali, else "
+        "torch.",
+    )
+    workers: Index = Field(
+        0, description="Processes of the torch loader, threads of the other loaders."
+    )
+    cache: str = Field(
+        "auto",
+        description="Folder of the file with decoded images; auto = the user's cache, none = no "
+        "file.",
+    )
+    resident_gib: Positive | None = Field(
+        None,
+        description="Limit for decoded images in GiB; null = a tenth of the GPU, half of the free "
+        "host memory.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        problems = []
+        if self.source == "phantom":
+            problems.append("source is 'phantom', which is called 'synthetic' now")
         if self.fold >= self.folds:
-            raise ValueError(
-                f"fold is {self.fold}, needs to be below folds ({self.folds}); folds count from 0"
-            )
-        if self.split not in (
-            "random",
-            "block",
-            "patient",
-            "kfold",
-            "manifest",
-        ) and not self.split.endswith(".csv"):
-            raise ValueError(
-                f"split is {self.split!r}, needs random, block, patient, kfold, manifest (the manifest's split column) or a .csv file"
-            )
-        if (
-            self.cache not in ("auto", "none") and "/" not in self.cache
-        ):  # a mistyped word is not to become a folder
-            raise ValueError(
-                f"cache is {self.cache!r}, needs auto, none, or a folder with a slash in it, such as ./pixels"
+            problems.append(f"fold is {self.fold}, needs to be below folds ({self.folds})")
+        if self.split not in SPLITS and not self.split.endswith(".csv"):
+            problems.append(f"split is {self.split!r}, needs {', '.join(SPLITS)} or a .csv file")
+        # A mistyped word must not become a folder.
+        if self.cache not in ("auto", "none") and "/" not in self.cache:
+            problems.append(
+                f"cache is {self.cache!r}, needs auto, none, or a folder with a slash in it, such "
+                f"as ./pixels"
             )
         if self.split == "manifest" and self.manifest is None:
-            raise ValueError(
+            problems.append(
                 "split is 'manifest', which needs data.manifest=FILE.csv with a split column"
             )
-        return self
+        return _raise(self, problems)
 
 
 class ModelConfig(Section):
-    """Vision transformer encoder and the masked autoencoder's decoder. Sizes in pixels, height before width."""
+    """Encoder (vision transformer) and decoder of the masked autoencoder."""
 
-    name: Literal["tiny", "small", "base", "large"] = "base"
-    image_size: tuple[Count, Count] = (224, 224)
-    patch_size: Literal[8, 14, 16] = 16
-    in_channels: Literal[1, 3] = 1
-    width: Count | None = None  # None = by name
-    depth: Count | None = None
-    heads: Count | None = None
-    mlp_ratio: Positive = 4.0
-    norm_eps: Positive = 1e-6
-    cls_token: bool = True
-    decoder_width: Count = 512
-    decoder_depth: Count = 8
-    decoder_heads: Count = 16
-    mask_ratio: OpenFraction = 0.75
-    mean: tuple[float, ...] = (0.5,)  # of pixel / 255, per channel or one for all
-    std: tuple[Positive, ...] = (0.25,)
+    name: Literal["tiny", "small", "base", "large"] = Field(
+        "base", description="Size of the vision transformer."
+    )
+    image_size: tuple[Count, Count] = Field(
+        (224, 224), description="Height and width in pixels, or one number for a square."
+    )
+    patch_size: Literal[8, 14, 16] = Field(16, description="Side of a patch in pixels.")
+    in_channels: Literal[1, 3] = Field(1, description="Image channels: 1 = grey, 3 = RGB.")
+    width: Count | None = Field(None, description="Encoder width; null = by name.")
+    depth: Count | None = Field(None, description="Encoder blocks; null = by name.")
+    heads: Count | None = Field(None, description="Encoder attention heads; null = by name.")
+    mlp_ratio: Positive = Field(4.0, description="Hidden width of an MLP / width of its block.")
+    norm_eps: Positive = Field(1e-6, description="Epsilon of the layer norms.")
+    cls_token: bool = Field(True, description="Whether the encoder has a cls token.")
+    decoder_width: Count = Field(512, description="Decoder width.")
+    decoder_depth: Count = Field(8, description="Decoder blocks.")
+    decoder_heads: Count = Field(16, description="Decoder attention heads.")
+    mask_ratio: OpenFraction = Field(0.75, description="Fraction of the patches to mask.")
+    mean: tuple[float, ...] = Field(
+        (0.5,), description="Mean of pixel / 255, per channel or one number for all."
+    )
+    std: tuple[Positive, ...] = Field(
+        (0.25,), description="Deviation of pixel / 255, per channel or one number for all."
+    )
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -134,9 +182,8 @@ class ModelConfig(Section):
     @field_validator("mean", "std", mode="before")
     @classmethod
     def _one(cls, value: Any) -> Any:
-        return (
-            (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-        )
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return (value,) if number else value
 
     @property
     def encoder_shape(self) -> tuple[int, int, int]:
@@ -155,7 +202,7 @@ class ModelConfig(Section):
 
     @property
     def num_visible(self) -> int:
-        """K = int(L * (1 - mask_ratio)), as facebookresearch/mae rounds it."""
+        """K = int(L * (1 - mask_ratio)), rounded as in facebookresearch/mae."""
         return int(self.num_patches * (1 - self.mask_ratio))
 
     @model_validator(mode="after")
@@ -165,171 +212,218 @@ class ModelConfig(Section):
             if size % self.patch_size:
                 near = max(1, round(size / self.patch_size)) * self.patch_size
                 problems.append(
-                    f"image_size {side} is {size}, needs a multiple of patch_size {self.patch_size} (nearest: {near})"
+                    f"image_size {side} is {size}, needs a multiple of patch_size "
+                    f"{self.patch_size} (nearest: {near})"
                 )
         width, _, heads = self.encoder_shape
-        for what, w, h in (
-            ("", width, heads),
-            ("decoder_", self.decoder_width, self.decoder_heads),
-        ):
+        decoder = ("decoder_", self.decoder_width, self.decoder_heads)
+        for what, w, h in (("", width, heads), decoder):
             if w % h:
                 problems.append(f"{what}width is {w}, needs a multiple of {what}heads ({h})")
             if w % 4:
-                problems.append(
-                    f"{what}width is {w}, needs a multiple of 4 for 2-D sin-cos positions"
-                )
+                problems.append(f"{what}width is {w}, needs a multiple of 4 for 2-D positions")
         if not problems and not 0 < self.num_visible < self.num_patches:
             problems.append(
-                f"mask_ratio is {self.mask_ratio} with {self.num_patches} patches, which leaves {self.num_visible} visible; "
-                f"needs at least 1 visible and 1 masked"
+                f"mask_ratio is {self.mask_ratio} with {self.num_patches} patches, which leaves "
+                f"{self.num_visible} visible; needs at least 1 visible and 1 masked"
             )
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.in_channels):
                 problems.append(
-                    f"{name} has {len(values)} values, needs 1 or one per channel (in_channels is {self.in_channels})"
+                    f"{name} has {len(values)} values, needs 1 or one per channel (in_channels is "
+                    f"{self.in_channels})"
                 )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+        return _raise(self, problems)
 
 
 class ObjectiveConfig(Section):
-    """Reconstruction plus self-distillation; defaults are SD-MAE's (arXiv 2203.16983)."""
+    """Loss of the pre-training: reconstruction and self-distillation; defaults of SD-MAE (arXiv 2203.16983)."""
 
-    weight: Fraction = 0.2  # total = weight * distillation + (1 - weight) * reconstruction
-    norm: Literal["patch", "channel", "none"] = (
-        "patch"  # normalisation of the reconstruction target
+    weight: Fraction = Field(
+        0.2, description="w in w * distillation + (1 - w) * reconstruction; 0 = plain MAE."
     )
-    kind: Literal["dino", "cosine", "mse", "smooth_l1"] = "dino"
-    detach_teacher: bool = False
-    pooling: Literal["image", "token"] = "image"
-    center: Literal["prob", "logit"] = "prob"
-    center_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    student_temp: Positive = 0.1
-    teacher_temp: Positive = 0.04
-    head_hidden: Count = 2048
-    head_bottleneck: Count = 256
-    prototypes: Annotated[int, Field(ge=2)] = 4096
+    norm: Literal["patch", "channel", "none"] = Field(
+        "patch", description="Normalisation of the reconstruction target."
+    )
+    kind: Literal["dino", "cosine", "mse", "smooth_l1"] = Field(
+        "dino", description="Distillation loss."
+    )
+    detach_teacher: bool = Field(False, description="Stop the gradient to the teacher (decoder).")
+    pooling: Literal["image", "token"] = Field(
+        "image", description="Compare the mean of an image's tokens, or each token."
+    )
+    center: Literal["prob", "logit"] = Field(
+        "prob", description="Average the teacher's probabilities or its logits for the centre."
+    )
+    center_momentum: BelowOne = Field(0.9, description="Momentum of the centre per step.")
+    student_temp: Positive = Field(0.1, description="Temperature of the student's softmax.")
+    teacher_temp: Positive = Field(0.04, description="Temperature of the teacher's softmax.")
+    head_hidden: Count = Field(2048, description="Hidden width of the projection heads.")
+    head_bottleneck: Count = Field(256, description="Width before the prototypes.")
+    prototypes: int = Field(4096, ge=2, description="Number of prototypes (outputs of a head).")
 
 
 class AugmentConfig(Section):
-    """Per image, on uint8 pixels; all off means resize + centre crop."""
+    """Augmentation per image, on uint8 pixels; with everything off, resize and centre crop."""
 
-    crop_scale: tuple[Area, Area] = (0.2, 1.0)  # area of the random crop
-    crop_ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
-    hflip: Fraction = 0.5  # probability
-    rotation_deg: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
-    brightness: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    contrast: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    crop_scale: tuple[Area, Area] = Field(
+        (0.2, 1.0), description="Smallest and largest area of the random crop, as a fraction."
+    )
+    hflip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
+    rotation_deg: float = Field(0.0, ge=0, le=180, description="Largest rotation in degrees.")
+    brightness: BelowOne = Field(0.0, description="Largest relative change of the brightness.")
+    contrast: BelowOne = Field(0.0, description="Largest relative change of the contrast.")
 
     @model_validator(mode="after")
     def _check(self) -> AugmentConfig:
-        for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
-            if low > high:
-                raise ValueError(f"{name} is ({low}, {high}), needs the smaller number first")
-        return self
+        low, high = self.crop_scale
+        problem = f"crop_scale is ({low}, {high}), needs the smaller number first"
+        return _raise(self, [problem] if low > high else [])
 
 
 class TrainConfig(Section):
-    """What every training command shares. Effective batch = batch_size * accumulate * processes."""
+    """Settings of pre-training and fine-tuning. Effective batch = batch_size * accumulate * processes."""
 
-    epochs: Count = 100
-    max_steps: Count | None = None  # stop after this many optimizer steps whatever `epochs` says
-    batch_size: Count = 64  # per process and micro-step
-    accumulate: Count = 1
-    batch: Literal["auto"] | None = (
-        None  # auto = the largest micro-batch that fits; effective batch as the two lines above give it
+    epochs: Count = Field(100, description="Passes over the training images.")
+    max_steps: Count | None = Field(
+        None, description="Stop after this number of optimizer steps; null = after the epochs."
     )
-    base_lr: Positive = 1.5e-4  # lr = base_lr * effective batch / 256
-    min_lr: NonNegative = 0.0
-    warmup_epochs: NonNegative = 5.0
-    weight_decay: NonNegative = 0.05
-    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
-    clip_grad: Positive | None = None  # largest norm of all gradients together
+    batch_size: Count = Field(64, description="Images per process and micro-step.")
+    accumulate: Count = Field(1, description="Micro-steps per optimizer step.")
+    batch: Literal["auto"] | None = Field(
+        None,
+        description="auto = the largest micro-batch that fits, with the effective batch of "
+        "batch_size and accumulate.",
+    )
+    base_lr: Positive = Field(
+        1.5e-4, description="Learning rate for 256 images: lr = base_lr * effective batch / 256."
+    )
+    min_lr: NonNegative = Field(
+        0.0, description="Learning rate for 256 images at the end of the cosine schedule."
+    )
+    warmup_epochs: NonNegative = Field(5.0, description="Epochs of linear warm-up.")
+    weight_decay: NonNegative = Field(0.05, description="Weight decay of AdamW.")
+    beta1: BelowOne = Field(0.9, description="First momentum of AdamW.")
+    beta2: BelowOne = Field(0.95, description="Second momentum of AdamW.")
+    clip_grad: Positive | None = Field(
+        None, description="Largest norm of all gradients together; null = no clipping."
+    )
     augment: AugmentConfig = AugmentConfig()
-    validate_epochs: Count = 1  # validation every so many epochs, and at the end
-    checkpoint_epochs: Count = 1  # a checkpoint every so many epochs, and at the end
-    checkpoint_steps: Count | None = None  # and every so many optimizer steps
-    keep_last: Annotated[int, Field(ge=1)] = 2
+    validate_epochs: Count = Field(1, description="Epochs between validations.")
+    checkpoint_epochs: Count = Field(1, description="Epochs between checkpoints.")
+    checkpoint_steps: Count | None = Field(
+        None, description="Optimizer steps between additional checkpoints; null = none."
+    )
+    keep_last: Count = Field(2, description="Number of newest checkpoints to keep.")
 
     @model_validator(mode="after")
     def _check_train(self) -> TrainConfig:
-        if self.warmup_epochs >= self.epochs and self.max_steps is None:
-            raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs:g}, needs to be below epochs ({self.epochs})"
-            )
-        return self
+        wrong = self.warmup_epochs >= self.epochs and self.max_steps is None
+        problem = (
+            f"warmup_epochs is {self.warmup_epochs:g}, needs to be below epochs ({self.epochs})"
+        )
+        return _raise(self, [problem] if wrong else [])
 
 
 class PretrainConfig(TrainConfig):
-    extra: str | None = None  # a folder of further images to pre-train on, without their labels
-    image_epochs: Annotated[int, Field(ge=0)] = (
-        20  # a reconstruction picture every so many epochs; 0 = only at the end
+    """Pre-training without labels."""
+
+    extra: str | None = Field(
+        None, description="Folder of additional images to pre-train on, without their labels."
     )
-    num_images: Count = 8  # images in a picture
+    image_epochs: Index = Field(
+        20, description="Epochs between pictures of reconstructions; 0 = only at the end."
+    )
 
 
 class FinetuneConfig(TrainConfig):
-    base_lr: Positive = 5e-4
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.65
-    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    mixup: NonNegative = 0.0  # alpha of the beta distribution; 0 = off
-    cutmix: NonNegative = 0.0
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    random_erasing: Fraction = 0.0  # probability per image
-    pool: Literal["mean", "cls"] = "mean"
-    class_weights: Literal["none", "balanced"] = "none"
-    select: Literal["auc", "accuracy", "loss", "last"] = (
-        "auc"  # which validation figure picks the best checkpoint
+    """Fine-tuning of the encoder with a classifier."""
+
+    base_lr: Positive = Field(
+        5e-4, description="Learning rate for 256 images: lr = base_lr * effective batch / 256."
+    )
+    beta2: BelowOne = Field(0.999, description="Second momentum of AdamW.")
+    layer_decay: float = Field(
+        0.65,
+        gt=0,
+        le=1,
+        description="Factor of the learning rate from each block to the one below.",
+    )
+    drop_path: BelowOne = Field(0.1, description="Largest drop rate of stochastic depth.")
+    mixup: NonNegative = Field(
+        0.0, description="Alpha of mixup's beta distribution; 0 = off (MAE's recipe: 0.8)."
+    )
+    cutmix: NonNegative = Field(
+        0.0, description="Alpha of cutmix's beta distribution; 0 = off (MAE's recipe: 1.0)."
+    )
+    label_smoothing: BelowOne = Field(0.1, description="Label smoothing.")
+    random_erasing: Fraction = Field(
+        0.0, description="Probability to erase a rectangle of an image (MAE's recipe: 0.25)."
+    )
+    pool: Literal["mean", "cls"] = Field(
+        "mean", description="Features of the classifier: mean of the patch tokens, or cls token."
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced = weight the loss by inverse class frequency."
+    )
+    select: Literal["auc", "accuracy", "loss", "last"] = Field(
+        "auc", description="Validation metric that selects the best checkpoint."
     )
 
 
 class ProbeConfig(Section):
-    """Linear probe: the encoder frozen, logistic regression on its standardised features."""
+    """Linear probe: logistic regression on the standardised features of the frozen encoder."""
 
-    pool: Literal["mean", "cls"] = "mean"
-    batch_size: Count = 64
-    inverse_penalties: tuple[Positive, ...] = (
-        1e-3,
-        1e-2,
-        1e-1,
-        1.0,
-        10.0,
-    )  # scikit-learn's C; validation chooses
+    pool: Literal["mean", "cls"] = Field(
+        "mean", description="Features: mean of the patch tokens, or cls token."
+    )
+    batch_size: Count = Field(64, description="Images per batch of the encoder.")
+    inverse_penalties: tuple[Positive, ...] = Field(
+        (1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        description="Candidates for scikit-learn's C; validation selects one.",
+    )
 
 
 class EvaluateConfig(Section):
-    batch_size: Count = 64
-    bootstrap: Annotated[int, Field(ge=100)] = 2000
-    threshold: Fraction = 0.5
+    """Evaluation on a split."""
+
+    batch_size: Count = Field(64, description="Images per batch.")
+    bootstrap: int = Field(2000, ge=100, description="Resamples for the confidence intervals.")
+    threshold: Fraction = Field(0.5, description="Score from which an image counts as positive.")
 
 
 class StepConfig(Section):
-    """How a training step is computed: speed and memory. Except for `residual` and `optimizer` a run may be resumed with other values."""
+    """Execution of a training step. All but residual and optimizer may change when a run is resumed."""
 
-    compile: Literal["auto", True, False] = (
-        "auto"  # torch.compile; auto = on a CUDA GPU, see `pick_compile`
+    compile: Literal["auto", True, False] = Field(
+        "auto", description="torch.compile; auto = on a CUDA GPU."
     )
-    cuda_graphs: Literal["auto", True, False] = (
-        "auto"  # replay a step as one launch; auto = for small batches, compiled only
+    cuda_graphs: Literal["auto", True, False] = Field(
+        "auto", description="Replay a compiled step as one launch; auto = for small batches."
     )
-    attention: Literal["auto", "fused", "xformers", "sdpa", "eager"] = "auto"  # of the encoder
-    decoder_attention: Literal["auto", "fused", "xformers", "sdpa", "eager"] = "auto"
-    mlp: Literal["auto", "fused", "plain"] = (
-        "auto"  # fused = mae_kernels.gelu_linear; auto = where its kernels run
+    attention: AttentionProvider = Field(
+        "auto", description="Attention of the encoder; auto = the fastest available."
     )
-    residual: Literal["fp32", "bf16"] = (
-        "fp32"  # dtype between the blocks with precision bf16; statistics stay fp32
+    decoder_attention: AttentionProvider = Field(
+        "auto", description="Attention of the decoder; auto = the fastest available."
     )
-    activation_budget: Area = (
-        1.0  # compiled only: share of activations to keep for the backward, the rest is recomputed
+    mlp: Literal["auto", "fused", "plain"] = Field(
+        "auto", description="fused = mae_kernels.gelu_linear; auto = fused if its kernels run."
     )
-    checkpoint: Literal["none", "selective", "full"] = (
-        "none"  # not compiled only: recompute norms and GELU, or whole blocks
+    residual: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Dtype between the blocks with precision bf16; statistics stay fp32."
     )
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8-bit moments through torchao
+    activation_budget: Area = Field(
+        1.0,
+        description="Compiled only: fraction of the activations to keep for the backward; the rest "
+        "is recomputed.",
+    )
+    checkpoint: Literal["none", "selective", "full"] = Field(
+        "none", description="Not compiled only: recompute norms and GELU, or whole blocks."
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit = moments with 8 bits through torchao."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> StepConfig:
@@ -338,27 +432,27 @@ class StepConfig(Section):
             problems.append("cuda_graphs is true with compile false; needs compile true or auto")
         if self.compile is False and self.activation_budget < 1:
             problems.append(
-                f"activation_budget is {self.activation_budget:g} with compile false, which nothing would read; set checkpoint "
-                f"to selective or full instead"
+                f"activation_budget is {self.activation_budget:g} with compile false, which has no "
+                f"effect; set checkpoint to selective or full instead"
             )
         if self.compile is True and self.checkpoint != "none":
             problems.append(
-                f"checkpoint is {self.checkpoint!r} with compile true; lower activation_budget instead"
+                f"checkpoint is {self.checkpoint!r} with compile true; lower activation_budget "
+                f"instead"
             )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+        return _raise(self, problems)
 
 
 class Config(Section):
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: str = "auto"  # auto = cuda where there is one, else cpu
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # auto = bf16 on sm_80 and newer, fp16 on older GPUs, fp32 on the CPU
+    """All settings of a run."""
+
+    seed: Index = Field(0, description="Seed of weights, image order, augmentation and masks.")
+    device: str = Field("auto", description="cpu, cuda or cuda:N; auto = cuda if available.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto = bf16 on GPUs from sm_80, fp16 on older GPUs, fp32 on a CPU."
     )
-    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads for torch; 0 = torch's own choice
-    log_seconds: Positive = 10.0  # a plain log line at least this often
-    tensorboard: bool = True
+    threads: Index = Field(0, description="CPU threads of torch; 0 = torch's default.")
+    tensorboard: bool = Field(True, description="Write metrics for TensorBoard.")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -376,185 +470,195 @@ class Config(Section):
         return self
 
 
-def shipped_configs() -> list[str]:
-    return sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+def shipped_configs() -> dict[str, str]:
+    """Name and purpose (the first comment) of each configuration in sssd_fast/configs."""
+    paths = sorted(CONFIG_DIR.glob("*.yaml"))
+    return {path.stem: path.read_text("utf-8").partition("\n")[0].lstrip("# ") for path in paths}
 
 
-def load_config(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a shipped config by name or a YAML file by path (None = defaults), applies key=value overrides, validates.
+def load_config(
+    source: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    log: Callable[[str], None] = lambda line: None,
+) -> Config:
+    """Reads and checks settings.
 
-    Raises ConfigError naming every unknown key (with the nearest known one), wrong type and value out of range at once.
+    A run that is shortened below its warm-up (`epochs` is given, `warmup_epochs` is not) keeps the warm-up's fraction.
+
+    Args:
+        source: name of a shipped configuration, or path of a YAML file; None = the defaults.
+        overrides: settings as "key=value" with dotted keys; the value is read as YAML.
+        log: receives one line for each warm-up that was scaled.
+
+    Raises:
+        ConfigError: names every unknown key (with the nearest known one), wrong type and value out of range.
     """
-    tree = _read_yaml(_find(str(source))) if source is not None else {}
     problems: list[str] = []
-    for text in overrides:
-        _apply(tree, text, problems)
+    layers = [] if source is None else [_read(_find(str(source)))]
+    tree = _merge(to_dict(Config()), [*layers, _parse(overrides, problems)], log)
     return _validate(tree, problems, "" if source is None else f" in {source}")
 
 
-def changed(config: Config, overrides: Sequence[str]) -> Config:
-    """`config` with key=value overrides. Raises ConfigError like `load_config`."""
-    tree, problems = to_dict(config), list[str]()
-    for text in overrides:
-        _apply(tree, text, problems)
-    return _validate(tree, problems, "")
+def changed(
+    config: Config, overrides: Sequence[str], log: Callable[[str], None] = lambda line: None
+) -> Config:
+    """`config` with settings as "key=value"; arguments and errors as in `load_config`."""
+    problems: list[str] = []
+    return _validate(_merge(to_dict(config), [_parse(overrides, problems)], log), problems)
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-    """A Config from plain containers, such as those of a checkpoint."""
-    return _validate(tree, [], "")
+    """A Config from plain containers, such as those in a checkpoint."""
+    return _validate(tree, [])
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain containers (weights_only-safe, YAML-safe)."""
+    """Plain containers, as YAML and torch.load(weights_only=True) can read them."""
     return config.model_dump(mode="json")
 
 
 def to_yaml(config: Config) -> str:
-    import yaml
+    """YAML with the description of each setting as a comment."""
+    return "".join(_yaml_lines(config, ""))
 
-    return str(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+def _yaml_lines(section: Section, indent: str) -> Iterator[str]:
+    plain = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            text = (type(value).__doc__ or "").splitlines()[0]
+            yield f"\n{indent}# {text}\n{indent}{name}:\n"
+            yield from _yaml_lines(value, indent + "  ")
+        else:
+            text = safe_dump(plain[name], default_flow_style=True, width=10**6)
+            text = text.removesuffix("\n").removesuffix("\n...")  # the marker after a single value
+            yield f"{indent}# {field.description}\n{indent}{name}: {text}\n"
 
 
-def _validate(tree: dict[str, Any], problems: list[str], where: str) -> Config:
+def _validate(tree: dict[str, Any], problems: list[str], where: str = "") -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems += [_explain(detail) for detail in error.errors()]
-        config = None
-    if problems or config is None:
-        raise ConfigError(
-            f"{len(problems)} problem{'s' * (len(problems) > 1)} in the configuration{where}:\n"
-            + "\n".join(f"  - {p}" for p in problems)
-        )
+        problems = problems + [_explain(detail) for detail in error.errors()]
+    if problems:
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise ConfigError(f"{count} in the configuration{where}:{lines}")
     return config
 
 
 def _find(name: str) -> Path:
-    path = Path(name)
+    path, shipped = Path(name), shipped_configs()
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        if not path.is_file():
-            raise ConfigError(
-                f"configuration file {name!r} does not exist; give a path to a YAML file or one of: {_names()}"
-            )
-        return path
-    if (CONFIG_DIR / f"{name}.yaml").is_file():
+        if path.is_file():
+            return path
+        raise ConfigError(
+            f"configuration file {name!r} does not exist; give a path to a YAML file or one of: "
+            f"{', '.join(shipped)}"
+        )
+    if name in shipped:
         return CONFIG_DIR / f"{name}.yaml"
     raise ConfigError(
-        f"no configuration is called {name!r}{_suggest(name, shipped_configs())}; shipped: {_names()}"
+        f"no configuration is called {name!r}{_suggest(name, shipped)}; shipped: "
+        f"{', '.join(shipped)}"
     )
 
 
-def _names() -> str:
-    return ", ".join(shipped_configs())
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def unique(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [loader.construct_object(key) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:  # plain YAML silently keeps the last one
-            raise ConfigError(
-                f"{path}: key {twice[0]!r} stands twice (line {node.start_mark.line + 1}); keep one"
-            )
-        return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, unique)
+def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path} holds a {type(tree).__name__}, needs sections such as 'model:' with keys below them"
-        )
+        raise ConfigError(f"{path} holds a list, needs sections such as 'model:' with keys below")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _parse(overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """The tree of settings given as key=value."""
+    tree = OmegaConf.create()
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not equals or "" in key.split("."):
+            problems.append(f"{text!r} needs the form key=value, such as pretrain.epochs=100")
+            continue
+        try:
+            value = OmegaConf.from_dotlist([f"value={raw}"])["value"]
+        except (YAMLError, OmegaConfBaseException):
+            value = raw  # a path or a name with YAML's special characters
+        if OmegaConf.is_dict(value) and not raw.lstrip().startswith("{"):
+            value = raw  # a path with ': ' in it
+        try:
+            OmegaConf.update(tree, key, value)
+        except OmegaConfBaseException as error:
+            problems.append(f"{text!r}: {str(error).splitlines()[0]}")
+    return dict(OmegaConf.to_container(tree))  # type: ignore[arg-type]
+
+
+def _merge(
+    tree: dict[str, Any], layers: Sequence[dict[str, Any]], log: Callable[[str], None]
+) -> dict[str, Any]:
+    """`tree` with the settings of each layer, in order."""
+    for layer in layers:
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(tree, layer))
+        for stage in ("pretrain", "finetune"):
+            new, before, after = layer.get(stage), tree[stage], merged[stage]
+            if not isinstance(new, dict) or "epochs" not in new or "warmup_epochs" in new:
+                continue
+            numbers = (before["epochs"], before["warmup_epochs"], after["epochs"])
+            if not all(isinstance(number, int | float) for number in numbers):
+                continue  # reported by the check
+            if after["warmup_epochs"] >= after["epochs"] > 0:
+                fraction = before["warmup_epochs"] / before["epochs"]
+                after["warmup_epochs"] = fraction * after["epochs"]
+                log(
+                    f"{stage}.warmup_epochs is {after['warmup_epochs']:g} instead of "
+                    f"{before['warmup_epochs']:g}: {fraction:.0%} of {after['epochs']} epochs"
+                )
+        tree = merged
     return tree
 
 
-def _apply(tree: dict[str, Any], text: str, problems: list[str]) -> None:
-    """Puts one dotted key=value into the tree; the value is read as YAML."""
-    import yaml
-
-    key, equals, raw = text.partition("=")
-    if not equals or not key:
-        problems.append(f"override {text!r} needs the form key=value, such as pretrain.epochs=100")
-        return
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        value = raw  # a path or a name with YAML's special characters
-    if isinstance(value, dict) and not raw.lstrip().startswith("{"):
-        value = raw  # a path with ': ' in it
-    *sections, leaf = key.split(".")
-    node = tree
-    for i, name in enumerate(sections):
-        child = node.get(name)
-        if child is None:
-            child = node[name] = {}
-        if not isinstance(child, dict):
-            problems.append(
-                f"override {text!r}: {'.'.join(sections[: i + 1])} is a single value and holds no keys"
-            )
-            return
-        node = child
-    node[leaf] = value
-
-
-def _fields(loc: Iterable[int | str]) -> list[str]:
-    """Names known at the section that `loc` points into; empty where the section itself is unknown."""
-    model: Any = Config
-    for part in loc:
-        field = model.model_fields.get(part)
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
-            return []
-        model = field.annotation
-    return list(model.model_fields)
-
-
-def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    keys = []
+def _keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all settings."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+            yield from _keys(field.annotation, f"{prefix}{name}.")
         else:
-            keys.append(prefix + name)
-    return keys
+            yield prefix + name
 
 
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _nearest(name: str, known: Iterable[str]) -> list[str]:
+    known = list(known)
+    starts = [word for word in known if word.startswith(name)]
+    return starts[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    return "".join(f"; did you mean {near!r}?" for near in _nearest(name, known))
 
 
 def _explain(detail: ErrorDetails) -> str:
-    loc = detail["loc"]
-    key = ".".join(str(part) for part in loc)
+    """One line for one error of pydantic."""
+    key = ".".join(map(str, detail["loc"]))
+    if key in REMOVED:
+        return f"{key}: a setting of an earlier version; {REMOVED[key]}"
     if detail["type"] == "extra_forbidden":
-        siblings = _fields(loc[:-1])
-        hint = _suggest(str(loc[-1]), siblings)
-        if not hint:  # right name, wrong section
-            hint = _suggest(str(loc[-1]), [k.rsplit(".", 1)[-1] for k in _all_keys()])
-            full = [k for k in _all_keys() if hint and k.rsplit(".", 1)[-1] == hint.split("'")[1]]
-            hint = (
-                f"; did you mean {' or '.join(full[:3])}?"
-                if full
-                else f"; known here: {', '.join(siblings)}"
-            )
+        section, _, leaf = key.rpartition(".")
+        prefix = f"{section}." if section else ""
+        here = {k[len(prefix) :].split(".")[0] for k in _keys() if k.startswith(prefix)}
+        elsewhere = _nearest(leaf, {k.rpartition(".")[2] for k in _keys()})
+        full = [
+            k for k in _keys() if k.rpartition(".")[2] in elsewhere
+        ]  # right name, wrong section
+        hint = _suggest(leaf, sorted(here)) or (
+            f"; did you mean {' or '.join(full[:3])}?"
+            if full
+            else f"; known here: {', '.join(here)}"
+        )
         return f"{key}: unknown key{hint}"
     if detail["type"] == "value_error":
         return f"{key}: {detail['ctx']['error']}" if key else str(detail["ctx"]["error"])
-    text = (
-        detail["msg"]
-        .replace("Input should be", "needs to be")
-        .replace("Value should be", "needs to be")
-    )
+    text = detail["msg"].replace("Input should", "needs to").replace("Value should", "needs to")
     return f"{key}: got {detail['input']!r}, {text[0].lower()}{text[1:]}"

@@ -25,6 +25,7 @@ from sssd_fast.weights.files import Norm
 from sssd_fast.weights.load import load_into
 
 VALIDATION_SEED = 2**31  # masks of the validation images, the same in every epoch
+PICTURED_IMAGES = 8
 
 
 class PretrainTask:
@@ -46,7 +47,7 @@ class PretrainTask:
         if split.val:
             size = self.settings.batch_size
             self.val_loader = make_loader(run, index, split.val, batch_size=size)
-        shown = (split.val or split.train)[: self.settings.num_images]
+        shown = (split.val or split.train)[:PICTURED_IMAGES]
         self.pictured_names = [index.records[i].path for i in shown]
         self.pictured = make_loader(run, index, shown, batch_size=len(shown), shard=False)
 

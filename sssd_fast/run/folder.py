@@ -30,7 +30,7 @@ from sssd_fast.run.metrics_log import Tracker
 
 # These do not change what is computed, so a run may be resumed with other values.
 FREE_KEYS = (
-    "device", "threads", "log_seconds", "tensorboard", "data.loader", "data.workers", "data.cache",
+    "device", "threads", "tensorboard", "data.loader", "data.workers", "data.cache",
     "data.resident_gib", "step.compile", "step.cuda_graphs", "step.attention", "step.decoder_attention", "step.mlp",
     "step.activation_budget", "step.checkpoint",
 )  # fmt: skip
@@ -133,9 +133,7 @@ def open_run(
     if config.threads:
         torch.set_num_threads(config.threads)
     settings = getattr(config, task, None)
-    with Console(
-        log_file=out / "train.log", enabled=world.main, interval=config.log_seconds
-    ) as console:
+    with Console(log_file=out / "train.log", enabled=world.main) as console:
         run = Run(
             out=out,
             task=task,

@@ -29,7 +29,6 @@ TINY = [
     "pretrain.epochs=3",
     "pretrain.base_lr=0.01",
     "pretrain.image_epochs=0",
-    "pretrain.num_images=2",
     "finetune.batch_size=8",
     "finetune.warmup_epochs=1",
     "finetune.epochs=3",
