@@ -94,7 +94,7 @@ def caption(document: Document) -> str:
     ops = list(document["ops"].values())
     if (
         ops
-        and all(str(op).startswith("reference") for op in ops)
+        and all(op is not None and not str(op).startswith("triton") for op in ops)
         and not document["kind"].startswith("loader")
     ):
         text += " Here the ops are their references in plain PyTorch: the kernels need a GPU."

@@ -28,11 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mae_kernels import backend, lint
+from mae_kernels import _samples, backend, lint
 from mae_kernels._runtime import (
     HAVE_TRITON,
     INTERPRET,
-    TENSOR_CORES_FROM,
     architecture,
     record_launches,
 )
@@ -213,9 +212,10 @@ def _document(
 
 def _with_kernels(console: Console, found: Sequence[Site], target: Target) -> list[Site]:
     """Without those whose op starts no kernel on this architecture."""
-    refused = {site.op for site in found if target.arch < TENSOR_CORES_FROM.get(site.op, 0)}
+    oldest = {site.op: _samples.OPS[site.op].oldest for site in found}
+    refused = {op for op in oldest if target.arch < oldest[op]}
     for op in sorted(refused):
-        console.info(f"{op}: has no kernels before sm_{TENSOR_CORES_FROM[op]}")
+        console.info(f"{op}: has no kernels before sm_{oldest[op]}")
     return [site for site in found if site.op not in refused]
 
 

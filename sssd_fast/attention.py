@@ -245,11 +245,10 @@ def refusal(
 def _fused_refusal(site: Site) -> str | None:
     if site.device.type != "cuda":
         return f"it has no kernel for the {site.device.type}, where it would be computed by sdpa"
-    told = mae_kernels.info()[
-        "attention"
-    ]  # of this machine: no Triton, another vendor, another backend asked for
-    if torch.cuda.is_available() and told.startswith("reference"):
-        return told.removeprefix("reference (").removesuffix(")")
+    # of this machine: no Triton, another vendor, another backend requested
+    reason = mae_kernels.info()["attention"]
+    if torch.cuda.is_available() and reason is not None:
+        return reason
     limits = next((tokens for oldest, tokens in FUSED_TOKENS if site.capability >= oldest), None)
     if limits is None:
         return f"its kernels need the tensor cores of sm_80 or newer, this is {site.architecture}"

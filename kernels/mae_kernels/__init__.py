@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ._checks import debug_checks
 from ._runtime import as_on_gpu, backend, info
+from ._samples import Draw, Sample, samples
 from .crop_resize import crop_resize
 from .distillation import distillation_loss
 from .gelu_linear import gelu_linear
@@ -25,6 +26,7 @@ from .short_attention import attention
 from .sssd import SSSDLoss, sssd_loss
 
 __all__ = [
+    "Draw",
     "GeluMLP",
     "MaskedReconstructionLoss",
     "Masking",
@@ -33,6 +35,7 @@ __all__ = [
     "ReconstructionHead",
     "RestoreTokens",
     "SSSDLoss",
+    "Sample",
     "ShortAttention",
     "as_on_gpu",
     "attention",
@@ -49,6 +52,7 @@ __all__ = [
     "patch_model",
     "random_masking",
     "restore_tokens",
+    "samples",
     "sssd_loss",
     "unpatch_model",
 ]

@@ -19,8 +19,8 @@ def main() -> None:
 
         print(table())
         return
-    for name, implementation in info().items():
-        print(f"{name:28} {implementation}")
+    for op, reason in info().items():
+        print(f"{op:28} {'triton' if reason is None else f'reference ({reason})'}")
 
 
 if __name__ == "__main__":

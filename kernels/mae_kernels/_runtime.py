@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
+from ._samples import OPS
+
 tl: Any
 try:
     import triton
@@ -43,30 +45,8 @@ def triton_module() -> Any:
 
 # TRITON_INTERPRET=1 makes Triton run kernels in Python on CPU tensors: for tests, with the backend "triton"
 INTERPRET = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "reference", "registered")
 OLDEST_ARCHITECTURE = 75
-TENSOR_CORES_FROM = {
-    "attention": 80
-}  # before sm_80 Triton multiplies matrices without tensor cores
-PARTLY = {
-    "attention": "for the sizes in short_attention.py; others take scaled_dot_product_attention",
-    "distillation_loss": "for kind 'dino'; the other kinds are plain torch",
-    "sssd_loss": "for kind 'dino'; with the other kinds it is the two losses one after the other",
-}
-
-OPS = (
-    "random_masking",
-    "gather_patches",
-    "embed_patches",
-    "restore_tokens",
-    "gelu_linear",
-    "masked_reconstruction_loss",
-    "linear_reconstruction_loss",
-    "distillation_loss",
-    "sssd_loss",
-    "attention",
-    "crop_resize",
-)
 
 
 def _from_environment() -> str:
@@ -83,10 +63,11 @@ _pretending = False  # inside `as_on_gpu`
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the implementation inside a `with` block: "auto", "triton" or "reference".
+    """Choose the implementation inside a `with` block: "auto", "triton", "reference" or "registered".
 
     "reference" is plain torch with torch's own autograd. "auto" takes the kernels on a GPU where they can run, and plain
-    torch elsewhere. "triton" raises RuntimeError, with the reason, where an op's kernels cannot run.
+    torch elsewhere. "triton" raises RuntimeError, with the reason, where an op's kernels cannot run. "registered" is "auto",
+    except that the registered op and its own backward run on the CPU too: for tests of what a compiler sees.
     The environment variable MAE_KERNELS_BACKEND sets the choice at import. A compiled function keeps the choice that
     was in force when it was traced. Raises ValueError for any other name.
     """
@@ -106,6 +87,11 @@ def wants_reference(on: Tensor) -> bool:
     On the CPU it does unless the backend is "triton": what an op saves in memory by computing twice costs time there.
     """
     return _backend == "reference" or (_backend == "auto" and not on.is_cuda and not _pretending)
+
+
+def always_registered() -> bool:
+    """Whether the registered op runs even where plain torch would do as well."""
+    return _backend == "registered"
 
 
 @functools.cache
@@ -133,8 +119,10 @@ def why_not_triton(op: str, device: torch.device, *dtypes: torch.dtype) -> str |
         return "the kernels are checked for NVIDIA GPUs only"
     if device.type == "cuda" and architecture(device) < OLDEST_ARCHITECTURE:
         return f"the GPU is sm_{architecture(device)}, older than sm_{OLDEST_ARCHITECTURE}"
-    if device.type == "cuda" and architecture(device) < TENSOR_CORES_FROM.get(op, 0):
-        return f"Triton has no tensor cores on sm_{architecture(device)}, before sm_{TENSOR_CORES_FROM[op]}"
+    if device.type == "cuda" and architecture(device) < OPS[op].oldest:
+        return (
+            f"Triton has no tensor cores on sm_{architecture(device)}, before sm_{OPS[op].oldest}"
+        )
     if device.type not in ("cpu", "cuda") and _recording is None:
         return f"the tensors are on a {device.type} device"
     wide = [d for d in dtypes if d == torch.float64]
@@ -220,6 +208,13 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     )
 
 
+def product_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of a matrix product: autocast's where autocast is on, else `otherwise`."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return otherwise
+    return torch.get_autocast_dtype(device.type)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
@@ -249,20 +244,22 @@ def column_block(width: int) -> int:
     return min(divisor, 512) if divisor >= 64 else min(next_power_of_2(width), 512)
 
 
-def info() -> dict[str, str]:
-    """For each op, the implementation that would run on this machine, and why the Triton kernels are refused."""
+def info() -> dict[str, str | None]:
+    """For each op: None if its Triton kernels would run on this machine, else the reason why they would not.
+
+    A single call can still be refused, because of its sizes or dtype; the backend "triton" raises the reason then.
+    """
     device = (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
-    told = {}
+    reasons = {}
     for op in OPS:
         reason = why_not_triton(op, device)
         if _backend == "reference":
             reason = "the backend is set to 'reference'"
         if reason is None and device.type == "cpu" and _backend != "triton":
             reason = "the tensors are on the CPU"
-        partly = f" {PARTLY[op]}" if op in PARTLY else ""
-        told[op] = f"triton{partly}" if reason is None else f"reference ({reason})"
-    return told
+        reasons[op] = reason
+    return reasons

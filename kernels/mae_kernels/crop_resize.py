@@ -27,8 +27,10 @@ Shapes: B images, T values in all, C channels, h x w pixels of the result.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,7 @@ from torch.library import custom_op, triton_op
 
 from ._checks import can_look, check_dtype, check_int, check_same_device, check_shape
 from ._runtime import jit, launch, next_power_of_2, tl, use_triton, wants_reference
+from ._samples import Draw, Made, Sample, declares
 
 MAX_SIDE = 2**17  # of an image, and
 MAX_RESULT = 2**12  # of a result: (2 x + 1) h and (2 i + 1) H stay below 2^31
@@ -419,3 +422,51 @@ def crop_resize(
     if can_look(pixels) and not wants_reference(pixels):  # the reference looks itself, compiled too
         check_ranges(pixels, offsets, shapes, boxes, channels)
     return _crop_resize_op(pixels, offsets, shapes, boxes, flips, [h, w], channels)
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+def _sample(
+    size: Literal["small", "model"],
+    name: str,
+    channels: int,
+    result: tuple[int, int],
+    places: Sequence[Sequence[int]],
+) -> Sample:
+    """`places`: height and width of the images, then (top, left, height, width) of their boxes; used in turn."""
+
+    def make(draw: Draw) -> Made:
+        ends = [*itertools.accumulate(place[0] * place[1] * channels for place in places)]
+        rows = [
+            [end - place[0] * place[1] * channels, *place]
+            for end, place in zip(ends, places, strict=True)
+        ]
+        # columns of one tensor: the op takes them with any strides
+        table = torch.tensor(
+            [rows[b % len(rows)] for b in range(draw.batch)], device=draw.device
+        ).reshape(draw.batch, 7)
+        tensors = {
+            "pixels": (draw.uniform(ends[-1]) * 256).byte(),
+            "offsets": table.select(1, 0),
+            "shapes": table.narrow(1, 1, 2),
+            "boxes": table.narrow(1, 3, 4),
+            "flips": draw.mask(draw.batch, share=0.5),
+        }
+        return tensors, {"size": result, "channels": channels}
+
+    bad = {"boxes": 10**6, "offsets": 10**9, "shapes": 10**6}
+    # its loads are single bytes, wherever the pixels of an output are
+    other: dict[str, Any] = {"wide": False, "out_of_range": bad}
+    return Sample("crop_resize", name, crop_resize, make, size=size, **other)
+
+
+@declares("crop_resize")
+def samples() -> list[Sample]:
+    """Boxes that grow and shrink, whole images, images that are not square; crops of CT slices at 224."""
+    odd = [(13, 19, 2, 3, 11, 16), (7, 5, 0, 0, 7, 5), (21, 9, 3, 0, 18, 9)]
+    slices = [(512, 512, 31, 70, 300, 411), (400, 350, 0, 0, 400, 350), (256, 300, 10, 90, 97, 131)]
+    return [
+        _sample("small", "grey", 1, (9, 37), odd),
+        _sample("small", "rgb", 3, (8, 140), odd),
+        _sample("model", "ct", 1, (224, 224), slices),
+        _sample("model", "rgb", 3, (224, 224), slices),
+    ]

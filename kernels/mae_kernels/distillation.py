@@ -23,7 +23,7 @@ Shapes: [..., K]: any leading dimensions (rows), K logits or features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from torch.library import triton_op
 from ._checks import check_choice, check_floating, check_positive, check_same_device, check_shape
 from ._pixels import accumulate_dtype
 from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, tl, use_triton, wants_reference
+from ._samples import Draw, Made, Sample, declares
 
 KINDS = ("dino", "cosine", "mse", "smooth_l1")
 CENTER_MODES = ("prob", "logit")
@@ -413,3 +414,32 @@ def check_distillation(
                 f"center: got shape {tuple(center.shape)}, needs K = {student.shape[-1]} numbers"
             )
         check_same_device("center", center, "student", student)
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+def _sample(
+    size: Literal["small", "model"], name: str, rows: int, logits: int, center: bool, **options: Any
+) -> Sample:
+    """`rows` per image."""
+
+    def make(draw: Draw) -> Made:
+        tensors = {
+            "student": draw.normal(draw.batch, rows, logits),
+            "teacher": draw.normal(draw.batch, rows, logits),
+            "center": draw.normal(logits, dtype=torch.float32) if center else None,
+        }
+        return tensors, options
+
+    gradients = ("student",) if options.get("detach_teacher") else ("student", "teacher")
+    return Sample("distillation_loss", name, distillation_loss, make, gradients, size)
+
+
+@declares("distillation_loss")
+def samples() -> list[Sample]:
+    """One row per program and several, both modes of the centre, with and without one; 4096 and 65536 / 4 logits."""
+    return [
+        _sample("small", "41", 2, 41, True),
+        _sample("small", "1500 logit", 50, 1500, False, center_mode="logit", detach_teacher=True),
+        _sample("model", "4096", 1, 4096, True),
+        _sample("model", "16384", 1, 16384, True),
+    ]

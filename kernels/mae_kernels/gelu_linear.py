@@ -27,7 +27,7 @@ Shapes: N rows (all leading dimensions together), F hidden width, D width.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,11 +40,13 @@ from ._runtime import (
     jit,
     launch,
     no_autocast,
+    product_dtype,
     rows_per_program,
     tl,
     use_triton,
     wants_reference,
 )
+from ._samples import Draw, Made, Sample, declares
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -351,11 +353,46 @@ def gelu_linear(
             check_same_device(name, vector, "x", x)
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute: got {type(recompute).__name__}, needs a bool")
-    device = x.device.type
     # cast once: the copy serves the forward and the backward, and torch casts its gradient back
-    weight = weight.to(
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    )
+    weight = weight.to(product_dtype(x.device, x.dtype))
     if wants_reference(x):
         return reference(x, bias, weight, out_bias)
     return _gelu_linear_op(x, bias, weight, out_bias, recompute)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+def _sample(
+    size: Literal["small", "model"],
+    name: str,
+    tokens: int,
+    hidden: int,
+    width: int,
+    *,
+    recompute: bool = True,
+    bias: bool = True,
+) -> Sample:
+    def make(draw: Draw) -> Made:
+        tensors = {
+            "x": draw.normal(draw.batch, tokens, hidden),
+            "bias": draw.normal(hidden) if bias else None,
+            "weight": draw.normal(width, hidden, scale=hidden**-0.5),
+            "out_bias": draw.normal(width) if bias else None,
+        }
+        return tensors, {"recompute": recompute}
+
+    gradients = ("x", "bias", "weight", "out_bias") if bias else ("x", "weight")
+    return Sample("gelu_linear", name, gelu_linear, make, gradients, size)
+
+
+@declares("gelu_linear")
+def samples() -> list[Sample]:
+    """Padded and whole blocks, with and without biases, g kept and made again; encoders and decoder of MAE's ViTs."""
+    return [
+        _sample("small", "37", 7, 37, 19),
+        _sample("small", "192 kept without bias", 7, 192, 48, recompute=False, bias=False),
+        _sample("small", "two steps", 240, 1536, 40),
+        _sample("model", "encoder S/16", 50, 1536, 384),
+        _sample("model", "encoder B/16", 50, 3072, 768),
+        _sample("model", "encoder L/16", 50, 4096, 1024),
+        _sample("model", "decoder kept", 197, 2048, 512, recompute=False),
+    ]

@@ -16,7 +16,7 @@ Shapes: B images, M masked patches, D decoder width, V = P*P*C values per patch,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,12 @@ from torch.library import triton_op
 
 from ._checks import check_channel_stats, check_floating, check_same_device, check_shape
 from ._pixels import accumulate_dtype
-from ._runtime import no_autocast, use_triton, wants_reference
+from ._runtime import no_autocast, product_dtype, use_triton, wants_reference
+from ._samples import MEAN, STD, Draw, Made, Sample, declares
 from .reconstruction import (
     check_target,
     difference,
+    draw_target,
     launch_loss_backward,
     launch_loss_rows,
     refusal,
@@ -217,10 +219,7 @@ def linear_reconstruction_loss(
         check_same_device("bias", bias, "hidden", hidden)
     means, stds = check_channel_stats(mean, std, channels)
     if dtype is None:
-        device = hidden.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        )
+        dtype = product_dtype(hidden.device, hidden.dtype)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
     arguments = (
@@ -242,3 +241,38 @@ def linear_reconstruction_loss(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
     return _linear_op(*arguments, needs_grad)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+def _sample(
+    size: Literal["small", "model"],
+    name: str,
+    channels: int,
+    side: tuple[int, int],
+    patch: int,
+    width: int,
+    bias: bool = True,
+) -> Sample:
+    def make(draw: Draw) -> Made:
+        tensors, masked = draw_target(draw, channels, side, patch, "nchw uint8", "ids")
+        values = channels * patch * patch
+        tensors["hidden"] = draw.normal(draw.batch, masked, width)
+        tensors["weight"] = draw.normal(values, width, scale=width**-0.5)
+        tensors["bias"] = draw.normal(values) if bias else None
+        stats = {"mean": MEAN[:channels], "std": STD[:channels]}
+        return tensors, {"patch_size": patch, **stats}
+
+    gradients = ("hidden", "weight", "bias") if bias else ("hidden", "weight")
+    op, bad = "linear_reconstruction_loss", {"ids": side[0] * side[1]}
+    return Sample(op, name, linear_reconstruction_loss, make, gradients, size, out_of_range=bad)
+
+
+@declares("linear_reconstruction_loss")
+def samples() -> list[Sample]:
+    """Fewer and more patches than parts, with and without a bias; MAE's decoder at 224."""
+    return [
+        _sample("small", "19", 1, (15, 25), 5, 19),
+        _sample("small", "64 without bias", 3, (8, 12), 4, 64, bias=False),
+        _sample("model", "decoder rgb", 3, (224, 224), 16, 512),
+        _sample("model", "decoder ct", 1, (224, 224), 16, 512),
+    ]

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._runtime import INTERPRET, TENSOR_CORES_FROM, Launch, backend, record_launches, triton_module
+from ._runtime import INTERPRET, Launch, backend, record_launches, triton_module
+from ._samples import OPS
 
 # KiB of shared memory that one block may use
 SHARED_LIMITS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -144,7 +145,7 @@ def cases() -> Iterator[LintCase]:
         )
     for logits in (16384, 4096):
         yield from _distillation_cases(logits)
-    tensor_cores = tuple(a for a in ARCHITECTURES if a >= TENSOR_CORES_FROM["attention"])
+    tensor_cores = tuple(a for a in ARCHITECTURES if a >= OPS["attention"].oldest)
     yield from _attention_cases(
         197, 12, 64, torch.bfloat16, tuple(a for a in tensor_cores if a < 120)
     )

@@ -17,7 +17,7 @@ Shapes: B images, L patches, K visible, M = L - K masked.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.library import triton_op
 
 from ._checks import check_floating, check_int, check_shape
 from ._runtime import jit, launch, next_power_of_2, tl, use_triton, wants_reference
+from ._samples import Draw, Made, Sample, declares
 
 
 class Masking(NamedTuple):
@@ -137,3 +138,19 @@ def random_masking(noise: Tensor, num_keep: int) -> Masking:
     return Masking(
         *(reference(noise, num_keep) if wants_reference(noise) else _masking_op(noise, num_keep))
     )
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+def _sample(size: Literal["small", "model"], patches: int) -> Sample:
+    def make(draw: Draw) -> Made:
+        noise = draw.uniform(draw.batch, patches)
+        return {"noise": noise}, {"num_keep": patches // 4}
+
+    return Sample("random_masking", f"{patches} patches", random_masking, make, size=size)
+
+
+@declares("random_masking")
+def samples() -> list[Sample]:
+    """One warp and several; the 14 x 14 and 16 x 16 grids of ViTs at 224; as many patches as one program sorts."""
+    small = [_sample("small", patches) for patches in (37, 300)]
+    return small + [_sample("model", patches) for patches in (196, 256, 1024, MAX_PATCHES)]

@@ -26,7 +26,7 @@ V = C*P*P values per patch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,11 +47,13 @@ from ._runtime import (
     launch,
     next_power_of_2,
     no_autocast,
+    product_dtype,
     rows_per_program,
     tl,
     use_triton,
     wants_reference,
 )
+from ._samples import MEAN, STD, Draw, Layout, Made, Sample, declares
 
 Numbers = float | Sequence[float] | None
 
@@ -519,13 +521,101 @@ def embed_patches(
         check_shape("bias", bias, (width,), "[D]")
         check_same_device("bias", bias, "images", images)
     if dtype is None:
-        device = images.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        )
+        dtype = product_dtype(images.device, weight.dtype)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
     means, stds = check_channel_stats(mean, std, channels)
     if wants_reference(images) or images.requires_grad:
         return embed_reference(images, ids, weight, bias, pos_embed, means, stds, dtype)
     return _embed_op(images, ids, weight, bias, pos_embed, means, stds, dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+def _gather_sample(
+    size: Literal["small", "model"],
+    name: str,
+    channels: int,
+    side: tuple[int, int],
+    patch: int,
+    layout: Layout,
+    **other: Any,
+) -> Sample:
+    patches = side[0] // patch * (side[1] // patch)
+
+    def make(draw: Draw) -> Made:
+        tensors = {
+            "images": draw.pixels(channels, *side, layout),
+            "ids": draw.ids(patches, max(1, patches // 4)),
+        }
+        stats = {"mean": MEAN[:channels], "std": STD[:channels]}
+        return tensors, {"patch_size": patch, **stats, "dtype": draw.dtype}
+
+    bad = {"ids": patches}
+    return Sample(
+        "gather_patches", name, gather_patches, make, size=size, out_of_range=bad, **other
+    )
+
+
+def _embed_sample(
+    size: Literal["small", "model"],
+    name: str,
+    channels: int,
+    side: tuple[int, int],
+    patch: int,
+    layout: Layout,
+    width: int,
+    *,
+    bias: bool = True,
+    **other: Any,
+) -> Sample:
+    patches = side[0] // patch * (side[1] // patch)
+    gradients = ("weight", "bias", "pos_embed") if bias else ("weight", "pos_embed")
+
+    def make(draw: Draw) -> Made:
+        ids = draw.ids(patches, max(3, patches // 4))
+        if size == "small":
+            # a patch that is listed twice
+            ids = torch.cat([ids, ids.narrow(1, 0, 1)], 1)
+        values = channels * patch * patch
+        tensors = {
+            "images": draw.pixels(channels, *side, layout),
+            "ids": ids,
+            "weight": draw.normal(width, channels, patch, patch, scale=values**-0.5),
+            "bias": draw.normal(width) if bias else None,
+            "pos_embed": draw.normal(patches, width),
+        }
+        return tensors, {"mean": MEAN[:channels], "std": STD[:channels]}
+
+    return Sample(
+        "embed_patches",
+        name,
+        embed_patches,
+        make,
+        gradients,
+        size,
+        out_of_range={"ids": patches},
+        **other,
+    )
+
+
+@declares("gather_patches", "embed_patches")
+def samples() -> list[Sample]:
+    """Padded and whole blocks, both layouts, grey and colour; ViT-S/16, B/16, L/16 and patch 14 at 224."""
+    gather = [
+        _gather_sample("small", "rgb", 3, (21, 35), 7, "nchw uint8"),
+        _gather_sample("small", "nhwc float grey", 1, (12, 20), 4, "nhwc float"),
+        _gather_sample("small", "rgb 8", 3, (24, 16), 8, "nhwc uint8"),
+        _gather_sample("model", "rgb 16", 3, (224, 224), 16, "nchw uint8"),
+        _gather_sample("model", "rgb nhwc 16", 3, (224, 224), 16, "nhwc uint8"),
+        _gather_sample("model", "ct 16", 1, (224, 224), 16, "nchw uint8"),
+        _gather_sample("model", "rgb 14", 3, (224, 224), 14, "nchw uint8", wide=False),
+    ]
+    embed = [
+        _embed_sample("small", "nhwc 33", 3, (15, 25), 5, "nhwc uint8", 33),
+        _embed_sample("small", "grey 192", 1, (24, 40), 8, "nchw float", 192, bias=False),
+        _embed_sample("model", "S/16 ct", 1, (224, 224), 16, "nchw uint8", 384),
+        _embed_sample("model", "B/16", 3, (224, 224), 16, "nchw uint8", 768),
+        _embed_sample("model", "B/16 nhwc", 3, (224, 224), 16, "nhwc uint8", 768, bias=False),
+        _embed_sample("model", "L/16 nhwc float", 3, (224, 224), 16, "nhwc float", 1024),
+    ]
+    return gather + embed

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,8 +45,10 @@ from ._checks import (
 )
 from ._pixels import accumulate_dtype, fold_pixels, listed_pixels, scale_pixels
 from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, tl, use_triton, wants_reference
+from ._samples import MEAN, STD, Draw, Layout, Made, Sample, declares
 
 Numbers = float | Sequence[float] | None
+Norm = Literal["patch", "channel"] | None
 NORMS = ("patch", "channel", None)
 NORM_CODES = {"none": 0, "patch": 1, "channel": 2}
 MAX_NORM_CHANNELS = 16
@@ -520,3 +522,62 @@ def check_target(
             )
         check_shape("mask", mask, (batch, grid_rows * grid_cols), "[B, L]")
         check_same_device("mask", mask, "images", images)
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+def draw_target(
+    draw: Draw,
+    channels: int,
+    side: tuple[int, int],
+    patch: int,
+    layout: Layout,
+    select: Literal["ids", "mask"],
+) -> tuple[dict[str, Tensor | None], int]:
+    """images and ids or mask, and the number of predictions per image."""
+    patches = side[0] // patch * (side[1] // patch)
+    masked = patches - patches // 4
+    selected = draw.ids(patches, masked) if select == "ids" else draw.mask(draw.batch, patches)
+    return (
+        {"images": draw.pixels(channels, *side, layout), select: selected},
+        masked if select == "ids" else patches,
+    )
+
+
+def _sample(
+    size: Literal["small", "model"],
+    norm: Norm,
+    channels: int,
+    side: tuple[int, int],
+    patch: int,
+    layout: Layout = "nchw uint8",
+    select: Literal["ids", "mask"] = "ids",
+    **other: Any,
+) -> Sample:
+    def make(draw: Draw) -> Made:
+        tensors, listed = draw_target(draw, channels, side, patch, layout, select)
+        tensors["pred"] = draw.normal(draw.batch, listed, channels * patch * patch)
+        stats = {"mean": MEAN[:channels], "std": STD[:channels]}
+        return tensors, {"patch_size": patch, "norm": norm, **stats}
+
+    name = f"{norm} {'ct' if channels == 1 else 'rgb'} {patch} {layout} {select}"
+    op = "masked_reconstruction_loss"
+    bad = {"ids": side[0] * side[1]} if select == "ids" else {}
+    return Sample(
+        op, name, masked_reconstruction_loss, make, ("pred",), size, out_of_range=bad, **other
+    )
+
+
+@declares("masked_reconstruction_loss")
+def samples() -> list[Sample]:
+    """Every norm, layout and selection, padded and whole tiles; ViT/16 and patch 14 at 224."""
+    return [
+        _sample("small", "patch", 3, (21, 35), 7),
+        _sample("small", "channel", 3, (24, 40), 8, "nhwc uint8"),
+        _sample("small", None, 1, (15, 25), 5, "nchw float", "mask"),
+        _sample("small", "patch", 1, (16, 8), 4, "nhwc float", "mask"),
+        _sample("model", "patch", 3, (224, 224), 16),
+        _sample("model", "patch", 1, (224, 224), 16),
+        _sample("model", "channel", 3, (224, 224), 16, "nhwc uint8"),
+        _sample("model", None, 3, (224, 224), 16, "nhwc float", "mask"),
+        _sample("model", "patch", 3, (224, 224), 14, wide=False),
+    ]

@@ -19,7 +19,7 @@ Shapes: B images, L patches, K visible, p prefix tokens, D decoder width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch.library import triton_op
 from ._checks import check_floating, check_ids, check_int, check_same_device, check_shape
 from ._pixels import accumulate_dtype
 from ._runtime import column_block, jit, launch, rows_per_program, tl, use_triton, wants_reference
+from ._samples import Draw, Made, Sample, declares
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -300,3 +301,33 @@ def restore_tokens(
     check_shape("pos_embed", pos_embed, (prefix + patches, width), "[p+L, D]")
     arguments = (visible, ids_restore, mask_token, pos_embed, prefix)
     return reference(*arguments) if wants_reference(visible) else _restore_op(*arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+def _sample(
+    size: Literal["small", "model"], name: str, patches: int, keep: int, width: int, prefix: int
+) -> Sample:
+    def make(draw: Draw) -> Made:
+        tensors = {
+            "visible": draw.normal(draw.batch, prefix + keep, width),
+            "ids_restore": draw.ids(patches, patches),
+            "mask_token": draw.normal(width),
+            "pos_embed": draw.normal(prefix + patches, width),
+        }
+        return tensors, {"prefix": prefix}
+
+    gradients = ("visible", "mask_token", "pos_embed")
+    bad = {"ids_restore": patches}
+    return Sample("restore_tokens", name, restore_tokens, make, gradients, size, out_of_range=bad)
+
+
+@declares("restore_tokens")
+def samples() -> list[Sample]:
+    """Padded and whole blocks, a backward of more than one step for each program; MAE's decoders at 224."""
+    return [
+        _sample("small", "33", 35, 9, 33, 1),
+        _sample("small", "192", 21, 5, 192, 0),
+        _sample("small", "two steps", 4 * BACKWARD_PROGRAMS // 3 + 20, 80, 512, 1),
+        _sample("model", "decoder 512", 196, 49, 512, 1),
+        _sample("model", "decoder 192 without class token", 256, 64, 192, 0),
+    ]

@@ -25,7 +25,7 @@ Shapes: B images, N tokens, H heads, d head width. The packed order (3, H, d) is
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ from ._pixels import accumulate_dtype
 from ._runtime import (
     HAVE_TRITON,
     INTERPRET,
-    TENSOR_CORES_FROM,
+    always_registered,
     architecture,
     jit,
     launch,
@@ -48,8 +48,11 @@ from ._runtime import (
     use_triton,
     wants_reference,
 )
+from ._samples import Draw, Made, Sample, declares
 
 LOG2_E = math.log2(math.e)
+# Before sm_80 Triton multiplies matrices without tensor cores
+OLDEST = 80
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -274,9 +277,7 @@ WIDTHS = (16, 32, 64, 128)
 
 @torch.compiler.assume_constant_result
 def _architecture(device: torch.device) -> int:
-    return max(
-        architecture(device), TENSOR_CORES_FROM["attention"]
-    )  # under the interpreter the oldest one's sizes
+    return max(architecture(device), OLDEST)  # under the interpreter the oldest one's sizes
 
 
 def sizes_for(
@@ -481,6 +482,29 @@ def attention(qkv: Tensor, *, scale: float | None = None) -> Tensor:
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, needs H and d of at least 1")
     if scale is not None:
         check_positive("scale", scale)
-    if wants_reference(qkv) or not _kernels_run(qkv.device, qkv.dtype, refusal(qkv)):
+    if wants_reference(qkv) or not (
+        always_registered() or _kernels_run(qkv.device, qkv.dtype, refusal(qkv))
+    ):
         return reference(qkv, scale)
     return _attention_op(qkv, qkv.shape[4] ** -0.5 if scale is None else float(scale))[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+def _sample(
+    size: Literal["small", "model"], tokens: int, heads: int, width: int, max_arch: int = 999
+) -> Sample:
+    def make(draw: Draw) -> Made:
+        return {"qkv": draw.normal(draw.batch, tokens, 3, heads, width)}, {}
+
+    name, limits = f"{tokens} x {heads} x {width}", {"min_arch": OLDEST, "max_arch": max_arch}
+    return Sample("attention", name, attention, make, ("qkv",), size, half_only=True, **limits)  # type: ignore[arg-type]
+
+
+@declares("attention", oldest=OLDEST)
+def samples() -> list[Sample]:
+    """Every kernel and number of key tiles; encoders and decoder of MAE's ViTs, and their largest blocks unmasked."""
+    small = ((10, 2, 16), (37, 2, 128), (65, 1, 64), (133, 2, 32))
+    model = ((50, 6, 64), (50, 12, 64), (50, 16, 64), (65, 3, 64), (197, 16, 32))
+    # sm_120 has less shared memory: there so many tokens of so wide heads take scaled_dot_product_attention
+    largest = [_sample("small", 197, 2, 64, 119), _sample("model", 197, 12, 64, 119)]
+    return [_sample("small", *s) for s in small] + [_sample("model", *s) for s in model] + largest

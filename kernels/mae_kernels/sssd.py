@@ -17,7 +17,7 @@ Shapes: B images, M masked patches, V = P*P*C values per patch, R rows of K logi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,15 @@ from . import distillation as _distillation
 from . import reconstruction as _reconstruction
 from ._checks import check_same_device
 from ._runtime import jit, launch, tl, use_triton, wants_reference
+from ._samples import MEAN, STD, Draw, Made, Sample, declares
 from .distillation import distillation_gradient_row, distillation_group, distillation_loss
-from .reconstruction import masked_difference, masked_reconstruction_loss, store_gradient, sum_patch
+from .reconstruction import (
+    draw_target,
+    masked_difference,
+    masked_reconstruction_loss,
+    store_gradient,
+    sum_patch,
+)
 
 Numbers = float | Sequence[float] | None
 
@@ -382,3 +389,38 @@ def sssd_loss(
     )
     total = weight * distillation + (1 - weight) * reconstruction
     return SSSDLoss(total, reconstruction, distillation, batch_center)
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+def _sample(
+    size: Literal["small", "model"],
+    name: str,
+    channels: int,
+    side: tuple[int, int],
+    patch: int,
+    logits: int,
+    select: Literal["ids", "mask"] = "ids",
+) -> Sample:
+    def make(draw: Draw) -> Made:
+        tensors, listed = draw_target(draw, channels, side, patch, "nchw uint8", select)
+        tensors["pred"] = draw.normal(draw.batch, listed, channels * patch * patch)
+        tensors["student"] = draw.normal(draw.batch, logits)
+        tensors["teacher"] = draw.normal(draw.batch, logits)
+        tensors["center"] = draw.normal(logits, dtype=torch.float32)
+        stats = {"mean": MEAN[:channels], "std": STD[:channels]}
+        return tensors, {"patch_size": patch, **stats}
+
+    gradients = ("pred", "student", "teacher")
+    bad = {"ids": side[0] * side[1]} if select == "ids" else {}
+    return Sample("sssd_loss", name, sssd_loss, make, gradients, size, out_of_range=bad)
+
+
+@declares("sssd_loss")
+def samples() -> list[Sample]:
+    """Logits narrower and wider than a patch, both selections; ViT/16 at 224."""
+    return [
+        _sample("small", "rgb", 3, (21, 35), 7, 41),
+        _sample("small", "grey mask", 1, (15, 25), 5, 300, "mask"),
+        _sample("model", "rgb", 3, (224, 224), 16, 4096),
+        _sample("model", "ct", 1, (224, 224), 16, 4096),
+    ]

@@ -181,10 +181,7 @@ def expected_launches(model: ModelConfig, *, decoder: bool) -> int:
 
 def pick_mlp(setting: str, device: torch.device) -> tuple[bool, str]:
     """(whether the second half of an MLP is mae_kernels.gelu_linear, why)."""
-    told = mae_kernels.info()["gelu_linear"]
-    reason = (
-        None if told.startswith("triton") else told.removeprefix("reference (").removesuffix(")")
-    )
+    reason = mae_kernels.info()["gelu_linear"]
     if device.type != "cuda":
         reason = f"the kernels of gelu_linear need a CUDA device, this is {device}"
     if setting == "fused" and reason is not None:

@@ -148,7 +148,7 @@ def print_doctor(write: Callable[[str], Any] = print, *, path: str | Path = ".")
         )
     kernels = env["mae_kernels"]
     rows.append(("mae_kernels", kernels["reason"] or "importable"))
-    rows += [("", line) for line in _lines(kernels["info"])]
+    rows += [("", f"{op}: {why or 'triton'}") for op, why in (kernels["info"] or {}).items()]
     rows += [("attention", env["attention"]["reason"])] if env["attention"]["reason"] else []
     for block, told in env["attention"]["blocks"].items():
         rows.append(
@@ -396,8 +396,3 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
-def _lines(info: Any) -> list[str]:
-    """An `info()` dictionary as text, one op a line."""
-    if not isinstance(info, dict):
-        return [] if info is None else str(info).splitlines()
-    return [f"{key}: {value}" for key, value in info.items()]

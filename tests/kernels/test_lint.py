@@ -34,9 +34,7 @@ def test_every_kernel_keeps_the_rules(arch: int, only: tuple[str, ...] | None) -
     """Every case on sm_90, every kernel on the others; the command `--lint` takes every case on all of them."""
     rows = lint.lint(arch, only)
     assert {row.arch for row in rows} == {arch}
-    assert len({row.kernel for row in rows}) == (
-        16 if arch < lint.TENSOR_CORES_FROM["attention"] else 19
-    )
+    assert len({row.kernel for row in rows}) == (16 if arch < lint.OPS["attention"].oldest else 19)
     assert not [row for row in rows if row.problems]
     if arch == 80:  # sm_86 and sm_89 run what sm_80 runs, with less shared memory
         assert max(row.shared for row in rows) <= lint.SHARED_LIMITS[86] * 1024

@@ -50,7 +50,8 @@ def test_the_environment_variable_is_checked(monkeypatch: pytest.MonkeyPatch) ->
         assert _runtime._from_environment() == name
     monkeypatch.setenv("MAE_KERNELS_BACKEND", "cuda")
     with pytest.raises(
-        ValueError, match="MAE_KERNELS_BACKEND: got 'cuda', needs one of auto, triton, reference"
+        ValueError,
+        match="MAE_KERNELS_BACKEND: got 'cuda', needs one of auto, triton, reference, registered",
     ):
         _runtime._from_environment()
 
@@ -64,7 +65,8 @@ def test_the_triton_backend_is_refused_on_the_cpu_with_a_reason() -> None:
     mae_kernels.random_masking(torch.rand(1, 4), 2)  # the choice ended with the block
     with (
         pytest.raises(
-            ValueError, match="backend: got 'cuda', needs one of auto, triton, reference"
+            ValueError,
+            match="backend: got 'cuda', needs one of auto, triton, reference, registered",
         ),
         mae_kernels.backend("cuda"),
     ):
@@ -77,13 +79,15 @@ def test_info_covers_every_op_and_the_command_prints_it(monkeypatch, capsys) -> 
         name
         for name in mae_kernels.__all__
         if name[0].islower()
-        and name not in ("backend", "debug_checks", "info", "patch_model", "unpatch_model")
+        and name
+        not in ("as_on_gpu", "backend", "debug_checks", "info", "patch_model", "samples", "unpatch_model")
     }
     assert set(told) == ops
     monkeypatch.setattr(sys, "argv", ["mae_kernels"])
     runpy.run_module("mae_kernels", run_name="__main__")
     assert capsys.readouterr().out.splitlines() == [
-        f"{name:28} {text}" for name, text in told.items()
+        f"{name:28} {'triton' if reason is None else f'reference ({reason})'}"
+        for name, reason in told.items()
     ]
 
 
