@@ -394,5 +394,3 @@ def _version(distribution: str) -> str | None:
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-
-

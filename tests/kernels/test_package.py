@@ -80,7 +80,15 @@ def test_info_covers_every_op_and_the_command_prints_it(monkeypatch, capsys) -> 
         for name in mae_kernels.__all__
         if name[0].islower()
         and name
-        not in ("as_on_gpu", "backend", "debug_checks", "info", "patch_model", "samples", "unpatch_model")
+        not in (
+            "as_on_gpu",
+            "backend",
+            "debug_checks",
+            "info",
+            "patch_model",
+            "samples",
+            "unpatch_model",
+        )
     }
     assert set(told) == ops
     monkeypatch.setattr(sys, "argv", ["mae_kernels"])
