@@ -221,7 +221,7 @@ def curves(records: Iterable[Mapping[str, Any]], *, path: str | Path) -> Path | 
     drawn = {title: lines for title, lines in panels.items() if any(x for x, _ in lines.values())}
     if not drawn:
         return None
-    figure = new_figure(4.6 * len(drawn), 3.0)
+    figure = new_figure(3.5 * len(drawn), 2.7)
     all_axes = figure.subplots(1, len(drawn), squeeze=False)[0]
     for axes, (title, lines) in zip(all_axes, drawn.items(), strict=True):
         for color, (label, (x, y)) in zip(COLORS, lines.items(), strict=False):

@@ -1,4 +1,4 @@
-"""What a run folder holds, read so that nothing missing or damaged stops the reader."""
+"""Read a run folder for a report. Missing or damaged files are listed, they do not stop the reader."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVALUATION_KEYS = {
 
 @dataclass
 class RunFiles:
-    """What was found in one run folder; `problems` names files that could not be read."""
+    """Content of one run folder; `problems` names files that could not be read."""
 
     path: Path
     name: str
@@ -45,27 +45,30 @@ class RunFiles:
 
     @property
     def synthetic(self) -> bool:
+        """Any sign is enough: data.json, the source in the configuration, or the class names."""
         classes = self.data.get("classes") or self.evaluation.get("classes") or []
         named = bool(classes) and all(str(name).startswith("synthetic") for name in classes)
-        named_source = section(self.config, "data").get("source") == "synthetic"
-        return named_source or bool(self.data.get("synthetic")) or named
+        source = section(self.config, "data").get("source")
+        return named or bool(self.data.get("synthetic")) or source == "synthetic"
 
     @property
     def title(self) -> str:
-        """Stage, and the folder's name where it says more than the stage: "Fine-tuning: seed-0"."""
-        stage, names = STAGES.get(self.stage, "Run"), self.name.split("/")
+        """Stage, and the folder's name if it adds something: "Fine-tuning: seed-0"."""
+        names = self.name.split("/")
         names = names[:-1] if names[-1] == self.stage else names
-        return ": ".join(filter(None, (stage, "/".join(names))))
+        return ": ".join(filter(None, (STAGES.get(self.stage, "Run"), "/".join(names))))
 
-    def trained(self) -> list[dict[str, Any]]:
-        return [record for record in self.records if record.get("kind") == "train"]
+    def values(self, key: str) -> list[float]:
+        """The numbers recorded under `key` while training."""
+        found = [record.get(key) for record in self.records if record.get("kind") == "train"]
+        return [float(value) for value in found if isinstance(value, (int, float))]
 
 
-def read_run(folder: str | Path, name: str = "") -> RunFiles:
-    """Everything a report needs from a run folder; unreadable files are listed in `problems`. `name` is what to call it."""
+def read_run(folder: Path, name: str) -> RunFiles:
+    """Everything that a report needs; `name` is the folder's name in the report."""
     import yaml
 
-    run = RunFiles(Path(folder), name or Path(folder).resolve().name)
+    run = RunFiles(folder, name)
     run.config = _read(run, "config.yaml", yaml.safe_load, yaml.YAMLError)
     run.env = _read(run, "env.json", json.loads, ValueError)
     run.data = _read(run, "data.json", json.loads, ValueError)
@@ -73,31 +76,33 @@ def read_run(folder: str | Path, name: str = "") -> RunFiles:
     if run.evaluation and (lacking := EVALUATION_KEYS - run.evaluation.keys()):
         run.problems.append(f"eval/metrics.json lacks {', '.join(sorted(lacking))}; evaluate again")
         run.evaluation = {}
-    command = run.path / "command.txt"
-    run.command = (
-        command.read_text(encoding="utf-8", errors="replace").strip() if command.is_file() else ""
-    )
-    metrics, broken = run.path / "metrics.jsonl", 0
-    if metrics.is_file():
-        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                run.records.append(record)
-            else:
-                broken += bool(line.strip())
-    if broken:
-        run.problems.append(f"metrics.jsonl: {broken} unreadable line{'s' * (broken > 1)} left out")
-    run.stage = _stage(run)
+    run.command = _text(folder / "command.txt").strip()
+    damaged = 0
+    for line in filter(str.strip, _text(folder / "metrics.jsonl").splitlines()):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            run.records.append(record)
+        else:
+            damaged += 1
+    if damaged:
+        run.problems.append(f"metrics.jsonl: {damaged} unreadable line{'s' * (damaged > 1)} skipped")
+    # by the folder's name ("finetune", "finetune-seed1"), else by the command
+    words = [re.split(r"[^a-z]", folder.resolve().name.lower())[0], *run.command.split()[1:2]]
+    run.stage = next((word for word in words if word in STAGES), "")
     return run
 
 
-def _stage(run: RunFiles) -> str:
-    """By the folder's name ("finetune", "finetune-seed1"), else by the command."""
-    words = [re.split(r"[^a-z]", run.path.resolve().name.lower())[0], *run.command.split()[1:2]]
-    return next((word for word in words if word in STAGES), "")
+def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of a configuration, empty if it is missing or damaged."""
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _read(run: RunFiles, name: str, parse: Any, error: type[Exception]) -> dict[str, Any]:
@@ -109,14 +114,7 @@ def _read(run: RunFiles, name: str, parse: Any, error: type[Exception]) -> dict[
     except (OSError, UnicodeDecodeError, error) as reason:
         run.problems.append(f"{name} could not be read: {reason}")
         return {}
-    if not isinstance(content, dict):
-        run.problems.append(
-            f"{name} holds a {type(content).__name__}, not a table of names and values"
-        )
-        return {}
-    return content
-
-
-def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = config.get(name)
-    return section if isinstance(section, dict) else {}
+    if isinstance(content, dict):
+        return content
+    run.problems.append(f"{name} holds a {type(content).__name__}, not a table of names and values")
+    return {}

@@ -1,290 +1,388 @@
-"""From a run folder to report.md and report.html: what ran, on which data, with what result, and where it was wrong.
+"""report.html and report.md of one or several runs, from two jinja2 templates and one context.
 
-Reads only files of the run folder: config.yaml, command.txt, env.json, data.json, metrics.jsonl, images/*.png, eval/*. A part that is
-missing or unreadable is named in the report and never stops it. Draws images/curves.png.
+Reads only files of the run folders: config.yaml, command.txt, env.json, data.json, metrics.jsonl,
+images/*.png, eval/*. A file that is missing or unreadable is named in the report. Draws
+images/curves.png. The HTML file embeds its pictures and needs neither network nor script.
 """
 
 from __future__ import annotations
 
+import base64
+import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sssd_fast import __version__
 from sssd_fast.errors import DataError
+from sssd_fast.evaluation.evaluate import result_rows
+from sssd_fast.evaluation.metrics import RATES, aggregate_runs
 from sssd_fast.evaluation.pictures import curves
-from sssd_fast.report.read import RunFiles, read_run, section
-from sssd_fast.report.render import (
-    Banner,
-    Block,
-    Code,
-    Facts,
-    Heading,
-    Lead,
-    Missing,
-    Picture,
-    Points,
-    Table,
-    Text,
-    to_html,
-    to_markdown,
-)
-from sssd_fast.report.result import comparison_blocks, result_blocks
+from sssd_fast.report.read import STAGES, RunFiles, read_run, section
 from sssd_fast.run.files import atomic_write_text
+from sssd_fast.run.log import duration
 
+# The configuration's sections that a stage uses, besides data, model and the top level.
 SECTIONS = {
     "pretrain": ("objective", "pretrain"),
     "finetune": ("finetune", "evaluate"),
     "probe": ("probe", "evaluate"),
 }
-PICTURES = {
-    "reconstruction": (
-        "Reconstructions",
-        "Left to right: the image, what the encoder saw, the decoder's prediction of the masked patches alone, both together. "
-        "Each patch is predicted after normalisation; the line under the picture says where brightness and contrast come from.",
-    ),
-    "attention": (
-        "Attention",
-        "Where the last encoder block looks. A map of attention shows what was read, not why a decision was taken.",
-    ),
+# Describes the kernels for a default model, not for the model of the run.
+SKIPPED_ENVIRONMENT = ("attention", "schema")
+CAPTIONS = {
+    "reconstruction": "the image, its input with masked patches, the prediction of the masked patches.",
+    "attention": "attention of the last encoder block: what was read, not why a decision was made.",
+    "roc": "ROC curve",
+    "confusion": "Confusion matrix: counts, and the share of each true class",
 }
-LISTED = 40  # longest list of files in the report; data.json and index.json hold all
-FOOTER = f"Written by sssd_fast {__version__} on {{date}}. Research software: not a medical device, not for diagnosis."
+LISTED = 40  # longest list of files in the report; data.json has all
 
 
 def write_report(run_folder: str | Path) -> tuple[Path, Path]:
-    """Write report.md and report.html of one run (pretrain, finetune, probe or evaluate). Raises DataError without a folder."""
+    """Write report.md and report.html of one run. Raises DataError if the folder is missing."""
     folder = _folder(run_folder)
-    run = read_run(folder)
-    blocks = [Heading(1, run.title), Lead(_lead([run])), *_banner([run]), *_run_blocks(run, 2)]
-    return _write(folder, run.title, blocks)
+    run = read_run(folder, folder.resolve().name)
+    return _write(folder, context(run.title, [run]))
 
 
 def write_combined_report(
     folder: str | Path, subfolders: Sequence[str | Path]
 ) -> tuple[Path, Path]:
-    """Write one report on several runs in `folder` (names or paths inside it): results side by side, then each run.
+    """Write one report on several runs (names or paths inside `folder`): results side by side first.
 
-    Runs of one stage with the same classes and split are also averaged over (seeds, folds). Raises DataError for a folder
-    that does not exist or lies outside `folder`.
+    Runs of one stage with the same classes and split are averaged as well (seeds, folds). Raises
+    DataError for a folder that is missing or outside `folder`.
     """
     folder = _folder(folder)
-    runs = []
+    top, runs = folder.resolve(), []
     for sub in subfolders:
-        found = [
-            path
-            for path in (Path(sub), folder / sub)
-            if path.resolve().is_relative_to(folder.resolve())
-        ]
-        if not found:
+        inside = [p for p in (Path(sub), folder / sub) if p.resolve().is_relative_to(top)]
+        if not inside:
             raise DataError(
-                f"{sub} lies outside {folder}; a combined report covers runs inside its folder"
+                f"{sub} is outside {folder}; a combined report covers runs inside its folder"
             )
-        path = _folder(next((path for path in found if path.is_dir()), found[-1]))
-        runs.append(read_run(path, path.resolve().relative_to(folder.resolve()).as_posix()))
-    title = f"Report: {folder.resolve().name}"
-    blocks: list[Block] = [
-        Heading(1, title),
-        Lead(_lead(runs)),
-        *_banner(runs),
-        Heading(2, "Results"),
-    ]
-    blocks += comparison_blocks(runs)
-    for place, run in enumerate(runs):
-        blocks += [Heading(2, run.title), *_run_blocks(run, 3, runs[:place])]
-    return _write(folder, title, blocks)
+        path = _folder(next((path for path in inside if path.is_dir()), inside[-1]))
+        runs.append(read_run(path, path.resolve().relative_to(top).as_posix()))
+    return _write(folder, context(f"Report: {top.name}", runs))
 
 
-def _run_blocks(run: RunFiles, level: int, earlier: Sequence[RunFiles] = ()) -> list[Block]:
-    """The sections of one run; data and machine are not repeated where an `earlier` run of the same report shows them."""
-    blocks: list[Block] = [Missing(problem) for problem in run.problems]
-    if run.stage != "pretrain":
-        blocks += [Heading(level, "Result"), *result_blocks(run, level + 1)]
-    if run.stage != "evaluate" and (
-        run.stage != "probe" or run.records
-    ):  # a probe is fitted without steps
-        blocks += [Heading(level, "Training"), *_training(run)]
-    for kind in ("reconstruction", "attention"):
-        pictures = _pictures(run, kind)
-        if pictures or run.stage == "pretrain":
-            blocks += [Heading(level, PICTURES[kind][0]), *_latest(pictures, kind)]
-    blocks += [Heading(level, "Data"), *_data(run, earlier)]
-    blocks += [
-        Heading(level, "What ran, where, with which settings"),
-        *_what_ran(run, level + 1, earlier),
-    ]
-    return blocks
+def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
+    """Everything that the templates show. Texts are plain, pictures are {path, alt, caption}."""
+    evaluated = [run for run in runs if run.evaluation]
+    return {
+        "title": title,
+        "summary": _summary(runs),
+        "synthetic": any(run.synthetic for run in runs),
+        "leaks": list(dict.fromkeys(_line(leak) for run in runs for leak in _leaks(run))),
+        "problems": [f"{run.title}: {problem}" for run in runs for problem in run.problems],
+        "expects_results": not runs or any(run.stage != "pretrain" for run in runs),
+        "results": [_result(run) for run in evaluated],
+        "comparison": _comparison(evaluated) if len(evaluated) > 1 else [],
+        "training": _training(runs),
+        "curves": [picture for run in runs for picture in _curves(run)],
+        "reconstruction": [p for run in runs for p in _newest(run, "reconstruction")],
+        "attention": [p for run in runs for p in _newest(run, "attention")],
+        "data": _data(runs),
+        "commands": [(run.title, run.command) for run in runs],
+        "settings": _merged(runs, [_settings(run) for run in runs]),
+        "environment": _merged(runs, [_environment(run) for run in runs]),
+        "events": [f"{run.title}, {line}" for run in runs for line in _events(run)],
+        "footer": f"Written by sssd_fast {__version__} on "
+        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC. Research software: not a medical device, "
+        "not for diagnosis.",
+    }
 
 
-def _lead(runs: Sequence[RunFiles]) -> str:
-    sources = list(
-        dict.fromkeys(
-            str(run.data.get("source") or section(run.config, "data").get("source") or "")
-            for run in runs
-        )
-    )
-    return (
-        "SSSD-COVID with sssd_fast. Data: "
-        + (", ".join(filter(None, sources)) or "not recorded")
-        + "."
-    )
+def _summary(runs: Sequence[RunFiles]) -> str:
+    """Model, parameters, image size, epochs, data set, date and device, as far as recorded."""
+    if not runs:
+        return ""
+    last, items = runs[-1], []
+    items += _model_items(section(last.config, "model"))
+    for run in runs:
+        epochs = section(run.config, run.stage).get("epochs")
+        if epochs and run.values("loss"):
+            items.append(f"{epochs} epochs of {STAGES[run.stage].lower()}")
+    source = last.data.get("source") or section(last.config, "data").get("source")
+    if source:
+        images = sum(sum(split.values()) for split in last.data.get("counts", {}).values())
+        items.append(f"{Path(str(source)).name}" + (f" ({images:,} images)" if images else ""))
+    gpus = last.env.get("gpus") or [{}]
+    items.append(gpus[0].get("name") or section(last.env, "cpu").get("model"))
+    if (env := last.path / "env.json").is_file():
+        items.append(f"{datetime.fromtimestamp(env.stat().st_mtime, timezone.utc):%Y-%m-%d}")
+    return ", ".join(dict.fromkeys(filter(None, map(str, filter(None, items)))))
 
 
-def _banner(runs: Sequence[RunFiles]) -> list[Block]:
-    if not any(run.synthetic for run in runs):
+def _model_items(model: Mapping[str, Any]) -> list[str]:
+    """["ViT 128x4", "0.8 M parameters", "96 x 96 pixels"], empty for settings of another version."""
+    import torch
+
+    from sssd_fast.config import ModelConfig
+    from sssd_fast.model import MAE
+
+    try:
+        config = ModelConfig.model_validate(model)
+        with torch.device("meta"):
+            encoder = MAE(config).encoder
+    except (ValueError, TypeError):
         return []
-    text = "These images were drawn by a program. The figures show that the software works; they say nothing about patients."
-    return [Banner("Synthetic data", text)]
+    width, depth, _ = config.encoder_shape
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    height, width_px = config.image_size
+    size = f"{height} x {width_px} pixels"
+    return [f"ViT {width}x{depth}", f"{parameters / 1e6:.1f} M parameters", size]
 
 
-def _training(run: RunFiles) -> list[Block]:
-    if not run.records:
-        return [Missing("No training records: metrics.jsonl is missing or empty.")]
-    blocks: list[Block] = []
-    rows = _progress(run)
-    if rows:
-        blocks.append(Facts(rows))
-    drawn = curves(run.records, path=run.path / "images" / "curves.png")
-    if drawn:
-        blocks.append(
-            Picture(drawn, "Training curves as recorded, without smoothing.", "Training curves")
+def _result(run: RunFiles) -> dict[str, Any]:
+    """The metrics of a run, each as (name, per image, interval, per patient)."""
+    result, image = run.evaluation, run.evaluation["image"]
+    positive, patient = result["positive_class"], result["patient"]
+    people = f" of {patient['n']} patients" if patient else ""
+    kind = f"positive class {positive}" if positive else "macro averages"
+    metrics = []
+    for name, per_image, per_patient in result_rows(result):
+        value, _, interval = per_image.partition(" (")
+        metrics.append((name, value, interval.rstrip(")"), per_patient))
+    mistakes = []
+    for mistake in result["mistakes"]:
+        file = run.path / "eval" / "mistakes" / Path(mistake["thumbnail"] or "none").name
+        picture = {"path": file, "alt": mistake["path"]} if file.is_file() else None
+        mistakes.append({**mistake, "picture": picture})
+    pictures = [
+        {"path": run.path / "eval" / f"{name}.png", "alt": CAPTIONS[name], "caption": CAPTIONS[name]}
+        for name in ("roc", "confusion")
+    ]
+    return {
+        "title": run.title,
+        "scope": f"{result['split'].capitalize()} split, {image['n']} images{people}; {kind}.",
+        "metrics": metrics,
+        "per_patient": patient is not None,
+        "notes": _notes(result),
+        "pictures": [picture for picture in pictures if picture["path"].is_file()],
+        "mistakes": mistakes,
+        "num_mistakes": result["num_mistakes"],
+        "n": image["n"],
+        "positive": positive,
+    }
+
+
+def _notes(result: Mapping[str, Any]) -> list[str]:
+    boot = result["bootstrap"]
+    notes = [
+        f"Intervals: {100 * boot['level']:.0f} % percentile bootstrap, {boot['resamples']} resamples "
+        f"of whole {boot['unit']}s, not stratified, seed {boot['seed']}."
+    ]
+    if boot["unit"] == "image":
+        notes.append(
+            "The data name no patients, so images count as independent; with several per patient the "
+            "intervals are too narrow."
         )
-    else:
-        blocks.append(
-            Missing("No curves: the records hold no loss, learning rate or validation figure yet.")
+    for level in ("image", "patient"):
+        intervals = {
+            rate: interval
+            for rate, interval in (result[level] or {}).get("intervals", {}).items()
+            if interval["low"] is not None
+        }
+        for rate, interval in intervals.items():
+            if interval.get("skipped"):
+                notes.append(
+                    f"{RATES[rate]} per {level} is undefined in {interval['skipped']} resamples, "
+                    "which are skipped."
+                )
+        if any(interval["low"] == interval["high"] for interval in intervals.values()):
+            notes.append(
+                f"An interval of width zero (per {level}) means that no resample could differ, not "
+                "that no error is possible."
+            )
+    if result.get("threshold") is not None:
+        notes.append(
+            f"Threshold {result['threshold']:g} on the score of {result['positive_class']}; "
+            f"prevalence {100 * result['image']['prevalence']:.1f} %."
         )
-    events = [_event(record) for record in run.records if record.get("kind") == "event"]
-    return [*blocks, Points(events[-LISTED:])] if events else blocks
+    return [*notes, *result["notes"]]
 
 
-def _progress(run: RunFiles) -> list[tuple[str, str]]:
-    trained = run.trained()
-    if not trained:
-        return []
-    last, rows = trained[-1], []
+def _comparison(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """Tables {title, header, rows}: runs side by side, then mean and deviation of equal runs."""
+    tables = []
+    for place, level in enumerate(("image", "patient"), start=1):
+        known = [run for run in runs if run.evaluation[level]]
+        scopes = [f"{run.evaluation['split']}, n = {run.evaluation[level]['n']}" for run in known]
+        columns = [[row[place] for row in result_rows(run.evaluation)] for run in known]
+        rows = [[f"{level}s", *scopes]]
+        rows += [list(row) for row in zip(RATES.values(), *columns, strict=True)]
+        if known:
+            title = f"Per {level}, with 95 % bootstrap intervals"
+            tables.append({"title": title, "header": [r.title for r in known], "rows": rows})
+    groups: dict[tuple[str, ...], list[RunFiles]] = {}
+    for run in runs:
+        key = (run.stage, run.evaluation["split"], *map(str, run.evaluation["classes"]))
+        groups.setdefault(key, []).append(run)
+    for members in groups.values():
+        for level in ("image", "patient"):
+            known = [run for run in members if run.evaluation[level]]
+            if len(known) > 1:
+                tables.append(_average(known, level))
+    return tables
+
+
+def _average(runs: Sequence[RunFiles], level: str) -> dict[str, Any]:
+    rows = []
+    for rate, found in aggregate_runs([run.evaluation[level] for run in runs]).items():
+        mean, deviation = found["mean"], found["deviation"]
+        value = "undefined" if mean is None else f"{100 * mean:.1f} %"
+        spread = "-" if deviation is None else f"{100 * deviation:.1f}"
+        rows.append([RATES[rate], value, spread, str(found["n"])])
+    names = ", ".join(run.name for run in runs)
+    stage = STAGES.get(runs[0].stage, "Runs")
+    title = f"{stage} over {len(runs)} runs, per {level}: mean and sample standard deviation (points)"
+    header = ["mean", "deviation", "runs"]
+    return {"title": f"{title} over {names}", "header": header, "rows": rows}
+
+
+def _training(runs: Sequence[RunFiles]) -> dict[str, Any]:
+    """Table of what training took, one column per run; empty if nothing was trained."""
+    shown = {
+        "Time": ("time_s", lambda values: duration(values[-1])),
+        "Images per second": ("images_per_s", lambda v: f"{statistics.median(v):,.1f} (median)"),
+        "Waiting for data": ("data_wait_fraction", lambda v: f"{statistics.median(v):.1%} (median)"),
+        "Peak memory": ("memory_gib", lambda values: f"{max(values):.2f} GiB"),
+        "Last loss": ("loss", lambda values: f"{values[-1]:.4f}"),
+    }
+    trained = [run for run in runs if run.values("step")]
+    rows = [["Steps", *(_progress(run) for run in trained)]]
+    for name, (key, text) in shown.items():
+        found = [run.values(key) for run in trained]
+        if any(found):
+            rows.append([name, *(text(values) if values else "" for values in found)])
+    # a probe is fitted without steps, an evaluation trains nothing
+    missing = [r.title for r in runs if r not in trained and r.stage not in ("probe", "evaluate")]
+    return {"header": [run.title for run in trained], "rows": rows, "missing": missing}
+
+
+def _progress(run: RunFiles) -> str:
+    steps, epochs = run.values("step"), run.values("epoch")
     planned = section(run.config, run.stage).get("epochs")
-    epoch = last.get("epoch")
-    done = (
-        f", epoch {epoch:.4g}" + (f" of {planned}" if planned else "")
-        if isinstance(epoch, (int, float))
-        else ""
-    )
-    rows.append(("Steps", f"{last.get('step', '?')}{done}"))
-    for key, name, shown in (
-        ("time_s", "Time", lambda values: _duration(values[-1])),
-        (
-            "images_per_s",
-            "Images per second",
-            lambda values: f"{statistics.median(values):,.1f} (median)",
-        ),
-        (
-            "data_wait_fraction",
-            "Waiting for data",
-            lambda values: f"{statistics.median(values):.1%} of the time (median)",
-        ),
-        ("memory_gib", "Peak memory", lambda values: f"{max(values):.2f} GiB"),
-        ("loss", "Last loss", lambda values: f"{values[-1]:.4f}"),
-    ):
-        values = [record[key] for record in trained if isinstance(record.get(key), (int, float))]
-        if values:
-            rows.append((name, shown(values)))
+    of_planned = f" of {planned}" if planned else ""
+    return f"{steps[-1]:.0f}" + (f", epoch {epochs[-1]:.4g}{of_planned}" if epochs else "")
+
+
+def _events(run: RunFiles) -> list[str]:
+    skipped = ("kind", "step", "epoch", "time_s")
+    events = []
+    for record in run.records:
+        if record.get("kind") == "event":
+            rest = {key: value for key, value in record.items() if key not in skipped}
+            events.append(f"step {record.get('step', '?')}: {_line(rest)}")
+    return events[-LISTED:]
+
+
+def _curves(run: RunFiles) -> list[dict[str, Any]]:
+    path = curves(run.records, path=run.path / "images" / "curves.png")
+    if path is None:
+        return []
+    caption = f"{run.title}: thin lines as recorded, thick lines the mean of each epoch."
+    return [{"path": path, "alt": f"Training curves of {run.title}", "caption": caption}]
+
+
+def _newest(run: RunFiles, kind: str) -> list[dict[str, Any]]:
+    """The picture with the highest epoch in its name (as a number)."""
+
+    def epoch(path: Path) -> tuple[int, str]:
+        return int((re.findall(r"\d+", path.stem) or [-1])[-1]), path.name
+
+    found = sorted((run.path / "images").glob(f"{kind}*.png"), key=epoch)
+    if not found:
+        return []
+    earlier = f" Earlier pictures in images/: {len(found) - 1}." if len(found) > 1 else ""
+    caption = f"{run.title}: {CAPTIONS[kind]} File: {found[-1].name}.{earlier}"
+    return [{"path": found[-1], "alt": f"{kind.capitalize()} of sample images", "caption": caption}]
+
+
+def _data(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """The data of each run; equal data are shown once, under the names of all their runs."""
+    sections: list[dict[str, Any]] = []
+    for run in runs:
+        same = next((one for one in sections if one["data"] == run.data), None)
+        if same is not None:
+            same["title"] += f", {run.title}"
+            continue
+        data = run.data
+        counts: Mapping[str, Mapping[str, int]] = data.get("counts", {})
+        names = data.get("classes") or list(dict.fromkeys(k for c in counts.values() for k in c))
+        rows = [[name, *(f"{c.get(name, 0):,}" for c in counts.values())] for name in names]
+        rows.append(["all", *(f"{sum(c.values()):,}" for c in counts.values())])
+        excluded = [f"{item['path']}: {item['reason']}" for item in data.get("excluded", [])]
+        sections.append(
+            {
+                "title": run.title,
+                "data": data,
+                "facts": [("Source", data.get("source")), ("Split", data.get("split_protocol"))],
+                "counts": {"header": list(counts), "rows": rows} if counts else None,
+                "num_excluded": len(excluded),
+                "excluded": _limited(excluded),
+                "duplicates": _limited([_line(item).strip() for item in data.get("duplicates", [])]),
+                "leaks": _limited([_line(item) for item in _leaks(run)]),
+                "notes": _limited([_line(item) for item in data.get("notes", [])]),
+            }
+        )
+    return sections
+
+
+def _leaks(run: RunFiles) -> list[Any]:
+    return list(run.data.get("leaks", []))
+
+
+def _settings(run: RunFiles) -> dict[str, str]:
+    used = ("data", "model", *SECTIONS.get(run.stage, tuple(run.config)))
+    return _flat({k: v for k, v in run.config.items() if k in used or not isinstance(v, dict)})
+
+
+def _environment(run: RunFiles) -> dict[str, str]:
+    rows = _flat({key: v for key, v in run.env.items() if key not in SKIPPED_ENVIRONMENT})
+    return {key: value for key, value in rows.items() if value not in ("None", "")}
+
+
+def _merged(runs: Sequence[RunFiles], tables: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
+    """One row per key; values that differ between runs are listed with the runs' titles."""
+    rows = []
+    for key in dict.fromkeys(key for table in tables for key in table):
+        by_value: dict[str, list[str]] = {}
+        for run, table in zip(runs, tables, strict=True):
+            if key in table:
+                by_value.setdefault(table[key], []).append(run.title)
+        several = len(by_value) > 1
+        cells = [f"{v} ({', '.join(t)})" if several else v for v, t in by_value.items()]
+        rows.append((key, ", ".join(cells)))
     return rows
 
 
-def _pictures(run: RunFiles, kind: str) -> list[Path]:
-    """By epoch, that is by number and not by name."""
-    return sorted(
-        (run.path / "images").glob(f"{kind}*.png"), key=lambda path: (_number(path), path.name)
-    )
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            rows |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            rows[f"{prefix}{key}"] = ", ".join(map(_line, value))
+        else:
+            rows[f"{prefix}{key}"] = str(value)
+    return rows
 
 
-def _latest(found: Sequence[Path], kind: str) -> list[Block]:
-    if not found:
-        return [Missing(f"No {kind} pictures in images/ yet.")]
-    title, caption = PICTURES[kind]
-    earlier = f" Earlier pictures in images/: {len(found) - 1}." if len(found) > 1 else ""
-    return [
-        Picture(
-            found[-1], f"{caption} File: {found[-1].name}.{earlier}", f"{title} of sample images"
-        )
-    ]
+def _line(item: Any) -> str:
+    pairs = item.items() if isinstance(item, dict) else []
+    return ", ".join(f"{key}: {value}" for key, value in pairs) if pairs else str(item)
 
 
-def _data(run: RunFiles, earlier: Sequence[RunFiles]) -> list[Block]:
-    data = run.data
-    if not data:
-        return [Missing("No data.json: what the run was trained on is not recorded.")]
-    if same := next((other for other in earlier if other.data == data), None):
-        return [Text(f"The same images and split as in {same.title}.")]
-    blocks: list[Block] = []
-    rows = [
-        (name, str(data[key]))
-        for key, name in (("source", "Source"), ("split_protocol", "Split"))
-        if data.get(key)
-    ]
-    blocks += [Facts(rows)] if rows else []
-    counts: Mapping[str, Mapping[str, int]] = data.get("counts", {})
-    classes = data.get("classes") or list(
-        dict.fromkeys(name for part in counts.values() for name in part)
-    )
-    if counts:
-        table = [
-            [str(name), *(f"{part.get(name, 0):,}" for part in counts.values())] for name in classes
-        ]
-        table.append(["all", *(f"{sum(part.values()):,}" for part in counts.values())])
-        blocks.append(Table(["class", *counts], table, numeric=True))
-    excluded = data.get("excluded", [])
-    blocks.append(Text(f"Files left out because they cannot be used: {len(excluded) or 'none'}."))
-    blocks += _listed([f"{item['path']}: {item['reason']}" for item in excluded])
-    duplicates, leaks = data.get("duplicates", []), data.get("leaks", [])
-    blocks += _listed([_line(item).strip() for item in duplicates]) or [
-        Text("Identical pictures: not recorded.")
-    ]
-    if leaks:
-        text = f"{len(leaks)} patients or groups of identical images lie in more than one part, so the test figures are too good."
-        blocks += [Banner("The split leaks", text), *_listed([_line(item) for item in leaks])]
-    notes = [_line(item) for item in data.get("notes", [])]
-    return [*blocks, Text("From the check of the images:"), *_listed(notes)] if notes else blocks
-
-
-def _what_ran(run: RunFiles, level: int, earlier: Sequence[RunFiles]) -> list[Block]:
-    blocks: list[Block] = [
-        Code(run.command)
-        if run.command
-        else Missing("No command.txt: the command is not recorded.")
-    ]
-    blocks.append(Heading(level, "Settings"))
-    shown = {
-        key: value
-        for key, value in run.config.items()
-        if not isinstance(value, dict) or _concerns(run.stage, key)
-    }
-    blocks.append(
-        Facts(_flat(shown), wide=True)
-        if shown
-        else Missing("No config.yaml: the settings are not recorded.")
-    )
-    blocks.append(Heading(level, "Environment"))
-    same = next((other for other in earlier if run.env and _machine(other) == _machine(run)), None)
-    if same:
-        blocks.append(Text(f"The same machine and versions as in {same.title}."))
-    elif rows := [row for row in _flat(run.env) if row[1] not in ("None", "")]:
-        blocks.append(Facts(rows, wide=True))
-    else:
-        blocks.append(Missing("No env.json: the machine is not recorded."))
-    return blocks
-
-
-def _machine(run: RunFiles) -> dict[str, Any]:
-    """env.json without what changes from minute to minute."""
-    return {key: value for key, value in run.env.items() if key not in ("memory", "disk")}
-
-
-def _concerns(stage: str, section: str) -> bool:
-    return stage not in SECTIONS or section in ("data", "model", *SECTIONS[stage])
+def _limited(lines: Sequence[str]) -> list[str]:
+    more = [f"and {len(lines) - LISTED} more (data.json)"] if len(lines) > LISTED else []
+    return [*lines[:LISTED], *more]
 
 
 def _folder(path: str | Path) -> Path:
@@ -296,60 +394,44 @@ def _folder(path: str | Path) -> Path:
     return path
 
 
-def _write(folder: Path, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
-    markdown, page = folder / "report.md", folder / "report.html"
-    footer = FOOTER.format(date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
-    atomic_write_text(markdown, to_markdown(blocks, folder, footer))
-    atomic_write_text(page, to_html(title, blocks, footer))
-    return markdown, page
+def _write(folder: Path, values: dict[str, Any]) -> tuple[Path, Path]:
+    """Render both templates. HTML is escaped by jinja2, Markdown by `_markdown` on every value."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def link(path: Path) -> Markup:
+        return Markup(quote(Path(os.path.relpath(path, folder)).as_posix()))
+
+    def code(text: str) -> Markup:
+        # longer than any run of backticks in the text
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        return Markup(f"{fence}\n{text}\n{fence}")
+
+    def data(path: Path) -> str:
+        return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+    written = []
+    for name, escape in (("report.md", False), ("report.html", True)):
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent),
+            autoescape=escape,
+            finalize=None if escape else _markdown,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        environment.filters |= {"link": link, "code": code, "data": data}
+        text = environment.get_template(f"{name}.j2").render(values)
+        # bytes of a file name that are not UTF-8 become question marks
+        atomic_write_text(folder / name, text.encode("utf-8", "replace").decode("utf-8"))
+        written.append(folder / name)
+    return written[0], written[1]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            rows.append((f"{prefix}{key}", ", ".join(map(_line, value))))
-        else:
-            rows.append((f"{prefix}{key}", str(value)))
-    return rows
-
-
-def _listed(lines: Sequence[str]) -> list[Block]:
-    more = [f"and {len(lines) - LISTED} more (data.json)"] if len(lines) > LISTED else []
-    return [Points([*lines[:LISTED], *more])] if lines else []
-
-
-def _line(item: Any) -> str:
-    return (
-        ", ".join(f"{key}: {value}" for key, value in item.items())
-        if isinstance(item, dict)
-        else str(item)
-    )
-
-
-def _event(record: Mapping[str, Any]) -> str:
-    rest = {
-        key: value
-        for key, value in record.items()
-        if key not in ("kind", "step", "epoch", "time_s")
-    }
-    return f"step {record.get('step', '?')}: {_line(rest)}"
-
-
-def _number(path: Path) -> int:
-    numbers = re.findall(r"\d+", path.stem)
-    return int(numbers[-1]) if numbers else -1
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02d} min"
-        if hours
-        else f"{minutes} min {rest:02d} s"
-        if minutes
-        else f"{seconds:.1f} s"
-    )
+def _markdown(value: Any) -> Any:
+    """Escape what Markdown or its embedded HTML would act on; line breaks become spaces."""
+    if hasattr(value, "__html__"):
+        return value
+    text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(str(value).split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

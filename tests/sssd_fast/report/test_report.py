@@ -65,9 +65,12 @@ def make_run(folder, *, source="ct", evaluated=True, shift=0, patients=None):
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "command.txt").write_text(f"sssd-fast {stage} --out '{folder.name}'\n")
-    (folder / "env.json").write_text(
-        json.dumps({"torch": {"version": "2.99"}, "memory": {"available_gib": shift}})
-    )
+    env = {
+        "torch": {"version": "2.99"},
+        "memory": {"available_gib": shift},
+        "attention": {"blocks": {"encoder": {"site": "50 tokens, 12 heads of 64"}}},
+    }
+    (folder / "env.json").write_text(json.dumps(env))
     data = {
         "source": source,
         "synthetic": False,
@@ -77,7 +80,7 @@ def make_run(folder, *, source="ct", evaluated=True, shift=0, patients=None):
             "test": {"CT_COVID": 5, "CT_NonCOVID": 5},
         },
         "excluded": [{"path": NASTY, "reason": "zero bytes"}],
-        "duplicates": ["  identical pictures: 0 groups"],
+        "duplicates": ["  identical images: 0 groups"],
         "leaks": [],
         "notes": [],
         "split_protocol": "by patient",
@@ -135,62 +138,58 @@ def evaluate(folder, shift, patients):
     )
 
 
-def test_finetune_report_holds_the_results(tmp_path):
-    """The page shows the figures of metrics.json, counts, mistakes, command and settings of this stage only."""
-    folder = make_run(tmp_path / "finetune")
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """(run folder, text of report.md, text of report.html) of one fine-tuning."""
+    folder = make_run(tmp_path_factory.mktemp("report") / "finetune")
     markdown, page = write_report(folder)
+    return folder, markdown.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
+
+
+def test_finetune_report_holds_the_results(finetuned):
+    """The page shows the numbers of metrics.json, counts, mistakes, command and settings."""
+    folder, plain, page = finetuned
     stored = json.loads((folder / "eval" / "metrics.json").read_text())
-    html = Page(page.read_text(encoding="utf-8"))
-    plain = markdown.read_text(encoding="utf-8")
+    html = Page(page)
     assert stored["image"]["accuracy"] == 0.7
     interval = stored["image"]["intervals"]["sensitivity"]
-    sensitivity = f"60.0 % ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
+    bounds = f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}"
+    assert f"Sensitivity (recall) 60.0 % {bounds}" in html.text
+    assert f"| Sensitivity (recall) | 60.0 % | {bounds} |" in plain
     for text in (html.text, plain):
-        assert "70.0 %" in text
-        assert sensitivity in text
+        assert text.count("70.0 %") == 1
         assert "1,234" in text
         assert "by patient" in text
         assert "3 of 10 images are wrong" in text
         assert "sssd-fast finetune --out 'finetune'" in text
         assert "finetune.epochs" in text
         assert "pretrain.epochs" not in text
-        assert "Synthetic" not in text
-        assert "SYNTHETIC" not in text
-        assert "10 min 50 s" in text
+        assert "SYNTHETIC" not in text.upper()
+        assert "10:50" in text
         assert "55.0 (median)" in text
-        assert "too narrow" in text  # no patients are known
+        assert "too narrow" in text  # the data name no patients
+        assert "2 epochs of fine-tuning, ct (1,264 images)" in text
+        assert "12 heads of 64" not in text  # of a default model, not of this run
     assert "zero bytes" in html.text
-    assert NASTY in html.text  # readable as written, by way of entities
-    assert (
-        html.text.index("score 0.200")
-        < html.text.index("score 0.700")
-        < html.text.index("score 0.400")
-    )
+    assert NASTY in html.text  # readable as written, through entities
+    places = [html.text.index(f"score {score}") for score in ("0.200", "0.700", "0.400")]
+    assert places == sorted(places)
 
 
-def test_html_is_one_file_without_script_or_network(tmp_path):
-    """No script (not even from a file name), no outside address, every picture embedded and intact."""
-    folder = make_run(tmp_path / "finetune")
-    text = write_report(folder)[1].read_text(encoding="utf-8")
+def test_html_is_one_file_without_script_or_network(finetuned):
+    """No script (not even from a file name), no outside address, every picture embedded intact."""
+    folder, _, text = finetuned
     html = Page(text)
     assert "script" not in html.tags
     assert "link" not in html.tags
     assert not re.search(r"https?:|//[a-z]|@import|url\(", text.split("data:image")[0])
-    outside = [
-        v
-        for _, n, v in html.attributes
-        if n in ("src", "href") and not v.startswith(("data:image/png;base64,", "#"))
-    ]
-    assert outside == []
+    allowed = ("data:image/png;base64,", "#")
+    addresses = [value for _, name, value in html.attributes if name in ("src", "href")]
+    assert all(value.startswith(allowed) for value in addresses)
     assert not [name for _, name, _ in html.attributes if name.startswith("on")]
     pictures = [base64.b64decode(value.partition(",")[2]) for value in html.pictures()]
-    files = [
-        "eval/roc.png",
-        "eval/confusion.png",
-        "eval/mistakes/00.png",
-        "eval/mistakes/01.png",
-        "eval/mistakes/02.png",
-    ]
+    files = ["eval/roc.png", "eval/confusion.png"]
+    files += [f"eval/mistakes/{place:02d}.png" for place in range(3)]
     files += ["images/curves.png", "images/attention-e10.png"]
     assert pictures == [(folder / name).read_bytes() for name in files]
     assert all(value for tag, name, value in html.attributes if tag == "img" and name == "alt")
@@ -198,9 +197,17 @@ def test_html_is_one_file_without_script_or_network(tmp_path):
     assert "@media print" in text
 
 
-def test_markdown_links_exist_and_names_are_escaped(tmp_path):
-    folder = make_run(tmp_path / "finetune")
-    plain = write_report(folder)[0].read_text(encoding="utf-8")
+def test_html_folds_details_and_enlarges_pictures(finetuned):
+    """Settings, environment and data come last and are closed; a checkbox enlarges each picture."""
+    text = finetuned[2]
+    assert text.index("<details>") > text.rindex("<img")
+    for name in ("Data", "Commands and settings", "Environment"):
+        assert f"<details><summary>{name}</summary>" in text
+    assert text.count("<img") == len(re.findall(r'<input type="checkbox"[^>]*><img', text)) == 7
+
+
+def test_markdown_links_exist_and_names_are_escaped(finetuned):
+    folder, plain, _ = finetuned
     links = re.findall(r"!\[[^\n]*?\]\(([^)]+)\)", plain)
     assert len(links) == 7
     assert all((folder / link).is_file() for link in links)
@@ -222,18 +229,17 @@ def test_pretraining_report_shows_the_latest_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "evaluate", "some run"])
-def test_empty_folder_names_what_is_missing(tmp_path, stage):
+def test_report_of_an_empty_folder_names_what_is_missing(tmp_path, stage):
     (tmp_path / stage).mkdir()
     text = Page(write_report(tmp_path / stage)[1].read_text(encoding="utf-8")).text
     assert ("No evaluation yet" in text) == (stage != "pretrain")
-    assert ("No training records" in text) == (stage != "evaluate")
-    assert ("No reconstruction pictures" in text) == (stage == "pretrain")
-    for name in ("data.json", "command.txt", "env.json", "config.yaml"):
-        assert f"No {name}" in text
+    assert ("no training records" in text) == (stage != "evaluate")
+    for name in ("No data.json", "no command.txt", "No env.json", "No config.yaml"):
+        assert name in text
 
 
-def test_damaged_files_are_named(tmp_path):
-    """Half a JSON, a last line cut by a kill, a list for a table, an old result: each is named, the rest is shown."""
+def test_report_names_damaged_files(tmp_path):
+    """Half a JSON, a last line cut by a kill, a list for a table, an old result: the rest is shown."""
     folder = make_run(tmp_path / "finetune")
     (folder / "env.json").write_text('{"torch": ')
     (folder / "config.yaml").write_text("- a\n- b\n")
@@ -244,13 +250,13 @@ def test_damaged_files_are_named(tmp_path):
     assert "env.json could not be read" in text
     assert "config.yaml holds a list" in text
     assert "eval/metrics.json lacks bootstrap" in text
-    assert "metrics.jsonl: 1 unreadable line left out" in text
-    assert "10 min 50 s" in text
+    assert "metrics.jsonl: 1 unreadable line skipped" in text
+    assert "10:50" in text
 
 
 @pytest.mark.parametrize("sign", ["source", "data", "classes"])
-def test_synthetic_data_is_announced(tmp_path, sign):
-    """Any sign is enough: data.source=synthetic, data.json, or class names."""
+def test_report_announces_synthetic_data(tmp_path, sign):
+    """Any sign is enough: the source in the settings, data.json, or class names."""
     folder = make_run(tmp_path / "finetune", source="synthetic" if sign == "source" else "ct")
     data = json.loads((folder / "data.json").read_text())
     if sign == "data":
@@ -263,7 +269,7 @@ def test_synthetic_data_is_announced(tmp_path, sign):
     assert "> **SYNTHETIC DATA**" in markdown.read_text()
 
 
-def test_leaks_and_one_class_are_announced(tmp_path):
+def test_report_announces_leaks_and_a_single_class(tmp_path):
     folder = make_run(tmp_path / "finetune")
     data = json.loads((folder / "data.json").read_text())
     (folder / "data.json").write_text(json.dumps(data | {"leaks": ["patient 7 in test, train"]}))
@@ -283,14 +289,12 @@ def test_leaks_and_one_class_are_announced(tmp_path):
     assert "No ROC curve: only positives." in text
 
 
-def test_combined_report_averages_over_seeds(tmp_path):
-    """Runs of one stage are averaged; pre-training is shown but not averaged; equal data and machine are not repeated."""
+def test_combined_report_averages_over_seeds(tmp_path, monkeypatch):
+    """Fine-tunings are averaged, pre-training is not; data and equal settings are shown once."""
     for seed in (0, 1):
-        make_run(
-            tmp_path / f"seed-{seed}" / "finetune",
-            shift=-0.3 * seed,
-            patients=[str(i // 2) for i in range(10)],
-        )
+        patients = [str(i // 2) for i in range(10)]
+        folder = tmp_path / f"seed-{seed}" / "finetune"
+        make_run(folder, shift=-0.3 * seed, patients=patients)
     make_run(tmp_path / "seed-0" / "pretrain", evaluated=False)
     names = ["seed-0/pretrain", "seed-0/finetune", tmp_path / "seed-1" / "finetune"]
     markdown, page = write_combined_report(tmp_path, names)
@@ -298,29 +302,27 @@ def test_combined_report_averages_over_seeds(tmp_path):
     assert "Fine-tuning over 2 runs, per image" in html.text
     assert "over seed-0/finetune, seed-1/finetune" in html.text
     assert "| Accuracy | 75.0 % | 7.1 | 2 |" in plain  # 7 and 8 of 10
-    assert "Fine-tuning: seed-1" in html.text
-    assert html.text.count("The same images and split as in Pre-training: seed-0.") == 2
-    assert html.text.count("The same machine and versions as in Pre-training: seed-0.") == 2
-    assert "Per patient, with 95 % bootstrap intervals." in html.text
+    assert "Per patient, with 95 % bootstrap intervals" in html.text
+    titles = "Pre-training: seed-0, Fine-tuning: seed-0, Fine-tuning: seed-1"
+    assert f"Data {titles} Source ct" in html.text
+    assert html.text.count("1,234") == html.text.count("torch.version") == 1
+    assert f"-0.3 ({titles.rpartition(', ')[2]})" in html.text
     links = re.findall(r"!\[[^\n]*?\]\(([^)]+)\)", plain)
     assert all((tmp_path / link).is_file() for link in links)
     assert len(links) == len(html.pictures())
-
-
-def test_relative_paths_from_the_working_folder(tmp_path, monkeypatch):
-    """ "runs/x" with "runs/x/finetune" means the same as with "finetune"."""
-    make_run(tmp_path / "runs" / "x" / "finetune")
-    monkeypatch.chdir(tmp_path)
-    first = write_combined_report("runs/x", ["runs/x/finetune"])[0].read_text()
-    second = write_combined_report("runs/x", ["finetune"])[0].read_text()
+    # "top/x" with "top/x/finetune" means the same as with "finetune"
+    monkeypatch.chdir(tmp_path.parent)
+    top = tmp_path.name
+    first = write_combined_report(top, [f"{top}/seed-0/finetune"])[0].read_text()
+    second = write_combined_report(top, ["seed-0/finetune"])[0].read_text()
     assert first.rpartition("Written by")[0] == second.rpartition("Written by")[0]
-    assert "(finetune/eval/roc.png)" in first
+    assert "(seed-0/finetune/eval/roc.png)" in first
 
 
-def test_wrong_folders_are_refused(tmp_path):
+def test_report_rejects_folders_that_are_missing_or_outside(tmp_path):
     with pytest.raises(DataError, match="no run folder at"):
         write_report(tmp_path / "nowhere")
     make_run(tmp_path / "a" / "finetune")
     (tmp_path / "b").mkdir()
-    with pytest.raises(DataError, match="lies outside"):
+    with pytest.raises(DataError, match="is outside"):
         write_combined_report(tmp_path / "b", [tmp_path / "a" / "finetune"])
