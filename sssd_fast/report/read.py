@@ -88,7 +88,9 @@ def read_run(folder: Path, name: str) -> RunFiles:
         else:
             damaged += 1
     if damaged:
-        run.problems.append(f"metrics.jsonl: {damaged} unreadable line{'s' * (damaged > 1)} skipped")
+        run.problems.append(
+            f"metrics.jsonl: {damaged} unreadable line{'s' * (damaged > 1)} skipped"
+        )
     # by the folder's name ("finetune", "finetune-seed1"), else by the command
     words = [re.split(r"[^a-z]", folder.resolve().name.lower())[0], *run.command.split()[1:2]]
     run.stage = next((word for word in words if word in STAGES), "")

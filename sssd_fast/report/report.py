@@ -155,7 +155,11 @@ def _result(run: RunFiles) -> dict[str, Any]:
         picture = {"path": file, "alt": mistake["path"]} if file.is_file() else None
         mistakes.append({**mistake, "picture": picture})
     pictures = [
-        {"path": run.path / "eval" / f"{name}.png", "alt": CAPTIONS[name], "caption": CAPTIONS[name]}
+        {
+            "path": run.path / "eval" / f"{name}.png",
+            "alt": CAPTIONS[name],
+            "caption": CAPTIONS[name],
+        }
         for name in ("roc", "confusion")
     ]
     return {
@@ -241,7 +245,9 @@ def _average(runs: Sequence[RunFiles], level: str) -> dict[str, Any]:
         rows.append([RATES[rate], value, spread, str(found["n"])])
     names = ", ".join(run.name for run in runs)
     stage = STAGES.get(runs[0].stage, "Runs")
-    title = f"{stage} over {len(runs)} runs, per {level}: mean and sample standard deviation (points)"
+    title = (
+        f"{stage} over {len(runs)} runs, per {level}: mean and sample standard deviation (points)"
+    )
     header = ["mean", "deviation", "runs"]
     return {"title": f"{title} over {names}", "header": header, "rows": rows}
 
@@ -251,7 +257,10 @@ def _training(runs: Sequence[RunFiles]) -> dict[str, Any]:
     shown = {
         "Time": ("time_s", lambda values: duration(values[-1])),
         "Images per second": ("images_per_s", lambda v: f"{statistics.median(v):,.1f} (median)"),
-        "Waiting for data": ("data_wait_fraction", lambda v: f"{statistics.median(v):.1%} (median)"),
+        "Waiting for data": (
+            "data_wait_fraction",
+            lambda v: f"{statistics.median(v):.1%} (median)",
+        ),
         "Peak memory": ("memory_gib", lambda values: f"{max(values):.2f} GiB"),
         "Last loss": ("loss", lambda values: f"{values[-1]:.4f}"),
     }
@@ -327,7 +336,9 @@ def _data(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
                 "counts": {"header": list(counts), "rows": rows} if counts else None,
                 "num_excluded": len(excluded),
                 "excluded": _limited(excluded),
-                "duplicates": _limited([_line(item).strip() for item in data.get("duplicates", [])]),
+                "duplicates": _limited(
+                    [_line(item).strip() for item in data.get("duplicates", [])]
+                ),
                 "leaks": _limited([_line(item) for item in _leaks(run)]),
                 "notes": _limited([_line(item) for item in data.get("notes", [])]),
             }
