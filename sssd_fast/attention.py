@@ -47,12 +47,6 @@ AUTO_PACKED = (
     ),
     *AUTO,
 )
-# The longest sequence that the kernels of mae_kernels.attention hold on the chip: from which capability on, {head width: tokens}.
-FUSED_TOKENS = (
-    ((12, 0), {16: 256, 32: 256, 64: 128, 128: 128}),
-    ((9, 0), {16: 256, 32: 256, 64: 256, 128: 128}),
-    ((8, 0), {16: 256, 32: 256, 64: 224, 128: 128}),
-)
 DTYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -249,16 +243,7 @@ def _fused_refusal(site: Site) -> str | None:
     reason = mae_kernels.info()["attention"]
     if torch.cuda.is_available() and reason is not None:
         return reason
-    limits = next((tokens for oldest, tokens in FUSED_TOKENS if site.capability >= oldest), None)
-    if limits is None:
-        return f"its kernels need the tensor cores of sm_80 or newer, this is {site.architecture}"
-    if site.dtype not in (torch.float16, torch.bfloat16):
-        return f"its kernels take fp16 and bf16, not {site.precision}"
-    most = limits.get(site.head_width)
-    if most is None:
-        return f"its kernels take heads of {', '.join(map(str, limits))} values, not of {site.head_width}"
-    held = f"its kernels hold 1 to {most} tokens with heads of {site.head_width} on {site.architecture}"
-    return None if 1 <= site.tokens <= most else held
+    return mae_kernels.attention_refusal(site.tokens, site.head_width, site.dtype, site.capability)
 
 
 def _xformers_refusal(site: Site) -> str | None:

@@ -22,7 +22,7 @@ from .patches import embed_patches, gather_patches
 from .patching import PatchReport, patch_model, unpatch_model
 from .reconstruction import masked_reconstruction_loss
 from .restore import restore_tokens
-from .short_attention import attention
+from .short_attention import attention, attention_refusal
 from .sssd import SSSDLoss, sssd_loss
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "ShortAttention",
     "as_on_gpu",
     "attention",
+    "attention_refusal",
     "backend",
     "crop_resize",
     "debug_checks",

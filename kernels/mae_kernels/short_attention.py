@@ -275,21 +275,49 @@ ROWS_KERNEL_TOKENS = 64
 WIDTHS = (16, 32, 64, 128)
 
 
+def lines_for(table: tuple[Sizes, ...], arch: int, width: int) -> list[Sizes]:
+    """The lines of the table for sm_<arch> and heads of this width."""
+    oldest = max(line.oldest for line in table if line.oldest <= arch)
+    return [line for line in table if line.oldest == oldest and width <= line.width]
+
+
+def attention_refusal(
+    tokens: int, head_width: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> str | None:
+    """Why `attention` takes scaled_dot_product_attention for a shape on a GPU; None if its kernels take it.
+
+    Args:
+        tokens, head_width: N and d of qkv [B, N, 3, H, d].
+        dtype: of qkv.
+        capability: compute capability of the GPU, as torch.cuda.get_device_capability returns it.
+    """
+    arch = 10 * capability[0] + capability[1]
+    if arch < OLDEST:
+        return f"its kernels need the tensor cores of sm_{OLDEST} or newer, this is sm_{arch}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"its kernels take fp16 and bf16, not {str(dtype).removeprefix('torch.')}"
+    return _size_refusal(tokens, head_width, arch)
+
+
+def _size_refusal(tokens: int, width: int, arch: int) -> str | None:
+    if width not in WIDTHS:
+        return f"its kernels take heads of {', '.join(map(str, WIDTHS))} values, not of {width}"
+    most = min(max(line.tokens for line in lines_for(t, arch, width)) for t in (FORWARD, BACKWARD))
+    if 1 <= tokens <= most:
+        return None
+    return f"its kernels hold 1 to {most} tokens with heads of {width} on sm_{arch}, not {tokens}"
+
+
 @torch.compiler.assume_constant_result
 def _architecture(device: torch.device) -> int:
-    return max(architecture(device), OLDEST)  # under the interpreter the oldest one's sizes
+    # under the interpreter the sizes of the oldest one
+    return max(architecture(device), OLDEST)
 
 
-def sizes_for(
-    table: tuple[Sizes, ...], device: torch.device, tokens: int, width: int
-) -> Sizes | None:
-    """The line of the table for these sizes; None when there is none, and the tensors go to SDPA."""
-    arch = _architecture(device)
-    oldest = max([line.oldest for line in table if line.oldest <= arch])
-    for line in table:
-        if line.oldest == oldest and tokens <= line.tokens and width <= line.width:
-            return line
-    return None
+def sizes_for(table: tuple[Sizes, ...], device: torch.device, tokens: int, width: int) -> Sizes:
+    """The line of the table for sizes that `refusal` lets through."""
+    lines = lines_for(table, _architecture(device), width)
+    return next(line for line in lines if tokens <= line.tokens)
 
 
 def tile_of(tokens: int) -> int:
@@ -309,7 +337,6 @@ def _launch_attention(qkv_BN3Hd: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     qkv_BN3Hd = qkv_BN3Hd.contiguous()
     batch, tokens, heads, width = _sizes(qkv_BN3Hd)
     sizes = sizes_for(FORWARD, qkv_BN3Hd.device, tokens, width)
-    assert sizes is not None  # refusal() was asked before
     keep = tokens > ROWS_KERNEL_TOKENS
     out_BNHd = torch.empty(
         (batch, tokens, heads, width), dtype=qkv_BN3Hd.dtype, device=qkv_BN3Hd.device
@@ -345,7 +372,7 @@ def _launch_attention_backward(
         )  # fmt: skip
         return dqkv_BN3Hd
     sizes = sizes_for(BACKWARD, qkv_BN3Hd.device, tokens, width)
-    assert sizes is not None and out_BNHd is not None and lse_BHN is not None
+    assert out_BNHd is not None and lse_BHN is not None
     t0, t1, t2 = key_tiles(tokens, sizes.split)
     launch(
         _backward_keys_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, dout_BNHd, out_BNHd.contiguous(),
@@ -367,13 +394,7 @@ def refusal(qkv_BN3Hd: Tensor) -> str | None:
     tokens, width = qkv_BN3Hd.shape[1], qkv_BN3Hd.shape[4]
     if qkv_BN3Hd.is_cuda and qkv_BN3Hd.dtype == torch.float32:
         return "tensor cores would round the fp32 products"
-    if width not in WIDTHS:
-        return f"only heads of {WIDTHS} values have kernels"
-    if tokens < 1:
-        return "it needs at least one token"
-    if sizes_for(BACKWARD, qkv_BN3Hd.device, tokens, width) is None:
-        return "so many tokens with such wide heads do not fit the chip"
-    return None
+    return _size_refusal(tokens, width, _architecture(qkv_BN3Hd.device))
 
 
 @torch.compiler.assume_constant_result

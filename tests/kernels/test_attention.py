@@ -15,7 +15,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import mae_kernels
-from mae_kernels import _runtime, attention, backend, short_attention
+from mae_kernels import _runtime, attention, attention_refusal, backend, short_attention
 from mae_kernels.short_attention import BACKWARD, FORWARD, ROWS_KERNEL_TOKENS, refusal, sizes_for
 
 OPS = torch.ops.mae_kernels
@@ -61,7 +61,7 @@ def on_architecture(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     ],
 )
 def test_equals_einsum(tokens, width, dtype, device, close: Callable[..., None]) -> None:
-    if sizes_for(BACKWARD, device, tokens, width) is None:
+    if refusal(torch.empty(1, tokens, 3, 1, width, device=device, dtype=DTYPES[0])) is not None:
         tokens = 224  # the longest for which this GPU has a kernel of this width
     batch, heads = (2, 2) if tokens < 60 else (1, 1)
     qkv = inside_nan(torch.randn(batch, tokens, 3, heads, width, device=device).to(dtype))
@@ -199,10 +199,10 @@ def test_what_is_kept_for_the_backward(tokens, device) -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype", "reason"),
     [
-        ((1, 257, 3, 2, 16), DTYPES[1], "do not fit the chip"),
-        ((1, 129, 3, 2, 128), DTYPES[1], "do not fit the chip"),
-        ((1, 0, 3, 2, 16), DTYPES[1], "needs at least one token"),
-        ((1, 9, 3, 2, 24), DTYPES[1], "only heads of .16, 32, 64, 128. values have kernels"),
+        ((1, 257, 3, 2, 16), DTYPES[1], "hold 1 to .* tokens with heads of"),
+        ((1, 129, 3, 2, 128), DTYPES[1], "hold 1 to .* tokens with heads of"),
+        ((1, 0, 3, 2, 16), DTYPES[1], "hold 1 to 256 tokens .* not 0"),
+        ((1, 9, 3, 2, 24), DTYPES[1], "take heads of 16, 32, 64, 128 values, not of 24"),
         ((1, 9, 3, 2, 16), torch.float64, "the tensors are fp64"),
     ],
 )
@@ -218,13 +218,22 @@ def test_other_sizes_take_sdpa(shape, dtype, reason, device) -> None:
         assert torch.equal(attention(qkv), F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
 
 
-def test_sizes_that_only_some_architectures_have(on_architecture) -> None:
-    qkv = torch.empty(1, 197, 3, 2, 64, device="meta")
-    told = []
-    for arch in (80, 90, 100, 120):
-        on_architecture(arch)
-        told.append(refusal(qkv) is None)
-    assert told == [True, True, True, False]
+@pytest.mark.parametrize(
+    ("archs", "limits"),
+    [
+        ((75,), {16: 0, 32: 0, 64: 0, 128: 0}),
+        ((80, 86, 89), {16: 256, 32: 256, 64: 224, 128: 128, 24: 0, 256: 0}),
+        ((90, 100, 103), {16: 256, 32: 256, 64: 256, 128: 128, 8: 0}),
+        ((120, 121), {16: 256, 32: 256, 64: 128, 128: 128, 96: 0}),
+    ],
+)
+def test_attention_refusal_names_the_longest_sequence(archs, limits) -> None:
+    for arch in archs:
+        for width, most in limits.items():
+            for tokens in (0, 1, 128, 129, 224, 225, 256, 257):
+                reason = attention_refusal(tokens, width, torch.bfloat16, divmod(arch, 10))
+                assert (reason is None) == (1 <= tokens <= most), (arch, width, tokens, reason)
+    assert "not float32" in str(attention_refusal(9, 16, torch.float32, (9, 0)))
 
 
 def test_a_gpu_without_tensor_cores_in_triton_is_told_in_info(

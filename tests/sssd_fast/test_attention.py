@@ -23,10 +23,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mae_kernels
-from mae_kernels import short_attention
 from sssd_fast import attention
 from sssd_fast.attention import (
-    FUSED_TOKENS,
     PROVIDERS,
     Choice,
     Site,
@@ -352,8 +350,8 @@ def on(
         (on((8, 6), tokens=225), "sdpa", "1 to 224 tokens with heads of 64 on sm_86"),
         (on((12, 0), tokens=197, width=32), "fused", None),
         (on((12, 0), tokens=197), "sdpa", "1 to 128 tokens with heads of 64 on sm_120"),
-        (on((9, 0), torch.float32), "sdpa", "fp16 and bf16, not fp32"),
-        (on((9, 0), torch.float64), "sdpa", "fp16 and bf16, not fp64"),
+        (on((9, 0), torch.float32), "sdpa", "fp16 and bf16, not float32"),
+        (on((9, 0), torch.float64), "sdpa", "fp16 and bf16, not float64"),
         (on((9, 0), tokens=577), "sdpa", "1 to 256 tokens"),
         (on((9, 0), width=80), "sdpa", "heads of 16, 32, 64, 128 values, not of 80"),
         (
@@ -406,25 +404,6 @@ def test_xformers_compiled_needs_its_flash_kernels(monkeypatch: pytest.MonkeyPat
         )
         assert refusal("xformers", replace(site, compiled=False)) is None
         assert refusal("xformers", replace(site, training=False)) is None
-
-
-def test_the_sizes_of_fused_are_those_of_its_kernels(
-    no_gpu_here: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else `fused` would silently be sdpa there, or sdpa would be taken where there is a kernel."""
-    assert [oldest for oldest, _ in FUSED_TOKENS] == [(12, 0), (9, 0), (8, 0)]
-    for arch in (80, 86, 89, 90, 100, 103, 120, 121):
-        monkeypatch.setattr(short_attention, "_architecture", lambda device, arch=arch: arch)
-        for width in (8, 16, 24, 32, 64, 80, 96, 128, 256):
-            for tokens in (1, 50, 127, 128, 129, 197, 224, 225, 256, 257, 577):
-                qkv = torch.empty(1, tokens, 3, 1, width, device="meta", dtype=torch.bfloat16)
-                ours = refusal("fused", on(divmod(arch, 10), tokens=tokens, width=width))
-                assert (ours is None) == (short_attention.refusal(qkv) is None), (
-                    arch,
-                    width,
-                    tokens,
-                    ours,
-                )
 
 
 def test_fused_is_refused_with_the_reason_of_mae_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
