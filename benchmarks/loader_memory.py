@@ -55,7 +55,7 @@ def is_flat(after_epoch_mib: Sequence[float]) -> bool | None:
 
 
 def watch(index: DataIndex, epochs: int, arguments: dict[str, Any]) -> Memory:
-    """Runs `epochs` epochs of pre-training views in this process. arguments: of build_loader."""
+    """Runs `epochs` epochs of pre-training crops in this process. arguments: of build_loader."""
     memory = Memory(before=_mib("VmRSS"))
     try:
         loader = build_loader(index, range(len(index)), train=AugmentSpec(), **arguments)

@@ -2,7 +2,7 @@
 
     sssd-fast bench loader DATA --parity
 
-Two kinds of views are compared: one epoch of training crops (epoch 0) and the evaluation view, of all images. Differences
+Two kinds of crops are compared: one epoch of training crops (epoch 0) and the evaluation view, of all images. Differences
 are grey levels (of 255), over all pixels and channels.
 """
 

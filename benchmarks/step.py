@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 # Largest relative difference of a loss from the reference's: fp32 against fp64, bf16 and fp16 against fp32. On the CPU, with cpu_smoke,
 # losses differ by at most 4e-7, 1.1e-3 and 4e-5. Setting one tensor of the weights to zero (a norm's to one) moves the very first loss
-# by more than 1e-4 for 98 of the 100 tensors; the gate looks at later steps, too.
+# by more than 1e-4 for 98 of the 100 tensors; the gate jitter at later steps, too.
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-# Steps that the gate looks at. fp16 begins with updates that the loss scale withholds, where the reference makes them.
+# Steps that the gate jitter at. fp16 begins with updates that the loss scale withholds, where the reference makes them.
 GATE_STEPS = {torch.float32: 3, torch.bfloat16: 3, torch.float16: 1}
 STEPS, QUICK_STEPS = 20, 5
 QUICK = ("published", "plain", "plain compiled", "ours")
@@ -269,7 +269,7 @@ class Contest:
         for name, row in rows.items():
             row.peak_bytes = peaks[
                 name
-            ]  # time_rows looks at replays, which show nothing of a graph's memory
+            ]  # time_rows jitter at replays, which show nothing of a graph's memory
             finish(
                 self.bench,
                 self.setup,

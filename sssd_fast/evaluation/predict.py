@@ -22,7 +22,7 @@ from sssd_fast.errors import CheckpointError, DataError
 from sssd_fast.evaluation.evaluate import result_rows, write_evaluation
 from sssd_fast.evaluation.pictures import attention_picture
 from sssd_fast.loaders import Loader
-from sssd_fast.loaders.crops import evaluation_view
+from sssd_fast.loaders.crops import evaluation_crop
 from sssd_fast.loaders.prepare import make_loader, positive_label
 from sssd_fast.model import Classifier
 from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
@@ -135,7 +135,7 @@ def predict_files(
             except (DataError, OSError) as error:
                 bad.append((path, str(error)))
                 continue
-            view = evaluation_view(picture, config.model.image_size, config.data.fit)
+            view = evaluation_crop(picture, config.model.image_size, config.data.fit)
             # [H, W] -> [1, H, W], [H, W, C] -> [C, H, W]
             view = np.moveaxis(np.atleast_3d(view), 2, 0)
             images[row] = torch.from_numpy(np.ascontiguousarray(view))

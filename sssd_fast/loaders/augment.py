@@ -1,6 +1,8 @@
-"""What is done to a whole batch on its device, after crop and flip: rotation, brightness, contrast, erasing, mixing.
+"""Augmentation of whole batches on their device, after crop and flip: rotation, brightness,
+contrast, mixing, erasing.
 
-Every draw comes from the caller (views.py, or a generator). Images are uint8 [B, C, H, W] before and after.
+All random numbers come from the caller (crops.py, or a generator). Images are uint8 [B, C, H, W]
+before and after.
 """
 
 from __future__ import annotations
@@ -15,20 +17,22 @@ from torch.nn import functional as F
 from sssd_fast.errors import ConfigError
 from sssd_fast.loaders.batch import to_device
 
-_FLOAT_IMAGES = 32  # images that are float at a time, so that no float copy of the batch exists
+_FLOAT_IMAGES = 32  # images converted to float at a time, so that no float copy of the batch exists
 
 
-def turn_and_light(images_BCHW: Tensor, looks_B3: Tensor) -> Tensor:
-    """Rotation about the centre, then brightness, then contrast around the image's mean; a new uint8 tensor.
+def rotate_and_jitter(images_BCHW: Tensor, jitter_B3: Tensor) -> Tensor:
+    """Rotation about the centre, then brightness, then contrast around the image's mean; a new
+    uint8 tensor.
 
-    looks_B3: float32 degrees counter-clockwise, brightness - 1, contrast - 1, on the images' device. Corners become black.
-    Pixels between the old ones are bicubic (a = -0.75, as torch's grid_sample has it); rounded once, at the end.
+    jitter_B3: float32 degrees counter-clockwise, brightness - 1, contrast - 1, on the images'
+    device. Corners become black. Pixels between the old ones are bicubic (a = -0.75, as torch's
+    grid_sample has it); rounded once, at the end.
     """
     out = torch.empty_like(images_BCHW)
     for start in range(0, len(images_BCHW), _FLOAT_IMAGES):
         part = slice(start, start + _FLOAT_IMAGES)
-        x_BCHW = _turned(images_BCHW[part].float(), looks_B3[part, 0])
-        bright, contrast = (looks_B3[part, i].view(-1, 1, 1, 1) for i in (1, 2))
+        x_BCHW = _rotate(images_BCHW[part].float(), jitter_B3[part, 0])
+        bright, contrast = (jitter_B3[part, i].view(-1, 1, 1, 1) for i in (1, 2))
         x_BCHW = x_BCHW * (1 + bright)
         mean = x_BCHW.mean((1, 2, 3), keepdim=True)
         out[part] = (
@@ -37,24 +41,27 @@ def turn_and_light(images_BCHW: Tensor, looks_B3: Tensor) -> Tensor:
     return out
 
 
-def _turned(x_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
+def _rotate(x_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
     """An angle of 0 gives the pixels back exactly."""
     height, width = x_BCHW.shape[-2:]
     radians = torch.deg2rad(degrees_B)
     cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
-    # From output to input, in the [-1, 1] coordinates of grid_sample, whose unit is half a side; y points down.
+    # From output to input, in the [-1, 1] coordinates of grid_sample, whose unit is half a side; y
+    # points down.
     theta_B23 = torch.stack(
         [cos, -sin * height / width, zero, sin * width / height, cos, zero], 1
     ).view(-1, 2, 3)
     grid = F.affine_grid(theta_B23, list(x_BCHW.shape), align_corners=False)
-    turned = F.grid_sample(
+    rotated = F.grid_sample(
         x_BCHW, grid, mode="bicubic", padding_mode="zeros", align_corners=False
     ).clamp(0, 255)
-    return torch.where((degrees_B == 0).view(-1, 1, 1, 1), x_BCHW, turned)
+    return torch.where((degrees_B == 0).view(-1, 1, 1, 1), x_BCHW, rotated)
 
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
-    """int64 [B] -> float32 [B, num_classes]: 1 - s + s/num_classes on the label, s/num_classes elsewhere."""
+    """int64 [B] -> float32 [B, num_classes]: 1 - s + s/num_classes on the label, s/num_classes
+    elsewhere.
+    """
     if not 0 <= smoothing < 1:
         raise ConfigError(f"label smoothing is {smoothing}; 0 to below 1 is needed")
     targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
@@ -69,11 +76,13 @@ def mix_batch(
     cutmix_alpha: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al., arXiv 1710.09412) or CutMix (Yun et al., arXiv 1905.04899), one kind per batch.
+    """Mixup (Zhang et al., arXiv 1710.09412) or CutMix (Yun et al., arXiv 1905.04899), one kind per
+    batch.
 
-    images uint8 [B, C, H, W], targets float [B, num_classes]; generator on the CPU. Each image meets a random partner;
-    an alpha of 0 turns that kind off, with both on a fair coin decides. Mixed pixels are rounded back to uint8 (error
-    at most 0.5 grey level); CutMix's weight is the area that was really pasted.
+    images uint8 [B, C, H, W], targets float [B, num_classes]; generator on the CPU. Each image
+    meets a random partner; an alpha of 0 turns that kind off, with both on a fair coin decides.
+    Mixed pixels are rounded back to uint8 (error at most 0.5 grey level); CutMix's weight is the
+    area that was really pasted.
     """
     if mixup_alpha < 0 or cutmix_alpha < 0:
         raise ConfigError(
@@ -107,10 +116,12 @@ def random_erasing(
     area: tuple[float, float] = (0.02, 1 / 3),
     ratio: tuple[float, float] = (0.3, 3.3),
 ) -> Tensor:
-    """Random erasing (Zhong et al., arXiv 1708.04896): one rectangle per chosen image becomes noise.
+    """Random erasing (Zhong et al., arXiv 1708.04896): one rectangle per chosen image becomes
+    noise.
 
-    images uint8 [B, C, H, W] -> a new tensor; generator on the CPU. The noise is normal per pixel with the image's own
-    mean and deviation, rounded and clipped, so that an erased patch keeps the image's brightness.
+    images uint8 [B, C, H, W] -> a new tensor; generator on the CPU. The noise is normal per pixel
+    with the image's own mean and deviation, rounded and clipped, so that an erased patch keeps the
+    image's brightness.
     """
     if not 0 <= probability <= 1:
         raise ConfigError(f"random erasing probability is {probability}; 0 to 1 is needed")

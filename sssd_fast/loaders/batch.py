@@ -1,4 +1,4 @@
-"""What a loader hands over, and how small arrays get to the device without a wait."""
+"""What a loader returns, and how small arrays are copied to the device without waiting for it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 PAD_INDEX = -1
-PAD_LABEL = -100  # what torch's cross_entropy ignores
+PAD_LABEL = -100  # the label that torch's cross_entropy ignores
 
 
 @dataclass
 class Batch:
-    """B images. A padded row (evaluation only) has valid False, zero pixels, index -1 and label -100."""
+    """B images. A padded row (evaluation only) has valid False, zero pixels, index -1, label
+    -100.
+    """
 
     images: Tensor  # uint8 [B, C, H, W]
     labels: Tensor  # int64 [B]
@@ -25,9 +27,7 @@ class Batch:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Through pinned memory, because a copy from other memory waits until the device has done everything before it."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+    """Copies through pinned memory: a copy from pageable memory waits for all earlier GPU work."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

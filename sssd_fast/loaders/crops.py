@@ -1,7 +1,8 @@
-"""Which part of each image a batch shows, mirrored or not, and how it is turned and lit: decided here for every provider.
+"""Crop, flip and jitter of each image, sampled here for every provider.
 
-What is drawn for record i in epoch e is a pure function of (seed, e, i): the i-th row of one table of random numbers per
-epoch. Boxes are whole pixels, cut out before resizing, so that Pillow, torch, DALI and the Triton op can all do the same.
+The values for record i in epoch e are a pure function of (seed, e, i): row i of one table of random
+numbers per epoch. Boxes are whole pixels, cut out before resizing, so that Pillow, torch, DALI and
+the Triton op can compute the same crop.
 
 Shapes: N images of the index, R rows of a batch. A box is (top, left, height, width).
 """
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sssd_fast.config import AugmentConfig
 from sssd_fast.data.images import ImageArray
 from sssd_fast.errors import ConfigError
 
@@ -23,94 +25,56 @@ Floats = npt.NDArray[np.float64]
 
 FITS = ("crop", "stretch")
 CROP_TRIES = 10
-_DRAWS = (
-    4 * CROP_TRIES + 4
-)  # per record: area, aspect, top and left of each try; mirror, angle, brightness, contrast
+# Random numbers per record: area, aspect, top and left of each try; then flip, angle, brightness,
+# contrast.
+_DRAWS = 4 * CROP_TRIES + 4
 
 
 @dataclass(frozen=True)
-class AugmentSpec:
-    """Training augmentation per image. The defaults are MAE's for pre-training: random resized crop and flip."""
-
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the crop over the area of the image
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
-    hflip: float = 0.5  # probability
-    rotation_deg: float = 0.0  # uniform in +- this; corners become black
-    brightness: float = 0.0  # factor uniform in 1 +- this
-    contrast: float = 0.0  # factor around the image's mean, uniform in 1 +- this
-
-    def __post_init__(self) -> None:
-        # YAML and JSON give lists; the spec is hashed and compared, so keep tuples.
-        object.__setattr__(self, "crop_scale", tuple(self.crop_scale))
-        object.__setattr__(self, "crop_ratio", tuple(self.crop_ratio))
-        problems = []
-        if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
-            problems.append(f"crop_scale is {list(self.crop_scale)}; needed: 0 < low <= high <= 1")
-        if not (len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]):
-            problems.append(f"crop_ratio is {list(self.crop_ratio)}; needed: 0 < low <= high")
-        if not 0 <= self.hflip <= 1:
-            problems.append(f"hflip is {self.hflip}; a probability from 0 to 1 is needed")
-        if not 0 <= self.rotation_deg <= 180:
-            problems.append(f"rotation_deg is {self.rotation_deg}; 0 to 180 degrees is needed")
-        for name, value in (("brightness", self.brightness), ("contrast", self.contrast)):
-            if not 0 <= value < 1:
-                problems.append(f"{name} is {value}; 0 (off) to below 1 is needed")
-        if problems:
-            raise ConfigError("; ".join(problems))
-
-    @property
-    def changes_look(self) -> bool:
-        """Whether anything is left to do after crop and flip."""
-        return bool(self.rotation_deg or self.brightness or self.contrast)
-
-
-@dataclass(frozen=True)
-class Views:
-    """R images as they are to be shown. Indexing with an array or slice gives those rows."""
+class Crops:
+    """What R images of a batch show. Indexing with an array or slice selects rows."""
 
     records: Ints  # [R] record numbers of the index
     boxes: Ints  # [R, 4]
     flips: npt.NDArray[np.bool_]  # [R]
-    looks: Floats  # [R, 3] degrees counter-clockwise, brightness - 1, contrast - 1
+    jitter: Floats  # [R, 3] degrees counter-clockwise, brightness - 1, contrast - 1
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, rows: Ints | slice) -> Views:
-        return Views(self.records[rows], self.boxes[rows], self.flips[rows], self.looks[rows])
+    def __getitem__(self, rows: Ints | slice) -> Crops:
+        return Crops(self.records[rows], self.boxes[rows], self.flips[rows], self.jitter[rows])
 
 
-def training_views(shapes: Ints, spec: AugmentSpec, seed: int, epoch: int) -> Views:
-    """All N images of the index as epoch `epoch` shows them; shapes [N, 2] are heights and widths.
+def training_crops(shapes: Ints, spec: AugmentConfig, seed: int, epoch: int) -> Crops:
+    """Crops of all N images of the index in epoch `epoch`; shapes [N, 2] are heights and widths.
 
-    Every number is drawn whether a switch is on or off, so turning the rotation on does not move the crops.
+    Every number is drawn whether a setting is on or off, so enabling the rotation does not move the
+    crops.
     """
-    # the third number keeps this table apart from the order of the epoch, which is drawn from (seed, epoch)
+    # The third number separates this table from the permutation, which is drawn from (seed, epoch).
     draws = np.random.default_rng([seed, epoch, 1]).random((len(shapes), _DRAWS))
     tries, rest = draws[:, :-4].reshape(-1, CROP_TRIES, 4), draws[:, -4:]
     boxes = random_crop_boxes(shapes, spec.crop_scale, spec.crop_ratio, tries)
-    looks = (2 * rest[:, 1:] - 1) * (spec.rotation_deg, spec.brightness, spec.contrast)
-    return Views(np.arange(len(shapes)), boxes, rest[:, 0] < spec.hflip, looks)
+    jitter = (2 * rest[:, 1:] - 1) * (spec.rotation_deg, spec.brightness, spec.contrast)
+    return Crops(np.arange(len(shapes)), boxes, rest[:, 0] < spec.hflip, jitter)
 
 
-def evaluation_views(shapes: Ints, size: tuple[int, int], fit: str) -> Views:
-    """All N images as evaluation shows them, see `center_boxes`."""
-    count = len(shapes)
-    return Views(
-        np.arange(count),
-        center_boxes(shapes, size, fit),
-        np.zeros(count, dtype=bool),
-        np.zeros((count, 3)),
-    )
+def evaluation_crops(shapes: Ints, size: tuple[int, int], fit: str) -> Crops:
+    """Evaluation crops of all N images, see `center_boxes`."""
+    n = len(shapes)
+    boxes = center_boxes(shapes, size, fit)
+    return Crops(np.arange(n), boxes, np.zeros(n, dtype=bool), np.zeros((n, 3)))
 
 
 def random_crop_boxes(
     shapes: Ints, scale: tuple[float, float], ratio: tuple[float, float], draws: Floats
 ) -> Ints:
-    """Inception crop [N, 4]: area uniform in `scale`, log aspect uniform in `ratio`, place uniform over whole pixels.
+    """Inception crop [N, 4]: area uniform in `scale`, log aspect uniform in `ratio`, uniform
+    position.
 
-    draws: [N, CROP_TRIES, 4] uniform in [0, 1). The first try that fits is taken; where none does, the largest centred
-    crop of an allowed aspect.
+    draws: [N, CROP_TRIES, 4] uniform in [0, 1). The first try that fits is taken; if none fits, the
+    largest centred crop of an allowed aspect.
     """
     height, width = shapes[:, :1], shapes[:, 1:]
     area = height * width * (scale[0] + draws[:, :, 0] * (scale[1] - scale[0]))
@@ -125,18 +89,16 @@ def random_crop_boxes(
     clipped = np.clip(width / height, *ratio)
     w_max = np.maximum(1, np.minimum(width, np.rint(height * clipped)))
     h_max = np.maximum(1, np.minimum(height, np.rint(width / clipped)))
-    centred = np.concatenate([(height - h_max) // 2, (width - w_max) // 2, h_max, w_max], 1).astype(
-        np.int64
-    )
-    any_fits = fits.any(axis=1, keepdims=True)
-    return np.where(any_fits, found, centred)
+    centred = np.concatenate([(height - h_max) // 2, (width - w_max) // 2, h_max, w_max], 1)
+    return np.where(fits.any(axis=1, keepdims=True), found, centred.astype(np.int64))
 
 
 def center_boxes(shapes: Ints, size: tuple[int, int], fit: str) -> Ints:
-    """The evaluation view's boxes [N, 4].
+    """Boxes [N, 4] of the evaluation crop.
 
-    fit="crop": the largest centred part of the target's aspect, in whole pixels; nothing is stretched by more than half a
-    pixel. fit="stretch": the whole image, so that the edges of wide slices stay visible.
+    fit="crop": the largest centred crop with the target's aspect, in whole pixels; nothing is
+    stretched by more than half a pixel. fit="stretch": the whole image, so that the edges of wide
+    slices stay visible.
     """
     if fit not in FITS:
         raise ConfigError(f"evaluation fit is {fit!r}; 'crop' or 'stretch' is needed")
@@ -147,11 +109,13 @@ def center_boxes(shapes: Ints, size: tuple[int, int], fit: str) -> Ints:
     return np.concatenate([(shapes - inside) // 2, inside], 1)
 
 
-def show(image: ImageArray, box: Ints, flip: bool, size: tuple[int, int]) -> ImageArray:
-    """One view by Pillow, the reference for every provider: cut, bicubic antialiased resize (a = -0.5), mirror.
+def crop_and_resize(image: ImageArray, box: Ints, flip: bool, size: tuple[int, int]) -> ImageArray:
+    """One crop by Pillow, the reference for every provider: cut, bicubic antialiased resize (a =
+    -0.5), flip.
 
-    uint8 [H, W] or [H, W, 3] -> the same with `size` (height, width). Rows are resized before columns, in two calls,
-    because newer versions of Pillow take the cheaper order first, which changes strong edges by up to 30 grey levels.
+    uint8 [H, W] or [H, W, 3] -> the same with `size` (height, width). Rows are resized before
+    columns, in two calls, because newer versions of Pillow choose the cheaper order, which changes
+    strong edges by up to 30 grey levels.
     """
     top, left, height, width = (int(n) for n in box)
     cut = np.ascontiguousarray(image[top : top + height, left : left + width])
@@ -160,7 +124,7 @@ def show(image: ImageArray, box: Ints, flip: bool, size: tuple[int, int]) -> Ima
     return np.ascontiguousarray(out[:, ::-1]) if flip else out
 
 
-def evaluation_view(image: ImageArray, size: tuple[int, int], fit: str) -> ImageArray:
-    """One image as evaluation shows it, for images that belong to no index."""
+def evaluation_crop(image: ImageArray, size: tuple[int, int], fit: str) -> ImageArray:
+    """The evaluation crop of an image that belongs to no index."""
     box = center_boxes(np.array([image.shape[:2]], dtype=np.int64), size, fit)[0]
-    return show(image, box, False, size)
+    return crop_and_resize(image, box, False, size)

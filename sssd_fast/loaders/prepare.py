@@ -1,4 +1,4 @@
-"""From the data section of a configuration to a checked index and a split, the same on every process."""
+"""From the `data` settings to a checked index, a split and loaders, the same on every process."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ from sssd_fast.data.splits import (
 )
 from sssd_fast.data.synthetic import write_synthetic_dataset
 from sssd_fast.errors import DataError
-from sssd_fast.loaders import AugmentSpec, Loader, build_loader
+from sssd_fast.loaders import Loader, SampleOrder, build_loader
 from sssd_fast.run.folder import Run
 from sssd_fast.run.log import Progress as Bar
 
 
 def prepare_data(run: Run) -> tuple[DataIndex, Split]:
-    """Checks every image, splits, and records both in the run folder (index.json, split.csv, data.json).
+    """Checks every image, splits, and records both in the run folder (index.json, split.csv,
+    data.json).
 
-    With several processes the first one does the work and the others read its files. On resume the recorded index and split are
-    used again, so that a file added to the folder since cannot change the run.
+    With several processes the first one does the work and the others read its files. A resumed run
+    uses the recorded index and split, so a file added to the folder meanwhile cannot change the
+    run.
     """
     out, world = run.out, run.world
     if world.main and not (run.resume and (out / "index.json").exists()):
@@ -51,10 +53,11 @@ def prepare_data(run: Run) -> tuple[DataIndex, Split]:
 
 
 def pretraining_images(run: Run, index: DataIndex, split: Split) -> tuple[DataIndex, list[int]]:
-    """What pre-training reads: the training part, and with pretrain.extra the images there too, without their labels.
+    """Images for pre-training: the training split and the images of pretrain.extra, without labels.
 
-    An extra image with the pixels of an image of `index` is left out, whatever part that one is in. What was taken is recorded in
-    the run folder (extra.json), enters the fingerprint of the data, and is used again on resume.
+    An extra image with the pixels of any image of `index` is excluded. The result is recorded in
+    the run folder (extra.json), is included in the fingerprint of the data, and is used again on
+    resume.
     """
     folder, recorded = run.config.pretrain.extra, run.out / "extra.json"
     if folder is None:
@@ -71,50 +74,45 @@ def pretraining_images(run: Run, index: DataIndex, split: Split) -> tuple[DataIn
     run.world.barrier()
     both = DataIndex.load(recorded)
     run.console.info("\n".join(both.notes))
-    run.data_fingerprint = hashlib.sha256(
-        f"{run.data_fingerprint} {both.fingerprint()}".encode()
-    ).hexdigest()
+    fingerprints = f"{run.data_fingerprint} {both.fingerprint()}"
+    run.data_fingerprint = hashlib.sha256(fingerprints.encode()).hexdigest()
     return both, list(range(len(both)))
 
 
 def _joined(index: DataIndex, train: Sequence[int], extra: DataIndex) -> DataIndex:
-    """Records `train` of `index`, then those of `extra` with other pixels than any of `index`; of one class, since labels are not read."""
+    """Records `train` of `index`, then those of `extra` whose pixels are new, all in one class."""
     root = Path(os.path.commonpath([index.root.absolute(), extra.root.absolute()]))
     seen = {record.pixel_hash for record in index.records}
     new = [i for i, record in enumerate(extra.records) if record.pixel_hash not in seen]
     taken = [(index, i) for i in train] + [(extra, i) for i in new]
-    records = [
-        replace(
-            one.records[i],
-            path=one.file(i).absolute().relative_to(root).as_posix(),
-            label=0,
-            split=None,
-            patient=None,
-        )
-        for one, i in taken
-    ]
+    records = []
+    for one, i in taken:
+        path = one.file(i).absolute().relative_to(root).as_posix()
+        records.append(replace(one.records[i], path=path, label=0, split=None, patient=None))
     notes = [
-        f"pre-training reads {len(train)} images of the training part and {len(new)} from {extra.root}, without labels",
-        f"{len(extra) - len(new)} images there have the pixels of an image of {index.root} and are left out; "
-        f"{len(extra.excluded)} are unusable",
+        f"pre-training uses {len(train)} images of the training split and {len(new)} from "
+        f"{extra.root}",
+        f"{len(extra) - len(new)} images there have the pixels of an image of {index.root} and are "
+        f"excluded; {len(extra.excluded)} are unusable",
     ]
     return DataIndex(root, ["no label"], records, extra.excluded, notes)
 
 
 def positive_label(config: Config, index: DataIndex) -> int:
-    """The class that sensitivity and the score are about: data.positive, or the one not named as a negation."""
+    """The class of sensitivity and scores: data.positive, or the one not named as a negation."""
     name = config.data.positive
     if name is None:
         return positive_class(index.classes)
     if name not in index.classes:
-        raise DataError(
-            f"data.positive is {name!r}, needs one of the classes: {', '.join(index.classes)}"
-        )
+        classes = ", ".join(index.classes)
+        raise DataError(f"data.positive is {name!r}, needs one of the classes: {classes}")
     return index.classes.index(name)
 
 
 def make_split(config: DataConfig, index: DataIndex) -> Split:
-    """The protocol that data.split names; parts given without validation get one of val_fraction from their training part."""
+    """The split that data.split names. A given split without validation images gets val_fraction of
+    them from its training split.
+    """
     val, seed = config.val_fraction, config.split_seed
     if config.split == "random":
         return split_random(index, config.test_fraction, seed, val=val)
@@ -137,30 +135,33 @@ def make_loader(
     augment: AugmentConfig | None = None,
     shard: bool = True,
 ) -> Loader:
-    """The loader of this run's settings: augmented and shuffled with `augment`, else the evaluation view in order.
+    """The loader of this run's settings: augmented and shuffled with `augment`, else evaluation crops.
 
-    `shard` deals the images to all processes; without it each process sees all of them.
+    shard: distribute the images over all processes; without it each process sees all of them.
     """
-    config, world = run.config, run.world
+    model, data, world = run.config.model, run.config.data, run.world
+    order = SampleOrder(
+        index,
+        ids,
+        batch_size=batch_size,
+        image_size=model.image_size,
+        channels=model.in_channels,
+        augment=augment,
+        seed=run.config.seed,
+        rank=world.rank if shard else 0,
+        world=world.size if shard else 1,
+        fit=data.fit,
+    )
     with _Decoding(run) as decoding:
         loader = build_loader(
-            index,
-            ids,
-            batch_size=batch_size,
-            image_size=config.model.image_size,
-            channels=config.model.in_channels,
-            train=None if augment is None else AugmentSpec(**augment.model_dump()),
-            seed=config.seed,
-            rank=world.rank if shard else 0,
-            world=world.size if shard else 1,
-            workers=config.data.workers,
-            provider=config.data.loader,
-            cache=config.data.cache,
-            limit_gib=config.data.resident_gib,
-            device=world.device,
-            fit=config.data.fit,
+            order,
+            world.device,
+            provider=data.loader,
+            workers=data.workers,
+            cache=data.cache,
+            limit_gib=data.resident_gib,
             progress=decoding.progress,
-            say=run.console.warn,
+            warn=run.console.warn,
         )
     if augment is not None:
         run.console.info(f"loader: {loader.choice}")
@@ -169,7 +170,9 @@ def make_loader(
 
 
 class _Decoding:
-    """A progress bar that appears with the first image decoded, so that a set read from the cache shows none."""
+    """A progress bar that appears with the first decoded image; a set read from the cache shows
+    none.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -184,18 +187,15 @@ class _Decoding:
 
     def progress(self, done: int, total: int) -> None:
         if self._bar is None:
-            self._bar = self._stack.enter_context(
-                self._run.console.progress(total, "decoding the images once")
-            )
+            bar = self._run.console.progress(total, "decoding the images once")
+            self._bar = self._stack.enter_context(bar)
         self._bar.update(done)
 
 
 def _make(run: Run) -> None:
     config, console = run.config.data, run.console
     synthetic = config.source == "synthetic"
-    source: Path = Path(config.source)
-    if synthetic:
-        source = _synthetic_slices(run)
+    source = _synthetic_slices(run) if synthetic else Path(config.source)
     with console.announce(f"checking every image in {source}"):
         index = check_data(
             source,
@@ -213,30 +213,29 @@ def _make(run: Run) -> None:
 
 
 def _synthetic_slices(run: Run) -> Path:
-    """The synthetic slices of this size and number, written once beside the run folder and used again."""
-    config, (height, width) = run.config, run.config.model.image_size
-    count = config.data.synthetic_images
-    folder = (
-        run.out.absolute().parent
-        / f"synthetic-ct-{count}-{height}x{width}-seed{config.data.synthetic_seed}"
-    )
+    """Folder of synthetic slices of this size, number and seed; written once next to the run
+    folder.
+    """
+    size = run.config.model.image_size
+    count, seed = run.config.data.synthetic_images, run.config.data.synthetic_seed
+    shape = f"{size[0]}x{size[1]}"
+    folder = run.out.absolute().parent / f"synthetic-ct-{count}-{shape}-seed{seed}"
     if not (folder / "manifest.csv").exists():
-        with run.console.announce(
-            f"drawing {count} synthetic chest-CT-like slices of {height}x{width} into {folder}"
-        ):
-            write_synthetic_dataset(folder, count, (height, width), seed=config.data.synthetic_seed)
+        slices = f"{count} synthetic chest-CT-like slices of {shape}"
+        with run.console.announce(f"drawing {slices} into {folder}"):
+            write_synthetic_dataset(folder, count, size, seed=seed)
     return folder
 
 
 def _facts(index: DataIndex, split: Split, synthetic: bool) -> dict[str, Any]:
-    """data.json: what the report says about the data."""
-    parts = {"train": split.train, "val": split.val, "test": split.test}
+    """data.json: the facts about the data that the report shows."""
+    splits = {"train": split.train, "val": split.val, "test": split.test}
     duplicates = report_duplicates(index, split)
     return {
         "source": str(index.root),
         "synthetic": synthetic,
         "classes": index.classes,
-        "counts": {name: index.counts(ids) for name, ids in parts.items()},
+        "counts": {name: index.counts(ids) for name, ids in splits.items()},
         "excluded": [{"path": e.path, "reason": e.reason} for e in index.excluded],
         "notes": index.notes,
         "duplicates": duplicates.lines(),

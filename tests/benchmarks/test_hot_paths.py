@@ -33,7 +33,7 @@ from sssd_fast.data.index import DataIndex, check_data
 from sssd_fast.data.synthetic import write_synthetic_dataset
 from sssd_fast.evaluation.metrics import bootstrap_intervals
 from sssd_fast.loaders import AugmentSpec, build_loader
-from sssd_fast.loaders.augment import turn_and_light
+from sssd_fast.loaders.augment import rotate_and_jitter
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, parameter_groups
 from sssd_fast.run.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
@@ -169,10 +169,10 @@ def test_epoch_of_the_resident_loader(benchmark: BenchmarkFixture, index: DataIn
 def test_turn_and_light(benchmark: BenchmarkFixture) -> None:
     """A quarter turn counter-clockwise, brightness and contrast, each alone, and an image that stays as it is."""
     images = torch.randint(40, 160, (16, 1, 64, 64), dtype=torch.uint8)
-    looks_B3 = torch.zeros(16, 3)
-    looks_B3[1, 0], looks_B3[2, 1], looks_B3[3, 2] = 90, 0.25, -0.5
-    looks_B3[4:] = torch.rand(12, 3) * torch.tensor([20, 0.2, 0.2])
-    out = benchmark(turn_and_light, images, looks_B3)
+    jitter_B3 = torch.zeros(16, 3)
+    jitter_B3[1, 0], jitter_B3[2, 1], jitter_B3[3, 2] = 90, 0.25, -0.5
+    jitter_B3[4:] = torch.rand(12, 3) * torch.tensor([20, 0.2, 0.2])
+    out = benchmark(rotate_and_jitter, images, jitter_B3)
     x = images.double()
     assert torch.equal(out[0], images[0])
     assert (out[1].int() - torch.rot90(images[1], 1, (1, 2)).int()).abs().max() <= 1

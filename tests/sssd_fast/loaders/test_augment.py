@@ -1,4 +1,6 @@
-"""Augmentation of whole batches: rotation against Pillow, linear maps and mixes by hand, distributions, all seeded."""
+"""Augmentation of whole batches: rotation against Pillow, linear maps and mixes by hand,
+distributions, all seeded.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 
 from sssd_fast.errors import ConfigError
-from sssd_fast.loaders.augment import mix_batch, random_erasing, soft_targets, turn_and_light
+from sssd_fast.loaders.augment import mix_batch, random_erasing, rotate_and_jitter, soft_targets
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -26,29 +28,23 @@ def smooth(count: int = 3, channels: int = 1, height: int = 60, width: int = 90)
     return torch.from_numpy(np.stack(fine)).view(count, channels, height, width)
 
 
-def looks(*rows: tuple[float, float, float]) -> torch.Tensor:
+def jitter(*rows: tuple[float, float, float]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_rotation_is_counter_clockwise_about_the_centre_with_black_corners(channels: int):
     images = smooth(3, channels)
-    out = turn_and_light(images, looks((30, 0, 0), (-90, 0, 0), (0, 0, 0)))
+    out = rotate_and_jitter(images, jitter((30, 0, 0), (-90, 0, 0), (0, 0, 0)))
     assert out.dtype == torch.uint8
     assert torch.equal(out[2], images[2])  # an angle of 0 changes nothing
     for i, angle in enumerate((30, -90)):
         for c in range(channels):
             turned = Image.fromarray(images[i, c].numpy()).rotate(angle, Image.Resampling.BICUBIC)
-            inside = (
-                np.asarray(Image.fromarray(np.full((60, 90), 255, np.uint8)).rotate(angle)) == 255
-            )
-            inside = (
-                inside
-                & np.roll(inside, 3, 0)
-                & np.roll(inside, -3, 0)
-                & np.roll(inside, 3, 1)
-                & np.roll(inside, -3, 1)
-            )
+            white = Image.fromarray(np.full((60, 90), 255, np.uint8)).rotate(angle)
+            inside = np.asarray(white) == 255
+            shifts = [(n, axis) for n in (3, -3) for axis in (0, 1)]
+            inside = np.all([inside, *(np.roll(inside, *shift) for shift in shifts)], axis=0)
             difference = np.abs(out[i, c].numpy().astype(int) - np.asarray(turned).astype(int))
             assert difference[inside].max() <= 3
             assert difference.mean() < 1.5
@@ -58,7 +54,7 @@ def test_rotation_is_counter_clockwise_about_the_centre_with_black_corners(chann
 
 def test_brightness_and_contrast_are_the_stated_linear_map():
     images = smooth(2)
-    out = turn_and_light(images, looks((0, 0.2, 0), (0, -0.1, 0.3))).double()
+    out = rotate_and_jitter(images, jitter((0, 0.2, 0), (0, -0.1, 0.3))).double()
     x = images.double()
     assert (out[0] - (x[0] * 1.2).clamp(0, 255)).abs().max() <= 0.5 + 1e-4
     mean = 0.9 * x[1].mean()
@@ -69,15 +65,15 @@ def test_rows_are_independent_of_their_batch_and_the_input_is_kept():
     images = smooth(40, height=20, width=20)
     kept = smooth(40, height=20, width=20)
     table = torch.rand(40, 3, generator=gen()) * torch.tensor([40.0, 0.2, 0.2])
-    whole = turn_and_light(images, table)
+    whole = rotate_and_jitter(images, table)
     assert torch.equal(images, kept)
     for i in (0, 31, 32, 39):
-        assert torch.equal(turn_and_light(images[i : i + 1], table[i : i + 1])[0], whole[i])
-    assert turn_and_light(images[:0], table[:0]).shape == (0, 1, 20, 20)
+        assert torch.equal(rotate_and_jitter(images[i : i + 1], table[i : i + 1])[0], whole[i])
+    assert rotate_and_jitter(images[:0], table[:0]).shape == (0, 1, 20, 20)
     channels_last = images.expand(40, 3, 20, 20).contiguous(memory_format=torch.channels_last)
     assert torch.equal(
-        turn_and_light(channels_last, table)[:, 2],
-        turn_and_light(images.expand(40, 3, 20, 20), table)[:, 0],
+        rotate_and_jitter(channels_last, table)[:, 2],
+        rotate_and_jitter(images.expand(40, 3, 20, 20), table)[:, 0],
     )
 
 
@@ -94,27 +90,31 @@ def test_soft_targets_by_hand():
 
 
 def batch(size: int = 8, height: int = 20, width: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
-    """Constant images whose level is 10 * row, with one-hot targets of their own: every mix can be read off."""
+    """Constant images whose level is 10 * row, with one-hot targets of their own: every mix can
+    be read off.
+    """
     levels = (torch.arange(size, dtype=torch.uint8) * 10)[:, None, None, None]
     return levels.expand(size, 1, height, width).contiguous(), torch.eye(size)
+
+
+Tensors = tuple[torch.Tensor, torch.Tensor]
+
+
+def mix(x: torch.Tensor, y: torch.Tensor, mixup: float, cutmix: float, seed: int = 0) -> Tensors:
+    return mix_batch(x, y, mixup_alpha=mixup, cutmix_alpha=cutmix, generator=gen(seed))
 
 
 def test_mixup_pixels_agree_with_targets():
     images, targets = batch()
     keeps = []
     for seed in range(100):
-        mixed, soft = mix_batch(
-            images, targets, mixup_alpha=0.8, cutmix_alpha=0.0, generator=gen(seed)
-        )
+        mixed, soft = mix(images, targets, 0.8, 0.0, seed)
         assert mixed.dtype == torch.uint8
         torch.testing.assert_close(soft.sum(1), torch.ones(8))
         expected = soft @ (torch.arange(8) * 10.0)
         assert (mixed[:, 0].float() - expected[:, None, None]).abs().max() <= 0.5 + 1e-4
-        keeps.append(
-            soft.diagonal()[soft.diagonal() < 1].min().item()
-            if (soft.diagonal() < 1).any()
-            else 1.0
-        )
+        own = soft.diagonal()
+        keeps.append(own[own < 1].min().item() if (own < 1).any() else 1.0)
     assert 0.4 < np.mean(keeps) < 0.6  # Beta(0.8, 0.8)
     assert 0.25 < np.std(keeps) < 0.36  # 0.31
 
@@ -123,9 +123,7 @@ def test_cutmix_area_agrees_with_targets():
     images, targets = batch()
     clipped = 0
     for seed in range(100):
-        mixed, soft = mix_batch(
-            images, targets, mixup_alpha=0.0, cutmix_alpha=1.0, generator=gen(seed)
-        )
+        mixed, soft = mix(images, targets, 0.0, 1.0, seed)
         own = torch.stack([(mixed[i] == 10 * i).float().mean() for i in range(8)])
         torch.testing.assert_close(own, soft.diagonal())
         changed = (mixed[:, 0] != images[:, 0]).any(0)
@@ -142,20 +140,18 @@ def test_mixing_chooses_fairly_is_seeded_and_leaves_its_input_alone():
     before = images.clone(), targets.clone()
     kinds = []
     for seed in range(200):
-        mixed, soft = mix_batch(
-            images, targets, mixup_alpha=1.0, cutmix_alpha=1.0, generator=gen(seed)
-        )
-        again = mix_batch(images, targets, mixup_alpha=1.0, cutmix_alpha=1.0, generator=gen(seed))
+        mixed, soft = mix(images, targets, 1.0, 1.0, seed)
+        again = mix(images, targets, 1.0, 1.0, seed)
         assert torch.equal(mixed, again[0])
         assert torch.equal(soft, again[1])
         kinds.append(bool((mixed % 10 == 0).all()))  # CutMix only moves pixels
     assert 0.4 < np.mean(kinds) < 0.62
     assert torch.equal(images, before[0])
     assert torch.equal(targets, before[1])
-    off = mix_batch(images, targets, mixup_alpha=0.0, cutmix_alpha=0.0, generator=gen())
+    off = mix(images, targets, 0.0, 0.0)
     assert off[0] is images
     with pytest.raises(ConfigError, match="must not be negative"):
-        mix_batch(images, targets, mixup_alpha=-1.0, cutmix_alpha=0.0, generator=gen())
+        mix(images, targets, -1.0, 0.0)
 
 
 def test_random_erasing_makes_one_noisy_rectangle_at_its_rate():

@@ -1,4 +1,6 @@
-"""Whichever provider feeds it, a model is trained to the same loss; on real CT images the providers agree as documented."""
+"""Whichever provider feeds it, a model is trained to the same loss; on real CT images the
+providers agree as documented.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +12,17 @@ import numpy as np
 import pytest
 
 from sssd_fast.cli import main
+from sssd_fast.config import AugmentConfig
 from sssd_fast.data.index import DataIndex, check_data
-from sssd_fast.loaders import AugmentSpec, build_loader
+from tests.sssd_fast.loaders.loading import PLAIN, loader_of
 
 OTHERS = {"resident": (2, 0.02), "dali": (45, 0.5)}  # largest and mean difference to Pillow
 
 
 def trained(out: Path, tiny: list[str], *settings: str) -> float:
     """The last validation loss."""
-    assert (
-        main(
-            [
-                "pretrain",
-                "--out",
-                str(out),
-                *tiny,
-                "pretrain.max_steps=60",
-                "pretrain.epochs=20",
-                *settings,
-            ]
-        )
-        == 0
-    )
+    steps = ["pretrain.max_steps=60", "pretrain.epochs=20"]
+    assert main(["pretrain", "--out", str(out), *tiny, *steps, *settings]) == 0
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return float([r["loss"] for r in records if r["kind"] == "val"][-1])
 
@@ -67,22 +58,17 @@ def real(request: pytest.FixtureRequest) -> DataIndex:
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("train", [None, AugmentSpec()], ids=["evaluate", "train"])
+@pytest.mark.parametrize("augment", [None, PLAIN], ids=["evaluate", "train"])
 @pytest.mark.parametrize("provider", OTHERS)
 def test_real_images_look_the_same_through_every_provider(
-    real: DataIndex, provider: str, train: AugmentSpec | None, channels: int
+    real: DataIndex, provider: str, augment: AugmentConfig | None, channels: int
 ):
     ids = np.random.default_rng(0).permutation(len(real))[:128].tolist()
-    settings = {
-        "batch_size": 32,
-        "image_size": (224, 224),
-        "channels": channels,
-        "train": train,
-        "cache": "none",
-    }
+    settings = {"batch_size": 32, "image_size": (224, 224), "channels": channels}
+    settings |= {"augment": augment}
     reference, loader = (
-        build_loader(real, ids, provider=p, **settings) for p in ("torch", provider)
-    )  # type: ignore[arg-type]
+        loader_of(real, ids, provider=name, **settings) for name in ("torch", provider)
+    )
     largest, mean = OTHERS[provider]
     for a, b in zip(reference.epoch(0), loader.epoch(0), strict=True):
         difference = (a.images.int() - b.images.int()).abs()

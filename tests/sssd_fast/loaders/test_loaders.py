@@ -1,8 +1,10 @@
-"""The loader contract, for every provider: content and order are a function of (seed, epoch, record), shards tile an epoch,
-resume is exact. The pixels are compared with Pillow's on the file."""
+"""The loader contract, for every provider: content and order are a function of (seed, epoch,
+record), shards tile an epoch, resume is exact. The pixels are compared with Pillow's on the file.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -16,36 +18,22 @@ import pytest
 import torch
 from PIL import Image
 
+from sssd_fast.config import AugmentConfig
 from sssd_fast.data.images import decode_image, to_channels
 from sssd_fast.data.index import DataIndex, check_data
 from sssd_fast.data.pixels import open_store
 from sssd_fast.errors import ConfigError, DataError
-from sssd_fast.loaders import (
-    PAD_INDEX,
-    PAD_LABEL,
-    AugmentSpec,
-    Batch,
-    Loader,
-    build_loader,
-    choose,
-    resident,
-)
-from sssd_fast.loaders import dali as dali_loader
-from sssd_fast.loaders.augment import turn_and_light
-from sssd_fast.loaders.crops import evaluation_view, show, training_views
-from sssd_fast.loaders.order import Schedule
+from sssd_fast.loaders import PAD_INDEX, PAD_LABEL, Batch, Loader, choose, dali, pillow, resident
+from sssd_fast.loaders.augment import rotate_and_jitter
+from sssd_fast.loaders.crops import crop_and_resize, evaluation_crop, training_crops
+from tests.sssd_fast.loaders.loading import loader_of, order_of
 
 COUNT = 23
-SPEC = AugmentSpec(rotation_deg=10, brightness=0.1, contrast=0.1)
-CROPS = AugmentSpec(hflip=0.5)
-SETTINGS: dict[str, Any] = {
-    "batch_size": 4,
-    "image_size": (24, 32),
-    "channels": 1,
-    "seed": 7,
-    "cache": "none",
-}
-# largest difference to Pillow, mean difference: torch has 16-bit weights, DALI does not round between the two passes
+JITTER = AugmentConfig(rotation_deg=10, brightness=0.1, contrast=0.1)
+CROPS = AugmentConfig(hflip=0.5)
+SETTINGS: dict[str, Any] = {"channels": 1, "seed": 7}
+# largest difference to Pillow, mean difference: torch has 16-bit weights, DALI does not round
+# between the two passes
 EXACTNESS = {"torch": (0, 0.0), "resident": (2, 0.02), "staged": (2, 0.02), "dali": (45, 0.8)}
 PROVIDERS = list(EXACTNESS)
 CPU = torch.device("cpu")
@@ -68,23 +56,19 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> DataIndex:
 
 @pytest.fixture
 def make(index: DataIndex) -> Iterator[Callable[..., Loader]]:
-    """Loaders of the index, closed at the end. "staged" is the resident set as it works with a GPU that it does not fit."""
+    """Loaders of the index, closed at the end. "staged" is the resident set as it works with a
+    GPU that it does not fit.
+    """
     made: list[Loader] = []
 
-    def build(
-        provider: str,
-        train: AugmentSpec | None = CROPS,
-        ids: Iterable[int] = range(COUNT),
-        **changes: Any,
-    ) -> Loader:
-        settings = {**SETTINGS, "train": train, **changes}
-        loader: Loader
+    def build(provider: str, augment: AugmentConfig | None = CROPS, **changes: Any) -> Loader:
+        settings = {**SETTINGS, "augment": augment, **changes}
         if provider == "staged":
-            settings = {k: v for k, v in settings.items() if k not in ("cache", "workers")}
+            settings = {k: v for k, v in settings.items() if k != "workers"}
             images = resident.resident_set(index, settings["channels"], CPU, "host", None)
-            loader = resident.ResidentLoader(Schedule(index, list(ids), **settings), CPU, images)
+            loader: Loader = resident.ResidentLoader(order_of(index, **settings), CPU, images)
         else:
-            loader = build_loader(index, list(ids), provider=provider, **settings)
+            loader = loader_of(index, provider=provider, **settings)
         made.append(loader)
         return loader
 
@@ -111,7 +95,7 @@ def test_every_training_image_is_the_stated_function_of_seed_epoch_and_record(
     index: DataIndex, make: Callable[..., Loader], provider: str, channels: int
 ):
     shapes = np.array([(r.height, r.width) for r in index.records])
-    views = training_views(shapes, CROPS, 7, 3)
+    crops = training_crops(shapes, CROPS, 7, 3)
     largest, mean = EXACTNESS[provider]
     for batch in make(provider, channels=channels).epoch(3):
         assert batch.images.dtype == torch.uint8
@@ -119,9 +103,8 @@ def test_every_training_image_is_the_stated_function_of_seed_epoch_and_record(
         for image, label, i in zip(
             batch.images, batch.labels.tolist(), batch.indices.tolist(), strict=True
         ):
-            expected = show(
-                picture(index, i, channels), views.boxes[i], bool(views.flips[i]), (24, 32)
-            )
+            box, flip = crops.boxes[i], bool(crops.flips[i])
+            expected = crop_and_resize(picture(index, i, channels), box, flip, (24, 32))
             got = image.permute(1, 2, 0).numpy().reshape(expected.shape)
             difference = np.abs(got.astype(int) - expected.astype(int))
             assert difference.max() <= largest
@@ -139,7 +122,7 @@ def test_every_evaluation_image_is_pillows(
         for image, i in zip(
             batch.images[batch.valid], batch.indices[batch.valid].tolist(), strict=True
         ):
-            expected = evaluation_view(picture(index, i, 3), (24, 32), fit)
+            expected = evaluation_crop(picture(index, i, 3), (24, 32), fit)
             difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected.astype(int))
             assert difference.max() <= largest
             assert difference.mean() <= mean
@@ -150,17 +133,17 @@ def test_rotation_and_light_come_on_top(
     index: DataIndex, make: Callable[..., Loader], provider: str
 ):
     shapes = np.array([(r.height, r.width) for r in index.records])
-    views = training_views(shapes, SPEC, 7, 1)
-    for plain, turned in zip(make(provider).epoch(1), make(provider, SPEC).epoch(1), strict=True):
-        looks = torch.from_numpy(views.looks[plain.indices.numpy()]).float()
-        assert torch.equal(turned.images, turn_and_light(plain.images, looks))
+    crops = training_crops(shapes, JITTER, 7, 1)
+    for plain, turned in zip(make(provider).epoch(1), make(provider, JITTER).epoch(1), strict=True):
+        jitter = torch.from_numpy(crops.jitter[plain.indices.numpy()]).float()
+        assert torch.equal(turned.images, rotate_and_jitter(plain.images, jitter))
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_epochs_shuffle_and_drop_the_incomplete_batch(make: Callable[..., Loader], provider: str):
     loader = make(provider)
     orders = [torch.cat([b.indices for b in loader.epoch(e)]).tolist() for e in range(3)]
-    assert loader.steps_per_epoch == len(loader) == 5
+    assert loader.steps_per_epoch == 5
     for order in orders:
         assert len(order) == len(set(order)) == 20
     assert orders[0] != orders[1] != orders[2]
@@ -168,13 +151,9 @@ def test_epochs_shuffle_and_drop_the_incomplete_batch(make: Callable[..., Loader
 
 
 def test_dropping_is_not_always_the_same_images(index: DataIndex):
-    schedule = Schedule(
-        index, range(COUNT), train=SPEC, **{k: v for k, v in SETTINGS.items() if k != "cache"}
-    )
-    left_out = set.union(
-        *(set(range(COUNT)) - set(schedule.order(e)[:20].tolist()) for e in range(30))
-    )
-    assert len(left_out) > 15
+    order = order_of(index, augment=CROPS, seed=7)
+    dropped = [set(range(COUNT)) - set(order.permutation(e)[:20].tolist()) for e in range(30)]
+    assert len(set.union(*dropped)) > 15
 
 
 @pytest.mark.parametrize(("provider", "workers"), [(p, 0) for p in PROVIDERS] + [("torch", 2)])
@@ -198,7 +177,7 @@ def test_any_epoch_and_step_can_be_produced_directly(
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_ranks_tile_the_global_batch(
-    make: Callable[..., Loader], provider: str, train: AugmentSpec | None, world: int
+    make: Callable[..., Loader], provider: str, train: AugmentConfig | None, world: int
 ):
     """N ranks of batch b are one rank of batch N*b: position g belongs to rank g % N."""
     one = list(make(provider, train, batch_size=2 * world).epoch(1))
@@ -248,72 +227,18 @@ def test_padding_is_invisible_to_cross_entropy(make: Callable[..., Loader]):
     )
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_saved_position_continues_bit_for_bit_with_the_next_batch(
-    make: Callable[..., Loader], provider: str
-):
-    loader = make(provider, SPEC)
-    stream = loader.epoch(2)
-    next(stream)
-    next(stream)
-    state = loader.state_dict()
-    other = make(
-        provider, SPEC, batch_size=2, rank=1, world=2
-    )  # the same global batch on other hardware
-    assert other.load_state_dict(state) == (2, 2)
-    again = make(provider, SPEC)
-    same(list(stream), again.epoch(*again.load_state_dict(state)))
-    assert (
-        loader.state_dict()["epoch"] == 3
-    )  # the epoch is done: the next one starts at its first step
-    assert loader.state_dict()["step"] == 0
-    same(loader.epoch(3), again.epoch(3))
-
-
-def test_a_position_moves_from_one_provider_to_another(make: Callable[..., Loader]):
-    stream = make("resident").epoch(1)
-    state = {"epoch": 1, "step": 2, "fingerprint": make("resident").state_dict()["fingerprint"]}
-    next(stream), next(stream)
-    torch_loader = make("torch")
-    position = torch_loader.load_state_dict(state)
-    for a, b in zip(stream, torch_loader.epoch(*position), strict=True):
+def test_order_does_not_depend_on_the_provider(make: Callable[..., Loader]):
+    pairs = zip(make("resident").epoch(1, 2), make("torch").epoch(1, 2), strict=True)
+    for a, b in pairs:
         assert torch.equal(a.indices, b.indices)
         assert (a.images.int() - b.images.int()).abs().max() <= 2
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 8},
-        {"batch_size": 3},
-        {"image_size": (32, 32)},
-        {"channels": 3},
-        {"train": AugmentSpec(hflip=0.1)},
-    ],
-)
-def test_saved_position_of_other_settings_is_refused(
-    make: Callable[..., Loader], change: dict[str, Any]
-):
-    state = make("torch").state_dict()
-    with pytest.raises(DataError, match="other data or settings"):
-        make("torch", **change).load_state_dict(state)
-
-
-def test_saved_position_of_other_images_is_refused(make: Callable[..., Loader]):
-    with pytest.raises(DataError, match="other data or settings"):
-        make("torch", ids=range(20)).load_state_dict(make("torch").state_dict())
 
 
 def test_a_dead_worker_process_is_an_error_with_advice(
     make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
 ):
-    import os
-
-    import sssd_fast.loaders.pillow as module
-
-    monkeypatch.setattr(
-        module, "decode_record", lambda *args: os._exit(9)
-    )  # workers are forked: they inherit this
+    # Worker processes are forked, so they inherit the patch.
+    monkeypatch.setattr(pillow, "decode_record", lambda *args: os._exit(9))
     with pytest.raises(DataError, match=r"a loader process died.*fewer workers"):
         list(make("torch", workers=1).epoch(0))
 
@@ -385,7 +310,7 @@ def test_closing_ends_the_threads_and_a_half_read_epoch_does_not_hang(
 def test_auto_takes_the_resident_set_where_it_fits_then_dali_then_torch(
     index: DataIndex, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(dali_loader, "refusal", lambda device: None)
+    monkeypatch.setattr(dali, "unavailable", lambda device: None)
     first = choose("auto", index, 1, CPU)
     assert first.provider == "resident"
     assert "MiB of decoded images fit in memory (at most" in str(first)
@@ -394,7 +319,7 @@ def test_auto_takes_the_resident_set_where_it_fits_then_dali_then_torch(
     assert "not resident: 0 MiB of decoded images are more than the 0.0 GiB of memory" in str(
         second
     )
-    monkeypatch.setattr(dali_loader, "refusal", lambda device: "not installed")
+    monkeypatch.setattr(dali, "unavailable", lambda device: "not installed")
     third = choose("auto", index, 1, CPU, limit_gib=1e-6)
     assert third.provider == "torch"
     assert "not dali: not installed" in str(third)
@@ -427,7 +352,7 @@ def test_placement_by_the_stated_shares(monkeypatch: pytest.MonkeyPatch):
 def test_dali_that_breaks_on_import_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    reason = dali_loader.refusal(CPU)
+    reason = dali.unavailable(CPU)
     assert reason is not None and ("not installed" in reason or "import fails" in reason)
 
 
@@ -444,11 +369,10 @@ LEAVES_WITHOUT_CLOSING = """
 import sys
 import torch
 from sssd_fast.data.index import DataIndex
-from sssd_fast.loaders import AugmentSpec, build_loader
+from tests.sssd_fast.loaders.loading import PLAIN, loader_of
 
 index = DataIndex.load(sys.argv[1])
-loader = build_loader(index, range(len(index)), batch_size=4, image_size=(24, 32), channels=1, train=AugmentSpec(),
-                      provider=sys.argv[2], workers=int(sys.argv[3]), cache="none")
+loader = loader_of(index, augment=PLAIN, provider=sys.argv[2], workers=int(sys.argv[3]))
 stream = loader.epoch(0)
 print(next(stream).images.float().mean() > 0)
 if sys.argv[4] == "error":

@@ -1,4 +1,6 @@
-"""The loaders on a CUDA device: the same pictures as on the CPU, no wait for the device, nothing overwritten, memory bounded."""
+"""The loaders on a CUDA device: the same pictures as on the CPU, no wait for the device, nothing
+overwritten, memory bounded.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
+from sssd_fast.config import AugmentConfig
 from sssd_fast.data.index import DataIndex, check_data
 from sssd_fast.errors import DataError
-from sssd_fast.loaders import AugmentSpec, Loader, build_loader, resident
-from sssd_fast.loaders import dali as dali_loader
-from sssd_fast.loaders.order import Schedule
+from sssd_fast.loaders import Loader, dali, resident
+from tests.sssd_fast.loaders.loading import PLAIN, loader_of, order_of
 
 pytestmark = pytest.mark.gpu
 
 COUNT = 40
-SETTINGS: dict[str, Any] = {"batch_size": 8, "image_size": (64, 96), "seed": 3, "cache": "none"}
-LOOKS = AugmentSpec(rotation_deg=10, brightness=0.1, contrast=0.1)
-# largest and mean difference to Pillow on smooth pictures: nvJPEG's inverse transform and colour differ by a level or two
+SETTINGS: dict[str, Any] = {"batch_size": 8, "image_size": (64, 96), "seed": 3}
+JITTER = AugmentConfig(rotation_deg=10, brightness=0.1, contrast=0.1)
+# largest and mean difference to Pillow on smooth pictures: nvJPEG's inverse transform and colour
+# differ by a level or two
 EXACTNESS = {"torch": (0, 0.0), "resident": (2, 0.05), "staged": (2, 0.05), "dali": (45, 1.0)}
 PROVIDERS = list(EXACTNESS)
 
@@ -47,19 +50,15 @@ def make(index: DataIndex) -> Iterator[Callable[..., Loader]]:
     made: list[Loader] = []
 
     def build(
-        provider: str, train: AugmentSpec | None, device: str = "cuda", **changes: Any
+        provider: str, augment: AugmentConfig | None, device: str = "cuda", **changes: Any
     ) -> Loader:
-        settings = {**SETTINGS, "channels": 1, "train": train, **changes}
-        loader: Loader
+        settings = {**SETTINGS, "channels": 1, "augment": augment, **changes}
         if provider == "staged":
-            settings.pop("cache")
-            images = resident.resident_set(
-                index, settings["channels"], torch.device(device), "host", None
-            )
-            schedule = Schedule(index, range(COUNT), **settings)
-            loader = resident.ResidentLoader(schedule, torch.device(device), images)
+            place = torch.device(device)
+            images = resident.resident_set(index, settings["channels"], place, "host", None)
+            loader: Loader = resident.ResidentLoader(order_of(index, **settings), place, images)
         else:
-            loader = build_loader(index, range(COUNT), provider=provider, device=device, **settings)
+            loader = loader_of(index, provider=provider, device=device, **settings)
         made.append(loader)
         return loader
 
@@ -69,10 +68,10 @@ def make(index: DataIndex) -> Iterator[Callable[..., Loader]]:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("train", [None, AugmentSpec()], ids=["evaluate", "train"])
+@pytest.mark.parametrize("train", [None, PLAIN], ids=["evaluate", "train"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_the_same_pictures_as_pillows(
-    make: Callable[..., Loader], provider: str, train: AugmentSpec | None, channels: int
+    make: Callable[..., Loader], provider: str, train: AugmentConfig | None, channels: int
 ):
     largest, mean = EXACTNESS[provider]
     expected = list(make("torch", train, "cpu", channels=channels).epoch(1))
@@ -89,12 +88,12 @@ def test_the_same_pictures_as_pillows(
 def test_resume_is_bit_equal_and_nothing_handed_out_is_overwritten(
     make: Callable[..., Loader], provider: str
 ):
-    loader = make(provider, LOOKS)
+    loader = make(provider, JITTER)
     whole = list(loader.epoch(2))
     kept = [batch.images.clone() for batch in whole]
     list(loader.epoch(3))
     torch.cuda.synchronize()
-    again = list(make(provider, LOOKS).epoch(2, start_step=2))
+    again = list(make(provider, JITTER).epoch(2, start_step=2))
     for batch, copy in zip(whole, kept, strict=True):
         assert torch.equal(batch.images, copy)
     for a, b in zip(whole[2:], again, strict=True):
@@ -103,7 +102,7 @@ def test_resume_is_bit_equal_and_nothing_handed_out_is_overwritten(
 
 @pytest.mark.parametrize("provider", ["resident", "staged"])
 def test_the_resident_set_never_waits_for_the_device(make: Callable[..., Loader], provider: str):
-    loader = make(provider, LOOKS)
+    loader = make(provider, JITTER)
     list(loader.epoch(0))  # compiles the kernel, grows the pinned memory
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -114,7 +113,7 @@ def test_the_resident_set_never_waits_for_the_device(make: Callable[..., Loader]
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_memory_stays_flat(make: Callable[..., Loader], provider: str):
-    loader = make(provider, AugmentSpec())
+    loader = make(provider, PLAIN)
 
     def used() -> int:
         torch.cuda.synchronize()
@@ -134,8 +133,10 @@ def test_memory_stays_flat(make: Callable[..., Loader], provider: str):
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_batches_feed_a_captured_graph(make: Callable[..., Loader], provider: str):
-    """A loader's own threads and memory must not break the capture of the training step, nor its replays."""
-    loader = make(provider, AugmentSpec())
+    """A loader's own threads and memory must not break the capture of the training step, nor its
+    replays.
+    """
+    loader = make(provider, PLAIN)
     batches = loader.epoch(0)
     static = next(batches).images.clone()
     graph = torch.cuda.CUDAGraph()
@@ -161,8 +162,8 @@ def test_a_truncated_jpeg_is_named_and_not_shown_grey(tmp_path: Path):
     index = check_data(tmp_path)
     broken = tmp_path / "a" / "2.jpg"
     broken.write_bytes(broken.read_bytes()[:-300])
-    settings = {**SETTINGS, "batch_size": 4, "channels": 1}
-    loader = build_loader(index, range(4), provider="dali", device="cuda", train=None, **settings)
+    settings = {**SETTINGS, "batch_size": 4}
+    loader = loader_of(index, provider="dali", device="cuda", **settings)
     with pytest.raises(DataError, match=r"2\.jpg"):
         next(loader.epoch(0))
     loader.close()
@@ -170,7 +171,7 @@ def test_a_truncated_jpeg_is_named_and_not_shown_grey(tmp_path: Path):
 
 @pytest.mark.dali
 def test_dali_runs_on_the_device_that_was_asked_for(make: Callable[..., Loader]):
-    assert dali_loader.refusal(torch.device("cuda")) is None
+    assert dali.unavailable(torch.device("cuda")) is None
     last = torch.cuda.device_count() - 1
     batch = next(make("dali", None, f"cuda:{last}").epoch(0))
     assert batch.images.device == torch.device("cuda", last)
