@@ -37,10 +37,11 @@ from benchmarks.loader_memory import SHOWN, watch_apart
 from benchmarks.loader_pixels import Case, Difference, difference, parity, ways
 from benchmarks.machine import sources_hash
 from benchmarks.results import Results
+from sssd_fast.config import AugmentConfig
 from sssd_fast.data.index import check_data
 from sssd_fast.data.synthetic import write_synthetic_dataset
 from sssd_fast.errors import SssdError
-from sssd_fast.loaders import AugmentSpec, Batch, Loader
+from sssd_fast.loaders import Batch, Loader
 from sssd_fast.run.log import Console
 
 MOST_MEAN = 1.0  # grey levels from Pillow on average, above which no time is given
@@ -129,7 +130,7 @@ def measure(case: Case, rounds: int) -> list[Row]:
         for row, way in zip(rows, ways(case.threads), strict=True):
             start = time.perf_counter()
             try:
-                loader = case.loader(way, AugmentSpec())
+                loader = case.loader(way, AugmentConfig())
             except SssdError as error:
                 row.reason = str(error)
                 continue
@@ -139,7 +140,7 @@ def measure(case: Case, rounds: int) -> list[Row]:
             row.start_s = time.perf_counter() - start
             row.how = loader.describe()
             touch(batches)
-            found = difference(loader, case.reference(AugmentSpec()))
+            found = difference(loader, case.reference(AugmentConfig()))
             if isinstance(found, str):
                 row.reason = f"no time: {found}"
                 continue

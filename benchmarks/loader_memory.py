@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.loader_pixels import loader_of
+from sssd_fast.config import AugmentConfig
 from sssd_fast.data.index import DataIndex
 from sssd_fast.errors import SssdError
-from sssd_fast.loaders import AugmentSpec, build_loader
 
 SHOWN = (1, 5, 10, 25, 50)  # epochs in the table
 SETTLED = 10  # epochs after which memory should grow no more, but for
@@ -58,7 +59,7 @@ def watch(index: DataIndex, epochs: int, arguments: dict[str, Any]) -> Memory:
     """Runs `epochs` epochs of pre-training crops in this process. arguments: of build_loader."""
     memory = Memory(before=_mib("VmRSS"))
     try:
-        loader = build_loader(index, range(len(index)), train=AugmentSpec(), **arguments)
+        loader = loader_of(index, AugmentConfig(), arguments)
     except SssdError as error:
         return Memory(reason=str(error))
     for epoch in range(epochs):

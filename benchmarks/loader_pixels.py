@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from sssd_fast.config import AugmentConfig
 from sssd_fast.data.index import DataIndex
 from sssd_fast.errors import SssdError
-from sssd_fast.loaders import AugmentSpec, Loader, build_loader
+from sssd_fast.loaders import Loader, SampleOrder, build_loader
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,21 @@ class Case:
             "device": str(self.device),
         }
 
-    def loader(self, way: Way, train: AugmentSpec | None) -> Loader:
-        return build_loader(self.index, range(len(self.index)), train=train, **self.arguments(way))
+    def loader(self, way: Way, train: AugmentConfig | None) -> Loader:
+        return loader_of(self.index, train, self.arguments(way))
 
-    def reference(self, train: AugmentSpec | None) -> Loader:
+    def reference(self, train: AugmentConfig | None) -> Loader:
         """Pillow, in this process."""
         return replace(self, device=torch.device("cpu")).loader(ways(self.threads)[0], train)
+
+
+def loader_of(
+    index: Any, augment: AugmentConfig | None, arguments: dict[str, Any], seed: int = 0
+) -> Loader:
+    shown = {name: arguments[name] for name in ("batch_size", "image_size", "channels")}
+    order = SampleOrder(index, range(len(index)), augment=augment, seed=seed, **shown)
+    rest = {name: value for name, value in arguments.items() if name not in shown}
+    return build_loader(order, **rest)
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ def difference(loader: Loader, reference: Loader, epoch: int = 0) -> Difference 
 def parity(case: Case) -> list[dict[str, Any]]:
     """A row per provider and kind of view; `reason` in place of the figures where there are none."""
     rows = []
-    for view, train in (("training", AugmentSpec()), ("evaluation", None)):
+    for view, train in (("training", AugmentConfig()), ("evaluation", None)):
         for way in ways(case.threads)[1:]:
             row = {"data": case.data, "channels": case.channels, "provider": way.name, "view": view}
             try:

@@ -24,6 +24,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 FITS = ("crop", "stretch")
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a training crop, as in MAE
 CROP_TRIES = 10
 # Random numbers per record: area, aspect, top and left of each try; then flip, angle, brightness,
 # contrast.
@@ -55,7 +56,7 @@ def training_crops(shapes: Ints, spec: AugmentConfig, seed: int, epoch: int) -> 
     # The third number separates this table from the permutation, which is drawn from (seed, epoch).
     draws = np.random.default_rng([seed, epoch, 1]).random((len(shapes), _DRAWS))
     tries, rest = draws[:, :-4].reshape(-1, CROP_TRIES, 4), draws[:, -4:]
-    boxes = random_crop_boxes(shapes, spec.crop_scale, spec.crop_ratio, tries)
+    boxes = random_crop_boxes(shapes, spec.crop_scale, CROP_RATIO, tries)
     jitter = (2 * rest[:, 1:] - 1) * (spec.rotation_deg, spec.brightness, spec.contrast)
     return Crops(np.arange(len(shapes)), boxes, rest[:, 0] < spec.hflip, jitter)
 

@@ -14,7 +14,7 @@ from sssd_fast.data.labels import positive_class
 from sssd_fast.data.split import Split
 from sssd_fast.errors import DataError
 from sssd_fast.evaluation.metrics import binary_metrics
-from sssd_fast.loaders.crops import evaluation_view
+from sssd_fast.loaders.crops import evaluation_crop
 
 SIDE = 32
 Picture = NDArray[np.float32]  # [SIDE * SIDE]
@@ -50,7 +50,7 @@ class NearestNeighbour:
         key = index.records[i].pixel_hash
         if key not in self._pictures:
             grey = to_channels(self._decode(index.file(i)), 1)
-            self._pictures[key] = evaluation_view(grey, (SIDE, SIDE), "stretch").astype(
+            self._pictures[key] = evaluation_crop(grey, (SIDE, SIDE), "stretch").astype(
                 np.float32
             ).ravel() / np.float32(255)
         return self._pictures[key]

@@ -27,12 +27,12 @@ from mae_kernels import (
     random_masking,
     restore_tokens,
 )
-from sssd_fast.config import load_config
+from sssd_fast.config import AugmentConfig, load_config
 from sssd_fast.data import index as index_module
 from sssd_fast.data.index import DataIndex, check_data
 from sssd_fast.data.synthetic import write_synthetic_dataset
 from sssd_fast.evaluation.metrics import bootstrap_intervals
-from sssd_fast.loaders import AugmentSpec, build_loader
+from sssd_fast.loaders import SampleOrder, build_loader
 from sssd_fast.loaders.augment import rotate_and_jitter
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, parameter_groups
@@ -147,16 +147,17 @@ def test_epoch_of_the_resident_loader(benchmark: BenchmarkFixture, index: DataIn
         "batch_size": 16,
         "image_size": (32, 32),
         "channels": 1,
-        "train": AugmentSpec(),
+        "augment": AugmentConfig(),
         "seed": 3,
     }
-    loader = build_loader(index, range(IMAGES), provider="resident", cache="none", **arguments)
+    order = SampleOrder(index, range(IMAGES), **arguments)
+    loader = build_loader(order, provider="resident", cache="none")
     batches = benchmark(lambda: list(loader.epoch(1)))
     shown = torch.cat([batch.indices for batch in batches])
     assert sorted(shown.tolist()) == list(range(IMAGES))
     labels = torch.cat([batch.labels for batch in batches])
     assert labels.tolist() == [index.records[i].label for i in shown.tolist()]
-    reader = build_loader(index, range(IMAGES), provider="torch", **arguments)
+    reader = build_loader(order, provider="torch")
     for got, want in zip(batches, reader.epoch(1), strict=True):
         assert got.images.shape == want.images.shape == (16, 1, 32, 32)
         assert torch.equal(got.indices, want.indices)

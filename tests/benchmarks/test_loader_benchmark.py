@@ -15,10 +15,11 @@ import torch
 from benchmarks import loader as benchmark
 from benchmarks import loader_memory, results
 from benchmarks.loader_memory import is_flat, watch, watch_apart
-from benchmarks.loader_pixels import Case, Difference, difference, ways
+from benchmarks.loader_pixels import Case, Difference, difference, loader_of, ways
+from sssd_fast.config import AugmentConfig
 from sssd_fast.data.index import DataIndex, check_data
 from sssd_fast.data.synthetic import write_synthetic_dataset
-from sssd_fast.loaders import PAD_INDEX, PAD_LABEL, AugmentSpec, Batch, build_loader
+from sssd_fast.loaders import PAD_INDEX, PAD_LABEL, Batch
 from sssd_fast.loaders import dali as dali_loader
 from sssd_fast.loaders.resident import ResidentLoader
 
@@ -65,7 +66,7 @@ def test_every_provider_has_a_row_with_its_time_or_the_reason(folder: Path, tmp_
     found = quick(folder, "--json", str(tmp_path / "speed.json"))
     rows = {row["provider"]: row for row in found["rows"]}
     assert list(rows) == NAMES
-    refused = dali_loader.refusal(CPU)
+    refused = dali_loader.unavailable(CPU)
     for name, row in rows.items():
         if name == "dali" and refused:
             assert refused in row["reason"]
@@ -99,7 +100,7 @@ def test_a_provider_with_wrong_pixels_gets_no_time(
     monkeypatch.setattr(ResidentLoader, "_show", lambda self, *args: real(self, *args) + 30)
     rows = quick(folder)["rows"]
     assert [name for name in NAMES if name not in timed(rows)] == ["dali"] * bool(
-        dali_loader.refusal(CPU)
+        dali_loader.unavailable(CPU)
     ) + ["resident"]
     assert rows[3]["images_per_s"] == []
     assert rows[3]["ratio"] is None
@@ -110,7 +111,7 @@ def test_a_provider_with_wrong_pixels_gets_no_time(
 def test_a_provider_that_cannot_run_is_listed_with_the_reason(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dali_loader, "refusal", lambda device: "left out for this test")
+    monkeypatch.setattr(dali_loader, "unavailable", lambda device: "left out for this test")
     rows = quick(folder, "--markdown")["rows"]
     assert timed(rows) == [NAMES[0], NAMES[1], NAMES[3]]
     assert "left out for this test" in rows[2]["reason"]
@@ -212,8 +213,7 @@ def test_differences_are_counted_in_grey_levels_and_without_padding() -> None:
 
 def test_another_order_is_no_difference_of_pixels(index: DataIndex) -> None:
     loaders = [
-        build_loader(index, range(40), train=AugmentSpec(), seed=seed, **arguments(index, "torch"))
-        for seed in (0, 1)
+        loader_of(index, AugmentConfig(), arguments(index, "torch"), seed) for seed in (0, 1)
     ]
     assert difference(*loaders) == "batch 0 has other indices than the torch loader"
 
@@ -270,7 +270,7 @@ def test_memory_is_what_the_system_says_and_a_leak_is_seen(
     leaked = []
 
     def leaking(*args: Any, **kwargs: Any) -> Any:
-        loader = build_loader(*args, **kwargs)
+        loader = loader_of(*args, **kwargs)
         real = loader.epoch
 
         def epoch(number: int) -> Iterator[Batch]:
@@ -282,7 +282,7 @@ def test_memory_is_what_the_system_says_and_a_leak_is_seen(
         monkeypatch.setattr(loader, "epoch", epoch)
         return loader
 
-    monkeypatch.setattr(loader_memory, "build_loader", leaking)
+    monkeypatch.setattr(loader_memory, "loader_of", leaking)
     grown = watch(index, 12, settings)
     assert grown.flat is False
     assert grown.epochs[-1] - grown.epochs[9] == pytest.approx(2 * 150, rel=0.1)
