@@ -52,7 +52,7 @@ def measure_all(bench: Bench, cases: Sequence[tuple[Op, Shape, torch.dtype]], ti
     """Rows of all cases that are not in the results yet."""
     done = {(row["case"], row["shape"], row["dtype"]) for row in bench.results.rows}
     left = [case for case in cases if (case[0].name, case[1].name, NAMES[case[2]]) not in done]
-    with bench.console.progress(len(left), title, warmup_steps=0) as progress:
+    with bench.console.progress(len(left), title) as progress:
         for number, (op, s, dtype) in enumerate(left):
             label = f"{op.name}, {s.name}, {NAMES[dtype]}"
             if bench.time_is_up():

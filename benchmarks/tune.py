@@ -317,7 +317,7 @@ def examine(row: Row, site: Site, candidate: Candidate, call: Call, target: Targ
 
 def measure_sites(bench: Bench, found: Sequence[Site], target: Target) -> None:
     groups = [list(group) for _, group in groupby(found, key=lambda site: (site.op, site.shape))]
-    with bench.console.progress(len(groups), "tune", warmup_steps=0) as progress:
+    with bench.console.progress(len(groups), "tune") as progress:
         for number, members in enumerate(groups):
             try:
                 measure_op(bench, members, target)

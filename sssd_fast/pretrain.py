@@ -65,7 +65,8 @@ class PretrainTask:
     def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
         every = self.settings.image_epochs
         if self.run.world.main and (last or (every and epoch % every == 0)):
-            self._draw(epoch, step)
+            with self.run.console.doing("drawing reconstructions"):
+                self._draw(epoch, step)
         due = last or epoch % self.settings.validate_epochs == 0
         return self._validate(self.val_loader, step) if due and self.val_loader is not None else {}
 

@@ -39,6 +39,7 @@ from sssd_fast.run.checkpoint import load_checkpoint
 from sssd_fast.run.device import World, generator, peak_memory_gib
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.folder import Run
+from sssd_fast.run.log import format_metric
 from sssd_fast.run.signals import SignalGuard
 from sssd_fast.step import Step, StepResult, TaskLoss
 
@@ -249,7 +250,8 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                 progress.epoch = progress.epoch + 1
                 progress.step_in_epoch = 0
             last = progress.step == schedule.total_steps
-            figures = task.end_epoch(math.ceil(epoch), last, step)
+            with run.console.doing("validating"):
+                figures = task.end_epoch(math.ceil(epoch), last, step)
             metric = figures.get(task.best[0])
             if figures:
                 run.tracker.log("val", progress.step, epoch=round(epoch, 4), **figures)
@@ -339,9 +341,8 @@ def _better(value: float, best: float | None, higher: bool) -> bool:
 
 
 def _sentence(epoch: float, figures: dict[str, float]) -> str:
-    return f"epoch {epoch:.4g}: " + ", ".join(
-        f"{name} {value:.4g}" for name, value in figures.items()
-    )
+    named = (format_metric(name, value) for name, value in figures.items())
+    return f"epoch {epoch:.4g}: {', '.join(named)}"
 
 
 def _save(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = False) -> None:
