@@ -160,7 +160,7 @@ def data_check(args: argparse.Namespace) -> None:
         max_bad_fraction=args.max_bad_fraction,
         accept_wrong_extension=args.accept_wrong_extension,
     )
-    index.print_summary()
+    print(index.summary())
     split = split_manifest(index) if any(r.split for r in index.records) else None
     if split is not None:
         print(

@@ -1,13 +1,14 @@
-"""Image files to uint8 arrays: one decoder, used by the check, the loaders and the evaluation alike.
+"""Image files to uint8 arrays: one decoder for the check, the loaders and the evaluation.
 
-Rules, so that a picture never depends on who opened it:
-- the content (first bytes) decides the format; whether the suffix agrees is the check's business (index.py);
-- 8-bit grey stays [H, W]; colour, palette, CMYK and YCbCr become RGB [H, W, 3]; 1-bit becomes 0 / 255;
+Rules, so that an image never depends on which code opened it:
+- the content (first bytes) decides the format; the check (index.py) compares it with the suffix;
+- 8-bit grey stays [H, W]; colour, palette, CMYK and YCbCr become RGB [H, W, 3]; 1-bit becomes 0/255;
 - transparency is composited on black;
-- 16-bit grey is scaled linearly, 0 -> 0 and 2^b - 1 -> 255, b = the smallest of 8, 12, 16 bits that holds the largest
-  value (CT stored as 12 bits in 16 would otherwise turn black); 16-bit colour keeps the high byte (Pillow's rule);
+- 16-bit grey is scaled linearly from 0..2^b - 1 to 0..255, where b is the smallest of 8, 12 and 16
+  bits that holds the largest value (12-bit CT stored in 16 bits would otherwise be almost black);
+  16-bit colour keeps the high byte (Pillow's rule);
 - an EXIF orientation is applied;
-- a truncated file is an error, never a picture with a grey rest.
+- a truncated file is an error, never an image with a grey remainder.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _MAGIC = (
 
 
 class ImageError(DataError):
-    """One file that is not a usable image. `reason` is the message without the file's name."""
+    """A file that is not a usable image. `reason` is the message without the file's name."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{printable(name)}: {reason}")
@@ -71,7 +72,7 @@ class Decoded(NamedTuple):
 
 
 def printable(name: str) -> str:
-    """The name as one printable line: newlines, terminal escapes and undecodable bytes become \\-escapes."""
+    """`name` on one line: control characters and undecodable bytes become \\-escapes."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
         for c in name
@@ -79,7 +80,7 @@ def printable(name: str) -> str:
 
 
 def sniff_format(data: bytes) -> str | None:
-    """The format that the first bytes announce, or None."""
+    """The format according to the first bytes, or None."""
     for offset, magic, name in _MAGIC:
         if data[offset : offset + len(magic)] == magic:
             return name
@@ -87,7 +88,7 @@ def sniff_format(data: bytes) -> str | None:
 
 
 def read_file(path: str | PathLike[str]) -> bytes:
-    """The bytes of `path`. Raises ImageError when it vanished, cannot be read or is empty."""
+    """The bytes of `path`. Raises ImageError if it is missing, unreadable or empty."""
     name = fspath(path)
     try:
         data = Path(path).read_bytes()
@@ -101,34 +102,30 @@ def read_file(path: str | PathLike[str]) -> bytes:
 
 
 def decode_bytes(data: bytes, name: str) -> Decoded:
-    """Decode the whole of a file already in memory; `name` only appears in errors.
+    """Decode a file that is in memory; `name` is used in errors.
 
-    Raises ImageError: not one of the known formats, truncated or damaged data, fewer than MIN_SIDE pixels a side, more
-    than MAX_PIXELS in all, a pixel type without a rule (32-bit float).
+    Raises ImageError: unknown format, truncated or damaged data, fewer than MIN_SIDE pixels a side,
+    more than MAX_PIXELS, a pixel type without a fixed range (32-bit float).
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DataError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: damaged files would be read as half grey pictures. "
-            "Some imported package or your code set it; set it to False."
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: damaged files would be read as half grey "
+            "images. Some imported package or your code set it; set it to False."
         )
     found = sniff_format(data)
     if found is None or found not in SUFFIXES.values():
-        content = f"the content is {found}" if found else "the content is no known image format"
+        content = f"the content is {found}" if found else "the content is not a known image format"
         raise ImageError(name, f"{content}; needed: {', '.join(sorted(set(SUFFIXES.values())))}")
+    # MPO is a JPEG followed by further images, as some cameras write
+    formats = [found, "MPO"] if found == "JPEG" else [found]
     try:
-        # MPO: a JPEG with further pictures behind the first, as some cameras write; Pillow re-labels it by itself.
-        with Image.open(
-            BytesIO(data), formats=[found, "MPO"] if found == "JPEG" else [found]
-        ) as image:
+        with Image.open(BytesIO(data), formats=formats) as image:
             width, height = image.size
+            size = f"{width} x {height} pixels"
             if width * height > MAX_PIXELS:
-                raise ImageError(
-                    name, f"{width} x {height} pixels is over the limit of {MAX_PIXELS} (2^26)"
-                )
+                raise ImageError(name, f"{size} is over the limit of {MAX_PIXELS} (2^26)")
             if min(width, height) < MIN_SIDE:
-                raise ImageError(
-                    name, f"{width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed"
-                )
+                raise ImageError(name, f"{size}; at least {MIN_SIDE} x {MIN_SIDE} are needed")
             mode = image.mode
             image.load()
             plain = _is_plain(image, found)
@@ -137,68 +134,21 @@ def decode_bytes(data: bytes, name: str) -> Decoded:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, f"too many pixels ({error})") from error
-    except (
-        Exception
-    ) as error:  # Pillow's parsers raise a dozen types on damaged data; all mean the same here
-        raise ImageError(
-            name, f"truncated or damaged {found} ({type(error).__name__}: {error})"
-        ) from error
+    except Exception as error:  # Pillow raises a dozen types on damaged data
+        reason = f"truncated or damaged {found} ({type(error).__name__}: {error})"
+        raise ImageError(name, reason) from error
 
 
 def decode_image(path: str | PathLike[str]) -> ImageArray:
-    """Read and decode one file -> uint8 [H, W] or [H, W, 3]. Raises ImageError (a DataError) naming the file."""
+    """Read and decode one file -> uint8 [H, W] or [H, W, 3]. Raises ImageError naming the file."""
     return decode_bytes(read_file(path), fspath(path)).pixels
-
-
-def _is_plain(image: Image.Image, found: str) -> bool:
-    """Whether another decoder gives the same RGB without knowing the rules above: an upright, opaque 8-bit PNG or JPEG."""
-    if found not in ("PNG", "JPEG") or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        return False
-    if image.mode in ("RGBA", "LA"):
-        return image.getchannel("A").getextrema() == (255, 255)
-    stored_as_rgb = (
-        found == "JPEG" and image.mode == "RGB" and image.info.get("adobe_transform") == 0
-    )
-    return image.mode in ("L", "RGB") and not image.has_transparency_data and not stored_as_rgb
-
-
-def _to_uint8(image: Image.Image, name: str) -> ImageArray:
-    if image.mode.startswith("I"):
-        return _scale_16_bit(np.asarray(image), name)
-    if (
-        image.has_transparency_data
-    ):  # RGBA, LA, and the one transparent colour a palette, grey or RGB PNG may name
-        grey = image.mode in ("L", "LA", "La")
-        rgba = image.convert("RGBA")
-        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
-        rgb = Image.alpha_composite(black, rgba).convert("RGB")
-        return np.array(rgb)[:, :, 0].copy() if grey else np.array(rgb)
-    if image.mode in ("L", "1"):
-        return np.array(image.convert("L"))
-    if image.mode in ("RGB", "P", "CMYK", "YCbCr", "RGBX"):
-        return np.array(image.convert("RGB"))
-    raise ImageError(
-        name,
-        f"pixels of Pillow mode {image.mode!r} have no fixed range; convert the file to 8 or 16 bits",
-    )
-
-
-def _scale_16_bit(values: npt.NDArray[np.generic], name: str) -> ImageArray:
-    wide = values.astype(np.int64)
-    low, high = int(wide.min()), int(wide.max())
-    if low < 0 or high > 65535:
-        raise ImageError(
-            name,
-            f"integer pixels from {low} to {high}; 0 to 65535 is needed (window the CT values first)",
-        )
-    top = next(t for t in (255, 4095, 65535) if high <= t)
-    return ((wide * 255 + top // 2) // top).astype(np.uint8)
 
 
 def to_channels(image: ImageArray, channels: int) -> ImageArray:
     """uint8 [H, W] or [H, W, 3] -> [H, W] for channels=1, [H, W, 3] for channels=3.
 
-    RGB to grey is ITU-R 601 luma in Pillow's fixed-point form, which returns v for (v, v, v); grey is repeated.
+    RGB to grey is ITU-R 601 luma in Pillow's fixed-point form, which returns v for (v, v, v); grey is
+    repeated.
     """
     if channels not in (1, 3):
         raise DataError(f"channels is {channels}; 1 (grey) or 3 (RGB) is needed")
@@ -208,9 +158,48 @@ def to_channels(image: ImageArray, channels: int) -> ImageArray:
 
 
 def pixel_hash(image: ImageArray) -> str:
-    """SHA-256 of the picture: equal for the same pixels in other formats, and for grey stored as RGB."""
+    """SHA-256 of the pixels, independent of the file format; grey stored as RGB counts as grey."""
     if image.ndim == 3 and (image[:, :, :1] == image).all():
         image = image[:, :, 0]
     digest = hashlib.sha256(repr(image.shape).encode())
     digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()
+
+
+def _is_plain(image: Image.Image, found: str) -> bool:
+    """True if a decoder that knows none of the rules above gives the same RGB.
+
+    This holds for an upright, opaque 8-bit PNG or JPEG.
+    """
+    if found not in ("PNG", "JPEG") or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return False
+    if image.mode in ("RGBA", "LA"):
+        return image.getchannel("A").getextrema() == (255, 255)
+    rgb_jpeg = found == "JPEG" and image.mode == "RGB" and image.info.get("adobe_transform") == 0
+    return image.mode in ("L", "RGB") and not image.has_transparency_data and not rgb_jpeg
+
+
+def _to_uint8(image: Image.Image, name: str) -> ImageArray:
+    if image.mode.startswith("I"):
+        return _scale_16_bit(np.asarray(image), name)
+    if image.has_transparency_data:  # RGBA, LA, or a PNG with one transparent colour
+        rgba = image.convert("RGBA")
+        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
+        rgb = np.array(Image.alpha_composite(black, rgba).convert("RGB"))
+        return rgb[:, :, 0].copy() if image.mode in ("L", "LA", "La") else rgb
+    if image.mode in ("L", "1"):
+        return np.array(image.convert("L"))
+    if image.mode in ("RGB", "P", "CMYK", "YCbCr", "RGBX"):
+        return np.array(image.convert("RGB"))
+    problem = f"pixels of Pillow mode {image.mode!r} have no fixed range"
+    raise ImageError(name, f"{problem}; convert the file to 8 or 16 bits")
+
+
+def _scale_16_bit(values: npt.NDArray[np.generic], name: str) -> ImageArray:
+    wide = values.astype(np.int64)
+    low, high = int(wide.min()), int(wide.max())
+    if low < 0 or high > 65535:
+        problem = f"integer pixels from {low} to {high}; 0 to 65535 is needed"
+        raise ImageError(name, f"{problem} (window the CT values first)")
+    top = next(t for t in (255, 4095, 65535) if high <= t)
+    return ((wide * 255 + top // 2) // top).astype(np.uint8)

@@ -1,7 +1,8 @@
-"""The validated list of images: every file decoded once, every bad one named, before anything is trained on.
+"""The checked list of images: every file is decoded once and every bad one named before training.
 
 Sources: a folder with one folder per class (any depth below), or a CSV manifest with the columns
-path,label[,split][,patient], paths relative to the data folder. Class numbers are the sorted class names.
+path,label[,split][,patient], paths relative to the data folder. A label is the position of the
+class in the sorted class names.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TextIO
+from typing import TypeVar
 
+from sssd_fast.data.folders import walk_files
 from sssd_fast.data.images import (
     SUFFIXES,
     ImageError,
@@ -31,10 +33,9 @@ from sssd_fast.data.split import Split
 from sssd_fast.errors import DataError
 from sssd_fast.run.files import atomic_write_bytes
 
-if TYPE_CHECKING:
-    pass
-
 Progress = Callable[[int, int], None]  # (done, total)
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 _FORMAT = "sssd_fast.index"
 _VERSION = 1
@@ -43,21 +44,34 @@ _VERSION = 1
 @dataclass(frozen=True)
 class ImageRecord:
     path: str  # relative to the index's root, with /
-    label: int  # number of the class in DataIndex.classes
+    label: int  # position in DataIndex.classes
     sha256: str  # of the file
-    pixel_hash: str  # of the decoded picture (images.pixel_hash)
+    pixel_hash: str  # of the decoded image (images.pixel_hash)
     height: int
     width: int
     mode: str  # Pillow's mode of the stored file
     split: str | None = None  # from the manifest: train, val, test
     patient: str | None = None
-    plain: bool = False  # any decoder gives the same picture (images.Decoded)
+    plain: bool = False  # any decoder gives the same image (images.Decoded)
+    format: str = ""  # by content (images.Decoded); "" in an index of an earlier version
+
+    @property
+    def wrong_extension(self) -> str:
+        """How the file's name disagrees with its content; "" if it agrees."""
+        suffix = PurePosixPath(self.path).suffix
+        named = SUFFIXES.get(suffix.lower(), printable(suffix) or "nothing")
+        if self.format in ("", named):
+            return ""
+        return f"wrong extension: the name says {named}, the content is {self.format}"
 
 
 @dataclass(frozen=True)
 class Excluded:
     path: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ class DataIndex:
     classes: list[str]  # sorted by name; a label is a position here
     records: list[ImageRecord]
     excluded: list[Excluded] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what was passed over without being an error
+    notes: list[str] = field(default_factory=list)  # ignored files and the like; not errors
 
     def __len__(self) -> int:
         return len(self.records)
@@ -85,7 +99,7 @@ class DataIndex:
         return {name: found[label] for label, name in enumerate(self.classes)}
 
     def fingerprint(self, ids: Iterable[int] | None = None) -> str:
-        """SHA-256 over path, label and content of the records in order: equal means the same data set."""
+        """SHA-256 over path, label and content of the records in order: equal means equal data."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for i in range(len(self)) if ids is None else ids:
             r = self.records[i]
@@ -99,35 +113,26 @@ class DataIndex:
             "version": _VERSION,
             "root": str(self.root.absolute()),
             "classes": self.classes,
-        }
-        lists = {
+            "notes": self.notes,
+            "wrong_extension": [r.path for r in self.records if r.wrong_extension],
             "records": [asdict(r) for r in self.records],
             "excluded": [asdict(e) for e in self.excluded],
         }
-        text = json.dumps({**body, "notes": self.notes, **lists}, indent=1) + "\n"
+        text = json.dumps(body, indent=1) + "\n"
         atomic_write_bytes(Path(path), text.encode("utf-8", "surrogateescape"))
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None
     ) -> DataIndex:
-        """Read an index; `root` overrides the data folder when it moved. Raises DataError when it is not an index."""
+        """Read an index; `root` overrides the data folder if it moved.
+
+        Raises DataError if the file is not an index, is damaged, or its data folder is missing.
+        """
         try:
             body = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{path}: not a readable index ({error}); make it with `sssd-fast data check`"
-            ) from error
-        if (
-            not isinstance(body, dict)
-            or body.get("format") != _FORMAT
-            or body.get("version") != _VERSION
-        ):
-            raise DataError(
-                f"{path}: not an index of version {_VERSION} ('format' and 'version' do not match); "
-                "make it again with `sssd-fast data check`"
-            )
-        try:
+            if (body["format"], body["version"]) != (_FORMAT, _VERSION):
+                raise ValueError("'format' and 'version' do not match")
             index = cls(
                 root=Path(root if root is not None else body["root"]),
                 classes=[str(name) for name in body["classes"]],
@@ -135,49 +140,46 @@ class DataIndex:
                 excluded=[Excluded(**e) for e in body["excluded"]],
                 notes=list(body["notes"]),
             )
-        except (KeyError, TypeError) as error:
+            if not all(0 <= label < len(index.classes) for label in index.labels):
+                raise ValueError(f"a label outside its {len(index.classes)} classes")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path}: damaged index ({error}); make it again with `sssd-fast data check`"
+                f"{path}: not an index of version {_VERSION}, or damaged ({error}); make it again "
+                "with `sssd-fast data check`"
             ) from error
-        if not all(0 <= r.label < len(index.classes) for r in index.records):
-            raise DataError(
-                f"{path}: damaged index (a label outside its {len(index.classes)} classes)"
-            )
         if not index.root.is_dir():
             raise DataError(
-                f"{path}: its data folder {index.root} does not exist; pass the folder's new place"
+                f"{path}: its data folder {index.root} does not exist; pass the new path"
             )
         return index
 
     def summary(self) -> str:
-        """Several lines: counts, sizes, modes, splits, excluded files by name, duplicates."""
-        sides = [(r.height, r.width) for r in self.records]
-        heights, widths = [h for h, _ in sides], [w for _, w in sides]
-        modes = Counter(r.mode for r in self.records)
+        """Several lines: counts, sizes, modes, splits, notes, excluded files, duplicates."""
+
+        def per_class(ids: Iterable[int] | None = None) -> str:
+            return ", ".join(f"{printable(name)} {n}" for name, n in self.counts(ids).items())
+
+        heights = [r.height for r in self.records]
+        widths = [r.width for r in self.records]
+        modes = Counter(r.mode for r in self.records).most_common()
+        where = printable(str(self.root))
         lines = [
-            f"{len(self)} images in {len(self.classes)} classes under {printable(str(self.root))}",
-            "  classes: "
-            + ", ".join(f"{printable(name)} {n}" for name, n in self.counts().items()),
+            f"{len(self)} images in {len(self.classes)} classes under {where}",
+            f"  classes: {per_class()}",
             f"  height {min(heights)}-{max(heights)}, width {min(widths)}-{max(widths)} pixels; "
-            + "modes: "
-            + ", ".join(f"{mode} {n}" for mode, n in modes.most_common()),
+            f"modes: {', '.join(f'{mode} {n}' for mode, n in modes)}",
         ]
         if any(r.split for r in self.records):
             for name in SPLIT_NAMES:
                 ids = [i for i, r in enumerate(self.records) if r.split == name]
-                lines.append(
-                    f"  {name}: "
-                    + ", ".join(f"{printable(c)} {n}" for c, n in self.counts(ids).items())
-                )
-        if any(r.patient for r in self.records):
-            lines.append(f"  patients: {len({r.patient for r in self.records if r.patient})}")
+                lines.append(f"  {name}: {per_class(ids)}")
+        patients = {r.patient for r in self.records if r.patient}
+        if patients:
+            lines.append(f"  patients: {len(patients)}")
         lines += [f"  note: {note}" for note in self.notes]
         lines.append(f"  excluded: {len(self.excluded)}")
-        lines += [f"    {printable(e.path)}: {e.reason}" for e in self.excluded]
+        lines += first_lines([str(e) for e in self.excluded])
         return "\n".join(lines + report_duplicates(self).lines())
-
-    def print_summary(self, file: TextIO | None = None) -> None:
-        print(self.summary(), file=file or sys.stdout)
 
 
 @dataclass(frozen=True)
@@ -189,43 +191,36 @@ class Duplicates:
     conflicting: list[list[str]]  # each path followed by its class
 
     def lines(self) -> list[str]:
-        lines = [f"  identical pictures: {len(self.groups)} groups"]
+        lines = [f"  identical images: {len(self.groups)} groups"]
         for title, groups in (
             ("IN SEVERAL SPLITS", self.across_splits),
             ("WITH DIFFERENT LABELS", self.conflicting),
         ):
             if groups:
-                lines.append(f"  identical pictures {title}: {len(groups)} groups")
-                lines += first_lines(
-                    [" = ".join(printable(name) for name in group) for group in groups]
-                )
+                lines.append(f"  identical images {title}: {len(groups)} groups")
+                lines += first_lines([" = ".join(map(printable, group)) for group in groups])
         return lines
 
 
 def report_duplicates(index: DataIndex, split: Split | None = None) -> Duplicates:
-    """Find pictures with equal pixels; `split` None uses the manifest's split column."""
-    part_of = (
-        {i: r.split for i, r in enumerate(index.records)} if split is None else split.split_of()
-    )
+    """Find images with equal pixels; without `split` the manifest's split column is used."""
+    records = index.records
+    split_of = split.split_of() if split else {i: r.split for i, r in enumerate(records) if r.split}
     by_hash: dict[str, list[int]] = defaultdict(list)
-    for i, record in enumerate(index.records):
+    for i, record in enumerate(records):
         by_hash[record.pixel_hash].append(i)
-    groups = [ids for ids in by_hash.values() if len(ids) > 1]
-
-    def path(i: int) -> str:
-        return index.records[i].path
-
-    def class_of(i: int) -> str:
-        return index.classes[index.records[i].label]
-
-    across, conflicting = [], []
-    for ids in groups:
-        placed = [i for i in ids if part_of.get(i)]
-        if len({part_of[i] for i in placed}) > 1:
-            across.append([f"{path(i)} ({part_of[i]})" for i in placed])
-        if len({class_of(i) for i in ids}) > 1:
-            conflicting.append([f"{path(i)} ({class_of(i)})" for i in ids])
-    return Duplicates([[path(i) for i in ids] for ids in groups], across, conflicting)
+    found = Duplicates([], [], [])
+    for ids in by_hash.values():
+        if len(ids) == 1:
+            continue
+        found.groups.append([records[i].path for i in ids])
+        in_split = [i for i in ids if i in split_of]
+        if len({split_of[i] for i in in_split}) > 1:
+            found.across_splits.append([f"{records[i].path} ({split_of[i]})" for i in in_split])
+        if len({records[i].label for i in ids}) > 1:
+            named = [f"{records[i].path} ({index.classes[records[i].label]})" for i in ids]
+            found.conflicting.append(named)
+    return found
 
 
 def check_data(
@@ -241,170 +236,151 @@ def check_data(
 ) -> DataIndex:
     """Decode every image once and return the index of the good ones.
 
-    source: the data folder (folder per class, or with `manifest` the folder its paths start from), or a CSV manifest,
-    whose own folder is then the data folder. out: also save the index there. threads: default one per core, at most 8.
-    accept_wrong_extension: keep files such as a JPEG named .png, which decode well, and only note their names (COVID-CT
-    has 34 of them); by default they are excluded like other bad files.
-    index_cache: folder in which good files are remembered; unchanged ones are not decoded again.
-    Raises DataError: nothing found, a bad manifest (all problems at once), a class left empty, or more than
-    `max_bad_fraction` of the files unusable.
+    source: the data folder (one folder per class, or with `manifest` the folder its paths are
+        relative to), or a CSV manifest in the data folder.
+    out: also save the index there.
+    threads: default one per core, at most 8.
+    accept_wrong_extension: keep files such as a JPEG named .png, which decode well (COVID-CT has 34
+        of them). By default they are excluded like other bad files.
+    index_cache: folder that stores the results, so that unchanged files are not decoded again.
+
+    Raises DataError: nothing found, a bad manifest (all problems at once), a class without a usable
+    image, or more than `max_bad_fraction` of the files unusable.
     """
     if not 0 <= max_bad_fraction <= 1:
         raise DataError(f"max_bad_fraction is {max_bad_fraction}; a fraction from 0 to 1 is needed")
-    place = Path(source)
-    if not place.exists():
-        raise DataError(f"{printable(str(place))}: no such file or folder")
-    if place.is_file():
+    root = Path(source)
+    if not root.exists():
+        raise DataError(f"{printable(str(root))}: no such file or folder")
+    if root.is_file():
         if manifest is not None:
             raise DataError(
-                f"{printable(str(place))} is a file; with a manifest the source is the folder its paths start from"
+                f"{printable(str(root))} is a file; with a manifest the source is the folder that "
+                "its paths are relative to"
             )
-        place, manifest = place.parent, place
+        root, manifest = root.parent, root
     notes: list[str] = []
-    rows = _scan_folders(place, notes) if manifest is None else read_manifest(manifest, notes)
+    rows = _scan_folders(root, notes) if manifest is None else read_manifest(manifest, notes)
     classes = sorted({row["label"] for row in rows})
-    memory = IndexCache(index_cache, place)
-    results = _decode_all(
-        place, rows, classes, memory, progress, threads or min(8, os.cpu_count() or 1)
-    )
-    memory.save()
-    records, excluded, renamed = [], [], []
-    for record, problem in results:
-        if record is not None and (problem is None or accept_wrong_extension):
-            records.append(record)
-            renamed += [f"{printable(problem.path)}: {problem.reason}"] if problem else []
-        elif problem is not None:
-            excluded.append(problem)
-            renamed += [problem.path] if record is not None else []
+    cache = IndexCache(index_cache, root)
+    threads = threads or min(8, os.cpu_count() or 1)
+    results = map_threads(partial(_examine, root, classes, cache), rows, threads, progress)
+    cache.save()
+    records: list[ImageRecord] = []
+    excluded: list[Excluded] = []
+    renamed: list[str] = []
+    for result in results:
+        if isinstance(result, Excluded):
+            excluded.append(result)
+            continue
+        if result.wrong_extension:
+            renamed.append(result.path)
+        if result.wrong_extension and not accept_wrong_extension:
+            excluded.append(Excluded(result.path, result.wrong_extension))
+        else:
+            records.append(result)
+    if renamed and accept_wrong_extension:
+        notes.append(
+            f"{len(renamed)} images with a wrong extension kept, such as {printable(renamed[0])}; "
+            "all are listed in index.json (wrong_extension)"
+        )
     if len(excluded) > max_bad_fraction * len(rows) or not records:
-        listed = "\n".join(first_lines([f"{printable(e.path)}: {e.reason}" for e in excluded]))
-        raise DataError(
-            f"{len(excluded)} of {len(rows)} images are unusable ({len(excluded) / len(rows):.1%}); "
-            f"the limit is {max_bad_fraction:.1%}:\n{listed}\n"
-            f"Repair or remove them, or raise the limit: --max-bad-fraction (max_bad_fraction) above "
-            f"{len(excluded) / len(rows):.3f}."
-            + (
-                f" {len(renamed)} of them are good images under a wrong extension; keep those with "
-                "--accept-wrong-extension (accept_wrong_extension=True)."
-                if renamed
-                else ""
-            )
-        )
-    if accept_wrong_extension and renamed:
-        notes += [
-            f"kept {len(renamed)} images with a wrong extension:",
-            *(f"  {line}" for line in renamed),
-        ]
-    index = DataIndex(place, classes, records, excluded, notes)
-    empty = [name for name, n in index.counts().items() if n == 0]
+        raise DataError(_too_many_bad(excluded, len(rows), max_bad_fraction, len(renamed)))
+    index = DataIndex(root, classes, records, excluded, notes)
+    empty = [printable(name) for name, n in index.counts().items() if n == 0]
     if empty:
-        raise DataError(
-            f"no usable image left in class {', '.join(map(printable, empty))}; see the excluded files: {excluded}"
-        )
+        listed = "\n".join(first_lines([str(e) for e in excluded]))
+        raise DataError(f"no usable image left in class {', '.join(empty)}; excluded:\n{listed}")
     if out is not None:
         index.save(out)
     return index
 
 
-def _examine(path: Path, name: str, index_cache: IndexCache) -> Facts:
-    """What an image file is. Raises ImageError when it is not a good one."""
-    try:
-        status = path.stat()
-    except OSError:
-        status = None  # read_file says what is wrong
-    facts = None if status is None else index_cache.get(name, status)
-    if facts is None:
-        data = read_file(path)
-        decoded = decode_bytes(data, name)
-        height, width = decoded.pixels.shape[:2]
-        digests = hashlib.sha256(data).hexdigest(), pixel_hash(decoded.pixels)
-        facts = Facts(*digests, height, width, decoded.mode, decoded.format, decoded.plain)
-        if status is not None:
-            index_cache.put(name, status, facts)
-    return facts
-
-
-def _decode_all(
-    root: Path,
-    rows: Sequence[Mapping[str, str]],
-    classes: list[str],
-    index_cache: IndexCache,
-    progress: Progress | None,
+def map_threads(
+    function: Callable[[ItemT], ResultT],
+    items: Sequence[ItemT],
     threads: int,
-) -> list[tuple[ImageRecord | None, Excluded | None]]:
-    """Per row its record, its problem, or both for a good image whose suffix belongs to another format."""
-    number = {name: label for label, name in enumerate(classes)}
-
-    def check(row: Mapping[str, str]) -> tuple[ImageRecord | None, Excluded | None]:
-        path = row["path"]
-        try:
-            facts = _examine(root / path, path, index_cache)
-        except ImageError as error:
-            return None, Excluded(path, error.reason)
-        record = ImageRecord(
-            path=path,
-            label=number[row["label"]],
-            sha256=facts.sha256,
-            pixel_hash=facts.pixel_hash,
-            height=facts.height,
-            width=facts.width,
-            mode=facts.mode,
-            split=row.get("split") or None,
-            patient=row.get("patient") or None,
-            plain=facts.plain,
-        )
-        suffix = PurePosixPath(path).suffix
-        named = SUFFIXES.get(suffix.lower(), printable(suffix) or "nothing")
-        if named == facts.format:
-            return record, None
-        return record, Excluded(
-            path, f"wrong extension: the name says {named}, the content is {facts.format}"
-        )
-
+    progress: Progress | None = None,
+) -> list[ResultT]:
+    """The results in order. Several threads help because Pillow and hashlib release the GIL."""
     results = []
-    pool = ThreadPoolExecutor(threads)  # Pillow and hashlib release the GIL
+    pool = ThreadPoolExecutor(max(1, threads))
     try:
-        for done, result in enumerate(pool.map(check, rows), 1):
+        for result in pool.map(function, items):
             results.append(result)
             if progress is not None:
-                progress(done, len(rows))
+                progress(len(results), len(items))
     finally:
         pool.shutdown(cancel_futures=True)
     return results
 
 
+def _too_many_bad(excluded: list[Excluded], total: int, limit: float, renamed: int) -> str:
+    share = len(excluded) / total
+    text = "\n".join(
+        [
+            f"{len(excluded)} of {total} images are unusable ({share:.1%}); the limit is {limit:.1%}:",
+            *first_lines([str(e) for e in excluded]),
+            "Repair or remove them, or raise the limit: --max-bad-fraction (max_bad_fraction) above "
+            f"{share:.3f}.",
+        ]
+    )
+    if renamed:
+        text += (
+            f" {renamed} of them are good images with a wrong extension; keep those with "
+            "--accept-wrong-extension (accept_wrong_extension=True)."
+        )
+    return text
+
+
+def _examine(
+    root: Path, classes: list[str], cache: IndexCache, row: Mapping[str, str]
+) -> ImageRecord | Excluded:
+    """Decode the image of one row, unless the cache has its facts."""
+    path = row["path"]
+    try:
+        facts = cache.get_or_compute(path, root / path, _facts)
+    except ImageError as error:
+        return Excluded(path, error.reason)
+    return ImageRecord(
+        path=path,
+        label=classes.index(row["label"]),
+        split=row.get("split") or None,
+        patient=row.get("patient") or None,
+        **facts._asdict(),
+    )
+
+
+def _facts(path: str, file: Path) -> Facts:
+    """Raises ImageError if the file is not a good image."""
+    data = read_file(file)
+    decoded = decode_bytes(data, path)
+    height, width = decoded.pixels.shape[:2]
+    sha256 = hashlib.sha256(data).hexdigest()
+    hash_ = pixel_hash(decoded.pixels)
+    return Facts(sha256, hash_, height, width, decoded.mode, decoded.format, decoded.plain)
+
+
 def _scan_folders(root: Path, notes: list[str]) -> list[dict[str, str]]:
-    """One row per image file below root/<class>/. Hidden names are skipped, other files counted by suffix."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(
-            f"{printable(str(error.filename))}: folder cannot be read ({error.strerror})"
-        ) from error
-
+    """One row per image file below root/<class>/. Other files are counted by suffix."""
     rows: list[dict[str, str]] = []
     ignored: Counter[str] = Counter()
-    for folder, subfolders, files in os.walk(root, onerror=refuse):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        inside = Path(folder).relative_to(root)
-        for name in sorted(files):
-            if name.startswith("."):
-                continue
-            suffix = Path(name).suffix.lower()
-            if suffix in SUFFIXES and inside.parts:
-                rows.append({"path": (inside / name).as_posix(), "label": inside.parts[0]})
-            else:
-                ignored[
-                    (suffix or "no suffix") + ("" if inside.parts else " directly in the folder")
-                ] += 1
+    for file in walk_files(root):
+        path = file.relative_to(root)
+        suffix = file.suffix.lower()
+        if len(path.parts) == 1:
+            ignored[f"{suffix or 'no suffix'} directly in the folder"] += 1
+        elif suffix in SUFFIXES:
+            rows.append({"path": path.as_posix(), "label": path.parts[0]})
+        else:
+            ignored[suffix or "no suffix"] += 1
     listed = ", ".join(f"{n} {printable(kind)}" for kind, n in sorted(ignored.items()))
-    if ignored:
-        notes.append(
-            f"ignored {sum(ignored.values())} files that are not images of a class: {listed}"
-        )
     if not rows:
+        found = f"ignored {listed}" if listed else "no files"
         raise DataError(
-            f"{printable(str(root))}: no images found ({'ignored ' + listed if listed else 'no files'}); "
-            f"needed: one folder per class with {', '.join(SUFFIXES)} files, "
-            "or a CSV manifest path,label[,split][,patient]"
+            f"{printable(str(root))}: no images found ({found}); needed: one folder per class with "
+            f"{', '.join(SUFFIXES)} files, or a CSV manifest path,label[,split][,patient]"
         )
+    if ignored:
+        notes.append(f"ignored {ignored.total()} files that are not images of a class: {listed}")
     return rows

@@ -1,8 +1,8 @@
-"""What earlier checks found out about files, so that a run does not decode a large data set only to check it again.
+"""Results of earlier checks, so that a run does not decode a large data set only to check it again.
 
-A file counts as the same when size and modification time are; its content is compared with the index once more when a
-loader reads it. `sssd-fast data check` itself always decodes. A file changed within the last seconds before a check is not
-remembered: a second change could leave its time as it is.
+A file counts as unchanged if its size and modification time are; its content is compared with the
+index again when a loader reads it. `sssd-fast data check` always decodes. A file changed within the
+last seconds before a check is not stored: another change could leave its time as it is.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from sssd_fast.errors import SssdError
 from sssd_fast.run.files import atomic_write_bytes
 
-_VERSION = 1  # to be raised when images.py decodes by other rules
+_VERSION = 1  # raise it when images.py decodes by other rules
 _SETTLED_S = 2.0
 
 
@@ -33,44 +36,44 @@ class Facts(NamedTuple):
 
 
 class IndexCache:
-    """The facts of the files under one data folder, kept in `folder`; None remembers nothing."""
+    """Facts of the files under one data folder, stored in `folder`; None stores nothing."""
 
     def __init__(self, folder: Path | None, root: Path) -> None:
         self._now = time.time()
-        self._new = dict[str, list[object]]()
+        self._new: dict[str, list[object]] = {}
         self._old: dict[str, object] = {}
         self._path: Path | None = None
         if folder is None:
             return
         name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:32]
         self._path = folder / f"{name}.checked.json"
-        try:
+        # an absent or damaged file means that every image is decoded
+        with suppress(OSError, ValueError, KeyError, TypeError):
             body = json.loads(self._path.read_text(encoding="utf-8"))
             if body["version"] == _VERSION and isinstance(body["files"], dict):
                 self._old = body["files"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # absent or damaged: every file is decoded, as the first time
 
-    def get(self, path: str, status: os.stat_result) -> Facts | None:
-        entry = self._old.get(path)
-        if not isinstance(entry, list) or len(entry) != 2 + len(Facts._fields):
-            return None
-        if entry[:2] != [status.st_size, status.st_mtime_ns]:
-            return None
-        return Facts(*entry[2:])
-
-    def put(self, path: str, status: os.stat_result, facts: Facts) -> None:
+    def get_or_compute(self, name: str, file: Path, compute: Callable[[str, Path], Facts]) -> Facts:
+        """The stored facts if `file` is unchanged, else compute(name, file)."""
+        try:
+            status = file.stat()
+        except OSError:
+            return compute(name, file)  # its error names the problem
+        key = [status.st_size, status.st_mtime_ns]
+        entry = self._old.get(name)
+        if isinstance(entry, list) and entry[:2] == key and len(entry) == 2 + len(Facts._fields):
+            return Facts(*entry[2:])
+        facts = compute(name, file)
         if self._now - status.st_mtime > _SETTLED_S:
-            self._new[path] = [status.st_size, status.st_mtime_ns, *facts]
+            self._new[name] = [*key, *facts]
+        return facts
 
     def save(self) -> None:
-        """Where the folder cannot be written, nothing is remembered."""
-        files = {**self._old, **self._new}  # another manifest of the same folder knows others
+        """Does nothing if the folder cannot be written."""
+        # entries of other manifests of the same folder are kept
+        files = {**self._old, **self._new}
         if self._path is None or files == self._old:
             return
         text = json.dumps({"version": _VERSION, "files": files})
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError, SssdError):
             atomic_write_bytes(self._path, text.encode("utf-8", "surrogateescape"))
-        except OSError:
-            return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from sssd_fast.data.images import printable
@@ -13,69 +13,70 @@ from sssd_fast.errors import DataError
 from sssd_fast.run.files import atomic_write_bytes
 
 SPLIT_NAMES = ("train", "val", "test")
+_COLUMNS = ("label", "split", "patient")
 _LISTED = 20  # lines of a list printed before "and N more"
 
 
 def read_manifest(
     manifest: str | os.PathLike[str], notes: list[str] | None = None
 ) -> list[dict[str, str]]:
-    """Rows of a CSV path,label[,split][,patient], paths normalised. Raises DataError listing every problem at once."""
+    """Rows of the CSV with normalised paths. Raises DataError listing every problem at once."""
     where = printable(str(manifest))
     try:
         with open(manifest, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             header = list(reader.fieldnames or [])
-            raw = [(reader.line_num, row) for row in reader]
+            lines = [(reader.line_num, row) for row in reader]
     except (OSError, csv.Error) as error:
         raise DataError(f"{where}: cannot be read as CSV ({error})") from error
     missing = [name for name in ("path", "label") if name not in header]
     if missing:
         raise DataError(
-            f"{where}: no column {' and '.join(missing)}; the header is {','.join(map(printable, header))!r}, "
-            "needed is path,label[,split][,patient] separated by commas"
+            f"{where}: no column {' and '.join(missing)}; the header is "
+            f"{','.join(map(printable, header))!r}, needed is path,label[,split][,patient] "
+            "separated by commas"
         )
+    if not lines:
+        raise DataError(f"{where}: no rows")
     problems: list[str] = []
     rows: list[dict[str, str]] = []
     seen: dict[str, int] = {}
-    for line, cells in raw:
-        if (
-            None in cells or None in cells.values()
-        ):  # DictReader's marks for too many and too few cells
+    for line, cells in lines:
+        # DictReader's marks for too many and too few cells
+        if None in cells or None in cells.values():
             problems.append(f"line {line}: not {len(header)} cells")
             continue
-        row = {
-            name: cells[name].strip() for name in header if name in ("label", "split", "patient")
-        }
+        row = {name: cells[name].strip() for name in _COLUMNS if name in header}
         path = PurePosixPath(cells["path"])
-        name = printable(cells["path"])
-        if not cells["path"].strip():
-            problems.append(f"line {line}: empty path")
-        elif path.is_absolute() or ".." in path.parts:
-            problems.append(
-                f"line {line}: path {name} leaves the data folder; only relative paths without .. are read"
-            )
-        elif path.as_posix() in seen:
-            problems.append(f"line {line}: path {name} was already in line {seen[path.as_posix()]}")
-        seen.setdefault(path.as_posix(), line)
-        if not row["label"]:
-            problems.append(f"line {line}: empty label")
-        if "split" in row and row["split"] not in SPLIT_NAMES:
-            problems.append(
-                f"line {line}: split {printable(row['split'])!r} is not one of {', '.join(SPLIT_NAMES)}"
-            )
         rows.append({"path": path.as_posix(), **row})
+        for problem in _row_problems(cells["path"], row, seen):
+            problems.append(f"line {line}: {problem}")
+        seen.setdefault(path.as_posix(), line)
     if problems:
         raise DataError(f"{where}: {len(problems)} problems\n" + "\n".join(first_lines(problems)))
-    if not rows:
-        raise DataError(f"{where}: no rows")
-    extra = [name for name in header if name not in ("path", "label", "split", "patient")]
+    extra = [printable(name) for name in header if name not in ("path", *_COLUMNS)]
     if extra and notes is not None:
-        notes.append(f"columns of {where} not used: {', '.join(map(printable, extra))}")
+        notes.append(f"columns of {where} not used: {', '.join(extra)}")
     return rows
 
 
+def _row_problems(cell: str, row: Mapping[str, str], seen: Mapping[str, int]) -> Iterator[str]:
+    path = PurePosixPath(cell)
+    name = printable(cell)
+    if not cell.strip():
+        yield "empty path"
+    elif path.is_absolute() or ".." in path.parts:
+        yield f"path {name} leaves the data folder; only relative paths without .. are read"
+    elif path.as_posix() in seen:
+        yield f"path {name} was already in line {seen[path.as_posix()]}"
+    if not row["label"]:
+        yield "empty label"
+    if row.get("split", "train") not in SPLIT_NAMES:
+        yield f"split {printable(row['split'])!r} is not one of {', '.join(SPLIT_NAMES)}"
+
+
 def first_lines(lines: list[str]) -> list[str]:
-    """The lines, indented, and how many more there are when they are too many to print."""
+    """The first lines, indented, and how many more there are."""
     more = [f"    and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
     return [f"    {line}" for line in lines[:_LISTED]] + more
 

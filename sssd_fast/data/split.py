@@ -1,4 +1,4 @@
-"""The record of a split: which images are in the train, validation and test split."""
+"""The record of a split: which images are used for training, validation and test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sssd_fast.errors import DataError
 
 @dataclass(frozen=True)
 class Split:
-    """Record numbers of an index, in three parts without overlap. val and test may be empty; train never is."""
+    """Record numbers of an index, without overlap. val and test may be empty; train may not."""
 
     name: str
     train: list[int]
@@ -18,22 +18,22 @@ class Split:
     test: list[int]
     protocol: str  # one sentence for the report
     seed: int | None = None
-    unused: list[int] = field(default_factory=list)  # records that the protocol leaves out
+    unused: list[int] = field(default_factory=list)  # records that the protocol excludes
 
     def __post_init__(self) -> None:
         every = [*self.train, *self.val, *self.test, *self.unused]
         if len(every) != len(set(every)):
-            raise DataError(
-                f"split {self.name}: {len(every) - len(set(every))} images lie in two parts"
-            )
+            count = len(every) - len(set(every))
+            raise DataError(f"split {self.name}: {count} images are listed twice")
         if not self.train:
-            raise DataError(f"split {self.name}: the train part is empty")
+            raise DataError(f"split {self.name}: train is empty")
 
     def ids(self, name: str) -> list[int]:
+        """Record numbers of train, val or test."""
         if name not in SPLIT_NAMES:
-            raise DataError(f"no part {name!r}; the parts are {', '.join(SPLIT_NAMES)}")
+            raise DataError(f"no split {name!r}; the splits are {', '.join(SPLIT_NAMES)}")
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
-    def split_of(self) -> dict[int, str | None]:
-        """Record number -> the part that holds it."""
+    def split_of(self) -> dict[int, str]:
+        """Record number -> train, val or test."""
         return {i: name for name in SPLIT_NAMES for i in self.ids(name)}

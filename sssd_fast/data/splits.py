@@ -1,23 +1,23 @@
-"""Train / validation / test parts of an index: every protocol a CT paper uses, and a check for leaks between the parts.
+"""Train, validation and test splits of an index, and a check for leakage between them.
 
-split_random    stratified random images: the usual published figure, with slices of one patient on both sides
-split_block     the last file numbers of each class: a stand-in for patients where none are recorded
-split_patient   whole patients: new people, the honest figure
-split_kfold     fold i of k, whole patients where they are known
-split_csv       as a CSV says; split_manifest: as the index's own manifest does
+split_random    stratified random images: the protocol of most published results. Slices of one
+                patient can be in both train and test, so the scores are optimistic.
+split_block     the last file numbers of each class: an approximation if patients are not recorded
+split_patient   whole patients: the score on new people
+split_kfold     fold i of k, by whole patients if they are known
+split_csv       as listed in a CSV file; split_manifest: as in the manifest of the index
 
-Test and validation sizes are rounded down per class: 20 % of COVID-CT (349 + 397) are 69 + 79 = 148 images.
-A validation part is cut from the training part, by whole patients where all of them are known.
+Test and validation sizes are rounded down per class: 20 % of COVID-CT (349 + 397) are 69 + 79 = 148
+images. The validation images are taken from the training images, by whole patients if all of them
+are known.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,111 +25,96 @@ import numpy as np
 
 from sssd_fast.data.images import printable
 from sssd_fast.data.index import DataIndex, report_duplicates
-from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
+from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest, write_manifest
 from sssd_fast.data.split import Split
 from sssd_fast.errors import DataError
-from sssd_fast.run.files import atomic_write_bytes
 
-_PROPOSALS = 200  # random groupings tried for whole-patient parts; the best balanced one is taken
+_PROPOSALS = 200  # random groupings tried by _cut_patients; the best balanced one is used
 
 
-def find_leaks(index: DataIndex, split: Split) -> list[str]:
-    """One line per patient and per group of identical pictures that lies in more than one part."""
-    parts: dict[str, set[str]] = defaultdict(set)
-    for name in SPLIT_NAMES:
-        for i in split.ids(name):
-            patient = index.records[i].patient
-            if patient:
-                parts[patient].add(name)
-    leaks = [
-        f"patient {printable(p)} in {', '.join(sorted(names))}"
-        for p, names in sorted(parts.items())
-        if len(names) > 1
-    ]
-    same = report_duplicates(index, split).across_splits
-    return leaks + ["identical pictures " + " = ".join(map(printable, group)) for group in same]
+# ---- protocols ----
 
 
 def split_random(index: DataIndex, test: float = 0.2, seed: int = 0, *, val: float = 0.0) -> Split:
-    """Stratified random images (scikit-learn's StratifiedShuffleSplit), `test` and `val` as fractions of all images."""
+    """Stratified random images (scikit-learn's StratifiedShuffleSplit).
+
+    `test` and `val` are fractions of all images, here and in the other protocols.
+    """
     _check_fractions(test, val)
-    train, held = _random_part(index, range(len(index)), test, seed, "test")
-    rest, valid = _validation(index, train, val, seed)
-    return Split(
-        "random", rest, valid, held, f"stratified random, {test:.0%} test, seed {seed}", seed
-    )
+    train, held_out = _cut_images(index, range(len(index)), test, seed, "test")
+    train, valid = _cut_validation(index, train, val, seed, len(index))
+    protocol = f"stratified random, {test:.0%} test, seed {seed}"
+    return Split("random", train, valid, held_out, protocol, seed)
 
 
 def split_block(index: DataIndex, test: float = 0.2, *, val: float = 0.0) -> Split:
-    """The last `test` of each class in natural order of the file names is tested, the block before it validates.
+    """The last images of each class in natural order of the file names; val is the block before.
 
-    Neighbouring file numbers are mostly one patient's slices, so this mostly keeps patients whole.
+    Neighbouring file numbers are mostly slices of one patient, so patients mostly stay whole.
     """
     _check_fractions(test, val)
-    parts: dict[str, list[int]] = {name: [] for name in SPLIT_NAMES}
-    for ids in _by_class(index, range(len(index))).values():
-        ordered = sorted(ids, key=lambda i: natural_key(index.records[i].path))
-        num_test, num_val = _portion(len(ids), test), _portion(len(ids), val)
-        first_test = len(ids) - num_test
-        parts["test"] += ordered[first_test:]
-        parts["val"] += ordered[first_test - num_val : first_test]
-        parts["train"] += ordered[: first_test - num_val]
+    ids: dict[str, list[int]] = {name: [] for name in SPLIT_NAMES}
+    for members in _by_class(index).values():
+        ordered = sorted(members, key=lambda i: natural_key(index.records[i].path))
+        first_test = len(ordered) - _portion(len(ordered), test)
+        first_val = first_test - _portion(len(ordered), val)
+        ids["train"] += ordered[:first_val]
+        ids["val"] += ordered[first_val:first_test]
+        ids["test"] += ordered[first_test:]
     for name in ("test", "val") if val else ("test",):
-        _need_every_class(index, parts[name], name)
+        _need_every_class(index, ids[name], name)
     protocol = f"last {test:.0%} of file numbers per class"
-    return Split(
-        "block", sorted(parts["train"]), sorted(parts["val"]), sorted(parts["test"]), protocol
-    )
+    return Split("block", sorted(ids["train"]), sorted(ids["val"]), sorted(ids["test"]), protocol)
 
 
 def split_patient(index: DataIndex, test: float = 0.2, seed: int = 0, *, val: float = 0.0) -> Split:
-    """Whole patients (scikit-learn's GroupShuffleSplit); of 200 draws the one whose class sizes come closest."""
+    """Whole patients (GroupShuffleSplit); of 200 draws the one closest to the class sizes."""
     _check_fractions(test, val)
-    _need_patients(index, "split_patient")
-    train, held = _group_part(index, range(len(index)), test, seed, "test")
-    rest, valid = _validation(index, train, val, seed)
-    return Split(
-        "patient", rest, valid, held, f"by patient, about {test:.0%} test, seed {seed}", seed
-    )
+    unknown = [r.path for r in index.records if not r.patient]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(index)} images have no patient, such as "
+            f"{printable(unknown[0])}; add a patient column to the manifest, or use the block split"
+        )
+    train, held_out = _cut_patients(index, range(len(index)), test, seed, "test")
+    train, valid = _cut_validation(index, train, val, seed, len(index))
+    protocol = f"by patient, about {test:.0%} test, seed {seed}"
+    return Split("patient", train, valid, held_out, protocol, seed)
 
 
 def split_kfold(index: DataIndex, k: int, fold: int, seed: int = 0, *, val: float = 0.0) -> Split:
-    """Fold `fold` of `k` is tested: StratifiedGroupKFold over patients where all are known, else StratifiedKFold."""
+    """Fold `fold` of `k` is the test split.
+
+    StratifiedGroupKFold over patients if all are known, else StratifiedKFold over images.
+    """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     if k < 2 or not 0 <= fold < k:
         raise DataError(f"fold {fold} of k = {k}; k >= 2 and a fold from 0 to k - 1 are needed")
     _check_fractions(1 / k, val)
-    labels = np.array(index.labels)
     patients = [r.patient for r in index.records]
-    grouped = all(patients)
-    for name, ids in _by_class(index, range(len(index))).items():
-        units, what = (
-            (len({patients[i] for i in ids}), "patients") if grouped else (len(ids), "images")
-        )
-        if units < k:
-            raise DataError(
-                f"class {printable(name)} has {units} {what}; {k} folds need at least {k}"
-            )
-    splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(
-        k, shuffle=True, random_state=seed
+    by_patient = all(patients)
+    for name, ids in _by_class(index).items():
+        count = len({patients[i] for i in ids}) if by_patient else len(ids)
+        if count < k:
+            unit = "patients" if by_patient else "images"
+            raise DataError(f"class {printable(name)} has {count} {unit}; {k} folds need {k}")
+    make = StratifiedGroupKFold if by_patient else StratifiedKFold
+    folds = make(k, shuffle=True, random_state=seed).split(
+        index.labels, index.labels, patients if by_patient else None
     )
-    folds = list(splitter.split(labels, labels, patients if grouped else None))
-    train, held = ([int(i) for i in part] for part in folds[fold])
-    rest, valid = _validation(index, train, val, seed)
-    kind = "by patient" if grouped else "by image"
-    return Split(
-        f"fold{fold}of{k}",
-        rest,
-        valid,
-        held,
-        f"fold {fold} of {k}, stratified {kind}, seed {seed}",
-        seed,
-    )
+    train, held_out = (ids.tolist() for ids in list(folds)[fold])
+    train, valid = _cut_validation(index, train, val, seed, len(index))
+    unit = "patient" if by_patient else "image"
+    protocol = f"fold {fold} of {k}, stratified by {unit}, seed {seed}"
+    return Split(f"fold{fold}of{k}", train, valid, held_out, protocol, seed)
 
 
 def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
-    """The parts that a CSV path,label,split gives. Images the check excluded are passed over; the rest must agree."""
+    """The split that a CSV path,label,split lists. Rows of excluded images are skipped.
+
+    Raises DataError listing every row that does not match the index.
+    """
     rows = read_manifest(path)
     where = printable(str(path))
     if "split" not in rows[0]:
@@ -138,103 +123,134 @@ def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
         )
     number = {r.path: i for i, r in enumerate(index.records)}
     excluded = {e.path for e in index.excluded}
-    parts: dict[str, list[int]] = {name: [] for name in SPLIT_NAMES}
+    split_of: dict[int, str] = {}
     problems = []
     for row in rows:
         i = number.get(row["path"])
+        name = printable(row["path"])
         if i is None:
             if row["path"] not in excluded:
-                problems.append(f"{printable(row['path'])} is not in the index")
-        elif index.classes[index.records[i].label] != row["label"]:
-            known = index.classes[index.records[i].label]
-            problems.append(
-                f"{printable(row['path'])}: label {printable(row['label'])}, in the index {printable(known)}"
-            )
-        else:
-            parts[row["split"]].append(i)
+                problems.append(f"{name} is not in the index")
+            continue
+        label = index.classes[index.records[i].label]
+        if label != row["label"]:
+            here = f"label {printable(row['label'])}"
+            problems.append(f"{name}: {here}, in the index {printable(label)}")
+        split_of[i] = row["split"]
     if problems:
-        listed = "\n".join(first_lines(problems))
         raise DataError(
-            f"{where}: {len(problems)} rows do not fit the index of {index.root}\n{listed}"
+            f"{where}: {len(problems)} rows do not match the index of {index.root}\n"
+            + "\n".join(first_lines(problems))
         )
-    return _given(index, parts, Path(path).stem, f"given by {printable(Path(path).name)}")
+    return _listed(index, split_of, Path(path).stem, f"given by {printable(Path(path).name)}")
 
 
 def split_manifest(index: DataIndex) -> Split:
-    """The parts that the index's own manifest gave."""
-    parts = {
-        name: [i for i, r in enumerate(index.records) if r.split == name] for name in SPLIT_NAMES
-    }
-    if not any(parts.values()):
+    """The split in the manifest of the index."""
+    split_of = {i: r.split for i, r in enumerate(index.records) if r.split}
+    if not split_of:
         raise DataError(
-            "the index has no split column; use a manifest path,label,split, or `sssd-fast data split`"
+            "the index has no split column; use a manifest path,label,split, or `sssd-fast data "
+            "split`"
         )
-    return _given(index, parts, "manifest", "given by the manifest")
+    return _listed(index, split_of, "manifest", "given by the manifest")
 
 
 def carve_validation(index: DataIndex, split: Split, val: float, seed: int = 0) -> Split:
-    """The same split with a validation part (`val` as a fraction of all its images) cut from its training part."""
+    """Move training images to validation; `val` is a fraction of all images of the split."""
     if split.val:
-        raise DataError(
-            f"split {split.name} already has a validation part of {len(split.val)} images"
-        )
+        raise DataError(f"split {split.name} already has {len(split.val)} validation images")
     if not 0 < val < 1:
         raise DataError(f"val is {val}; a fraction above 0 and below 1 is needed")
     total = len(split.train) + len(split.test)
-    train, valid = _validation(index, split.train, val, seed, total=total)
+    train, valid = _cut_validation(index, split.train, val, seed, total)
     protocol = f"{split.protocol}; {len(valid)} images cut from train for validation, seed {seed}"
     return replace(split, train=train, val=valid, protocol=protocol)
 
 
 def natural_key(path: str) -> list[tuple[int, int, str]]:
     """Sort key that puts Covid_9 before Covid_10."""
-    pieces = re.split(r"([0-9]+)", path)
     return [
-        (0, int(piece), "") if piece.isdecimal() and piece.isascii() else (1, 0, piece)
-        for piece in pieces
+        (0, int(piece), "") if piece.isascii() and piece.isdecimal() else (1, 0, piece)
+        for piece in re.split(r"([0-9]+)", path)
     ]
 
 
-def _given(index: DataIndex, parts: dict[str, list[int]], name: str, protocol: str) -> Split:
-    unused = sorted(set(range(len(index))) - {i for ids in parts.values() for i in ids})
-    return Split(name, parts["train"], parts["val"], parts["test"], protocol, None, unused)
+# ---- leakage, files ----
+
+
+def find_leaks(index: DataIndex, split: Split) -> list[str]:
+    """One line per patient and per group of identical images that is in several splits."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for name in SPLIT_NAMES:
+        for i in split.ids(name):
+            found[index.records[i].patient or ""].add(name)
+    leaks = [
+        f"patient {printable(patient)} in {', '.join(sorted(names))}"
+        for patient, names in sorted(found.items())
+        if patient and len(names) > 1
+    ]
+    same = report_duplicates(index, split).across_splits
+    return leaks + ["identical images " + " = ".join(map(printable, group)) for group in same]
+
+
+def save_split(split: Split, path: str | os.PathLike[str], index: DataIndex) -> None:
+    """Write CSV path,label,split[,patient], which `check_data` and `split_csv` read."""
+    rows = []
+    for i, name in split.split_of().items():
+        r = index.records[i]
+        row = {"path": r.path, "label": index.classes[r.label], "split": name}
+        rows.append({**row, "patient": r.patient or ""})
+    if not any(row["patient"] for row in rows):
+        rows = [{name: row[name] for name in ("path", "label", "split")} for row in rows]
+    write_manifest(Path(path), rows)
+
+
+def split_summary(split: Split, index: DataIndex) -> str:
+    """Counts per split and class, then every leak found."""
+    lines = [f"split {split.name}: {split.protocol}"]
+    for name in SPLIT_NAMES:
+        ids = split.ids(name)
+        counts = ", ".join(f"{printable(c)} {n}" for c, n in index.counts(ids).items())
+        lines.append(f"  {name}: {len(ids)} images ({counts})")
+    if split.unused:
+        lines.append(f"  not used: {len(split.unused)} images")
+    return "\n".join(lines + [f"  leak: {leak}" for leak in find_leaks(index, split)])
+
+
+# ---- cutting ----
+
+
+def _listed(index: DataIndex, split_of: dict[int, str], name: str, protocol: str) -> Split:
+    ids = {s: [i for i in split_of if split_of[i] == s] for s in SPLIT_NAMES}
+    unused = [i for i in range(len(index)) if i not in split_of]
+    return Split(name, ids["train"], ids["val"], ids["test"], protocol, None, unused)
 
 
 def _check_fractions(test: float, val: float) -> None:
     if not 0 < test < 1:
         raise DataError(f"test is {test}; a fraction above 0 and below 1 is needed")
     if not 0 <= val < 1:
-        raise DataError(
-            f"val is {val}; a fraction from 0 (no validation part) to below 1 is needed"
-        )
+        raise DataError(f"val is {val}; a fraction from 0 (no validation) to below 1 is needed")
     if test + val >= 1:
         raise DataError(
-            f"test {test:g} + val {val:g} leave nothing to train on; their sum must stay below 1"
+            f"test {test:g} + val {val:g} leave no training images; the sum must be below 1"
         )
 
 
-def _need_patients(index: DataIndex, what: str) -> None:
-    unknown = [r.path for r in index.records if not r.patient]
-    if unknown:
-        raise DataError(
-            f"{what}: {len(unknown)} of {len(index)} images have no patient, such as {printable(unknown[0])}; "
-            "add a patient column to the manifest, or use split_block"
-        )
-
-
-def _need_every_class(index: DataIndex, ids: Sequence[int], part: str) -> None:
-    empty = [name for name, n in index.counts(ids).items() if n == 0]
+def _need_every_class(index: DataIndex, ids: Sequence[int], split: str) -> None:
+    empty = [printable(name) for name, n in index.counts(ids).items() if n == 0]
     if empty:
         raise DataError(
-            f"the {part} part would hold no image of class {', '.join(map(printable, empty))}; "
-            f"the classes have {index.counts()}: use a larger fraction or more images"
+            f"{split} would have no image of class {', '.join(empty)}; the classes have "
+            f"{index.counts()}: use another fraction or more images"
         )
 
 
-def _by_class(index: DataIndex, ids: Iterable[int]) -> dict[str, list[int]]:
+def _by_class(index: DataIndex) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = defaultdict(list)
-    for i in ids:
-        groups[index.classes[index.records[i].label]].append(i)
+    for i, record in enumerate(index.records):
+        groups[index.classes[record.label]].append(i)
     return groups
 
 
@@ -242,25 +258,25 @@ def _portion(count: int, fraction: float) -> int:
     return int(count * fraction + 1e-9)
 
 
-def _validation(
-    index: DataIndex, train: list[int], val: float, seed: int, total: int | None = None
+def _cut_validation(
+    index: DataIndex, train: list[int], val: float, seed: int, total: int
 ) -> tuple[list[int], list[int]]:
-    """Cut `val` (a fraction of all images, or of `total`) from the training part."""
+    """Cut `val` (a fraction of `total` images) from the training images."""
     if val == 0:
         return train, []
-    total = len(index) if total is None else total
     share = val * total / len(train)
     if share >= 1:
         raise DataError(
-            f"val {val:g} of {total} images leaves nothing of the {len(train)} training images"
+            f"val {val:g} of {total} images leaves none of the {len(train)} training images"
         )
-    cut = _group_part if all(index.records[i].patient for i in train) else _random_part
+    cut = _cut_patients if all(index.records[i].patient for i in train) else _cut_images
     return cut(index, train, share, seed + 1, "val")
 
 
-def _random_part(
-    index: DataIndex, ids: Sequence[int], fraction: float, seed: int, part: str
+def _cut_images(
+    index: DataIndex, ids: Sequence[int], fraction: float, seed: int, split: str
 ) -> tuple[list[int], list[int]]:
+    """(kept, cut), stratified."""
     from sklearn.model_selection import StratifiedShuffleSplit
 
     labels = [index.records[i].label for i in ids]
@@ -268,64 +284,34 @@ def _random_part(
     size = sum(_portion(n, fraction) for n in counts.values())
     if size < len(counts) or min(counts.values()) < 2:
         raise DataError(
-            f"{fraction:.3g} of {index.counts(ids)} images leaves a class without one in the {part} part; "
-            "use a larger fraction or more images"
+            f"{fraction:.3g} of {index.counts(ids)} images leaves {split} without an image of some "
+            "class; use a larger fraction or more images"
         )
     splitter = StratifiedShuffleSplit(n_splits=1, test_size=size, random_state=seed)
-    kept, held = next(splitter.split(labels, labels))
-    result = sorted(ids[i] for i in kept), sorted(ids[i] for i in held)
-    _need_every_class(index, result[1], part)
-    return result
+    kept, cut = (sorted(ids[i] for i in part) for part in next(splitter.split(labels, labels)))
+    _need_every_class(index, cut, split)
+    return kept, cut
 
 
-def _group_part(
-    index: DataIndex, ids: Sequence[int], fraction: float, seed: int, part: str
+def _cut_patients(
+    index: DataIndex, ids: Sequence[int], fraction: float, seed: int, split: str
 ) -> tuple[list[int], list[int]]:
+    """(kept, cut), whole patients; class sizes as close to `fraction` as the draws allow."""
     from sklearn.model_selection import GroupShuffleSplit
 
     patients = [index.records[i].patient for i in ids]
     if len(set(patients)) < 2:
-        raise DataError(
-            f"{len(set(patients))} patient cannot be divided; the {part} part needs one of its own"
-        )
+        raise DataError(f"1 patient cannot be divided; {split} needs a separate one")
     labels = np.array([index.records[i].label for i in ids])
-    num_classes = len(index.classes)
-    wanted = fraction * np.bincount(labels, minlength=num_classes)
+    classes = len(index.classes)
+    wanted = fraction * np.bincount(labels, minlength=classes)
+
+    def distance(draw: tuple[np.ndarray, np.ndarray]) -> float:
+        return float(np.abs(np.bincount(labels[draw[1]], minlength=classes) - wanted).sum())
+
     splitter = GroupShuffleSplit(n_splits=_PROPOSALS, test_size=fraction, random_state=seed)
-
-    def distance(held: np.ndarray) -> float:
-        return float(np.abs(np.bincount(labels[held], minlength=num_classes) - wanted).sum())
-
-    kept, held = min(splitter.split(labels, labels, patients), key=lambda pair: distance(pair[1]))
-    result = sorted(ids[i] for i in kept), sorted(ids[i] for i in held)
-    _need_every_class(index, result[0], "train")
-    _need_every_class(index, result[1], part)
-    return result
-
-
-def save_split(split: Split, path: str | os.PathLike[str], index: DataIndex) -> None:
-    """Write CSV path,label,split[,patient], atomically: a manifest that `check_data` and `split_csv` read."""
-    patients = any(r.patient for r in index.records)
-    text = io.StringIO()
-    # Python before 3.13 leaves a lone carriage return unquoted, and its reader then takes it for a line end.
-    tricky = any("\r" in r.path for r in index.records)
-    writer = csv.writer(
-        text, lineterminator="\n", quoting=csv.QUOTE_ALL if tricky else csv.QUOTE_MINIMAL
-    )
-    writer.writerow(["path", "label", "split"] + ["patient"] * patients)
-    for name in SPLIT_NAMES:
-        for i in split.ids(name):
-            r = index.records[i]
-            writer.writerow([r.path, index.classes[r.label], name] + [r.patient or ""] * patients)
-    atomic_write_bytes(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
-
-
-def split_summary(split: Split, index: DataIndex) -> str:
-    """Counts per part and class, then every leak found."""
-    lines = [f"split {split.name}: {split.protocol}"]
-    for name in SPLIT_NAMES:
-        counts = ", ".join(f"{printable(c)} {n}" for c, n in index.counts(split.ids(name)).items())
-        lines.append(f"  {name}: {len(split.ids(name))} images ({counts})")
-    if split.unused:
-        lines.append(f"  not used: {len(split.unused)} images")
-    return "\n".join(lines + [f"  leak: {leak}" for leak in find_leaks(index, split)])
+    best = min(splitter.split(labels, labels, patients), key=distance)
+    kept, cut = (sorted(ids[i] for i in part) for part in best)
+    _need_every_class(index, kept, "train")
+    _need_every_class(index, cut, split)
+    return kept, cut

@@ -1,17 +1,18 @@
-"""`check_data`: good files are indexed, every bad one is named with its reason, limits and manifests are enforced."""
+"""`check_data`: good files are indexed, every bad one is named, limits and manifests are enforced."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sssd_fast.data import index as index_module
 from sssd_fast.data.index import DataIndex, check_data, report_duplicates
 from sssd_fast.data.manifest import read_manifest
 from sssd_fast.data.split import Split
@@ -27,15 +28,15 @@ ODD_NAMES = [
 ]
 
 
-def picture(seed: int, height: int = 20, width: int = 24) -> Image.Image:
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
-    )
+def image(seed: int, height: int = 20, width: int = 24) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8))
 
 
-def save(path: Path, seed: int, **size: int) -> None:
+def save(path: Path, seed: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(seed, **size).save(path)
+    image(seed).save(path)
+    return path
 
 
 @pytest.fixture
@@ -48,99 +49,101 @@ def data(tmp_path: Path) -> Path:
     return root
 
 
-def test_folder_per_class_is_indexed_with_true_facts(data: Path):
+def test_folder_per_class_is_indexed_with_correct_facts(data: Path):
     (data / "covid" / ".DS_Store").write_text("hidden")
     (data / "covid" / "notes.txt").write_text("x")
     (data / "readme.md").write_text("x")
-    index = check_data(data)
+    seen: list[tuple[int, int]] = []
+    index = check_data(data, threads=7, progress=lambda *counts: seen.append(counts))
+    assert seen == [(i, 12) for i in range(1, 13)]
+    assert index == check_data(data, threads=1)
     assert index.classes == ["covid", "normal"]
     assert index.counts() == {"covid": 6, "normal": 6}
     assert {Path(r.path).name for r in index.records if r.label == 0} == set(ODD_NAMES)
     for i, record in enumerate(index.records):
-        raw = (data / record.path).read_bytes()
-        assert record.sha256 == hashlib.sha256(raw).hexdigest()
+        content = (data / record.path).read_bytes()
+        assert record.sha256 == hashlib.sha256(content).hexdigest()
         assert (record.height, record.width, record.mode) == (20, 24, "L")
         assert index.file(i) == data / record.path
     assert "ignored 2 files" in index.notes[0]
     assert ".DS_Store" not in index.summary()
-    assert "new\\nline.png" not in index.summary()  # only excluded files are listed
-    index.print_summary(out := io.StringIO())
-    assert out.getvalue() == index.summary() + "\n"
 
 
 def test_every_kind_of_bad_file_is_named_and_excluded(data: Path):
     folder = data / "covid"
-    whole = (folder / "with space.png").read_bytes()
-    (folder / "truncated.png").write_bytes(whole[:-60])
+    (folder / "truncated.png").write_bytes((folder / "with space.png").read_bytes()[:-60])
     (folder / "zero.png").touch()
-    picture(50).save(folder / "renamed.jpg", "PNG")
-    picture(51).convert("RGB").save(folder / "gif (really).png", "GIF")
+    image(50).save(folder / "renamed.jpg", "PNG")
+    image(51).save(folder / "gif (really).png", "GIF")
     (folder / "text.jpg").write_text("not an image")
-    picture(52, 1, 1).save(folder / "dot.png")
-    (folder / "line\nbreak.png").write_bytes(b"")
+    (folder / "line\nbreak.png").touch()
     index = check_data(data, max_bad_fraction=0.5)
     reasons = {Path(e.path).name: e.reason for e in index.excluded}
-    assert set(reasons) == {
-        "truncated.png", "zero.png", "renamed.jpg", "gif (really).png", "text.jpg", "dot.png", "line\nbreak.png"
-    }  # fmt: skip
-    assert "truncated or damaged PNG" in reasons["truncated.png"]
-    assert reasons["zero.png"] == "empty file (0 bytes)"
-    assert reasons["renamed.jpg"] == "wrong extension: the name says JPEG, the content is PNG"
-    assert "GIF" in reasons["gif (really).png"]
-    assert "no known image format" in reasons["text.jpg"]
+    assert "truncated or damaged PNG" in reasons.pop("truncated.png")
+    assert "the content is GIF" in reasons.pop("gif (really).png")
+    assert "not a known image format" in reasons.pop("text.jpg")
+    assert reasons == {
+        "zero.png": "empty file (0 bytes)",
+        "line\nbreak.png": "empty file (0 bytes)",
+        "renamed.jpg": "wrong extension: the name says JPEG, the content is PNG",
+    }
     assert len(index) == 12
     assert "line\\nbreak.png: empty file" in index.summary()
 
 
-def test_good_images_under_a_wrong_extension_are_kept_on_request_and_still_named(data: Path):
-    picture(50).save(data / "covid" / "renamed.jpg", "PNG")
+def test_images_with_a_wrong_extension_are_kept_on_request_in_one_note(data: Path):
+    for i in range(3):
+        image(50 + i).save(data / "covid" / f"renamed{i}.jpg", "PNG")
     (data / "covid" / "zero.png").touch()
-    index = check_data(data, max_bad_fraction=0.1, accept_wrong_extension=True)
-    assert "covid/renamed.jpg" in [r.path for r in index.records]
-    assert (
-        "covid/renamed.jpg: wrong extension: the name says JPEG, the content is PNG"
-        in index.summary()
-    )
+    out = data.parent / "index.json"
+    index = check_data(data, out=out, max_bad_fraction=0.1, accept_wrong_extension=True)
+    names = [f"covid/renamed{i}.jpg" for i in range(3)]
+    assert {*names} < {r.path for r in index.records}
+    (note,) = index.notes
+    assert note.startswith("3 images with a wrong extension kept, such as covid/renamed0.jpg")
+    assert json.loads(out.read_text())["wrong_extension"] == names
+    assert DataIndex.load(out) == index
     assert [e.path for e in index.excluded] == ["covid/zero.png"]
 
 
-def test_over_the_limit_the_error_lists_files_and_says_how_to_go_on(data: Path):
+def test_too_many_bad_files_are_an_error_that_lists_them_and_the_options(data: Path):
     (data / "covid" / "zero.png").touch()
-    picture(50).save(data / "covid" / "renamed.jpg", "PNG")
+    image(50).save(data / "covid" / "renamed.jpg", "PNG")
     with pytest.raises(DataError) as error:
         check_data(data)
-    text = str(error.value)
-    assert "2 of 14 images are unusable (14.3%); the limit is 1.0%" in text
-    assert "covid/zero.png: empty file" in text
-    assert "--max-bad-fraction" in text
-    assert "above 0.143" in text
-    assert "1 of them are good images under a wrong extension" in text
-    assert "--accept-wrong-extension" in text
+    for text in (
+        "2 of 14 images are unusable (14.3%); the limit is 1.0%",
+        "covid/zero.png: empty file",
+        "--max-bad-fraction",
+        "above 0.143",
+        "1 of them are good images with a wrong extension",
+        "--accept-wrong-extension",
+    ):
+        assert text in str(error.value)
     assert len(check_data(data, max_bad_fraction=0.15)) == 12
     with pytest.raises(DataError, match=r"max_bad_fraction is 1\.5"):
         check_data(data, max_bad_fraction=1.5)
 
 
-def test_a_class_that_loses_every_image_is_an_error(data: Path):
+def test_class_without_a_usable_image_is_an_error(data: Path):
     (data / "third").mkdir()
     (data / "third" / "a.png").touch()
-    with pytest.raises(DataError, match="no usable image left in class third"):
+    with pytest.raises(DataError, match=r"(?s)image left in class third.*third/a.png: empty"):
         check_data(data, max_bad_fraction=0.5)
 
 
-def test_places_without_images_say_what_was_found(tmp_path: Path):
+def test_folders_without_images_report_what_was_found(tmp_path: Path):
     with pytest.raises(DataError, match="no such file or folder"):
         check_data(tmp_path / "nowhere")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "slice.dcm").write_text("x")
     save(tmp_path / "loose.png", 0)
-    with pytest.raises(
-        DataError, match=r"no images found \(ignored 1 .dcm, 1 .png directly in the folder\)"
-    ):
+    match = r"no images found \(ignored 1 .dcm, 1 .png directly in the folder\)"
+    with pytest.raises(DataError, match=match):
         check_data(tmp_path)
 
 
-def test_a_folder_that_cannot_be_listed_is_an_error_not_a_smaller_set(data: Path, monkeypatch):
+def test_unreadable_folder_is_an_error_and_not_a_smaller_set(data: Path, monkeypatch):
     real = os.scandir
 
     def scandir(path):
@@ -153,14 +156,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_not_a_smaller_set(data: Path
         check_data(data)
 
 
-def test_progress_counts_every_file_once(data: Path):
-    seen: list[tuple[int, int]] = []
-    check_data(data, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(i, 12) for i in range(1, 13)]
-
-
-def test_the_result_does_not_depend_on_threads(data: Path):
-    assert check_data(data, threads=1) == check_data(data, threads=7)
+# ---- manifests ----
 
 
 def manifest(root: Path, text: str) -> Path:
@@ -169,44 +165,41 @@ def manifest(root: Path, text: str) -> Path:
     return path
 
 
-def test_manifest_with_split_and_patient(data: Path):
-    rows = "normal/deeper/0.png,7,train,p1,1\nnormal/deeper/1.png,ten,test,,2\ncovid/gone.png,7,val,p2,3\n"
-    path = manifest(
-        data, "\ufeffpath,label,split,patient,score\n" + rows
-    )  # with the mark that Excel writes
+def test_manifest_gives_class_split_and_patient(data: Path):
+    rows = [
+        "\ufeffpath,label,split,patient,score",  # with the mark that Excel writes
+        "normal/deeper/0.png,7,train,p1,1",
+        "normal/deeper/1.png,ten,test,,2",
+        "covid/gone.png,7,val,p2,3",
+    ]
+    path = manifest(data, "\n".join(rows))
     index = check_data(path, max_bad_fraction=0.5)
     assert index == check_data(data, path, max_bad_fraction=0.5)
     assert index.classes == ["7", "ten"]
     assert index.root == data
-    assert [(r.label, r.split, r.patient) for r in index.records] == [
-        (0, "train", "p1"),
-        (1, "test", None),
-    ]
+    found = [(r.label, r.split, r.patient) for r in index.records]
+    assert found == [(0, "train", "p1"), (1, "test", None)]
     assert [(e.path, e.reason) for e in index.excluded] == [("covid/gone.png", "no such file")]
     assert any("score" in note for note in index.notes)
 
 
-def test_manifest_lists_all_its_problems_at_once(data: Path):
-    text = (
-        "path,label,split\na.png,x,train\na.png,x,train\n./a.png,x,train\n../up.png,x,train\n/etc/passwd,x,test\n"
-        "b.png,,train\nc.png,x,training\n,x,val\nd.png,x\ne/../../f.png,x,val\n"
-    )
-    with pytest.raises(DataError) as error:
-        read_manifest(manifest(data, text))
-    message = str(error.value)
-    for part in (
-        "line 3: path a.png was already in line 2",
-        "line 4: path ./a.png was already",
-        "line 5: path ../up.png leaves the data folder",
-        "line 6: path /etc/passwd leaves",
-        "line 7: empty label",
-        "line 8: split 'training' is not one of train, val, test",
-        "line 9: empty path",
-        "line 10: not 3 cells",
-        "line 11: path e/../../f.png leaves",
-        "9 problems",
-    ):
-        assert part in message, part
+def test_manifest_errors_are_listed_all_at_once(data: Path):
+    lines = {
+        "a.png,x,train": "",
+        "a.png,y,train": "line 3: path a.png was already in line 2",
+        "./a.png,x,train": "line 4: path ./a.png was already",
+        "../up.png,x,train": "line 5: path ../up.png leaves the data folder",
+        "/etc/passwd,x,test": "line 6: path /etc/passwd leaves",
+        "b.png,,train": "line 7: empty label",
+        "c.png,x,training": "line 8: split 'training' is not one of train, val, test",
+        ",x,val": "line 9: empty path",
+        "d.png,x": "line 10: not 3 cells",
+        "e/../../f.png,x,val": "line 11: path e/../../f.png leaves",
+    }
+    with pytest.raises(DataError, match="9 problems") as error:
+        read_manifest(manifest(data, "\n".join(["path,label,split", *lines])))
+    for problem in lines.values():
+        assert problem in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -218,9 +211,12 @@ def test_manifest_lists_all_its_problems_at_once(data: Path):
         ("path,label\n", "no rows"),
     ],
 )
-def test_manifest_header_errors(data: Path, text: str, match: str):
+def test_manifest_without_the_needed_columns_is_refused(data: Path, text: str, match: str):
     with pytest.raises(DataError, match=match):
         check_data(data, manifest(data, text))
+
+
+# ---- saved index, duplicates ----
 
 
 def test_index_round_trip_and_moved_data(data: Path, tmp_path: Path):
@@ -228,13 +224,13 @@ def test_index_round_trip_and_moved_data(data: Path, tmp_path: Path):
     index = check_data(data, out=out)
     assert DataIndex.load(out) == index
     moved = data.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="does not exist; pass the folder's new place"):
+    with pytest.raises(DataError, match="does not exist; pass the new path"):
         DataIndex.load(out)
     assert DataIndex.load(out, root=moved).file(0).exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "version", "label", "field", "list"])
-def test_a_damaged_index_is_refused(data: Path, tmp_path: Path, damage: str):
+def test_damaged_index_is_refused(data: Path, tmp_path: Path, damage: str):
     out = tmp_path / "index.json"
     check_data(data, out=out)
     body = json.loads(out.read_text())
@@ -247,48 +243,122 @@ def test_a_damaged_index_is_refused(data: Path, tmp_path: Path, damage: str):
     elif damage == "list":
         body = []
     out.write_text(out.read_text()[:500] if damage == "cut" else json.dumps(body))
-    with pytest.raises(DataError, match=r"sssd-fast data check|damaged index"):
+    with pytest.raises(DataError, match="make it again with `sssd-fast data check`"):
         DataIndex.load(out)
 
 
-def test_fingerprint_sees_content_label_and_order(data: Path):
+def test_fingerprint_depends_on_content_label_and_order(data: Path):
     index = check_data(data)
-    assert (
-        index.fingerprint()
-        == index.fingerprint(range(12))
-        != index.fingerprint([1, 0, *range(2, 12)])
-    )
-    (data / index.records[0].path).write_bytes((data / index.records[1].path).read_bytes())
+    assert index.fingerprint() == index.fingerprint(range(12))
+    assert index.fingerprint() != index.fingerprint([1, 0, *range(2, 12)])
+    index.file(0).write_bytes(index.file(1).read_bytes())
     assert check_data(data).fingerprint() != index.fingerprint()
 
 
-def test_identical_pictures_are_found_across_formats_splits_and_labels(tmp_path: Path):
+def test_identical_images_are_found_across_formats_splits_and_labels(tmp_path: Path):
     for name in ("a/1.png", "a/2.png", "b/3.png", "b/4.png"):
         save(tmp_path / name, int(name[2]))
-    picture(1).convert("RGB").save(
-        tmp_path / "a" / "copy.bmp"
-    )  # same pixels as a/1.png in another format
-    picture(2).save(tmp_path / "b" / "other.png")  # same pixels as a/2.png under another label
+    image(1).convert("RGB").save(tmp_path / "a" / "copy.bmp")
+    image(2).save(tmp_path / "b" / "other.png")
     index = check_data(tmp_path)
-    number = {r.path: i for i, r in enumerate(index.records)}
     found = report_duplicates(index)
-    assert sorted(map(sorted, found.groups)) == [
-        ["a/1.png", "a/copy.bmp"],
-        ["a/2.png", "b/other.png"],
-    ]
+    assert sorted(found.groups) == [["a/1.png", "a/copy.bmp"], ["a/2.png", "b/other.png"]]
     assert found.conflicting == [["a/2.png (a)", "b/other.png (b)"]]
     assert found.across_splits == []
-    test = [number["a/copy.bmp"]]
+    test = [i for i, r in enumerate(index.records) if r.path == "a/copy.bmp"]
     split = Split("x", [i for i in range(6) if i not in test], [], test, "by hand")
-    assert report_duplicates(index, split).across_splits == [
-        ["a/1.png (train)", "a/copy.bmp (test)"]
-    ]
-    assert "identical pictures WITH DIFFERENT LABELS: 1 groups" in index.summary()
+    across = report_duplicates(index, split).across_splits
+    assert across == [["a/1.png (train)", "a/copy.bmp (test)"]]
+    assert "identical images WITH DIFFERENT LABELS: 1 groups" in index.summary()
+
+
+# ---- index cache ----
+
+
+@pytest.fixture
+def old(data: Path) -> Path:
+    """The same images, three minutes old."""
+    for path in data.rglob("*.png"):
+        age(path, 180)
+    return data
+
+
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were decoded."""
+    names: list[str] = []
+    real = index_module.decode_bytes
+
+    def decode(data, name):
+        names.append(name)
+        return real(data, name)
+
+    monkeypatch.setattr(index_module, "decode_bytes", decode)
+    return names
+
+
+def test_index_cache_saves_the_second_decoding(old: Path, tmp_path: Path, decoded: list[str]):
+    cache = tmp_path / "cache"
+    first = check_data(old, index_cache=cache)
+    assert len(decoded) == 12
+    assert check_data(old, index_cache=cache) == first
+    assert len(decoded) == 12
+    moved = old.rename(tmp_path / "moved")
+    check_data(moved, index_cache=cache)
+    assert len(decoded) == 24
+
+
+def test_index_cache_ignores_changed_recent_and_missing_files(
+    old: Path, tmp_path: Path, decoded: list[str]
+):
+    cache = tmp_path / "cache"
+    files = sorted((old / "normal" / "deeper").iterdir())
+    os.utime(files[0])  # changed just now, so not stored
+    before = check_data(old, index_cache=cache)
+    image(900).save(files[1])
+    files[2].write_bytes(files[2].read_bytes()[:-40])
+    for path in files[1:4]:  # the last is only touched
+        age(path, 60)
+    files[4].unlink()
+    decoded.clear()
+    after = check_data(old, index_cache=cache, max_bad_fraction=0.5)
+    assert sorted(decoded) == [f.relative_to(old).as_posix() for f in files[:4]]
+    assert [Path(e.path).name for e in after.excluded] == ["2.png"]
+    assert len(after) == 10
+    sha256 = [{r.path: r.sha256 for r in index.records} for index in (before, after)]
+    assert sha256[0]["normal/deeper/1.png"] != sha256[1]["normal/deeper/1.png"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"version": 0, "files": {}}',
+        '{"version": 1, "files": {"covid/ünï.png": [1]}}',
+        '{"version": 1, "files": []}',
+    ],
+)
+def test_index_cache_that_is_damaged_or_not_writable_changes_nothing(
+    old: Path, tmp_path: Path, decoded: list[str], content: str
+):
+    index = check_data(old, index_cache=tmp_path / "cache")
+    (stored,) = (tmp_path / "cache").iterdir()
+    stored.write_text(content)
+    decoded.clear()
+    assert check_data(old, index_cache=tmp_path / "cache") == index
+    assert len(decoded) == 12
+    (tmp_path / "file").write_text("in the way")
+    assert check_data(old, index_cache=tmp_path / "file" / "below") == index
 
 
 @pytest.mark.realdata
-def test_real_sets_pass_the_check():
-    """COVID-CT needs the switch for its 34 JPEGs named .png; SARS-CoV-2 CT holds two identical pairs."""
+def test_public_sets_pass_the_check():
+    """COVID-CT has 34 JPEGs named .png; SARS-CoV-2 CT has two identical pairs."""
     root = Path(os.environ["SSSD_FAST_DATA"])
     covid = check_data(root / "covid-ct" / "split_official.csv", accept_wrong_extension=True)
     assert covid.counts() == {"CT_COVID": 349, "CT_NonCOVID": 397}

@@ -162,7 +162,7 @@ def test_a_damaged_cache_is_told_and_made_again(index: DataIndex, cache: Path, d
     assert_right(store, index, 1)
     (line,) = said
     assert line.startswith(f"the cache {path} is damaged (")
-    assert line.endswith("it is made again")
+    assert line.endswith("it is built again")
     assert assert_whole(cache).read_bytes() == whole
     assert "decoded in" in store.origin
     assert open_store(index, 1, cache, progress=never, log=never).path == path
@@ -285,7 +285,7 @@ pixels.os.fsync = fsync
     assert child.returncode == 0, problems
     assert_right(store, index, 1)
     assert printed.strip() == str([store.image(i).tolist() for i in range(len(index))])
-    assert said == [f"waiting for another process that prepares {store.path}"]
+    assert said == [f"waiting for another process that builds {store.path}"]
     assert log.read_text().splitlines() == [*(f"decoded {i}" for i in range(6)), "full"]
     assert_whole(cache)
 
@@ -395,7 +395,7 @@ def test_a_file_that_reads_back_wrong_is_not_used(
     assert store.path is None
     assert len(said) == 2
     assert "is damaged" in said[0]
-    assert "reads back damaged right after it was written" in said[1]
+    assert "is damaged right after writing" in said[1]
     assert_nothing_left(cache)
 
 
@@ -468,18 +468,18 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "truncated or damaged PNG",
     ),
     "empty": (lambda path: path.write_bytes(b""), "empty file (0 bytes)"),
-    "text": (lambda path: path.write_text("hello"), "no known image format"),
+    "text": (lambda path: path.write_text("hello"), "not a known image format"),
     "same size": (
         lambda path: Image.new("L", (31, 8)).save(path),
-        "another picture than the one that was checked",
+        "another image than the one that was checked",
     ),
     "larger": (
         lambda path: Image.new("L", (99, 99)).save(path),
-        "another picture than the one that was checked",
+        "another image than the one that was checked",
     ),
     "same picture, other file": (
         lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-        "another picture than the one that was checked",
+        "another image than the one that was checked",
     ),
 }
 

@@ -146,8 +146,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "vanished": (Path.unlink, "no such file"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "truncated or damaged"),
     "zero bytes": (lambda path: path.write_bytes(b""), "empty file"),
-    "another picture": (other_picture, "another picture than the one that was checked"),
-    "text": (lambda path: path.write_text("404 not found"), "no known image format"),
+    "another picture": (other_picture, "another image than the one that was checked"),
+    "text": (lambda path: path.write_text("404 not found"), "not a known image format"),
     "directory": (directory, "cannot be read"),
 }
 
