@@ -19,7 +19,7 @@ from sssd_fast.errors import SssdError
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.log import Console
 
-from . import experiments, plots, results, tables
+from . import plots, results, tables
 from .formats import Document, caption, device_name
 from .machine import slug
 
@@ -44,7 +44,6 @@ AGAIN = "run `sssd-fast bench report`"
 class Found:
     documents: list[Document]  # the newest of each kind and device: GPUs first
     warnings: list[str]
-    papers: list[experiments.Results]  # every reproduction of the paper
 
 
 def find(folder: Path) -> Found:
@@ -82,7 +81,7 @@ def find(folder: Path) -> Found:
         for one in order
         if not one["finished"]
     ]
-    return Found(order, warnings, experiments.find(folder))
+    return Found(order, warnings)
 
 
 def _schema(path: Path) -> str | None:
@@ -102,11 +101,11 @@ def texts(found: Found, readme: str) -> dict[str, str]:
     documents = found.documents
     sections = {name: tables.summary(name, documents) for name in tables.SECTIONS}
     sections[OVERVIEW] = tables.overview(documents)
-    sections[PAPER] = experiments.section(found.papers)
+    sections[PAPER] = "NVIDIA GPU: not measured. Small models on a processor: docs/results.md."
     long = {
         f"{FOLDER}/{long_name(one)}": long_page(one) for one in documents if one["kind"] == LONG
     }
-    pages = {PAGE: page(documents), experiments.PAGE: experiments.page(found.papers)}
+    pages = {PAGE: page(documents)}
     return {README: replace(readme, sections), **pages, **long}
 
 
@@ -259,14 +258,13 @@ def main(args: argparse.Namespace, root: Path = ROOT) -> int:
             return int(bool(stale))
         written = texts(found, _read(root / README))
         pictures = plots.write(found.documents, root / FOLDER)
-        pictures += experiments.draw(found.papers, root / experiments.PICTURES)
         for name, text in written.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(root / name, text)
-        count = len(found.documents) + len(found.papers)
+        count = len(found.documents)
         console.info(f"wrote {', '.join(written)} and {len(pictures)} pictures from {count} files")
         current = {*pictures, *(root / name for name in written)}
-        for place in (FOLDER, experiments.PICTURES):
+        for place in (FOLDER,):
             for path in sorted(set((root / place).glob("*.*")) - current):
                 console.warn(f"{path.name} in {place} belongs to no file any more; delete it")
     return 0

@@ -93,9 +93,11 @@ def reproduce(args: argparse.Namespace) -> None:
             "dataset": args.dataset,
             "methods": plans.METHODS if args.external else plans.METHODS[:3],
         }
-    for name in ("data", "external", "official_split", "part"):
+    for name in ("data", "external", "official_split"):
         if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
+    if args.part is not None:
+        fields["split"] = args.part
     for name in (
         "protocols",
         "methods",

@@ -1,14 +1,16 @@
-"""What a split gives away for nothing: the nearest training image on 32 x 32 grey pixels decides. A method must beat it by far."""
+"""Leakage control: the label of the nearest training image on 32 x 32 grey pixels.
+
+A method must be far better than this, else the split shows it near copies of the test images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sssd_fast.data.images import ImageArray, decode_image, to_channels
+from sssd_fast.data.images import decode_image, to_channels
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.labels import positive_class
 from sssd_fast.data.split import Split
@@ -17,40 +19,33 @@ from sssd_fast.evaluation.metrics import binary_metrics
 from sssd_fast.loaders.crops import evaluation_crop
 
 SIDE = 32
-Picture = NDArray[np.float32]  # [SIDE * SIDE]
 
 
 class NearestNeighbour:
-    """1-nearest-neighbour by squared distance of pixels; pictures are decoded once, whatever the split."""
+    """1-nearest-neighbour by squared distance of pixels; images are decoded once for all splits."""
 
-    def __init__(self, decode: Callable[[Any], ImageArray] = decode_image) -> None:
-        self._decode = decode
-        self._pictures = dict[str, Picture]()
+    def __init__(self) -> None:
+        self._pixels = dict[str, NDArray[np.float32]]()
 
-    def rates(self, index: DataIndex, split: Split, part: str) -> dict[str, Any]:
-        """Rates on `part` (metrics.Metrics as a dict); every image before it in train, val, test is known. The score is 0 or 1."""
-        known = [*split.train, *(split.val if part == "test" else [])]
-        asked = split.ids(part)
+    def rates(self, index: DataIndex, split: Split, name: str) -> dict[str, Any]:
+        """Metrics on the split `name`. Known are the splits before it; the score is 0 or 1."""
+        known = [*split.train, *(split.val if name == "test" else [])]
+        asked = split.ids(name)
         if not asked:
-            raise DataError(f"split {split.name} has no {part} images")
+            raise DataError(f"split {split.name} has no {name} images")
         known_KP, asked_NP = self._stack(index, known), self._stack(index, asked)
         # |a - k|^2 without |a|^2, which is the same for every k
         distance_NK = (known_KP**2).sum(1)[None, :] - 2 * asked_NP @ known_KP.T
-        labels = np.array(index.labels)
-        positive = positive_class(index.classes)
-        said_N = labels[known][distance_NK.argmin(1)] == positive
-        return binary_metrics(
-            (labels[asked] == positive).astype(np.int64), said_N.astype(np.float64)
-        ).as_dict()
+        positive_I = np.array(index.labels) == positive_class(index.classes)
+        scores_N = positive_I[known][distance_NK.argmin(1)].astype(np.float64)
+        return binary_metrics(positive_I[asked].astype(np.int64), scores_N).as_dict()
 
-    def _stack(self, index: DataIndex, ids: list[int]) -> Picture:
-        return np.stack([self._picture(index, i) for i in ids])
-
-    def _picture(self, index: DataIndex, i: int) -> Picture:
-        key = index.records[i].pixel_hash
-        if key not in self._pictures:
-            grey = to_channels(self._decode(index.file(i)), 1)
-            self._pictures[key] = evaluation_crop(grey, (SIDE, SIDE), "stretch").astype(
-                np.float32
-            ).ravel() / np.float32(255)
-        return self._pictures[key]
+    def _stack(self, index: DataIndex, ids: list[int]) -> NDArray[np.float32]:
+        """[N, SIDE * SIDE] pixels in [0, 1]."""
+        for i in ids:
+            key = index.records[i].pixel_hash
+            if key not in self._pixels:
+                grey = to_channels(decode_image(index.file(i)), 1)
+                view = evaluation_crop(grey, (SIDE, SIDE), "stretch")
+                self._pixels[key] = view.astype(np.float32).ravel() / np.float32(255)
+        return np.stack([self._pixels[index.records[i].pixel_hash] for i in ids])

@@ -1,18 +1,26 @@
-"""results.json of a reproduction as tables, Markdown and a picture: the paper's figures above ours, each control below.
+"""results.json of a reproduction as tables, Markdown and a picture, next to the paper's results.
 
-Rates in results.json are fractions; in tables they are percent, mean ± sample deviation over the seeds.
+Rates in results.json are fractions; in tables they are percent, mean ± sample deviation over seeds.
+`python -m sssd_fast.reproduce.table` rewrites the results in docs/results.md from committed files.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sssd_fast.config import ModelConfig
+from sssd_fast.errors import SssdError
+from sssd_fast.evaluation import pictures
 from sssd_fast.evaluation.metrics import aggregate_runs
+from sssd_fast.reproduce.public_sets import PUBLIC_SETS
+from sssd_fast.run.files import atomic_write_text
 
-SCHEMA = "sssd_fast.reproduce/1"
+SCHEMA = "sssd_fast.reproduce/2"
 RATES = {"accuracy": "Accuracy", "f1": "F1", "auc": "AUC"}
 METHODS = {
     "sssd": "SSSD: masked autoencoder with self-distillation",
@@ -25,76 +33,69 @@ PROTOCOLS = {
     "random": "stratified random 80/20, the paper's protocol",
     "controlled": "leak-controlled",
 }
-CONTROLLED = {
-    "covid-ct": "the authors' split by patient",
-    "sars-cov-2-ct": "last 20 % of file numbers per class",
-}
+LEGEND = (
+    "Rates are mean ± sample deviation over the runs. A run is one seed: its split (random), initial "
+    "weights, masks and order. Minutes: training of one model, pre-training and compilation "
+    "included, evaluation not; machines may have been busy with other work."
+)
+MARKERS = ("<!-- results -->", "<!-- /results -->")
 
+Results = Mapping[str, Any]
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 
 
-def tables(results: Mapping[str, Any]) -> list[Table]:
-    """One table per protocol that has a finished cell."""
-    made = []
-    for protocol in PROTOCOLS:
-        cells = [cell for cell in results["cells"] if cell["protocol"] == protocol]
+def tables(results: Results) -> list[Table]:
+    """One table per protocol that has a finished model."""
+    found = []
+    for protocol, title in PROTOCOLS.items():
+        cells = _of_protocol(results, protocol)
         if not cells:
             continue
-        header = ["", *RATES.values(), "runs", "minutes each"]
+        if protocol == "controlled":
+            title += f": {PUBLIC_SETS[results['dataset']].controlled_title}"
+        split, counts = results["split"], cells[0]["counts"]
+        title = f"{results['title']}, {title}; {counts['train']} training and {counts[split]} {split}"
         rows = []
-        if protocol == "random" and results["part"] == "test":
-            for who, rates in results["published"].items():
-                rows.append(
-                    [who, *(f"{100 * rates[r]:.2f} %" if r in rates else "" for r in RATES), "", ""]
-                )
-        ours = [
-            (_mean([c["image"]["accuracy"] for c in group]), label, group)
-            for label, group in _groups(cells)
-        ]
-        if any(cell["variant"] for cell in cells):
-            ours.sort(key=lambda one: -one[0])
-        for _, label, group in ours:
-            minutes = _mean([(c.get("pretrain_s", 0) + c["finetune_s"]) / 60 for c in group])
-            rows.append(
-                [label, *_rates([c["image"] for c in group]), str(len(group)), f"{minutes:.1f}"]
-            )
-        of_split = {cell["seed"]: cell["nearest"] for cell in cells}
-        same = len({tuple(n["confusion"][0] + n["confusion"][1]) for n in of_split.values()}) == 1
-        nearest = list(of_split.values())[: 1 if same else None]
-        rows.append([NEAREST, *_rates(nearest, ("accuracy", "f1")), str(len(nearest)), ""])
-        made.append((_title(results, protocol, cells), header, rows))
-    return made
+        for source, rates in _published(results, protocol).items():
+            shown = [f"{100 * rates[rate]:.2f} %" if rate in rates else "" for rate in RATES]
+            rows.append([source, *shown, "", ""])
+        for label, group in _groups(cells):
+            minutes = [(cell.get("pretrain_s", 0) + cell["finetune_s"]) / 60 for cell in group]
+            rates = _rates([cell["image"] for cell in group])
+            rows.append([label, *rates, str(len(group)), f"{statistics.fmean(minutes):.1f}"])
+        nearest = list({cell["seed"]: cell["nearest"] for cell in cells}.values())
+        # equal for all seeds of a fixed split
+        nearest = nearest if len({str(one["confusion"]) for one in nearest}) > 1 else nearest[:1]
+        # its scores are 0 or 1, so its AUC would be one point
+        rows.append([NEAREST, *_rates(nearest)[:2], "", str(len(nearest)), ""])
+        found.append((f"{title} images", ["", *RATES.values(), "runs", "minutes each"], rows))
+    return found
 
 
-def summary(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Accuracy alone, methods by splits: header and rows."""
-    found = {title: {row[0]: row[1] for row in rows} for title, _, rows in tables(results)}
-    names = dict.fromkeys(name for column in found.values() for name in column if name != NEAREST)
-    header = ["", *(title.partition(", ")[2].partition(";")[0] for title in found)]
-    return header, [
-        [name, *(column.get(name, "") for column in found.values())]
-        for name in [*names, NEAREST]
-        if found
-    ]
-
-
-def lines(results: Mapping[str, Any]) -> list[str]:
-    """What a reader must know besides: paired differences, departures from the published set, what is not finished."""
+def notes(results: Results) -> list[str]:
+    """Paired differences, departures from the published set, and what is not finished."""
     found = []
     for protocol in PROTOCOLS:
+        accuracy = {
+            (cell["method"], cell["seed"]): cell["image"]["accuracy"]
+            for cell in _of_protocol(results, protocol)
+            if not cell["variant"]
+        }
         for control in ("mae", "supervised", "external"):
-            pairs = _pairs(results["cells"], protocol, "sssd", control)
-            if len(pairs) > 1:
-                differences = [100 * (a - b) for a, b in pairs]
-                higher = sum(d > 0 for d in differences)
+            # equal seeds have equal splits
+            seeds = [s for method, s in accuracy if method == control and ("sssd", s) in accuracy]
+            points = [100 * (accuracy["sssd", s] - accuracy[control, s]) for s in sorted(seeds)]
+            if len(points) > 1:
                 found.append(
-                    f"{protocol}: accuracy of sssd minus {control}, seed by seed: {_mean(differences):+.2f} ± "
-                    f"{statistics.stdev(differences):.2f} points; higher in {higher}, equal in "
-                    f"{sum(d == 0 for d in differences)} of {len(pairs)} seeds"
+                    f"{protocol}: accuracy of sssd minus {control}, seed by seed: "
+                    f"{statistics.fmean(points):+.2f} ± {statistics.stdev(points):.2f} points; higher "
+                    f"in {sum(d > 0 for d in points)}, equal in {points.count(0)} of {len(points)} "
+                    "seeds"
                 )
-    if results["part"] == "val":
+    if results["split"] == "val":
         found.append(
-            "Evaluated on validation images, which also chose the checkpoint unless finetune.select=last: only for choosing settings."
+            "Evaluated on validation images, which also chose the checkpoint unless "
+            "finetune.select=last: only for choosing settings."
         )
     found += sorted({line for cell in results["cells"] for line in cell["departures"]})
     missing = results["planned"] - len(results["cells"])
@@ -103,154 +104,148 @@ def lines(results: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+def markdown(results: Results) -> str:
     """results.md."""
-    return "\n".join(
-        [
-            f"# {results['title']}: the paper's experiment and its controls",
-            "",
-            *body(results),
-            "",
-            LEGEND,
-            "",
-        ]
-    )
+    title = f"# {results['title']}: the paper's experiment and its controls"
+    return f"{title}\n\n{body(results)}\n\n{LEGEND}\n"
 
 
-LEGEND = (
-    "Rates are mean ± sample deviation over the runs. A run is one seed: its split (random), initial weights, masks and order. Minutes: "
-    "training of one model, pre-training and compilation included, evaluation not; machines may have been busy with other work."
-)
-
-
-def body(results: Mapping[str, Any]) -> list[str]:
-    """Tables, what a reader must know besides, and where it was measured, as lines of Markdown."""
-    parts = []
+def body(results: Results) -> str:
+    """Tables, notes, machines and commands as Markdown."""
+    blocks = []
     for title, header, rows in tables(results):
-        parts += [f"**{title}**", "", *_markdown_table(header, rows), ""]
-    parts += [f"- {line}" for line in lines(results)]
-    parts += [
-        "",
-        "; ".join(
-            [
-                *map(_machine, results["machines"]),
-                *(f"`{command}`" for command in results["commands"]),
-            ]
-        ),
+        lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+        blocks += [f"**{title}**", "\n".join(lines)]
+    blocks.append("\n".join(f"- {line}" for line in notes(results)))
+    sources = [
+        f"{machine['device']}, torch {machine['torch']}, python {machine['python']}, commit "
+        f"{str(machine['commit'])[:10]}{' (modified)' if machine['modified'] else ''}, {machine['date']}"
+        for machine in results["machines"]
     ]
-    return parts
+    sources += [f"`{command}`" for command in results["commands"]]
+    return "\n\n".join(filter(None, [*blocks, "; ".join(sources)]))
 
 
-def _machine(machine: Mapping[str, Any]) -> str:
-    changes = " (modified)" if machine["modified"] else ""
-    return (
-        f"{machine['device']}, torch {machine['torch']}, python {machine['python']}, commit {str(machine['commit'])[:10]}{changes}, "
-        f"{machine['date']}"
-    )
+def picture(results: Results, *, path: str | Path) -> Path | None:
+    """A dot per model, a bar at each mean, dashed lines at the published accuracies.
 
-
-def picture(results: Mapping[str, Any], *, path: str | Path) -> Path | None:
-    """A dot per model, a bar at each mean, dashed lines at the published accuracies; None without a finished cell."""
-    from sssd_fast.evaluation.pictures import (
-        COLORS,
-        INK,
-        QUIET,
-        new_figure,
-        save_figure,
-        style_axes,
-    )
-
-    panels = [p for p in PROTOCOLS if any(c["protocol"] == p for c in results["cells"])]
+    None if no model is finished.
+    """
+    panels = [protocol for protocol in PROTOCOLS if _of_protocol(results, protocol)]
     if not panels:
         return None
-    groups = {p: _groups([c for c in results["cells"] if c["protocol"] == p]) for p in panels}
-    height = 1.6 + 0.45 * max(len(g) + 1 for g in groups.values())
-    figure = new_figure(4.4 * len(panels) + 2.2, height)
-    all_axes = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
-    for axes, protocol in zip(all_axes, panels, strict=True):
+    lines = {}
+    for protocol in panels:
+        cells = _of_protocol(results, protocol)
         named = [
-            (label.split(":")[0], [100 * c["image"]["accuracy"] for c in cells])
-            for label, cells in groups[protocol]
+            (label.split(":")[0], [100 * cell["image"]["accuracy"] for cell in group])
+            for label, group in _groups(cells)
         ]
-        seeds = {
-            c["seed"]: 100 * c["nearest"]["accuracy"]
-            for _, cells in groups[protocol]
-            for c in cells
-        }
-        named.append(("nearest neighbour", list(seeds.values())))
+        seeds = {cell["seed"]: 100 * cell["nearest"]["accuracy"] for cell in cells}
+        lines[protocol] = [*named, ("nearest neighbour", list(seeds.values()))]
+    height = 1.6 + 0.45 * max(map(len, lines.values()))
+    figure = pictures.new_figure(4.4 * len(panels) + 2.2, height)
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
+    for axes, (protocol, named) in zip(all_axes, lines.items(), strict=True):
         for row, (_, values) in enumerate(named):
-            color = QUIET if row == len(named) - 1 else COLORS[row % len(COLORS)]
+            color = pictures.COLORS[row % len(pictures.COLORS)]
+            color = pictures.QUIET if row == len(named) - 1 else color
             axes.plot(values, [row] * len(values), "o", color=color, ms=4.5, alpha=0.75, mec="none")
-            axes.plot([_mean(values)] * 2, [row - 0.28, row + 0.28], color=color, lw=1.8)
-        if protocol == "random" and results["part"] == "test":
-            for (who, rates), dashes in zip(
-                results["published"].items(), ("--", ":"), strict=False
-            ):
-                axes.axvline(100 * rates["accuracy"], color=INK, lw=0.9, ls=dashes, label=who)
-            axes.legend(
-                frameon=False,
-                fontsize=7,
-                labelcolor=INK,
-                loc="upper left",
-                bbox_to_anchor=(0, -0.18),
-            )
+            axes.plot([statistics.fmean(values)] * 2, [row - 0.28, row + 0.28], color=color, lw=1.8)
+        published = _published(results, protocol)
+        for (source, rates), dashes in zip(published.items(), ("--", ":"), strict=False):
+            x = 100 * rates["accuracy"]
+            axes.axvline(x, color=pictures.INK, lw=0.9, ls=dashes, label=source)
+        if published:
+            place = {"loc": "upper left", "bbox_to_anchor": (0, -0.18)}
+            axes.legend(frameon=False, fontsize=7, labelcolor=pictures.INK, **place)
         axes.set_yticks(range(len(named)), [label for label, _ in named], fontsize=8)
         axes.set_ylim(len(named) - 0.5, -0.5)
-        style_axes(
-            axes,
-            title=f"{results['title']}, {protocol} split",
-            xlabel=f"accuracy on {results['part']} images, %",
+        title = f"{results['title']}, {protocol.replace('controlled', 'leak-controlled')} split"
+        xlabel = f"accuracy on {results['split']} images, %"
+        pictures.style_axes(axes, title=title, xlabel=xlabel)
+    return pictures.save_figure(figure, path)
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """results.json evaluated on test images. Raises SssdError for another file."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        schema, split, dataset = results["schema"], results["split"], results["dataset"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SssdError(f"{path}: not a results.json of `sssd-fast reproduce` ({error})") from None
+    if schema != SCHEMA or dataset not in PUBLIC_SETS or split != "test":
+        raise SssdError(
+            f"{path}: schema {schema}, data set {dataset}, {split} images; needs {SCHEMA}, one of "
+            f"{', '.join(PUBLIC_SETS)}, test images"
         )
-    return save_figure(figure, path)
+    return dict(results)
 
 
-def _title(results: Mapping[str, Any], protocol: str, cells: Sequence[Mapping[str, Any]]) -> str:
-    how = PROTOCOLS[protocol]
-    if protocol == "controlled":
-        how += f": {CONTROLLED[results['dataset']]}"
-    counts = cells[0]["counts"]
-    return f"{results['title']}, {how}; {counts['train']} training and {counts[results['part']]} {results['part']} images"
+def page(text: str, found: Mapping[str, Results]) -> str:
+    """`text` with the results between its markers replaced by those of name -> results.json."""
+    if not all(marker in text for marker in MARKERS):
+        raise SssdError(f"the page needs the lines {' and '.join(MARKERS)}")
+
+    def on_gpu(results: Results) -> bool:
+        return any(machine["type"] == "cuda" for machine in results["machines"])
+
+    blocks = [] if any(map(on_gpu, found.values())) else ["## On a GPU", "Not measured."]
+    for name, results in sorted(found.items(), key=lambda one: (not on_gpu(one[1]), one[0])):
+        width, depth, _ = ModelConfig.model_validate(results["settings"]["model"]).encoder_shape
+        size = " x ".join(map(str, results["settings"]["model"]["image_size"]))
+        title = f"## {results['title']}: ViT {width}x{depth} on {size} pixels"
+        blocks.append(title + ("" if on_gpu(results) else ", CPU"))
+        if not on_gpu(results):
+            blocks.append(
+                "A small model, trained for minutes on a CPU: this shows that everything runs on the "
+                "real images and how the methods compare at this size, not what the paper's model "
+                "reaches."
+            )
+        blocks += [body(results) + f"; file `{name}.json`"]
+        blocks += [f"![{results['title']}, accuracy of every model](results/{name}.png)"]
+    before, after = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
+    return "\n\n".join([before + MARKERS[0], *blocks, MARKERS[1] + after])
+
+
+def _of_protocol(results: Results, protocol: str) -> list[Mapping[str, Any]]:
+    return [cell for cell in results["cells"] if cell["protocol"] == protocol]
+
+
+def _published(results: Results, protocol: str) -> Mapping[str, Mapping[str, float]]:
+    """The paper's results, which are for test images of the random split."""
+    comparable = protocol == "random" and results["split"] == "test"
+    return dict(results["published"]) if comparable else {}
 
 
 def _groups(cells: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Cells that differ in the seed alone, under their name, in the order of METHODS."""
-    groups: dict[tuple[str, tuple[str, ...]], list[Mapping[str, Any]]] = {}
+    """Models that differ only in the seed, by name; in the order of METHODS, or the best first."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for cell in cells:
-        groups.setdefault((cell["method"], tuple(cell["variant"])), []).append(cell)
+        groups.setdefault((cell["method"], *cell["variant"]), []).append(cell)
     order = sorted(groups, key=lambda key: list(METHODS).index(key[0]))
-    return [(", ".join([METHODS[key[0]], *key[1]]), groups[key]) for key in order]
+    if any(len(key) > 1 for key in order):
+        order.sort(key=lambda key: -statistics.fmean(c["image"]["accuracy"] for c in groups[key]))
+    return [(", ".join([METHODS[key[0]], *key[1:]]), groups[key]) for key in order]
 
 
-def _pairs(
-    cells: Sequence[Mapping[str, Any]], protocol: str, one: str, other: str
-) -> list[tuple[float, float]]:
-    """Accuracies of two methods on equal seeds (and so equal splits), without variants."""
-    found = {
-        (cell["method"], cell["seed"]): cell["image"]["accuracy"]
-        for cell in cells
-        if cell["protocol"] == protocol and not cell["variant"]
-    }
-    seeds = sorted({seed for _, seed in found})
-    return [
-        (found[one, s], found[other, s]) for s in seeds if (one, s) in found and (other, s) in found
-    ]
-
-
-def _rates(runs: Sequence[Mapping[str, Any]], shown: Iterable[str] = tuple(RATES)) -> list[str]:
+def _rates(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = []
     summary = aggregate_runs(runs)
-    return [_percent(summary[rate]) if rate in shown else "" for rate in RATES]
+    for mean, deviation in ((summary[rate]["mean"], summary[rate]["deviation"]) for rate in RATES):
+        spread = "" if deviation is None else f" ± {100 * deviation:.2f}"
+        cells.append("undefined" if mean is None else f"{100 * mean:.2f}{spread} %")
+    return cells
 
 
-def _percent(value: Mapping[str, Any]) -> str:
-    if value["mean"] is None:
-        return "undefined"
-    spread = "" if value["deviation"] is None else f" ± {100 * value['deviation']:.2f}"
-    return f"{100 * value['mean']:.2f}{spread} %"
+def main(folder: Path = Path("benchmarks/results/paper"), docs: Path = Path("docs")) -> None:
+    """Rewrite docs/results.md and docs/results/*.png from the files in `folder`."""
+    found = {path.stem: load_results(path) for path in sorted(folder.glob("*.json"))}
+    target = docs / "results.md"
+    atomic_write_text(target, page(target.read_text(encoding="utf-8"), found))
+    for name, results in found.items():
+        picture(results, path=docs / "results" / f"{name}.png")
 
 
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -23,7 +23,7 @@ def test_the_benchmarks_start_without_the_trainers_packages() -> None:
 import sys
 for name in {HIDDEN}:
     sys.modules[name] = None  # importing it raises ImportError
-import benchmarks.experiments, benchmarks.report, benchmarks.session, benchmarks.tune
+import benchmarks.report, benchmarks.session, benchmarks.tune
 from benchmarks.__main__ import main
 sys.exit(main(["kernels", "--device", "cpu", "--op", "no such op"]))
 """
