@@ -134,7 +134,10 @@ def write_official_split(
         )
     write_manifest(
         out,
-        [{"path": f"{label}/{name}", "label": label, "split": split} for label, name, split in rows],
+        [
+            {"path": f"{label}/{name}", "label": label, "split": split}
+            for label, name, split in rows
+        ],
     )
     return where
 

@@ -54,7 +54,9 @@ def tables(results: Results) -> list[Table]:
         if protocol == "controlled":
             title += f": {PUBLIC_SETS[results['dataset']].controlled_title}"
         split, counts = results["split"], cells[0]["counts"]
-        title = f"{results['title']}, {title}; {counts['train']} training and {counts[split]} {split}"
+        title = (
+            f"{results['title']}, {title}; {counts['train']} training and {counts[split]} {split}"
+        )
         rows = []
         for source, rates in _published(results, protocol).items():
             shown = [f"{100 * rates[rate]:.2f} %" if rate in rates else "" for rate in RATES]

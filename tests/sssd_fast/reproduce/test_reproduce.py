@@ -431,6 +431,8 @@ def test_command_errors_name_the_problem(
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", *words]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_settings_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     from sssd_fast.cli import _parse
 
