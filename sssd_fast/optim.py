@@ -4,8 +4,8 @@ Layer decay (Clark et al., arXiv 2003.10555; BEiT, arXiv 2106.08254): the learni
 of n is multiplied by decay ** (n + 1 - (i + 1)), of the embedding by decay ** (n + 1), of the head
 by 1.
 
-Whatever changes from step to step (learning rate, gradient scale, the flag that skips a step)
-reaches the device as a tensor: nothing waits for the device, and a compiled step is compiled once.
+Values that change from step to step (learning rate, gradient scale, the flag that skips a step) are
+tensors on the device: nothing waits for the device, and a compiled step is compiled once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sssd_fast.adamw8bit import build_adamw8bit
+from sssd_fast.performance.adamw8bit import build_adamw8bit
 
 
 def scaled_lr(base_lr: float, effective_batch: int) -> float:
@@ -64,15 +64,13 @@ def parameter_groups(
     return list(groups.values())
 
 
-# torch.compile cannot trace torch's multi-tensor kernels with a tensor as learning rate, and its
-# own code for a norm over hundreds of tensors is hundreds of kernels: as ops of their own, both
-# stay the few launches that they are.
+# Both are custom ops: torch.compile cannot trace torch's multi-tensor kernels with a tensor as
+# learning rate, and it would compile a norm over hundreds of tensors to hundreds of kernels.
 @torch.library.custom_op("sssd_fast::global_norm", mutates_args=())
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of all elements of all tensors together, fp32 scalar."""
-    return torch.linalg.vector_norm(
-        torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
-    )
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 @global_norm.register_fake
@@ -80,9 +78,10 @@ def _(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "sssd_fast::adamw_", mutates_args=("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
-)
+_STATE = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
+
+
+@torch.library.custom_op("sssd_fast::adamw_", mutates_args=_STATE)
 def adamw_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -97,19 +96,33 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on gradients divided by `scale`; nothing
-    changes where `skip` is 1.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), in place.
+
+    Gradients are divided by `scale`. Nothing changes if `skip` is 1.
     """
     torch._foreach_add_(steps, 1)
     torch._fused_adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
-        eps=eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=skip,
-    )  # fmt: skip
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=scale,
+        found_inf=skip,
+    )
     torch._foreach_sub_(steps, [skip] * len(steps))
 
 
 class Group(NamedTuple):
-    """What AdamW needs of one group, of the parameters that have a gradient."""
+    """The parameters of one group that have a gradient, and what AdamW needs to update them."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -124,17 +137,16 @@ class Group(NamedTuple):
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW(fused=True), its state and its state dict, with an update that
-    torch.compile can trace.
+    """torch.optim.AdamW(fused=True) with an update that torch.compile can trace; same state
+    dict.
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
         super().__init__(groups, lr=0.0, betas=betas, fused=True)
         device = self.param_groups[0]["params"][0].device
+        scales = [group["lr_scale"] for group in self.param_groups]
         self._lr = torch.zeros((), device=device)
-        self._scales_G = torch.tensor(
-            [group["lr_scale"] for group in self.param_groups], device=device
-        )
+        self._scales_G = torch.tensor(scales, device=device)
 
     def set_lr(self, lr: float) -> None:
         for group in self.param_groups:
@@ -144,53 +156,50 @@ class FusedAdamW(torch.optim.AdamW):
     def filled_groups(self) -> list[Group]:
         """The groups that have gradients."""
         found = []
-        for group, lr in zip(self.param_groups, (self._lr * self._scales_G).unbind(), strict=True):
+        lrs = (self._lr * self._scales_G).unbind()
+        for group, lr in zip(self.param_groups, lrs, strict=True):
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             for p in params:
                 if not self.state[p]:
-                    zeros = {
-                        name: torch.zeros_like(p, memory_format=torch.preserve_format)
-                        for name in MOMENTS
-                    }
-                    self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
-            first, second, steps = (
-                [self.state[p][name] for p in params] for name in (*MOMENTS, "step")
+                    keep = torch.preserve_format
+                    self.state[p]["step"] = torch.zeros((), device=p.device)
+                    self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=keep)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=keep)
+            state = (
+                [self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")
             )
             values = [p.detach() for p in params]
             grads = [p.grad for p in params]
-            (beta1, beta2) = group["betas"]
-            numbers = lr, beta1, beta2, group["eps"], group["weight_decay"]
-            if params:
-                found.append(Group(values, grads, first, second, steps, *numbers))
+            numbers = lr, *group["betas"], group["eps"], group["weight_decay"]
+            found.append(Group(values, grads, *state, *numbers))
         return found
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
 def clipped_update(
-    groups: list[Group], max_norm: float | None, watched: list[Tensor]
+    groups: list[Group], max_norm: float | None, must_be_finite: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """AdamW on gradients clipped to a global norm of `max_norm`: (norm before clipping, bool
-    scalar: whether it was applied).
+    """AdamW on gradients clipped to a global norm: (norm before clipping, whether it was applied).
 
-    Two passes over the gradients: the norm's, and the update's own. Nothing is applied where the
-    norm or anything in `watched` is not finite.
+    Two passes over the gradients: the norm, and the update itself. Nothing is applied unless the
+    norm and everything in `must_be_finite` are finite.
     """
     grad_norm = global_norm([grad for group in groups for grad in group.grads])
-    finite = all_finite(grad_norm, *watched)
-    # the inverse of the factor of torch.nn.utils.clip_grad_norm_
+    finite = all_finite(grad_norm, *must_be_finite)
+    # The inverse of the factor of torch.nn.utils.clip_grad_norm_.
     scale = None if max_norm is None else torch.clamp((grad_norm + 1e-6) / max_norm, min=1.0)
+    skip = (~finite).float()
     for params, grads, exp_avgs, exp_avg_sqs, steps, lr, *numbers in groups:
-        adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, lr, scale, (~finite).float(), *numbers)
+        adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, lr, scale, skip, *numbers)
     return grad_norm, finite
 
 
 def build_optimizer(
     groups: list[dict[str, Any]], betas: tuple[float, float], name: str = "adamw"
 ) -> torch.optim.Optimizer:
-    """FusedAdamW for "adamw"; for "adamw8bit" torchao's, whose moments take 2 bytes per parameter
-    in place of 8.
+    """FusedAdamW for "adamw". For "adamw8bit" torchao's, with 2 bytes of moments per parameter,
+    not 8.
     """
     return FusedAdamW(groups, betas) if name == "adamw" else build_adamw8bit(groups, betas)
 
@@ -199,18 +208,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     if isinstance(optimizer, FusedAdamW):
         optimizer.set_lr(lr)
         return
-    for group in (
-        optimizer.param_groups
-    ):  # torchao: a tensor on the CPU, which its compiled update takes as an argument
-        group["lr"].fill_(lr * group["lr_scale"])
+    for group in optimizer.param_groups:
+        group["lr"].fill_(lr * group["lr_scale"])  # torchao's update takes the rate as a tensor
 
 
 def all_finite(loss: Tensor, *others: Tensor) -> Tensor:
-    """Whether every element of the loss (and gradient norm, ...) is finite: a bool tensor [] on the
-    loss's device.
+    """Whether every element of all tensors is finite: a bool scalar on the device of the first.
 
-    Nothing here waits for the device, so it can stand in a compiled or captured step; read the flag
-    when convenient.
+    Does not wait for the device, so it can be part of a compiled or captured step.
     """
     finite = torch.isfinite(loss.detach()).all()
     for other in others:

@@ -1,18 +1,18 @@
-"""The training loop. Every command that trains builds a Task and calls `fit`; read it top to
+"""The training loop: every command that trains builds a Task and calls `fit`. Read it top to
 bottom.
 
-A run is a pure function of its configuration: the order of images, their augmentation, the masks
-and every random number of step s are derived from (seed, s), so a checkpoint needs no random state,
-and resuming continues bit for bit on the same number of threads.
+A run is a pure function of its configuration. The order of images, their augmentation, the masks
+and all random numbers of step s are derived from (seed, s). A checkpoint therefore needs no random
+state, and a resumed run continues bit for bit with the same number of threads.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,16 +39,15 @@ from sssd_fast.run.checkpoint import load_checkpoint
 from sssd_fast.run.device import World, generator, peak_memory_gib
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.folder import Run
+from sssd_fast.run.log import Progress as ProgressBar
 from sssd_fast.run.log import format_metric
 from sssd_fast.run.signals import SignalGuard
 from sssd_fast.step import Step, StepResult, TaskLoss
 
-COMPILING = "compiling the training step; this can take minutes the first time, later runs find it in the cache"
-SKIPS_ALLOWED = {
-    "fp32": 3,
-    "bf16": 3,
-    "fp16": 25,
-}  # fp16 starts at a loss scale of 65536 and has to find its way down
+COMPILING = "compiling the training step; this can take minutes, later runs use the cache"
+# Non-finite steps in a row that end a run. fp16 starts at a loss scale of 65536 and has to reduce
+# it.
+SKIPS_ALLOWED = {"fp32": 3, "bf16": 3, "fp16": 25}
 
 
 class Task(Protocol):
@@ -65,7 +64,7 @@ class Task(Protocol):
 
     @property
     def best(self) -> tuple[str, bool]:
-        """(figure of `end_epoch` that chooses the best checkpoint, whether higher is better)."""
+        """(metric of `end_epoch` that selects the best checkpoint, whether higher is better)."""
         ...
 
     def groups(self) -> list[dict[str, Any]]: ...
@@ -75,9 +74,7 @@ class Task(Protocol):
     def update_state(self, batch_stats: Tensor, finite: Tensor) -> None: ...
 
     def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
-        """Validation and pictures after `epoch` (from 1); the figures go to metrics.jsonl. Empty =
-        nothing measured.
-        """
+        """Validation and pictures after `epoch` (from 1). The metrics go to metrics.jsonl."""
         ...
 
     def extra_state(self) -> dict[str, Any]:
@@ -87,16 +84,22 @@ class Task(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands; this and the tensors are all that a checkpoint holds."""
+    """Position of a run, stored in its checkpoints."""
 
     epoch: int = 0  # epochs finished
     step_in_epoch: int = 0  # optimizer steps done in the current epoch
     step: int = 0  # optimizer steps done
-    best: float | None = None
+    best: float | None = None  # best validation metric so far
+
+    def epoch_fraction(self, schedule: Schedule) -> float:
+        """Epochs done, with the fraction of the current one."""
+        return self.epoch + self.step_in_epoch / schedule.steps_per_epoch
 
 
 @dataclass(frozen=True)
 class Schedule:
+    """Optimizer steps and learning rates of a run."""
+
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
@@ -128,13 +131,10 @@ class Schedule:
 
 
 def make_step(task: Task, run: Run, config: Config) -> tuple[Step, Execution]:
-    """The step that trains `task` as config.step wants it, and what was decided, which is printed
-    too.
-    """
+    """The step for `task` with the settings of config.step, and the choices made (printed)."""
     settings, world = task.settings, run.world
-    optimizer = build_optimizer(
-        task.groups(), (settings.beta1, settings.beta2), config.step.optimizer
-    )
+    betas = settings.beta1, settings.beta2
+    optimizer = build_optimizer(task.groups(), betas, config.step.optimizer)
     execution = prepare(task.module, config, run.precision, world.device, settings.batch_size)
     for line in execution.lines:
         run.console.info(line)
@@ -159,25 +159,26 @@ def make_step(task: Task, run: Run, config: Config) -> tuple[Step, Execution]:
 
 
 def fit(task: Task, loader: Loader, run: Run) -> Progress:
-    """Trains `task` to the end of its schedule, or from the newest checkpoint on when the run was
-    opened to resume.
+    """Trains `task` to the end of its schedule; a resumed run continues from its newest
+    checkpoint.
     """
     settings, config, world = task.settings, run.config, run.world
     schedule = Schedule.of(settings, loader.steps_per_epoch, world.size)
-    progress = Progress()
     step, execution = make_step(task, run, config)
-    if run.resume:
-        progress = _restore(task, step, run)
+    progress = _restore(task, step, run) if run.resume else Progress()
     run.tracker.start(progress.step)
+    processes = f", {world.size} processes" if world.size > 1 else ""
     run.console.info(
         f"{task.name}: {schedule.total_steps} steps, {schedule.steps_per_epoch} per epoch, "
-        f"effective batch {schedule.effective_batch}, "
-        f"peak lr {schedule.peak_lr:.3g}, {run.precision} on {world.device}"
-        + (f", {world.size} processes" if world.size > 1 else "")
+        "effective "
+        f"batch {schedule.effective_batch}, peak lr {schedule.peak_lr:.3g}, {run.precision} on "
+        f"{world.device}{processes}"
     )
-    guard = FiniteGuard(limit=SKIPS_ALLOWED[run.precision], folder=run.out if world.main else None)
-    sync_every = 1 if world.device.type == "cpu" else 10  # reading a figure waits for the device
+    guard = FiniteGuard(SKIPS_ALLOWED[run.precision], folder=run.out if world.main else None)
+    # Reading a loss waits for the device, so on a GPU it is done every ten steps only.
+    sync_every = 1 if world.device.type == "cpu" else 10
     record_every = sync_every * max(1, schedule.total_steps // (2000 * sync_every))
+    compiling = execution.compiled or config.step.optimizer == "adamw8bit"
     meter = _Meter(schedule.effective_batch)
 
     with (
@@ -185,88 +186,90 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
         run.console.progress(schedule.total_steps, task.name, start=progress.step) as bar,
     ):
         while progress.step < schedule.total_steps:
-            micro_batches = _micro_batches(
-                loader, progress, settings.accumulate, schedule.steps_per_epoch, meter
-            )
-            for batches in micro_batches:
+            for batches in _micro_batches(loader, progress, settings.accumulate, schedule, meter):
                 lr = schedule.lr(progress.step)
-                # what draws from torch's own generator (drop path) depends on the step alone, like
-                # everything else
-                torch.manual_seed(
-                    generator(world.device, config.seed, progress.step, world.rank).initial_seed()
-                )
-                compiling = (
-                    execution.compiled or config.step.optimizer == "adamw8bit"
-                ) and meter.steps == 0
-                with run.console.announce(COMPILING) if compiling else nullcontext():
-                    result = step(batches, progress.step, lr)
-                    if compiling:
-                        float(
-                            result.grad_norm
-                        )  # waits for the device, so that the announced time is the real one
+                # Drop path draws from torch's global generator: seeded by the step, like the rest.
+                seed = generator(world.device, config.seed, progress.step, world.rank)
+                torch.manual_seed(seed.initial_seed())
                 if compiling:
+                    with run.console.announce(COMPILING):
+                        result = step(batches, progress.step, lr)
+                        float(result.grad_norm)  # waits until the device has finished
                     run.console.info(compile_summary())
+                    compiling = False
+                else:
+                    result = step(batches, progress.step, lr)
                 progress.step += 1
                 progress.step_in_epoch += 1
                 meter.add(result)
+
                 last = progress.step == schedule.total_steps
                 if progress.step % sync_every == 0 or last:
                     for finite in meter.flags():
-                        guard.check(
-                            finite,
-                            progress.step,
-                            f"loss {float(result.losses['loss']):.4g}, lr {lr:.3g}",
-                        )
-                if progress.step % record_every == 0 or progress.step % sync_every == 0 or last:
+                        context = f"loss {float(result.losses['loss']):.4g}, lr {lr:.3g}"
+                        guard.check(finite, progress.step, context)
                     record = meter.record(world)
                     if guard.skipped:
                         record["skipped_steps"] = guard.skipped
                     if progress.step % record_every == 0 or last:
-                        epoch = progress.epoch + progress.step_in_epoch / schedule.steps_per_epoch
+                        epoch = progress.epoch_fraction(schedule)
                         run.tracker.log(
                             "train", progress.step, epoch=round(epoch, 4), lr=lr, **record
                         )
                     bar.update(progress.step, lr=lr, **record)
-                if (
-                    settings.checkpoint_steps
-                    and progress.step % settings.checkpoint_steps == 0
-                    and not last
-                ):
+                every = settings.checkpoint_steps
+                if every and progress.step % every == 0 and not last:
                     _save(task, step, progress, run)
                 if last:
                     break
-                if (world.size == 1 or progress.step % 10 == 0) and (
-                    signum := _signal(signals, run)
-                ):
-                    _save(task, step, progress, run)
-                    raise Interrupted(
-                        f"stopped by {signal.Signals(signum).name} at step {progress.step}; a "
-                        "checkpoint was saved. Continue with:\n"
-                        f"  {run.resume_with}",
-                        signum,
-                    )
-            epoch = progress.epoch + progress.step_in_epoch / schedule.steps_per_epoch
-            if progress.step_in_epoch == schedule.steps_per_epoch:
-                progress.epoch = progress.epoch + 1
-                progress.step_in_epoch = 0
-            last = progress.step == schedule.total_steps
-            with run.console.doing("validating"):
-                figures = task.end_epoch(math.ceil(epoch), last, step)
-            metric = figures.get(task.best[0])
-            if figures:
-                run.tracker.log("val", progress.step, epoch=round(epoch, 4), **figures)
-                bar.note(_sentence(epoch, figures))
-            improved = (
-                metric is not None
-                and math.isfinite(metric)
-                and _better(metric, progress.best, task.best[1])
-            )
-            if improved:
-                progress.best = metric
-            if improved or last or progress.epoch % settings.checkpoint_epochs == 0:
-                _save(task, step, progress, run, best=improved)
+                # Asking the other processes costs a collective, so it is not done in every step.
+                if world.size == 1 or progress.step % 10 == 0:
+                    _stop_on_signal(signals, task, step, progress, run)
+            _end_epoch(task, step, progress, schedule, run, bar)
     run.tracker.close()
     return progress
+
+
+def _end_epoch(
+    task: Task, step: Step, progress: Progress, schedule: Schedule, run: Run, bar: ProgressBar
+) -> None:
+    """Validation, pictures and checkpoint after an epoch, or after the last step."""
+    epoch = progress.epoch_fraction(schedule)
+    if progress.step_in_epoch == schedule.steps_per_epoch:
+        progress.epoch += 1
+        progress.step_in_epoch = 0
+    last = progress.step == schedule.total_steps
+    with run.console.doing("validating"):
+        metrics = task.end_epoch(math.ceil(epoch), last, step)
+    if metrics:
+        run.tracker.log("val", progress.step, epoch=round(epoch, 4), **metrics)
+        values = (format_metric(name, value) for name, value in metrics.items())
+        bar.note(f"epoch {epoch:.4g}: {', '.join(values)}")
+    name, higher_is_better = task.best
+    value = metrics.get(name)
+    improved = value is not None and math.isfinite(value)
+    if improved and progress.best is not None:
+        improved = value > progress.best if higher_is_better else value < progress.best
+    if improved:
+        progress.best = value
+    if improved or last or progress.epoch % task.settings.checkpoint_epochs == 0:
+        _save(task, step, progress, run, best=improved)
+
+
+def _stop_on_signal(
+    signals: SignalGuard, task: Task, step: Step, progress: Progress, run: Run
+) -> None:
+    """Saves a checkpoint and raises Interrupted if any process received a signal."""
+    if not run.world.any(signals.requested is not None):
+        return
+    signum = signals.requested or signal.SIGTERM
+    _save(task, step, progress, run)
+    raise Interrupted(
+        f"stopped by {signal.Signals(signum).name} at step {progress.step}; a checkpoint was "
+        "saved. "
+        f"Continue with:\n  {run.resume_with}",
+        signum,
+    )
 
 
 class _Meter:
@@ -317,32 +320,15 @@ class _Meter:
 
 
 def _micro_batches(
-    loader: Loader, progress: Progress, accumulate: int, steps_per_epoch: int, meter: _Meter
+    loader: Loader, progress: Progress, accumulate: int, schedule: Schedule, meter: _Meter
 ) -> Iterator[list[Batch]]:
-    """The rest of the current epoch in groups of `accumulate`; what does not fill a group is left
-    out.
-    """
+    """The rest of the current epoch in groups of `accumulate`; an incomplete group is dropped."""
     batches = loader.epoch(progress.epoch, start_step=progress.step_in_epoch * accumulate)
-    for _ in range(steps_per_epoch - progress.step_in_epoch):
+    for _ in range(schedule.steps_per_epoch - progress.step_in_epoch):
         started = time.perf_counter()
         group = [next(batches) for _ in range(accumulate)]
         meter.waited(time.perf_counter() - started)
         yield group
-
-
-def _signal(signals: SignalGuard, run: Run) -> Any:
-    if run.world.any(signals.requested is not None):
-        return signals.requested or 15
-    return None
-
-
-def _better(value: float, best: float | None, higher: bool) -> bool:
-    return best is None or (value > best if higher else value < best)
-
-
-def _sentence(epoch: float, figures: dict[str, float]) -> str:
-    named = (format_metric(name, value) for name, value in figures.items())
-    return f"epoch {epoch:.4g}: {', '.join(named)}"
 
 
 def _save(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = False) -> None:
@@ -383,29 +369,24 @@ def _restore(task: Task, step: Step, run: Run) -> Progress:
 
 
 class FiniteGuard:
-    """Host-side policy: a non-finite step is skipped; `limit` of them in a row end the run.
+    """Ends a run after `limit` non-finite steps in a row; each of them was skipped on the device.
 
-    fp16 needs a larger limit than bf16 or fp32 (3): its loss scale starts too high and halves at
-    every overflow.
-    folder: the run folder, for `failure/step-N.json`; without one nothing is written. Steps draw
-    from (seed, step) alone, so resuming from the last checkpoint reproduces the failure.
+    folder: the run folder, for `failure/step-N.json`; None writes nothing. Random numbers depend on
+    (seed, step) alone, so resuming from the last checkpoint reproduces the failure.
     """
 
     def __init__(self, limit: int = 3, *, folder: str | Path | None = None) -> None:
         if limit < 1:
-            raise ConfigError(
-                f"the number of non-finite steps in a row that ends a run is {limit}, at least 1 "
-                "is needed"
-            )
+            raise ConfigError(f"limit of non-finite steps in a row is {limit}, needs at least 1")
         self.limit = limit
         self.folder = None if folder is None else Path(folder) / "failure"
         self.consecutive = 0
         self.skipped = 0
 
-    def check(self, finite: bool, step: int, context: str | Mapping[str, Any] = "") -> bool:
-        """Whether to apply `step`. Raises NumericsError at the `limit`-th skipped step in a row.
+    def check(self, finite: bool, step: int, context: str = "") -> bool:
+        """Returns `finite`. Raises NumericsError at the `limit`-th skipped step in a row.
 
-        context: what to report with it, such as {"loss": ..., "lr": ..., "loss_scale": ...}.
+        context: values to report, such as "loss nan, lr 0.001".
         """
         if finite:
             self.consecutive = 0
@@ -414,39 +395,24 @@ class FiniteGuard:
         self.skipped += 1
         if self.consecutive < self.limit:
             return False
-        numbers = (
-            context
-            if isinstance(context, str)
-            else ", ".join(f"{key} {value}" for key, value in context.items())
-        )
+        values = f" ({context})" if context else ""
         raise NumericsError(
             f"loss or gradients were not finite in {self.consecutive} steps in a row, the last was "
-            f"step {step}"
-            + (f" ({numbers})" if numbers else "")
-            + ". None of these steps was applied: parameters and checkpoints are intact. Try "
-            "precision=bf16 (fp32 on "
-            "hardware without it), a lower base_lr, or a smaller clip_grad."
+            "step "
+            f"{step}{values}. None of these steps was applied: parameters and checkpoints are "
+            "intact. Try "
+            "precision=bf16 (fp32 on hardware without it), a lower base_lr, or a smaller clip_grad."
             + self._write(step, context)
         )
 
-    def _write(self, step: int, context: str | Mapping[str, Any]) -> str:
-        """Files for the post-mortem; a problem in writing them must not hide the reason the run
-        stopped.
-        """
-        import json
-
+    def _write(self, step: int, context: str) -> str:
+        """Writes a record of the failure; an error here must not hide the reason of the stop."""
         if self.folder is None:
             return ""
-        values = {"context": context} if isinstance(context, str) else dict(context)
-        record = {"step": step, "consecutive": self.consecutive, "skipped": self.skipped, **values}
-        # NaN and infinity are not JSON: written as the strings "nan", "inf"
-        safe = {
-            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
+        record = {"step": step, "consecutive": self.consecutive, "skipped": self.skipped}
         path = self.folder / f"step-{step}.json"
         try:
-            atomic_write_text(path, json.dumps(safe, indent=2, default=str) + "\n")
+            atomic_write_text(path, json.dumps({**record, "context": context}, indent=2) + "\n")
         except (OSError, SssdError) as error:
             return f" (Writing {self.folder} failed as well: {error})"
         return f" Details: {path}"

@@ -1,5 +1,7 @@
-"""Protects the model: equal to a vision transformer written by hand for every supported geometry, masking that hides what it masks,
-attention maps that are the attention, drop path that keeps the expectation, and one meaning of uint8 and float images."""
+"""Protects the model: equal to a vision transformer written by hand for every supported geometry,
+masking that hides what it masks, attention maps that are the attention, drop path that keeps the
+expectation, and one meaning of uint8 and float images.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def small(**overrides: object) -> ModelConfig:
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Every parameter away from 0 and 1, positions too, so that one that is dropped or swapped shows."""
+    """Every parameter away from 0 and 1, positions too, so that one that is dropped or swapped
+    shows.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -82,7 +86,9 @@ def test_classifier_equals_the_hand_written_one_on_exported_weights(name: str, p
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_autoencoder_equals_the_hand_written_one(name: str) -> None:
-    """Masked encoder, restored sequence, decoder and prediction, from weights under facebookresearch/mae's names."""
+    """Masked encoder, restored sequence, decoder and prediction, from weights under
+    facebookresearch/mae's names.
+    """
     config = small(**GEOMETRIES[name], mask_ratio=0.6)
     model = MAE(config).double().eval()
     randomize(model)
@@ -157,7 +163,9 @@ def test_attention_maps_come_from_the_weights_that_mix_the_values() -> None:
 
 @pytest.mark.parametrize("cls_token", [True, False])
 def test_predictions_depend_on_visible_patches_only(cls_token: bool) -> None:
-    """Whatever stands in masked patches, every prediction is equal to the bit; a visible pixel changes them all."""
+    """Whatever stands in masked patches, every prediction is equal to the bit; a visible pixel
+    changes them all.
+    """
     config = small(image_size=(64, 48), cls_token=cls_token)
     model = MAE(config).eval()
     randomize(model)
@@ -258,7 +266,9 @@ def test_mean_pooling_leaves_out_the_cls_token() -> None:
 
 
 def test_initial_values_follow_the_published_recipes() -> None:
-    """Xavier-uniform linear layers and patch projection, zero biases, tokens of deviation 0.02, a head near zero."""
+    """Xavier-uniform linear layers and patch projection, zero biases, tokens of deviation 0.02,
+    a head near zero.
+    """
     model = MAE(
         ModelConfig(name="tiny", depth=1, decoder_depth=1, decoder_width=192, decoder_heads=3)
     )

@@ -1,6 +1,8 @@
-"""Protects: with the same weights and the same noise, our MAE is transformers' ViTMAEForPreTraining: masking, predictions, loss and
-the gradient of every parameter, in float64, through the weight conversion. A wrong pixel order, patch order, position layout, target
-normalisation or q/k/v order shows here."""
+"""Protects: with the same weights and the same noise, our MAE is transformers'
+ViTMAEForPreTraining: masking, predictions, loss and the gradient of every parameter, in float64,
+through the weight conversion. A wrong pixel order, patch order, position layout, target
+normalisation or q/k/v order shows here.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ def hf_config(case: dict, **overrides: object) -> transformers.ViTMAEConfig:
         "decoder_intermediate_size": 64,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "attn_implementation": "sdpa",  # "eager" takes the softmax in float32 whatever the model's dtype
+        # "eager" takes the softmax in float32 whatever the model's dtype
+        "attn_implementation": "sdpa",
     }
     return transformers.ViTMAEConfig(**sizes | overrides)
 
@@ -86,7 +89,9 @@ def our_config(case: dict, **overrides: object) -> ModelConfig:
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Biases, norms and tokens away from 0 and 1, so that a dropped or swapped one shows. Position tables stay."""
+    """Biases, norms and tokens away from 0 and 1, so that a dropped or swapped one shows.
+    Position tables stay.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,7 +102,9 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def with_positions(model: transformers.ViTMAEForPreTraining) -> transformers.ViTMAEForPreTraining:
-    """transformers 5.23 leaves the position tables of a model that is not from a file at zero; its own initialisation fills them."""
+    """transformers 5.23 leaves the position tables of a model that is not from a file at zero;
+    its own initialisation fills them.
+    """
     embeddings = model.vit.embeddings
     for marked in (embeddings.patch_embeddings.projection, *model.parameters()):
         marked._is_hf_initialized = False

@@ -1,4 +1,6 @@
-"""The SSSD loss against a straightforward numpy-style float64 computation that stores everything, and the centre's rules."""
+"""The SSSD loss against a straightforward numpy-style float64 computation that stores
+everything, and the centre's rules.
+"""
 
 from __future__ import annotations
 
@@ -169,7 +171,9 @@ def test_the_centre_moves_by_its_momentum_and_is_saved() -> None:
 
 
 def test_the_centre_changes_the_teacher_not_the_student() -> None:
-    """A prototype that is always likely is pulled down by its centre: a sign error would push it up."""
+    """A prototype that is always likely is pulled down by its centre: a sign error would push it
+    up.
+    """
     module, images, noise = _build()
     first = module(images, noise).batch_center
     assert first is not None

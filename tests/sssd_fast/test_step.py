@@ -1,4 +1,6 @@
-"""One optimizer step: accumulation equals a large batch, and nothing non-finite ever reaches weights, moments or the centre."""
+"""One optimizer step: accumulation equals a large batch, and nothing non-finite ever reaches
+weights, moments or the centre.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sssd_fast import adamw8bit
 from sssd_fast.config import load_config
 from sssd_fast.errors import ConfigError, DependencyError
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, clipped_update, parameter_groups
+from sssd_fast.performance import adamw8bit
 from sssd_fast.run.device import World, generator, pick_device, pick_precision
 from sssd_fast.step import Step, TaskLoss
 
@@ -84,7 +86,9 @@ def test_the_update_is_adamw_on_the_mean_gradient() -> None:
 
 @pytest.mark.parametrize("max_norm", [0.01, 1e6])
 def test_clipping_is_that_of_torch(max_norm: float) -> None:
-    """Against clip_grad_norm_ and torch's own AdamW, where the norm is clipped and where it is not."""
+    """Against clip_grad_norm_ and torch's own AdamW, where the norm is clipped and where it is
+    not.
+    """
     data, model = torch.randn(8, 6), _model()
     twin = copy.deepcopy(model)
     step = _step(model, clip_grad=max_norm)
@@ -111,7 +115,9 @@ def test_clipping_is_that_of_torch(max_norm: float) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("poison", ["loss", "gradient", "batch_stats"])
 def test_nothing_non_finite_is_applied(precision: str, poison: str) -> None:
-    """Weights, moments, step counts and the averaged state stay bit-equal through a poisoned step, and training goes on after it."""
+    """Weights, moments, step counts and the averaged state stay bit-equal through a poisoned
+    step, and training goes on after it.
+    """
     model, state = _model(), {"center": torch.zeros(3)}
 
     def loss(module: nn.Module, batch: Tensor, step: int, micro: int) -> TaskLoss:
@@ -171,7 +177,9 @@ class _NoWaiting(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(
     tiny: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole pre-training step, accumulation, clipping, loss scale and centre included, applied and skipped."""
+    """The whole pre-training step, accumulation, clipping, loss scale and centre included,
+    applied and skipped.
+    """
     for name, ops in list(sys.modules.items()):
         if name.startswith("mae_kernels") and hasattr(ops, "check_ids"):
             monkeypatch.setattr(
@@ -210,7 +218,9 @@ def test_a_step_never_waits_for_the_device(
 
 
 def test_the_learning_rate_and_a_skip_compile_nothing_new() -> None:
-    """One graph for the update, whatever changes from step to step; the same numbers as without the compiler."""
+    """One graph for the update, whatever changes from step to step; the same numbers as without
+    the compiler.
+    """
     plain, made = _model(), _model()
     a, b = _step(plain, clip_grad=0.5), _step(made, clip_grad=0.5)
     b._update = torch.compile(clipped_update, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -258,7 +268,9 @@ def test_a_checkpoint_of_torchs_adamw_goes_on_in_ours_and_back() -> None:
 
 @pytest.mark.slow
 def test_8bit_moments_follow_adamw_and_a_skipped_step_leaves_them_alone() -> None:
-    """torchao quantises blocks of 256 values of tensors with 4096 and more; its update is compiled for each shape."""
+    """torchao quantises blocks of 256 values of tensors with 4096 and more; its update is
+    compiled for each shape.
+    """
     torch.manual_seed(0)
     exact = nn.Linear(64, 64)
     small = copy.deepcopy(exact)

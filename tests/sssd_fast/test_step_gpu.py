@@ -1,6 +1,8 @@
-"""The step on a CUDA device: it never waits, compiled and captured it computes the same, and it stays within the memory it should.
+"""The step on a CUDA device: it never waits, compiled and captured it computes the same, and it
+stays within the memory it should.
 
-Run with `make test-gpu`. The model is small in depth and real in width, so that every kernel runs at its real size.
+Run with `make test-gpu`. The model is small in depth and real in width, so that every kernel runs
+at its real size.
 """
 
 from __future__ import annotations
@@ -134,7 +136,9 @@ def test_no_fine_tuning_loss_waits_for_the_device(cuda: torch.device) -> None:
 def test_compiled_and_captured_steps_learn_the_same(
     cuda: torch.device, precision: str, graphs: str, accumulate: int
 ) -> None:
-    """Error against fp32 without the compiler at most twice that of the plain step in the same precision."""
+    """Error against fp32 without the compiler at most twice that of the plain step in the same
+    precision.
+    """
     exact = _train(_config("step.compile=false"), "fp32", cuda, accumulate=accumulate)
     plain = _train(_config("step.compile=false"), precision, cuda, accumulate=accumulate)
     fast = _train(

@@ -1,4 +1,6 @@
-"""The loop: exact resume after a kill, signals, NaN, several processes, and a run folder that says everything."""
+"""The loop: exact resume after a kill, signals, NaN, several processes, and a run folder that
+says everything.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from sssd_fast.config import load_config
 from sssd_fast.run.checkpoint import CheckpointManager, load_checkpoint
 from sssd_fast.train import Schedule
 
-# Runs the command line in a process of its own and sends it a signal right before optimizer step KILL_AT.
+# Runs the command line in a process of its own and sends it a signal right before optimizer step
+# KILL_AT.
 CHILD = """
 import os, sys
 from sssd_fast import step
@@ -37,13 +40,9 @@ sys.exit(main(sys.argv[1:]))
 
 def _child(arguments: list[str], kill_at: int, kill_with: int) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "KILL_AT": str(kill_at), "KILL_WITH": str(kill_with)}
+    command = [sys.executable, "-c", CHILD, *arguments]
     return subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        command, env=env, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -69,14 +68,19 @@ def _assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
+def _records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def _losses(out: Path) -> list[tuple[int, float]]:
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
+    return [(r["step"], r["loss"]) for r in _records(out) if r["kind"] == "train"]
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 def test_a_killed_run_continues_bit_for_bit(task: str, tiny: list[str], tmp_path: Path) -> None:
-    """10 steps = 5 steps + checkpoint + two more steps + kill -9 + a new process. Drop path, mixup and erasing draw random numbers."""
+    """10 steps = 5 steps + checkpoint + two more steps + kill -9 + a new process. Drop path,
+    mixup and erasing draw random numbers.
+    """
     settings = [*tiny, f"{task}.max_steps=10", f"{task}.checkpoint_steps=5"]
     if task == "finetune":
         settings += ["finetune.mixup=0.8", "finetune.random_erasing=0.5"]
@@ -128,73 +132,45 @@ def test_nan_ends_the_run_and_leaves_the_last_good_state(
     calls = [0]
     monkeypatch.setattr(SSSD, "forward", poisoned)
     out = tmp_path / "run"
-    settings = [
-        *tiny,
-        "pretrain.max_steps=12",
-        "pretrain.checkpoint_steps=1",
-        "pretrain.keep_last=20",
-    ]
+    settings = [*tiny, "pretrain.max_steps=12"]
+    settings += ["pretrain.checkpoint_steps=1", "pretrain.keep_last=20"]
     assert main(["pretrain", "--out", str(out), *settings]) == 3
     assert "finite" in capsys.readouterr().err
     manager = CheckpointManager(out / "checkpoints", keep_last=20)
-    good, bad = (
-        load_checkpoint(manager.path(step)) for step in (5, 7)
-    )  # steps 6 and 7 were skipped, step 8 ended the run
+    # Steps 6 and 7 were skipped, step 8 ended the run.
+    good, bad = (load_checkpoint(manager.path(step)) for step in (5, 7))
     assert manager.steps()[-1] == 7
     _assert_same(good["model"], bad["model"])  # no weight, and not the centre
     _assert_same(good["optimizer"]["state"], bad["optimizer"]["state"])
-    assert not torch.equal(
-        load_checkpoint(manager.path(4))["model"]["center"], good["model"]["center"]
-    )
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {
-        r["step"]: r.get("skipped_steps") for r in records if r["kind"] == "train" and r["step"] > 4
-    } == {
-        5: None,
-        6: 1,
-        7: 2,
-    }
+    before = load_checkpoint(manager.path(4))["model"]["center"]
+    assert not torch.equal(before, good["model"]["center"])
+    train = [r for r in _records(out) if r["kind"] == "train"]
+    assert [r.get("skipped_steps") for r in train if r["step"] > 4] == [None, 1, 2]
 
 
 def _torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    return subprocess.run(
-        [*command, "-m", "sssd_fast", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", str(processes), "-m", "sssd_fast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 def test_two_processes_train_as_one(task: str, tiny: list[str], tmp_path: Path) -> None:
-    """The same images, masks and centre: losses and weights of 2 x batch 4 equal those of 1 x batch 8."""
-    settings = [
-        *tiny,
-        f"{task}.max_steps=6",
-        "finetune.drop_path=0",
-        "objective.center_momentum=0.5",
-    ]
+    """The same images, masks and centre: losses and weights of 2 x batch 4 equal those of 1 x
+    batch 8.
+    """
+    settings = [*tiny, f"{task}.max_steps=6", "finetune.drop_path=0"]
+    settings += ["objective.center_momentum=0.5"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([task, "--out", str(one), *settings, f"{task}.batch_size=8"]) == 0
     run = _torchrun(2, [task, "--out", str(two), *settings, f"{task}.batch_size=4"])
     assert run.returncode == 0, run.stderr[-3000:]
-    records = [
-        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        for out in (one, two)
-    ]
+    records = [_records(out) for out in (one, two)]
     first = [next(r for r in found if r["kind"] == "train") for found in records]
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-6)
     assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-5)
-    # Adam divides rounding errors of vanishing gradients (the key biases') by themselves: later losses agree less tightly
+    # Adam divides rounding errors of vanishing gradients (the key biases') by themselves: later
+    # losses agree less tightly
     for kind in ("train", "val"):
         losses = [[r["loss"] for r in found if r["kind"] == kind] for found in records]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -208,15 +184,8 @@ def test_two_processes_train_as_one(task: str, tiny: list[str], tmp_path: Path) 
 
 
 def test_schedule_counts_optimizer_steps() -> None:
-    settings = load_config(
-        None,
-        [
-            "pretrain.epochs=10",
-            "pretrain.batch_size=16",
-            "pretrain.accumulate=3",
-            "pretrain.warmup_epochs=2",
-        ],
-    ).pretrain
+    values = {"epochs": 10, "batch_size": 16, "accumulate": 3, "warmup_epochs": 2}
+    settings = load_config(None, [f"pretrain.{k}={v}" for k, v in values.items()]).pretrain
     schedule = Schedule.of(settings, micro_steps=10, processes=2)
     assert (schedule.steps_per_epoch, schedule.total_steps, schedule.warmup_steps) == (3, 30, 6)
     assert schedule.effective_batch == 96
@@ -339,7 +308,9 @@ def test_validation_every_so_many_epochs_and_at_the_end(
 def test_training_on_the_ops_equals_training_on_plain_torch(
     tiny: list[str], tmp_path: Path
 ) -> None:
-    """20 steps with the registered ops (their own backward formulas) and with MAE_KERNELS_BACKEND=reference (torch's autograd)."""
+    """20 steps with the registered ops (their own backward formulas) and with
+    MAE_KERNELS_BACKEND=reference (torch's autograd).
+    """
     import mae_kernels
 
     losses = []

@@ -84,13 +84,13 @@ def test_the_failure_is_written_as_valid_json(tmp_path: Path) -> None:
     with pytest.raises(
         NumericsError, match=r"loss nan, lr 0\.5\).*Details: .*failure/step-12\.json"
     ):
-        guard.check(False, 12, {"loss": NAN, "lr": 0.5})
+        guard.check(False, 12, "loss nan, lr 0.5")
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     record = json.loads((tmp_path / "failure" / "step-12.json").read_text(), parse_constant=refuse)
-    assert record == {"step": 12, "consecutive": 1, "skipped": 1, "loss": "nan", "lr": 0.5}
+    assert record == {"step": 12, "consecutive": 1, "skipped": 1, "context": "loss nan, lr 0.5"}
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_the_reason(tmp_path: Path) -> None:

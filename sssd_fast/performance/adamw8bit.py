@@ -1,7 +1,8 @@
-"""AdamW with 8-bit moments (Dettmers et al., arXiv 2110.02861) from torchao, with a state dict of plain tensors.
+"""AdamW with 8-bit moments (Dettmers et al., arXiv 2110.02861) from torchao, with a state dict of
+plain tensors.
 
-torchao quantises the moments of tensors with at least 4096 values in blocks of 256; the others stay fp32. Its update is compiled once
-for each shape of parameter.
+torchao quantises the moments of tensors with at least 4096 values in blocks of 256; the others stay
+fp32. Its update is compiled once for each shape of parameter.
 """
 
 from __future__ import annotations
@@ -15,24 +16,21 @@ import torch
 
 from sssd_fast.errors import DependencyError
 
-PARTS = {
-    "codes",
-    "scale",
-    "signed",
-}  # of a quantised tensor; the table of its 256 values follows from `signed`
+# A quantised tensor in the state dict; the table of its 256 values follows from `signed`.
+QUANTISED = {"codes", "scale", "signed"}
 
 
 def build_adamw8bit(
     groups: list[dict[str, Any]], betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
-    """Raises DependencyError where torchao cannot be imported."""
+    """torchao's optimizer. Raises DependencyError if torchao cannot be imported."""
     optimizer: torch.optim.Optimizer = _optimizer_class()(groups, lr=0.0, betas=betas)
     return optimizer
 
 
 @functools.cache
 def _optimizer_class() -> Any:
-    # its optimizers use none of its compiled kernels, which complain where they cannot be loaded
+    # Its optimizers do not use its compiled kernels, which print errors if they cannot be loaded.
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     warnings.filterwarnings(
         "ignore", message="OptimState8bit does not implement _stable_hash_for_caching"
@@ -47,7 +45,7 @@ def _optimizer_class() -> Any:
         ) from error
 
     class PlainAdamW8bit(AdamW8bit):
-        """Its state dict needs no torchao to be read."""
+        """Its state dict can be read without torchao."""
 
         def state_dict(self) -> dict[str, Any]:
             def plain(value: Any) -> Any:
@@ -59,14 +57,12 @@ def _optimizer_class() -> Any:
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             def quantised(value: Any) -> Any:
-                if not isinstance(value, dict) or value.keys() != PARTS:
+                if not isinstance(value, dict) or value.keys() != QUANTISED:
                     return value
                 codes, scale = value["codes"], value["scale"]
                 block_size = codes.numel() // scale.numel()
-                device = codes.device
-                out = OptimState8bit.zeros(
-                    codes.shape, value["signed"], block_size, device, dtype=torch.float32
-                )
+                options = {"device": codes.device, "dtype": torch.float32}
+                out = OptimState8bit.zeros(codes.shape, value["signed"], block_size, **options)
                 out.codes.copy_(codes)
                 out.scale.copy_(scale)
                 return out
@@ -77,7 +73,7 @@ def _optimizer_class() -> Any:
 
 
 def _mapped(state_dict: dict[str, Any], change: Any) -> dict[str, Any]:
-    """A copy of the dict whose values of `state` went through `change`."""
+    """A copy of the dict with `change` applied to the values of `state`."""
     state = {
         key: {name: change(value) for name, value in values.items()}
         for key, values in state_dict["state"].items()
