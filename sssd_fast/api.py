@@ -1,0 +1,465 @@
+"""Python API; `import sssd_fast as sf` loads it on first use. Each function is also a command of the same name.
+
+    import sssd_fast as sf
+
+    sf.pretrain("ct/", out="runs/pre", config="8gb", settings={"pretrain.epochs": 400})
+    result = sf.finetune("ct/", init="runs/pre", out="runs/fine")
+    print(result.metrics["image"]["auc"])
+    scores = sf.predict("runs/fine", ["a.png", "b.png"]).scores
+
+Settings are checked before torch is imported: a mistake is reported at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from sssd_fast.config import Config, changed, from_dict, load_config, to_dict
+from sssd_fast.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    from sssd_fast.run.folder import Run
+    from sssd_fast.weights.encoder import FeatureExtractor
+
+PathLike = str | Path
+Settings = Sequence[str] | Mapping[str, Any]
+Split = Literal["train", "val", "test"]
+InitNorm = Literal["model", "imagenet", "half"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of a command. `out` is its folder, `metrics` the content of the metrics.json in it."""
+
+    out: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Scores of N images, in the order given."""
+
+    classes: list[str]
+    scores: NDArray[np.float64]  # [N, classes] softmax; NaN for files that cannot be read
+    failed: dict[int, str]  # row -> reason
+    checkpoint: Path
+
+    @property
+    def labels(self) -> list[str | None]:
+        """The class with the highest score of each image; None for files that cannot be read."""
+        best = [self.classes[i] for i in self.scores.argmax(1)] if len(self.scores) else []
+        return [None if row in self.failed else label for row, label in enumerate(best)]
+
+
+class Start(TypedDict, total=False):
+    """Keyword arguments of every function that trains."""
+
+    config: PathLike | None  # shipped configuration or YAML file; default: that of `init`, if a run
+    settings: Settings | None  # ["key=value", ...] or {"key": value}, with dotted keys
+    out: PathLike | None  # run folder to make; default runs/COMMAND
+    resume: PathLike | None  # run folder to continue, with its configuration
+    overwrite: bool  # replace an existing run in `out`
+    dry_run: bool  # train two steps in a temporary folder, then delete it
+    command: str  # text for command.txt
+
+
+def pretrain(
+    data: PathLike | None = None,
+    *,
+    init: PathLike | None = None,
+    init_norm: InitNorm = "model",
+    **start: Unpack[Start],
+) -> Result:
+    """Pre-trains SSSD without labels.
+
+    Args:
+        data: folder of images, instead of data.source.
+        init: weights to start from: a run, a checkpoint, or other weights (MAE, timm, Hugging Face).
+        init_norm: pixel mean and std that the weights in `init` were trained with; a difference to
+            this model's is folded into the patch projection, exactly.
+        start: see `Start`.
+
+    Returns:
+        The run folder; its checkpoints are in checkpoints/.
+
+    Raises:
+        SssdError: bad settings, data or files; NumericsError: the loss is not finite.
+
+    Example:
+        >>> sf.pretrain("ct/", out="runs/pre", config="cpu_ct", settings={"pretrain.epochs": 30})
+    """
+    with _opened("pretrain", start, data, init) as run:
+        from sssd_fast.pretrain import pretrain as train
+
+        train(run, _weights(init), _norm(init_norm))
+        return _finish(run, start)
+
+
+def finetune(
+    data: PathLike | None = None,
+    *,
+    init: PathLike | None = None,
+    init_norm: InitNorm = "model",
+    split: Split = "test",
+    **start: Unpack[Start],
+) -> Result:
+    """Fine-tunes a classifier and evaluates it on `split`. Other arguments and errors as in `pretrain`.
+
+    Example:
+        >>> sf.finetune("ct/", init="runs/pre", out="runs/fine").metrics["image"]["auc"]["value"]
+    """
+    with _opened("finetune", start, data, init) as run:
+        from sssd_fast.evaluation.predict import evaluate_run
+        from sssd_fast.finetune import finetune as train
+
+        train(run, _weights(init), _norm(init_norm))
+        return _finish(run, start, evaluate_run(run, split))
+
+
+def probe(
+    data: PathLike | None = None,
+    *,
+    init: PathLike,
+    init_norm: InitNorm = "model",
+    split: Split = "test",
+    **start: Unpack[Start],
+) -> Result:
+    """Fits logistic regression on the frozen encoder in `init` and evaluates it on `split`.
+
+    Other arguments and errors as in `pretrain`.
+    """
+    with _opened("probe", start, data, init) as run:
+        from sssd_fast.evaluation.predict import evaluate_run
+        from sssd_fast.probe import probe as train
+
+        train(run, str(_weights(init)), _norm(init_norm))
+        return _finish(run, start, evaluate_run(run, split))
+
+
+def run(
+    data: PathLike | None = None,
+    *,
+    seeds: Sequence[int] = (),
+    folds: bool = False,
+    from_scratch: bool = False,
+    **start: Unpack[Start],
+) -> Result:
+    """Pre-trains, fine-tunes, evaluates and writes a report; once, or for several seeds or folds.
+
+    Args:
+        data: folder of images, instead of data.source.
+        seeds: repeat with these seeds for training and split.
+        folds: repeat for every fold of data.folds.
+        from_scratch: skip pre-training: the supervised control.
+        start: see `Start`.
+
+    Returns:
+        The folder and the metrics; of several seeds or folds, mean and deviation (summary.json).
+
+    Example:
+        >>> sf.run("ct/", out="runs/ct", config="cpu_ct", seeds=[0, 1, 2])
+    """
+    if seeds and folds:
+        raise ConfigError("seeds and folds exclude each other; give one of them")
+    config, resume = _config(start, data), start.get("resume")
+    with _folder(Path(resume or start.get("out") or "runs/run"), start) as out:
+        from sssd_fast.pipeline import run_all
+
+        metrics = run_all(
+            _limited(config, start),
+            out,
+            resume=resume is not None,
+            overwrite=start.get("overwrite", False),
+            seeds=seeds,
+            folds=folds,
+            pretraining=not from_scratch,
+            command=start.get("command", "sssd_fast.run"),
+        )
+        return Result(out, metrics)
+
+
+def evaluate(
+    run: PathLike,
+    *,
+    split: Split = "test",
+    settings: Settings | None = None,
+    command: str = "sssd_fast.evaluate",
+) -> Result:
+    """Evaluates the best checkpoint of a fine-tuned run on a split of its data; writes RUN/eval/.
+
+    Example:
+        >>> sf.evaluate("runs/fine", split="val").metrics
+    """
+    start: Start = {"settings": settings, "command": command}
+    stage = Path(run, "finetune")  # of a folder of `run`
+    existing = stage if (stage / "config.yaml").is_file() else Path(run)
+    with _opened("evaluate", start, existing=existing) as opened:
+        from sssd_fast.evaluation.predict import evaluate_run
+
+        return _finish(opened, start, evaluate_run(opened, split))
+
+
+def predict(
+    model: PathLike,
+    images: PathLike | NDArray[np.uint8] | Sequence[PathLike | NDArray[np.uint8]],
+    *,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    batch_size: int = 64,
+) -> Predictions:
+    """Scores images with a fine-tuned model.
+
+    Args:
+        model: run folder or checkpoint of `finetune` or `probe`.
+        images: one image or several: files (folders only on the command line), or uint8
+            arrays [H, W] (grey) or [H, W, 3] (RGB) of any size; [N, H, W] counts as N images.
+        device: cpu, cuda, cuda:N or auto.
+        precision: as the setting of that name.
+        batch_size: images per forward pass.
+
+    Raises:
+        CheckpointError: `model` holds no classifier. DataError: an array has another dtype or shape.
+
+    Example:
+        >>> sf.predict("runs/fine", "slice.png").scores
+    """
+    import numpy as np
+
+    from sssd_fast.evaluation.predict import load_trained, predict_files
+    from sssd_fast.run.device import pick_device
+
+    many = [images] if isinstance(images, str | Path) else list(images)
+    if isinstance(images, np.ndarray) and images.ndim == 2:
+        many = [images]
+    inputs = [image if isinstance(image, np.ndarray) else Path(image) for image in many]
+    for row, image in enumerate(inputs):
+        if isinstance(image, np.ndarray):
+            grey_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+            if image.dtype != np.uint8 or not grey_or_rgb:
+                raise DataError(
+                    f"image {row} is {image.dtype} {list(image.shape)}, needs uint8 [H, W] or [H, W, 3]"
+                )
+    trained = load_trained(model, pick_device(device))
+    scores, bad = predict_files(trained, inputs, batch_size=batch_size, precision=precision)
+    return Predictions(trained.classes, scores, bad, trained.path)
+
+
+def load_encoder(path: PathLike, *, device: str = "cpu") -> FeatureExtractor:
+    """The encoder of a run as an nn.Module for other code: images [B, C, H, W] in, features [B, D] out.
+
+    Mean and std of the run are applied inside. See `sssd_fast.weights.encoder.FeatureExtractor`.
+
+    Args:
+        path: run folder or checkpoint of `pretrain`, `finetune` or `probe`.
+        device: device of the module.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+
+    Example:
+        >>> encoder = sf.load_encoder("runs/pre")
+        >>> features = encoder(images)  # uint8, or floats from 0 to 1
+    """
+    from sssd_fast.run.device import pick_device
+    from sssd_fast.weights.encoder import load_encoder as load
+
+    return load(path).to(pick_device(device))
+
+
+def reproduce(
+    dataset: str | None = None,
+    *,
+    data: PathLike | None = None,
+    protocols: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    external: PathLike | None = None,
+    official_split: PathLike | None = None,
+    split: Literal["test", "val"] | None = None,
+    tries: Sequence[str] = (),
+    minutes: float | None = None,
+    **start: Unpack[Start],
+) -> Result:
+    """Runs the paper's experiment on a public CT set, with controls; see `sssd-fast reproduce --help`."""
+    from sssd_fast.reproduce import plan as plans
+    from sssd_fast.reproduce.public_sets import PUBLIC_SETS
+
+    words, resume = _words(start.get("settings")), start.get("resume")
+    plans.check_overrides(words)
+    out = Path(resume or start.get("out") or f"runs/{dataset}")
+    if resume is not None:
+        fields: dict[str, Any] = dict(vars(plans.load_plan(out)))
+        if dataset not in (None, fields["dataset"]) or start.get("config") is not None:
+            raise ConfigError(
+                f"--resume {resume} continues {fields['dataset']} with its settings; omit the name "
+                f"and --config, or start a new folder with --out"
+            )
+        config = changed(from_dict(fields["config"]), words, _log)
+    else:
+        if dataset not in PUBLIC_SETS or data is None:
+            names = ", ".join(PUBLIC_SETS)
+            raise ConfigError(f"reproduce needs a name ({names}) and its folder: --data DIR")
+        config = load_config(start.get("config") or PUBLIC_SETS[dataset].config, words, _log)
+        default = plans.METHODS if external else plans.METHODS[:3]
+        fields = {"dataset": dataset, "methods": default}
+    given = {"data": data, "external": external, "official_split": official_split, "split": split}
+    choices: tuple[tuple[str, Sequence[str], Sequence[str]], ...] = (
+        ("protocols", protocols, plans.PROTOCOLS),
+        ("methods", methods, plans.METHODS),
+    )
+    for option, chosen, known in choices:
+        if not set(chosen) <= set(known):
+            raise ConfigError(f"{option} is {', '.join(chosen)}, needs some of {', '.join(known)}")
+    fields |= {name: str(value) for name, value in given.items() if value is not None}
+    lists: dict[str, Sequence[Any]] = {"protocols": protocols, "methods": methods, "seeds": seeds}
+    for name, values in lists.items():
+        if values:  # when resuming, they are added to those of the earlier commands
+            before = fields.get(name, ()) if resume is not None else ()
+            fields[name] = tuple(dict.fromkeys([*before, *values]))
+    if tries:
+        fields["variants"] = plans.variants_of(tries)
+    commands = [*fields.get("commands", ()), start.get("command", "sssd_fast.reproduce")]
+    fields["commands"] = tuple(dict.fromkeys(commands))
+    with _folder(out, start) as place:
+        from sssd_fast.reproduce.reproduce import reproduce as run_plan
+
+        dry = start.get("dry_run", False)
+        if dry:
+            fields["seeds"] = fields.get("seeds", plans.SEEDS)[:1]
+        fields["config"] = to_dict(_limited(config, start))
+        again = resume is not None and not dry
+        return Result(place, run_plan(plans.Plan(**fields), place, resume=again, minutes=minutes))
+
+
+def _log(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
+        print(line)
+
+
+def _words(settings: Settings | None, data: PathLike | None = None) -> list[str]:
+    """Settings as key=value; values in JSON, which YAML reads."""
+    if isinstance(settings, str):
+        raise ConfigError(f"settings is the text {settings!r}, needs a list or a dict")
+    if isinstance(settings, Mapping):
+        pairs = settings.items()
+        settings = [f"{key}={json.dumps(value, default=str)}" for key, value in pairs]
+    source = [] if data is None else [f"data.source={json.dumps(str(data))}"]
+    return [*source, *(settings or ())]
+
+
+def _config(start: Start, data: PathLike | None = None, *folders: PathLike | None) -> Config:
+    """start["config"], else that of the run that is resumed or in `folders`, else the defaults."""
+    source, resume = start.get("config"), start.get("resume")
+    if resume is not None and not Path(resume, "config.yaml").is_file():
+        raise ConfigError(f"--resume {resume} is not a run folder: config.yaml is missing")
+    for folder in (resume, *folders):
+        if source is None and folder is not None and Path(folder, "config.yaml").is_file():
+            source = Path(folder, "config.yaml")
+    return load_config(source, _words(start.get("settings"), data), _log)
+
+
+def _limited(config: Config, start: Start) -> Config:
+    """`config` with two steps per stage for a dry run."""
+    if not start.get("dry_run"):
+        return config
+    stages = ("pretrain", "finetune")
+    two = {name: getattr(config, name).model_copy(update={"max_steps": 2}) for name in stages}
+    return config.model_copy(update=two)
+
+
+@contextmanager
+def _folder(out: Path, start: Start) -> Iterator[Path]:
+    """`out`; for a dry run a temporary folder next to it, which is deleted at the end."""
+    if not start.get("dry_run"):
+        yield out
+        return
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=".dry-run-", dir=out.absolute().parent))
+    try:
+        yield place / "run"
+        _log(
+            f"dry run: configuration, data, two steps, checkpoint and evaluation worked; nothing "
+            f"was kept ({out} is untouched)"
+        )
+    finally:
+        shutil.rmtree(place)
+
+
+@contextmanager
+def _opened(
+    task: str,
+    start: Start,
+    data: PathLike | None = None,
+    init: PathLike | None = None,
+    existing: Path | None = None,
+) -> Iterator[Run]:
+    """The open run folder of a command, on its device."""
+    config, resume = _config(start, data, existing, init), start.get("resume")
+
+    from sssd_fast.performance.batch_size import resolve_batch
+    from sssd_fast.run.device import world
+    from sssd_fast.run.folder import open_run
+
+    out = Path(existing or resume or start.get("out") or f"runs/{task}")
+    with _folder(out, start) as place, world(config.device) as here:
+        config = _limited(config, start)
+        if task in ("pretrain", "finetune") and resume is None:
+            config = resolve_batch(config, task, here, say=_log)
+        with open_run(
+            task,
+            config,
+            place,
+            here,
+            resume=resume is not None,
+            overwrite=start.get("overwrite", False),
+            existing=existing is not None,
+            command=start.get("command", f"sssd_fast.{task}"),
+        ) as run:
+            yield run
+
+
+def _finish(run: Run, start: Start, metrics: dict[str, Any] | None = None) -> Result:
+    """Writes the report."""
+    from sssd_fast.report.report import write_report
+
+    run.tracker.close()  # the report reads what it wrote
+    if run.world.main:
+        path = write_report(run.out)[1]
+        if not start.get("dry_run"):
+            run.console.info(f"report: {path}")
+    return Result(run.out, metrics or {})
+
+
+def _weights(path: PathLike | None) -> str | None:
+    """Weights to start from: the newest checkpoint of a run folder, or the file itself."""
+    from sssd_fast.run.checkpoint import find_checkpoint
+
+    stages = ("pretrain", "finetune")
+    if path is None:
+        return None
+    if any(Path(path, stage, "checkpoints").is_dir() for stage in ("", *stages)):
+        return str(find_checkpoint(path, "last", stages=stages))
+    return str(path)
+
+
+def _norm(init_norm: InitNorm) -> Any:
+    """(mean, std) of the weights to start from; None = the model's."""
+    from sssd_fast.weights.load import IMAGENET
+
+    half = (0.5, 0.5, 0.5)
+    known = {"model": None, "imagenet": IMAGENET, "half": (half, half)}
+    if init_norm not in known:
+        raise ConfigError(f"init_norm is {init_norm!r}, needs one of {', '.join(known)}")
+    return known[init_norm]

@@ -1,0 +1,154 @@
+"""`import sssd_fast as sf`: the functions train, evaluate and predict as the commands do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+import sssd_fast as sf
+from sssd_fast.data.index import DataIndex
+from sssd_fast.data.splits import split_csv
+from sssd_fast.errors import CheckpointError, ConfigError, DataError
+from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
+from sssd_fast.run.folder import RUN_MARKER
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_package_imports_nothing_until_a_name_is_used() -> None:
+    code = (
+        "import sys, sssd_fast as sf; assert 'torch' not in sys.modules; sf.pretrain; "
+        "assert 'torch' not in sys.modules; import sssd_fast.run.device, sssd_fast.pretrain; "
+        "assert callable(sf.run) and callable(sf.pretrain)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(sf.__all__) <= set(dir(sf))
+    with pytest.raises(AttributeError, match="no attribute 'train'"):
+        sf.train  # noqa: B018
+
+
+def test_functions_train_as_the_commands_do(
+    slices: Path, trained: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    """The same settings and seed give the metrics of `sssd-fast run`, bit for bit."""
+    pre = sf.pretrain(slices, out=tmp_path / "pre", settings=[*tiny, "pretrain.max_steps=2"])
+    assert (pre.out / RUN_MARKER).is_file()
+    settings = {"finetune.max_steps": 4}
+    fine = sf.finetune(slices, init=pre.out, out=tmp_path / "fine", settings=settings)
+    other = json.loads((trained / "finetune" / "eval" / "metrics.json").read_text())
+    assert json.loads(json.dumps(fine.metrics["image"])) == other["image"]
+    val = sf.evaluate(fine.out, split="val")
+    assert val.metrics["split"] == "val"
+    assert (fine.out / "command.txt").read_text() == "sssd_fast.finetune\n"
+
+
+def test_run_returns_the_summary_of_its_seeds(
+    slices: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    result = sf.run(
+        slices,
+        out=tmp_path / "seeds",
+        seeds=[0, 1],
+        from_scratch=True,
+        settings=[*tiny, "finetune.max_steps=1"],
+    )
+    assert result.metrics == json.loads((result.out / "summary.json").read_text())
+    assert result.metrics["runs"] == ["seed-0", "seed-1"]
+
+
+def test_predict_takes_files_and_arrays(trained: Path, slices: Path) -> None:
+    paths = sorted(slices.glob("*/*.png"))[:3]
+    files = sf.predict(trained, paths)
+    arrays = sf.predict(trained, np.stack([read(path) for path in paths]))
+    rgb = sf.predict(trained, [np.repeat(read(path)[:, :, None], 3, 2) for path in paths])
+    one = sf.predict(trained, read(paths[0]))
+    np.testing.assert_array_equal(files.scores, arrays.scores)
+    np.testing.assert_array_equal(files.scores, rgb.scores)
+    np.testing.assert_allclose(files.scores[:1], one.scores, atol=1e-6)
+    np.testing.assert_allclose(files.scores.sum(1), 1)
+    assert files.labels == [files.classes[i] for i in files.scores.argmax(1)]
+    with pytest.raises(DataError, match=r"image 1 is float64 \[8, 8\], needs uint8"):
+        sf.predict(trained, [paths[0], np.zeros((8, 8))])
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_load_encoder_gives_the_features_of_the_model(
+    trained: Path, slices: Path, stage: str
+) -> None:
+    """Against the weights in the checkpoint, through the modules of the model and by-hand pooling."""
+    from sssd_fast.config import from_dict
+    from sssd_fast.model import MAE, Classifier
+
+    run = trained / stage
+    encoder = sf.load_encoder(run)
+    state = load_checkpoint(find_checkpoint(run))
+    model = from_dict(state["config"]).model
+    pixels = torch.from_numpy(np.stack([read(p) for p in sorted(slices.glob("*/*.png"))[:4]]))[
+        :, None
+    ]
+    with torch.no_grad():
+        features = encoder(pixels)
+        if stage == "finetune":
+            classifier = Classifier(model, 2, state["pool"]).eval()
+            classifier.load_state_dict(state["model"])
+            expected = classifier.features(pixels)
+        else:
+            mae = MAE(model)
+            mae.load_state_dict({k[4:]: v for k, v in state["model"].items() if k[:4] == "mae."})
+            expected = mae.encoder((pixels / 255 - model.mean[0]) / model.std[0])[:, 1:].mean(1)
+        torch.testing.assert_close(features, expected)
+        torch.testing.assert_close(encoder(pixels / 255), features, atol=1e-5, rtol=1e-4)
+    assert features.shape == (4, encoder.width)
+    assert not encoder.training
+    assert encoder.image_size == (32, 32)
+
+
+def test_probe_is_logistic_regression_on_frozen_features(trained: Path, tmp_path: Path) -> None:
+    """The folded head gives scikit-learn's own probabilities on features of the pre-trained encoder."""
+    settings = {"probe.inverse_penalties": [0.1], "precision": "fp32"}
+    run = sf.probe(init=trained / "pretrain", out=tmp_path / "probe", settings=settings).out
+    before = load_checkpoint(find_checkpoint(trained / "pretrain", "last"))["model"]
+    after = load_checkpoint(find_checkpoint(run))["model"]
+    blocks = [name for name in after if name.startswith("encoder.blocks.")]
+    assert all(torch.equal(after[name], before[f"mae.{name}"]) for name in blocks)
+
+    index = DataIndex.load(run / "index.json")
+    split = split_csv(index, run / "split.csv")
+    encoder = sf.load_encoder(run)
+
+    def features(ids: list[int]) -> np.ndarray:
+        images = torch.from_numpy(np.stack([read(index.file(i)) for i in ids]))[:, None]
+        with torch.no_grad():
+            return encoder(images).double().numpy()
+
+    train, test = features(split.train), features(split.test)
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    labels = [index.records[i].label for i in split.train]
+    fitted = LogisticRegression(C=0.1, max_iter=5000).fit((train - mean) / std, labels)
+    found = sf.predict(run, [index.file(i) for i in split.test], precision="fp32")
+    np.testing.assert_allclose(found.scores, fitted.predict_proba((test - mean) / std), atol=2e-4)
+
+
+def test_mistakes_are_reported_before_anything_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "none"
+    with pytest.raises(ConfigError, match="did you mean 'epochs'"):
+        sf.pretrain("ct", out=out, settings={"pretrain.epoch": 3})
+    with pytest.raises(ConfigError, match="needs a list or a dict"):
+        sf.run("ct", out=out, settings="pretrain.epochs=3")
+    with pytest.raises(DataError, match="no such"):
+        sf.finetune("/no/such: folder", out=out)
+    with pytest.raises(ConfigError, match="init_norm is 'zero'"):
+        sf.pretrain(out=out, init="x", init_norm="zero", overwrite=True)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="neither a checkpoint file nor a run folder"):
+        sf.load_encoder(tmp_path)
