@@ -34,8 +34,8 @@ def test_package_imports_nothing_until_a_name_is_used() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(sf.__all__) <= set(dir(sf))
-    with pytest.raises(AttributeError, match="no attribute 'train'"):
-        sf.train  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
+        sf.pretrian  # noqa: B018
 
 
 def test_functions_train_as_the_commands_do(
