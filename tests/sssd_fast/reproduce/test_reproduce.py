@@ -186,7 +186,7 @@ def test_resume_rejects_other_folders(
     assert resume(tmp_path) == 2
     assert "no plan of `sssd-fast reproduce` there" in capsys.readouterr().err
     assert main(["reproduce", "sars-cov-2-ct", "--resume", str(done)]) == 2
-    assert "with covid-ct" in capsys.readouterr().err
+    assert "continues covid-ct" in capsys.readouterr().err
     (tmp_path / "plan.json").write_text('{"dataset": "covid-ct"}')
     with pytest.raises(CheckpointError, match="no plan"):
         load_plan(tmp_path)
