@@ -1,6 +1,4 @@
-"""Fine-tuning: a classifier on the pre-trained encoder, and its predictions on any part of the
-data.
-"""
+"""Fine-tuning: a classifier on the pre-trained encoder."""
 
 from __future__ import annotations
 
@@ -31,7 +29,9 @@ from sssd_fast.weights.load import load_into
 
 
 class FinetuneTask:
-    """The Task of `fit` for a classifier; `best` is finetune.select on the validation images."""
+    """The Task of `fit` for a classifier; finetune.select on the validation images selects the
+    best.
+    """
 
     name = "finetune"
 
@@ -74,7 +74,9 @@ class FinetuneTask:
         )
 
     def loss(self, module: nn.Module, batch: Batch, step: int, micro: int) -> TaskLoss:
-        """Soft-target cross-entropy after mixing and erasing, all on the device and all uint8."""
+        """Soft-target cross-entropy after mixing and erasing, which keep uint8 images on the
+        device.
+        """
         s, world = self.settings, self.run.world
         random = generator(torch.device("cpu"), self.run.config.seed, step, micro, world.rank)
         targets_BC = soft_targets(batch.labels, self.num_classes, s.label_smoothing)

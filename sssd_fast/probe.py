@@ -1,9 +1,9 @@
-"""Linear probe: how much of the classes a frozen encoder already separates.
+"""Linear probe: how well a frozen encoder separates the classes.
 
-Features are computed once without augmentation and standardised; scikit-learn's logistic regression
-is fitted on the training part, and the penalty with the highest validation AUC is taken. The result
-is folded into a Classifier's head, so that `evaluate`, `predict` and `export` treat a probe like
-any fine-tuned model.
+Features are computed once without augmentation and standardised. scikit-learn's logistic regression
+is fitted on the training split, and the penalty with the lowest validation loss is taken. The
+result is folded into a Classifier's head, so that `evaluate`, `predict` and `export` treat a probe
+like a fine-tuned model.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def features(
 
 
 def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
-    """Fits the probe on the encoder in `init` and saves it as the best checkpoint. Returns the
-    validation figures.
+    """Fits the probe on the encoder in `init` and saves it as a checkpoint. Returns validation
+    metrics.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import accuracy_score, log_loss
@@ -55,30 +55,32 @@ def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
     model = Classifier(config.model, len(index.classes), settings.pool).to(run.world.device)
     run.console.info(load_into(model, init, source_norm=norm).summary)
     x, y = {}, {}
-    for part in ("train", "val"):
-        ids = split.ids(part)
+    for name in ("train", "val"):
+        ids = split.ids(name)
         if ids:
             loader = make_loader(run, index, ids, batch_size=settings.batch_size)
-            with run.console.announce(f"computing features of {len(ids)} {part} images"):
-                x[part] = features(model, loader, ids, run.world, run.precision)
-            y[part] = np.array([index.records[i].label for i in ids])
+            with run.console.announce(f"computing features of {len(ids)} {name} images"):
+                x[name] = features(model, loader, ids, run.world, run.precision)
+            y[name] = np.array([index.records[i].label for i in ids])
     mean, std = x["train"].mean(0), x["train"].std(0) + 1e-6
-    x = {part: (values - mean) / std for part, values in x.items()}
-    judge = "val" if "val" in x else "train"
+    x = {name: (values - mean) / std for name, values in x.items()}
+    held_out = "val" if "val" in x else "train"
     rows, best = [], None
     for c in settings.inverse_penalties:
         fitted = LogisticRegression(C=c, max_iter=5000, random_state=config.seed).fit(
             x["train"], y["train"]
         )
-        p = fitted.predict_proba(x[judge])
-        loss = float(log_loss(y[judge], p, labels=list(range(len(index.classes)))))
-        accuracy = float(accuracy_score(y[judge], p.argmax(1)))
+        p = fitted.predict_proba(x[held_out])
+        loss = float(log_loss(y[held_out], p, labels=list(range(len(index.classes)))))
+        accuracy = float(accuracy_score(y[held_out], p.argmax(1)))
         rows.append((f"{c:g}", f"{loss:.4f}", f"{accuracy:.4f}"))
         if best is None or loss < best[0]:
             best = loss, accuracy, c, fitted
     assert best is not None
     loss, accuracy, c, fitted = best
-    run.console.table(f"linear probe, judged on the {judge} part", ("C", "loss", "accuracy"), rows)
+    run.console.table(
+        f"linear probe, evaluated on the {held_out} split", ("C", "loss", "accuracy"), rows
+    )
     _fold(model.head, fitted.coef_, fitted.intercept_, mean, std)
     state = {
         "task": "probe",
@@ -89,10 +91,10 @@ def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
         "inverse_penalty": c,
     }
     run.checkpoints.save(state, 1, best=True)
-    figures = {"loss": loss, "accuracy": accuracy}
+    metrics = {"loss": loss, "accuracy": accuracy}
     run.tracker.start(0)
-    run.tracker.log("val", 1, epoch=1.0, **figures)
-    return figures
+    run.tracker.log("val", 1, epoch=1.0, **metrics)
+    return metrics
 
 
 def _fold(
@@ -102,8 +104,10 @@ def _fold(
     mean: NDArray[np.float64],
     std: NDArray[np.float64],
 ) -> None:
-    """softmax(head(f)) = the regression's probabilities of (f - mean) / std; two classes have one
-    row, split as -z/2, +z/2.
+    """Sets the head so that softmax(head(f)) equals the regression's probabilities of (f - mean) /
+    std.
+
+    For two classes scikit-learn has one row z; the head gets -z/2 and +z/2.
     """
     if len(bias) == 1:
         weight = np.concatenate([-weight, weight]) / 2

@@ -18,31 +18,11 @@ from sssd_fast.model import MAE, Classifier, sincos_positions
 from sssd_fast.weights.formats import to_own_names
 from sssd_fast.weights.load import load_into, save_huggingface
 
+SIZES = ("image", "patch", "channels", "norm", "eps", "ratio")
 CASES = {
-    "grey_norm_pix": {
-        "image": 64,
-        "patch": 16,
-        "channels": 1,
-        "norm": True,
-        "eps": 1e-6,
-        "ratio": 0.75,
-    },
-    "colour_norm_pix": {
-        "image": 48,
-        "patch": 8,
-        "channels": 3,
-        "norm": True,
-        "eps": 1e-6,
-        "ratio": 0.6,
-    },
-    "colour_raw_pixels": {
-        "image": 56,
-        "patch": 14,
-        "channels": 3,
-        "norm": False,
-        "eps": 1e-12,
-        "ratio": 0.5,
-    },
+    "grey_norm_pix": dict(zip(SIZES, (64, 16, 1, True, 1e-6, 0.75), strict=True)),
+    "colour_norm_pix": dict(zip(SIZES, (48, 8, 3, True, 1e-6, 0.6), strict=True)),
+    "colour_raw_pixels": dict(zip(SIZES, (56, 14, 3, False, 1e-12, 0.5), strict=True)),
 }
 
 
