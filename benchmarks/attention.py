@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mae_kernels as mk
-from sssd_fast.attention import Site, load_xformers, refusal
+from sssd_fast.attention import AttentionShape, load_xformers, refusal
 
 from . import eager
 from .bench import Bench
@@ -118,7 +118,7 @@ def attention_op(s: Attention, device: torch.device, dtype: torch.dtype) -> Op:
         "ours": plain(mk.attention),
         "ours compiled": plain(mk.attention, compiled=True),
     }
-    site = Site(device, dtype, s.tokens, s.heads, s.head_width)
+    site = AttentionShape(device, dtype, s.tokens, s.heads, s.head_width)
     absent = {"xformers": why} if (why := refusal("xformers", site)) else {}
     if device.type == "cpu":
         absent |= dict.fromkeys(

@@ -147,7 +147,7 @@ class OwnStep:
         from sssd_fast.config import StepConfig
         from sssd_fast.objective import SSSD
         from sssd_fast.optim import build_optimizer, parameter_groups
-        from sssd_fast.performance.execution import compiled, prepare
+        from sssd_fast.performance.execution import compiled, configure_model
         from sssd_fast.run.device import World
         from sssd_fast.step import Step
 
@@ -168,7 +168,7 @@ class OwnStep:
         precision = NAMES[setup.dtype]
         self._budget = config.step.activation_budget
         with mae_kernels.backend(self._backend), self._compiler():
-            execution = prepare(self.model, config, precision, setup.device, setup.batch)
+            execution = configure_model(self.model, config, precision, setup.device, setup.batch)
             module: nn.Module = self.model
             if execution.compiled:
                 _own_code(self.model)

@@ -93,7 +93,7 @@ def _once(
         again = resume and (place / "config.yaml").exists()
         if not again:
             config = resolve_batch(
-                config, stage, here, say=print if here.main else lambda text: None
+                config, stage, here, log=print if here.main else lambda text: None
             )
         with open_run(
             stage,

@@ -34,7 +34,13 @@ from sssd_fast.loaders import Batch, Loader
 from sssd_fast.model import Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, lr_at, scaled_lr
-from sssd_fast.performance.execution import Execution, compile_summary, compiled, prepare
+from sssd_fast.performance.estimate import check_budget
+from sssd_fast.performance.execution import (
+    ExecutionPlan,
+    compile_summary,
+    compiled,
+    configure_model,
+)
 from sssd_fast.run.checkpoint import load_checkpoint
 from sssd_fast.run.device import World, generator, peak_memory_gib
 from sssd_fast.run.files import atomic_write_text
@@ -130,12 +136,16 @@ class Schedule:
         return lr_at(step, peak=self.peak_lr, minimum=self.min_lr, **steps)
 
 
-def make_step(task: Task, run: Run, config: Config) -> tuple[Step, Execution]:
+def make_step(task: Task, run: Run, config: Config) -> tuple[Step, ExecutionPlan]:
     """The step for `task` with the settings of config.step, and the choices made (printed)."""
     settings, world = task.settings, run.world
     betas = settings.beta1, settings.beta2
     optimizer = build_optimizer(task.groups(), betas, config.step.optimizer)
-    execution = prepare(task.module, config, run.precision, world.device, settings.batch_size)
+    execution = configure_model(
+        task.module, config, run.precision, world.device, settings.batch_size
+    )
+    if config.step.activation_budget < 1:
+        check_budget(config, task.name, run.precision, world.device, settings.batch_size)
     for line in execution.lines:
         run.console.info(line)
     module: nn.Module = task.module

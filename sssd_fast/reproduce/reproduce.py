@@ -186,7 +186,7 @@ class _Runner:
         begun = folder.is_dir() and CheckpointManager(folder).latest() is not None
         self.here.barrier()
         if not begun:
-            config = resolve_batch(config, stage, self.here, say=self.log)
+            config = resolve_batch(config, stage, self.here, log=self.log)
         elif getattr(config, stage).batch is not None:
             # the micro-batch that was found at the first start
             found = getattr(load_config(place / "config.yaml"), stage)

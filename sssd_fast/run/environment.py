@@ -287,11 +287,11 @@ def _attention(gpus: list[dict[str, Any]], xformers: dict[str, Any]) -> dict[str
         capability = divmod(int(gpus[0]["capability"]), 10)
         dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
     try:
-        from sssd_fast.attention import BLOCKS, PROVIDERS, Site, choose, refusal
+        from sssd_fast.attention import BLOCKS, PROVIDERS, AttentionShape, choose, refusal
 
         blocks = {}
         for setting, tokens, heads, width in ATTENTION:
-            site = Site(
+            site = AttentionShape(
                 device, dtype, tokens, heads, width, compiled=bool(gpus), capability=capability
             )
             choice = choose("auto", site, setting)

@@ -20,7 +20,7 @@ from sssd_fast.loaders import Batch
 from sssd_fast.model import Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, parameter_groups
-from sssd_fast.performance.execution import compiled, prepare
+from sssd_fast.performance.execution import compiled, configure_model
 from sssd_fast.run.device import World
 from sssd_fast.step import Step, TaskLoss
 
@@ -59,7 +59,7 @@ def _train(
     """Losses of `steps` steps; `watch`: after the first two, a wait for the device is an error."""
     torch.manual_seed(0)
     model = SSSD(config.model, config.objective).to(device)
-    execution = prepare(model, config, precision, device, BATCH)
+    execution = configure_model(model, config, precision, device, BATCH)
     module = compiled(model, config.step, graphs=execution.graphs) if execution.compiled else model
     optimizer = build_optimizer(
         parameter_groups(model, weight_decay=0.05), (0.9, 0.95), config.step.optimizer

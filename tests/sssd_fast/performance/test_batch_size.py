@@ -12,10 +12,7 @@ from sssd_fast.cli import main
 from sssd_fast.config import Config, load_config
 from sssd_fast.errors import ConfigError
 from sssd_fast.performance import batch_size as microbatch
-from sssd_fast.performance import plan as planner
 from sssd_fast.performance.batch_size import resolve_batch, search
-from sssd_fast.performance.memory_check import Traced
-from sssd_fast.performance.memory_model import saved_per_image
 from sssd_fast.run.device import World
 
 CPU = World(torch.device("cpu"))
@@ -77,64 +74,48 @@ def test_the_effective_batch_stays(
 ) -> None:
     config = _config(tiny, batch_size, accumulate, task)
     said: list[str] = []
-    found = getattr(resolve_batch(config, task, CPU, say=said.append), task)
+    found = getattr(resolve_batch(config, task, CPU, log=said.append), task)
     assert (found.batch_size, found.accumulate, found.batch) == (batch_size * accumulate, 1, None)
     assert (
         f"micro-batch {found.batch_size} x 1 (effective batch {batch_size * accumulate})" in said[0]
     )
-    # with memory for about three images of this model beside what belongs to no image
-    work = microbatch.work_of(config, task)
-    o = microbatch.options_of(config, microbatch.work_of(config, task), "fp32", CPU.device, False)
-    need = microbatch.total_peak(
-        work, work.stages(o), 3, o, accumulate=max(1, batch_size * accumulate // 3)
-    )
+    # with memory for about three images
+    found = microbatch.estimate(config, task, "fp32", CPU.device, compiled=False)
+    need = found.peak(3, accumulate=max(1, batch_size * accumulate // 3))
     monkeypatch.setattr(microbatch, "_free_bytes", lambda device: need / microbatch.CPU_SHARE)
-    small = getattr(resolve_batch(config, task, CPU, say=said.append), task)
+    small = getattr(resolve_batch(config, task, CPU, log=said.append), task)
     assert small.batch_size * small.accumulate == batch_size * accumulate
     assert small.batch_size <= 3
     monkeypatch.setattr(microbatch, "_free_bytes", lambda device: 1000.0)
     with pytest.raises(
         ConfigError, match=rf"{task}\.batch is auto, and not one image fits: .*sssd-fast plan"
     ):
-        resolve_batch(config, task, CPU, say=said.append)
+        resolve_batch(config, task, CPU, log=said.append)
 
 
-def test_a_budget_lets_more_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ViT-B with 9 GB: what torch keeps at a budget of a half counts, not what it keeps without one."""
+def test_a_budget_and_the_loader_change_where_the_search_starts(
+    monkeypatch: pytest.MonkeyPatch, tiny: list[str]
+) -> None:
+    """A budget of a half starts higher; memory for decoded images is left to the loader."""
     device = torch.device("cuda")
     monkeypatch.setattr(microbatch, "pick_compile", lambda step, device: (True, ""))
     monkeypatch.setattr(microbatch, "pick_precision", lambda name, device: "bf16")
-    monkeypatch.setattr(microbatch, "_free_bytes", lambda device: 9e9)
+    config = _config(tiny, 1024)
+    found = microbatch.estimate(config, "pretrain", "bf16", device, compiled=True)
+    free = found.peak(300, accumulate=4)
+    monkeypatch.setattr(microbatch, "_free_bytes", lambda device: free)
     monkeypatch.setattr(microbatch, "_steps_fit", lambda *args: True)
-    monkeypatch.setattr(
-        microbatch, "reserved", lambda device, limit_gib: int((limit_gib or 0) * 2**30)
-    )
-    monkeypatch.setattr(
-        planner,
-        "measured_saved_bytes",
-        lambda work, o, images, budget: Traced(
-            budget * saved_per_image(work.stages(o)), 0.0, 0.0, 0.0
-        ),
-    )
-    found = []
-    for budget in (1.0, 0.5):
-        settings = [
-            "pretrain.batch=auto",
-            "pretrain.batch_size=1024",
-            f"step.activation_budget={budget}",
-        ]
-        resolved = resolve_batch(
-            load_config(None, settings), "pretrain", World(device), say=lambda text: None
-        )
-        found.append(resolved.pretrain.batch_size)
-    assert found[1] >= 2 * found[0]
-    for loader, fewer in (
-        ("resident", True),
-        ("torch", False),
-    ):  # what decoded images may take is left to them
-        kept = load_config(None, [*settings, "data.resident_gib=5", f"data.loader={loader}"])
-        resolved = resolve_batch(kept, "pretrain", World(device), say=lambda text: None)
-        assert (resolved.pretrain.batch_size < found[1]) == fewer
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(microbatch, "reserved", lambda device, limit_gib: int(free / 3))
+
+    def batch_size(*settings: str) -> int:
+        config = _config(tiny, 1024, 1, "pretrain", "data.loader=torch", *settings)
+        found = resolve_batch(config, "pretrain", World(device), log=lambda text: None)
+        return found.pretrain.batch_size
+
+    whole, half = batch_size(), batch_size("step.activation_budget=0.5")
+    assert half >= 2 * whole
+    assert batch_size("data.loader=resident") < whole
 
 
 def test_a_number_stays_as_it_is(tiny: list[str]) -> None:
@@ -194,7 +175,7 @@ def test_on_a_gpu_the_cap_decides(task: str) -> None:
     said: list[str] = []
     torch.cuda.set_per_process_memory_fraction(3e9 / total)
     try:
-        found = getattr(resolve_batch(config, task, World(device), say=said.append), task)
+        found = getattr(resolve_batch(config, task, World(device), log=said.append), task)
         assert 1 <= found.batch_size < 512
         assert found.batch_size * found.accumulate == 512
         assert any(

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sssd_fast.performance.costs
 from sssd_fast.config import Config, load_config
 from sssd_fast.errors import ConfigError
 from sssd_fast.model import MLP, Classifier, pick_patches
 from sssd_fast.objective import SSSD
 from sssd_fast.performance import ceilings
 from sssd_fast.performance import execution as compute
-from sssd_fast.performance.execution import pick_compile, pick_graphs, prepare
+from sssd_fast.performance.fake import FakeStep
+from sssd_fast.performance.execution import configure_model, pick_compile, pick_graphs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 Inputs = tuple[Tensor, ...]
@@ -71,7 +71,7 @@ def test_recomputation_repeats_what_it_says_and_changes_nothing(
     expected_loss, expected = _gradients(model, model, inputs)
     expected = {name: grad.clone() for name, grad in expected.items()}
     blocks = len(model.mae.encoder.blocks) + len(model.mae.decoder.blocks)
-    prepare(model, config, "fp32", CPU, 4)
+    configure_model(model, config, "fp32", CPU, 4)
     model.zero_grad()
     loss = model(*inputs).total
     with _Calls() as calls:
@@ -208,7 +208,7 @@ def test_the_residual_stream_has_the_dtype_asked_for(tiny: list[str], residual: 
     config = _config(tiny, "precision=bf16", f"step.residual={residual}")
     model, inputs = _sssd(config)
     exact, _ = _gradients(model, model, inputs)
-    prepare(model, config, "bf16", CPU, 4)
+    configure_model(model, config, "bf16", CPU, 4)
     dtypes: list[torch.dtype] = []
     for blocks in (model.mae.encoder.blocks, model.mae.decoder.blocks):
         for block in blocks:
@@ -259,13 +259,13 @@ def test_cuda_graphs_pay_below_a_batch_that_the_rule_computes(
     config = _config(tiny)
     model, _ = _sssd(config)
     monkeypatch.setattr(
-        ceilings,
+        compute,
         "measure_ceilings",
         lambda device, dtype: ceilings.Ceilings(1e12, 1e12, "bfloat16"),
     )
-    launch_s = compute.LAUNCH_S * compute.expected_launches(config.model, decoder=True)
+    launch_s = compute.LAUNCH_S * compute.expected_launches(model)
     even = int(
-        launch_s * 0.5e12 / sssd_fast.performance.costs.train_flops(config.model, config.objective)
+        launch_s * 0.5e12 / FakeStep(config, "pretrain").flops()
     )
     for batch, expected in ((even // 2, True), (2 * even, False)):
         graphs, why = pick_graphs(model, config, GPU, batch, torch.bfloat16, compile_it=True)
@@ -286,12 +286,12 @@ def test_cuda_graphs_pay_below_a_batch_that_the_rule_computes(
         ),
         (
             ["step.activation_budget=0.5"],
-            r"activation_budget is 0\.5, which only a compiled step reads.*checkpoint=selective",
+            r"activation_budget is 0\.5, which needs a compiled step.*checkpoint=selective",
         ),
-        (["step.cuda_graphs=true"], r"cuda_graphs is true, which needs step\.compile=true"),
+        (["step.cuda_graphs=true"], r"cuda_graphs is true, but the step is not compiled"),
         (
             ["step.compile=true", "step.cuda_graphs=true"],
-            r"cuda_graphs is true, which needs a CUDA device",
+            r"cuda_graphs is true, but the device is cpu",
         ),
         (
             ["step.attention=fused"],
@@ -308,7 +308,7 @@ def test_what_cannot_be_done_is_an_error(
 ) -> None:
     config = _config(tiny, *settings)
     with pytest.raises(ConfigError, match=message):
-        prepare(SSSD(config.model, config.objective), config, "fp32", CPU, 4)
+        configure_model(SSSD(config.model, config.objective), config, "fp32", CPU, 4)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +329,6 @@ def test_settings_that_contradict_each_other_are_refused(
 def test_the_decisions_are_told(tiny: list[str]) -> None:
     config = _config(tiny)
     model, _ = _sssd(config)
-    lines = prepare(model, config, "fp32", CPU, 4).lines
+    lines = configure_model(model, config, "fp32", CPU, 4).lines
     assert [line.split(" ")[0] for line in lines] == ["compile:", "encoder", "decoder", "MLP:"]
     assert all(", " in line for line in lines)
