@@ -416,7 +416,7 @@ def _opened(
     with _folder(out, start) as place, world(config.device) as here:
         config = _limited(config, start)
         if task in ("pretrain", "finetune") and resume is None:
-            config = resolve_batch(config, task, here, say=_log)
+            config = resolve_batch(config, task, here, log=_log)
         with open_run(
             task,
             config,

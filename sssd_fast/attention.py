@@ -155,7 +155,10 @@ def choose(name: str, shape: AttentionShape, setting: str = "step.attention") ->
 
 
 def refusal(
-    provider: str, shape: AttentionShape, *, xformers_problem: Callable[[], str | None] | None = None
+    provider: str,
+    shape: AttentionShape,
+    *,
+    xformers_problem: Callable[[], str | None] | None = None,
 ) -> str | None:
     """Why the provider cannot run; None if it can.
 

@@ -26,7 +26,9 @@ from sssd_fast.performance.plan import RESERVE, divisors
 from sssd_fast.run.device import World, available_memory, is_out_of_memory, pick_precision
 from sssd_fast.step import Step, TaskLoss
 
-OPTIMISM = 1.15  # batches are tried up to this share of the free memory: the estimate may be too high
+OPTIMISM = (
+    1.15  # batches are tried up to this share of the free memory: the estimate may be too high
+)
 CPU_SHARE = 0.5
 
 Log = Callable[[str], Any]

@@ -176,10 +176,8 @@ def pick_graphs(
         return False, problem
     if requested != "auto":
         return requested, f"step.cuda_graphs is {str(requested).lower()}"
-    if isinstance(model, SSSD):
-        flops = FakeStep(config, "pretrain").flops()
-    else:
-        flops = FakeStep(config, "finetune", model.num_classes).flops()
+    task = "pretrain" if isinstance(model, SSSD) else "finetune"
+    flops = FakeStep(config, task).flops()
     busy_s = batch_size * flops / (0.5 * measure_ceilings(device, dtype).matmul_flops)
     launches = expected_launches(model)
     launch_s = launches * LAUNCH_S

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from sssd_fast.performance.memory_check import measure
+from sssd_fast.performance.memory_model import Options, Work
 
 from benchmarks import memory, step_data, step_models
 from benchmarks.bench import Bench
 from benchmarks.measure import Cache
 from benchmarks.results import Results
 from sssd_fast.config import Config, from_dict
-from sssd_fast.performance.memory_check import measure
-from sssd_fast.performance.memory_model import Options, Work
 from sssd_fast.run.log import Console
 
 CPU = torch.device("cpu")

@@ -105,7 +105,7 @@ def test_estimate_equals_what_a_real_run_saves_and_allocates(
     # alive as well: the loss, its terms and the statistics for the centre
     scalars = 4 * (8 + config.objective.prototypes)
     assert 0 <= kept - expected <= scalars
-    del loss, saved
+    del loss
     with LiveBytes([*model.parameters(), *model.buffers(), *inputs]) as live:
         loss_of(model, inputs, precision).backward()
     assert found.step_peak(3) == max(live.timeline)
@@ -265,7 +265,9 @@ def test_check_budget_agrees_with_the_partitioner(tiny: list[str], images: int) 
     kept = [_kept_compiled(config, images, budget) for budget in (1.0, 0.5)]
     if images == 1:
         assert kept[0] == kept[1]
-        with pytest.raises(ConfigError, match=r"activation_budget is 0\.5, which torch.compile ign"):
+        with pytest.raises(
+            ConfigError, match=r"activation_budget is 0\.5, which torch.compile ign"
+        ):
             check_budget(config, "pretrain", "bf16", CPU, images)
     else:
         assert kept[1] < kept[0]

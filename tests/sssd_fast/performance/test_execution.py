@@ -17,8 +17,8 @@ from sssd_fast.model import MLP, Classifier, pick_patches
 from sssd_fast.objective import SSSD
 from sssd_fast.performance import ceilings
 from sssd_fast.performance import execution as compute
-from sssd_fast.performance.fake import FakeStep
 from sssd_fast.performance.execution import configure_model, pick_compile, pick_graphs
+from sssd_fast.performance.fake import FakeStep
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 Inputs = tuple[Tensor, ...]
@@ -264,9 +264,7 @@ def test_cuda_graphs_pay_below_a_batch_that_the_rule_computes(
         lambda device, dtype: ceilings.Ceilings(1e12, 1e12, "bfloat16"),
     )
     launch_s = compute.LAUNCH_S * compute.expected_launches(model)
-    even = int(
-        launch_s * 0.5e12 / FakeStep(config, "pretrain").flops()
-    )
+    even = int(launch_s * 0.5e12 / FakeStep(config, "pretrain").flops())
     for batch, expected in ((even // 2, True), (2 * even, False)):
         graphs, why = pick_graphs(model, config, GPU, batch, torch.bfloat16, compile_it=True)
         assert graphs is expected
