@@ -22,8 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from mae_kernels import lint
 from mae_kernels._runtime import Launch, triton_module
+from tools import lint_kernels as lint
 
 WARP = 32
 PARTITIONS, PARTITION_REGISTERS = 4, 16384
@@ -111,7 +111,7 @@ def code_of(launch: Launch, arch: int) -> Code:
     from triton.compiler import ASTSource
 
     triton = triton_module()
-    *source, options = lint._specialise(launch)
+    *source, options = lint.specialise(launch)
     built = triton.compile(
         ASTSource(launch.kernel, *source), target=GPUTarget("cuda", arch, WARP), options=options
     )

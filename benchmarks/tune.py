@@ -4,7 +4,7 @@
     sssd-fast bench tune --predict sm_90 --op restore_tokens  anywhere: every candidate compiled and counted
 
 The first row of a table is the launch that the package chooses now, the others are those of candidates.py. Each is compiled by the
-path of mae_kernels/lint.py; one that breaks its rules (spills, too much shared memory) is refused. The occupancy is that of
+path of tools/lint_kernels.py; one that breaks its rules (spills, too much shared memory) is refused. The occupancy is that of
 occupancy.py. The bound is the time in which memory can move the bytes that the kernel must move; "k cycles" is the other one: the
 thousands of clock cycles that the multiprocessors need to issue every instruction once (predictions only). + : loops repeat some.
 
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mae_kernels import _samples, backend, lint
+from mae_kernels import _samples, backend
 from mae_kernels._runtime import (
     HAVE_TRITON,
     INTERPRET,
@@ -37,6 +37,7 @@ from mae_kernels._runtime import (
 )
 from sssd_fast.errors import SssdError
 from sssd_fast.run.log import Console
+from tools import lint_kernels as lint
 
 from . import results
 from .attention import Attention, attention_op
@@ -285,13 +286,11 @@ def examine(row: Row, site: Site, candidate: Candidate, call: Call, target: Targ
     if target.arch not in ARCHITECTURES or INTERPRET:
         return
     first = started[0]
-    found = lint.judge(
-        lint.LintCase(site.op, lambda dtype: None, wide=False), first.launch, target.arch
-    )
+    found = lint.judge(site.op, first.launch, target.arch, wide=False)
     fits = occupancy(target.arch, found.registers, found.shared, first.warps)
     row.more |= {
         "registers": found.registers,
-        "stack": found.spills,
+        "stack": found.stack,
         "shared": found.shared,
         "widest": found.widest,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.occupancy import ARCHITECTURES, Code, Occupancy, code_in, occupancy, waves
-from mae_kernels import lint
+from tools import lint_kernels as lint
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import mae_kernels
 from benchmarks import __main__ as command
 from benchmarks import tune
 from benchmarks.bench import Bench
@@ -24,9 +25,10 @@ from benchmarks.measure import Cache, Time, Versus
 from benchmarks.occupancy import code_of, occupancy
 from benchmarks.results import Results, Row
 from benchmarks.shapes import MODELS
-from mae_kernels import backend, lint
+from mae_kernels import backend
 from mae_kernels._runtime import record_launches
 from sssd_fast.run.log import Console
+from tools import lint_kernels as lint
 
 H100 = tune.Target(90, 132, 3.35e12, listed=False)
 SITES = {
@@ -113,7 +115,7 @@ def test_a_name_that_is_gone_is_refused_and_nothing_is_left_changed() -> None:
 def test_no_function_of_the_package_remembers_a_choice() -> None:
     """A cache would give a choice to calls after the block. The one that there is holds what a device is."""
     found = set()
-    for path in Path(lint.__file__).parent.glob("*.py"):
+    for path in Path(mae_kernels.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and any(
                 "cache" in ast.unparse(d) for d in node.decorator_list
@@ -137,6 +139,7 @@ from benchmarks.results import Results
 from benchmarks.shapes import Shape
 from mae_kernels import restore
 from sssd_fast.run.log import Console
+from tools import lint_kernels as lint
 
 torch.set_num_threads(1)
 measure.WARM_UP_CALLS, measure.WARM_UP_S = 1, 0.0
@@ -276,8 +279,8 @@ def test_what_does_not_fit_is_refused_with_the_reason(monkeypatch: pytest.Monkey
     site = replace(SITES["gather_kernel"], candidates=())
 
     def judged(registers: int, *problems: str) -> Callable[..., lint.Row]:
-        return lambda case, launch, arch: lint.Row(
-            case.op, site.kernel, arch, registers, 0, 0, 16, problems
+        return lambda op, launch, arch, wide: lint.Row(
+            op, site.kernel, arch, registers, 0, 0, 16, problems
         )
 
     monkeypatch.setattr(lint, "judge", judged(32, "233000 bytes of shared memory, limit 227 KiB"))
