@@ -144,7 +144,7 @@ def open_run(
                 out,
                 tensorboard=config.tensorboard and not existing,
                 enabled=world.main and not existing,
-                notify=console.warn,
+                log=console.warn,
             ),
             checkpoints=CheckpointManager(
                 out / "checkpoints",

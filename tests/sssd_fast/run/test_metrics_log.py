@@ -1,4 +1,4 @@
-"""metrics.jsonl after a kill, a resume, a NaN; the CSV and TensorBoard files made beside it."""
+"""metrics.jsonl after a kill, a resume, a NaN; the CSV and TensorBoard files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from sssd_fast.errors import DataError, RunExistsError, SssdError
-from sssd_fast.run import metrics_log as tracking
 from sssd_fast.run.metrics_log import Tracker, read_metrics
 
 
+def tracker_of(folder: Path, **options: Any) -> Tracker:
+    return Tracker(folder, **{"tensorboard": False, **options})
+
+
 def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in record.items() if name != "time_s"} for record in records
-    ]
+    return [{name: v for name, v in record.items() if name != "time_s"} for record in records]
 
 
 def work(tracker: Tracker, first: int, last: int) -> None:
@@ -37,9 +38,9 @@ def strict(text: str) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def test_records_are_on_disk_at_once_one_per_line_in_order(tmp_path: Path) -> None:
-    """Protects what a killed run leaves: nothing waits in a buffer (read while the tracker is still open)."""
-    tracker = Tracker(tmp_path, tensorboard=False)
+def test_tracker_writes_every_record_at_once(tmp_path: Path) -> None:
+    """A killed run must not lose a buffer (read while the tracker is open)."""
+    tracker = tracker_of(tmp_path)
     tracker.start(0)
     work(tracker, 1, 4)
     records = strict((tmp_path / "metrics.jsonl").read_text())
@@ -55,165 +56,118 @@ def test_records_are_on_disk_at_once_one_per_line_in_order(tmp_path: Path) -> No
     tracker.close()
 
 
-def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    """Protects curves and tables: steps that were lost and done again do not appear twice, and time goes on."""
-    with Tracker(tmp_path / "whole", tensorboard=False) as whole:
-        work(whole, 1, 12)
-    killed = Tracker(tmp_path / "resumed", tensorboard=False)
+def test_tracker_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    """Steps that were lost and repeated appear once; the time continues."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with tracker_of(whole) as tracker:
+        work(tracker, 1, 12)
+    killed = tracker_of(parts)
     killed.start(0)
-    killed._started -= 50  # as if 50 s had passed
+    # as if 50 s had passed
+    killed._started -= 50
     work(killed, 1, 7)
-    killed.log("train", 8, time_s=100.0)  # beyond the checkpoint: must not count
-    with Tracker(tmp_path / "resumed", tensorboard=False) as resumed:
-        resumed.start(5)
-        assert [record["step"] for record in read_metrics(tmp_path / "resumed", "train")] == [
-            1,
-            2,
-            3,
-            4,
-            5,
-        ]
-        work(resumed, 6, 12)
-    assert without_time(read_metrics(tmp_path / "resumed")) == without_time(
-        read_metrics(tmp_path / "whole")
-    )
-    times = [record["time_s"] for record in read_metrics(tmp_path / "resumed")]
+    # beyond the checkpoint: must not count
+    killed.log("train", 8, time_s=100.0)
+    with tracker_of(parts) as tracker:
+        tracker.start(5)
+        assert [record["step"] for record in read_metrics(parts, "train")] == [1, 2, 3, 4, 5]
+        work(tracker, 6, 12)
+    assert without_time(read_metrics(parts)) == without_time(read_metrics(whole))
+    times = [record["time_s"] for record in read_metrics(parts)]
     assert times == sorted(times)
     assert 50 <= times[-1] < 100
 
 
-def test_validation_done_again_at_the_resumed_step_is_recorded_once(tmp_path: Path) -> None:
-    """Protects the moment between a checkpoint by steps and the end of its epoch."""
-    killed = Tracker(tmp_path, tensorboard=False)
-    work(killed, 1, 4)
-    with Tracker(tmp_path, tensorboard=False) as resumed:
+def test_tracker_records_a_repeated_validation_once(tmp_path: Path) -> None:
+    """A checkpoint by steps at the last step of an epoch: on resume, validation runs again."""
+    work(tracker_of(tmp_path), 1, 4)
+    with tracker_of(tmp_path) as resumed:
         resumed.start(4)
         resumed.log("val", 4, epoch=1.0, accuracy=0.54)
         resumed.log("val", 4, epoch=1.0, auc=0.9)
         resumed.log("val", 8, epoch=1.0, accuracy=0.6)
-    assert [(r["step"], r.get("accuracy")) for r in read_metrics(tmp_path, "val")] == [
-        (4, 0.54),
-        (4, None),
-        (8, 0.6),
-    ]
+    found = [(r["step"], r.get("accuracy")) for r in read_metrics(tmp_path, "val")]
+    assert found == [(4, 0.54), (4, None), (8, 0.6)]
 
 
 @pytest.mark.parametrize(
     "torn",
-    [
-        '{"kind": "train", "st',
-        '{"kind": "train", "step": 3, "note": "é',
-        "\x00\x00\x00",
-        "7",
-        '{"a": 1}',
-    ],
+    [b'{"kind": "train", "st', '{"kind": "train", "note": "é'.encode()[:-1], b"\0\0", b"7", b"{}"],
 )
-def test_a_torn_last_line_is_repaired_and_said(tmp_path: Path, torn: str) -> None:
-    with Tracker(tmp_path, tensorboard=False) as tracker:
+def test_tracker_repairs_a_torn_line(tmp_path: Path, torn: bytes) -> None:
+    with tracker_of(tmp_path) as tracker:
         work(tracker, 1, 2)
     path = tmp_path / "metrics.jsonl"
     with open(path, "ab") as file:
-        file.write(torn.encode()[:-1] if "é" in torn else torn.encode())
+        file.write(torn)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
     notes: list[str] = []
-    with Tracker(tmp_path, tensorboard=False, notify=notes.append) as tracker:
+    with tracker_of(tmp_path, log=notes.append) as tracker:
         tracker.start(2)
         tracker.log("train", 3, loss=0.1)
     assert [record["step"] for record in strict(path.read_text())] == [1, 2, 3]
-    assert notes == [f"{path}: 1 unreadable line(s) removed, cut off by a kill or a full disk"]
+    assert notes == [f"{path}: 1 unreadable line(s) removed (killed, or the disk full)"]
 
 
-def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
-    with Tracker(tmp_path, tensorboard=False) as tracker:
+def test_tracker_does_not_mix_two_runs(tmp_path: Path) -> None:
+    with tracker_of(tmp_path) as tracker:
         work(tracker, 1, 2)
         tracker.close()
-        tracker.log("event", 2, event="report written")  # the same run, after it was closed once
+        # the same run, after it was closed once
+        tracker.log("event", 2, event="report written")
     with pytest.raises(RunExistsError, match="holds 3 records"):
-        Tracker(tmp_path, tensorboard=False).log("train", 1, loss=1.0)
+        tracker_of(tmp_path).log("train", 1, loss=1.0)
     assert len(read_metrics(tmp_path)) == 3
 
 
-def test_values_that_are_not_finite_become_null_and_an_event(tmp_path: Path) -> None:
-    """Protects every reader: NaN is not JSON; and the person looking for the step where it began."""
-    with Tracker(tmp_path, tensorboard=False) as tracker:
+def test_tracker_writes_null_and_an_event_for_non_finite_values(tmp_path: Path) -> None:
+    with tracker_of(tmp_path) as tracker:
         tracker.log("train", 7, loss=float("nan"), grad_norm=torch.tensor(float("-inf")), lr=1e-3)
-    train, event = without_time(strict((tmp_path / "metrics.jsonl").read_text()))
-    assert train == {"kind": "train", "step": 7, "loss": None, "grad_norm": None, "lr": 1e-3}
-    assert event == {
-        "kind": "event",
-        "step": 7,
-        "event": "non_finite",
-        "values": {"loss": "nan", "grad_norm": "-inf"},
-    }
+    bad = {"loss": "nan", "grad_norm": "-inf"}
+    assert without_time(strict((tmp_path / "metrics.jsonl").read_text())) == [
+        {"kind": "train", "step": 7, "loss": None, "grad_norm": None, "lr": 1e-3},
+        {"kind": "event", "step": 7, "event": "non_finite", "values": bad},
+    ]
 
 
-def test_tensors_and_numpy_scalars_are_recorded_as_numbers(tmp_path: Path) -> None:
-    with Tracker(tmp_path, tensorboard=False) as tracker:
-        tracker.log(
-            "val",
-            np.int64(3),
-            a=torch.tensor(2),
-            b=np.float32(0.5),
-            c=torch.tensor([1.5]),
-            d=True,
-            e="é",
-            f=None,
-        )
-        with pytest.raises(DataError, match=r"loss has more than one element \(\(2,\)\)"):
+def test_tracker_records_tensors_and_numpy_scalars_as_numbers(tmp_path: Path) -> None:
+    plain = {"a": 2, "b": 0.5, "c": 1.5, "d": True, "e": "é", "f": None}
+    special = {"a": torch.tensor(2), "b": np.float32(0.5), "c": torch.tensor([1.5])}
+    with tracker_of(tmp_path) as tracker:
+        tracker.log("val", np.int64(3), **{**plain, **special})
+        with pytest.raises(DataError, match=r"loss has more than one element \(2,\)"):
             tracker.log("train", 1, loss=torch.ones(2))
         with pytest.raises(DataError, match="path is a PosixPath"):
             tracker.log("train", 1, path=tmp_path)
-        with pytest.raises(
-            DataError, match="kind 'test' of step 1; it must be one of train, val, event"
-        ):
+        with pytest.raises(DataError, match=r"kind of step 1 is 'test', needs one of .*'val'"):
             tracker.log("test", 1)
     (record,) = without_time(strict((tmp_path / "metrics.jsonl").read_text("utf-8")))
-    assert record == {
-        "kind": "val",
-        "step": 3,
-        "a": 2,
-        "b": 0.5,
-        "c": 1.5,
-        "d": True,
-        "e": "é",
-        "f": None,
-    }
+    assert record == {"kind": "val", "step": 3, **plain}
 
 
-def test_the_csv_has_every_record_and_every_name(tmp_path: Path) -> None:
-    with Tracker(tmp_path, tensorboard=False) as tracker:
+def test_csv_holds_every_record_and_is_written_during_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracker_of(tmp_path) as tracker:
         work(tracker, 1, 4)
         tracker.log("train", 5, loss=float("nan"), images_per_s=512.5)
         assert not (tmp_path / "metrics.csv").exists()
+        monkeypatch.setattr(tracker, "_csv_due", 0.0)
+        tracker.log("train", 6, loss=1.0)
+        assert (tmp_path / "metrics.csv").exists()
     with open(tmp_path / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    header = list(rows[0])
-    assert header[:5] == ["kind", "step", "epoch", "loss", "lr"]
-    assert {"accuracy", "images_per_s", "time_s", "values"} <= set(header)
+    assert list(rows[0])[:5] == ["kind", "step", "epoch", "loss", "lr"]
+    assert {"accuracy", "images_per_s", "time_s", "values"} <= set(rows[0])
     for row, record in zip(rows, read_metrics(tmp_path), strict=True):
         for name, cell in row.items():
             value = record.get(name)
-            assert cell == (
-                ""
-                if value is None
-                else json.dumps(value)
-                if isinstance(value, dict)
-                else str(value)
-            )
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            assert cell == ("" if value is None else text)
 
 
-def test_the_csv_is_written_while_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tracking, "_CSV_EVERY_S", 0.0)
-    tracker = Tracker(tmp_path, tensorboard=False)
-    tracker.log("train", 1, loss=1.0)
-    assert (tmp_path / "metrics.csv").read_text().startswith("kind,step,loss,time_s\ntrain,1,1.0,")
-    tracker.close()
-
-
-def test_tensorboard_gets_the_figures_and_forgets_lost_steps(tmp_path: Path) -> None:
-    """Protects the TensorBoard view: read back with TensorBoard's own reader."""
+def test_tensorboard_forgets_lost_steps(tmp_path: Path) -> None:
+    """Read back with TensorBoard's own reader."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     killed = Tracker(tmp_path)
@@ -226,49 +180,36 @@ def test_tensorboard_gets_the_figures_and_forgets_lost_steps(tmp_path: Path) -> 
         resumed.log("train", 5, loss=0.2, skipped=2)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {
-        "train/loss",
-        "train/lr",
-        "train/epoch",
-        "train/skipped",
-        "val/accuracy",
-        "val/epoch",
-    }
-    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("train/loss")] == [
-        (1, 1.0),
-        (2, 0.5),
-        (3, 1 / 3),
-        (4, 0.25),
-        (5, 0.2),
-    ]
+    train = {f"train/{name}" for name in ("loss", "lr", "epoch", "skipped")}
+    assert set(events.Tags()["scalars"]) == train | {"val/accuracy", "val/epoch"}
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert losses == [(step, pytest.approx(1 / step)) for step in range(1, 6)]
 
 
-def test_without_tensorboard_there_is_one_notice(
+def test_tracker_without_tensorboard_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     notes: list[str] = []
-    with Tracker(tmp_path, notify=notes.append) as tracker:
+    with Tracker(tmp_path, log=notes.append) as tracker:
         work(tracker, 1, 2)
-    assert notes == [
-        'no TensorBoard events, because tensorboard is not installed: pip install "sssd-fast[train]"'
-    ]
+    (note,) = notes
+    assert 'pip install "sssd-fast[train]"' in note
     assert len(read_metrics(tmp_path)) == 2
-    assert not (tmp_path / "tensorboard").exists()
 
 
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, tensorboard=False)
+def test_tracker_names_the_file_on_a_full_disk(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path)
     tracker.start(0)
     assert tracker._file is not None
     tracker._file.close()
-    tracker._file = open("/dev/full", "w")  # noqa: SIM115 - what Linux offers for this
+    tracker._file = open("/dev/full", "w")  # noqa: SIM115
     with pytest.raises(SssdError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
         tracker.log("train", 1, loss=1.0)
 
 
-def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    with Tracker(tmp_path / "run", enabled=False) as tracker:
+def test_tracker_of_other_ranks_writes_nothing(tmp_path: Path) -> None:
+    with tracker_of(tmp_path / "run", enabled=False) as tracker:
         tracker.start(3)
         tracker.log("train", 1, loss=1.0)
     assert not (tmp_path / "run").exists()
