@@ -1,4 +1,9 @@
-"""Processes started by torchrun: who am I, on which device, and the few collectives the trainer needs."""
+"""What a run needs of the machine.
+
+World and `world`: the processes that torchrun started, and their collectives. `pick_device`,
+`pick_precision`, `autocast`: device and dtype. `generator`: seeded random numbers.
+`available_memory`, `peak_memory_gib`, `is_out_of_memory`: memory.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +59,7 @@ class World:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ConfigError for a device this machine does not have."""
+    """`auto` is CUDA if available. Raises ConfigError for a device that this machine lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -67,15 +72,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise ConfigError(f"device is {name!r}, needs auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device is {name!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
-            f"use device=cpu, or run `sssd-fast doctor` to see why"
+            f"device is {name!r}, but torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "
+            "devices; use device=cpu, or run `sssd-fast doctor` for the reason"
         )
     return device
 
 
 @contextmanager
 def world(device: str) -> Iterator[World]:
-    """The process group that torchrun's variables describe, or a world of one."""
+    """The process group of torchrun's variables, or a world of one process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(pick_device(device))
@@ -112,13 +117,13 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context that computes in bf16 or fp16 where that is safe; with fp32 it changes nothing."""
+    """torch.autocast to bf16 or fp16; with fp32 it changes nothing."""
     dtype = AUTOCAST.get(precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def generator(device: torch.device, *key: int) -> torch.Generator:
-    """Random numbers that depend on `key`, such as (seed, step, micro), and on nothing that happened before."""
+    """A generator whose numbers depend on `key` alone, such as (seed, step, micro)."""
     state = 0
     for part in key:
         state = (state * 1_000_003 + part + 1) % (1 << 61)
@@ -128,27 +133,27 @@ def generator(device: torch.device, *key: int) -> torch.Generator:
 GIB = 2**30
 
 
-def _memory() -> dict[str, float | None]:
-    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo") or "", re.MULTILINE))
-    limit = (_read("/sys/fs/cgroup/memory.max") or "max").strip()
+def memory_gib() -> dict[str, float | None]:
+    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_text("/proc/meminfo") or "", re.MULTILINE))
+    limit = (read_text("/sys/fs/cgroup/memory.max") or "max").strip()
     return {
         "total_gib": round(int(kib["MemTotal"]) / 2**20, 1) if "MemTotal" in kib else None,
         "available_gib": round(int(kib["MemAvailable"]) / 2**20, 1)
         if "MemAvailable" in kib
         else None,
         "limit_gib": round(int(limit) / GIB, 1) if limit.isdigit() else None,
-        "shm_free_gib": _disk_free(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None,
+        "shm_free_gib": disk_free_gib(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None,
     }
 
 
 def available_memory() -> int | None:
-    """Bytes of host memory that are free, or that this control group may use where that is less; None = unknown."""
-    memory = _memory()
+    """Bytes of host memory that are free, or the control group's limit if less; None = unknown."""
+    memory = memory_gib()
     sizes = [size for size in (memory["available_gib"], memory["limit_gib"]) if size is not None]
     return int(min(sizes) * GIB) if sizes else None
 
 
-def _disk_free(path: Path) -> float | None:
+def disk_free_gib(path: Path) -> float | None:
     path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -158,7 +163,7 @@ def _disk_free(path: Path) -> float | None:
         return None
 
 
-def _read(path: str) -> str | None:
+def read_text(path: str) -> str | None:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -168,14 +173,15 @@ def _read(path: str) -> str | None:
 def peak_memory_gib(device: torch.device | str) -> float:
     """Peak memory in GiB since the process started (or since torch.cuda.reset_peak_memory_stats).
 
-    CUDA: what PyTorch's allocator reserved on `device`, the figure that decides whether a batch fits (the CUDA context,
-    some 0.5 GiB, comes on top). Otherwise: resident memory of this process, without its loader workers.
+    CUDA: what PyTorch's allocator reserved on `device`, which decides whether a batch fits (the
+    CUDA context takes about 0.5 GiB more). Otherwise: resident memory of this process, without its
+    loader workers.
     """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        # not getrusage, where there is /proc: its maximum is inherited from the process that started this one
+        # getrusage inherits the maximum of the process that started this one
         status = Path("/proc/self/status").read_text()
         kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
         return int(kib) / 2**20
@@ -193,7 +199,7 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether the device or the host ran out of memory, in any of the ways PyTorch says so, wrapped by others or not."""
+    """Whether the device or the host ran out of memory, in any form that PyTorch reports."""
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
