@@ -1,7 +1,7 @@
-"""The run folder: what a run was asked to do, on what machine, with what data, and everything it wrote.
+"""The run folder: settings, machine and data of a run, and everything it writes.
 
-config.yaml  command.txt  env.json  data.json  index.json  split.csv  train.log  metrics.jsonl  metrics.csv  tensorboard/
-checkpoints/  images/  eval/  report.md  report.html
+config.yaml  command.txt  env.json  data.json  index.json  split.csv  train.log  metrics.jsonl
+metrics.csv  tensorboard/  checkpoints/  images/  eval/  report.md  report.html
 """
 
 from __future__ import annotations
@@ -28,13 +28,19 @@ from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.log import Console
 from sssd_fast.run.metrics_log import Tracker
 
-# These do not change what is computed, so a run may be resumed with other values.
+# Settings that do not change what is computed: a run can be resumed with other values.
 FREE_KEYS = (
-    "device", "threads", "tensorboard", "data.loader", "data.workers", "data.cache",
-    "data.resident_gib", "step.compile", "step.cuda_graphs", "step.attention", "step.decoder_attention", "step.mlp",
-    "step.activation_budget", "step.checkpoint",
-)  # fmt: skip
+    "device threads log_seconds tensorboard data.loader data.workers data.cache data.resident_gib "
+    "step.compile step.cuda_graphs step.attention step.decoder_attention step.mlp "
+    "step.activation_budget step.checkpoint"
+)
 FREE_ENDINGS = (".checkpoint_epochs", ".checkpoint_steps", ".keep_last", ".image_epochs")
+RUN_MARKER = ".sssd-fast-run"
+_MARKER_TEXT = (
+    "This is a run folder of sssd-fast. With --overwrite, everything in it may be deleted.\n"
+)
+# markers that this process has locked, with their descriptors
+_held: dict[Path, int] = {}
 
 
 @dataclass
@@ -55,50 +61,45 @@ class Run:
 
     def write_json(self, name: str, content: Any) -> None:
         if self.world.main:
-            atomic_write_text(
-                self.out / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            )
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            atomic_write_text(self.out / name, text)
 
     def check_resumable(self, state: dict[str, Any], path: Path) -> None:
-        """Raises CheckpointError where continuing would not continue the same run."""
+        """Raises CheckpointError if the checkpoint `state` is of another run than this one."""
         problems = []
         if state["task"] != self.task:
-            problems.append(
-                f"it is a checkpoint of `{state['task']}`, this command is `{self.task}`"
-            )
+            problems.append(f"it is a checkpoint of `{state['task']}`, not of `{self.task}`")
         if state["processes"] != self.world.size:
             problems.append(
                 f"it was written by {state['processes']} processes, this run has {self.world.size}"
             )
         if state["data"] != self.data_fingerprint:
-            problems.append(
-                "the images or their split have changed since (see data.json and split.csv)"
-            )
+            problems.append("the images or their split changed (see data.json and split.csv)")
         problems += differences(from_dict(state["config"]), self.config)
         if problems:
+            listed = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointError(
-                f"{path} cannot be resumed:\n"
-                + "\n".join(f"  - {p}" for p in problems)
-                + "\nUndo the change, or start a new run (weights alone: --init)."
+                f"{path} cannot be resumed:\n{listed}\n"
+                "Undo the change, or start a new run (weights alone: --init)."
             )
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """One line per setting that changes what a run computes."""
     before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    free = FREE_KEYS.split()
     return [
         f"{key} was {before[key]!r}, is {after[key]!r}"
         for key in before
-        if before[key] != after[key] and key not in FREE_KEYS and not key.endswith(FREE_ENDINGS)
+        if before[key] != after[key] and key not in free and not key.endswith(FREE_ENDINGS)
     ]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat.update(
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        name = prefix + key
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
@@ -115,51 +116,45 @@ def open_run(
     resume_with: str | None = None,
     command: str = "",
 ) -> Iterator[Run]:
-    """Makes or reopens the run folder `out`; writes what was asked for and where, before anything is computed.
+    """Makes or reopens the run folder `out`; writes settings and environment before the work.
 
-    existing: use a finished run without changing what it says of itself (evaluate). resume_with: the command that continues
-    this run where it is part of a larger one. command: what the user typed. Raises RunExistsError for an existing run unless
-    told to resume or overwrite it.
+    Args:
+        existing: use a finished run without changing its description (evaluate).
+        resume_with: the command that continues this run if it is one stage of a larger one.
+        command: what the user typed.
+
+    Raises RunExistsError for an existing run without `resume` or `overwrite`.
     """
     out = Path(out)
-    if existing:
-        if not (out / "config.yaml").is_file():
-            raise CheckpointError(
-                f"{out} is no run folder (config.yaml is missing); give the folder of a finished run"
-            )
-    elif world.main:
+    if existing and not (out / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{out} is not a run folder (config.yaml is missing); give the folder of a finished run"
+        )
+    if world.main and not existing:
         require_run_folder(out, resume=resume, overwrite=overwrite)
     world.barrier()
     if config.threads:
         torch.set_num_threads(config.threads)
-    settings = getattr(config, task, None)
-    with Console(log_file=out / "train.log", enabled=world.main) as console:
+    keep_last = getattr(getattr(config, task, None), "keep_last", 2)
+    writes = world.main and not existing
+    log = out / "train.log"
+    with Console(log_file=log, enabled=world.main, interval=config.log_seconds) as console:
         run = Run(
             out=out,
             task=task,
             config=config,
             world=world,
             console=console,
-            tracker=Tracker(
-                out,
-                tensorboard=config.tensorboard and not existing,
-                enabled=world.main and not existing,
-                log=console.warn,
-            ),
-            checkpoints=CheckpointManager(
-                out / "checkpoints",
-                keep_last=getattr(settings, "keep_last", 2),
-                log=console.warn,
-            ),
+            tracker=Tracker(out, tensorboard=config.tensorboard, enabled=writes, log=console.warn),
+            checkpoints=CheckpointManager(out / "checkpoints", keep_last, log=console.warn),
             precision=pick_precision(config.precision, world.device),
             resume=resume,
             resume_with=resume_with or f"sssd-fast {task} --resume {shlex.quote(str(out))}",
         )
-        if world.main and not existing:
+        if writes:
             atomic_write_text(out / "config.yaml", to_yaml(config))
-            with open(
-                out / "command.txt", "a", encoding="utf-8"
-            ) as file:  # a resumed run lists every command
+            # a resumed run lists every command
+            with open(out / "command.txt", "a", encoding="utf-8") as file:
                 file.write(command + "\n")
             run.write_json("env.json", collect_environment(out))
         try:
@@ -168,30 +163,22 @@ def open_run(
             run.tracker.close()
 
 
-RUN_MARKER = ".sssd-fast-run"
-
-
-_MARKER_TEXT = "This is a run folder of sssd-fast. With --overwrite, everything in this folder may be deleted.\n"
-
-
-_held: dict[Path, int] = {}
-
-
 def require_run_folder(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Makes a new run folder, or reopens (resume) or empties (overwrite) an old one; returns its absolute path.
+    """Makes a new run folder, or reopens (resume) or empties (overwrite) an old one.
 
-    A marker file tells a run folder; nothing is ever deleted in a folder without one. A run that ended before its first
-    checkpoint may be started again without `overwrite`. The marker stays locked until
-    the process ends, so that two processes cannot write to one run. Call it on rank 0 only.
+    A run folder is recognised by a marker file; nothing is deleted in a folder without it. A run
+    that ended before its first checkpoint can be started again without `overwrite`. The marker is
+    locked until the process ends, so that two processes cannot write to one run. Call it on rank 0.
 
-    Raises RunExistsError for a folder that holds something and neither flag was given, is not a run folder, or is in
-    use; CheckpointError where there is nothing to resume; ConfigError for both flags.
+    Returns the absolute path. Raises RunExistsError if the folder is not empty and neither flag was
+    given, is not a run folder, or is in use; CheckpointError if there is nothing to resume;
+    ConfigError for both flags.
     """
     path = Path(path).absolute()
     marker = path / RUN_MARKER
     if resume and overwrite:
         raise ConfigError(
-            "--resume and --overwrite exclude each other: continue the run, or delete it and start again"
+            "--resume and --overwrite exclude each other: continue the run, or delete it"
         )
     if path.exists() and not path.is_dir():
         raise RunExistsError(f"{path} is a file; choose another folder for the run")
@@ -203,17 +190,15 @@ def require_run_folder(path: str | Path, *, resume: bool = False, overwrite: boo
     if path.is_dir() and any(item.name != RUN_MARKER for item in path.iterdir()) and not resume:
         if not marker.is_file():
             raise RunExistsError(
-                f"{path} is not empty and not a run folder of sssd-fast (it lacks {RUN_MARKER}), so nothing in it was "
-                "touched. Choose another folder"
+                f"{path} is not empty and not a run folder of sssd-fast (it lacks {RUN_MARKER}), "
+                "so nothing in it was changed. Choose another folder"
             )
-        if not any((path / "checkpoints").glob("*.pt")):
-            overwrite = (
-                True  # it failed before it trained anything: nothing is lost by starting again
-            )
+        # without a checkpoint, nothing is lost by starting again
+        overwrite = overwrite or not any((path / "checkpoints").glob("*.pt"))
         if not overwrite:
             raise RunExistsError(
-                f"{path} already holds a run. Continue it with --resume, delete it and start again with --overwrite, "
-                "or choose another folder"
+                f"{path} already holds a run. Continue it with --resume, delete it and start again "
+                "with --overwrite, or choose another folder"
             )
     path.mkdir(parents=True, exist_ok=True)
     _hold(marker)
@@ -223,39 +208,41 @@ def require_run_folder(path: str | Path, *, resume: bool = False, overwrite: boo
 
 
 def _hold(marker: Path) -> None:
-    """Writes the marker and locks it while this process lives. A record lock, not flock: forked workers that outlive a
-    killed parent by seconds do not inherit it, so that the run can be resumed at once."""
+    """Writes the marker and locks it while this process lives.
+
+    A record lock, not flock: forked workers that outlive a killed parent by seconds do not inherit
+    it, so that the run can be resumed at once.
+    """
     held = _held.get(marker)
     if held is not None and marker.exists() and os.path.samestat(os.fstat(held), os.stat(marker)):
         return
+    # stays open: closing any descriptor of the file would drop the lock
     descriptor = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         os.close(descriptor)
         raise RunExistsError(
-            f"another process is writing to the run in {marker.parent}; wait for it to end, or choose another folder"
+            f"another process is writing to the run in {marker.parent}; wait for it to end, or "
+            "choose another folder"
         ) from error
     except OSError:
-        pass  # a file system without locks
+        # a file system without locks
+        pass
     if os.fstat(descriptor).st_size == 0:
         os.write(descriptor, _MARKER_TEXT.encode())
-    _held[marker] = (
-        descriptor  # closing it, or any other descriptor of the file, would drop the lock
-    )
+    _held[marker] = descriptor
 
 
 def _empty(path: Path) -> None:
-    """Deletes everything in a run folder but its marker, so that an interrupted deletion can be taken up again."""
+    """Deletes everything but the marker, so that an interrupted deletion can be repeated."""
     working = Path.cwd()
     if path.resolve() in (working, *working.parents, Path.home()):
         raise RunExistsError(
-            f"refusing to empty {path}: it contains the working directory or is your home"
+            f"cannot empty {path}: it contains the working directory or is your home"
         )
     for item in path.iterdir():
-        if item.name == RUN_MARKER:
-            continue
         if item.is_dir() and not item.is_symlink():
             shutil.rmtree(item)
-        else:
+        elif item.name != RUN_MARKER:
             item.unlink()

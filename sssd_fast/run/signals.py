@@ -12,14 +12,15 @@ from typing import Any
 
 
 class SignalGuard:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag to poll, so that the loop can save and leave between two steps.
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag, so that the loop can save and stop.
 
-    with SignalGuard() as guard: ... if guard.requested: save; raise Interrupted(..., guard.requested)
+    with SignalGuard() as guard: ... if guard.requested: save; raise Interrupted(...)
 
-    A second signal ends the process at once with status 128 + number; checkpoints are atomic, so that is safe. Signals
-    less than `repeat_after_s` after the first count as the same request: Ctrl-C under torchrun, and `timeout`, deliver
-    two. Handlers that were there before are called too and restored at the end; signals that were ignored (nohup,
-    background jobs) stay ignored. Outside the main thread, where Python cannot install handlers, it does nothing.
+    A second signal ends the process at once with status 128 + number; checkpoints are atomic, so
+    that is safe. Signals less than `repeat_after_s` after the first count as the same request:
+    Ctrl-C under torchrun, and `timeout`, deliver two. Earlier handlers are called too and restored
+    at the end; ignored signals (nohup, background jobs) stay ignored. Outside the main thread,
+    where Python cannot install handlers, it does nothing.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -35,10 +36,8 @@ class SignalGuard:
         if threading.current_thread() is threading.main_thread():
             for signum in self.SIGNALS:
                 previous = signal.getsignal(signum)
-                if previous not in (
-                    signal.SIG_IGN,
-                    None,
-                ):  # None: installed from C, cannot be restored
+                # None: installed from C, cannot be restored
+                if previous not in (signal.SIG_IGN, None):
                     self._previous[signum] = previous
                     signal.signal(signum, self._handle)
         return self
@@ -69,15 +68,17 @@ class SignalGuard:
             previous(signum, frame)
 
     def _handle_in_child(self, signum: int) -> None:
-        """Forked loader workers inherit handlers. Ctrl-C reaches the whole process group: a worker that died of it
-        would cost the parent its last step; any other signal does what it would have done."""
+        """Forked loader workers inherit handlers. Ctrl-C reaches the whole process group: a worker
+        that died of it would cost the parent its last step. Other signals act as by default.
+        """
         if signum != signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
     def _exit_at_once(self, signum: int) -> None:
         with contextlib.suppress(OSError):
-            cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a live progress display hid it
+            # a live progress display hides the cursor
+            cursor = b"\x1b[?25h" if os.isatty(2) else b""
             os.write(
                 2, cursor + b"\nsecond signal: leaving at once; the last checkpoint is intact\n"
             )
@@ -85,7 +86,10 @@ class SignalGuard:
 
 
 def ignore_signals_in_worker(worker_id: int) -> None:
-    """A `worker_init_fn` for torch's DataLoader: batch systems signal the whole process group, and a worker that dies of
-    it makes the parent's next batch fail before the parent can save. Workers still end when the parent does."""
+    """A `worker_init_fn` for torch's DataLoader.
+
+    Batch systems signal the whole process group; if a worker dies of it, the parent's next batch
+    fails before the parent can save. Workers still end when the parent does.
+    """
     for signum in SignalGuard.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
