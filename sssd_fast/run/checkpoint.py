@@ -111,9 +111,9 @@ def _load(file: BinaryIO | str, path: Path, **options: Any) -> dict[str, Any]:
         found = re.search(r"(?:GLOBAL|class) (\S+)", str(error))
         what = f"holds {found[1]}" if found else "is not a plain torch file"
         raise CheckpointError(
-            f"{path} {what}: rejected, because loading anything but tensors and plain containers can "
-            "run code. Save a state dict of tensors; convert other values first, such as str(path), "
-            "value.item(), torch.from_numpy(array)."
+            f"{path} {what}: rejected, because loading anything but tensors and plain containers "
+            "can run code. Save a state dict of tensors; convert other values first, such as "
+            "str(path), value.item(), torch.from_numpy(array)."
         ) from error
     except Exception as error:
         # the bytes are as written: not a checkpoint, or not loadable on map_location

@@ -71,9 +71,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {name!r}, needs auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices"
         raise ConfigError(
-            f"device is {name!r}, but torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "
-            "devices; use device=cpu, or run `sssd-fast doctor` for the reason"
+            f"device is {name!r}, but {found}; use device=cpu, or run `sssd-fast doctor` for the reason"
         )
     return device
 
@@ -102,13 +102,11 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_precision(name: str, device: torch.device) -> str:
     """auto: bf16 from sm_80 on, fp16 on older GPUs, fp32 on the CPU."""
     if name != "auto":
-        if (
-            name == "bf16"
-            and device.type == "cuda"
-            and torch.cuda.get_device_capability(device) < (8, 0)
-        ):
+        cuda_bf16 = name == "bf16" and device.type == "cuda"
+        if cuda_bf16 and torch.cuda.get_device_capability(device) < (8, 0):
+            gpu = torch.cuda.get_device_name(device)
             raise ConfigError(
-                f"precision is bf16, but {torch.cuda.get_device_name(device)} has no bf16 units; use precision=fp16"
+                f"precision is bf16, but {gpu} has no bf16 units; use precision=fp16"
             )
         return name
     if device.type == "cpu":

@@ -243,7 +243,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _providers(probe: bool, has_gpu: bool, timeout_s: float) -> dict[str, Any]:
-    """Per provider: version, distributions, status (absent, not probed, usable, refused), reason."""
+    """Per provider its version, status (absent, not probed, usable, refused) and reason."""
 
     def state(name: str) -> dict[str, Any]:
         distributions = [d for d in PROVIDERS[name][0] if _version(d)]

@@ -1,4 +1,4 @@
-"""Atomic writes: readers and crashes see the old content of a file or the new content, never a mixture."""
+"""Atomic writes: a reader or a crash finds the old or the new content, never a mixture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from sssd_fast.errors import SssdError
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Replaces `path` by `data` atomically and durably.
 
-    Raises SssdError naming the path and the free space if it cannot be written; the old file is then intact.
+    Raises SssdError naming the path and the free space if it cannot be written; the old file is
+    then intact.
     """
     path = Path(path)
     try:
@@ -43,10 +44,10 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """An open, locked, hidden file in the folder of `path` (a rename is atomic only within a file system).
+    """An open, locked, hidden file in the folder of `path`; removed at the end unless renamed.
 
-    It is removed at the end unless it was renamed. From the lock, `remove_leftovers` of another process knows that the
-    writer is alive.
+    A rename is atomic only within a file system, hence the folder. The lock tells
+    `remove_leftovers` of another process that the writer is alive.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"

@@ -1,8 +1,9 @@
 """What a command prints: a live display on a terminal, plain lines elsewhere, and train.log.
 
-A terminal gets a progress bar with metrics (rich). A file or a batch system gets plain lines without
-control characters: one at the first step, then one per interval, and never 30 s of silence. Every
-line is also written to the log file with its time. A closed pipe or a full disk does not end a run.
+A terminal gets a progress bar with metrics (rich). A file or a batch system gets plain lines
+without control characters: one at the first step, then one per interval, and never 30 s of silence.
+Every line is also written to the log file with its time. A closed pipe or a full disk does not end
+a run.
 """
 
 from __future__ import annotations
