@@ -30,7 +30,7 @@ from sssd_fast.run.metrics_log import Tracker
 
 # Settings that do not change what is computed: a run can be resumed with other values.
 FREE_KEYS = (
-    "device threads log_seconds tensorboard data.loader data.workers data.cache data.resident_gib "
+    "device threads tensorboard data.loader data.workers data.cache data.resident_gib "
     "step.compile step.cuda_graphs step.attention step.decoder_attention step.mlp "
     "step.activation_budget step.checkpoint"
 )
@@ -138,7 +138,7 @@ def open_run(
     keep_last = getattr(getattr(config, task, None), "keep_last", 2)
     writes = world.main and not existing
     log = out / "train.log"
-    with Console(log_file=log, enabled=world.main, interval=config.log_seconds) as console:
+    with Console(log_file=log, enabled=world.main) as console:
         run = Run(
             out=out,
             task=task,
