@@ -592,7 +592,24 @@ def doctor(json: bool = typer.Option(False, "--json", help="Print JSON.")) -> No
     if json:
         print(json_module.dumps(collect_environment(probe=True), indent=2))
     else:
-        print_doctor()
+        print_doctor(more=_attention)
+
+
+def _attention(env: dict[str, Any]) -> list[tuple[str, str]]:
+    """The attention that `auto` chooses for a ViT-B/16 at 224 pixels, on the first GPU if any."""
+    import torch
+
+    from sssd_fast.attention import AttentionShape, choose
+    from sssd_fast.run.device import AUTOCAST, pick_precision
+
+    device = torch.device("cuda" if env["gpus"] else "cpu")
+    dtype = AUTOCAST.get(pick_precision("auto", device), torch.float32)
+    sizes = {"step.attention": (50, 12, 64), "step.decoder_attention": (197, 16, 32)}
+    rows = []
+    for setting, (tokens, heads, width) in sizes.items():
+        shape = AttentionShape(device, dtype, tokens, heads, width, compiled=bool(env["gpus"]))
+        rows.append(("attention", choose("auto", shape, setting).line()))
+    return rows
 
 
 @app.command()
