@@ -105,9 +105,7 @@ def pick_precision(name: str, device: torch.device) -> str:
         cuda_bf16 = name == "bf16" and device.type == "cuda"
         if cuda_bf16 and torch.cuda.get_device_capability(device) < (8, 0):
             gpu = torch.cuda.get_device_name(device)
-            raise ConfigError(
-                f"precision is bf16, but {gpu} has no bf16 units; use precision=fp16"
-            )
+            raise ConfigError(f"precision is bf16, but {gpu} has no bf16 units; use precision=fp16")
         return name
     if device.type == "cpu":
         return "fp32"
