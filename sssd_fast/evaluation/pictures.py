@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sssd_fast.errors import DataError, DependencyError
+from sssd_fast.errors import DependencyError
 from sssd_fast.run.files import atomic_write_bytes
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ Norm = Literal["patch", "channel", "none"]
 INK, QUIET, LINE = "#1d2733", "#66727f", "#d5dbe1"
 COLORS = ("#1f6f8b", "#c8553d", "#6a8d3f", "#7a5c99", "#b08a2e", "#4d5b6a")
 HIDDEN = 128  # grey of a masked patch
+DPI = 160
 TARGET_STATISTICS = (
     "predictions are un-normalised with the mean and standard deviation of the target patches, "
     "as usual for masked autoencoders"
@@ -38,35 +39,16 @@ def reconstruction_rows(
     images: Any, pred: Any, mask: Any, patch_size: int, **target: Any
 ) -> dict[str, Bytes]:
     """The rows of `reconstruction_picture`, each uint8 [n, H, W, C]; arguments as there."""
-    images_nCHW = _uint8_images(images)
-    n, channels, height, width = images_nCHW.shape
-    if height % patch_size or width % patch_size:
-        raise DataError(
-            f"images of {height} x {width} pixels cannot be divided into patches of {patch_size}"
-        )
-    patches = height * width // patch_size**2
-    pred_nLX, mask_nL = as_array(pred), np.asarray(as_array(mask), dtype=bool)
-    for name, got, need in (
-        ("pred", pred_nLX.shape, (n, patches, patch_size**2 * channels)),
-        ("mask", mask_nL.shape, (n, patches)),
-    ):
-        if got != need:
-            raise DataError(
-                f"{name}: got shape {list(got)}, need {list(need)} for these images and patch size "
-                f"{patch_size}"
-            )
-    if not np.isfinite(pred_nLX).all():
-        raise DataError("pred: some values are not finite; the model has diverged")
-    values_nLX = unnormalise(pred_nLX, images_nCHW, patch_size, **target)
+    images_nCHW, masked_nL1 = as_array(images), as_array(mask).astype(bool)[:, :, None]
+    values_nLX = unnormalise(as_array(pred), images_nCHW, patch_size, **target)
     predicted = np.clip(np.rint(values_nLX), 0, 255).astype(np.uint8)
-    original, masked = patchify(images_nCHW, patch_size), mask_nL[:, :, None]
-    return {
-        "input": images_nCHW.transpose(0, 2, 3, 1),
-        "masked": unpatchify(np.where(masked, HIDDEN, original), images_nCHW.shape, patch_size),
-        "reconstruction": unpatchify(
-            np.where(masked, predicted, original), images_nCHW.shape, patch_size
-        ),
+    original, shape = patchify(images_nCHW, patch_size), images_nCHW.shape
+    filled = {"masked": np.uint8(HIDDEN), "reconstruction": predicted}
+    rows = {
+        name: unpatchify(np.where(masked_nL1, values, original), shape, patch_size)
+        for name, values in filled.items()
     }
+    return {"input": images_nCHW.transpose(0, 2, 3, 1), **rows}
 
 
 def unnormalise(
@@ -106,7 +88,7 @@ def patchify(images_nCHW: NDArray[Any], patch_size: int) -> NDArray[Any]:
 
 
 def unpatchify(
-    patches_nLX: NDArray[Any], shape: tuple[int, int, int, int], patch_size: int
+    patches_nLX: NDArray[Any], shape: Sequence[int], patch_size: int
 ) -> NDArray[Any]:
     """[n, L, P*P*C] -> [n, H, W, C] for images of `shape` [n, C, H, W]; inverse of `patchify`."""
     n, channels, height, width = shape
@@ -128,11 +110,10 @@ def reconstruction_picture(
     """One column per image: input, masked input, visible patches with the predicted masked ones.
 
     images uint8 [n, C, H, W], pred [n, L, P*P*C], mask [n, L] (True = masked), `names` of the images;
-    `target` are norm, mean, std and eps of `unnormalise`. Raises DataError for shapes that do not
-    fit or predictions that are not finite.
+    `target` are norm, mean, std and eps of `unnormalise`.
     """
     rows = reconstruction_rows(images, pred, mask, patch_size, **target)
-    caption = f"{np.asarray(as_array(mask), dtype=bool).mean():.0%} of patches masked"
+    caption = f"{as_array(mask).mean():.0%} of patches masked"
     if target.get("norm", "patch") != "none":
         caption += f"; {TARGET_STATISTICS}"
     return _sheet(rows, names, caption, path)
@@ -151,11 +132,10 @@ def attention_picture(
     """One column per image: the image, then the attention of the mean of heads and of each head.
 
     attention [n, heads, N, N] probabilities, rows = queries. With a prefix the query is token 0
-    (cls); without one, the mean over all queries. Each map is scaled to its own maximum. Raises
-    DataError unless N is num_prefix + rows * cols.
+    (cls); without one, the mean over all queries. Each map is scaled to its own maximum.
     """
-    images_nHW3 = [_rgb(image.transpose(1, 2, 0)) for image in _uint8_images(images)]
-    maps_nhL = attention_maps(attention, grid, num_prefix)
+    images_nHW3 = [_rgb(image.transpose(1, 2, 0)) for image in as_array(images)]
+    maps_nhL = attention_maps(attention, num_prefix)
     rows = {"image": images_nHW3}
     shown = {"mean of heads": maps_nhL.mean(axis=1)}
     shown |= {f"head {k + 1}": maps_nhL[:, k] for k in range(min(max_heads, maps_nhL.shape[1]))}
@@ -169,15 +149,9 @@ def attention_picture(
     return _sheet(rows, names, caption, path, colorbar="attention / maximum")
 
 
-def attention_maps(attention: Any, grid: tuple[int, int], num_prefix: int) -> Floats:
+def attention_maps(attention: Any, num_prefix: int) -> Floats:
     """[n, heads, N, N] probabilities -> [n, heads, L] of the cls token, or the mean over queries."""
     attention_nhNN = as_array(attention).astype(np.float64)
-    need = num_prefix + grid[0] * grid[1]
-    if attention_nhNN.ndim != 4 or attention_nhNN.shape[2:] != (need, need):
-        raise DataError(
-            f"attention: got shape {list(attention_nhNN.shape)}, need [n, heads, {need}, {need}] for "
-            f"a grid of {grid[0]} x {grid[1]} patches and {num_prefix} prefix tokens"
-        )
     queries = attention_nhNN[:, :, 0] if num_prefix else attention_nhNN.mean(axis=2)
     return np.asarray(queries[:, :, num_prefix:])
 
@@ -296,7 +270,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DependencyError('pictures need matplotlib: pip install "sssd-fast[train]"') from error
-    return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
 def style_axes(axes: Any, *, title: str, xlabel: str, ylabel: str = "", grid: bool = True) -> None:
@@ -336,16 +310,6 @@ def as_array(value: Any) -> NDArray[Any]:
 
 
 # ---- helpers ----
-
-
-def _uint8_images(images: Any) -> Bytes:
-    array = as_array(images)
-    if array.ndim != 4 or array.dtype != np.uint8 or array.shape[1] not in (1, 3):
-        raise DataError(
-            f"images: got {array.dtype} of shape {list(array.shape)}, need uint8 [n, C, H, W] with "
-            "C = 1 or 3"
-        )
-    return array
 
 
 def _rgb(image_HWC: Bytes) -> Bytes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sssd_fast.cli import main
 from sssd_fast.data.synthetic import write_synthetic_dataset
+from sssd_fast.evaluation import pictures
 
 TINY = [
     "model.name=tiny",
@@ -59,3 +61,11 @@ def trained(slices: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps = ["pretrain.max_steps=2", "finetune.max_steps=4"]
     assert main(["run", "--out", str(out), *TINY, f"data.source={slices}", *steps]) == 0
     return out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _coarse_pictures() -> Iterator[None]:
+    """Drawing in full resolution would take most of the time of a run of two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "DPI", 40)
+        yield
