@@ -87,9 +87,7 @@ def patchify(images_nCHW: NDArray[Any], patch_size: int) -> NDArray[Any]:
     return patches.reshape(n, grid[0] * grid[2], patch_size**2 * channels)
 
 
-def unpatchify(
-    patches_nLX: NDArray[Any], shape: Sequence[int], patch_size: int
-) -> NDArray[Any]:
+def unpatchify(patches_nLX: NDArray[Any], shape: Sequence[int], patch_size: int) -> NDArray[Any]:
     """[n, L, P*P*C] -> [n, H, W, C] for images of `shape` [n, C, H, W]; inverse of `patchify`."""
     n, channels, height, width = shape
     grid = (height // patch_size, width // patch_size, patch_size, patch_size)
