@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
+    from sssd_fast.objective import SSSD
     from sssd_fast.run.folder import Run
     from sssd_fast.weights.encoder import FeatureExtractor
 
@@ -80,6 +81,7 @@ def pretrain(
     *,
     init: PathLike | None = None,
     init_norm: InitNorm = "model",
+    objective: type[SSSD] | None = None,
     **start: Unpack[Start],
 ) -> Result:
     """Pre-trains SSSD without labels.
@@ -89,6 +91,7 @@ def pretrain(
         init: weights to start from: a run, a checkpoint, or other weights (MAE, timm, Hugging Face).
         init_norm: pixel mean and std that the weights in `init` were trained with; a difference to
             this model's is folded into the patch projection, exactly.
+        objective: subclass of `sssd_fast.objective.SSSD` with other losses (examples/custom_loss.py).
         start: see `Start`.
 
     Returns:
@@ -101,9 +104,10 @@ def pretrain(
         >>> sf.pretrain("ct/", out="runs/pre", config="cpu_ct", settings={"pretrain.epochs": 30})
     """
     with _opened("pretrain", start, data, init) as run:
+        from sssd_fast.objective import SSSD
         from sssd_fast.pretrain import pretrain as train
 
-        train(run, _weights(init), _norm(init_norm))
+        train(run, _weights(init), _norm(init_norm), objective or SSSD)
         return _finish(run, start)
 
 

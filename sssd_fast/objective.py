@@ -7,8 +7,8 @@ LayerNorm(encoder), the teacher LayerNorm(decoder), both at the visible patches.
 projection head; the loss is the cross-entropy from the centred, sharpened teacher to the student
 (DINO, arXiv 2104.14294, eq. 1), per image.
 
-To add a loss term, add its name to LOSSES and its value to `losses` in `SSSD.forward`: logging,
-validation and plots take the names from there.
+To add a loss term, add its name to LOSSES and its value to `losses` in `SSSD.compute_losses`, or do
+both in a subclass (examples/custom_loss.py): logging, validation and plots take the names from there.
 
 Shapes: B images, K visible patches, D any width, S prototypes, F bottleneck features.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from mae_kernels import masked_reconstruction_loss, sssd_loss
 from sssd_fast.config import ModelConfig, ObjectiveConfig
-from sssd_fast.model import MAE
+from sssd_fast.model import MAE, MAEOutput
 
 LOSSES = ("reconstruction", "distillation")  # the terms of the total
 
@@ -73,6 +73,7 @@ class SSSD(nn.Module):
     trains.
     """
 
+    loss_names: tuple[str, ...] = LOSSES
     center: Tensor
 
     def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
@@ -91,8 +92,12 @@ class SSSD(nn.Module):
     def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> SSSDOutput:
         """Losses of a batch. Images are uint8 or normalised floats; the noise chooses the masked
         patches."""
-        cfg, encoder = self.objective, self.mae.encoder
         out = self.mae(images_BCHW, noise_BL, teacher=self.teacher_head is not None)
+        return self.compute_losses(out, images_BCHW)
+
+    def compute_losses(self, out: MAEOutput, images_BCHW: Tensor) -> SSSDOutput:
+        """Losses of the outputs of the masked autoencoder; override it to add a term."""
+        cfg, encoder = self.objective, self.mae.encoder
         uint8 = images_BCHW.dtype == torch.uint8
         reconstruction = {
             "ids": out.masking.ids_masked,

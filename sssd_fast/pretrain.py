@@ -15,7 +15,7 @@ from sssd_fast.data.split import Split
 from sssd_fast.evaluation.pictures import attention_picture, reconstruction_picture
 from sssd_fast.loaders import Batch, Loader
 from sssd_fast.loaders.prepare import make_loader, prepare_data, pretraining_images
-from sssd_fast.objective import LOSSES, SSSD, SSSDOutput
+from sssd_fast.objective import SSSD, SSSDOutput
 from sssd_fast.optim import parameter_groups
 from sssd_fast.run.device import generator
 from sssd_fast.run.folder import Run
@@ -37,12 +37,14 @@ class PretrainTask:
     name = "pretrain"
     best = ("loss", False)
 
-    def __init__(self, run: Run, index: DataIndex, split: Split) -> None:
+    def __init__(
+        self, run: Run, index: DataIndex, split: Split, objective: type[SSSD] = SSSD
+    ) -> None:
         config = run.config
         self.run = run
         self.settings: PretrainConfig = config.pretrain
         torch.manual_seed(config.seed)
-        self.module = SSSD(config.model, config.objective).to(run.world.device)
+        self.module = objective(config.model, config.objective).to(run.world.device)
         self.val_loader: Loader | None = None
         if split.val:
             size = self.settings.batch_size
@@ -88,7 +90,7 @@ class PretrainTask:
         """Means over the validation images; the centre is not updated."""
         world = self.run.world
         # Not taken from an output: a process without validation images computes none.
-        names = ["loss", *(f"loss_{name}" for name in LOSSES)]
+        names = ["loss", *(f"loss_{name}" for name in self.module.loss_names)]
         sums = torch.zeros(len(names) + 1, device=world.device, dtype=torch.float64)
         self.module.eval()
         for i, batch in enumerate(loader.epoch(0)):
@@ -97,7 +99,7 @@ class PretrainTask:
             if len(images):
                 with step.autocast():
                     out = self.module(images, noise)
-                terms = (out.losses[name] for name in LOSSES)
+                terms = (out.losses[name] for name in self.module.loss_names)
                 values = [out.total, *terms, torch.ones_like(out.total)]
                 sums += torch.stack(values).double() * len(images)
         self.module.train()
@@ -145,12 +147,14 @@ def _named(out: SSSDOutput) -> dict[str, Tensor]:
     return {f"loss_{name}": value for name, value in out.losses.items()}
 
 
-def pretrain(run: Run, init: str | None = None, norm: Norm | None = None) -> Progress:
+def pretrain(
+    run: Run, init: str | None = None, norm: Norm | None = None, objective: type[SSSD] = SSSD
+) -> Progress:
     """Trains from scratch, from the weights in `init`, or from the newest checkpoint of a resumed
-    run.
+    run. `objective` is a subclass of SSSD with other losses.
     """
     index, split = prepare_data(run)
-    task = PretrainTask(run, index, split)
+    task = PretrainTask(run, index, split, objective)
     if init is not None and not run.resume:
         run.console.info(load_into(task.module.mae, init, source_norm=norm).summary)
     settings = run.config.pretrain
