@@ -13,7 +13,7 @@ from sssd_fast.config import FinetuneConfig
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.split import Split
 from sssd_fast.errors import DataError
-from sssd_fast.evaluation.metrics import binary_metrics, multiclass_metrics
+from sssd_fast.evaluation.metrics import classification_metrics
 from sssd_fast.evaluation.predict import predict
 from sssd_fast.loaders import Batch
 from sssd_fast.loaders.augment import mix_batch, random_erasing, soft_targets
@@ -105,10 +105,10 @@ class FinetuneTask:
             self.run.world,
             step.autocast(),
         )
+        labels, scores = found.labels, found.scores
         if self.num_classes == 2:
-            metrics = binary_metrics(*found.binary(positive_label(self.run.config, self.index)))
-        else:
-            metrics = multiclass_metrics(found.labels, found.scores)
+            labels, scores = found.binary(positive_label(self.run.config, self.index))
+        metrics = classification_metrics(labels, scores)
         chosen = np.clip(found.scores[np.arange(len(found.labels)), found.labels], 1e-12, None)
         figures = {
             "loss": float(-np.log(chosen).mean()),

@@ -10,7 +10,6 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,9 @@ from sssd_fast.evaluation.metrics import (
     Floats,
     Ints,
     aggregate_by_patient,
-    binary_metrics,
     bootstrap_intervals,
     check_scores,
-    multiclass_metrics,
+    classification_metrics,
     predict_classes,
 )
 from sssd_fast.evaluation.pictures import confusion_picture, roc_picture, thumbnail
@@ -59,7 +57,7 @@ def write_evaluation(
     thumbnails of the worst mistakes. Every file is written atomically; a split of one class gets a
     note instead of a ROC picture. Raises DataError for no images or arrays that do not fit.
     """
-    labels_N, scores_N, num_classes = check_scores(labels, probabilities, binary=False)
+    labels_N, scores_N, num_classes = check_scores(labels, probabilities)
     if len(labels_N) == 0:
         raise DataError(f"evaluation: split {split!r} has no images; check the split file")
     if num_classes != len(classes):
@@ -81,8 +79,7 @@ def write_evaluation(
     predicted_N = predict_classes(scores_N, threshold)
 
     def level(labels_N: Ints, scores_N: Floats, groups: list[Any] | None) -> dict[str, Any]:
-        measure = partial(binary_metrics, threshold=threshold) if binary else multiclass_metrics
-        metrics = measure(labels_N, scores_N)
+        metrics = classification_metrics(labels_N, scores_N, threshold)
         intervals = bootstrap_intervals(
             labels_N, scores_N, n=resamples, seed=seed, groups=groups, threshold=threshold
         )
@@ -240,7 +237,7 @@ def _draw_roc(
         return
     lines = {}
     for k, name in enumerate(names):
-        area = binary_metrics(labels_N == k, scores_N[:, k]).auc
+        area = classification_metrics(labels_N == k, scores_N[:, k]).auc
         label = f"{name} against the rest, AUC {area:.3f}"
         lines[label] = points(labels_N == k, scores_N[:, k])
     roc_picture(lines, path=path)

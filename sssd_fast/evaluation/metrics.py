@@ -78,22 +78,38 @@ class PatientScores(NamedTuple):
     without_patient: int
 
 
-def binary_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5) -> Metrics:
-    """Metrics of two classes. `labels` [N] of 0 and 1 (1 = positive), `scores` [N] finite floats.
+def classification_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5) -> Metrics:
+    """Rates, confusion matrix and ROC AUC of predictions.
 
+    `labels` [N] of class numbers; `scores` [N] of the positive class (label 1), or [N, K] of each
+    class: then rates are macro averages, AUC is one-vs-rest and `threshold` is not used.
     Raises DataError for another shape, other labels or scores that are not finite.
     """
-    labels_N, scores_N, _ = check_scores(labels, scores, binary=True)
-    prevalence = float(labels_N.mean()) if len(labels_N) else None
-    return _metrics(labels_N, scores_N, 2, threshold=threshold, prevalence=prevalence)
+    from sklearn.metrics import confusion_matrix, roc_auc_score
 
-
-def multiclass_metrics(labels: ArrayLike, scores: ArrayLike) -> Metrics:
-    """Metrics of K >= 2 classes: macro averages, one-vs-rest AUC.
-
-    `labels` [N] in 0..K-1, `scores` [N, K]. Raises DataError as `binary_metrics`.
-    """
-    return _metrics(*check_scores(labels, scores, binary=False))
+    labels_N, scores_N, num_classes = check_scores(labels, scores)
+    binary, n = scores_N.ndim == 1, len(labels_N)
+    predicted_N = predict_classes(scores_N, threshold)
+    confusion_KK = np.zeros((num_classes, num_classes), dtype=np.int64)
+    if n:
+        confusion_KK = confusion_matrix(labels_N, predicted_N, labels=range(num_classes))
+    columns = _columns(labels_N, scores_N)
+    # scikit-learn warns and gives NaN, or raises, for a column of one class
+    both = all(truth.any() and not truth.all() for truth, _ in columns)
+    aucs = [roc_auc_score(truth, score) if both else np.nan for truth, score in columns]
+    found = {name: rate[0] for name, rate in _rates(confusion_KK[None], binary).items()}
+    values = {name: float(value) for name, value in (found | {"auc": np.mean(aucs)}).items()}
+    undefined = {
+        k: _reason(k, confusion_KK, binary) for k, value in values.items() if np.isnan(value)
+    }
+    return Metrics(
+        n=n,
+        prevalence=float(labels_N.mean()) if binary and n else None,
+        threshold=threshold if binary else None,
+        confusion=tuple(tuple(map(int, row)) for row in confusion_KK),
+        undefined=undefined,
+        **{k: None if k in undefined else value for k, value in values.items()},
+    )
 
 
 def bootstrap_intervals(
@@ -112,7 +128,7 @@ def bootstrap_intervals(
     drawn, because images of one patient are not independent. A resample in which a rate is undefined
     (AUC: only one class drawn) is skipped for that rate and counted in `Interval.skipped`.
     """
-    labels_N, scores_N, num_classes = check_scores(labels, scores, binary=np.ndim(scores) == 1)
+    labels_N, scores_N, num_classes = check_scores(labels, scores)
     if n < 1:
         raise DataError(f"bootstrap: n is {n}; give at least 1 resample, 2000 by default")
     unit = "image" if groups is None else "patient"
@@ -159,7 +175,7 @@ def aggregate_by_patient(
     image is (two classes), else by the most frequent label, the lowest of equals. Images without a
     patient (None or "") are excluded and counted.
     """
-    labels_N, scores_N, num_classes = check_scores(labels, scores, binary=np.ndim(scores) == 1)
+    labels_N, scores_N, num_classes = check_scores(labels, scores)
     if len(patients) != len(labels_N):
         raise DataError(
             f"per patient: {len(patients)} patients for {len(labels_N)} labels; give one per image, "
@@ -185,16 +201,15 @@ def aggregate_by_patient(
 
 
 def aggregate_runs(
-    runs: Sequence[Metrics | Mapping[str, Any]],
+    runs: Sequence[Mapping[str, Any]],
 ) -> dict[str, dict[str, float | int | None]]:
     """Mean and sample standard deviation (n - 1) of every rate over seeds or folds.
 
-    `n` counts the runs with a defined rate; `mean` is None for n = 0, `deviation` for n < 2.
+    `runs` are `Metrics.as_dict()`. `n` counts the runs with a defined rate; `mean` is None for n = 0, `deviation` for n < 2.
     """
     summary: dict[str, dict[str, float | int | None]] = {}
     for name in RATES:
-        found = [run.as_dict()[name] if isinstance(run, Metrics) else run[name] for run in runs]
-        values = [float(value) for value in found if value is not None]
+        values = [float(run[name]) for run in runs if run[name] is not None]
         summary[name] = {
             "mean": float(np.mean(values)) if values else None,
             "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
@@ -203,7 +218,7 @@ def aggregate_runs(
     return summary
 
 
-def check_scores(labels: ArrayLike, scores: ArrayLike, *, binary: bool) -> tuple[Ints, Floats, int]:
+def check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[Ints, Floats, int]:
     """(labels [N], scores [N] or [N, K], number of classes). Raises DataError for unusable input."""
     labels_N, scores_N = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if labels_N.ndim != 1 or (labels_N.size and labels_N.dtype.kind not in "iub"):
@@ -211,24 +226,21 @@ def check_scores(labels: ArrayLike, scores: ArrayLike, *, binary: bool) -> tuple
             f"labels: need whole numbers of shape [N], got {labels_N.dtype} of shape "
             f"{list(labels_N.shape)}"
         )
-    if scores_N.ndim != (1 if binary else 2) or len(scores_N) != len(labels_N):
+    if scores_N.ndim not in (1, 2) or len(scores_N) != len(labels_N) or scores_N.shape[1:] == (1,):
         raise DataError(
-            f"scores: need shape {'[N]' if binary else '[N, K]'} with N = {len(labels_N)} like the "
-            f"labels, got {list(scores_N.shape)}"
+            f"scores: need shape [N] or [N, K] with N = {len(labels_N)} like the labels and K >= 2, "
+            f"got {list(scores_N.shape)}"
         )
-    num_classes = 2 if binary else scores_N.shape[1]
-    if num_classes < 2:
-        raise DataError(f"scores: need at least 2 classes, got {num_classes} column")
-    outside = (labels_N < 0) | (labels_N >= num_classes)
-    if outside.any():
-        row = int(outside.argmax())
+    num_classes = 2 if scores_N.ndim == 1 else scores_N.shape[1]
+    outside = np.flatnonzero((labels_N < 0) | (labels_N >= num_classes))
+    if len(outside):
+        row = int(outside[0])
         raise DataError(f"labels: row {row} is {labels_N[row]}; need 0 to {num_classes - 1}")
-    bad = ~np.isfinite(scores_N if scores_N.ndim == 1 else scores_N.sum(axis=1))
-    if bad.any():
+    bad = np.flatnonzero(~np.isfinite(scores_N if scores_N.ndim == 1 else scores_N.sum(axis=1)))
+    if len(bad):
         raise DataError(
-            f"scores: {int(bad.sum())} of {len(bad)} rows are not finite, the first is row "
-            f"{int(bad.argmax())}; the model gave NaN or infinity, so evaluate an earlier checkpoint "
-            "or in fp32"
+            f"scores: {len(bad)} of {len(scores_N)} rows are not finite, the first is row {bad[0]}; "
+            "the model gave NaN or infinity, so evaluate an earlier checkpoint or in fp32"
         )
     return labels_N.astype(np.int64), scores_N, num_classes
 
@@ -239,41 +251,6 @@ def predict_classes(scores_N: Floats, threshold: float) -> Ints:
     return predicted.astype(np.int64)
 
 
-def _metrics(
-    labels_N: Ints,
-    scores_N: Floats,
-    num_classes: int,
-    *,
-    threshold: float | None = None,
-    prevalence: float | None = None,
-) -> Metrics:
-    from sklearn.metrics import confusion_matrix, roc_auc_score
-
-    predicted_N = predict_classes(scores_N, threshold or 0.0)
-    confusion_KK = np.zeros((num_classes, num_classes), dtype=np.int64)
-    if len(labels_N):
-        confusion_KK = confusion_matrix(labels_N, predicted_N, labels=range(num_classes))
-    columns = _columns(labels_N, scores_N)
-    # scikit-learn warns and gives NaN, or raises, for a column of one class
-    both = all(truth.any() and not truth.all() for truth, _ in columns)
-    aucs = [roc_auc_score(truth, score) if both else np.nan for truth, score in columns]
-    found = _rates(confusion_KK[None].astype(np.float64), scores_N.ndim == 1)
-    values = {name: float(rate[0]) for name, rate in found.items()} | {"auc": float(np.mean(aucs))}
-    undefined = {
-        name: _reason(name, confusion_KK, scores_N.ndim == 1)
-        for name, value in values.items()
-        if np.isnan(value)
-    }
-    return Metrics(
-        n=len(labels_N),
-        prevalence=prevalence,
-        threshold=threshold,
-        confusion=tuple(tuple(map(int, row)) for row in confusion_KK),
-        undefined=undefined,
-        **{name: None if name in undefined else value for name, value in values.items()},
-    )
-
-
 def _columns(labels_N: Ints, scores_N: Floats) -> list[tuple[NDArray[np.bool_], Floats]]:
     """(is positive [N], score [N]) of the positive class, or of each class against the rest."""
     if scores_N.ndim == 1:
@@ -281,7 +258,7 @@ def _columns(labels_N: Ints, scores_N: Floats) -> list[tuple[NDArray[np.bool_], 
     return [(labels_N == k, scores_N[:, k]) for k in range(scores_N.shape[1])]
 
 
-def _rates(confusion_RKK: Floats, binary: bool) -> dict[str, Floats]:
+def _rates(confusion_RKK: NDArray[Any], binary: bool) -> dict[str, Floats]:
     """Every rate but AUC of R confusion matrices; NaN where undefined."""
     true_RK = np.diagonal(confusion_RKK, axis1=1, axis2=2)
     total_R1 = confusion_RKK.sum(axis=(1, 2))[:, None]

@@ -15,7 +15,7 @@ from sssd_fast.data.index import DataIndex
 from sssd_fast.data.labels import positive_class
 from sssd_fast.data.split import Split
 from sssd_fast.errors import DataError
-from sssd_fast.evaluation.metrics import binary_metrics
+from sssd_fast.evaluation.metrics import classification_metrics
 from sssd_fast.loaders.crops import evaluation_crop
 
 SIDE = 32
@@ -38,7 +38,7 @@ class NearestNeighbour:
         distance_NK = (known_KP**2).sum(1)[None, :] - 2 * asked_NP @ known_KP.T
         positive_I = np.array(index.labels) == positive_class(index.classes)
         scores_N = positive_I[known][distance_NK.argmin(1)].astype(np.float64)
-        return binary_metrics(positive_I[asked].astype(np.int64), scores_N).as_dict()
+        return classification_metrics(positive_I[asked].astype(np.int64), scores_N).as_dict()
 
     def _stack(self, index: DataIndex, ids: list[int]) -> NDArray[np.float32]:
         """[N, SIDE * SIDE] pixels in [0, 1]."""

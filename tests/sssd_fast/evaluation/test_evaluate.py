@@ -15,9 +15,8 @@ from sssd_fast.evaluation.evaluate import result_rows, write_evaluation
 from sssd_fast.evaluation.metrics import (
     aggregate_by_patient,
     aggregate_runs,
-    binary_metrics,
     bootstrap_intervals,
-    multiclass_metrics,
+    classification_metrics,
 )
 
 RATES = ("accuracy", "sensitivity", "specificity", "precision", "f1", "auc")
@@ -36,11 +35,11 @@ def from_confusion(tp, fn, fp, tn):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_binary_rates_equal_scikit_learn(ties):
+def test_rates_of_two_classes_equal_scikit_learn(ties):
     """Every rate has the standard definition, with tied scores too (a wrong tie rule shifts AUC)."""
     labels, scores = make_binary(ties=ties)
     predicted = (scores >= 0.5).astype(int)
-    got = binary_metrics(labels, scores)
+    got = classification_metrics(labels, scores)
     assert got.accuracy == pytest.approx(sk.accuracy_score(labels, predicted), abs=1e-12)
     assert got.sensitivity == pytest.approx(sk.recall_score(labels, predicted), abs=1e-12)
     assert got.specificity == pytest.approx(
@@ -55,7 +54,7 @@ def test_binary_rates_equal_scikit_learn(ties):
 
 def test_published_confusion_gives_the_published_rates():
     """The COVID-CT result of the SSSD-COVID paper: 81.76 accuracy, 81.82 precision, 78.26 recall, 80.00 F1."""
-    got = binary_metrics(*from_confusion(tp=54, fn=15, fp=12, tn=67))
+    got = classification_metrics(*from_confusion(tp=54, fn=15, fp=12, tn=67))
     values = [
         round(100 * rate, 2) for rate in (got.accuracy, got.precision, got.sensitivity, got.f1)
     ]
@@ -66,13 +65,13 @@ def test_published_confusion_gives_the_published_rates():
 
 def test_auc_by_hand():
     """Three of four positive-negative pairs are in order, and a tie counts a half."""
-    assert binary_metrics([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]).auc == 0.75
-    assert binary_metrics([0, 1], [0.5, 0.5]).auc == 0.5
-    assert binary_metrics([0, 1], [0.9, 0.1]).auc == 0.0
+    assert classification_metrics([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]).auc == 0.75
+    assert classification_metrics([0, 1], [0.5, 0.5]).auc == 0.5
+    assert classification_metrics([0, 1], [0.9, 0.1]).auc == 0.0
 
 
 def test_a_score_equal_to_the_threshold_is_positive():
-    assert binary_metrics([1, 0], [0.7, 0.69], threshold=0.7).confusion == ((1, 0), (0, 1))
+    assert classification_metrics([1, 0], [0.7, 0.69], threshold=0.7).confusion == ((1, 0), (0, 1))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_a_score_equal_to_the_threshold_is_positive():
 )
 def test_undefined_rates_are_none_with_a_reason(labels, scores, undefined):
     """A rate with denominator zero is neither a crash nor a 0 that looks like a result."""
-    got = binary_metrics(np.array(labels, dtype=int), scores)
+    got = classification_metrics(np.array(labels, dtype=int), scores)
     assert got.undefined == undefined
     assert {name for name in RATES if getattr(got, name) is None} == set(undefined)
 
@@ -108,7 +107,7 @@ def test_multiclass_rates_equal_scikit_learn():
     logits = rng.normal(size=(200, 3)) + 1.5 * np.eye(3)[labels]
     scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     predicted = scores.argmax(axis=1)
-    got = multiclass_metrics(labels, scores)
+    got = classification_metrics(labels, scores)
     assert got.accuracy == pytest.approx(sk.accuracy_score(labels, predicted))
     assert got.sensitivity == pytest.approx(sk.recall_score(labels, predicted, average="macro"))
     assert got.precision == pytest.approx(sk.precision_score(labels, predicted, average="macro"))
@@ -122,7 +121,7 @@ def test_multiclass_rates_equal_scikit_learn():
 
 
 def test_multiclass_names_the_missing_class():
-    got = multiclass_metrics([0, 0, 2], np.eye(3)[[0, 0, 2]])
+    got = classification_metrics([0, 0, 2], np.eye(3)[[0, 0, 2]])
     assert got.auc is None
     assert "class 1 has no images" in got.undefined["auc"]
     assert "class 1 was never predicted" in got.undefined["precision"]
@@ -136,12 +135,12 @@ def test_multiclass_names_the_missing_class():
         ([0, 2], [0.1, 0.2], "row 1 is 2; need 0 to 1"),
         ([0, 1, 1], [0.1, 0.2], "N = 3"),
         ([0.5, 1.0], [0.1, 0.2], "whole numbers"),
-        ([0, 1], [[0.1, 0.9], [0.2, 0.8]], "need shape [N]"),
+        ([0, 1], [[0.1], [0.2]], "need shape [N] or [N, K]"),
     ],
 )
 def test_wrong_input_is_named(labels, scores, text):
     with pytest.raises(DataError) as caught:
-        binary_metrics(labels, scores)
+        classification_metrics(labels, scores)
     assert text in str(caught.value)
 
 
@@ -234,8 +233,10 @@ def test_patient_with_mixed_labels():
 
 def test_runs_give_mean_and_sample_deviation():
     """n - 1 in the deviation; an undefined run is left out of its rate and not counted."""
-    runs = [binary_metrics(*from_confusion(tp, 10 - tp, 5, 5)) for tp in (6, 8, 10)]
-    got = aggregate_runs([*runs, binary_metrics([0], [0.1]).as_dict()])
+    runs = [
+        classification_metrics(*from_confusion(tp, 10 - tp, 5, 5)).as_dict() for tp in (6, 8, 10)
+    ]
+    got = aggregate_runs([*runs, classification_metrics([0], [0.1]).as_dict()])
     assert got["sensitivity"] == {
         "mean": pytest.approx(0.8),
         "deviation": pytest.approx(0.2),
@@ -362,7 +363,7 @@ def test_three_classes_are_written(tmp_path):
     labels = np.array([0, 1, 2, 0, 1, 2, 0, 1])
     scores = np.random.default_rng(0).dirichlet([1, 1, 1], 8)
     result = write(tmp_path, labels=labels, probabilities_NK=scores, classes=["a", "b", "c"])
-    expected = multiclass_metrics(labels, scores)
+    expected = classification_metrics(labels, scores)
     assert result["image"]["auc"] == expected.auc
     assert result["positive_class"] is None
     assert "F1, macro" in [row[0] for row in result_rows(result)]
