@@ -193,7 +193,7 @@ class PackedAttention(Host):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[B,N,D] -> [B,N,D]."""
-        dropout = getattr(self, "attn_drop", None)
+        dropout: Any = getattr(self, "attn_drop", None)
         active = isinstance(dropout, nn.Dropout) and dropout.p > 0
         drops = active and (self.training or dropout.training)
         watched = isinstance(dropout, nn.Module) and observed(dropout)
