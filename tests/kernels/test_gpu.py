@@ -163,7 +163,7 @@ def test_gelu_linear_allocates_three_hidden_tensors(sample: Sample, cuda: torch.
     got, tensors = peak_of(sample, cuda)
     x, weight = tensors["x"], tensors["weight"]
     out_bytes = x.nbytes * weight.shape[0] // weight.shape[1]
-    assert got <= 3 * x.nbytes + 2 * out_bytes + SLACK
+    assert got <= 3 * x.nbytes + 2 * out_bytes + 2 * weight.nbytes + SLACK
     options = sample.make(mk.Draw("meta"))[1]
     tensors, _ = calls.with_leaves(sample, tensors)
     with backend("triton"):

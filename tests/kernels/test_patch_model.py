@@ -167,13 +167,13 @@ def test_float16_on_this_device(
     torch.manual_seed(3)
     # the masks of `exact`, on every device
     noise = torch.rand(3, 16).to(device)
-    monkeypatch.setattr("torch.rand", lambda *_, device: noise)
-    eager = results(host, model, images)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *_, device: noise)
+        eager = results(host, model, images)
     assert patch_model(model).left == ()
-    monkeypatch.setattr("torch.rand", lambda *_, device: noise)
-    got = results(host, model, images)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *_, device: noise)
+        got = results(host, model, images)
     assert [t.dtype for t in got] == [t.dtype for t in eager]
     for g, x, e in zip(got, exact, eager, strict=True):
         x = x.to(device)
