@@ -259,7 +259,9 @@ def test_fused_is_refused_with_the_reason_of_mae_kernels(monkeypatch: pytest.Mon
         reasons = mae_kernels.info()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mae_kernels, "info", lambda: reasons)
-    assert refusal("fused", on((9, 0))) == reasons["attention"] == "the backend is set to 'reference'"
+    assert (
+        refusal("fused", on((9, 0))) == reasons["attention"] == "the backend is set to 'reference'"
+    )
 
 
 def test_choose_names_the_reason_and_the_providers_that_can_run() -> None:
@@ -269,7 +271,9 @@ def test_choose_names_the_reason_and_the_providers_that_can_run() -> None:
         "step.decoder_attention is 'fused', which cannot run here (50 tokens, 12 heads of 64, fp32): "
         "it has no kernel for the cpu, where sdpa would compute it; set it to auto, sdpa, eager"
     )
-    with pytest.raises(ConfigError, match=r"step\.attention is 'flash', needs auto or one of fused"):
+    with pytest.raises(
+        ConfigError, match=r"step\.attention is 'flash', needs auto or one of fused"
+    ):
         choose("flash", ON_CPU)
     assert choose("eager", ON_CPU).provider == "eager"
 
@@ -332,7 +336,11 @@ ABSENT = "raise ModuleNotFoundError(\"No module named 'xformers'\", name='xforme
 @pytest.mark.parametrize(
     ("package", "ops", "reason"),
     [
-        ("raise OSError('libcudart: missing')", None, "import fails: OSError('libcudart: missing')"),
+        (
+            "raise OSError('libcudart: missing')",
+            None,
+            "import fails: OSError('libcudart: missing')",
+        ),
         ("raise SystemExit(3)", None, "its import fails: SystemExit(3)"),
         (NOISY + "    raise RuntimeError('late')", None, "its import fails: RuntimeError('late')"),
         ("", "memory_efficient_attention = None", "it has no memory_efficient_attention"),
