@@ -1,11 +1,13 @@
 """Trained models as files that run without this package.
 
-`export_classifier`: torch.export (.pt2) or ONNX (.onnx), both from the same plain-torch forward pass:
+`export_classifier`: torch.export (.pt2) or ONNX (.onnx), both of the same forward pass in plain torch:
 
-    images uint8 [B, C, H, W], any B >= 1 -> logits float32 [B, classes], scores float32 [B, classes] (softmax of the logits)
+    images uint8 [B, C, H, W], any B >= 1
+    -> logits float32 [B, classes], scores float32 [B, classes] (softmax of the logits)
 
-Pixels are scaled by the model's mean and std inside; the caller decodes and resizes. `export_encoder`: weights under timm's or
-Hugging Face's names. Every file is read back and compared with the model before it replaces anything at its path.
+Pixels are scaled by the model's mean and std inside; the caller decodes and resizes.
+`export_encoder`: weights under timm's or Hugging Face's names. Every file is read back and compared
+with the model before it replaces anything at its path.
 
 Shapes: B images, C channels, L patches, p prefix tokens, N = p + L, D width, H heads.
 """
@@ -30,15 +32,22 @@ from sssd_fast.errors import DependencyError, SssdError, WeightsError
 from sssd_fast.model import MAE, Block, Classifier
 from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
 from sssd_fast.run.files import atomic_write_bytes
-from sssd_fast.weights.load import load_into, save_huggingface, save_safetensors
+from sssd_fast.weights.files import save_huggingface, save_safetensors
+from sssd_fast.weights.formats import huggingface_class
+from sssd_fast.weights.load import load_into
 
-TOLERANCE = 1e-4  # largest difference from the model, as a share of its largest output; float32 sums differ by about 1e-6
+# largest difference from the model, relative to its largest output; float32 sums differ by about 1e-6
+TOLERANCE = 1e-4
 ENDINGS = {"torch": ".pt2", "onnx": ".onnx"}
+LOADING = {
+    "torch": "torch.export.load({!r}).module()(images)",
+    "onnx": 'onnxruntime.InferenceSession({!r}).run(None, {{"images": images}})',
+}
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class PortableClassifier(nn.Module):
-    """The classifier's forward pass in torch's own operators, which every exporter knows; shares the model's parameters."""
+    """The classifier's forward pass in operators of torch, which every exporter knows."""
 
     mean_C11: Tensor
     std_C11: Tensor
@@ -86,11 +95,16 @@ def export_classifier(
     *,
     classes: Sequence[str] | None = None,
 ) -> list[str]:
-    """Writes `model` in each format and returns one line about each file.
+    """Writes `model` in each format; returns for each what was written and the call that loads it.
 
-    out: a file with the format's ending (.pt2, .onnx), or a folder for classifier.pt2 and classifier.onnx.
-    classes: names stored in the file: `classes.json` in a .pt2, the metadata property "classes" (JSON) in ONNX.
-    Raises DependencyError without the export extra, SssdError where outputs differ by more than TOLERANCE (nothing is written).
+    Args:
+        out: a file with the format's ending (.pt2, .onnx), or a folder for classifier.pt2 and
+            classifier.onnx.
+        classes: names stored in the file: `classes.json` in a .pt2, the metadata property
+            "classes" (JSON) in ONNX.
+
+    Raises DependencyError without the export extra, SssdError if outputs differ by more than
+    TOLERANCE (nothing is written).
     """
     names = list(classes) if classes is not None else [str(i) for i in range(model.num_classes)]
     if len(names) != model.num_classes:
@@ -118,8 +132,9 @@ def export_classifier(
         atomic_write_bytes(path, content)
         shape = ", ".join(["batch", *map(str, _image_shape(copy))])
         lines.append(
-            f"{path}: {len(content) / 1e6:.1f} MB, uint8 [{shape}] -> logits, scores; outputs within {difference:.1e} "
-            f"of the model's (limit {limit:.1e})"
+            f"{path}: {len(content) / 1e6:.1f} MB, uint8 [{shape}] -> logits, scores; outputs within "
+            f"{difference:.1e} of the model's (limit {limit:.1e})\nload it with: "
+            + LOADING[name].format(str(path))
         )
     return lines
 
@@ -151,10 +166,11 @@ def _onnx_program(module: PortableClassifier, classes: list[str]) -> tuple[bytes
     try:
         import onnx
         import onnxruntime
-        import onnxscript  # noqa: F401 - torch.onnx needs it and says so less clearly
+        import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise DependencyError(
-            f"ONNX export needs onnx, onnxscript and onnxruntime, and {error.name} is missing: pip install 'sssd-fast[export]'"
+            f"ONNX export needs onnx, onnxscript and onnxruntime, and {error.name} is missing: "
+            "pip install 'sssd-fast[export]'"
         ) from None
     program = torch.onnx.export(
         module,
@@ -181,7 +197,7 @@ def _onnx_program(module: PortableClassifier, classes: list[str]) -> tuple[bytes
 
 @torch.no_grad()
 def _compare(model: Classifier, run: Run, path: Path) -> tuple[float, float]:
-    """(largest difference, limit) over batches of 5 and 1, black and white images among them. Raises SssdError above the limit."""
+    """(largest difference, limit) over batches of 5 and 1 images, one black and one white."""
     images = _example(model, 5)
     images[0], images[1] = 0, 255
     worst, limit = 0.0, 0.0
@@ -196,8 +212,9 @@ def _compare(model: Classifier, run: Run, path: Path) -> tuple[float, float]:
             )
             if not difference <= allowed:
                 raise SssdError(
-                    f"{path} was not written: {name} of the exported program differ by {difference:.2e} from the model's at batch "
-                    f"{len(batch)}, the limit is {allowed:.2e}; the installed torch or onnxruntime translates an operator wrongly"
+                    f"{path} was not written: {name} of the exported program differ by "
+                    f"{difference:.2e} from the model's at batch {len(batch)}, the limit is "
+                    f"{allowed:.2e}; the installed torch or onnxruntime translates an operator wrongly"
                 )
             worst, limit = max(worst, difference), max(limit, allowed)
     return worst, limit
@@ -223,10 +240,14 @@ def _quiet() -> Iterator[None]:
 def export_encoder(
     source: str | Path, out: str | Path, format: Literal["timm", "huggingface"]
 ) -> str:
-    """Writes the encoder (and a classifier's head) of a run or checkpoint under foreign names; returns a line about it.
+    """Writes the encoder of a run or checkpoint, with the head of a classifier, under other names.
 
-    out: for "timm" a .safetensors file, or a folder for model.safetensors; for "huggingface" the folder for from_pretrained.
-    Raises CheckpointError for a damaged source, WeightsError for what the other side cannot express (see `export_state`).
+    Args:
+        out: for "timm" a .safetensors file, or a folder for model.safetensors; for "huggingface"
+            the folder for from_pretrained.
+
+    Returns what was written and the call that loads it. Raises CheckpointError for a damaged
+    source, WeightsError for what the other library cannot express (see `export_state`).
     """
     model, path = _load_model(source)
     out = Path(out)
@@ -236,37 +257,72 @@ def export_encoder(
     else:
         written = out if out.suffix == ".safetensors" else out / "model.safetensors"
         save_safetensors(written, model, format)
-    again = _blank(model)
+    again = model_like(model)
     report = load_into(again, written)
-    for row in report.matched + report.converted:
+    loaded = [*report.rows("matched"), *report.rows("converted")]
+    for row in loaded:
         if not torch.equal(again.state_dict()[row.name], model.state_dict()[row.name].float()):
             raise SssdError(
-                f"{written}: {row.name} is not what {path} holds; the file system may be damaged"
+                f"{written}: {row.name} differs from {path}; the file system may be damaged"
             )
-    return f"{written}: {len(report.matched) + len(report.converted)} tensors of {path} under {format} names, read back equal"
+    lines = [f"{written}: {len(loaded)} tensors of {path} under {format} names, read back equal"]
+    if format == "timm":
+        return "\n".join([*lines, f"load it with: {_timm_call(model, written)}"])
+    name = huggingface_class(model)
+    if isinstance(model, Classifier) and name == "ViTModel":
+        lines.append(
+            "note: the head is not included, because ViTForImageClassification classifies from the "
+            "cls token and this model from the mean of the patch tokens; its features are "
+            "model.layernorm(out.hidden_states[-1][:, 1:].mean(1)) with output_hidden_states=True"
+        )
+    options = ", add_pooling_layer=False" if name == "ViTModel" else ""
+    call = f"transformers.{name}.from_pretrained({str(written)!r}{options})"
+    return "\n".join([*lines, f"load it with: {call}"])
+
+
+def _timm_call(model: MAE | Classifier, path: Path) -> str:
+    config = model.config
+    width, depth, heads = config.encoder_shape
+    tuned = isinstance(model, Classifier)
+    options = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.in_channels,
+        "num_classes": model.num_classes if tuned else 0,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": config.mlp_ratio,
+        "class_token": config.cls_token,
+        "global_pool": "avg"
+        if tuned and model.pool == "mean"
+        else "token"
+        if config.cls_token
+        else "",
+        "checkpoint_path": str(path),
+    }
+    words = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    mean, std = model.encoder.mean, model.encoder.std
+    call = f'timm.create_model("vit_base_patch16_224", {words})'
+    return f"{call}; images: (x / 255 - mean) / std with mean {mean}, std {std}"
 
 
 def _load_model(source: str | Path) -> tuple[MAE | Classifier, Path]:
     path = find_checkpoint(source)
     state: dict[str, Any] = load_checkpoint(path)
     config = from_dict(state["config"])
-    finetuned = "classes" in state
-    model = (
-        Classifier(config.model, len(state["classes"]), state["pool"])
-        if finetuned
-        else MAE(config.model)
-    )
+    model: MAE | Classifier = MAE(config.model)
+    if "classes" in state:
+        model = Classifier(config.model, len(state["classes"]), state["pool"])
     report = load_into(model, state["model"], min_matched=1.0)
-    if report.missing or report.expected_missing:
-        raise WeightsError(
-            f"{path} does not hold the whole model; missing: {[row.name for row in report.missing]}"
-        )
+    missing = [row.name for row in report.rows("missing") + report.rows("new")]
+    if missing:
+        raise WeightsError(f"{path} does not hold the whole model; missing: {missing}")
     return model.eval(), path
 
 
-def _blank(model: MAE | Classifier) -> MAE | Classifier:
-    return (
-        MAE(model.config)
-        if isinstance(model, MAE)
-        else Classifier(model.config, model.num_classes, model.pool)
-    )
+def model_like(model: MAE | Classifier) -> MAE | Classifier:
+    """A new model of the same sizes."""
+    if isinstance(model, MAE):
+        return MAE(model.config)
+    return Classifier(model.config, model.num_classes, model.pool)

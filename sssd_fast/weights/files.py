@@ -238,11 +238,24 @@ def save_safetensors(
 
 
 def save_huggingface(folder: str | Path, model: MAE | Classifier, *, decoder: bool = False) -> None:
-    """model.safetensors and config.json for transformers' from_pretrained."""
+    """model.safetensors, config.json and preprocessor_config.json for transformers' from_pretrained."""
     folder = Path(folder)
     save_safetensors(folder / "model.safetensors", model, "huggingface", decoder=decoder)
     tree = huggingface_config(model, decoder=decoder)
-    atomic_write_bytes(folder / "config.json", (json.dumps(tree, indent=2) + "\n").encode())
+    height, width = model.config.image_size
+    pixels = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(model.encoder.mean),
+        "image_std": list(model.encoder.std),
+    }
+    for name, content in (("config", tree), ("preprocessor_config", pixels)):
+        atomic_write_bytes(folder / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def listed(items: Sequence[str], limit: int = 8) -> str:

@@ -141,10 +141,10 @@ def export_state(
 ) -> dict[str, Tensor]:
     """Contiguous CPU copies under foreign names: the encoder, with a Classifier's head, or with an MAE's decoder if asked.
 
-    "timm": names of VisionTransformer (global_pool "avg" with fc_norm for pool "mean", else "token"); with `decoder`, those of
-    facebookresearch/mae. "huggingface": the names in files of transformers 4 and 5 (ViTModel for an encoder,
-    ViTForImageClassification for a Classifier, ViTMAEForPreTraining with `decoder`); from_pretrained renames them itself.
-    Raises WeightsError for what the other side cannot express.
+    "timm": names of VisionTransformer (global_pool "avg" with fc_norm for pool "mean", else
+    "token"); with `decoder`, those of facebookresearch/mae. "huggingface": the names in files of
+    transformers 4 and 5 for `huggingface_class`, which from_pretrained renames. Raises WeightsError
+    for what the other side cannot express.
     """
     if decoder and not isinstance(model, MAE):
         raise WeightsError(
@@ -167,10 +167,9 @@ def export_state(
                 "Hugging Face ViT always has a cls token and this model has none; export it as 'timm'"
             )
         if isinstance(model, Classifier) and model.pool == "mean":
-            raise WeightsError(
-                "Hugging Face ViTForImageClassification classifies from the cls token and this model from the mean of the patch "
-                "tokens; export it as 'timm', or fine-tune with finetune.pool=cls"
-            )
+            # a ViTModel without head, whose last norm holds fc_norm
+            own = {name.replace("fc_norm.", "encoder.norm."): t for name, t in own.items()}
+            own = {name: t for name, t in own.items() if name.startswith("encoder.")}
         renamed = {}
         for name, tensor in own.items():
             if ".attn.qkv." in name:
@@ -180,7 +179,7 @@ def export_state(
                     ] = piece
             else:
                 renamed[_huggingface_name(name)] = tensor
-        if not decoder and isinstance(model, MAE):  # a bare ViTModel
+        if huggingface_class(model, decoder=decoder) == "ViTModel":
             renamed = {name.removeprefix("vit."): tensor for name, tensor in renamed.items()}
     else:
         raise WeightsError(f"weights format is {format!r}, needs 'timm' or 'huggingface'")
@@ -219,18 +218,25 @@ def _huggingface_name(name: str) -> str:
     return name
 
 
+def huggingface_class(model: MAE | Classifier, *, decoder: bool = False) -> str:
+    """The class of transformers that the exported weights fit.
+
+    ViTForImageClassification classifies from the cls token. Of a Classifier that pools the mean of
+    the patch tokens, the encoder is exported without its head, and fc_norm as the last norm:
+    features are layernorm(hidden_states[-1][:, 1:].mean(1)).
+    """
+    if decoder:
+        return "ViTMAEForPreTraining"
+    tuned = isinstance(model, Classifier) and model.pool == "cls"
+    return "ViTForImageClassification" if tuned else "ViTModel"
+
+
 def huggingface_config(model: MAE | Classifier, *, decoder: bool = False) -> dict[str, Any]:
     """The config.json that goes with export_state(model, "huggingface")."""
     config = model.config
     width, depth, heads = config.encoder_shape
     tree: dict[str, Any] = {
-        "architectures": [
-            "ViTMAEForPreTraining"
-            if decoder
-            else "ViTForImageClassification"
-            if isinstance(model, Classifier)
-            else "ViTModel"
-        ],
+        "architectures": [huggingface_class(model, decoder=decoder)],
         "model_type": "vit_mae" if decoder else "vit",
         "hidden_size": width,
         "num_hidden_layers": depth,
@@ -247,7 +253,7 @@ def huggingface_config(model: MAE | Classifier, *, decoder: bool = False) -> dic
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-    if isinstance(model, Classifier):
+    if isinstance(model, Classifier) and model.pool == "cls":
         tree["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_classes)}
         tree["label2id"] = {f"LABEL_{i}": i for i in range(model.num_classes)}
     if decoder:

@@ -53,12 +53,20 @@ __all__ = [
     "save_safetensors",
 ]
 
+_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 # What facebookresearch/mae and Hugging Face's ViTMAE were trained with
 IMAGENET: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+# what became of a tensor: loaded as it is or changed; in the model, but not in the source (an error,
+# or new by design); in the source, but without a place in the model (an error, or by design)
+STATUSES = ("matched", "converted", "missing", "new", "unexpected", "not used")
+
+
 class Row(NamedTuple):
-    name: str  # in this package, or in the source for what has no counterpart
+    status: str
+    # in this package, or in the source if it has no counterpart
+    name: str
     source: str
     how: str
 
@@ -69,66 +77,44 @@ class LoadReport:
 
     path: str
     format: Format
-    matched: list[Row] = field(default_factory=list)
-    converted: list[Row] = field(default_factory=list)
-    missing: list[Row] = field(
-        default_factory=list
-    )  # the model has it, the source should have had it
-    expected_missing: list[Row] = field(
-        default_factory=list
-    )  # the model has it, such a source never does
-    unexpected: list[Row] = field(
-        default_factory=list
-    )  # the source has it under a name without a place here
-    unused: list[Row] = field(
-        default_factory=list
-    )  # the source has it, this model does without it by design
+    tensors: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def add(self, status: str, name: str, source: str, how: str) -> None:
+        self.tensors.append(Row(status, name, source, how))
+
+    def rows(self, status: str) -> list[Row]:
+        return [row for row in self.tensors if row.status == status]
 
     @property
     def summary(self) -> str:
-        loaded = len(self.matched) + len(self.converted)
+        n = {status: len(self.rows(status)) for status in STATUSES}
         return (
-            f"{loaded} tensors loaded from {self.path} ({self.format}), {len(self.converted)} of them converted; "
-            f"{len(self.missing)} missing, {len(self.expected_missing)} new by design, "
-            f"{len(self.unexpected)} unexpected, {len(self.unused)} not used"
+            f"{n['matched'] + n['converted']} tensors loaded from {self.path} ({self.format}), "
+            f"{n['converted']} of them converted; {n['missing']} missing, {n['new']} new by design, "
+            f"{n['unexpected']} unexpected, {n['not used']} not used"
         )
 
     def table(self) -> str:
-        """The summary, then one line per kind of tensor: blocks that fared alike share a line, a part left out is one line."""
+        """The summary, then one line per kind of tensor, for all blocks with the same result."""
         lines = [self.summary, *(f"note: {note}" for note in self.notes)]
-        labels = {"expected_missing": "new", "unused": "not used"}
-        for status in (
-            "matched",
-            "converted",
-            "missing",
-            "expected_missing",
-            "unexpected",
-            "unused",
-        ):
-            rows: list[Row] = getattr(self, status)
-            by_part = Counter((row.name.split(".")[0], row.how) for row in rows)
-            groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
-            for row in rows:
-                part = row.name.split(".")[0]
-                block = re.search(r"(?<=\.)\d+(?=\.)", row.name)
-                if status in labels and by_part[part, row.how] > 4:
-                    groups[f"{part}.* ({by_part[part, row.how]} tensors)", row.how] = []
-                    continue
-                pattern = (
-                    row.name[: block.start()] + "*" + row.name[block.end() :] if block else row.name
-                )
-                groups.setdefault((pattern, row.how), []).append(
-                    (block[0] if block else "", row.source)
-                )
-            for (pattern, how), members in groups.items():
-                blocks = _ranges([int(index) for index, _ in members if index])
-                source = re.sub(r"(?<=\.)\d+(?=\.)", "*", members[0][1]) if members else ""
-                name = pattern.replace("*", blocks, 1) if blocks else pattern
-                arrow = f" <- {source}" if source not in ("", pattern) else ""
-                lines.append(
-                    f"{labels.get(status, status):<10} {name}{arrow}" + (f" [{how}]" if how else "")
-                )
+        by_part = Counter((row.status, row.name.split(".")[0], row.how) for row in self.tensors)
+        groups: dict[tuple[str, str, str, str], list[int]] = {}
+        for row in sorted(self.tensors, key=lambda row: STATUSES.index(row.status)):
+            part = row.name.split(".")[0]
+            count = by_part[row.status, part, row.how]
+            if row.status in ("new", "not used") and count > 4:
+                # a whole decoder or head
+                groups[row.status, f"{part}.* ({count} tensors)", "", row.how] = []
+                continue
+            block = _BLOCK.search(row.name)
+            name, source = (_BLOCK.sub("*", text, count=1) for text in (row.name, row.source))
+            members = groups.setdefault((row.status, name, source, row.how), [])
+            members += [int(block[0])] if block else []
+        for (status, name, source, how), blocks in groups.items():
+            arrow = f" <- {source}" if source not in ("", name) else ""
+            shown = name.replace("*", _ranges(blocks), 1) if blocks else name
+            lines.append(f"{status:<10} {shown}{arrow}" + (f" [{how}]" if how else ""))
         return "\n".join(lines)
 
 
@@ -173,13 +159,13 @@ def load_into(
     for name, tensor in target.items():
         found = named.get(name)
         if part == "encoder" and not name.startswith("encoder."):
-            report.expected_missing.append(Row(name, "", "part='encoder'"))
+            report.add("new", name, "", "part='encoder'")
         elif found is None:
             by_design = name.startswith(("head.", "fc_norm.")) or (
                 name.startswith("decoder.") and not has_decoder
             )
-            rows = report.expected_missing if by_design else report.missing
-            rows.append(Row(name, "", "not in the source: keeps its initial value"))
+            status = "new" if by_design else "missing"
+            report.add(status, name, "", "not in the source: keeps its initial value")
         else:
             fit, how = _fit(name, found.tensor, model, given, named, format_)
             if fit is None or fit.shape != tensor.shape:
@@ -188,14 +174,15 @@ def load_into(
                 )
                 continue
             how = "; ".join(text for text in (found.how, how) if text)
-            (report.converted if how else report.matched).append(Row(name, found.source, how))
+            report.add("converted" if how else "matched", name, found.source, how)
             fitted[name] = fit
     for name, found in named.items():
         if name not in target or (part == "encoder" and not name.startswith("encoder.")):
             why = _unused(name, model, part)
-            (report.unused if why else report.unexpected).append(
-                Row(name if why else found.source, found.source, why)
-            )
+            if why:
+                report.add("not used", name, found.source, why)
+            else:
+                report.add("unexpected", found.source, found.source, "")
 
     _require_fit(report, misfits, named, model, part, min_matched)
     with torch.no_grad():
@@ -231,7 +218,7 @@ def _drop_other_head(
     for name in ("head.weight", "head.bias"):
         if name in named:
             how = f"head of {len(head.tensor)} classes, this model has {model.num_classes}"
-            report.unused.append(Row(name, named.pop(name).source, how))
+            report.add("not used", name, named.pop(name).source, how)
 
 
 def _notes(model: MAE | Classifier, given: Source, *, folded: bool) -> list[str]:
@@ -409,10 +396,11 @@ def _require_fit(
     part: str,
     min_matched: float,
 ) -> None:
-    used = sum(row.name.startswith("encoder.") for row in report.matched + report.converted)
-    missing = [row.name for row in report.missing if row.name.startswith("encoder.")]
-    missing_decoder = [row.name for row in report.missing if row.name.startswith("decoder.")]
-    unexpected = [row.name for row in report.unexpected]
+    loaded = report.rows("matched") + report.rows("converted")
+    used = sum(row.name.startswith("encoder.") for row in loaded)
+    missing = [row.name for row in report.rows("missing") if row.name.startswith("encoder.")]
+    missing_decoder = [r.name for r in report.rows("missing") if r.name.startswith("decoder.")]
+    unexpected = [row.name for row in report.rows("unexpected")]
     wanted = used + len(missing) + sum(text.startswith("encoder.") for text in misfits)
     with_decoder = (
         isinstance(model, MAE)

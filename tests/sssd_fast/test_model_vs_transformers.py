@@ -110,9 +110,9 @@ def test_same_noise_gives_the_same_masking_predictions_loss_and_gradients(name: 
     theirs = hf_pretraining(case)
     ours = MAE(our_config(case)).double()
     report = load_into(ours, theirs.state_dict())
-    assert not report.missing
-    assert not report.unexpected
-    assert not report.expected_missing
+    assert not report.rows("missing")
+    assert not report.rows("unexpected")
+    assert not report.rows("new")
 
     images = torch.randn(3, case["channels"], case["image"], case["image"], dtype=torch.float64)
     noise = torch.rand(3, ours.config.num_patches, dtype=torch.float64)
@@ -181,7 +181,12 @@ def test_folder_written_by_save_pretrained_loads_with_its_decoder(tmp_path: Path
     theirs.save_pretrained(tmp_path)
     ours = MAE(our_config(case))
     report = load_into(ours, tmp_path)
-    assert not report.missing + report.unexpected + report.expected_missing + report.unused
+    assert (
+        not report.rows("missing")
+        + report.rows("unexpected")
+        + report.rows("new")
+        + report.rows("not used")
+    )
     images, noise = torch.randn(2, 3, 48, 48), torch.rand(2, 36)
     torch.testing.assert_close(
         ours.reconstruct(images, noise)[0], theirs(images, noise=noise).logits, rtol=1e-4, atol=1e-5
@@ -234,9 +239,36 @@ def test_vit_for_image_classification_loads_the_exported_classifier_and_back(
         torch.testing.assert_close(ours(images), theirs.eval()(images).logits, rtol=1e-4, atol=1e-5)
     back = Classifier(config, 3, pool="cls").eval()
     theirs.save_pretrained(tmp_path / "again")
-    assert not load_into(back, tmp_path / "again").missing
+    assert not load_into(back, tmp_path / "again").rows("missing")
     with torch.no_grad():
         assert torch.equal(back(images), ours(images))
+
+
+def test_vit_model_gives_the_features_of_an_exported_mean_classifier(tmp_path: Path) -> None:
+    """ViTForImageClassification cannot pool the mean: the encoder is exported, fc_norm as its norm."""
+    config = (
+        our_config(CASES["grey"]) if "grey" in CASES else our_config(next(iter(CASES.values())))
+    )
+    ours = Classifier(config, 3, pool="mean").eval()
+    randomize(ours)
+    save_huggingface(tmp_path, ours)
+    theirs, info = transformers.ViTModel.from_pretrained(
+        tmp_path, add_pooling_layer=False, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    images = torch.randn(2, config.in_channels, *config.image_size)
+    with torch.no_grad():
+        hidden = theirs.eval()(images, output_hidden_states=True).hidden_states[-1]
+        features = theirs.layernorm(hidden[:, 1:].mean(1))
+        torch.testing.assert_close(ours.features(images), features, rtol=1e-4, atol=1e-5)
+    # pixels as the model scales them: uint8 -> resize -> (x / 255 - mean) / std
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert (processor.size["height"], processor.size["width"]) == config.image_size
+    pixels = torch.randint(0, 256, (config.in_channels, *config.image_size), dtype=torch.uint8)
+    got = torch.as_tensor(processor(pixels, return_tensors="pt")["pixel_values"])[0]
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (ours.encoder.mean, ours.encoder.std))
+    torch.testing.assert_close(got, (pixels / 255 - mean) / std, rtol=1e-5, atol=1e-5)
 
 
 def test_vitmae_loads_the_exported_autoencoder(tmp_path: Path) -> None:

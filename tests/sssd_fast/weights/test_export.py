@@ -83,7 +83,9 @@ def test_the_portable_forward_is_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_onnx_gives_the_models_outputs_for_any_batch(tmp_path: Path, name: str) -> None:
     model = model_of(name)
-    (line,) = export_classifier(model, tmp_path, ["onnx"], classes=["a", "b c", "ü"])
+    line = export_classifier(model, tmp_path, ["onnx"], classes=["a", "b c", "ü"])[0]
+    path = str(tmp_path / "classifier.onnx")
+    assert f"onnxruntime.InferenceSession({path!r}).run(None, " + '{"images": images})' in line
     assert line.startswith(f"{tmp_path / 'classifier.onnx'}: ")
     proto = onnx.load(str(tmp_path / "classifier.onnx"))
     assert {node.domain for node in proto.graph.node} == {""}  # standard operators only
@@ -221,14 +223,23 @@ def checkpoints(folder: Path) -> tuple[Path, Path, Config]:
     return folder / "pretrain.pt", folder / "finetune.pt", config
 
 
+CALLS = {
+    ("timm", "pretrain"): "timm.create_model",
+    ("timm", "finetune"): "timm.create_model",
+    ("huggingface", "pretrain"): "transformers.ViTModel.from_pretrained",
+    ("huggingface", "finetune"): "transformers.ViTForImageClassification.from_pretrained",
+}
+
+
 @pytest.mark.parametrize("format_", ["timm", "huggingface"])
 def test_encoders_of_checkpoints_are_exported_and_read_back(tmp_path: Path, format_: Any) -> None:
     pretrained, finetuned, config = checkpoints(tmp_path)
     for source in (pretrained, finetuned):
         out = tmp_path / f"{source.stem}_{format_}"
-        line = export_encoder(source, out, format_)
-        assert line.startswith(str(out))
-        assert line.endswith(f"tensors of {source} under {format_} names, read back equal")
+        first, load = export_encoder(source, out, format_).splitlines()
+        assert first.startswith(str(out))
+        assert first.endswith(f"tensors of {source} under {format_} names, read back equal")
+        assert load.startswith(f"load it with: {CALLS[format_, source.stem]}(")
         want, got = (Classifier(config.model, 2, "cls") for _ in range(2))
         load_into(want, source)
         load_into(got, out)
