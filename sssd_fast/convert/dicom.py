@@ -1,19 +1,17 @@
 """DICOM files as axial slices. Section numbers are those of DICOM PS3.3.
 
-- Which files: by content, DICM behind the preamble (PS3.10 7.1), or a first tag of group 2 or 8 and rows and columns
-  behind it. Names say nothing.
-- Hounsfield units: CT images (by SOP class, or Modality CT where that is missing or private) whose RescaleType is HU or
-  not given (C.8.2.1), and others that say RescaleType HU. HU = stored * RescaleSlope + RescaleIntercept (C.11.1.1.2); a
-  CT without the two counts as slope 1, intercept 0, with a note. A window in HU refuses what is not in HU.
-- Left out by nature: localizers (C.8.2.1.1.1), what has no pixels or is no picture (reports, segmentations, dose),
-  colour, and planes that are nearer to coronal or sagittal than to axial.
-- PixelPaddingValue, to PixelPaddingRangeLimit if given, was not scanned (C.7.5.1.1.2).
-- Order and direction of the slices: orientation.py.
-- Multi-frame files: one slice a frame; position, orientation, rescaling and window from the functional groups
-  (C.7.6.16), per frame before shared.
+- Which files: by content, DICM after the preamble (PS3.10 7.1), or a first tag of group 2 or 8
+  followed by rows and columns. File names do not matter.
+- Hounsfield units: CT images (by SOP class, or Modality CT if that is missing or private) whose
+  RescaleType is HU or missing (C.8.2.1), and others with RescaleType HU. HU = stored * RescaleSlope
+  + RescaleIntercept (C.11.1.1.2); a CT without the two counts as slope 1, intercept 0, with a note.
+- Refused files: `_refuse` has all rules.
+- PixelPaddingValue, to PixelPaddingRangeLimit if present, was not scanned (C.7.5.1.1.2).
+- Multi-frame files: one slice per frame; position, orientation, rescaling and window from the
+  functional groups (C.7.6.16), those of the frame before the shared ones.
 
-Only the tags listed here are read: the patient's name, birth date and the like never enter the program. What pydicom
-warns about is silenced, as its texts quote the file.
+Only the tags in `_TAGS` are read: the patient's name, birth date and the like are never loaded.
+Warnings and log lines of pydicom are suppressed, because they quote the file.
 
 HW: rows and columns.
 """
@@ -32,63 +30,49 @@ import numpy as np
 import numpy.typing as npt
 
 from sssd_fast.convert.orientation import Orientation, height_mm, parse_orientation, turn
-from sssd_fast.convert.window import Slice, Unusable, Window
+from sssd_fast.convert.window import NO_WINDOW, Slice, Unusable, Window
 from sssd_fast.data.images import MAX_PIXELS, MIN_SIDE
 from sssd_fast.errors import DependencyError
 
-BURNED_IN = "slices that say they hold burned-in text (BurnedInAnnotation YES), which may name the patient: look at them"
+BURNED_IN = (
+    "slices with burned-in text according to BurnedInAnnotation, which may name the patient: look "
+    "at them"
+)
+_UNKNOWN = "unknown SOP class or syntax"
 _MAX_FRAMES = 2**16
-_TAGS = [
-    "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "StudyInstanceUID", "SeriesInstanceUID",
-    "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "SamplesPerPixel", "PhotometricInterpretation",
-    "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
-    "PixelPaddingValue", "PixelPaddingRangeLimit", "BurnedInAnnotation", "RescaleSlope", "RescaleIntercept",
-    "RescaleType", "WindowCenter", "WindowWidth", "VOILUTFunction", "ModalityLUTSequence",
-    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PixelData", "ExtendedOffsetTable",
-    "ExtendedOffsetTableLengths",
-]  # fmt: skip
+_TAGS = """
+    ImageType SOPClassUID SOPInstanceUID Modality PatientID StudyInstanceUID SeriesInstanceUID
+    InstanceNumber ImagePositionPatient ImageOrientationPatient SamplesPerPixel NumberOfFrames
+    PhotometricInterpretation Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation
+    PixelPaddingValue PixelPaddingRangeLimit BurnedInAnnotation RescaleSlope RescaleIntercept
+    RescaleType WindowCenter WindowWidth VOILUTFunction ModalityLUTSequence PixelData
+    SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence ExtendedOffsetTable
+    ExtendedOffsetTableLengths
+"""
 _CT = {
     "1.2.840.10008.5.1.4.1.1.2",  # CT Image Storage
     "1.2.840.10008.5.1.4.1.1.2.1",  # Enhanced CT Image Storage
     "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT Image Storage
 }
-_MODALITIES = {
-    "CT",
-    "MR",
-    "PT",
-    "NM",
-    "CR",
-    "DX",
-    "XA",
-    "RF",
-    "MG",
-    "US",
-    "OT",
-    "SC",
-    "SR",
-    "SEG",
-    "RTDOSE",
+_MODALITIES = "CT MR PT NM CR DX XA RF MG US OT SC SR SEG RTDOSE"
+# the functional groups of a multi-frame file, and the attributes in them
+_GROUPS = {
+    "PlanePositionSequence": ("ImagePositionPatient",),
+    "PlaneOrientationSequence": ("ImageOrientationPatient",),
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
 }
-_GROUP_OF = {  # attribute: the functional group that holds it in a multi-frame file
-    "ImagePositionPatient": "PlanePositionSequence",
-    "ImageOrientationPatient": "PlaneOrientationSequence",
-    "RescaleSlope": "PixelValueTransformationSequence",
-    "RescaleIntercept": "PixelValueTransformationSequence",
-    "RescaleType": "PixelValueTransformationSequence",
-    "WindowCenter": "FrameVOILUTSequence",
-    "WindowWidth": "FrameVOILUTSequence",
-    "VOILUTFunction": "FrameVOILUTSequence",
-}
+_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where one slice lies in its file and in the patient. Identifiers stay in memory."""
+    """Position of one slice in its file and in the patient. Identifiers stay in memory."""
 
     path: Path
     index: int  # frame in its file
-    instance: str  # SOPInstanceUID, "" where missing
-    series: str  # SeriesInstanceUID, "" where missing
+    instance: str  # SOPInstanceUID, "" if missing
+    series: str  # SeriesInstanceUID, "" if missing
     patient: str  # PatientID, else StudyInstanceUID, else ""
     number: int | None  # InstanceNumber
     orientation: Orientation | None
@@ -97,17 +81,18 @@ class Frame:
     notes: tuple[str, ...]
 
 
-def looks_like_dicom(head: bytes) -> bool:
-    """From the first 132 bytes: certainly (DICM) or perhaps (no preamble, then `read_frames` decides)."""
-    return has_preamble(head) or head[:2] in (b"\x02\0", b"\x08\0") or head[:3] == b"\0\x08\0"
-
-
 def has_preamble(head: bytes) -> bool:
+    """True if the first 132 bytes of a file are certainly those of DICOM."""
     return head[128:132] == b"DICM"
 
 
+def may_be_dicom(head: bytes) -> bool:
+    """True if a file without preamble may be DICOM; `read_frames` decides."""
+    return head[:2] in (b"\x02\0", b"\x08\0") or head[:3] == b"\0\x08\0"
+
+
 def read_frames(path: Path, window: Window, *, certain: bool = True) -> list[Frame]:
-    """The slices that a file promises, from its header; none when it is not `certain` to be DICOM and turns out not to be.
+    """The slices of a file, from its header; none if it is not `certain` to be DICOM and is not.
 
     Raises Unusable, or DependencyError without pydicom.
     """
@@ -116,25 +101,21 @@ def read_frames(path: Path, window: Window, *, certain: bool = True) -> list[Fra
         if not certain and ("Rows" not in ds or "Columns" not in ds):
             return []
         with quiet():
-            _need_picture(ds)
-            _need_values(ds, window)
-            _need_decoder(ds)
+            _refuse(ds, window)
             count = int(ds.get("NumberOfFrames") or 1)
-            if not 1 <= count <= _MAX_FRAMES:
-                raise Unusable(f"a DICOM file of {count} frames; 1 to {_MAX_FRAMES} are read")
             return [_frame(ds, path, index) for index in range(count)]
     except (Unusable, DependencyError):
         raise
     except OSError as error:
         raise Unusable(f"cannot be read ({error.strerror})") from None
-    except Exception:  # noqa: BLE001 - the parser, and values of the wrong type, raise many types on damaged data
+    except Exception:  # noqa: BLE001 - parser and wrong types raise many types on damaged data
         if not certain:
             return []
         raise Unusable("truncated or damaged DICOM") from None
 
 
 def read_slices(path: Path, frames: Sequence[Frame]) -> Iterator[tuple[Frame, Slice]]:
-    """Decoded frames of one file, in the order given. Raises Unusable where one cannot be read or decoded."""
+    """Decoded frames of one file, in the given order. Raises Unusable if decoding fails."""
     from pydicom.pixels import iter_pixels
 
     hint = ""
@@ -144,7 +125,8 @@ def read_slices(path: Path, frames: Sequence[Frame]) -> Iterator[tuple[Frame, Sl
             raise Unusable("DICOM without pixel data (truncated?)")
         syntax = ds.file_meta.TransferSyntaxUID
         if syntax.is_compressed and _install(syntax):
-            hint = f", or compressed ({_known_name(syntax)}) as the installed decoders cannot read: {_install(syntax)}"
+            name = _standard_name(syntax)
+            hint = f", or not readable by the installed decoders ({name}): {_install(syntax)}"
         decoded = iter_pixels(ds, indices=[frame.index for frame in frames], raw=True)
         for frame in frames:
             with quiet():
@@ -154,13 +136,13 @@ def read_slices(path: Path, frames: Sequence[Frame]) -> Iterator[tuple[Frame, Sl
         raise
     except OSError as error:
         raise Unusable(f"cannot be read ({error.strerror})") from None
-    except Exception:  # noqa: BLE001 - the decoders raise many types on damaged data, with texts that quote it
+    except Exception:  # noqa: BLE001 - decoders raise many types on damaged data, and quote it
         raise Unusable(f"truncated or damaged DICOM{hint}") from None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings and log lines of the parsers, which quote what they stumble over."""
+    """Suppress the warnings and log lines of the parsers, which quote the file."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -173,151 +155,146 @@ def quiet() -> Iterator[None]:
 
 def _read(path: Path, *, pixels: bool) -> Any:
     try:
-        from pydicom import dcmread
-        from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+        from pydicom import dcmread, uid
     except ImportError:
-        raise DependencyError(
-            "reading DICOM needs pydicom: pip install 'sssd-fast[volumes]'"
-        ) from None
+        message = "reading DICOM needs pydicom: pip install 'sssd-fast[volumes]'"
+        raise DependencyError(message) from None
     with quiet():
-        ds = dcmread(path, force=True, specific_tags=list(_TAGS), stop_before_pixels=not pixels)
-        if (
-            "TransferSyntaxUID" not in ds.file_meta
-        ):  # no file meta information: as pydicom guessed it
+        ds = dcmread(path, force=True, specific_tags=_TAGS.split(), stop_before_pixels=not pixels)
+        if "TransferSyntaxUID" not in ds.file_meta:
+            # no file meta information: use what pydicom guessed
             implicit, little = ds.original_encoding
-            guessed = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-            ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else guessed
+            explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+            syntax = uid.ImplicitVRLittleEndian if implicit else explicit
+            ds.file_meta.TransferSyntaxUID = syntax
         return ds
 
 
-def _need_picture(ds: Any) -> None:
-    """Raises Unusable for what is no grey picture of a plane through the patient."""
+def _refuse(ds: Any, window: Window) -> None:
+    """Raises Unusable if the file is not a grey axial image whose values fit the window."""
+    from pydicom.pixels import get_decoder
+
+    # 1. not an image by nature: reports, segmentations, dose, localizers (C.8.2.1.1.1), colour
     sop = str(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "")
-    name = _known_name(sop)
-    picture = "Image Storage" in name or not sop or name.startswith("unknown")
+    name = _standard_name(sop)
+    if "Image Storage" not in name and name != _UNKNOWN:
+        raise Unusable(f"not an image: {name}", damaged=False)
     if "Rows" not in ds or "Columns" not in ds:
-        if picture:
-            raise Unusable("DICOM header without rows and columns (truncated?)")
-        raise Unusable(f"no picture: {name}", damaged=False)
-    if not picture:
-        raise Unusable(f"no picture: {name}", damaged=False)
+        raise Unusable("DICOM header without rows and columns (truncated?)")
     if "LOCALIZER" in [str(value).upper() for value in _values(ds.get("ImageType"))]:
         raise Unusable("localizer", damaged=False)
     kind = str(ds.get("PhotometricInterpretation") or "MONOCHROME2")
     if int(ds.get("SamplesPerPixel") or 1) != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise Unusable("colour", damaged=False)
+
+    # 2. sizes
     rows, columns = int(ds.Rows), int(ds.Columns)
     if min(rows, columns) < MIN_SIDE or rows * columns > MAX_PIXELS:
         raise Unusable(
-            f"{columns} x {rows} pixels; at least {MIN_SIDE} a side, at most {MAX_PIXELS} (2^26) are needed"
+            f"{columns} x {rows} pixels; at least {MIN_SIDE} a side, at most {MAX_PIXELS} (2^26) "
+            "are needed"
         )
+    count = int(ds.get("NumberOfFrames") or 1)
+    if not 1 <= count <= _MAX_FRAMES:
+        raise Unusable(f"a DICOM file of {count} frames; 1 to {_MAX_FRAMES} are read")
+
+    # 3. values that the window cannot be applied to
     if "ModalityLUTSequence" in ds:
+        raise Unusable("a Modality LUT, which is not supported; RescaleSlope and Intercept are")
+    unit = str(_attribute(ds, 0, "RescaleType") or "").upper()
+    # US is the code for unspecified
+    in_hu = unit == "HU" or (_is_ct(ds) and unit in ("", "US"))
+    if window.hounsfield and not in_hu:
+        what = f"{name}, modality {_modality(ds)}" if sop else f"modality {_modality(ds)}"
         raise Unusable(
-            "values behind a Modality LUT, which is not read; RescaleSlope and RescaleIntercept are"
-        )
-
-
-def _need_values(ds: Any, window: Window) -> None:
-    """Raises Unusable where the window cannot be applied to the values of this file."""
-    kind = str(_attribute(ds, 0, "RescaleType") or "").upper()
-    if (
-        window.hounsfield and kind != "HU" and not (_is_ct(ds) and kind in ("", "US"))
-    ):  # US: unspecified
-        sop = str(ds.get("SOPClassUID") or "")
-        what = f"{_known_name(sop)}, " if sop else ""
-        raise Unusable(
-            f"not in Hounsfield units ({what}modality {_modality(ds)}), so no window in HU fits; "
-            "--window file or minmax would take it",
+            f"not in Hounsfield units ({what}), so a window in HU does not apply; use --window "
+            "file or minmax",
             damaged=False,
         )
     if window.name == "file" and _attribute(ds, 0, "WindowCenter") is None:
-        raise Unusable(
-            "the file names no window (WindowCenter, WindowWidth); use --window=LEVEL,WIDTH or minmax"
-        )
+        raise Unusable(NO_WINDOW)
 
-
-def _is_ct(ds: Any) -> bool:
-    sop = str(ds.get("SOPClassUID") or "")
-    return sop in _CT or (_known_name(sop).startswith("unknown") and _modality(ds) == "CT")
-
-
-def _need_decoder(ds: Any) -> None:
-    from pydicom.pixels import get_decoder
-
+    # 4. compression
     syntax = ds.file_meta.TransferSyntaxUID
     try:
         available = get_decoder(syntax).is_available
     except NotImplementedError:
         raise Unusable(
-            f"compressed in a way that pydicom cannot read ({_known_name(syntax)}); decompress it first, "
-            "such as with gdcmconv --raw"
+            f"compressed in a way that pydicom cannot read ({_standard_name(syntax)}); decompress "
+            "it first, for example with gdcmconv --raw"
         ) from None
     if not available:
         raise Unusable(
-            f"compressed ({_known_name(syntax)}) and no decoder is installed: {_install(syntax)}"
+            f"compressed ({_standard_name(syntax)}) and no decoder is installed: {_install(syntax)}"
         )
 
 
+def _is_ct(ds: Any) -> bool:
+    sop = str(ds.get("SOPClassUID") or "")
+    return sop in _CT or (_standard_name(sop) == _UNKNOWN and _modality(ds) == "CT")
+
+
 def _install(syntax: Any) -> str:
-    """The packages any one line of which decodes this transfer syntax, as pydicom lists them."""
+    """The packages that decode this transfer syntax, as pydicom lists them."""
     from pydicom.pixels import get_decoder
 
     choices = []
     for line in get_decoder(syntax).missing_dependencies:
         needed = line.partition(" - requires ")[2].replace(" and ", ", ").split(", ")
-        names = [
-            part.partition(">")[0].replace("gdcm", "python-gdcm")
-            for part in needed
-            if part and part != "numpy"
-        ]
+        names = [name.partition(">")[0] for name in needed if name not in ("", "numpy")]
+        names = [name.replace("gdcm", "python-gdcm") for name in names]
         choices.append("pip install " + " ".join(names))
     return " or ".join(choices)
 
 
 def _frame(ds: Any, path: Path, index: int) -> Frame:
     orientation = parse_orientation(_values(_attribute(ds, index, "ImageOrientationPatient")))
-    rescaled = all(
-        _attribute(ds, index, name) is not None for name in ("RescaleSlope", "RescaleIntercept")
-    )
-    notes = {
-        "slices of CT without RescaleSlope and RescaleIntercept, taken as 1 and 0": _is_ct(ds)
-        and not rescaled,
-        "slices without orientation, kept as stored": orientation is None,
-        "slices without PatientID, whose study counts as the patient": not str(
-            ds.get("PatientID") or ""
-        ).strip(),
-        "MONOCHROME1 slices, inverted": ds.get("PhotometricInterpretation") == "MONOCHROME1",
-        BURNED_IN: str(ds.get("BurnedInAnnotation") or "").upper() == "YES",
-    }
+    position = _values(_attribute(ds, index, "ImagePositionPatient"))
+    patient = str(ds.get("PatientID") or "").strip()
     number = ds.get("InstanceNumber")
+    notes = []
+    if _is_ct(ds) and _rescaling(ds, index) is None:
+        notes.append("slices of CT without RescaleSlope and RescaleIntercept, taken as 1 and 0")
+    if orientation is None:
+        notes.append("slices without orientation, kept as stored")
+    if not patient:
+        notes.append("slices without PatientID, whose study counts as the patient")
+    if ds.get("PhotometricInterpretation") == "MONOCHROME1":
+        notes.append("MONOCHROME1 slices, inverted")
+    if str(ds.get("BurnedInAnnotation") or "").upper() == "YES":
+        notes.append(BURNED_IN)
     return Frame(
-        path,
-        index,
-        str(ds.get("SOPInstanceUID") or ""),
-        str(ds.get("SeriesInstanceUID") or ""),
-        str(ds.get("PatientID") or "").strip() or str(ds.get("StudyInstanceUID") or ""),
-        int(number) if number not in (None, "") else None,
-        orientation,
-        height_mm(orientation, _values(_attribute(ds, index, "ImagePositionPatient"))),
-        _modality(ds),
-        tuple(text for text, applies in notes.items() if applies),
+        path=path,
+        index=index,
+        instance=str(ds.get("SOPInstanceUID") or ""),
+        series=str(ds.get("SeriesInstanceUID") or ""),
+        patient=patient or str(ds.get("StudyInstanceUID") or ""),
+        number=int(number) if number not in (None, "") else None,
+        orientation=orientation,
+        height_mm=height_mm(orientation, position),
+        modality=_modality(ds),
+        notes=tuple(notes),
     )
 
 
 def _slice(ds: Any, frame: Frame, stored_HW: npt.NDArray[Any]) -> Slice:
-    slope, intercept = (
-        _attribute(ds, frame.index, name) for name in ("RescaleSlope", "RescaleIntercept")
-    )
-    scale = (1.0, 0.0) if slope is None or intercept is None else (float(slope), float(intercept))
-    values_HW = stored_HW.astype(np.float64) * scale[0] + scale[1]
+    slope, intercept = _rescaling(ds, frame.index) or (1.0, 0.0)
+    values_HW = stored_HW.astype(np.float64) * slope + intercept
     outside_HW = None
     padding = _padding(ds)
     if padding is not None:
         outside_HW = turn((stored_HW >= padding[0]) & (stored_HW <= padding[1]), frame.orientation)
-    inverted = ds.get("PhotometricInterpretation") == "MONOCHROME1"
     return Slice(
-        turn(values_HW, frame.orientation), outside_HW, inverted, _own_window(ds, frame.index)
+        values_HW=turn(values_HW, frame.orientation),
+        outside_HW=outside_HW,
+        inverted=ds.get("PhotometricInterpretation") == "MONOCHROME1",
+        window=_file_window(ds, frame.index),
     )
+
+
+def _rescaling(ds: Any, index: int) -> tuple[float, float] | None:
+    slope, intercept = (_attribute(ds, index, f"Rescale{name}") for name in ("Slope", "Intercept"))
+    return None if slope is None or intercept is None else (float(slope), float(intercept))
 
 
 def _padding(ds: Any) -> tuple[int, int] | None:
@@ -326,29 +303,25 @@ def _padding(ds: Any) -> tuple[int, int] | None:
     if first in (None, ""):
         return None
     ends = [int(value) for value in (first, ds.get("PixelPaddingRangeLimit", first))]
-    if int(ds.PixelRepresentation) == 1:  # often written as unsigned: 63536 for -2000
+    if int(ds.PixelRepresentation) == 1:
+        # often written as unsigned: 63536 for -2000
         ends = [end - 2**16 if end >= 2**15 else end for end in ends]
     return min(ends), max(ends)
 
 
-def _own_window(ds: Any, index: int) -> tuple[float, float] | None:
-    function = str(_attribute(ds, index, "VOILUTFunction") or "LINEAR").upper()
-    center, width = (
-        _values(_attribute(ds, index, name)) for name in ("WindowCenter", "WindowWidth")
-    )
-    return (
-        (float(center[0]), float(width[0])) if center and width and function == "LINEAR" else None
-    )
+def _file_window(ds: Any, index: int) -> tuple[float, float] | None:
+    if str(_attribute(ds, index, "VOILUTFunction") or "LINEAR").upper() != "LINEAR":
+        return None
+    center, width = (_values(_attribute(ds, index, f"Window{k}")) for k in ("Center", "Width"))
+    return (float(center[0]), float(width[0])) if center and width else None
 
 
 def _attribute(ds: Any, index: int, name: str) -> Any:
-    """Of one frame: from the frame's own functional group, the shared one, or the file. None where missing or empty."""
+    """Value for a frame: from its functional group, the shared group, or the file; or None."""
     if name in _GROUP_OF:
         frames = ds.get("PerFrameFunctionalGroupsSequence") or []
-        for group in [
-            *frames[index : index + 1],
-            *(ds.get("SharedFunctionalGroupsSequence") or []),
-        ]:
+        shared = ds.get("SharedFunctionalGroupsSequence") or []
+        for group in [*frames[index : index + 1], *shared]:
             items = group.get(_GROUP_OF[name]) or []
             if items and items[0].get(name) not in (None, ""):
                 return items[0].get(name)
@@ -362,14 +335,14 @@ def _values(value: Any) -> list[Any]:
     return [value] if isinstance(value, str | int | float) else list(value)
 
 
-def _known_name(uid: Any) -> str:
-    """The name of a UID of the standard; never the UID of somebody's own."""
+def _standard_name(uid: Any) -> str:
+    """The name of a UID of the standard; a private UID is never quoted."""
     from pydicom.uid import UID
 
     name = UID(str(uid)).name
-    return name if uid and name != str(uid) else "unknown SOP class or syntax"
+    return name if uid and name != str(uid) else _UNKNOWN
 
 
 def _modality(ds: Any) -> str:
     found = str(ds.get("Modality") or "").upper()
-    return found if found in _MODALITIES else "unknown"
+    return found if found in _MODALITIES.split() else "unknown"

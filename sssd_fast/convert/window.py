@@ -1,18 +1,18 @@
 """Values of one slice to 8-bit grey.
 
-window            what is shown
-lung              level -600, width 1500 HU: -1350 black, +150 white (the usual window for lung parenchyma)
+window            range shown
+lung              level -600, width 1500 HU: -1350 black, +150 white (usual for lung parenchyma)
 mediastinum       level 40, width 400 HU
-LEVEL,WIDTH       your own, in HU
-file              each slice by its own WindowCenter and WindowWidth, the first where a file names several
-minmax            darkest to brightest value of the volume; for values that are not HU
+LEVEL,WIDTH       in HU
+file              each slice by its WindowCenter and WindowWidth, the first if there are several
+minmax            lowest to highest value of the volume; for values that are not HU
 
-Level L and width W >= 1 mean the LINEAR function of DICOM PS3.3 C.11.2.1.2.1, with 0 and 255 as its ends:
+Level L and width W >= 1 define the LINEAR function of DICOM PS3.3 C.11.2.1.2.1 from 0 to 255:
     x <= L - 0.5 - (W - 1) / 2    0
     x >  L - 0.5 + (W - 1) / 2    255
     else                          ((x - (L - 0.5)) / (W - 1) + 0.5) * 255
-MONOCHROME1 (PS3.3 C.7.6.3.1.2: the lowest value is shown white) is inverted after the window. What lies outside the
-scan (pixel padding, NaN) is 0 either way.
+MONOCHROME1 (PS3.3 C.7.6.3.1.2: the lowest value is white) is inverted after the window. Pixels
+outside the scan (pixel padding, NaN) are 0 in both cases.
 
 HW: rows and columns of one slice.
 """
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +29,14 @@ from sssd_fast.data.images import ImageArray
 from sssd_fast.errors import ConfigError
 
 PRESETS = {"lung": (-600.0, 1500.0), "mediastinum": (40.0, 400.0)}  # level, width in HU
+NO_WINDOW = "the file has no WindowCenter and WindowWidth; use --window=LEVEL,WIDTH or minmax"
 
 
 class Unusable(Exception):
-    """One file or slice that is left out. `reason` never quotes the file: it may go to where patient data must not.
+    """A file or slice that is not converted. `reason` never quotes the file (patient data).
 
-    damaged: it should have been a slice and is none; False for what is no axial slice by its nature (a localizer).
+    damaged: True if it should have been a slice; False if it is not an axial slice by nature, such
+    as a localizer.
     """
 
     def __init__(self, reason: str, *, damaged: bool = True) -> None:
@@ -52,29 +53,26 @@ class Window:
 
     @property
     def hounsfield(self) -> bool:
-        """Whether it only means something for values in HU."""
+        """True if the window needs values in HU."""
         return self.level is not None
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice as the radiologist sees it: patient's right on the left of the picture, anterior up."""
+    """One slice in radiological orientation: patient's right on the left, anterior up."""
 
-    values_HW: npt.NDArray[np.float64]  # after rescaling: HU for CT
+    values_HW: npt.NDArray[np.float64]  # rescaled: HU for CT
     outside_HW: npt.NDArray[np.bool_] | None = None  # True where nothing was scanned
     inverted: bool = False  # MONOCHROME1
-    window: tuple[float, float] | None = None  # the file's own level and width
+    window: tuple[float, float] | None = None  # level and width in the file
 
     def limits(self) -> tuple[float, float] | None:
-        """Lowest and highest value inside the scan; None when there is none."""
-        inside: npt.NDArray[Any] = np.isfinite(self.values_HW)
+        """Lowest and highest value inside the scan; None if there is none."""
+        inside_HW = np.isfinite(self.values_HW)
         if self.outside_HW is not None:
-            inside &= ~self.outside_HW
-        return (
-            (float(self.values_HW[inside].min()), float(self.values_HW[inside].max()))
-            if inside.any()
-            else None
-        )
+            inside_HW = inside_HW & ~self.outside_HW
+        values = self.values_HW[inside_HW]
+        return (float(values.min()), float(values.max())) if values.size else None
 
 
 def parse_window(text: str) -> Window:
@@ -87,20 +85,21 @@ def parse_window(text: str) -> Window:
         level, width = (float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(
-            f"window is {text!r}; needed: {', '.join(PRESETS)}, file, minmax, or LEVEL,WIDTH in HU such as -600,1500 "
-            "(on the command line with =, as in --window=-600,1500)"
+            f"window is {text!r}; needed: {', '.join(PRESETS)}, file, minmax, or LEVEL,WIDTH in HU "
+            "such as -600,1500 (on the command line with =, as in --window=-600,1500)"
         ) from None
     if not (math.isfinite(level) and math.isfinite(width) and width >= 1):
-        raise ConfigError(
-            f"window is {text!r}; a finite level and a width of at least 1 HU are needed"
-        )
+        raise ConfigError(f"window is {text!r}; needed: a finite level and a width of at least 1")
     return Window("custom", level, width)
 
 
 def to_grey(
     picture: Slice, window: Window, limits: tuple[float, float] | None = None
 ) -> ImageArray:
-    """uint8 [H, W]. limits: the volume's lowest and highest value, for minmax. Raises Unusable (`file` without one)."""
+    """uint8 [H, W]. limits: lowest and highest value of the volume, for minmax.
+
+    Raises Unusable for the window `file` if the file has none.
+    """
     x_HW = picture.values_HW
     if window.name == "minmax":
         low, high = limits or (0.0, 0.0)
@@ -108,14 +107,11 @@ def to_grey(
     else:
         level, width = _level_and_width(picture, window)
         above_HW = x_HW - (level - 0.5)
-        y_HW = (
-            (above_HW / (width - 1) + 0.5) * 255
-            if width > 1
-            else np.where(above_HW > 0, 255.0, 0.0)
-        )
-    outside_HW = (
-        np.isnan(y_HW) if picture.outside_HW is None else np.isnan(y_HW) | picture.outside_HW
-    )
+        step_HW = np.where(above_HW > 0, 255.0, 0.0)
+        y_HW = (above_HW / (width - 1) + 0.5) * 255 if width > 1 else step_HW
+    outside_HW = np.isnan(x_HW)
+    if picture.outside_HW is not None:
+        outside_HW = outside_HW | picture.outside_HW
     grey_HW = np.rint(np.clip(np.where(outside_HW, 0, y_HW), 0, 255)).astype(np.uint8)
     if picture.inverted:
         grey_HW = 255 - grey_HW
@@ -127,9 +123,7 @@ def _level_and_width(picture: Slice, window: Window) -> tuple[float, float]:
     if window.level is not None and window.width is not None:
         return window.level, window.width
     if picture.window is None:
-        raise Unusable(
-            "the file names no window (WindowCenter, WindowWidth); use --window=LEVEL,WIDTH or minmax"
-        )
+        raise Unusable(NO_WINDOW)
     if not (all(map(math.isfinite, picture.window)) and picture.window[1] >= 1):
-        raise Unusable("the file's own WindowWidth is below 1; use --window=LEVEL,WIDTH or minmax")
+        raise Unusable("WindowWidth of the file is below 1; use --window=LEVEL,WIDTH or minmax")
     return picture.window

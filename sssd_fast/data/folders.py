@@ -14,7 +14,7 @@ from sssd_fast.errors import DataError
 
 
 def walk_files(root: Path) -> Iterator[Path]:
-    """Every file below `root`, sorted within its folder. Hidden names and linked folders are skipped.
+    """Every file below `root`, sorted within its folder, without hidden names and linked folders.
 
     Raises DataError if a folder cannot be listed: its files would be missing without a message.
     """
@@ -50,8 +50,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         parent = next(folder for folder in absolute.parents if folder.exists())
         free_gib = shutil.disk_usage(parent).free / 2**30
         raise DataError(
-            f"cannot write {name}: {error.strerror or error} ({free_gib:.2f} GiB free); nothing was "
-            "kept. Free some space, check the permissions, or name another folder."
+            f"cannot write {name}: {error.strerror or error} ({free_gib:.2f} GiB free); nothing "
+            "was kept. Free some space, check the permissions, or name another folder."
         ) from None
     finally:
         if unfinished is not None:

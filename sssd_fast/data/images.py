@@ -2,7 +2,7 @@
 
 Rules, so that an image never depends on which code opened it:
 - the content (first bytes) decides the format; the check (index.py) compares it with the suffix;
-- 8-bit grey stays [H, W]; colour, palette, CMYK and YCbCr become RGB [H, W, 3]; 1-bit becomes 0/255;
+- 8-bit grey stays [H, W]; colour, palette, CMYK and YCbCr become RGB [H, W, 3]; 1-bit is 0/255;
 - transparency is composited on black;
 - 16-bit grey is scaled linearly from 0..2^b - 1 to 0..255, where b is the smallest of 8, 12 and 16
   bits that holds the largest value (12-bit CT stored in 16 bits would otherwise be almost black);
@@ -147,8 +147,8 @@ def decode_image(path: str | PathLike[str]) -> ImageArray:
 def to_channels(image: ImageArray, channels: int) -> ImageArray:
     """uint8 [H, W] or [H, W, 3] -> [H, W] for channels=1, [H, W, 3] for channels=3.
 
-    RGB to grey is ITU-R 601 luma in Pillow's fixed-point form, which returns v for (v, v, v); grey is
-    repeated.
+    RGB to grey is ITU-R 601 luma in Pillow's fixed-point form, which returns v for (v, v, v); grey
+    is repeated.
     """
     if channels not in (1, 3):
         raise DataError(f"channels is {channels}; 1 (grey) or 3 (RGB) is needed")

@@ -317,20 +317,18 @@ def map_threads(
 
 def _too_many_bad(excluded: list[Excluded], total: int, limit: float, renamed: int) -> str:
     share = len(excluded) / total
-    text = "\n".join(
-        [
-            f"{len(excluded)} of {total} images are unusable ({share:.1%}); the limit is {limit:.1%}:",
-            *first_lines([str(e) for e in excluded]),
-            "Repair or remove them, or raise the limit: --max-bad-fraction (max_bad_fraction) above "
-            f"{share:.3f}.",
-        ]
-    )
+    lines = [
+        f"{len(excluded)} of {total} images are unusable ({share:.1%}); the limit is {limit:.1%}:",
+        *first_lines([str(e) for e in excluded]),
+        "Repair or remove them, or raise the limit: --max-bad-fraction (max_bad_fraction) above "
+        f"{share:.3f}.",
+    ]
     if renamed:
-        text += (
-            f" {renamed} of them are good images with a wrong extension; keep those with "
+        lines.append(
+            f"{renamed} of them are good images with a wrong extension; keep those with "
             "--accept-wrong-extension (accept_wrong_extension=True)."
         )
-    return text
+    return "\n".join(lines)
 
 
 def _examine(

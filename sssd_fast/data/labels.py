@@ -1,4 +1,4 @@
-"""Which class is the positive one."""
+"""The positive class."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sssd_fast.errors import DataError
 def positive_class(classes: Sequence[str]) -> int:
     """Index of the class that sensitivity is about, for two classes.
 
-    The one whose name is not a negation (non..., no..., normal, negative, healthy, control) when exactly one name is;
-    else index 1. Folder names sort "CT_COVID" before "CT_NonCOVID", so index 1 alone would swap sensitivity and
-    specificity.
+    If exactly one name is a negation (non..., no..., normal, negative, healthy, control), the other
+    class, else index 1. "CT_COVID" sorts before "CT_NonCOVID", so index 1 alone would swap
+    sensitivity and specificity.
     """
     if len(classes) != 2:
         raise DataError(f"a positive class needs 2 classes, got {len(classes)}: {list(classes)}")

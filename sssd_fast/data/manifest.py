@@ -1,4 +1,4 @@
-"""CSV manifests: path,label[,split][,patient], one image per row, paths relative to the data folder."""
+"""CSV manifests: path,label[,split][,patient], a row per image, paths relative to the data folder."""
 
 from __future__ import annotations
 
@@ -86,8 +86,12 @@ def write_manifest(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     text = io.StringIO()
     # Python before 3.13 leaves a lone carriage return unquoted, and reads it as the end of a line
     odd = any("\r" in row["path"] for row in rows)
-    quoting = csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", quoting=quoting)
+    writer = csv.DictWriter(
+        text,
+        list(rows[0]),
+        lineterminator="\n",
+        quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL,
+    )
     writer.writeheader()
     writer.writerows(rows)
     atomic_write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))

@@ -121,8 +121,8 @@ def open_store(
 ) -> PixelStore:
     """All images of `index`, from the cache file in `folder`, which is built if necessary.
 
-    Without a folder, or if it cannot hold the file (full, read-only; this is logged), the pixels are
-    kept in memory. Of several processes one decodes and the others wait for its file. Raises
+    Without a folder, or if it cannot hold the file (full, read-only; this is logged), the pixels
+    are kept in memory. Of several processes one decodes and the others wait for its file. Raises
     ImageError naming an image that can no longer be read.
     """
     layout = _layout(index, channels)

@@ -317,7 +317,7 @@ def _mediastinum(rng: np.random.Generator, grid: _Grid, picture: Plane, level: f
 
 
 def _scan(rng: np.random.Generator, picture: Plane) -> ImageArray:
-    """Reconstruction noise (fine and blotchy), gain and offset of one scanner; rounded to 8 bits."""
+    """Reconstruction noise (fine and blotchy), gain and offset of one scanner; 8 bits."""
     size = picture.shape
     fine = rng.uniform(0.005, 0.03)
     blotchy = rng.uniform(0.005, 0.02)

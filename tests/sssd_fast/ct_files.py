@@ -1,4 +1,4 @@
-"""CT files as scanners write them, with a patient whose data must not turn up anywhere else."""
+"""CT files as scanners write them, with a patient whose data must not appear anywhere else."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from PIL import Image
 from pydicom import dcmwrite
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from sssd_fast.convert.convert import Converted, convert_volumes
+
 CT = "1.2.840.10008.5.1.4.1.1.2"
 ROOT = "1.2.826.0.1.3680043.8.498."  # of every UID written here
 NAME = "Quastenflosser^Wilhelmina"
-PATIENT = "KH-4711-0815"
-BIRTH = "19470203"
-ACCESSION = "ACC998877"
-SECRETS = [
-    "Quastenflosser",
-    "Wilhelmina",
-    PATIENT,
-    BIRTH,
-    ACCESSION,
-    ROOT,
-    "Rossmoor",
-]  # the last: InstitutionName
+IDENTITY = {
+    "PatientName": NAME,
+    "PatientID": "KH-4711-0815",
+    "PatientBirthDate": "19470203",
+    "AccessionNumber": "ACC998877",
+    "InstitutionName": "Rossmoor",
+}
+SECRETS = ["Quastenflosser", "Wilhelmina", ROOT, *list(IDENTITY.values())[1:]]
 
 
 def uid(*parts: int) -> str:
@@ -36,39 +35,38 @@ def uid(*parts: int) -> str:
 def dataset(
     stored: np.ndarray, *, series: int = 1, number: int = 1, z: float | None = None, **tags: Any
 ) -> FileDataset:
-    """A CT slice [H, W], or frames [N, H, W] (any integer type), in HU as it stands. tags: set last; None deletes one."""
+    """A CT slice [H, W], or frames [N, H, W], in HU without rescaling. tags: None deletes one."""
+    height, width = stored.shape[-2:]
+    bits = 8 * stored.dtype.itemsize
+    values: dict[str, Any] = {
+        "SOPClassUID": CT,
+        "SOPInstanceUID": uid(series, 7, number),
+        "StudyInstanceUID": uid(5),
+        "SeriesInstanceUID": uid(series, 3),
+        **IDENTITY,
+        "Modality": "CT",
+        "InstanceNumber": number,
+        "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+        "Rows": height,
+        "Columns": width,
+        "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "BitsAllocated": bits,
+        "BitsStored": bits,
+        "HighBit": bits - 1,
+        "PixelRepresentation": int(stored.dtype.kind == "i"),
+        "RescaleSlope": 1,
+        "RescaleIntercept": 0,
+        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+        "ImagePositionPatient": None if z is None else [0, 0, z],
+        "NumberOfFrames": len(stored) if stored.ndim == 3 else None,
+        "PixelData": stored.tobytes(),
+        **tags,
+    }
     ds = FileDataset("", {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID = CT
-    ds.SOPInstanceUID = uid(series, 7, number)
-    ds.StudyInstanceUID = uid(5)
-    ds.SeriesInstanceUID = uid(series, 3)
-    ds.PatientName = NAME
-    ds.PatientID = PATIENT
-    ds.PatientBirthDate = BIRTH
-    ds.AccessionNumber = ACCESSION
-    ds.InstitutionName = "Rossmoor"
-    ds.Modality = "CT"
-    ds.InstanceNumber = number
-    ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
-    ds.Rows, ds.Columns = stored.shape[-2:]
-    ds.SamplesPerPixel = 1
-    ds.PhotometricInterpretation = "MONOCHROME2"
-    ds.BitsAllocated = ds.BitsStored = 8 * stored.dtype.itemsize
-    ds.HighBit = ds.BitsStored - 1
-    ds.PixelRepresentation = int(stored.dtype.kind == "i")
-    ds.RescaleSlope = 1
-    ds.RescaleIntercept = 0
-    ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    if z is not None:
-        ds.ImagePositionPatient = [0, 0, z]
-    if stored.ndim == 3:
-        ds.NumberOfFrames = len(stored)
-    ds.PixelData = stored.tobytes()
-    for name, value in tags.items():
-        if value is None:
-            delattr(ds, name)
-        else:
+    for name, value in values.items():
+        if value is not None:
             setattr(ds, name, value)
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
@@ -94,10 +92,9 @@ def noise(
 def write_series(folder: Path, seed: int, count: int = 3, **tags: Any) -> np.ndarray:
     """`count` slices 5 mm apart, the lowest first in the array [count, H, W] that is returned."""
     stored = noise(seed, (count, 12, 10))
-    for i, picture in enumerate(stored):
-        write_slice(
-            folder / f"IM{(i * 7) % 10}{i}", picture, series=seed, number=i + 1, z=5.0 * i, **tags
-        )
+    for i, values in enumerate(stored):
+        path = folder / f"IM{(i * 7) % 10}{i}"
+        write_slice(path, values, series=seed, number=i + 1, z=5.0 * i, **tags)
     return stored
 
 
@@ -113,7 +110,7 @@ def write_nifti(
 
 
 def lung(value: float, level: float = -600, width: float = 1500) -> int:
-    """PS3.3 C.11.2.1.2.1 as it is printed there, for one value, rounded to 8 bits."""
+    """PS3.3 C.11.2.1.2.1 as printed there, for one value, rounded to 8 bits."""
     if value <= level - 0.5 - (width - 1) / 2:
         return 0
     if value > level - 0.5 + (width - 1) / 2:
@@ -121,5 +118,27 @@ def lung(value: float, level: float = -600, width: float = 1500) -> int:
     return round(((value - (level - 0.5)) / (width - 1) + 0.5) * 255)
 
 
-def each(values: np.ndarray, function: Callable[[float], int]) -> np.ndarray:
+def each(values: np.ndarray, function: Callable[[float], int] = lung) -> np.ndarray:
     return np.array([[function(float(v)) for v in row] for row in values], dtype=np.uint8)
+
+
+# ---- converted folders ----
+
+
+def convert(source: Path, out: str = "out", **options: Any) -> Converted:
+    return convert_volumes(source, source.parent / out, **options)
+
+
+def slices(result: Converted, label: str = ".") -> list[np.ndarray]:
+    return [np.array(Image.open(path)) for path in sorted((result.out / label).rglob("*.png"))]
+
+
+def assert_slices(result: Converted, expected: list[np.ndarray], label: str = ".") -> None:
+    found = slices(result, label)
+    assert len(found) == len(expected)
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=label)
+
+
+def reasons(entries: list[tuple[Path, str]]) -> dict[str, str]:
+    return {path.name: reason for path, reason in entries}

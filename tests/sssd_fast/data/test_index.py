@@ -1,4 +1,4 @@
-"""`check_data`: good files are indexed, every bad one is named, limits and manifests are enforced."""
+"""`check_data`: good files are indexed, bad ones are named, limits and manifests are enforced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splits: sizes, stratification and grouping of each protocol; leaks are found; files round-trip."""
+"""Splits: sizes, stratification and grouping of each protocol; leaks; files round-trip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Synthetic slices: seeded, named synthetic, and a task about position that no global statistic solves."""
+"""Synthetic slices: seeded, named synthetic; the task needs positions, not global statistics."""
 
 from __future__ import annotations
 
