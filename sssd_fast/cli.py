@@ -371,10 +371,9 @@ def weights(
 def report(run: str = typer.Argument(..., metavar="RUN", help="Run folder.")) -> None:
     """Write report.md and report.html of a run again."""
     from sssd_fast.pipeline import stages_of
-    from sssd_fast.report.report import write_combined_report, write_report
+    from sssd_fast.report.report import write_report
 
-    stages = stages_of(Path(run))
-    paths = write_combined_report(run, stages) if stages else write_report(run)
+    paths = write_report(run, stages_of(Path(run)))
     print("\n".join(str(path) for path in paths))
 
 

@@ -14,7 +14,7 @@ from sssd_fast.evaluation.predict import evaluate_run
 from sssd_fast.finetune import finetune
 from sssd_fast.performance.batch_size import resolve_batch
 from sssd_fast.pretrain import pretrain
-from sssd_fast.report.report import write_combined_report
+from sssd_fast.report.report import write_report
 from sssd_fast.run.checkpoint import find_checkpoint
 from sssd_fast.run.device import World, world
 from sssd_fast.run.files import atomic_write_text
@@ -115,7 +115,7 @@ def _once(
                 finetune(run, init)
                 result = evaluate_run(run)
     if here.main:
-        report = write_combined_report(out, stages_of(out))
+        report = write_report(out, stages_of(out))
         with Console(log_file=out / "train.log") as console:
             console.info(f"report: {report[1]}")
     return result
@@ -137,7 +137,7 @@ def _summary(out: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
             title = f"over {len(results)} runs, per {level}"
             console.table(title, ("", "mean", "deviation", "runs"), rows)
         atomic_write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        report = write_combined_report(out, [out / name / "finetune" for name in results])
+        report = write_report(out, [out / name / "finetune" for name in results])
         console.info(f"summary: {out / 'summary.json'}\nreport: {report[1]}")
     return summary
 

@@ -43,32 +43,22 @@ CAPTIONS = {
 LISTED = 40  # longest list of files in the report; data.json has all
 
 
-def write_report(run_folder: str | Path) -> tuple[Path, Path]:
-    """Write report.md and report.html of one run. Raises DataError if the folder is missing."""
-    folder = _folder(run_folder)
-    run = read_run(folder, folder.resolve().name)
-    return _write(folder, context(run.title, [run]))
+def write_report(folder: str | Path, runs: Sequence[Path] = ()) -> tuple[Path, Path]:
+    """Write report.md and report.html in `folder`: of that run, or of several `runs` inside it.
 
-
-def write_combined_report(
-    folder: str | Path, subfolders: Sequence[str | Path]
-) -> tuple[Path, Path]:
-    """Write one report on several runs (names or paths inside `folder`): results side by side first.
-
-    Runs of one stage with the same classes and split are averaged as well (seeds, folds). Raises
-    DataError for a folder that is missing or outside `folder`.
+    Results of several runs are shown side by side; runs of one stage with the same classes and split
+    (seeds, folds) are averaged as well. Raises DataError for a folder that is missing.
     """
-    folder = _folder(folder)
-    top, runs = folder.resolve(), []
-    for sub in subfolders:
-        inside = [p for p in (Path(sub), folder / sub) if p.resolve().is_relative_to(top)]
-        if not inside:
+    folder = Path(folder)
+    for path in (folder, *runs):
+        if not path.is_dir():
             raise DataError(
-                f"{sub} is outside {folder}; a combined report covers runs inside its folder"
+                f"no run folder at {path}; give the folder that holds config.yaml and metrics.jsonl"
             )
-        path = _folder(next((path for path in inside if path.is_dir()), inside[-1]))
-        runs.append(read_run(path, path.resolve().relative_to(top).as_posix()))
-    return _write(folder, context(f"Report: {top.name}", runs))
+    top = folder.resolve()
+    found = [read_run(path, path.resolve().relative_to(top).as_posix()) for path in runs]
+    title, found = f"Report: {top.name}", found or [read_run(folder, top.name)]
+    return _write(folder, context(title if runs else found[0].title, found))
 
 
 def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
@@ -78,9 +68,9 @@ def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
         "title": title,
         "summary": _summary(runs),
         "synthetic": any(run.synthetic for run in runs),
-        "leaks": list(dict.fromkeys(_line(leak) for run in runs for leak in _leaks(run))),
+        "leaks": list(dict.fromkeys(_line(leak) for run in runs for leak in run.data.get("leaks", []))),
         "problems": [f"{run.title}: {problem}" for run in runs for problem in run.problems],
-        "expects_results": not runs or any(run.stage != "pretrain" for run in runs),
+        "expects_results": any(run.stage != "pretrain" for run in runs),
         "results": [_result(run) for run in evaluated],
         "comparison": _comparison(evaluated) if len(evaluated) > 1 else [],
         "training": _training(runs),
@@ -100,10 +90,8 @@ def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
 
 def _summary(runs: Sequence[RunFiles]) -> str:
     """Model, parameters, image size, epochs, data set, date and device, as far as recorded."""
-    if not runs:
-        return ""
-    last, items = runs[-1], []
-    items += _model_items(section(last.config, "model"))
+    last = runs[-1]
+    items = _model_items(section(last.config, "model"))
     for run in runs:
         epochs = section(run.config, run.stage).get("epochs")
         if epochs and run.values("loss"):
@@ -339,15 +327,11 @@ def _data(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
                 "duplicates": _limited(
                     [_line(item).strip() for item in data.get("duplicates", [])]
                 ),
-                "leaks": _limited([_line(item) for item in _leaks(run)]),
+                "leaks": _limited([_line(item) for item in data.get("leaks", [])]),
                 "notes": _limited([_line(item) for item in data.get("notes", [])]),
             }
         )
     return sections
-
-
-def _leaks(run: RunFiles) -> list[Any]:
-    return list(run.data.get("leaks", []))
 
 
 def _settings(run: RunFiles) -> dict[str, str]:
@@ -394,15 +378,6 @@ def _line(item: Any) -> str:
 def _limited(lines: Sequence[str]) -> list[str]:
     more = [f"and {len(lines) - LISTED} more (data.json)"] if len(lines) > LISTED else []
     return [*lines[:LISTED], *more]
-
-
-def _folder(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_dir():
-        raise DataError(
-            f"no run folder at {path}; give the folder that holds config.yaml and metrics.jsonl"
-        )
-    return path
 
 
 def _write(folder: Path, values: dict[str, Any]) -> tuple[Path, Path]:
