@@ -44,7 +44,7 @@ def write_evaluation(
     classes: Sequence[str],
     split: str,
     patients: Sequence[str | None] | None = None,
-    positive: int | str | None = None,
+    positive: int | None = None,
     threshold: float = 0.5,
     seed: int = 0,
     resamples: int = 2000,
@@ -52,28 +52,18 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Write the files of eval/ in the run folder; returns the content of metrics.json.
 
-    `labels` [N] class indices, `probabilities` [N, K], `positive` the index or name of the positive
-    class (default `positive_class`), `load_image` reads a path as [H, W] or [H, W, 3] uint8 for
+    `labels` [N] class indices, `probabilities` [N, K], `positive` the index of the positive class
+    (default `positive_class`), `load_image` reads a path as [H, W] or [H, W, 3] uint8 for
     thumbnails of the worst mistakes. Every file is written atomically; a split of one class gets a
-    note instead of a ROC picture. Raises DataError for no images or arrays that do not fit.
+    note instead of a ROC picture. Raises DataError for a split without images and unusable scores.
     """
     labels_N, scores_N, num_classes = check_scores(labels, probabilities)
     if len(labels_N) == 0:
         raise DataError(f"evaluation: split {split!r} has no images; check the split file")
-    if num_classes != len(classes):
-        raise DataError(
-            f"evaluation: {num_classes} score columns for {len(classes)} classes {list(classes)}"
-        )
-    if len(paths) != len(labels_N) or (patients is not None and len(patients) != len(labels_N)):
-        given = "" if patients is None else f" and {len(patients)} patients"
-        raise DataError(
-            f"evaluation: {len(paths)} paths{given} for {len(labels_N)} labels; give one of each "
-            "per image"
-        )
     names, binary = list(classes), num_classes == 2
     patients = list(patients or [None] * len(paths))
     if binary:
-        index = _positive_index(classes, positive)
+        index = positive_class(classes) if positive is None else positive
         names = [classes[1 - index], classes[index]]
         labels_N, scores_N = (labels_N == index).astype(np.int64), scores_N[:, index]
     predicted_N = predict_classes(scores_N, threshold)
@@ -174,17 +164,6 @@ def _cell(level: Mapping[str, Any] | None, rate: str) -> str:
     low, high = level["intervals"][rate]["low"], level["intervals"][rate]["high"]
     interval = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})"
     return f"{100 * level[rate]:.1f} %{interval}"
-
-
-def _positive_index(classes: Sequence[str], positive: int | str | None) -> int:
-    if positive is None:
-        return positive_class(classes)
-    if positive not in (0, 1, *classes):
-        raise DataError(
-            f"evaluation: positive class {positive!r} is not one of {list(classes)}; give its name "
-            "or 0 or 1"
-        )
-    return classes.index(positive) if isinstance(positive, str) else positive
 
 
 def _worst(labels_N: Ints, scores_N: Floats, predicted_N: Ints, threshold: float) -> list[int]:

@@ -129,14 +129,8 @@ def bootstrap_intervals(
     (AUC: only one class drawn) is skipped for that rate and counted in `Interval.skipped`.
     """
     labels_N, scores_N, num_classes = check_scores(labels, scores)
-    if n < 1:
-        raise DataError(f"bootstrap: n is {n}; give at least 1 resample, 2000 by default")
     unit = "image" if groups is None else "patient"
     groups = range(len(labels_N)) if groups is None else groups
-    if len(groups) != len(labels_N):
-        raise DataError(
-            f"bootstrap: {len(groups)} groups for {len(labels_N)} labels; give one group per image"
-        )
     number_of: dict[Hashable, int] = {}
     group_N = np.array([number_of.setdefault(g, len(number_of)) for g in groups], dtype=np.int64)
     num_groups = len(number_of)
@@ -176,11 +170,6 @@ def aggregate_by_patient(
     patient (None or "") are excluded and counted.
     """
     labels_N, scores_N, num_classes = check_scores(labels, scores)
-    if len(patients) != len(labels_N):
-        raise DataError(
-            f"per patient: {len(patients)} patients for {len(labels_N)} labels; give one per image, "
-            "None where unknown"
-        )
     rows_of: dict[str, list[int]] = {}
     for row, patient in enumerate(patients):
         if patient:

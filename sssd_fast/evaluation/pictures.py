@@ -43,7 +43,7 @@ def reconstruction_rows(
     values_nLX = unnormalise(as_array(pred), images_nCHW, patch_size, **target)
     predicted = np.clip(np.rint(values_nLX), 0, 255).astype(np.uint8)
     original, shape = patchify(images_nCHW, patch_size), images_nCHW.shape
-    filled = {"masked": np.uint8(HIDDEN), "reconstruction": predicted}
+    filled = {"masked": np.full_like(predicted, HIDDEN), "reconstruction": predicted}
     rows = {
         name: unpatchify(np.where(masked_nL1, values, original), shape, patch_size)
         for name, values in filled.items()
@@ -329,7 +329,7 @@ def _overlay(image_HW3: Bytes, map_rows_cols: Floats) -> Bytes:
 
 
 def _sheet(
-    rows: Mapping[str, Sequence[Bytes]],
+    rows: Mapping[str, Sequence[Bytes] | Bytes],
     names: Sequence[str],
     caption: str,
     path: str | Path,

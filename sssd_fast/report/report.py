@@ -68,7 +68,9 @@ def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
         "title": title,
         "summary": _summary(runs),
         "synthetic": any(run.synthetic for run in runs),
-        "leaks": list(dict.fromkeys(_line(leak) for run in runs for leak in run.data.get("leaks", []))),
+        "leaks": list(
+            dict.fromkeys(_line(leak) for run in runs for leak in run.data.get("leaks", []))
+        ),
         "problems": [f"{run.title}: {problem}" for run in runs for problem in run.problems],
         "expects_results": any(run.stage != "pretrain" for run in runs),
         "results": [_result(run) for run in evaluated],
@@ -101,10 +103,10 @@ def _summary(runs: Sequence[RunFiles]) -> str:
         images = sum(sum(split.values()) for split in last.data.get("counts", {}).values())
         items.append(f"{Path(str(source)).name}" + (f" ({images:,} images)" if images else ""))
     gpus = last.env.get("gpus") or [{}]
-    items.append(gpus[0].get("name") or section(last.env, "cpu").get("model"))
+    items.append(str(gpus[0].get("name") or section(last.env, "cpu").get("model", "")))
     if (env := last.path / "env.json").is_file():
         items.append(f"{datetime.fromtimestamp(env.stat().st_mtime, timezone.utc):%Y-%m-%d}")
-    return ", ".join(dict.fromkeys(filter(None, map(str, filter(None, items)))))
+    return ", ".join(filter(None, items))
 
 
 def _model_items(model: Mapping[str, Any]) -> list[str]:
@@ -142,13 +144,11 @@ def _result(run: RunFiles) -> dict[str, Any]:
         file = run.path / "eval" / "mistakes" / Path(mistake["thumbnail"] or "none").name
         picture = {"path": file, "alt": mistake["path"]} if file.is_file() else None
         mistakes.append({**mistake, "picture": picture})
+    files = {name: run.path / "eval" / f"{name}.png" for name in ("roc", "confusion")}
     pictures = [
-        {
-            "path": run.path / "eval" / f"{name}.png",
-            "alt": CAPTIONS[name],
-            "caption": CAPTIONS[name],
-        }
-        for name in ("roc", "confusion")
+        {"path": path, "alt": CAPTIONS[name], "caption": CAPTIONS[name]}
+        for name, path in files.items()
+        if path.is_file()
     ]
     return {
         "title": run.title,
@@ -156,7 +156,7 @@ def _result(run: RunFiles) -> dict[str, Any]:
         "metrics": metrics,
         "per_patient": patient is not None,
         "notes": _notes(result),
-        "pictures": [picture for picture in pictures if picture["path"].is_file()],
+        "pictures": pictures,
         "mistakes": mistakes,
         "num_mistakes": result["num_mistakes"],
         "n": image["n"],

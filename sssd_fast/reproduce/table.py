@@ -63,8 +63,8 @@ def tables(results: Results) -> list[Table]:
             rows.append([source, *shown, "", ""])
         for label, group in _groups(cells):
             minutes = [(cell.get("pretrain_s", 0) + cell["finetune_s"]) / 60 for cell in group]
-            rates = _rates([cell["image"] for cell in group])
-            rows.append([label, *rates, str(len(group)), f"{statistics.fmean(minutes):.1f}"])
+            means = _rates([cell["image"] for cell in group])
+            rows.append([label, *means, str(len(group)), f"{statistics.fmean(minutes):.1f}"])
         nearest = list({cell["seed"]: cell["nearest"] for cell in cells}.values())
         # equal for all seeds of a fixed split
         nearest = nearest if len({str(one["confusion"]) for one in nearest}) > 1 else nearest[:1]
@@ -169,25 +169,8 @@ def picture(results: Results, *, path: str | Path) -> Path | None:
     return pictures.save_figure(figure, path)
 
 
-def load_results(path: Path) -> dict[str, Any]:
-    """results.json evaluated on test images. Raises SssdError for another file."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        schema, split, dataset = results["schema"], results["split"], results["dataset"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SssdError(f"{path}: not a results.json of `sssd-fast reproduce` ({error})") from None
-    if schema != SCHEMA or dataset not in PUBLIC_SETS or split != "test":
-        raise SssdError(
-            f"{path}: schema {schema}, data set {dataset}, {split} images; needs {SCHEMA}, one of "
-            f"{', '.join(PUBLIC_SETS)}, test images"
-        )
-    return dict(results)
-
-
 def page(text: str, found: Mapping[str, Results]) -> str:
     """`text` with the results between its markers replaced by those of name -> results.json."""
-    if not all(marker in text for marker in MARKERS):
-        raise SssdError(f"the page needs the lines {' and '.join(MARKERS)}")
 
     def on_gpu(results: Results) -> bool:
         return any(machine["type"] == "cuda" for machine in results["machines"])
@@ -242,7 +225,11 @@ def _rates(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main(folder: Path = Path("benchmarks/results/paper"), docs: Path = Path("docs")) -> None:
     """Rewrite docs/results.md and docs/results/*.png from the files in `folder`."""
-    found = {path.stem: load_results(path) for path in sorted(folder.glob("*.json"))}
+    paths = sorted(folder.glob("*.json"))
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    for name, results in found.items():
+        if (results["schema"], results["split"]) != (SCHEMA, "test"):
+            raise SssdError(f"{name}.json: needs schema {SCHEMA} and results on test images")
     target = docs / "results.md"
     atomic_write_text(target, page(target.read_text(encoding="utf-8"), found))
     for name, results in found.items():

@@ -314,5 +314,5 @@ def test_report_of_several_runs_averages_over_seeds(tmp_path):
 
 def test_report_rejects_missing_folders(tmp_path):
     for runs in ((), (tmp_path / "nowhere",)):
-        with pytest.raises(DataError, match="no run folder at .*nowhere"):
+        with pytest.raises(DataError, match=r"no run folder at .*nowhere"):
             write_report(tmp_path if runs else tmp_path / "nowhere", runs)
