@@ -1,25 +1,29 @@
-"""What every test gets: fixed seeds, one torch thread, no network, NaN in fresh memory for the ops, and a line about what was left out."""
+"""For every test: fixed seeds, one torch thread, no network, restored signal handlers, NaN in fresh memory for the ops.
+
+The last lines of a session list the tests that this machine cannot run.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import random
+import signal
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# For this process before torch is imported, and for the processes that tests start.
+# Set before torch is imported, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-# decoded images and compiled steps of tests do not belong in the user's cache
+# Decoded images and compiled steps of tests must not fill the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="sssd_fast_tests_")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -33,8 +37,8 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 NO_PARAMETERS = SimpleNamespace(params={})
-LEFT_OUT = pytest.StashKey[Counter[str]]()
-# A machine with a GPU that has torch and triton alone still tests the ops; a line at the end says what it could not.
+SKIPPED = pytest.StashKey[Counter[str]]()
+# A machine with only torch and triton still tests the ops.
 TRAINER_NEEDS = [
     name
     for name in ("pydantic", "yaml", "rich", "PIL", "sklearn", "safetensors")
@@ -46,11 +50,11 @@ collect_ignore_glob = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LEFT_OUT] = Counter()
+    config.stash[SKIPPED] = Counter()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what this machine cannot run; `pytest_terminal_summary` says how many and why."""
+    """Deselects what this machine cannot run; `pytest_terminal_summary` prints how many and why."""
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "no CUDA device"
@@ -65,14 +69,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if isinstance(value, str)
         ):
             item.add_marker("dali")
-    kept, left_out = [], []
+    kept, skipped = [], []
     for item in items:
         marker = next((name for name in reasons if item.get_closest_marker(name)), None)
-        (kept if marker is None else left_out).append(item)
+        (kept if marker is None else skipped).append(item)
         if marker is not None:
-            config.stash[LEFT_OUT][f"marked {marker}: {reasons[marker]}"] += 1
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
+            config.stash[SKIPPED][f"marked {marker}: {reasons[marker]}"] += 1
+    if skipped:
+        config.hook.pytest_deselected(items=skipped)
         items[:] = kept
 
 
@@ -80,13 +84,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(
         session.config, "workeroutput"
     ):  # a process of pytest-xdist: only its parent can print
-        session.config.workeroutput["left_out"] = dict(session.config.stash[LEFT_OUT])
+        session.config.workeroutput["skipped"] = dict(session.config.stash[SKIPPED])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: Any) -> None:
-    found = getattr(node, "workeroutput", {}).get("left_out", {})
-    node.config.stash[LEFT_OUT] |= Counter(
+    found = getattr(node, "workeroutput", {}).get("skipped", {})
+    node.config.stash[SKIPPED] |= Counter(
         found
     )  # every process collects all tests: the largest count, not the sum
 
@@ -96,10 +100,10 @@ def pytest_terminal_summary(
 ) -> None:
     if TRAINER_NEEDS:
         terminalreporter.write_line(
-            f"left out: all tests of the trainer, which needs {', '.join(TRAINER_NEEDS)}"
+            f"skipped: all tests of the trainer, which needs {', '.join(TRAINER_NEEDS)}"
         )
-    for reason, count in sorted(config.stash[LEFT_OUT].items()):
-        terminalreporter.write_line(f"left out: {count} tests {reason}")
+    for reason, count in sorted(config.stash[SKIPPED].items()):
+        terminalreporter.write_line(f"skipped: {count} tests {reason}")
 
 
 @pytest.fixture(autouse=True)
@@ -110,8 +114,17 @@ def _same_start() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _restored_signals() -> Iterator[None]:
+    """A handler of a training run must not outlive its test: SIGTERM of `timeout` has to end pytest."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections that leave this machine raise. Processes that a test starts are not covered."""
+    """Connections that leave this machine raise, except in processes that a test starts."""
 
     def guarded(real: Callable[..., Any]) -> Callable[..., Any]:
         def connect(self: socket.socket, address: Any) -> Any:
@@ -138,7 +151,7 @@ def _is_local(host: str) -> bool:
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and its kin return NaN (integers: their largest value), so that memory nobody wrote is seen at once."""
+    """torch.empty and similar return NaN (integers: the largest value), so that unwritten memory is noticed."""
 
     def poisoned(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -161,6 +174,6 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _poison_ops(request: pytest.FixtureRequest) -> None:
-    """Every test of the ops runs on poisoned memory without asking for it."""
+    """Tests of the ops run on poisoned memory."""
     if REPOSITORY / "tests" / "kernels" in request.path.parents:
         request.getfixturevalue("poisoned_empty")
