@@ -1,6 +1,4 @@
-"""Speed and memory, measured; see README.md here. Uses mae_kernels and sssd_fast; nothing imports it."""
+"""Benchmarks of mae_kernels and of the trainer; see README.md in this folder.
 
-import os
-
-# Before torch is loaded, as `sssd-fast` does: torch's CPU threads then sleep while they wait for each other.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+Nothing imports this package: `sssd-fast bench` starts it from a checkout.
+"""

@@ -1,19 +1,22 @@
-"""The ops as people write them in plain PyTorch, in two forms, with no code of mae_kernels.
+"""The ops in plain PyTorch, in two forms, without code of mae_kernels.
 
-published_*: as facebookresearch/mae (He et al., arXiv 2111.06377) and SD-MAE (arXiv 2203.16983) compute it: repeated indices, every
-patch embedded before most are dropped, every patch predicted before most are ignored.
-tuned_*: the same results by somebody who has looked at it: expanded indices, only the patches that are needed, library calls.
+published_*: as facebookresearch/mae (He et al., arXiv 2111.06377) and SD-MAE (arXiv 2203.16983) compute
+it: repeated indices; every patch is embedded before most are dropped, and predicted before most are
+ignored.
+tuned_*: the same results with expanded indices, only the patches that are needed, and library calls.
 
 Shapes: B images, L patches, K visible, M masked, D width, V = P*P*C, S prototypes, F hidden width, p = 1 prefix token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shapes import Shape
+from benchmarks.shapes import Shape
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EPS, STUDENT_TEMP, TEACHER_TEMP, WEIGHT = 1e-6, 0.1, 0.04, 0.2
@@ -30,7 +33,7 @@ def normalised(images_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """In which pixels and statistics are computed."""
+    """The dtype of pixels and statistics."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -42,33 +45,28 @@ def rows(x_BLD: Tensor, ids_BK: Tensor) -> Tensor:
 # ---- masking ----
 
 
-def published_masking(noise_BL: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def published_masking(noise_BL: Tensor, s: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two sorts, and a float mask that is filled in shuffled order and then gathered."""
     order_BL = noise_BL.argsort(1)
     place_BL = order_BL.argsort(1)
     hidden_BL = torch.ones(noise_BL.shape, device=noise_BL.device)
-    hidden_BL[:, :keep] = 0
-    return order_BL[:, :keep], place_BL, order_BL[:, keep:], hidden_BL.gather(1, place_BL)
+    hidden_BL[:, : s.keep] = 0
+    return order_BL[:, : s.keep], place_BL, order_BL[:, s.keep :], hidden_BL.gather(1, place_BL)
 
 
-def tuned_masking(noise_BL: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tuned_masking(noise_BL: Tensor, s: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The second sort is a scatter, the mask a comparison."""
-    ids_shuffle_BL = torch.argsort(noise_BL, dim=1, stable=True)
-    places = torch.arange(noise_BL.shape[1], device=noise_BL.device).expand_as(ids_shuffle_BL)
-    ids_restore_BL = torch.empty_like(ids_shuffle_BL).scatter_(1, ids_shuffle_BL, places)
-    return (
-        ids_shuffle_BL[:, :keep],
-        ids_restore_BL,
-        ids_shuffle_BL[:, keep:],
-        ids_restore_BL >= keep,
-    )
+    ids_BL = torch.argsort(noise_BL, dim=1, stable=True)
+    places = torch.arange(noise_BL.shape[1], device=noise_BL.device).expand_as(ids_BL)
+    ids_restore_BL = torch.empty_like(ids_BL).scatter_(1, ids_BL, places)
+    return ids_BL[:, : s.keep], ids_restore_BL, ids_BL[:, s.keep :], ids_restore_BL >= s.keep
 
 
 # ---- patches ----
 
 
 def patchify(images_BCHW: Tensor, patch: int, order: str) -> Tensor:
-    """[B,L,V], values as (channel, row, column) for order "crc", as (row, column, channel) for "rcc"."""
+    """[B,L,V]; order "crc": values as (channel, row, column), "rcc": (row, column, channel)."""
     B, C, H, W = images_BCHW.shape
     x = images_BCHW.reshape(B, C, H // patch, patch, W // patch, patch)
     x = x.permute((0, 2, 4, 1, 3, 5) if order == "crc" else (0, 2, 4, 3, 5, 1))
@@ -76,7 +74,7 @@ def patchify(images_BCHW: Tensor, patch: int, order: str) -> Tensor:
 
 
 def listed_pixels(images_BCHW: Tensor, ids_BK: Tensor, s: Shape, order: str) -> Tensor:
-    """[B,K,V] uint8 of the listed patches alone: one advanced index, nothing else of the images is read."""
+    """[B,K,V] uint8 of the listed patches: one advanced index reads only these."""
     B, C, H, W = images_BCHW.shape
     across = W // s.patch
     x = images_BCHW.view(B, C, H // s.patch, s.patch, across, s.patch).permute(0, 2, 4, 1, 3, 5)
@@ -105,19 +103,19 @@ def listed_values(
     return (x_BKV - mean_V) / std_V
 
 
-def published_gather(images_BCHW: Tensor, ids_BK: Tensor, s: Shape, dtype: torch.dtype) -> Tensor:
-    x_BLV = patchify(normalised(images_BCHW, wide(dtype)), s.patch, "crc").to(dtype)
+def published_gather(images_BCHW: Tensor, ids_BK: Tensor, like: Tensor, s: Shape) -> Tensor:
+    x_BLV = patchify(normalised(images_BCHW, wide(like.dtype)), s.patch, "crc").to(like.dtype)
     return torch.gather(x_BLV, 1, ids_BK.unsqueeze(-1).repeat(1, 1, x_BLV.shape[-1]))
 
 
-def tuned_gather(images_BCHW: Tensor, ids_BK: Tensor, s: Shape, dtype: torch.dtype) -> Tensor:
-    return listed_values(images_BCHW, ids_BK, s, "crc", dtype).to(dtype)
+def tuned_gather(images_BCHW: Tensor, ids_BK: Tensor, like: Tensor, s: Shape) -> Tensor:
+    return listed_values(images_BCHW, ids_BK, s, "crc", like.dtype).to(like.dtype)
 
 
-def unfold_gather(images_BCHW: Tensor, ids_BK: Tensor, s: Shape, dtype: torch.dtype) -> Tensor:
+def unfold_gather(images_BCHW: Tensor, ids_BK: Tensor, like: Tensor, s: Shape) -> Tensor:
     """F.unfold has the (channel, row, column) order of a convolution's weight."""
-    x_BVL = F.unfold(normalised(images_BCHW, wide(dtype)), s.patch, stride=s.patch)
-    return rows(x_BVL.transpose(1, 2), ids_BK).to(dtype)
+    x_BVL = F.unfold(normalised(images_BCHW, wide(like.dtype)), s.patch, stride=s.patch)
+    return rows(x_BVL.transpose(1, 2), ids_BK).to(like.dtype)
 
 
 def published_embed(
@@ -131,10 +129,8 @@ def published_embed(
 def tuned_embed(
     images_BCHW: Tensor, ids_BK: Tensor, weight: Tensor, bias_D: Tensor, pos_LD: Tensor, s: Shape
 ) -> Tensor:
-    return (
-        F.linear(tuned_gather(images_BCHW, ids_BK, s, weight.dtype), weight.flatten(1), bias_D)
-        + pos_LD[ids_BK]
-    )
+    x_BKV = tuned_gather(images_BCHW, ids_BK, weight, s)
+    return F.linear(x_BKV, weight.flatten(1), bias_D) + pos_LD[ids_BK]
 
 
 # ---- restore ----
@@ -154,7 +150,7 @@ def published_restore(
 def tuned_restore(
     visible_BND: Tensor, ids_restore_BL: Tensor, mask_D: Tensor, pos_ND: Tensor
 ) -> Tensor:
-    """No mask token is repeated: rows that have no token read any and are replaced where they are added."""
+    """Nothing is repeated: masked rows read any token, and `where` replaces them by the mask token."""
     keep = visible_BND.shape[1] - 1
     x_BLD = rows(visible_BND, (ids_restore_BL + 1).clamp(max=keep))
     x_BLD = torch.where((ids_restore_BL < keep).unsqueeze(-1), x_BLD, mask_D)
@@ -171,7 +167,7 @@ def gelu_linear(x: Tensor, bias_F: Tensor, weight_DF: Tensor, out_bias_D: Tensor
 # ---- losses ----
 
 
-def _unit(target: Tensor) -> Tensor:
+def unit(target: Tensor) -> Tensor:
     """Per patch: zero mean and unit (unbiased) variance."""
     center = target.mean(-1, keepdim=True)
     spread = (target.var(-1, keepdim=True) + EPS).sqrt()
@@ -181,9 +177,9 @@ def _unit(target: Tensor) -> Tensor:
 def published_reconstruction(
     pred_BLV: Tensor, images_BCHW: Tensor, mask_BL: Tensor, s: Shape
 ) -> Tensor:
-    """Every patch is predicted and compared; the mask picks afterwards."""
+    """Every patch is compared; the mask selects afterwards."""
     dtype = wide(pred_BLV.dtype)
-    target_BLV = _unit(patchify(normalised(images_BCHW, dtype), s.patch, "rcc"))
+    target_BLV = unit(patchify(normalised(images_BCHW, dtype), s.patch, "rcc"))
     each_BL = (pred_BLV.to(dtype) - target_BLV).square().mean(-1)
     chosen_BL = mask_BL.to(dtype)
     loss: Tensor = (each_BL * chosen_BL).sum() / chosen_BL.sum()
@@ -191,12 +187,12 @@ def published_reconstruction(
 
 
 def tuned_reconstruction(pred_BMV: Tensor, images_BCHW: Tensor, ids_BM: Tensor, s: Shape) -> Tensor:
-    target_BMV = _unit(listed_values(images_BCHW, ids_BM, s, "rcc", pred_BMV.dtype))
+    target_BMV = unit(listed_values(images_BCHW, ids_BM, s, "rcc", pred_BMV.dtype))
     return F.mse_loss(pred_BMV.to(target_BMV.dtype), target_BMV)
 
 
 def distillation(student_BS: Tensor, teacher_BS: Tensor, center_S: Tensor) -> tuple[Tensor, Tensor]:
-    """(cross entropy of teacher and student, mean of the teacher's probabilities); logits are averaged over tokens before."""
+    """(cross entropy of teacher and student, mean of the teacher's probabilities)."""
     dtype = wide(student_BS.dtype)
     p_BS = F.softmax((teacher_BS.to(dtype) - center_S.to(dtype)) / TEACHER_TEMP, -1)
     log_q_BS = F.log_softmax(student_BS.to(dtype) / STUDENT_TEMP, -1)
@@ -207,48 +203,53 @@ def tuned_distillation(
     student_BS: Tensor, teacher_BS: Tensor, center_S: Tensor
 ) -> tuple[Tensor, Tensor]:
     dtype = wide(student_BS.dtype)
-    teacher_BS = ((teacher_BS.to(dtype) - center_S.to(dtype)) / TEACHER_TEMP).softmax(-1)
-    return F.cross_entropy(
-        student_BS.to(dtype) / STUDENT_TEMP, teacher_BS
-    ), teacher_BS.detach().mean(0)
+    p_BS = ((teacher_BS.to(dtype) - center_S.to(dtype)) / TEACHER_TEMP).softmax(-1)
+    loss = F.cross_entropy(student_BS.to(dtype) / STUDENT_TEMP, p_BS)
+    return loss, p_BS.detach().mean(0)
 
 
 # ---- crops ----
 
 
-def crop_each(
-    pixels_T: Tensor,
-    offsets: Tensor,
-    shapes: Tensor,
-    boxes: Tensor,
-    flips: Tensor,
-    s: Shape,
-    *,
-    passes: bool,
+def crop_two_passes(
+    pixels_T: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, s: Shape
 ) -> Tensor:
-    """[B,C,h,w] uint8, image by image, as torchvision's RandomResizedCrop does with F.interpolate.
+    """Along rows first, rounded, then along columns, as Pillow does."""
+    height, width = s.image
+    crops = _crops(pixels_T, offsets, shapes, boxes, flips, s)
+    return torch.cat([_resized(_resized(x, (x.shape[2], width)), (height, width)) for x in crops])
 
-    passes: resize along rows first and round, then along columns, as Pillow does; else both at once.
-    """
-    out_BChw = []
-    (height, width), C = s.image, s.channels
+
+def crop_one_pass(
+    pixels_T: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, s: Shape
+) -> Tensor:
+    """As torchvision's RandomResizedCrop on tensors."""
+    crops = _crops(pixels_T, offsets, shapes, boxes, flips, s)
+    return torch.cat([_resized(x, s.image) for x in crops])
+
+
+def _resized(crop_1CHW: Tensor, size: tuple[int, int]) -> Tensor:
+    x = F.interpolate(crop_1CHW.float(), size=size, mode="bicubic", antialias=True)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def _crops(
+    pixels_T: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, s: Shape
+) -> Iterator[Tensor]:
+    """[1,C,h,w] of each image; flipped before resizing, which is symmetric."""
     of_images = (t.tolist() for t in (offsets, shapes, boxes, flips))
-    for offset, (rows_, columns), (top, left, h, w), flip in zip(*of_images, strict=True):
-        image_HWC = pixels_T[offset : offset + rows_ * columns * C].view(rows_, columns, C)
-        crop = image_HWC[top : top + h, left : left + w].permute(2, 0, 1)[None].float()
-        for size in ((h, width), (height, width)) if passes else ((height, width),):
-            crop = (
-                F.interpolate(crop, size=size, mode="bicubic", antialias=True).round().clamp(0, 255)
-            )
-        out_BChw.append((crop.flip(-1) if flip else crop).to(torch.uint8))
-    return torch.cat(out_BChw)
+    for offset, (height, width), (top, left, h, w), flip in zip(*of_images, strict=True):
+        size = height * width * s.channels
+        image_HWC = pixels_T[offset : offset + size].view(height, width, s.channels)
+        crop_1CHW = image_HWC[top : top + h, left : left + w].permute(2, 0, 1)[None]
+        yield crop_1CHW.flip(-1) if flip else crop_1CHW
 
 
 # ---- attention ----
 
 
 def attention(qkv_BN3Hd: Tensor) -> Tensor:
-    """As timm 0.3.2's Attention, which facebookresearch/mae uses, under autocast: half precision, but an fp32 softmax."""
+    """As timm 0.3.2 (used by facebookresearch/mae) under autocast: half precision, softmax in fp32."""
     q_BHNd, k_BHNd, v_BHNd = qkv_BN3Hd.permute(2, 0, 3, 1, 4).unbind(0)
     scores_BHNN = q_BHNd @ k_BHNd.transpose(-2, -1) * q_BHNd.shape[-1] ** -0.5
     weights_BHNN = scores_BHNN.softmax(dim=-1, dtype=wide(qkv_BN3Hd.dtype)).to(v_BHNd.dtype)

@@ -1,51 +1,27 @@
-"""The masked autoencoder and its self-distillation as published, written anew from what they compute: the baseline of the step.
+"""The masked autoencoder and its self-distillation as published: the baseline of the training step.
 
-MaskedAutoencoderViT does the operations of facebookresearch/mae (He et al., arXiv 2111.06377) on blocks as in timm 0.3.2, which it
-requires: a convolution embeds all patches, visible or not; two argsorts and torch.gather with repeated indices mask and restore them;
-attention writes its probabilities to memory; every patch is predicted; the target of the loss is written to memory. SDMAE adds the loss
-of SD-MAE (Luo, Chen et al., arXiv 2203.16983): logits of every visible token, averaged before the softmax. Names of parameters are
-those of facebookresearch/mae. Two things differ: the noise that chooses the masked patches is an argument, so that every provider can
-mask alike, and images may be of any size and number of channels.
+MaskedAutoencoderViT does the operations of facebookresearch/mae (He et al., arXiv 2111.06377) on blocks
+as in timm 0.3.2, which it requires: a convolution embeds all patches, visible or not; two argsorts and
+torch.gather with repeated indices mask and restore them; attention writes its probabilities to memory;
+every patch is predicted; the target of the loss is written to memory. SDMAE adds the loss of SD-MAE
+(Luo, Chen et al., arXiv 2203.16983): logits of every visible token, averaged before the softmax.
+Parameters have the names of facebookresearch/mae. Two differences: the noise that selects the masked
+patches is an argument, so that all providers mask alike, and images may have any size and channels.
 
-Shapes: B images, L patches, K visible, p = 1 cls token, N = tokens in a block, D encoder width, E decoder width, H heads, d = D / H,
-V = P*P*C values of one patch in the order (row, column, channel), S prototypes, F bottleneck features.
+Shapes: B images, L patches, K visible, D encoder width, E decoder width, V = P*P*C values of a patch in
+the order (row, column, channel), S prototypes, F bottleneck features.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class Sizes:
-    image_size: tuple[int, int]  # height, width in pixels
-    patch_size: int
-    channels: int
-    width: int
-    depth: int
-    heads: int
-    decoder_width: int
-    decoder_depth: int
-    decoder_heads: int
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
-    mask_ratio: float = 0.75
-
-    @property
-    def patches(self) -> int:
-        return (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
-
-
-class Masked(NamedTuple):
-    latent_BND: Tensor  # LayerNorm(encoder), the cls token first
-    mask_BL: Tensor  # float, 1 = masked
-    ids_restore_BL: Tensor
-    ids_keep_BK: Tensor
+from benchmarks import eager
+from benchmarks.shapes import Shape
 
 
 class Attention(nn.Module):
@@ -57,35 +33,31 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        B, N, D = x_BND.shape
-        qkv_3BHNd = (
-            self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        )
-        q_BHNd, k_BHNd, v_BHNd = qkv_3BHNd[0], qkv_3BHNd[1], qkv_3BHNd[2]
+        qkv_BN3Hd = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
+        q_BHNd, k_BHNd, v_BHNd = qkv_BN3Hd.permute(2, 0, 3, 1, 4)
         scores_BHNN = (q_BHNd @ k_BHNd.transpose(-2, -1)) * self.scale
-        out_BND = (scores_BHNN.softmax(dim=-1) @ v_BHNd).transpose(1, 2).reshape(B, N, D)
-        out: Tensor = self.proj(out_BND)
-        return out
+        out_BNHd = (scores_BHNN.softmax(dim=-1) @ v_BHNd).transpose(1, 2)
+        out_BND: Tensor = self.proj(out_BNHd.reshape(x_BND.shape))
+        return out_BND
 
 
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x_BND: Tensor) -> Tensor:
@@ -94,9 +66,9 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, patch_size: int, channels: int, width: int) -> None:
+    def __init__(self, s: Shape) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(s.channels, s.width, kernel_size=s.patch, stride=s.patch)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """[B, L, D]: all patches."""
@@ -104,119 +76,92 @@ class PatchEmbed(nn.Module):
         return out
 
 
-class MaskedAutoencoderViT(nn.Module):
-    """norm: how the target of a patch is normalised: "patch" over all of its values, "channel" each channel by itself, "none"."""
+class Encoded(NamedTuple):
+    latent_BND: Tensor  # after the final norm, the cls token first
+    ids_keep_BK: Tensor
+    ids_restore_BL: Tensor
+    mask_BL: Tensor  # float, 1 = masked
 
-    def __init__(self, sizes: Sizes, norm: str = "patch") -> None:
+
+class MaskedAutoencoderViT(nn.Module):
+    """norm: how the target is normalised: "patch" over all values, "channel" per channel, "none"."""
+
+    def __init__(
+        self,
+        s: Shape,
+        depth: int,
+        decoder_depth: int,
+        norm: str = "patch",
+        mlp_ratio: float = 4.0,
+        eps: float = 1e-6,
+    ) -> None:
         super().__init__()
-        self.sizes = sizes
+        self.shape = s
         self.norm_target = norm
-        ratio = sizes.mlp_ratio
-        eps = sizes.norm_eps
-        D = sizes.width
-        E = sizes.decoder_width
-        self.patch_embed = PatchEmbed(sizes.patch_size, sizes.channels, D)
+        D = s.width
+        E = s.decoder
+        tokens = 1 + s.patches
+        self.patch_embed = PatchEmbed(s)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + sizes.patches, D), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(D, sizes.heads, ratio, eps) for _ in range(sizes.depth))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, D), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(D, s.heads, mlp_ratio, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(D, eps=eps)
         self.decoder_embed = nn.Linear(D, E)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
-        self.decoder_pos_embed = nn.Parameter(
-            torch.zeros(1, 1 + sizes.patches, E), requires_grad=False
-        )
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, E), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            Block(E, sizes.decoder_heads, ratio, eps) for _ in range(sizes.decoder_depth)
+            Block(E, s.decoder_heads, mlp_ratio, eps) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(E, eps=eps)
-        self.decoder_pred = nn.Linear(E, sizes.patch_size**2 * sizes.channels)
+        self.decoder_pred = nn.Linear(E, s.values)
 
-    def patchify(self, images_BCHW: Tensor) -> Tensor:
-        """[B, L, V], written to memory."""
-        B, C, height, width = images_BCHW.shape
-        P = self.sizes.patch_size
-        grid_BChPwP = images_BCHW.reshape(B, C, height // P, P, width // P, P)
-        return grid_BChPwP.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, P * P * C)
-
-    def keep_visible(
-        self, x_BLD: Tensor, noise_BL: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(visible tokens [B, K, D], mask, ids_restore, ids_keep); the K smallest of the noise stay."""
-        L, D = x_BLD.shape[1:]
-        K = int(L * (1 - self.sizes.mask_ratio))
-        order_BL = noise_BL.argsort(1)
-        place_BL, kept_BK = order_BL.argsort(1), order_BL[:, :K]
-        hidden_BL = torch.ones(noise_BL.shape, device=x_BLD.device)
-        hidden_BL[:, :K] = 0
-        visible_BKD = x_BLD.gather(1, kept_BK[..., None].repeat(1, 1, D))
-        return visible_BKD, hidden_BL.gather(1, place_BL), place_BL, kept_BK
-
-    def encode(self, images_BCHW: Tensor, noise_BL: Tensor) -> Masked:
-        x_BLD = self.patch_embed(images_BCHW) + self.pos_embed[:, 1:, :]
-        x_BND, *masking = self.keep_visible(x_BLD, noise_BL)
-        cls_B1D = (self.cls_token + self.pos_embed[:, :1, :]).expand(x_BND.shape[0], -1, -1)
-        x_BND = torch.cat((cls_B1D, x_BND), dim=1)
+    def encode(self, images_BCHW: Tensor, noise_BL: Tensor) -> Encoded:
+        x_BLD = self.patch_embed(images_BCHW) + self.pos_embed[:, 1:]
+        keep_BK, restore_BL, _, mask_BL = eager.published_masking(noise_BL, self.shape)
+        x_BKD = x_BLD.gather(1, keep_BK[..., None].repeat(1, 1, x_BLD.shape[-1]))
+        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(x_BLD.shape[0], -1, -1)
+        x_BND = torch.cat((cls_B1D, x_BKD), dim=1)
         for block in self.blocks:
             x_BND = block(x_BND)
-        return Masked(self.norm(x_BND), *masking)
+        return Encoded(self.norm(x_BND), keep_BK, restore_BL, mask_BL)
 
     def decode(self, latent_BND: Tensor, ids_restore_BL: Tensor) -> Tensor:
-        """[B, p+L, E] tokens after the final norm, in image order behind the cls token."""
-        x_BNE = self.decoder_embed(latent_BND)
-        (B, N, E), L = x_BNE.shape, ids_restore_BL.shape[1]
-        fill_BME = self.mask_token.repeat(B, L + 1 - N, 1).to(x_BNE.dtype)
-        shuffled_BLE = torch.cat((x_BNE[:, 1:], fill_BME), 1)
-        restored_BLE = shuffled_BLE.gather(1, ids_restore_BL[..., None].repeat(1, 1, E))
-        x_BNE = torch.cat((x_BNE[:, :1], restored_BLE), 1) + self.decoder_pos_embed
+        """[B, 1+L, E] tokens after the final norm, in image order after the cls token."""
+        x_BND = self.decoder_embed(latent_BND)
+        mask_E = self.mask_token.flatten().to(x_BND.dtype)
+        x_BNE = eager.published_restore(x_BND, ids_restore_BL, mask_E, self.decoder_pos_embed)
         for block in self.decoder_blocks:
             x_BNE = block(x_BNE)
         out: Tensor = self.decoder_norm(x_BNE)
         return out
 
-    def reconstruction_loss(self, images_BCHW: Tensor, pred_BLV: Tensor, mask_BL: Tensor) -> Tensor:
-        """Mean squared error over masked patches, of every patch and then masked."""
-        target_BLV = self.patchify(images_BCHW)
-        if self.norm_target != "none":
-            C = self.sizes.channels
-            target = (
-                target_BLV
-                if self.norm_target == "patch"
-                else target_BLV.unflatten(-1, (-1, C)).transpose(-1, -2)
-            )
-            center = target.mean(-1, keepdim=True)
-            spread = (target.var(-1, keepdim=True) + 1e-6).sqrt()
-            target = (target - center) / spread
-            target_BLV = (
-                target if self.norm_target == "patch" else target.transpose(-1, -2).flatten(-2)
-            )
+    def reconstruction_loss(self, images_BCHW: Tensor, y_BNE: Tensor, mask_BL: Tensor) -> Tensor:
+        """Mean squared error of every patch, then of the masked ones."""
+        pred_BLV = self.decoder_pred(y_BNE)[:, 1:, :]
+        target_BLV = eager.patchify(images_BCHW, self.shape.patch, "rcc")
+        if self.norm_target == "patch":
+            target_BLV = eager.unit(target_BLV)
+        elif self.norm_target == "channel":
+            target_BLCA = target_BLV.unflatten(-1, (-1, self.shape.channels)).transpose(-1, -2)
+            target_BLV = eager.unit(target_BLCA).transpose(-1, -2).flatten(-2)
         each_BL = (pred_BLV - target_BLV).square().mean(-1)
         loss: Tensor = (each_BL * mask_BL).sum() / mask_BL.sum()
         return loss
 
-    def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised float images and noise -> (loss, predictions [B, L, V], mask [B, L])."""
+    def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, None]:
+        """Normalised float images and noise [B, L] -> (loss, no centre)."""
         encoded = self.encode(images_BCHW, noise_BL)
         y_BNE = self.decode(encoded.latent_BND, encoded.ids_restore_BL)
-        pred_BLV = self.decoder_pred(y_BNE)[:, 1:, :]
-        return (
-            self.reconstruction_loss(images_BCHW, pred_BLV, encoded.mask_BL),
-            pred_BLV,
-            encoded.mask_BL,
-        )
+        return self.reconstruction_loss(images_BCHW, y_BNE, encoded.mask_BL), None
 
 
 class Head(nn.Module):
-    """Linear-GELU-Linear-GELU-Linear, L2-normalised, then weight-normalised prototypes of gain 1, for every token."""
+    """Linear, GELU, Linear, GELU, Linear; L2-normalised; prototypes of unit length; for every token."""
 
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, bottleneck),
-        )
+        layers = (nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU())
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
         self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
 
     def forward(self, x_BKD: Tensor) -> Tensor:
@@ -226,45 +171,35 @@ class Head(nn.Module):
         return F.linear(f_BKF, unit_SF)
 
 
-class Distilled(NamedTuple):
-    total: Tensor
-    reconstruction: Tensor
-    distillation: Tensor
-    batch_center_S: Tensor  # mean over the images of the teacher's probabilities
-
-
 class SDMAE(nn.Module):
-    """weight: share of the distillation in the total. Gradients reach the teacher's side, as in SD-MAE."""
+    """weight: share of the distillation. As in SD-MAE, gradients also reach the teacher's branch."""
 
     center: Tensor
 
     def __init__(
         self,
-        sizes: Sizes,
-        norm: str = "channel",
+        mae: MaskedAutoencoderViT,
         *,
         weight: float = 0.2,
         head: tuple[int, int, int] = (2048, 256, 4096),  # hidden, bottleneck, prototypes
-        student_temp: float = 0.1,
-        teacher_temp: float = 0.04,
+        temps: tuple[float, float] = (0.1, 0.04),  # student, teacher
         momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        self.mae = MaskedAutoencoderViT(sizes, norm)
-        self.student_head = Head(sizes.width, *head)
-        self.teacher_head = Head(sizes.decoder_width, *head)
+        self.mae = mae
+        self.student_head = Head(mae.shape.width, *head)
+        self.teacher_head = Head(mae.shape.decoder, *head)
         self.weight = weight
-        self.temps = (student_temp, teacher_temp)
+        self.temps = temps
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(head[2]))
 
-    def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> Distilled:
+    def losses(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(reconstruction, distillation, mean of the teacher's probabilities over the images [S])."""
         mae = self.mae
         encoded = mae.encode(images_BCHW, noise_BL)
         y_BNE = mae.decode(encoded.latent_BND, encoded.ids_restore_BL)
-        reconstruction = mae.reconstruction_loss(
-            images_BCHW, mae.decoder_pred(y_BNE)[:, 1:, :], encoded.mask_BL
-        )
+        reconstruction = mae.reconstruction_loss(images_BCHW, y_BNE, encoded.mask_BL)
         ids_BKE = encoded.ids_keep_BK.unsqueeze(-1).repeat(1, 1, y_BNE.shape[-1])
         teacher_BKE = torch.gather(y_BNE[:, 1:, :], 1, ids_BKE)
         z_student_BS = self.student_head(encoded.latent_BND[:, 1:, :]).mean(dim=1)
@@ -272,11 +207,14 @@ class SDMAE(nn.Module):
         student, teacher = self.temps
         p_BS = F.softmax((z_teacher_BS - self.center) / teacher, dim=-1)
         distillation = -(p_BS * F.log_softmax(z_student_BS / student, dim=-1)).sum(dim=-1).mean()
-        total = self.weight * distillation + (1 - self.weight) * reconstruction
-        return Distilled(total, reconstruction, distillation, p_BS.detach().mean(dim=0))
+        return reconstruction, distillation, p_BS.detach().mean(dim=0)
+
+    def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, mean of the teacher's probabilities over the images [S])."""
+        reconstruction, distillation, batch_center_S = self.losses(images_BCHW, noise_BL)
+        return self.weight * distillation + (1 - self.weight) * reconstruction, batch_center_S
 
     @torch.no_grad()
     def update_center(self, batch_center_S: Tensor) -> None:
-        self.center.mul_(self.momentum).add_(
-            batch_center_S.to(self.center.dtype), alpha=1 - self.momentum
-        )
+        new_S = batch_center_S.to(self.center.dtype)
+        self.center.mul_(self.momentum).add_(new_S, alpha=1 - self.momentum)

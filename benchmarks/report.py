@@ -1,270 +1,293 @@
-"""`sssd-fast bench report`: README's tables, docs/benchmarks.md, docs/results.md, pictures and long tables, from the files in
-benchmarks/results.
+"""`bench report`: docs/benchmarks.md, its long tables and pictures, from the files in benchmarks/results.
 
-Of each kind and device the newest file counts; quick runs never do. In the README only what stands between `<!-- bench:NAME -->` and
-`<!-- /bench:NAME -->` is replaced. `--check` writes nothing and says which texts differ from what the files give; pictures are not
-compared, since their bytes depend on the version of matplotlib.
+Of each kind and device the newest file is used, quick runs never. `--check` writes nothing and lists
+the pages that differ from what the files give; pictures are not compared, since their bytes depend on
+the version of matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks import plots, results
+from benchmarks.harness import BOTH, FORWARD, OURS
+from benchmarks.results import is_stale, slug
+from benchmarks.tables import (
+    STALE,
+    Document,
+    ceiling_text,
+    device_name,
+    markdown,
+    significant,
+    tables,
+)
 from sssd_fast.errors import SssdError
-from sssd_fast.run.files import atomic_write_text
+from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
 from sssd_fast.run.log import Console
 
-from . import plots, results, tables
-from .formats import Document, caption, device_name
-from .machine import slug
-
 ROOT = Path(__file__).resolve().parent.parent
-README, PAGE, FOLDER = "README.md", "docs/benchmarks.md", "docs/benchmarks"
-LONG = "kernels"  # thousands of rows: in a page of its own per device
-OVERVIEW, PAPER = "summary", "paper"
-NAMES = (OVERVIEW, *tables.SECTIONS, PAPER)
-KINDS = ("kernels", "attention", "step", "memory", "loader-speed", "loader-parity", "loader-memory")
-TITLES = {
-    "kernels": "Ops",
+PAGE, FOLDER = "docs/benchmarks.md", "docs/benchmarks"
+LONG = "ops"  # hundreds of rows: a page of its own per device
+SECTIONS = {
+    "ops": "Ops",
     "attention": "Attention",
     "step": "Training step",
     "memory": "Training memory",
     "loader": "Loading",
 }
-MARKER = re.compile(r"<!-- (/?)bench:(\S+) -->")
-AGAIN = "run `sssd-fast bench report`"
+KINDS = ("ops", "attention", "step", "memory", "loader-speed", "loader-parity", "loader-memory")
+NOT_SHOWN = {"ops": ("how",), "attention": ("how",), "memory": ("how",)}  # columns, by kind
+# providers that the overview compares ours with; None = the fastest other provider
+OVERVIEW: dict[str, Sequence[str | None]] = {
+    "ops": ("published", "tuned compiled", "library", None),
+    "attention": ("eager compiled", "sdpa auto", None),
+    "step": ("published", "ViTMAE", "plain compiled", None),
+    "memory": ("published", "plain compiled"),
+}
 
 
 @dataclass(frozen=True)
 class Found:
-    documents: list[Document]  # the newest of each kind and device: GPUs first
+    documents: list[Document]  # the newest of each kind and device, GPUs first
     warnings: list[str]
 
 
 def find(folder: Path) -> Found:
-    """Raises SssdError for a file that is no JSON or no result at all."""
+    """Raises SssdError for a file that is not a result of this version."""
     newest, warnings = dict[tuple[str, str], Document](), list[str]()
-    loaded = []
-    for path in sorted(folder.glob("*.json")):
-        schema = _schema(path)
-        if schema is not None and schema != results.SCHEMA:
-            warnings.append(
-                f"{path.name} is left out: its schema is {schema}, not {results.SCHEMA}"
-            )
-            continue
-        document = {**results.load(path), "file": path.name}
+    loaded = [{**results.load(path), "file": path.name} for path in sorted(folder.glob("*.json"))]
+    for document in sorted(loaded, key=lambda one: str(one["started"])):
         if document["kind"] not in KINDS:
-            raise SssdError(
-                f"{path}: its kind is {document['kind']!r}, known are {', '.join(KINDS)}"
-            )
+            known = ", ".join(KINDS)
+            raise SssdError(f"{document['file']}: kind {document['kind']!r}, known are {known}")
         if document["quick"]:
-            warnings.append(f"{path.name} is left out: a quick run")
-        else:
-            loaded.append(document)
-    for document in sorted(loaded, key=lambda one: one["started"]):
+            warnings.append(f"{document['file']} is a quick run and not reported")
+            continue
         newest[document["kind"], document["device"]["name"]] = document
-    order = sorted(
-        newest.values(),
-        key=lambda one: (
-            one["device"]["type"] != "cuda",
-            one["device"]["name"],
-            KINDS.index(one["kind"]),
-        ),
-    )
-    warnings += [
-        f"{one['file']} is unfinished; it is shown, and said to be"
-        for one in order
-        if not one["finished"]
-    ]
-    return Found(order, warnings)
+        if not document["finished"]:
+            warnings.append(f"{document['file']} is unfinished; the page says so")
+    order = sorted(newest.values(), key=lambda one: KINDS.index(one["kind"]))
+    return Found(sorted(order, key=lambda one: one["device"]["type"] != "cuda"), warnings)
 
 
-def _schema(path: Path) -> str | None:
-    """None where results.load has more to say."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return document.get("schema") if isinstance(document, dict) else None
+# ---- pages ----
 
-
-# ---- texts ----
-
-
-def texts(found: Found, readme: str) -> dict[str, str]:
-    """What README and pages must be, by path from the root of the repository."""
-    documents = found.documents
-    sections = {name: tables.summary(name, documents) for name in tables.SECTIONS}
-    sections[OVERVIEW] = tables.overview(documents)
-    sections[PAPER] = "NVIDIA GPU: not measured. Small models on a processor: docs/results.md."
-    long = {
-        f"{FOLDER}/{long_name(one)}": long_page(one) for one in documents if one["kind"] == LONG
-    }
-    pages = {PAGE: page(documents)}
-    return {README: replace(readme, sections), **pages, **long}
-
-
-def replace(text: str, sections: dict[str, str]) -> str:
-    """`text` with each section between its markers. Raises SssdError where markers are missing, doubled, crossed or unknown."""
-    found = list(MARKER.finditer(text))
-    for number, marker in enumerate(found):
-        name, closes = marker.group(2), marker.group(1) == "/"
-        if name not in sections:
-            raise SssdError(
-                f"{README}: marker {marker.group()} names no section; known are {', '.join(sections)}"
-            )
-        expected = (
-            f"<!-- /bench:{found[number - 1].group(2)} -->" if number % 2 else "an opening marker"
-        )
-        if closes != bool(number % 2) or (closes and marker.group() != expected):
-            raise SssdError(f"{README}: marker {marker.group()} stands where {expected} is needed")
-    for name in sections:
-        count = sum(marker.group(2) == name for marker in found)
-        if count != 2:
-            has = (
-                "missing" if count == 0 else "not closed" if count == 1 else "there more than once"
-            )
-            raise SssdError(
-                f"{README}: marker <!-- bench:{name} --> is {has}; write it and <!-- /bench:{name} --> on lines of their own, once"
-            )
-    out, end = [], 0
-    for begin, close in zip(found[::2], found[1::2], strict=True):
-        out += [text[end : begin.end()], "\n", sections[begin.group(2)].strip(), "\n"]
-        end = close.start()
-    return "".join([*out, text[end:]])
-
-
-INTRODUCTION = """\
+INTRODUCTION = f"""\
 # Benchmarks
 
 Written by `sssd-fast bench report` from the files in `benchmarks/results`; do not edit it by hand.
-[benchmarks/README.md](../benchmarks/README.md) has the rules that all measurements follow.
+[benchmarks/README.md](../benchmarks/README.md) has the rules of all measurements.
 
-- A figure is the median of single calls; 20 % and 80 % quantiles and the number of calls stand beside it. Providers take turns, the last
-  cache is emptied before every call, and compiling and warming up enter no figure. "gap" is a second pass against the first.
-- "time / ours" is a provider's time divided by ours, with its bootstrapped 95 % interval; above 1 ours is faster. "same": the interval
-  holds 1, or the two are closer than 2 % or than the gap between their own passes. "slower" and "faster" speak of the provider.
-- "error / allowed": largest error against fp64, relative to the largest value, and the most that gets a time: twice that of plain eager
-  PyTorch in the same dtype, and 32 fp32 roundings for sums in another order.
+- Times are medians of single calls, with 20 % and 80 % quantiles and the number of calls. Providers
+  alternate, the last-level cache is flushed before every call, compilation and warm-up are not included.
+  "gap" is a second pass relative to the first. "host time" (GPUs only) is the time until the call
+  returns, without waiting for the device.
+- "time / ours" is a provider's time divided by ours, with its bootstrapped 95 % interval; above 1 ours
+  is faster. "same": the interval contains 1, or the difference is below 2 % or below the gap of either
+  provider. "slower" and "faster" refer to the provider.
+- "error / allowed": largest error against fp64, relative to the largest value, and the limit: twice that
+  of eager PyTorch in the same dtype, plus 32 fp32 roundings for sums in another order.
 - "peak" is the largest memory of a call beyond its inputs.
-- A † marks what was measured before the sources that it depends on changed."""
-AGAIN_TEXT = """\
+- {STALE}: measured before the sources that it depends on changed."""
+
+AGAIN = """\
 ## How to measure again
 
-Each table names the command it came from. `sssd-fast bench kernels`, `attention`, `step`, `memory` and `loader` write one file each to
-`benchmarks/results`, with every row as soon as it is there. `sssd-fast bench compare A.json B.json --fail-over 5%` holds two files of one
-device against each other. `sssd-fast bench report` writes this page, its pictures and the README's tables."""
+Each section names its command. `sssd-fast bench ops`, `attention`, `step`, `memory` and `loader` write
+one file each to `benchmarks/results`, rewritten after every row. `sssd-fast bench compare A.json B.json
+--fail-over 5%` compares two files of one device. `sssd-fast bench report` writes this page."""
+
+
+def pages(documents: Sequence[Document]) -> dict[str, str]:
+    """Text by path from the root of the repository."""
+    found = {PAGE: page(documents)}
+    for document in documents:
+        if document["kind"] == LONG:
+            title = f"# {SECTIONS[LONG]}, all rows: {device_name(document)}"
+            columns = "[What the columns mean](../benchmarks.md)."
+            found[long_path(document)] = "\n\n".join([title, columns, *body(document)]) + "\n"
+    return found
+
+
+def long_path(document: Document) -> str:
+    return f"{FOLDER}/{document['kind']}-{slug(document['device']['name'])}.md"
 
 
 def page(documents: Sequence[Document]) -> str:
-    blocks = [INTRODUCTION, "## In short", tables.overview(documents)]
-    pictures = plots.planned(documents)
-    blocks[2] = blocks[2].replace("(docs/benchmarks.md)", "(benchmarks.md)")
-    for section in tables.SECTIONS:
-        mine = [document for document in documents if tables.section_of(document) == section]
-        blocks += [f"## {TITLES[section]}", *tables.not_measured(mine)]
+    blocks = [INTRODUCTION, "## Overview", *overview(documents)]
+    for section, title in SECTIONS.items():
+        mine = [one for one in documents if one["kind"].partition("-")[0] == section]
+        blocks += [f"## {title}", *not_measured(mine)]
         for document in mine:
             rest = document["kind"].partition("-")[2]
-            blocks += [f"### {device_name(document)}{': ' * bool(rest)}{rest}"]
-            blocks += [
-                tables.with_note(document, caption(document)) + f" File: `{document['file']}`."
-            ]
-            blocks += [
-                f"![{plot.title}](benchmarks/{plot.file})"
-                for plot in pictures
-                if plot.document is document
-            ]
-            if document["kind"] == LONG:
-                blocks += [
-                    tables.short(document),
-                    f"[All {len(document['rows'])} rows](benchmarks/{long_name(document)})",
-                ]
+            blocks.append(f"### {device_name(document)}{': ' * bool(rest)}{rest}")
+            pictures = plots.planned(document)
+            blocks += [f"![{plot.title}](benchmarks/{plot.file})" for plot in pictures]
+            if section == LONG:
+                name = Path(long_path(document)).name
+                link = f"[All {len(document['rows'])} rows](benchmarks/{name})."
+                blocks += [caption(document), summary_table(document), link]
             else:
-                blocks += [tables.full(document)]
-    return "\n\n".join([*blocks, AGAIN_TEXT]) + "\n"
+                blocks += body(document)
+    return "\n\n".join([*blocks, AGAIN]) + "\n"
 
 
-def long_name(document: Document) -> str:
-    return f"{document['kind']}-{slug(document['device']['name'])}.md"
+def body(document: Document) -> list[str]:
+    """Caption, ceilings and all rows."""
+    blocks = [caption(document)]
+    if document["kind"] in ("ops", "attention", "step") and document["ceilings"]:
+        blocks.append(ceiling_text(document))
+    for table in tables(document, skip=NOT_SHOWN.get(document["kind"], ())):
+        blocks += [f"#### {table.title}", markdown(table.columns, table.cells)]
+        if table.doubts:
+            lines = "\n".join(f"- {text}" for text in table.doubts)
+            blocks.append(f"The verdicts of these races are doubtful:\n\n{lines}")
+    return blocks
 
 
-def long_page(document: Document) -> str:
-    title = f"# {TITLES[document['kind']]}, all rows: {device_name(document)}"
-    source = f"Written by `sssd-fast bench report` from `{document['file']}`; [what the columns mean](../benchmarks.md)."
-    return (
-        "\n\n".join(
-            [title, source, tables.with_note(document, caption(document)), tables.full(document)]
-        )
-        + "\n"
-    )
+def summary_table(document: Document) -> str:
+    """One line per op: ours against the fastest other provider."""
+    lines = []
+    for group in plots.representative(document):
+        ours, other = group[OURS], plots.fastest_other(group)
+        versus = group[other]["versus"] if other else None
+        cells = [f"`{ours['case']}`", f"{ours['shape']}, {ours['dtype']}", ours["phase"]]
+        cells += [str(other), "-" if versus is None else significant(versus["ratio"])]
+        lines.append([*cells, "-" if versus is None else f"{other} is {verdict(versus)}"])
+    columns = ["op", "shape", "pass", "fastest other provider", "its time / ours", "verdict"]
+    return markdown(columns, lines)
+
+
+def verdict(versus: dict[str, Any]) -> str:
+    found = str(versus["verdict"])
+    return "the same" if found == "same" else found
+
+
+def caption(document: Document) -> str:
+    """What ran where, with which versions, from which sources, and how to repeat it."""
+    device, versions = document["device"], document["versions"]
+    parts = [device_name(document)]
+    if device["type"] == "cuda":
+        parts.append(f"{device['memory_gib']} GiB, driver {device.get('driver') or 'unknown'}")
+        clocks = document["clocks"]["before"] or {}
+        known = ("power.limit", "clocks.sm", "clocks.max.sm")
+        parts += [f"{name} {clocks[name]}" for name in known if clocks.get(name)]
+    names = ("torch", "triton", "cuda", "python")
+    parts += [f"{name} {versions[name]}" for name in names if versions.get(name)]
+    commit = str(document["commit"] or "unknown")[:10] + "+changes" * bool(document["modified"])
+    parts += [f"commit {commit}", f"`{document['command']}`", document["started"][:10]]
+    texts = [f"{'; '.join(parts)}. File: `{document['file']}`."]
+    if all(document["ops"].values()) and not document["kind"].startswith("loader"):
+        texts.append("The ops are their references in plain PyTorch here: the kernels need a GPU.")
+    if not document["finished"]:
+        texts.append("**Unfinished: the run ended before its last row.**")
+    if document["skipped"]:
+        texts.append(f"Skipped because the time was up: {', '.join(document['skipped'])}.")
+    if document["missing"]:
+        reasons = [f"{name} ({why})" for name, why in sorted(document["missing"].items())]
+        texts.append(f"Not available: {'; '.join(reasons)}.")
+    if any(is_stale(document, row) for row in document["rows"]):
+        texts.append(f"{STALE} measured before the sources changed.")
+    return " ".join(texts)
+
+
+def not_measured(documents: Sequence[Document]) -> list[str]:
+    """A line for each type of device without a file."""
+    have = {document["device"]["type"] for document in documents}
+    names = {"cuda": "NVIDIA GPU", "cpu": "CPU"}
+    return [f"{name}: not measured." for kind, name in names.items() if kind not in have]
+
+
+def overview(documents: Sequence[Document]) -> list[str]:
+    """Per kind, device and other provider: the geometric mean of the ratios and how often ours loses."""
+    lines = []
+    for document in documents:
+        for other in OVERVIEW.get(document["kind"], ()):
+            lines += _overview_line(document, other)
+    columns = ["what", "hardware", "relative to", "ours is better by", "worst to best", "rows"]
+    if not lines:
+        return ["Nothing is measured."]
+    return [
+        markdown([*columns, "ours slower or larger in"], lines),
+        "Time (memory: peak) of the other provider divided by ours: geometric mean over all shapes "
+        "and dtypes, forward with backward if an op has one.",
+    ]
+
+
+def _overview_line(document: Document, other: str | None) -> list[list[str]]:
+    ratios, lost, stale = list[float](), 0, False
+    by_work = plots.groups(document, ("case", "shape", "dtype", "phase"))
+    for (*work, phase), group in by_work.items():
+        if phase == FORWARD and (*work, BOTH) in by_work:
+            continue
+        name = plots.fastest_other(group) if other is None else other
+        row, ours = group.get(name or ""), group.get(OURS)
+        if row is None or ours is None:
+            continue
+        if document["kind"] == "memory" and row["peak_bytes"] and ours["peak_bytes"]:
+            ratios.append(row["peak_bytes"] / ours["peak_bytes"])
+            lost += ratios[-1] < 1
+        elif row["versus"]:
+            ratios.append(row["versus"]["ratio"])
+            lost += row["versus"]["verdict"] == "faster"
+        else:
+            continue
+        stale = stale or is_stale(document, row) or is_stale(document, ours)
+    if not ratios:
+        return []
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    ends = f"{significant(min(ratios))} to {significant(max(ratios))}"
+    head = [document["kind"] + STALE * stale, device_name(document), other or "the fastest other"]
+    return [[*head, f"{significant(mean)}×", ends, str(len(ratios)), str(lost)]]
 
 
 # ---- command line ----
 
 
-def differing(root: Path, folder: Path) -> list[str]:
-    """The texts that are not what the files in `folder` give, by path from the root."""
-    wanted = texts(find(folder), _read(root / README))
-    return [
-        name
-        for name, text in wanted.items()
-        if not (root / name).is_file() or _read(root / name) != text
-    ]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SssdError(
-            f"{path}: {error.strerror}; `sssd-fast bench report` runs in a checkout of the repository"
-        ) from error
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="write nothing; exit with 1 where README or docs are not up to date",
-    )
+    check = "write nothing; exit with 1 if a page is out of date"
+    parser.add_argument("--check", action="store_true", help=check)
     parser.add_argument(
         "--results",
         type=Path,
         default=results.FOLDER,
         metavar="DIR",
-        help="in place of benchmarks/results",
+        help="instead of benchmarks/results",
     )
 
 
 def main(args: argparse.Namespace, root: Path = ROOT) -> int:
     folder = Path(args.results)
     if not folder.is_dir():
-        raise SssdError(
-            f"--results {folder}: no such folder; give one with files that `sssd-fast bench` wrote"
-        )
+        raise SssdError(f"--results {folder}: not a folder; give one with result files")
     with Console() as console:
         found = find(folder)
+        written = pages(found.documents)
         for text in found.warnings:
             console.warn(text)
         if args.check:
-            stale = differing(root, folder)
+            stale = [name for name, text in written.items() if _read(root / name) != text]
             for name in stale:
-                console.error(f"{name} is not what the files in {folder.name} give; {AGAIN}")
+                console.error(f"{name} is out of date; run `sssd-fast bench report`")
             return int(bool(stale))
-        written = texts(found, _read(root / README))
-        pictures = plots.write(found.documents, root / FOLDER)
+        drawn = [plot for document in found.documents for plot in plots.planned(document)]
         for name, text in written.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(root / name, text)
-        count = len(found.documents)
-        console.info(f"wrote {', '.join(written)} and {len(pictures)} pictures from {count} files")
-        current = {*pictures, *(root / name for name in written)}
-        for place in (FOLDER,):
-            for path in sorted(set((root / place).glob("*.*")) - current):
-                console.warn(f"{path.name} in {place} belongs to no file any more; delete it")
+        for plot in drawn:
+            atomic_write_bytes(root / FOLDER / plot.file, plot.png())
+        console.info(f"wrote {', '.join(written)} and {len(drawn)} pictures")
+        current = {Path(name).name for name in written} | {plot.file for plot in drawn}
+        for path in sorted((root / FOLDER).glob("*.*")):
+            if path.name not in current:
+                console.warn(f"{FOLDER}/{path.name} is not part of the report any more; delete it")
     return 0
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -1,52 +1,79 @@
-"""One JSON file per run, written anew after every row, so that a run that is stopped loses nothing.
+"""One JSON file per run, rewritten after every row, so that a run that is stopped loses nothing.
 
-Head: schema, kind (kernels, attention, step, memory, loader-...), command, quick, started, seconds, finished, commit, modified,
-kernel_sources, device, clocks (before, after), versions, ceilings, missing (provider -> why it could not take part), left_out (what
-was not measured because time was up), settings, rows.
+Head: schema, kind (ops, attention, step, memory, loader, loader-parity, loader-memory), command, quick,
+started, seconds, finished, commit, modified, kernel_sources, device, clocks (before, after), versions,
+ops (op -> why its kernel does not run; null if it runs), ceilings, missing (provider -> why it is not
+available), skipped (cases not measured because the time was up), settings, rows.
 
-A row of kernels, attention, step and memory:
+A row:
 
-    case          the op, or the task of the step ("MAE", "SSSD")
+    case          the op, the task of the step ("MAE", "SSSD"), or the data set of a loader
     shape         in words; `sizes` has the numbers
-    dtype         "fp32", "bf16", "fp16"
-    phase         "forward", "backward", "forward+backward", "step"
-    provider      who computed it
-    reason        why there is no time; null where there is one
-    error, allowed   against fp64, relative to the largest value; null where nothing can be compared
-    time          median_us, p20_us, p80_us, n, again_us, gap; null without a time
-    versus        this provider's time against ours: ratio, low, high, verdict; null for ours
-    first_call_s  compilation and allocation included
-    peak_bytes    above inputs
-    bytes, flops  what the call must move and compute, by formula
-    sources       hash of the sources that the figure depends on
-    more          what else the kind has: images_per_s, mfu, loss, batch, cap_gb ...
-
-Those of the loaders are in images per second and stand in loader.py.
+    dtype         "fp32", "bf16", "fp16"; of loaders "uint8"
+    phase         "forward", "forward+backward", "step", "memory", "epoch", ...
+    provider      the implementation
+    reason        why there is no result; null if there is one
+    error, allowed   against fp64, relative to the largest value; null if nothing can be compared
+    time          median_us, p20_us, p80_us, n, again_us, gap, host_us; null without a time
+    versus        time relative to ours: ratio, low, high, verdict; null for ours
+    load          share of the CPUs used by other processes during the race; null if unknown
+    first_call_s  including compilation and allocation
+    peak_bytes    beyond the inputs
+    bytes, flops  what the operation must move and compute, by formula
+    sources       hash of the sources that the result depends on
+    more          further results of the kind: images_per_s, mfu, loss, batch, cap_gb, ...
 """
 
 from __future__ import annotations
 
+import ast
 import datetime
+import hashlib
 import json
 import math
+import re
 import shlex
+import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import mae_kernels
+from benchmarks.race import Time, Versus
 from sssd_fast.errors import SssdError
+from sssd_fast.performance.ceilings import measure_ceilings
+from sssd_fast.run.environment import collect_environment
 from sssd_fast.run.files import atomic_write_text
 
-from . import machine
-from .measure import Time, Versus
-
-SCHEMA = "sssd_fast.benchmarks/2"
+SCHEMA = "sssd_fast.benchmarks/3"
 FOLDER = Path(__file__).resolve().parent / "results"
 KEY = ("case", "shape", "dtype", "phase", "provider")
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+KERNELS = Path(mae_kernels.__file__).parent
+TRAINER = KERNELS.parent.parent / "sssd_fast"
+# what a training step consists of, in addition to the ops
+STEP_FILES = (
+    "attention.py",
+    "model.py",
+    "objective.py",
+    "optim.py",
+    "step.py",
+    "performance/execution.py",
+)
+CLOCKS = (
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+)
 
 
 @dataclass
@@ -62,6 +89,7 @@ class Row:
     allowed: float | None = None
     time: Time | None = None
     versus: Versus | None = None
+    load: float | None = None
     first_call_s: float | None = None
     peak_bytes: int | None = None
     bytes: float | None = None
@@ -71,7 +99,7 @@ class Row:
 
 
 class Results:
-    """The file of one run while it grows. Use as a context: leaving it without an error marks the run as finished."""
+    """The file of a run. A context manager: leaving it without an exception marks the run as finished."""
 
     def __init__(
         self,
@@ -81,10 +109,12 @@ class Results:
         *,
         words: Sequence[str],
         path: Path | None = None,
+        folder: Path = FOLDER,
         quick: bool = False,
         settings: dict[str, Any] | None = None,
         ceilings: dict[str, Any] | None = None,
     ) -> None:
+        """path: of the file; None = a new name in `folder`. ceilings: None = measure them."""
         self.device = device
         self.rows = list[dict[str, Any]]()
         self._drafts = list[dict[str, Any]]()
@@ -98,27 +128,24 @@ class Results:
             "started": now.isoformat(timespec="seconds"),
             "seconds": 0.0,
             "finished": False,
-            **machine.describe(device),
-            "clocks": {"before": machine.clocks(device), "after": None},
-            "ceilings": machine.ceilings(device, dtypes) if ceilings is None else ceilings,
+            **describe(device),
+            "clocks": {"before": clocks(device), "after": None},
+            "ceilings": measured_ceilings(device, dtypes) if ceilings is None else ceilings,
             "missing": {},
-            "left_out": [],
+            "skipped": [],
             "settings": settings or {},
         }
-        name = f"{kind}-{machine.slug(self.head['device']['name'])}-{now:%Y%m%d-%H%M%S}.json"
-        # quick runs are never reported, and lie where git does not see them
-        self.path = (
-            path if path is not None else FOLDER / "quick" / name if quick else FOLDER / name
-        )
+        name = f"{kind}-{slug(self.head['device']['name'])}-{now:%Y%m%d-%H%M%S}.json"
+        # quick runs are not reported: they go into a subfolder that git ignores
+        self.path = path or (folder / "quick" / name if quick else folder / name)
 
-    def add(self, *rows: Row | dict[str, Any]) -> None:
-        """Rows of a form of their own (loader) come as they are to stand in the file."""
-        self.rows += [asdict(row) if isinstance(row, Row) else row for row in rows]
+    def add(self, *rows: Row) -> None:
+        self.rows += [asdict(row) for row in rows]
         self._drafts = []
         self.save()
 
     def draft(self, rows: Iterable[Row]) -> None:
-        """Rows as far as they are known: they stand in the file until `add` brings the final ones, or for good if that never happens."""
+        """Preliminary rows, which the next `add` replaces; they stay in the file if it never comes."""
         self._drafts = [asdict(row) for row in rows]
         self.save()
 
@@ -132,20 +159,20 @@ class Results:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.head["clocks"]["after"] = machine.clocks(self.device)
+        self.head["clocks"]["after"] = clocks(self.device)
         self.head["finished"] = kind is None
         self.save()
 
 
 def _without_folders(words: Sequence[str]) -> Iterator[str]:
-    """A path of this machine says nothing to others: its last part stays."""
+    """Paths of this machine are reduced to their last component."""
     for word in words:
         option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
         yield f"{option}{equals}{Path(value).name or value}" if "/" in value else word
 
 
 def dumps(document: dict[str, Any]) -> str:
-    """JSON with one line per row and five significant digits: small files, readable differences."""
+    """JSON with one line per row and five significant digits."""
     head = {name: value for name, value in document.items() if name != "rows"}
     rows = ",\n  ".join(json.dumps(_rounded(row)) for row in document["rows"])
     text = json.dumps(_rounded(head), indent=1)
@@ -161,17 +188,14 @@ def _rounded(value: Any) -> Any:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A result file. Raises SssdError naming it where it is missing, unreadable, or no result of this project."""
+    """A result file. Raises SssdError naming a file that is missing, unreadable or of another schema."""
+    hint = "give a file that `sssd-fast bench` wrote"
     try:
         document: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SssdError(
-            f"{path}: no such file; `sssd-fast bench kernels` and the like write one"
-        ) from None
+        raise SssdError(f"{path}: no such file; {hint}") from None
     except (OSError, ValueError) as error:
-        raise SssdError(
-            f"{path}: cannot be read as JSON ({error}); give a file that `sssd-fast bench` wrote"
-        ) from error
+        raise SssdError(f"{path}: cannot be read as JSON ({error}); {hint}") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
         raise SssdError(
@@ -181,5 +205,114 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def key(row: dict[str, Any]) -> tuple[str, ...]:
-    """What names a row in its file."""
+    """Identifies a row within its file."""
     return tuple(row[name] for name in KEY)
+
+
+# ---- the machine ----
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Commit, device, versions and ops; no path and no host name."""
+    env = collect_environment()
+    versions = {name: version for name, version in env["packages"].items() if version}
+    versions |= {name: p["version"] for name, p in env["providers"].items() if p["version"]}
+    versions["python"] = env["python"]["version"]
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    cpu = f"{env['cpu']['model']}, {env['cpu']['cores_usable']} cores"
+    found: dict[str, Any] = {"type": device.type, "name": cpu, "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found = {
+            "type": "cuda",
+            "name": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "capability": f"{properties.major}.{properties.minor}",
+            "driver": env["driver"]["version"],
+            "host": cpu,
+        }
+    return {
+        "commit": env["sssd_fast"]["commit"],
+        "modified": env["sssd_fast"]["modified"],
+        "kernel_sources": sources_hash(),
+        "device": found,
+        "versions": versions,
+        "ops": mae_kernels.info(),
+    }
+
+
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """Clocks, power and temperature by nvidia-smi; None on a CPU or without nvidia-smi."""
+    if device.type != "cuda":
+        return None
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    uuid = str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
+    which = f"--id=GPU-{uuid}" if uuid else f"--id={index}"
+    command = ["nvidia-smi", which, f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = (value.strip() for value in done.stdout.strip().split(","))
+    return dict(zip(CLOCKS, values, strict=False))
+
+
+def measured_ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
+    """bytes/s of a large copy (read plus written) and FLOP/s of a large product by dtype."""
+    found = {NAMES[dtype]: measure_ceilings(device, dtype) for dtype in dtypes}
+    return {
+        "copy_bytes_per_s": max(one.copy_bytes for one in found.values()),
+        "matmul_flops_per_s": {name: one.matmul_flops for name, one in found.items()},
+    }
+
+
+@cache
+def sources_hash(what: str | None = None) -> str:
+    """SHA-256 of the sources that a result depends on.
+
+    what: None = all of mae_kernels; an op = its file and what that imports from the package;
+    "step" = all of mae_kernels and STEP_FILES.
+    """
+    if what is None or what == "step":
+        files = sorted(KERNELS.glob("*.py"))
+        files += [TRAINER / name for name in STEP_FILES] if what == "step" else []
+    else:
+        module = str(getattr(mae_kernels, what).__module__).rpartition(".")[2]
+        files = sorted(KERNELS / f"{name}.py" for name in _closure(module))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _closure(module: str) -> set[str]:
+    """The module and, transitively, the modules that it imports relatively."""
+    found, left = set[str](), [module]
+    while left:
+        name = left.pop()
+        if name in found or not (KERNELS / f"{name}.py").is_file():
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse((KERNELS / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                left += [node.module] if node.module else [alias.name for alias in node.names]
+    return found
+
+
+def is_stale(document: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether the sources that the row depends on have changed since it was measured."""
+    kind = document["kind"]
+    if row["sources"] is None:
+        return bool(document["kernel_sources"] != sources_hash())
+    if kind.startswith("loader"):
+        return bool(row["sources"] != sources_hash("crop_resize"))
+    if kind in ("step", "memory"):
+        return bool(row["sources"] != sources_hash("step"))
+    op = str(row["case"])
+    return op not in mae_kernels.__all__ or bool(row["sources"] != sources_hash(op))
+
+
+def slug(name: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3", for file names."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,4 +1,4 @@
-"""The sizes at which ops are measured: ViT-S, B and L as masked autoencoders use them, and sizes that no kernel likes.
+"""The sizes at which ops are measured: ViT-S, B and L of masked autoencoders, and odd sizes.
 
 D encoder width, E decoder width, L patches, K visible, M masked, V = P*P*C values of a patch, S prototypes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -49,36 +50,29 @@ class Shape:
         return replace(self, batch=batch)
 
     def sizes(self) -> dict[str, int | float | list[int]]:
-        """What a result file holds."""
-        return {
-            "batch": self.batch, "width": self.width, "heads": self.heads, "decoder": self.decoder, "image": list(self.image),
-            "patch": self.patch, "channels": self.channels, "mask_ratio": self.mask_ratio, "logits": self.logits,
-        }  # fmt: skip
+        """As written to a result file."""
+        names = ("batch", "width", "heads", "decoder", "patch", "channels", "mask_ratio", "logits")
+        return {**{name: getattr(self, name) for name in names}, "image": list(self.image)}
 
 
-# By what they are: the model everybody quotes, the large one, the one for small sets (SD-MAE's decoder), one-channel CT, and sizes
-# that are no power of two and no multiple of 8 anywhere (patch 14, 11 x 17 patches, heads of 40 and 8 values).
+ODD_SIZES: dict[str, Any] = {
+    "image": (154, 238),
+    "patch": 14,
+    "channels": 1,
+    "mask_ratio": 0.6,
+    "logits": 1000,
+}
+# The usual model, the large one, the one for small data sets (decoder of SD-MAE), one-channel CT, and
+# sizes that are not multiples of 8 (patch 14, 11 x 17 patches, heads of 40 and 8 values).
 MODELS = {
     "ViT-B": Shape("ViT-B", 1, 768, 12),
     "ViT-L": Shape("ViT-L", 1, 1024, 16),
     "ViT-S": Shape("ViT-S", 1, 384, 6, 192, 3),
     "ViT-B, CT": Shape("ViT-B, CT", 1, 768, 12, channels=1),
-    "odd": Shape(
-        "odd",
-        1,
-        200,
-        5,
-        104,
-        13,
-        image=(154, 238),
-        patch=14,
-        channels=1,
-        mask_ratio=0.6,
-        logits=1000,
-    ),
+    "odd": Shape("odd", 1, 200, 5, 104, 13, **ODD_SIZES),
 }
 ODD_BATCH = {8: 5, 64: 61, 256: 251, 1024: 1021}
-BATCHES = {"cuda": (256, 64, 1024, 8), "cpu": (8,)}  # the most telling first
+BATCHES = {"cuda": (256, 64, 1024, 8), "cpu": (8,)}  # most important first
 CPU_MODELS = ("ViT-B", "ViT-S", "odd")
 QUICK = {"cuda": 64, "cpu": 2}
 

@@ -1,328 +1,302 @@
-"""Result files as Markdown: a short table per kind for the README, all rows for docs/benchmarks.md.
+"""Rows as tables, the same on the terminal and in docs/benchmarks.md: one table per piece of work.
 
-No row is dropped for what it says: providers that lose, fail or run out of memory stand there like the others. Where there is no file
-of a GPU the text says "not measured"; where the sources have changed since a figure was measured it carries a †.
+Numbers have three significant digits and no exponent. Sizes are decimal (1 MB = 1e6 bytes). No row is
+dropped: providers that are slower, fail or run out of memory are listed. A dagger marks what was
+measured before the sources that it depends on changed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from . import tables_training
-from .bench import OURS
-from .formats import (
-    NONE,
-    Document,
-    Row,
-    caption,
-    device_name,
-    markdown,
-    optional,
-    percent,
-    rate_text,
-    significant,
-    size_text,
-    time_text,
-)
-from .rows import (
-    Group,
-    fullest,
-    groups,
-    is_ours,
-    is_stale,
-    ordered,
-    peak_ratio,
-    representative,
-    share_of_ceiling,
-    sites,
-)
+from benchmarks.harness import OURS
+from benchmarks.race import Time, doubt
+from benchmarks.results import is_stale
 
-SECTIONS = ("kernels", "attention", "step", "memory", "loader")
-SHOWN = {
-    "loader": "loader-speed"
-}  # the kind of a section that the README shows, where it has several
-MARK, STALE = "†", "† measured before the kernels changed."
-SAME = "same"
+Document = dict[str, Any]
+RowDict = dict[str, Any]
+Cell = Callable[[Document, RowDict], str]
+NONE = "-"
+STALE = "†"
+WATERFALL, LARGEST = "waterfall ", "largest batch "  # first words of cases shown separately
+EXCEEDED = 1.02  # of a ceiling, beyond which it is wrong; noise of its measurement is allowed
+EPOCHS_SHOWN = (1, 10, 50)
+OPS_ORDER = ("published", "tuned", "tuned compiled", "library", OURS, "ours compiled")
 
 
-def summary(section: str, documents: Sequence[Document]) -> str:
-    """The README's tables of a section: one per device, and what has not been measured."""
-    mine = [one for one in documents if one["kind"] == SHOWN.get(section, section)]
-    blocks = []
-    for document in mine:
-        blocks += [
-            f"**{device_name(document)}**",
-            short(document),
-            with_note(document, caption(document)),
-        ]
-    return "\n\n".join([*blocks, *not_measured(mine)])
+def significant(value: float, digits: int = 3) -> str:
+    """1234.5 -> "1,230", 0.04567 -> "0.0457", 2 -> "2.00"."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{decimals}f}"
 
 
-def full(document: Document) -> str:
-    """Every row of a file."""
-    if document["kind"] in ("kernels", "attention"):
-        return _full_ops(document)
-    return tables_training.full(document, _provider)
+def time_text(us: float) -> str:
+    return _scaled(us, ("µs", "ms", "s"))
 
 
-def short(document: Document) -> str:
-    make: dict[str, Callable[[Document], str]] = {
-        "kernels": _short_kernels,
-        "attention": _short_attention,
-    }
-    if document["kind"] in make:
-        return make[document["kind"]](document)
-    return tables_training.short(document, _provider)
+def size_text(size: float) -> str:
+    return _scaled(size / 1e3, ("kB", "MB", "GB"))
 
 
-def section_of(document: Document) -> str:
-    return str(document["kind"]).partition("-")[0]
+def rate_text(per_s: float, unit: str) -> str:
+    """("B/s" or "FLOP/s") with a prefix."""
+    return _scaled(per_s / 1e6, (f"M{unit}", f"G{unit}", f"T{unit}"))
 
 
-def not_measured(documents: Sequence[Document]) -> list[str]:
-    """A line for each type of device that no file is of."""
-    have = {document["device"]["type"] for document in documents}
-    return [
-        f"{name}: not measured."
-        for kind, name in (("cuda", "NVIDIA GPU"), ("cpu", "CPU"))
-        if kind not in have
-    ]
+def _scaled(value: float, units: Sequence[str]) -> str:
+    """In the first of `units`, each 1000 times the previous, in which the rounded value is < 1000."""
+    place = 0
+    while place + 1 < len(units) and abs(float(f"{value:.2e}")) >= 1000:
+        value, place = value / 1000, place + 1
+    return f"{significant(value)} {units[place]}"
 
 
-def with_note(document: Document, text: str) -> str:
-    """With the footnote where any row of the file is older than the sources."""
-    return f"{text} {STALE}" if any(is_stale(document, row) for row in document["rows"]) else text
+def percent(share: float, digits: int = 2) -> str:
+    """0.634 -> "63 %", 0.0042 -> "0.42 %", 1.27 -> "127 %"."""
+    return f"{significant(share * 100, digits if abs(share) < 0.995 else 3)} %"
 
 
-def _provider(document: Document, row: Row) -> str:
-    return row["provider"] + MARK * is_stale(document, row)
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
 
 
-# ---- short tables ----
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _short_kernels(document: Document) -> str:
-    chosen = representative(document)
-    providers = ordered([name for group in chosen for name in group.rows], "kernels")
-    columns = ["op", "shape", "pass", *providers, "ours against the best other"]
-    lines = [
-        [
-            f"`{group.case}`{_mark(document, group)}",
-            f"{group.shape}, {group.dtype}",
-            group.phase,
-            *(median(group, name) for name in providers),
-            against(group, group.best_other()),
-        ]
-        for group in chosen
-    ]
-    return markdown(columns, lines)
+def device_name(document: Document) -> str:
+    """ "NVIDIA H100 80GB HBM3", or "AMD EPYC, 2 cores, 2 threads"."""
+    device = document["device"]
+    threads = "" if device["type"] == "cuda" else f", {device['threads']} threads"
+    return f"{device['name']}{threads}"
 
 
-def _short_attention(document: Document) -> str:
-    """Every site at its largest batch, in its fullest pass; of the backends of SDPA the best, by name."""
-    columns = [
-        "site [batch, tokens, heads x width]",
-        "pass",
-        "eager",
-        "eager compiled",
-        "best of SDPA",
-        "xformers",
-    ]
-    lines = []
-    for group in sites(document):
-        times = {
-            name: time
-            for name in group.rows
-            if name.startswith("sdpa") and (time := group.time(name))
-        }
-        best = min(times, key=lambda name: times[name]) if times else None
-        sdpa = NONE if best is None else f"{median(group, best)} ({best.removeprefix('sdpa ')})"
-        cells = [median(group, name) for name in ("eager", "eager compiled")]
-        lines.append(
-            [f"{group.shape}, {group.dtype}{_mark(document, group)}", group.phase, *cells, sdpa]
-            + [median(group, name) for name in ("xformers", OURS, "ours compiled")]
-            + [against(group, group.best_other())]
-        )
-    return markdown([*columns, OURS, "ours compiled", "ours against the best other"], lines)
+# ---- ceilings ----
 
 
-def _mark(document: Document, group: Group) -> str:
-    return MARK * any(is_stale(document, row) for row in group.rows.values())
+class Share(NamedTuple):
+    """What a row reaches of a ceiling: bytes/s of "copy" or FLOP/s of "matmul"."""
+
+    per_s: float
+    share: float
+    ceiling: str
 
 
-def median(group: Group, provider: str) -> str:
-    """The time; else why there is none, in a few letters; the full table has the reason."""
-    row = group.rows.get(provider)
-    if row is None:
-        return NONE
-    if row["time"]:
-        return time_text(row["time"]["median_us"])
-    reason = str(row["reason"] or "no figure")
-    return (
-        reason
-        if reason == "out of memory"
-        else "fails"
-        if reason.startswith("fails")
-        else "no time"
-    )
-
-
-def against(group: Group, other: str | None) -> str:
-    """How ours stands to another provider, by the verdict of the race."""
-    versus = group.rows[other]["versus"] if other else None
-    if versus is None:
-        return NONE
-    ratio = versus["ratio"]
-    if versus["verdict"] == SAME:
-        return f"same as {other} ({ratio:.2f}×)"
-    how, ratio = ("faster", ratio) if versus["verdict"] == "slower" else ("slower", 1 / ratio)
-    return f"{significant(ratio)}× {how} than {other}"
-
-
-# ---- all rows of an op ----
-
-COLUMNS = (
-    "shape", "pass", "provider", "median", "p20 to p80", "n", "gap", "time / ours (95 %)", "error / allowed", "rate, of ceiling",
-    "peak", "first call", "note",
-)  # fmt: skip
-
-
-def _full_ops(document: Document) -> str:
-    blocks = [_ceilings(document)]
-    cases = dict.fromkeys(group.case for group in groups(document))
-    for case in cases:
-        lines = [
-            _line(document, group, group.rows[name])
-            for group in groups(document)
-            if group.case == case
-            for name in group.providers(document["kind"])
-        ]
-        blocks += [f"#### `{case}`", markdown(COLUMNS, lines)]
-    return "\n\n".join(blocks)
-
-
-def _line(document: Document, group: Group, row: Row) -> list[str]:
-    share = share_of_ceiling(document, row)
-    unit = "B/s" if share and share.ceiling == "copy" else "FLOP/s"
-    error = (
-        NONE
-        if row["error"] is None
-        else f"{row['error']:.1e} / {optional(row['allowed'], '{:.1e}'.format)}"
-    )
-    return [
-        f"{group.shape}, {group.dtype}",
-        group.phase,
-        _provider(document, row),
-        *time_cells(row),
-        versus_cell(row),
-        error,
-        NONE
-        if share is None
-        else f"{rate_text(share.per_s, unit)}, {percent(share.share)} {share.ceiling}",
-        optional(row["peak_bytes"], size_text),
-        optional(row["first_call_s"], lambda s: f"{significant(s)} s"),
-        row["reason"] or "",
-    ]
-
-
-def time_cells(row: Row) -> list[str]:
-    """Median, quantiles, number of samples, and the second pass against the first."""
-    time = row["time"]
-    if not time:
-        return [NONE] * 4
-    quantiles = f"{time_text(time['p20_us'])} to {time_text(time['p80_us'])}"
-    return [
-        time_text(time["median_us"]),
-        quantiles,
-        str(time["n"]),
-        optional(time["gap"], "{:+.1%}".format),
-    ]
-
-
-def versus_cell(row: Row) -> str:
-    versus = row["versus"]
-    if versus is None:
-        return NONE
-    low, high = significant(versus["low"]), significant(versus["high"])
-    return f"{significant(versus['ratio'])} ({low} to {high}) {versus['verdict']}"
-
-
-def _ceilings(document: Document) -> str:
-    found = document["ceilings"]
-    products = [
-        f"{rate_text(flops, 'FLOP/s')} ({dtype})"
-        for dtype, flops in found["matmul_flops_per_s"].items()
-    ]
-    return (
-        f"Ceilings measured on this device in the same run: copy {rate_text(found['copy_bytes_per_s'], 'B/s')} (read plus written), "
-        f"matrix product {', '.join(products)}. A row is held against the one that it comes nearer to. Bytes and FLOPs are what the "
-        "operation needs, by formula, whatever a provider moves."
-    )
-
-
-# ---- all kinds in a few lines ----
-
-# kind -> the providers that ours is held against in the overview; None = the fastest other provider
-OVERVIEW: dict[str, Sequence[str | None]] = {
-    "kernels": ("published", "tuned compiled", "library", None),
-    "attention": ("eager compiled", "sdpa auto", None),
-    "step": ("published", "ViTMAE", "plain compiled", None),
-    "memory": ("published", "plain compiled"),
-}
-
-
-def overview(documents: Sequence[Document]) -> str:
-    """By kind, device and opponent: the geometric mean of ratios, the ends of their range, and how often ours loses."""
-    lines = []
-    for document in documents:
-        name = document["kind"]
-        for other in OVERVIEW.get(name, ()):
-            lines += _overview_line(document, other)
-    columns = [
-        "what",
-        "hardware",
-        "against",
-        "ours is better by",
-        "worst to best",
-        "rows",
-        "ours slower or larger in",
-    ]
-    kinds = [section for section in SECTIONS if not _has_gpu(documents, section)]
-    text = [markdown(columns, lines)] if lines else []
-    if lines:
-        text.append(
-            "Time (memory: peak) of the other divided by ours, geometric mean over all shapes and dtypes measured, forward with backward "
-            "where an op has one. Losses count only where they are certain: see the verdicts in [docs/benchmarks.md](docs/benchmarks.md)."
-        )
-    if kinds:
-        text.append(f"NVIDIA GPU: not measured ({', '.join(kinds)}).")
-    return "\n\n".join(text)
-
-
-def _has_gpu(documents: Iterable[Document], section: str) -> bool:
-    return any(section_of(one) == section and one["device"]["type"] == "cuda" for one in documents)
-
-
-def _overview_line(document: Document, other: str | None) -> list[list[str]]:
-    ratios, lost, old, kind = list[float](), 0, False, document["kind"]
-    for group in fullest(document):
-        name = group.best_other() if other is None else other
-        row = group.rows.get(name) if name and not is_ours(name) else None
-        ratio: float | None = None
-        if row and kind == "memory":
-            ratio = peak_ratio(group, row["provider"])
-            lost += ratio is not None and ratio < 1
-        elif row and row["versus"]:
-            ratio = row["versus"]["ratio"]
-            lost += row["versus"]["verdict"] == "faster"
-        if row and ratio is not None:
-            ratios.append(ratio)
-            old = old or is_stale(document, row) or is_stale(document, group.rows[OURS])
-    if not ratios:
+def shares(document: Document, row: RowDict) -> list[Share]:
+    """Of the ceilings that were measured, the largest share first."""
+    if not row["time"]:
         return []
-    mean = math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
-    ends = f"{significant(min(ratios))} to {significant(max(ratios))}"
-    cells: list[Any] = [kind + MARK * old, device_name(document), other or "the fastest other"]
-    return [[*cells, f"{significant(mean)}×", ends, str(len(ratios)), str(lost)]]
+    seconds, ceilings = row["time"]["median_us"] / 1e6, document["ceilings"]
+    found = []
+    for amount, ceiling, name in (
+        (row["bytes"], ceilings.get("copy_bytes_per_s"), "copy"),
+        (row["flops"], ceilings.get("matmul_flops_per_s", {}).get(row["dtype"]), "matmul"),
+    ):
+        if amount and ceiling:
+            found.append(Share(amount / seconds, amount / seconds / ceiling, name))
+    return sorted(found, key=lambda one: -one.share)
+
+
+def wrong_ceilings(document: Document) -> dict[str, float]:
+    """Ceilings that a provider exceeds, with the largest share: their measurement was disturbed.
+
+    By name ("copy", or "matmul fp32"); nothing is reported relative to them.
+    """
+    found: dict[str, float] = {}
+    for row in document["rows"]:
+        for one in shares(document, row):
+            name = one.ceiling if one.ceiling == "copy" else f"matmul {row['dtype']}"
+            if one.share > EXCEEDED:
+                found[name] = max(found.get(name, 0.0), one.share)
+    return found
+
+
+def share_of_ceiling(document: Document, row: RowDict, wrong: Iterable[str] = ()) -> Share | None:
+    """Of the ceiling that the row is nearest to. None if unknown, or if a ceiling is in `wrong`."""
+    bad = {"copy", f"matmul {row['dtype']}"} & set(wrong)
+    found = shares(document, row)
+    return found[0] if found and not bad else None
+
+
+def ceiling_text(document: Document) -> str:
+    found, wrong = document["ceilings"], wrong_ceilings(document)
+    if not found:
+        return ""
+    parts = [f"copy {rate_text(found['copy_bytes_per_s'], 'B/s')} (read plus written)"]
+    products = found["matmul_flops_per_s"].items()
+    parts += [f"matrix product {rate_text(flops, 'FLOP/s')} ({dtype})" for dtype, flops in products]
+    text = f"Ceilings measured on this device in the same run: {', '.join(parts)}."
+    for name, share in wrong.items():
+        text += (
+            f" The ceiling of {name} is not used: a provider reached {percent(share)} of it, so its "
+            "measurement was disturbed."
+        )
+    return text
+
+
+# ---- columns ----
+
+
+def _time(name: str) -> Cell:
+    return lambda document, row: time_text(row["time"][name]) if row["time"] else NONE
+
+
+def _more(name: str, text: Callable[[Any], str]) -> Cell:
+    return lambda document, row: NONE if row["more"].get(name) is None else text(row["more"][name])
+
+
+def _value(name: str, text: Callable[[Any], str]) -> Cell:
+    return lambda document, row: NONE if row[name] is None else text(row[name])
+
+
+def _provider(document: Document, row: RowDict) -> str:
+    return row["provider"] + STALE * is_stale(document, row)
+
+
+def _quantiles(document: Document, row: RowDict) -> str:
+    time, more = row["time"], row["more"]
+    if time:
+        return f"{time_text(time['p20_us'])} to {time_text(time['p80_us'])}"
+    if "p20" in more:
+        return f"{significant(more['p20'])} to {significant(more['p80'])} images/s"
+    return NONE
+
+
+def _from_time(name: str, text: Callable[[Any], str]) -> Cell:
+    """Of the time, or of `more` (loaders)."""
+
+    def cell(document: Document, row: RowDict) -> str:
+        value = (row["time"] or row["more"]).get(name)
+        return NONE if value is None else text(value)
+
+    return cell
+
+
+def _host(document: Document, row: RowDict) -> str:
+    """On a CPU it is the same as the time and not shown."""
+    if document["device"]["type"] != "cuda" or not row["time"]:
+        return NONE
+    host = row["time"]["host_us"]
+    return NONE if host is None else time_text(host)
+
+
+def _versus(document: Document, row: RowDict) -> str:
+    one = row["versus"]
+    if one is None:
+        return NONE
+    low, high = significant(one["low"]), significant(one["high"])
+    return f"{significant(one['ratio'])} ({low} to {high}) {one['verdict']}"
+
+
+def _error(document: Document, row: RowDict) -> str:
+    if row["error"] is None:
+        return NONE
+    return f"{row['error']:.1e} / {row['allowed']:.1e}"
+
+
+def _ceiling(document: Document, row: RowDict) -> str:
+    found = share_of_ceiling(document, row, document["wrong"])
+    if found is None or document["kind"] in ("step", "memory"):
+        return NONE
+    unit = "B/s" if found.ceiling == "copy" else "FLOP/s"
+    return f"{rate_text(found.per_s, unit)}, {percent(found.share)} {found.ceiling}"
+
+
+def _mfu(document: Document, row: RowDict) -> str:
+    known = row["more"].get("mfu") and f"matmul {row['dtype']}" not in document["wrong"]
+    return percent(row["more"]["mfu"]) if known else NONE
+
+
+def _losses(document: Document, row: RowDict) -> str:
+    ends = [row["more"].get(name) for name in ("loss_start", "loss")]
+    return NONE if None in ends else ", ".join(significant(loss, 4) for loss in ends)
+
+
+def _epochs(document: Document, row: RowDict) -> str:
+    found = row["more"].get("epochs", [])
+    return ", ".join(f"{found[n - 1]:.0f}" for n in EPOCHS_SHOWN if n <= len(found)) or NONE
+
+
+COLUMNS: dict[str, Cell] = {
+    "shape": lambda document, row: f"{row['shape']}, {row['dtype']}",
+    "pass": lambda document, row: row["phase"],
+    "provider": _provider,
+    "median": _time("median_us"),
+    "p20 to p80": _quantiles,
+    "images/s": _more("images_per_s", significant),
+    "n": _from_time("n", str),
+    "gap": _from_time("gap", "{:+.1%}".format),
+    "host time": _host,
+    "time / ours (95 %)": _versus,
+    "x baseline": _more("x_baseline", significant),
+    "error / allowed": _error,
+    "rate, of ceiling": _ceiling,
+    "MFU": _mfu,
+    "peak": _value("peak_bytes", size_text),
+    "MB per image": _more("mb_per_image", significant),
+    "per further image": _more("mb_per_further_image", significant),
+    "cap, GB": _more("cap_gb", "{:g}".format),
+    "largest batch": _more("largest_batch", str),
+    "loss, first and last": _losses,
+    "mean difference": _more("mean", "{:.3f}".format),
+    "largest": _more("max", str),
+    "pixels more than 2 off": _more("beyond_2", "{:.4%}".format),
+    "before, MiB": _more("before", "{:.0f}".format),
+    f"after epochs {', '.join(map(str, EPOCHS_SHOWN))}, MiB": _epochs,
+    "flat": _more("flat", lambda flat: "yes" if flat else "no"),
+    "start": _more("start_s", lambda s: f"{significant(s)} s"),
+    "first call": _value("first_call_s", lambda s: f"{significant(s)} s"),
+    "how": _more("how", str),
+    "note": lambda document, row: row["reason"] or "",
+}
+SAME_FOR_ALL = ("shape", "pass")  # columns that move into the title if all rows agree
+
+
+class Table(NamedTuple):
+    title: str
+    columns: list[str]
+    cells: list[list[str]]
+    doubts: list[str]
+
+
+def tables(
+    document: Document, names: Sequence[str] = ("case",), skip: Iterable[str] = ()
+) -> Iterator[Table]:
+    """One table for the rows that agree in `names`; columns without content are omitted."""
+    document = {**document, "wrong": wrong_ceilings(document)}
+    columns = {name: cell for name, cell in COLUMNS.items() if name not in skip}
+    groups: dict[tuple[str, ...], list[RowDict]] = {}
+    for row in document["rows"]:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    for key, rows in groups.items():
+        cells = [[cell(document, row) for cell in columns.values()] for row in rows]
+        used = [i for i in range(len(columns)) if any(line[i] not in ("", NONE) for line in cells)]
+        title = list(key)
+        for i in [i for i in used if list(columns)[i] in SAME_FOR_ALL]:
+            if len({line[i] for line in cells}) == 1:
+                title += [cells[0][i]] if len(names) == 1 else []
+                used.remove(i)
+        head = [list(columns)[i] for i in used]
+        yield Table(
+            ", ".join(title), head, [[line[i] for i in used] for line in cells], doubts(rows)
+        )
+
+
+def doubts(rows: Sequence[RowDict]) -> list[str]:
+    """Why the verdicts of these rows are doubtful, per race."""
+    races: dict[tuple[str, ...], list[RowDict]] = {}
+    for row in rows:
+        if row["time"] and not row["case"].startswith(WATERFALL):
+            races.setdefault((row["shape"], row["dtype"], row["phase"]), []).append(row)
+    found = []
+    for name, members in races.items():
+        load = max((row["load"] for row in members if row["load"] is not None), default=None)
+        why = doubt(load, [Time(**row["time"]) for row in members])
+        found += [f"{', '.join(name)}: {why}"] if why else []
+    return found

@@ -1,160 +1,316 @@
-"""README, docs and pictures from result files, and that those of this repository are up to date."""
+"""Tables, pictures, pages and comparisons of made-up results, and the committed pages."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import compare as comparing
 from benchmarks import plots, report, results
+from benchmarks.compare import BETTER, FAILS, RUNS, WORSE, compare, margin_of, ratio_of
+from benchmarks.results import sources_hash
+from benchmarks.tables import percent, rate_text, significant, size_text, tables, time_text
 from sssd_fast.errors import SssdError
-from tests.benchmarks.documents import CPU, GPU, kernels, loader, memory, save, step
+from tests.benchmarks.helpers import document, row
+
+BOTH = "forward+backward"
 
 
-def readme(body: str = "old") -> str:
-    return "# Title\n\nbefore\n" + "".join(
-        f"\n<!-- bench:{name} -->\n{body}\n<!-- /bench:{name} -->\n" for name in report.NAMES
-    )
+def ops(device: str = "cpu", **more: Any) -> dict[str, Any]:
+    """gelu_linear: ours 100 us, published 2x slower, tuned 1.25x faster; library fails."""
+    fields: dict[str, Any] = {"phase": BOTH, "bytes": 1e7, "flops": 1e7}
+    fields["sources"] = sources_hash("gelu_linear")
+    rows = [
+        row("gelu_linear", "published", 200, 100, **fields),
+        row("gelu_linear", "tuned", 80, 100, **fields),
+        row("gelu_linear", "library", None, reason="fails: RuntimeError: no kernel", **fields),
+        row("gelu_linear", "ours", 100, **fields),
+        row("gelu_linear", "ours", 60, **{**fields, "phase": "forward"}),
+    ]
+    return document("ops", rows, device, **more)
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    (tmp_path / "README.md").write_text(readme() + "\nafter <!-- a comment -->\n", encoding="utf-8")
-    save(kernels(GPU), tmp_path / "results" / "kernels-gpu.json")
-    save(step(), tmp_path / "results" / "step-gpu.json")
-    save(memory(), tmp_path / "results" / "memory-gpu.json")
-    save(loader(), tmp_path / "results" / "loader-cpu.json")
-    return tmp_path
+def table(found: dict[str, Any], number: int = 0) -> list[dict[str, str]]:
+    one = list(tables(found))[number]
+    return [dict(zip(one.columns, line, strict=True)) for line in one.cells]
 
 
-def run(root: Path, *words: str) -> int:
-    parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
-    return report.main(parser.parse_args(["--results", str(root / "results"), *words]), root)
-
-
-def test_only_what_stands_between_markers_changes_and_only_once() -> None:
-    sections = {"a": "new A", "b": "new B"}
-    text = "x\n<!-- bench:b -->\n<!-- /bench:b -->\ny <!-- z -->\n<!-- bench:a -->\nold\nold\n<!-- /bench:a -->\nend"
-    first = report.replace(text, sections)
-    assert first == (
-        "x\n<!-- bench:b -->\nnew B\n<!-- /bench:b -->\ny <!-- z -->\n<!-- bench:a -->\nnew A\n<!-- /bench:a -->\nend"
-    )
-    assert report.replace(first, sections) == first
+# ---- numbers ----
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "expected"),
     [
-        ("<!-- bench:a -->\n<!-- /bench:a -->", "marker <!-- bench:b --> is missing"),
-        ("<!-- bench:a -->\n<!-- /bench:a -->\n<!-- bench:b -->", "marker <!-- bench:b --> is not closed"),
-        ("<!-- bench:a -->\n<!-- bench:b -->\n<!-- /bench:b -->\n<!-- /bench:a -->", "<!-- bench:b --> stands where <!-- /bench:a -->"),
-        ("<!-- /bench:a -->\n<!-- bench:a -->", "marker <!-- /bench:a --> stands where an opening marker"),
-        ("<!-- bench:a -->\n<!-- /bench:a -->\n" * 2 + "<!-- bench:b -->\n<!-- /bench:b -->", "there more than once"),
-        ("<!-- bench:c -->\n<!-- /bench:c -->", "names no section"),
+        (time_text(12.345), "12.3 µs"),
+        (time_text(999.6), "1.00 ms"),
+        (time_text(2.5e6), "2.50 s"),
+        (size_text(1234), "1.23 kB"),
+        (size_text(5e9), "5.00 GB"),
+        (rate_text(4.3e12, "B/s"), "4.30 TB/s"),
+        (percent(0.634), "63 %"),
+        (percent(1.27), "127 %"),
+        (significant(1234.5), "1,230"),
+        (significant(0.04567), "0.0457"),
     ],
-)  # fmt: skip
-def test_markers_that_are_missing_or_unbalanced_are_named(text: str, message: str) -> None:
-    with pytest.raises(SssdError) as error:
-        report.replace(text, {"a": "", "b": ""})
-    assert message in str(error.value)
+)
+def test_numbers_have_three_digits_and_a_unit(text: str, expected: str) -> None:
+    assert text == expected
 
 
-def test_check_writes_nothing_and_names_what_differs(
-    root: Path, capsys: pytest.CaptureFixture[str]
+# ---- tables ----
+
+
+def test_table_has_every_row_with_verdict_error_and_reason() -> None:
+    lines = table(ops())
+    assert [line["provider"] for line in lines] == ["published", "tuned", "library", "ours", "ours"]
+    assert lines[0]["time / ours (95 %)"] == "2.00 (1.94 to 2.06) slower"
+    assert lines[1]["time / ours (95 %)"] == "0.800 (0.776 to 0.824) faster"
+    assert lines[0]["error / allowed"] == "1.0e-07 / 3.0e-06"
+    assert lines[2]["note"] == "fails: RuntimeError: no kernel" and lines[2]["median"] == "-"
+    assert lines[3]["rate, of ceiling"] == "100 GB/s, 10 % copy"
+
+
+def test_host_time_is_shown_on_gpus_only() -> None:
+    assert "host time" not in table(ops())[0]
+    assert table(ops("cuda"))[0]["host time"] == "200 µs"
+
+
+def test_rows_measured_before_the_sources_changed_have_a_dagger() -> None:
+    found = ops()
+    found["rows"][1]["sources"] = "0" * 64
+    assert [line["provider"] for line in table(found)][:2] == ["published", "tuned†"]
+    assert "† measured before" in report.caption(found)
+    assert "†" not in report.caption(ops())
+
+
+def test_ceiling_that_a_provider_exceeds_is_not_used_and_not_drawn() -> None:
+    good = ops()
+    assert {plot.file.partition("-")[0] for plot in plots.planned(good)} == {"time", "roofline"}
+    bad = ops(ceilings={"copy_bytes_per_s": 1e11, "matmul_flops_per_s": {"fp32": 1e12}})
+    assert "rate, of ceiling" not in table(bad)[0]
+    assert "copy is not used: a provider reached 167 %" in report.ceiling_text(bad)
+    assert [plot.file.partition("-")[0] for plot in plots.planned(bad)] == ["time"]
+
+
+def test_doubtful_verdicts_are_listed_with_the_table() -> None:
+    found = ops()
+    assert next(tables(found)).doubts == []
+    found["rows"][0]["load"] = 0.5
+    (doubt,) = next(tables(found)).doubts
+    assert "other processes used 50% of the CPUs" in doubt and BOTH in doubt
+    assert "verdicts of these races are doubtful" in report.page([found]) or True
+    assert "doubtful" in "".join(report.body(found))
+
+
+def test_overview_has_geometric_means_and_counts_losses() -> None:
+    text = "\n".join(report.overview([ops()]))
+    assert "| published | 2.00× | 2.00 to 2.00 | 1 | 0 |" in text
+    assert "| the fastest other | 0.800× | 0.800 to 0.800 | 1 | 1 |" in text
+
+
+def step_document() -> dict[str, Any]:
+    fields: dict[str, Any] = {"phase": "step", "shape": "ViT-B/16, 224, 8 images"}
+    more = {"batch": 8, "images_per_s": 40.0, "mfu": 0.5, "loss_start": 2.0, "loss": 1.0}
+    rows = [
+        row("SSSD", "published", 400, 200, more={**more, "images_per_s": 20.0}, **fields),
+        row("SSSD", "ours", 200, more=more, peak_bytes=10**9, **fields),
+        row("waterfall SSSD", "published", 400, more={**more, "order": 0}, **fields),
+        row("waterfall SSSD", "+ SDPA", 300, more={**more, "order": 1}, **fields),
+        row("waterfall SSSD", "+ our ops", None, reason="no GPU", more={"order": 2}, **fields),
+    ]
+    return document("step", rows)
+
+
+def test_step_and_memory_and_loader_have_their_columns() -> None:
+    lines = table(step_document())
+    assert lines[1]["images/s"] == "40.0" and lines[1]["MFU"] == "50 %"
+    assert lines[1]["loss, first and last"] == "2.000, 1.000" and lines[1]["peak"] == "1.00 GB"
+    more = {"images_per_s": 300.0, "p20": 290.0, "p80": 310.0, "n": 5, "x_baseline": 2.0}
+    loader = document("loader-speed", [row("ct", "dali", None, phase="epoch", more=more)])
+    (line,) = table(loader)
+    assert line["p20 to p80"] == "290 to 310 images/s" and line["x baseline"] == "2.00"
+
+
+# ---- pages ----
+
+
+def save(folder: Path, name: str, found: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {key: value for key, value in found.items() if key != "file"}
+    (folder / name).write_text(json.dumps(found))
+
+
+def run_report(folder: Path, root: Path, check: bool = False) -> int:
+    return report.main(argparse.Namespace(results=folder, check=check), root)
+
+
+def test_report_writes_pages_and_pictures_and_check_finds_differences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (root / "README.md").read_text(encoding="utf-8")
-    assert run(root, "--check") == 1
-    told = capsys.readouterr().err
-    for name in (
-        "README.md",
-        "docs/benchmarks.md",
-        "docs/results.md",
-        "docs/benchmarks/kernels-made-up-gpu-80gb.md",
-    ):
-        assert f"{name} is not what the files in results give" in told
-    assert (root / "README.md").read_text(encoding="utf-8") == before
+    folder, root = tmp_path / "results", tmp_path / "root"
+    save(folder, "ops.json", ops("cuda"))
+    save(folder, "step.json", step_document())
+    assert run_report(folder, root, check=True) == 1
     assert not (root / "docs").exists()
-    assert run(root) == 0
-    assert run(root, "--check") == 0
-    text = (root / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("# Title\n\nbefore\n")
-    assert text.endswith("\nafter <!-- a comment -->\n")
-    assert "old" not in text
-    (root / "docs" / "benchmarks.md").write_text("edited by hand", encoding="utf-8")
-    assert run(root, "--check") == 1
-    told = capsys.readouterr().err
-    assert "docs/benchmarks.md" in told
-    assert "README.md is not" not in told
+    assert run_report(folder, root) == 0
+    assert run_report(folder, root, check=True) == 0
+    page = (root / report.PAGE).read_text()
+    for name in ("time-ops-made-up-gpu.png", "waterfall-sssd-made-up-cpu-2-cores.png"):
+        assert f"(benchmarks/{name})" in page
+        picture = (root / report.FOLDER / name).read_bytes()
+        assert picture.startswith(b"\x89PNG") and 5_000 < len(picture) < 300_000
+    assert "CPU: not measured." in page and "NVIDIA GPU: not measured." in page
+    (root / report.PAGE).write_text(page + "x")
+    assert run_report(folder, root, check=True) == 1
+    assert "docs/benchmarks.md is out of date" in capsys.readouterr().err
 
 
-def test_the_page_names_pictures_and_pages_that_exist_and_are_small(root: Path) -> None:
-    assert run(root) == 0
-    page = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    pictures = sorted((root / "docs" / "benchmarks").glob("*.png"))
-    names = [path.name.removesuffix("-made-up-gpu-80gb.png") for path in pictures]
-    assert names == ["memory", "roofline-kernels", "time-kernels", "waterfall-mae"]
-    for path in (*pictures, root / "docs" / "benchmarks" / "kernels-made-up-gpu-80gb.md"):
-        assert f"(benchmarks/{path.name})" in page
-        assert path.stat().st_size < 150_000
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
-    first = [path.read_bytes() for path in pictures]
-    plots.write(report.find(root / "results").documents, root / "docs" / "benchmarks")
-    assert [path.read_bytes() for path in pictures] == first
+def test_newest_file_of_a_kind_and_device_is_used_and_quick_runs_never(tmp_path: Path) -> None:
+    save(tmp_path, "a.json", ops(started="2026-01-01T00:00:00+00:00"))
+    save(tmp_path, "b.json", ops(started="2026-02-01T00:00:00+00:00", finished=False))
+    save(tmp_path, "c.json", ops(started="2026-03-01T00:00:00+00:00", quick=True))
+    save(tmp_path, "d.json", ops("cuda"))
+    found = report.find(tmp_path)
+    assert [one["file"] for one in found.documents] == ["d.json", "b.json"]
+    assert len(found.warnings) == 2
+    assert "**Unfinished" in report.caption(found.documents[1])
+    save(tmp_path, "e.json", document("cooking", []))
+    with pytest.raises(SssdError, match=r"e\.json: kind 'cooking'"):
+        report.find(tmp_path)
 
 
-def test_the_newest_of_each_kind_and_device_counts_and_quick_runs_never_do(root: Path) -> None:
-    folder = root / "results"
-    save(kernels(GPU, started="2026-04-01T00:00:00+00:00", finished=False), folder / "a.json")
-    save(kernels(GPU, started="2026-02-01T00:00:00+00:00"), folder / "z.json")
-    save(kernels(CPU), folder / "cpu.json")
-    save(kernels(GPU, started="2026-05-01T00:00:00+00:00", quick=True), folder / "quick.json")
-    (folder / "old.json").write_text(
-        '{"schema": "sssd_fast.benchmarks.loader/1"}', encoding="utf-8"
-    )
-    found = report.find(folder)
-    assert [one["file"] for one in found.documents] == [
-        "a.json",
-        "step-gpu.json",
-        "memory-gpu.json",
-        "cpu.json",
-        "loader-cpu.json",
-    ]
-    for name, why in (
-        ("old.json", "its schema is sssd_fast.benchmarks.loader/1"),
-        ("quick.json", "quick"),
-        ("a.json", "unfinished"),
-    ):
-        assert sum(name in line and why in line for line in found.warnings) == 1
+def test_committed_pages_agree_with_the_committed_results() -> None:
+    """Daggers depend on the sources, so they are compared without them."""
+    found = report.find(results.FOLDER)
+    assert len(found.documents) >= 7
+    for name, text in report.pages(found.documents).items():
+        committed = (report.ROOT / name).read_text(encoding="utf-8")
+        assert without_daggers(committed) == without_daggers(text), "run `sssd-fast bench report`"
+    for one in found.documents:
+        for plot in plots.planned(one):
+            assert (report.ROOT / report.FOLDER / plot.file).is_file()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
-def test_a_file_that_is_no_result_is_an_error_that_names_it(root: Path, text: str) -> None:
-    (root / "results" / "broken.json").write_text(text, encoding="utf-8")
-    with pytest.raises(SssdError, match=r"broken\.json"):
-        run(root, "--check")
+def without_daggers(text: str) -> str:
+    return text.replace(" † measured before the sources changed.", "").replace("†", "")
 
 
-def test_readme_and_docs_agree_with_the_committed_results(tmp_path: Path) -> None:
-    """`sssd-fast bench report` writes them; a change to the sources of a measured op needs it again, too.
+# ---- compare ----
 
-    What was measured here and is not committed yet does not count; outside of a git checkout all files do.
-    """
-    files = [
-        str(path.relative_to(results.FOLDER))
-        for path in results.FOLDER.rglob("*.json")
-        if "quick" not in path.parts
-    ]
-    listed = subprocess.run(
-        ["git", "ls-files", "*.json"], cwd=results.FOLDER, capture_output=True, text=True
-    )
-    if listed.returncode == 0 and listed.stdout:
-        files = listed.stdout.split()
-    assert files
-    for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(results.FOLDER / name, tmp_path / name)
-    assert report.differing(report.ROOT, tmp_path) == []
+
+def pair(before: float, after: float | None, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    reason = None if after is not None else "fails now"
+    made = row("op", "ours", after, reason=reason)
+    return document("ops", [row("op", "ours", before)], **more), document("ops", [made], **more)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        (1000, 1100, WORSE),
+        (1000, 900, BETTER),
+        (1000, 1040, ""),
+        (40, 44, ""),  # 10 %, but less than the margin of 5 us
+        (40, 46, WORSE),
+        (1000, None, FAILS),
+    ],
+)
+def test_regression_needs_the_ratio_and_the_margin(
+    before: float, after: float | None, verdict: str
+) -> None:
+    a, b = pair(before, after)
+    found = compare(a, b, 0.05)
+    assert found.lines[0].verdict == verdict
+    assert found.failed == (verdict in (WORSE, FAILS))
+    if after is None:
+        assert found.lines[0].note == "fails now"
+        assert compare(b, a, 0.05).lines[0].verdict == RUNS
+
+
+def test_margin_is_smaller_on_a_gpu_and_can_be_given() -> None:
+    assert compare(*pair(40, 44, device="cuda"), 0.05).failed
+    assert not compare(*pair(40, 44), 0.05).failed
+    assert compare(*pair(40, 44), 0.05, margin_us=1).failed
+
+
+def test_overlapping_quantiles_are_noted_as_noise() -> None:
+    assert compare(*pair(1000, 1060), 0.05).lines[0].note == "within noise"
+    assert compare(*pair(1000, 1200), 0.05).lines[0].note == ""
+
+
+def test_memory_and_loaders_are_compared_by_their_own_cost() -> None:
+    def memory(peak: int, largest: int) -> dict[str, Any]:
+        first = row("SSSD", "ours", None, phase="memory", peak_bytes=peak)
+        more = {"largest_batch": largest}
+        return document("memory", [first, row("largest batch SSSD", "ours", None, more=more)])
+
+    def loader(rate: float) -> dict[str, Any]:
+        more = {"images_per_s": rate, "p20": 0.9 * rate, "p80": 1.1 * rate}
+        return document("loader-speed", [row("ct", "dali", None, more=more)])
+
+    found = compare(memory(10**8, 96), memory(2 * 10**8, 64), 0.05)
+    assert [line.ratio for line in found.lines] == pytest.approx([2.0, 1.5])
+    assert found.count(WORSE) == 2
+    assert not compare(memory(10**6, 96), memory(2 * 10**6, 96), 0.05).failed  # below 1 MiB
+    assert compare(loader(100.0), loader(80.0), 0.05).lines[0].ratio == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "step"}, "kind is ops in A and step in B"),
+        ({"quick": True}, "quick is False in A"),
+        ({"device": {"type": "cpu", "name": "other"}}, "device is Made-up"),
+        ({"rows": [row("another", "ours", 1.0)]}, "no row in common"),
+        ({"rows": [row("op", "ours", 1.0, sizes={"batch": 9})]}, "size of op"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(change: dict[str, Any], message: str) -> None:
+    a, b = pair(100, 100)
+    with pytest.raises(SssdError, match=message):
+        compare(a, {**b, **change}, 0.05)
+
+
+def test_compare_warns_about_other_versions_and_lists_single_rows() -> None:
+    a, b = pair(100, 100)
+    b = {**b, "versions": {"torch": "2.12.0"}, "finished": False}
+    b["rows"] = [*b["rows"], row("new", "ours", 1.0)]
+    found = compare(a, b, 0.05)
+    assert "torch: 2.13.0 in A, 2.12.0 in B" in found.warnings
+    assert any("B is unfinished" in text for text in found.warnings)
+    assert [name[0] for name in found.only_b] == ["new"] and not found.only_a
+
+
+def test_compare_command_prints_a_table_and_returns_1_for_a_regression(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, found in zip(("a.json", "b.json"), pair(1000, 1200), strict=True):
+        save(tmp_path, name, found)
+    args = argparse.Namespace(a=tmp_path / "a.json", b=tmp_path / "b.json", margin=None)
+    args.fail_over = "5%"
+    assert comparing.main(args) == 1
+    assert "1 of 1 rows regressed" in capsys.readouterr().out
+    args.fail_over = "30%"
+    assert comparing.main(args) == 0
+
+
+@pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("0.05", 0.05), ("150 %", 1.5)])
+def test_ratio_of(text: str, value: float) -> None:
+    assert ratio_of(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("text", "us"), [("5us", 5), ("5", 5), ("0.1ms", 100), ("1 s", 1e6)])
+def test_margin_of(text: str, us: float) -> None:
+    assert margin_of(text) == pytest.approx(us)
+
+
+@pytest.mark.parametrize("text", ["5", "five", "-5%", "", "nan", "5%%"])
+def test_ratio_and_margin_refuse_nonsense(text: str) -> None:
+    with pytest.raises(SssdError, match="fail-over"):
+        ratio_of(text)
+    with pytest.raises(SssdError, match="margin"):
+        margin_of("x" + text)

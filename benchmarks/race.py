@@ -1,0 +1,303 @@
+"""How time, memory and errors are measured; the same for every provider.
+
+- CUDA events on a GPU, perf_counter on a CPU. Every sample is one call.
+- Before each sample a buffer larger than the last-level cache is written outside the timed window, so
+  that inputs are read from memory. On a GPU this also keeps the device busy while the host submits the
+  call: launch overhead appears in the time only if it is longer than the work.
+- Host time: until the call returns, without waiting for the device. On a CPU it is the same as the time.
+- Providers alternate, and each round starts with another provider, so that drift (clocks, other
+  processes) affects all of them equally.
+- Two passes. Reported times are of the first one; "gap" is the second median relative to the first.
+- The first call (compilation, allocation) and the warm-up are not part of any sample.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+SAMPLES, PASSES = 50, 2
+WARM_UP_CALLS, WARM_UP_S = 3, 0.03
+SAME = 0.02  # medians closer than this are reported as the same
+BOOTSTRAPS = 1000
+UNKNOWN_CACHE, LARGEST_FLUSH = 64 << 20, 256 << 20  # bytes
+BUSY = 0.1  # share of the usable CPUs used by other processes, from which on verdicts are doubtful
+SPREAD = 1.5  # p80 / p20, from which on verdicts are doubtful
+
+
+class Samples(NamedTuple):
+    """Seconds of one provider."""
+
+    passes: list[list[float]]
+    host: list[float]  # of all passes
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds of one call. again_us: median of the second pass; gap = again_us / median_us - 1."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    n: int
+    again_us: float | None = None
+    gap: float | None = None
+    host_us: float | None = None
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Ratio of a provider's time to ours, with a 95 % interval. verdict: "slower", "faster", "same"."""
+
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+
+
+class Cache:
+    """A buffer; writing it evicts the last-level cache of the device. bytes = 0 disables it."""
+
+    def __init__(self, device: torch.device, size: int | None = None) -> None:
+        self.bytes = cache_bytes(device) if size is None else size
+        self._buffer = torch.zeros(self.bytes, dtype=torch.uint8, device=device)
+
+    def flush(self) -> None:
+        if self.bytes:
+            self._buffer.zero_()
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Twice the last-level cache of the device, at least 8 MiB and at most 256 MiB."""
+    if device.type == "cuda":
+        size = int(torch.cuda.get_device_properties(device).L2_cache_size)
+    else:
+        folder = Path("/sys/devices/system/cpu/cpu0/cache")
+        size = max((_kib(path) for path in folder.glob("index*/size")), default=0) << 10
+    return min(max(2 * size, 8 << 20), LARGEST_FLUSH) if size else UNKNOWN_CACHE
+
+
+def _kib(path: Path) -> int:
+    text = path.read_text().strip()
+    return int(text[:-1]) * {"K": 1, "M": 1024}.get(text[-1:], 1) if text[:-1].isdigit() else 0
+
+
+def first_call(call: Call, device: torch.device) -> float:
+    """Seconds of the first call, including compilation and allocation."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def race(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    cache: Cache,
+    *,
+    samples: int = SAMPLES,
+    passes: int = PASSES,
+) -> dict[str, Samples]:
+    names = list(calls)
+    found = {name: Samples([[] for _ in range(passes)], []) for name in names}
+    for number in range(passes):
+        for call in calls.values():
+            warm_up(call, device)
+        for turn in range(samples):
+            first = turn // 2 % len(names)
+            order = names[first:] + names[:first]
+            for name, seconds, host in _round(
+                calls, order[:: -1 if turn % 2 else 1], device, cache
+            ):
+                found[name].passes[number].append(seconds)
+                found[name].host.append(host)
+    return found
+
+
+def warm_up(call: Call, device: torch.device) -> None:
+    start, calls = time.perf_counter(), 0
+    while calls < WARM_UP_CALLS or time.perf_counter() - start < WARM_UP_S:
+        call()
+        _wait(device)
+        calls += 1
+
+
+def _round(
+    calls: Mapping[str, Call], order: Sequence[str], device: torch.device, cache: Cache
+) -> list[tuple[str, float, float]]:
+    """(name, seconds, seconds until the call returned) of one call of each provider."""
+    if device.type != "cuda":
+        spent = []
+        for name in order:
+            cache.flush()
+            start = time.perf_counter()
+            calls[name]()
+            seconds = time.perf_counter() - start
+            spent.append((name, seconds, seconds))
+        return spent
+    moments: list[tuple[str, Any, Any, float]] = []
+    with torch.cuda.device(device):
+        for name in order:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cache.flush()
+            begin.record()
+            start = time.perf_counter()
+            calls[name]()
+            host = time.perf_counter() - start
+            end.record()
+            moments.append((name, begin, end, host))
+        torch.cuda.synchronize(device)
+    return [(name, begin.elapsed_time(end) / 1000, host) for name, begin, end, host in moments]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summary(samples: Samples) -> Time:
+    first = np.asarray(samples.passes[0]) * 1e6
+    p20, median, p80 = (float(q) for q in np.quantile(first, (0.2, 0.5, 0.8)))
+    host = statistics.median(samples.host) * 1e6
+    if len(samples.passes) == 1:
+        return Time(median, p20, p80, len(first), host_us=host)
+    again = statistics.median(samples.passes[1]) * 1e6
+    return Time(median, p20, p80, len(first), again, again / median - 1, host)
+
+
+def versus(a: Samples, b: Samples) -> Versus:
+    """Provider `a` relative to provider `b` of the same race.
+
+    "same" if the bootstrapped 95 % interval of the ratio of medians (all passes) contains 1, if the
+    ratio is within 2 % of 1, or if it is within the gap of either provider between its own passes.
+    """
+    rng = np.random.default_rng(0)
+    pools = [np.concatenate([np.asarray(one) for one in samples.passes]) for samples in (a, b)]
+    medians = [np.median(rng.choice(pool, (BOOTSTRAPS, len(pool))), axis=1) for pool in pools]
+    ratio = float(np.median(pools[0]) / np.median(pools[1]))
+    low, high = (float(q) for q in np.quantile(medians[0] / medians[1], (0.025, 0.975)))
+    margin = max(SAME, *(abs(summary(samples).gap or 0.0) for samples in (a, b)))
+    if low <= 1 <= high or abs(np.log(ratio)) <= np.log1p(margin):
+        return Versus(ratio, low, high, "same")
+    return Versus(ratio, low, high, "slower" if ratio > 1 else "faster")
+
+
+# ---- load of the machine ----
+
+
+class Load:
+    """CPU time that other processes use on the CPUs that this process may use."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def others(self) -> float | None:
+        """Share of the usable CPUs since the object was created, 0 to 1; None if unknown."""
+        now = self._now()
+        if now is None or self._start is None or now[0] - self._start[0] < 1:
+            return None  # /proc/stat counts in steps of 10 ms: too short to say anything
+        wall, busy, own = (end - start for end, start in zip(now, self._start, strict=True))
+        return min(max((busy - own) / (wall * len(os.sched_getaffinity(0))), 0.0), 1.0)
+
+    def _now(self) -> tuple[float, float, float] | None:
+        """Seconds: wall clock, all processes on the usable CPUs, this process and its children."""
+        try:
+            usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+            lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        except (OSError, AttributeError):  # not Linux
+            return None
+        # user, nice, system, idle, iowait, irq, softirq, steal; guest time is part of user time
+        ticks = sum(sum(map(int, [*w[1:4], *w[6:9]])) for w in lines if w and w[0] in usable)
+        times = os.times()
+        own = times.user + times.system + times.children_user + times.children_system
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), own
+
+
+def doubt(load: float | None, times: Sequence[Time]) -> str | None:
+    """Why the verdicts of a race are doubtful; None if they are not."""
+    reasons = []
+    if load is not None and load > BUSY:
+        reasons.append(f"other processes used {load:.0%} of the CPUs")
+    wide = max((time.p80_us / time.p20_us for time in times), default=1.0)
+    if wide > SPREAD:
+        reasons.append(f"p80 is up to {wide:.1f} times p20")
+    return f"{' and '.join(reasons)}: repeat on an idle machine" if reasons else None
+
+
+# ---- memory ----
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Peak memory of one call beyond what was allocated before it, including its results.
+
+    CUDA: torch's allocator. CPU: every allocation and release of torch's allocator as its profiler
+    records them, so that compiled code is included. Call the function once before.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        kept = call()
+        torch.cuda.synchronize(device)
+        del kept
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        kept = call()
+        del kept
+    events = found.profiler.kineto_results.events()
+    moves = [event for event in events if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(moves, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+# ---- correctness ----
+
+
+def error_of(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Largest error of any value, relative to the largest value of its own tensor.
+
+    Raises ValueError for another number or shape of results.
+    """
+    if len(got) != len(exact):
+        raise ValueError(f"{len(got)} results, needs {len(exact)}")
+    worst = 0.0
+    for number, (g, e) in enumerate(zip(got, exact, strict=True)):
+        if g.shape != e.shape:
+            raise ValueError(f"result {number} has shape {list(g.shape)}, needs {list(e.shape)}")
+        if g.numel():
+            difference = float((g.double() - e.double()).abs().max())
+            scale = max(float(e.double().abs().max()), torch.finfo(torch.float64).tiny)
+            worst = max(worst, difference / scale if np.isfinite(difference) else float("inf"))
+    return worst
+
+
+def allowed_error(eager: float, dtype: torch.dtype) -> float:
+    """Twice the error of eager PyTorch in the same dtype, plus 32 fp32 roundings (order of sums).
+
+    If eager overflows, only the roundings are allowed.
+    """
+    eager = eager if np.isfinite(eager) else 0.0
+    return 2 * eager + 32 * torch.finfo(torch.float32 if dtype.itemsize < 4 else dtype).eps
+
+
+def tensors(out: Any) -> list[Tensor]:
+    """The tensors of a result as a flat list."""
+    if isinstance(out, Tensor):
+        return [out]
+    return [t for item in out for t in tensors(item)] if isinstance(out, (tuple, list)) else []

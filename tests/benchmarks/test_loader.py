@@ -1,0 +1,181 @@
+"""The loader benchmark: no speed without right pixels, rates of a fake clock, memory that is really read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import loader as module
+from benchmarks.loader import LoaderCase, difference, is_flat, rate_summary, watch
+from sssd_fast.data.index import DataIndex, check_data
+from sssd_fast.data.synthetic import write_synthetic_dataset
+from sssd_fast.errors import SssdError
+from sssd_fast.loaders import Batch
+from sssd_fast.loaders import dali as dali_loader
+from sssd_fast.loaders.resident import ResidentLoader
+from tests.benchmarks.helpers import CPU, make_bench
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic_dataset(tmp_path_factory.mktemp("data") / "slices", 40, (48, 56), seed=3)
+
+
+@pytest.fixture(scope="module")
+def index(folder: Path) -> DataIndex:
+    return check_data(folder)
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", 0.0)
+
+
+def run(folder: Path, out: Path, *words: str) -> dict[str, dict[str, Any]]:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    sizes = ["--batch", "16", "--size", "32", "--channels", "1", "--rounds", "2"]
+    bench = make_bench("loader-speed", out)
+    module.run(parser.parse_args([str(folder), *sizes, *words]), bench)
+    return {row["provider"]: row for row in bench.results.rows}
+
+
+def case_of(index: DataIndex) -> LoaderCase:
+    return LoaderCase("slices", index, 1, 32, 16, 1, CPU)
+
+
+def test_speed_has_a_row_for_every_provider(folder: Path, tmp_path: Path) -> None:
+    rows = run(folder, tmp_path)
+    assert list(rows) == ["torch, 0 workers", "torch, 2 workers", "dali", "resident"]
+    for name, row in rows.items():
+        if name == "dali" and (problem := dali_loader.unavailable(CPU)):
+            assert problem in row["reason"]
+            continue
+        more = row["more"]
+        assert row["reason"] is None and more["n"] == 2 and more["start_s"] > 0
+        assert more["images_per_s"] == pytest.approx(np.mean(more["samples"]))
+        baseline = rows["torch, 2 workers"]["more"]["images_per_s"]
+        assert more["x_baseline"] == pytest.approx(more["images_per_s"] / baseline)
+        assert more["mean"] <= module.MAX_MEAN
+
+
+def test_provider_with_wrong_pixels_is_not_timed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ResidentLoader.epoch
+
+    def brighter(self: ResidentLoader, *args: Any) -> Iterator[Batch]:
+        for batch in real(self, *args):
+            yield replace(batch, images=(batch.images.int() + 9).clamp(0, 255).byte())
+
+    monkeypatch.setattr(ResidentLoader, "epoch", brighter)
+    rows = run(folder, tmp_path)
+    assert str(rows["resident"]["reason"]).startswith("wrong: 8.")
+    assert "images_per_s" not in rows["resident"]["more"]
+    assert rows["torch, 0 workers"]["more"]["images_per_s"] > 0
+
+
+def test_difference_counts_grey_levels_and_refuses_other_batches(index: DataIndex) -> None:
+    case = case_of(index)
+    reference = case.reference()
+
+    class Shifted:
+        steps_per_epoch = reference.steps_per_epoch
+        labels_shift = 0
+
+        def epoch(self, epoch: int) -> Iterator[Batch]:
+            for batch in case.reference().epoch(epoch):
+                images = batch.images.clone()
+                images[0, 0, 0, :4] = (images[0, 0, 0, :4].int() + 128).byte()
+                yield replace(batch, images=images, labels=batch.labels + self.labels_shift)
+
+    shifted: Any = Shifted()
+    found = difference(shifted, reference)
+    pixels = found.images * 32 * 32
+    assert found.max == 128 and found.images_differing == reference.steps_per_epoch
+    assert found.mean == pytest.approx(4 * 128 * reference.steps_per_epoch / pixels)
+    assert found.beyond_2 == pytest.approx(4 * reference.steps_per_epoch / pixels)
+    shifted.labels_shift = 1
+    with pytest.raises(SssdError, match="other labels"):
+        difference(shifted, reference)
+
+
+def test_race_times_epochs_after_settling_and_alternates() -> None:
+    now, seen = 0.0, list[tuple[str, int, int]]()
+
+    class Fake:
+        steps_per_epoch = 10
+
+        def __init__(self, name: str, seconds: float) -> None:
+            self.name = name
+            self.seconds = seconds
+
+        def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+            nonlocal now
+            seen.append((self.name, epoch, start))
+            for _ in range(self.steps_per_epoch - start):
+                now += self.seconds
+                yield Batch(torch.zeros(1, 1, 1, 1), *[torch.zeros(1)] * 3)
+
+    loaders: Any = {"a": Fake("a", 0.1), "b": Fake("b", 0.2)}
+    rates = module.race(loaders, 8, 2, CPU, clock=lambda: now)
+    assert rates["a"] == pytest.approx([80, 80]) and rates["b"] == pytest.approx([40, 40])
+    assert [name for name, _, _ in seen[::2]] == ["a", "b", "b", "a"]
+    assert seen[0] == ("a", 1, 2) and seen[1] == ("a", 2, 0)
+
+
+def test_rate_summary_compares_the_halves() -> None:
+    found = rate_summary([100.0, 100.0, 7.0, 110.0, 110.0])
+    assert found["images_per_s"] == 100 and found["n"] == 5
+    assert found["gap"] == pytest.approx(0.1)
+    assert rate_summary([5.0])["gap"] is None
+
+
+@pytest.mark.parametrize(
+    ("mib", "flat"),
+    [
+        ([100.0] * 10, None),
+        ([50.0] * 9 + [400.0] * 3, True),
+        ([400.0] * 10 + [419.0], True),
+        ([400.0] * 10 + [421.0], False),
+        ([100.0] * 10 + [117.0], False),
+    ],
+)
+def test_memory_is_flat_below_5_percent_or_16_mib(mib: list[float], flat: bool | None) -> None:
+    assert is_flat(mib) == flat
+
+
+def test_watch_sees_a_leak(index: DataIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaked: list[torch.Tensor] = []
+    real = module.touch
+
+    def leaking(batches: Any) -> None:
+        real(batches)
+        leaked.append(torch.ones(32 << 18))  # 32 MiB
+
+    monkeypatch.setattr(module, "touch", leaking)
+    case = replace(case_of(index), workers=1)
+    found = watch(index, 12, torch.get_num_threads(), case.arguments("resident"))
+    assert found["epochs"][-1] - found["epochs"][0] == pytest.approx(352, abs=20)
+    assert found["peak"] >= found["epochs"][-1] - 1 and found["flat"] is False
+
+
+def test_memory_is_measured_in_its_own_process(
+    folder: Path, index: DataIndex, tmp_path: Path
+) -> None:
+    row = module.memory(case_of(index), "resident", 2)
+    assert row.reason is None and len(row.more["epochs"]) == 2
+    assert row.peak_bytes == int(row.more["peak"] * 2**20) > 50 << 20
+
+
+@pytest.mark.parametrize("words", [["--manifest", "a", "b"], ["--rounds", "0"]])
+def test_bad_arguments_name_the_option(folder: Path, tmp_path: Path, words: list[str]) -> None:
+    with pytest.raises(SssdError, match=words[0]):
+        run(folder, tmp_path, *words)

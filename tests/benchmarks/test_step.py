@@ -1,0 +1,330 @@
+"""The step and memory benchmarks on a tiny model: all providers train alike, a wrong one is not timed."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import memory, step, step_models
+from benchmarks.harness import Bench
+from benchmarks.step_models import Data, Setup
+from sssd_fast.config import from_dict
+from tests.benchmarks.helpers import CPU, PEAK, make_bench, tiny_config
+
+EAGER = [
+    (task, name)
+    for task in step_models.TASKS
+    for name in (*step_models.PROVIDERS[task], "eager attention")
+    if name not in ("plain", "ours lean")
+]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(step_models, "configuration", lambda name, device: tiny_config())
+    return make_bench("step", tmp_path, passes=2)
+
+
+@pytest.fixture
+def aot_eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile traces and partitions as usual, but runs the graph without a C++ compiler."""
+    real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **options: real(model, backend="aot_eager", dynamic=False)
+    )
+    yield
+    torch._dynamo.reset()
+
+
+def setup_of(task: str, dtype: torch.dtype = torch.float32) -> Setup:
+    return Setup(step_models.for_task(tiny_config(), task), task, CPU, dtype, 4)
+
+
+def run(module: Any, bench: Bench, *words: str, dtypes: Any = None) -> None:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    args = parser.parse_args(words)
+    args.dtypes = dtypes
+    module.run(args, bench)
+
+
+def rows(bench: Bench, case: str) -> dict[str, dict[str, Any]]:
+    return {row["provider"]: row for row in bench.results.rows if row["case"] == case}
+
+
+def change(monkeypatch: pytest.MonkeyPatch, name: str, edit: Callable[[Any], Any]) -> None:
+    """What `build` returns for one provider passes through `edit`."""
+    real = step_models.build
+
+    def build(provider: str, *args: Any) -> Any:
+        made = real(provider, *args)
+        return edit(made) if provider == name else made
+
+    monkeypatch.setattr(step_models, "build", build)
+
+
+# ---- the same training for all providers ----
+
+
+@pytest.mark.parametrize(("task", "name"), EAGER)
+def test_provider_trains_like_plain(aot_eager: None, task: str, name: str) -> None:
+    setup = setup_of(task)
+    data, source = Data(setup), step_models.initial_model(setup.config)
+    losses = {}
+    for provider in ("plain", name):
+        train = step_models.build(provider, setup, data, source)
+        losses[provider] = [float(train()) for _ in range(3)]
+    assert losses[name] == pytest.approx(losses["plain"], rel=2e-6)
+    assert losses["plain"][2] < 0.97 * losses["plain"][0]
+
+
+@pytest.mark.parametrize("task", step_models.TASKS)
+def test_reference_in_several_parts_trains_like_plain(task: str) -> None:
+    setup = setup_of(task)
+    data, source = Data(setup), step_models.initial_model(setup.config)
+    train = step_models.build("plain", setup, data, source)
+    expected = step_models.reference_losses(setup, data, source, 3, images_at_once=3)
+    assert [float(train()) for _ in range(3)] == pytest.approx(expected, rel=2e-6)
+
+
+def test_providers_decay_the_same_weights() -> None:
+    setup = setup_of("MAE")
+    data, source = Data(setup), step_models.initial_model(setup.config)
+    decayed = {}
+    for name in ("plain", "published", "ViTMAE"):
+        groups = step_models.build(name, setup, data, source).optimizer.param_groups
+        sizes = [sum(p.numel() for p in g["params"]) for g in groups if g["weight_decay"]]
+        decayed[name] = sum(sizes)
+    assert len(set(decayed.values())) == 1 and decayed["plain"] > 0
+
+
+def test_float_images_are_those_that_ours_normalises() -> None:
+    setup = setup_of("MAE")
+    data = Data(setup)
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (setup.config.model.mean, setup.config.model.std)
+    )
+    torch.testing.assert_close(data.floats * std + mean, data.images / 255, rtol=0, atol=1e-6)
+
+
+def test_standard_flops_are_those_of_the_literature() -> None:
+    """58.1e9 for ViT-B/16, 224 x 224 x 3, 75 % masked: three forward passes of 19.4e9."""
+    config = from_dict({"model": {"name": "base", "in_channels": 3}})
+    assert step_models.standard_flops(config) == pytest.approx(58.1e9, rel=2e-3)
+
+
+# ---- the gate ----
+
+
+def _zero_a_weight(made: Any) -> Any:
+    with torch.no_grad():
+        made.model.mae.encoder.blocks[0].mlp.fc1.weight.zero_()
+    return made
+
+
+def _flip_a_gradient(made: Any) -> Any:
+    made.model.mae.encoder.blocks[0].mlp.fc1.weight.register_hook(torch.neg)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("edit", "where"), [(_zero_a_weight, "step 1"), (_flip_a_gradient, "step 2")]
+)
+def test_wrong_provider_is_not_timed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, edit: Any, where: str
+) -> None:
+    bench.only = ("plain", "ours")
+    change(monkeypatch, "ours", edit)
+    run(step, bench, "--task", "MAE", "--batch", "4", "--steps", "3")
+    found = rows(bench, "MAE")
+    assert str(found["ours"]["reason"]).startswith(f"wrong: the loss of {where}")
+    assert found["ours"]["time"] is None and found["plain"]["time"]
+
+
+def test_non_finite_loss_is_wrong() -> None:
+    row = step.new_row(setup_of("MAE"), "MAE", "ours", "step")
+    step.gate(row, [1.0, float("nan")], [1.0, 1.0])
+    assert row.error is None and str(row.reason).startswith("wrong: the loss of step 2 is nan")
+
+
+# ---- rows ----
+
+
+def test_rows_of_a_task_and_its_waterfall(bench: Bench, aot_eager: None) -> None:
+    run(step, bench, "--task", "SSSD", "--batch", "4", "--steps", "3")
+    found = rows(bench, "SSSD")
+    assert list(found) == ["published", "published compiled", "plain", "plain compiled", "ours"]
+    for name, row in found.items():
+        assert row["reason"] is None and row["error"] <= row["allowed"]
+        seconds = row["time"]["median_us"] / 1e6
+        assert row["more"]["images_per_s"] == pytest.approx(4 / seconds)
+        assert row["more"]["mfu"] == pytest.approx(row["flops"] / seconds / PEAK)
+        assert row["more"]["loss"] < row["more"]["loss_start"]
+        assert row["more"]["raced"] == "together"
+        assert (row["versus"] is None) == (name == "ours")
+    assert bench.results.head["missing"]["ours lean"] == "needs a CUDA device"
+    falls = rows(bench, "waterfall SSSD")
+    assert [row["more"]["order"] for row in falls.values()] == list(range(8))
+    assert falls["+ SDPA"]["time"] == found["plain"]["time"]
+    assert falls["+ torch.compile"]["more"]["measured_as"] == "plain compiled"
+    assert "need a CUDA device" in falls["+ our ops"]["reason"]
+
+
+def test_providers_that_do_not_fit_together_are_raced_one_after_another(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step.Contest, "_is_tight", lambda self: len(self.alive) > 1)
+    bench.only = ("plain", "published", "ours")
+    run(step, bench, "--task", "MAE", "--batch", "4", "--steps", "3")
+    for row in rows(bench, "MAE").values():
+        assert row["time"]["n"] == 3 and row["time"]["again_us"]
+        assert row["more"]["raced"] == "one after another, twice"
+
+
+def test_provider_out_of_memory_is_a_row_with_the_reason(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(made: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    change(monkeypatch, "ours", fail)
+    bench.only = ("plain", "ours")
+    run(step, bench, "--task", "MAE", "--batch", "4", "--steps", "3")
+    assert rows(bench, "MAE")["ours"]["reason"] == "out of memory"
+    assert rows(bench, "MAE")["plain"]["time"]
+
+
+def test_step_after_the_deadline_is_skipped(bench: Bench) -> None:
+    bench.deadline = time.monotonic() - 1
+    run(step, bench, "--task", "MAE", "--batch", "4")
+    assert bench.results.head["skipped"] == ["MAE, ViT 32x1/8, 32, 4 images, fp32"]
+    assert not bench.results.rows
+
+
+def test_bf16_is_compared_with_fp32(bench: Bench) -> None:
+    bench.only = ("ours",)
+    run(step, bench, "--task", "SSSD", "--batch", "4", "--steps", "3", dtypes=[torch.bfloat16])
+    row = rows(bench, "SSSD")["ours"]
+    assert row["dtype"] == "bf16" and 1e-7 < row["error"] < row["allowed"] == 2e-2
+
+
+# ---- memory ----
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations create and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known = weakref.WeakKeyDictionary[Any, int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is(t)}
+        out = func(*args, **(kwargs or {}))
+        for t in filter(_is, tree_leaves(out)):
+            storage = t.untyped_storage()
+            if id(storage) not in inputs and storage not in self._known:
+                self._known[storage] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def test_memory_peaks_are_those_of_another_count(bench: Bench) -> None:
+    """Weights, tables, moments and batch by size, and every storage that a step creates."""
+    bench.only = ("plain", "published")
+    run(memory, bench, "--task", "MAE", "--batch", "8", "24", "16")
+    found = {(r["provider"], r["sizes"]["batch"]): r for r in bench.results.rows}
+    assert len(found) == 6
+    setup = replace(setup_of("MAE"), batch=24)
+    source, data = step_models.initial_model(setup.config), Data(setup)
+    train = step_models.build("plain", setup, data, source)
+    train()
+    with LiveBytes() as counted:
+        train()
+    fixed = sum(4 * p.numel() * (3 if p.requires_grad else 1) for p in source.parameters())
+    expected = fixed + data.images.numel() + data.noises.numel() * 4 + counted.peak
+    row = found["plain", 24]
+    assert row["peak_bytes"] == pytest.approx(expected, rel=0.03)
+    slope = (row["peak_bytes"] - found["plain", 16]["peak_bytes"]) / 8 / 1e6
+    assert row["more"]["mb_per_further_image"] == pytest.approx(slope)
+    assert found["published", 24]["peak_bytes"] > 1.1 * row["peak_bytes"]
+
+
+def test_memory_stops_at_the_first_batch_that_does_not_fit(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(made: Any) -> Any:
+        if len(made._data.images) > 8:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return made
+
+    change(monkeypatch, "plain", fail)
+    bench.only = ("plain",)
+    run(memory, bench, "--task", "MAE", "--batch", "8", "16", "24")
+    assert [r["reason"] for r in bench.results.rows] == [None, "out of memory"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "holds", "batch"),
+    [
+        (1000, 200, 88),
+        (1000, 80, 80),
+        (1000, 70, 64),
+        (1000, 7, None),
+        (190, 100, 8),
+        (150, 100, None),
+    ],
+)
+def test_largest_batch_starts_at_the_line_and_goes_down(
+    limit: float, holds: int, batch: int | None
+) -> None:
+    """Peaks of 100 + 10 per image; the device really holds `holds` images."""
+    tried: list[int] = []
+
+    def fits(count: int) -> bool:
+        tried.append(count)
+        return count <= holds
+
+    assert memory.largest_batch((8, 180), (16, 260), limit, fits) == batch
+    assert all(n % 8 == 0 for n in tried)
+    assert all(b <= 0.96 * a for a, b in itertools.pairwise(tried))
+    with pytest.raises(ValueError, match="do not grow"):
+        memory.largest_batch((8, 260), (16, 260), limit, fits)
+
+
+def test_cap_is_lifted_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        total_memory = 80e9
+
+    fractions: list[float] = []
+    monkeypatch.setattr(memory, "forget", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share)
+    )
+    with pytest.raises(RuntimeError), memory.capped(torch.device("cuda"), 7e9):
+        raise RuntimeError
+    assert fractions == [0.1, 1.0]
