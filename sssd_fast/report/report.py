@@ -303,34 +303,19 @@ def _newest(run: RunFiles, kind: str) -> list[dict[str, Any]]:
 
 
 def _data(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """The data of each run; equal data are shown once, under the names of all their runs."""
+    """data.json of each run; equal data are shown once, under the names of all their runs."""
     sections: list[dict[str, Any]] = []
     for run in runs:
         same = next((one for one in sections if one["data"] == run.data), None)
         if same is not None:
             same["title"] += f", {run.title}"
-            continue
-        data = run.data
-        counts: Mapping[str, Mapping[str, int]] = data.get("counts", {})
-        names = data.get("classes") or list(dict.fromkeys(k for c in counts.values() for k in c))
-        rows = [[name, *(f"{c.get(name, 0):,}" for c in counts.values())] for name in names]
-        rows.append(["all", *(f"{sum(c.values()):,}" for c in counts.values())])
-        excluded = [f"{item['path']}: {item['reason']}" for item in data.get("excluded", [])]
-        sections.append(
-            {
-                "title": run.title,
-                "data": data,
-                "facts": [("Source", data.get("source")), ("Split", data.get("split_protocol"))],
-                "counts": {"header": list(counts), "rows": rows} if counts else None,
-                "num_excluded": len(excluded),
-                "excluded": _limited(excluded),
-                "duplicates": _limited(
-                    [_line(item).strip() for item in data.get("duplicates", [])]
-                ),
-                "leaks": _limited([_line(item) for item in data.get("leaks", [])]),
-                "notes": _limited([_line(item) for item in data.get("notes", [])]),
-            }
-        )
+        else:
+            splits: Mapping[str, Mapping[str, int]] = run.data.get("counts", {})
+            names = dict.fromkeys(name for counts in splits.values() for name in counts)
+            rows = [[name, *(f"{c.get(name, 0):,}" for c in splits.values())] for name in names]
+            rows.append(["all", *(f"{sum(c.values()):,}" for c in splits.values())])
+            counts = {"header": list(splits), "rows": rows}
+            sections.append({"title": run.title, "data": run.data, "counts": counts})
     return sections
 
 
@@ -375,9 +360,10 @@ def _line(item: Any) -> str:
     return ", ".join(f"{key}: {value}" for key, value in pairs) if pairs else str(item)
 
 
-def _limited(lines: Sequence[str]) -> list[str]:
-    more = [f"and {len(lines) - LISTED} more (data.json)"] if len(lines) > LISTED else []
-    return [*lines[:LISTED], *more]
+def _lines(items: Sequence[Any]) -> list[str]:
+    """The first `LISTED` items as text, and how many more there are."""
+    more = [f"and {len(items) - LISTED} more (data.json)"] if len(items) > LISTED else []
+    return [*(_line(item).strip() for item in items[:LISTED]), *more]
 
 
 def _write(folder: Path, values: dict[str, Any]) -> tuple[Path, Path]:
@@ -407,7 +393,7 @@ def _write(folder: Path, values: dict[str, Any]) -> tuple[Path, Path]:
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
-        environment.filters |= {"link": link, "code": code, "data": data}
+        environment.filters |= {"link": link, "code": code, "data": data, "lines": _lines}
         text = environment.get_template(f"{name}.j2").render(values)
         # bytes of a file name that are not UTF-8 become question marks
         atomic_write_text(folder / name, text.encode("utf-8", "replace").decode("utf-8"))
