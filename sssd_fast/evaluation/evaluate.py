@@ -1,4 +1,4 @@
-"""Files of an evaluation: eval/metrics.json, predictions.csv, roc.png, confusion.png, mistakes/*.png.
+"""Files of an evaluation in eval/: metrics.json, predictions.csv and pictures.
 
 Shapes: N images, K classes.
 """
@@ -90,7 +90,8 @@ def write_evaluation(
             )
         if found.without_patient:
             notes.append(
-                f"{found.without_patient} images name no patient; the per-patient results exclude them."
+                f"{found.without_patient} images name no patient; "
+                "the per-patient results exclude them."
             )
     if image["auc"] is None:
         notes.append(f"No ROC curve: {image['undefined']['auc']}.")
@@ -147,7 +148,7 @@ def write_evaluation(
 
 
 def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(rate, per image, per patient) of a metrics.json: ("Accuracy", "81.8 % (75.0 to 87.8)", "")."""
+    """(rate, per image, per patient), such as ("Accuracy", "81.8 % (75.0 to 87.8)", "")."""
     rows = []
     for rate, name in RATES.items():
         macro = "" if result.get("positive_class") or rate == "accuracy" else ", macro"

@@ -125,8 +125,8 @@ def bootstrap_intervals(
 
     The `n` resamples are not stratified: prevalence varies as it would in a new sample, since
     accuracy, precision and F1 depend on it. With `groups` (patient per image) whole patients are
-    drawn, because images of one patient are not independent. A resample in which a rate is undefined
-    (AUC: only one class drawn) is skipped for that rate and counted in `Interval.skipped`.
+    drawn, because images of one patient are not independent. A resample in which a rate is
+    undefined (AUC: only one class drawn) is skipped for that rate and counted.
     """
     labels_N, scores_N, num_classes = check_scores(labels, scores)
     unit = "image" if groups is None else "patient"
@@ -194,7 +194,8 @@ def aggregate_runs(
 ) -> dict[str, dict[str, float | int | None]]:
     """Mean and sample standard deviation (n - 1) of every rate over seeds or folds.
 
-    `runs` are `Metrics.as_dict()`. `n` counts the runs with a defined rate; `mean` is None for n = 0, `deviation` for n < 2.
+    `runs` are `Metrics.as_dict()`. `n` counts the runs with a defined rate; `mean` is None for
+    n = 0, `deviation` for n < 2.
     """
     summary: dict[str, dict[str, float | int | None]] = {}
     for name in RATES:
@@ -208,7 +209,7 @@ def aggregate_runs(
 
 
 def check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[Ints, Floats, int]:
-    """(labels [N], scores [N] or [N, K], number of classes). Raises DataError for unusable input."""
+    """(labels [N], scores [N] or [N, K], number of classes). Raises DataError."""
     labels_N, scores_N = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if labels_N.ndim != 1 or (labels_N.size and labels_N.dtype.kind not in "iub"):
         raise DataError(
@@ -217,8 +218,8 @@ def check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[Ints, Floats, in
         )
     if scores_N.ndim not in (1, 2) or len(scores_N) != len(labels_N) or scores_N.shape[1:] == (1,):
         raise DataError(
-            f"scores: need shape [N] or [N, K] with N = {len(labels_N)} like the labels and K >= 2, "
-            f"got {list(scores_N.shape)}"
+            f"scores: need shape [N] or [N, K] with N = {len(labels_N)} like the labels and "
+            f"K >= 2, got {list(scores_N.shape)}"
         )
     num_classes = 2 if scores_N.ndim == 1 else scores_N.shape[1]
     outside = np.flatnonzero((labels_N < 0) | (labels_N >= num_classes))
@@ -228,8 +229,9 @@ def check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[Ints, Floats, in
     bad = np.flatnonzero(~np.isfinite(scores_N if scores_N.ndim == 1 else scores_N.sum(axis=1)))
     if len(bad):
         raise DataError(
-            f"scores: {len(bad)} of {len(scores_N)} rows are not finite, the first is row {bad[0]}; "
-            "the model gave NaN or infinity, so evaluate an earlier checkpoint or in fp32"
+            f"scores: {len(bad)} of {len(scores_N)} rows are not finite, the first is row "
+            f"{bad[0]}; the model gave NaN or infinity, so evaluate an earlier checkpoint "
+            "or in fp32"
         )
     return labels_N.astype(np.int64), scores_N, num_classes
 
@@ -267,7 +269,7 @@ def _rates(confusion_RKK: NDArray[Any], binary: bool) -> dict[str, Floats]:
 
 
 def _weighted_auc(truth_N: NDArray[np.bool_], scores_N: Floats, weights_RN: Floats) -> Floats:
-    """P(score of a positive > score of a negative) + half of the ties (Mann-Whitney) for R weightings.
+    """P(score of a positive > that of a negative) + half of the ties (Mann-Whitney), R weightings.
 
     Equals sklearn.metrics.roc_auc_score(truth, scores, sample_weight=weights) of each row, for all
     rows at once; NaN where a row has only one class.

@@ -61,10 +61,10 @@ def unnormalise(
     std: Sequence[float] = (1.0,),
     eps: float = 1e-6,
 ) -> Floats:
-    """Predictions as pixel values 0..255 (not clipped), [n, L, P*P*C] in (row, column, channel) order.
+    """Predictions as pixel values 0..255 (not clipped), [n, L, P*P*C], channels last.
 
-    pred [n, L, P*P*C] is in the space of the training target: (x / 255 - mean) / std, then, for norm
-    "patch" or "channel", minus the patch's mean and divided by its sqrt(unbiased variance + eps)
+    pred [n, L, P*P*C] is in the space of the training target: (x / 255 - mean) / std, then, for
+    norm "patch" or "channel", minus the patch's mean, divided by sqrt(unbiased variance + eps)
     (He et al. 2022, section 4.2). Both statistics are those of the target patch.
     """
     n, channels = images_nCHW.shape[:2]
@@ -107,8 +107,8 @@ def reconstruction_picture(
 ) -> Path:
     """One column per image: input, masked input, visible patches with the predicted masked ones.
 
-    images uint8 [n, C, H, W], pred [n, L, P*P*C], mask [n, L] (True = masked), `names` of the images;
-    `target` are norm, mean, std and eps of `unnormalise`.
+    images uint8 [n, C, H, W], pred [n, L, P*P*C], mask [n, L] (True = masked), `names` of the
+    images; `target` are norm, mean, std and eps of `unnormalise`.
     """
     rows = reconstruction_rows(images, pred, mask, patch_size, **target)
     caption = f"{as_array(mask).mean():.0%} of patches masked"
@@ -148,7 +148,7 @@ def attention_picture(
 
 
 def attention_maps(attention: Any, num_prefix: int) -> Floats:
-    """[n, heads, N, N] probabilities -> [n, heads, L] of the cls token, or the mean over queries."""
+    """[n, heads, N, N] probabilities -> [n, heads, L] of the cls token, or the mean query."""
     attention_nhNN = as_array(attention).astype(np.float64)
     queries = attention_nhNN[:, :, 0] if num_prefix else attention_nhNN.mean(axis=2)
     return np.asarray(queries[:, :, num_prefix:])

@@ -70,7 +70,7 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
 
 
 def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
-    """Evaluate the best checkpoint on a split of the run's own data; writes eval/, prints a table."""
+    """Evaluate the best checkpoint on a split of the run's data; writes eval/, prints a table."""
     trained = load_trained(run.out, run.world.device)
     index = DataIndex.load(run.out / "index.json")
     ids = split_csv(index, run.out / "split.csv").ids(split)
@@ -195,7 +195,7 @@ def predict(
     world: World,
     autocast: torch.autocast,
 ) -> Predictions:
-    """Scores of the images `ids` of `loader`, gathered from all processes; keeps the model's mode."""
+    """Scores of the images `ids`, gathered from all processes; keeps the model's mode."""
     row_of = {image: row for row, image in enumerate(ids)}
     logits_NC = torch.zeros(len(ids), num_classes, device=world.device)
     labels_N = torch.zeros(len(ids), device=world.device, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Read a run folder for a report. Missing or damaged files are listed, they do not stop the reader."""
+"""Read a run folder for a report. Missing or damaged files are listed."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from sssd_fast.report.read import STAGES, RunFiles, read_run, section
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.log import duration
 
-# The configuration's sections that a stage uses, besides data, model and the top level.
+# The configuration's sections that a stage uses in addition to data, model and the top level.
 SECTIONS = {
     "pretrain": ("objective", "pretrain"),
     "finetune": ("finetune", "evaluate"),
@@ -35,7 +35,7 @@ SECTIONS = {
 # Describes the kernels for a default model, not for the model of the run.
 SKIPPED_ENVIRONMENT = ("attention", "schema")
 CAPTIONS = {
-    "reconstruction": "the image, its input with masked patches, the prediction of the masked patches.",
+    "reconstruction": "the image, its masked input, and the prediction of the masked patches.",
     "attention": "attention of the last encoder block: what was read, not why a decision was made.",
     "roc": "ROC curve",
     "confusion": "Confusion matrix: counts, and the share of each true class",
@@ -46,8 +46,8 @@ LISTED = 40  # longest list of files in the report; data.json has all
 def write_report(folder: str | Path, runs: Sequence[Path] = ()) -> tuple[Path, Path]:
     """Write report.md and report.html in `folder`: of that run, or of several `runs` inside it.
 
-    Results of several runs are shown side by side; runs of one stage with the same classes and split
-    (seeds, folds) are averaged as well. Raises DataError for a folder that is missing.
+    Results of several runs are shown side by side; runs of one stage with the same classes and
+    split (seeds, folds) are averaged as well. Raises DataError for a folder that is missing.
     """
     folder = Path(folder)
     for path in (folder, *runs):
@@ -85,8 +85,8 @@ def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
         "environment": _merged(runs, [_environment(run) for run in runs]),
         "events": [f"{run.title}, {line}" for run in runs for line in _events(run)],
         "footer": f"Written by sssd_fast {__version__} on "
-        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC. Research software: not a medical device, "
-        "not for diagnosis.",
+        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC. Research software: not a medical "
+        "device, not for diagnosis.",
     }
 
 
@@ -110,7 +110,7 @@ def _summary(runs: Sequence[RunFiles]) -> str:
 
 
 def _model_items(model: Mapping[str, Any]) -> list[str]:
-    """["ViT 128x4", "0.8 M parameters", "96 x 96 pixels"], empty for settings of another version."""
+    """["ViT 128x4", "0.8 M parameters", "96 x 96 pixels"], [] for settings of another version."""
     import torch
 
     from sssd_fast.config import ModelConfig
@@ -167,13 +167,13 @@ def _result(run: RunFiles) -> dict[str, Any]:
 def _notes(result: Mapping[str, Any]) -> list[str]:
     boot = result["bootstrap"]
     notes = [
-        f"Intervals: {100 * boot['level']:.0f} % percentile bootstrap, {boot['resamples']} resamples "
-        f"of whole {boot['unit']}s, not stratified, seed {boot['seed']}."
+        f"Intervals: {100 * boot['level']:.0f} % percentile bootstrap, {boot['resamples']} "
+        f"resamples of whole {boot['unit']}s, not stratified, seed {boot['seed']}."
     ]
     if boot["unit"] == "image":
         notes.append(
-            "The data name no patients, so images count as independent; with several per patient the "
-            "intervals are too narrow."
+            "The data name no patients, so images count as independent; with several per patient "
+            "the intervals are too narrow."
         )
     for level in ("image", "patient"):
         intervals = {

@@ -30,15 +30,15 @@ class NearestNeighbour:
     def rates(self, index: DataIndex, split: Split, name: str) -> dict[str, Any]:
         """Metrics on the split `name`. Known are the splits before it; the score is 0 or 1."""
         known = [*split.train, *(split.val if name == "test" else [])]
-        asked = split.ids(name)
-        if not asked:
+        queries = split.ids(name)
+        if not queries:
             raise DataError(f"split {split.name} has no {name} images")
-        known_KP, asked_NP = self._stack(index, known), self._stack(index, asked)
+        known_KP, query_NP = self._stack(index, known), self._stack(index, queries)
         # |a - k|^2 without |a|^2, which is the same for every k
-        distance_NK = (known_KP**2).sum(1)[None, :] - 2 * asked_NP @ known_KP.T
+        distance_NK = (known_KP**2).sum(1)[None, :] - 2 * query_NP @ known_KP.T
         positive_I = np.array(index.labels) == positive_class(index.classes)
         scores_N = positive_I[known][distance_NK.argmin(1)].astype(np.float64)
-        return classification_metrics(positive_I[asked].astype(np.int64), scores_N).as_dict()
+        return classification_metrics(positive_I[queries].astype(np.int64), scores_N).as_dict()
 
     def _stack(self, index: DataIndex, ids: list[int]) -> NDArray[np.float32]:
         """[N, SIDE * SIDE] pixels in [0, 1]."""

@@ -1,4 +1,4 @@
-"""A reproduction: data set, splits, methods, seeds, settings, and the configuration of each model."""
+"""A reproduction: data set, splits, methods, seeds, and the configuration of each model."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ Overrides = tuple[str, ...]  # key=value
 class Plan:
     """Content of plan.json.
 
-    `external` is the folder of the images on which the method "external" pre-trains too, `split` the
-    one that is evaluated, `variants` the settings of each --try (several only on "val"), `commands`
-    all that were typed, oldest first.
+    `external` is the folder of the images on which the method "external" pre-trains too, `split`
+    the one that is evaluated, `variants` the settings of each --try (several only on "val"),
+    `commands` all that were typed, oldest first.
     """
 
     dataset: str
@@ -62,7 +62,8 @@ class Plan:
             )
         if len(self.variants) > 1 and self.split == "test":
             raise ConfigError(
-                "--try compares settings, and test images must not choose among them: add --split val"
+                "--try compares settings, and test images must not choose among them: "
+                "add --split val"
             )
 
     @property
@@ -97,7 +98,7 @@ class PlannedModel:
         return out / self.protocol / f"seed-{self.seed}" / name
 
     def pretraining(self) -> PlannedModel | None:
-        """The model with only the settings that pre-training reads: variants share one pre-training."""
+        """The model with only the settings of pre-training, which variants share."""
         if self.method == "supervised":
             return None
         kept = [v for v in self.variant if not v.startswith(("finetune.", "evaluate."))]
@@ -161,5 +162,6 @@ def load_plan(out: Path) -> Plan:
         return TypeAdapter(Plan).validate_json((out / "plan.json").read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"--resume {out}: no plan of `sssd-fast reproduce` there ({error}); start with --out {out}"
+            f"--resume {out}: no plan of `sssd-fast reproduce` there ({error}); start with "
+            f"--out {out}"
         ) from None

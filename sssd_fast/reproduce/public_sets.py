@@ -24,8 +24,8 @@ class PublicSet:
     """A published image set. Rates are fractions, by the names of metrics.RATES.
 
     `classes` maps a class folder to its published number of images. `controlled` is the
-    leak-controlled split: "official" (the authors', by patient) or "block" (last file numbers), with
-    `controlled_title` for tables. `published` maps a source to rates on the random split.
+    leak-controlled split: "official" (the authors', by patient) or "block" (last file numbers),
+    with `controlled_title` for tables. `published` maps a source to rates on the random split.
     `split_files` maps a class to the authors' list of names of a split, {split} to be filled in.
     """
 
@@ -112,8 +112,8 @@ def write_official_split(
 
     Read from `given` (CSV path,label,split), else from `folder`/split_official.csv, else from the
     authors' lists of names ({split}CT_COVID.txt and so on) anywhere below `folder`. Images are
-    matched by class and file name. Returns where the split was read. Raises DataError if there is no
-    split, or it names images that are missing.
+    matched by class and file name. Returns where the split was read. Raises DataError if there is
+    no split, or it names images that are missing.
     """
     source = Path(given) if given is not None else Path(folder) / "split_official.csv"
     if given is not None or source.is_file():
@@ -151,9 +151,9 @@ def _read_lists(which: PublicSet, folder: Path) -> list[tuple[str, str, str]]:
             files = [path for path in folder.rglob(name) if "old_split" not in path.parts]
             if len(files) != 1:
                 raise DataError(
-                    f"{printable(str(folder))}: {len(files) or 'no'} files called {name}, which list "
-                    f"the authors' split of {which.title}; one is needed. Or give the split as CSV "
-                    "path,label,split: --official-split FILE.csv"
+                    f"{printable(str(folder))}: {len(files) or 'no'} files called {name}, which "
+                    f"list the authors' split of {which.title}; one is needed. Or give the split as "
+                    "CSV path,label,split: --official-split FILE.csv"
                 )
             lines = files[0].read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
             rows += [(label, line.strip(), split) for line in lines if line.strip()]

@@ -34,9 +34,9 @@ PROTOCOLS = {
     "controlled": "leak-controlled",
 }
 LEGEND = (
-    "Rates are mean ± sample deviation over the runs. A run is one seed: its split (random), initial "
-    "weights, masks and order. Minutes: training of one model, pre-training and compilation "
-    "included, evaluation not; machines may have been busy with other work."
+    "Rates are mean ± sample deviation over the runs. A run is one seed: its split (random), "
+    "initial weights, masks and order. Minutes: training of one model, pre-training and "
+    "compilation included, evaluation not; machines may have been busy with other work."
 )
 MARKERS = ("<!-- results -->", "<!-- /results -->")
 
@@ -90,9 +90,9 @@ def notes(results: Results) -> list[str]:
             if len(points) > 1:
                 found.append(
                     f"{protocol}: accuracy of sssd minus {control}, seed by seed: "
-                    f"{statistics.fmean(points):+.2f} ± {statistics.stdev(points):.2f} points; higher "
-                    f"in {sum(d > 0 for d in points)}, equal in {points.count(0)} of {len(points)} "
-                    "seeds"
+                    f"{statistics.fmean(points):+.2f} ± {statistics.stdev(points):.2f} points; "
+                    f"higher in {sum(d > 0 for d in points)}, equal in {points.count(0)} of "
+                    f"{len(points)} seeds"
                 )
     if results["split"] == "val":
         found.append(
@@ -119,11 +119,13 @@ def body(results: Results) -> str:
         lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
         blocks += [f"**{title}**", "\n".join(lines)]
     blocks.append("\n".join(f"- {line}" for line in notes(results)))
-    sources = [
-        f"{machine['device']}, torch {machine['torch']}, python {machine['python']}, commit "
-        f"{str(machine['commit'])[:10]}{' (modified)' if machine['modified'] else ''}, {machine['date']}"
-        for machine in results["machines"]
-    ]
+    sources = []
+    for machine in results["machines"]:
+        commit = str(machine["commit"])[:10] + (" (modified)" if machine["modified"] else "")
+        sources.append(
+            f"{machine['device']}, torch {machine['torch']}, python {machine['python']}, "
+            f"commit {commit}, {machine['date']}"
+        )
     sources += [f"`{command}`" for command in results["commands"]]
     return "\n\n".join(filter(None, [*blocks, "; ".join(sources)]))
 
@@ -183,9 +185,9 @@ def page(text: str, found: Mapping[str, Results]) -> str:
         blocks.append(title + ("" if on_gpu(results) else ", CPU"))
         if not on_gpu(results):
             blocks.append(
-                "A small model, trained for minutes on a CPU: this shows that everything runs on the "
-                "real images and how the methods compare at this size, not what the paper's model "
-                "reaches."
+                "A small model, trained for minutes on a CPU: this shows that everything runs on "
+                "the real images and how the methods compare at this size, not what the paper's "
+                "model reaches."
             )
         blocks += [body(results) + f"; file `{name}.json`"]
         blocks += [f"![{results['title']}, accuracy of every model](results/{name}.png)"]

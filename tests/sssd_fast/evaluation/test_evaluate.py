@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and hand-computed cases, intervals, patients, runs, and the files of eval/."""
+"""Metrics against scikit-learn and cases by hand, intervals, patients, runs, files of eval/."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_undefined_rates_are_none_with_a_reason(labels, scores, undefined):
 
 
 def test_rates_of_three_classes_equal_scikit_learn():
-    """Macro averages and one-vs-rest AUC, with unequal class sizes so that micro and macro differ."""
+    """Macro averages and one-vs-rest AUC; unequal class sizes, so that micro and macro differ."""
     rng = np.random.default_rng(1)
     labels = rng.choice(3, size=200, p=[0.6, 0.3, 0.1])
     logits = rng.normal(size=(200, 3)) + 1.5 * np.eye(3)[labels]
@@ -181,7 +181,7 @@ def test_bootstrap_interval_covers_the_truth():
 
 
 def test_bootstrap_by_patient_is_wider():
-    """Ten identical images per patient hold the information of one: the patients' width is right."""
+    """Ten equal images per patient hold the information of one: the patients' width is right."""
     labels, scores = make_binary(40, seed=2)
     repeated = [np.repeat(values, 10) for values in (labels, scores)]
     patients = [str(p) for p in np.repeat(np.arange(40), 10)]
@@ -194,7 +194,7 @@ def test_bootstrap_by_patient_is_wider():
 
 
 def test_bootstrap_counts_resamples_without_auc():
-    """Resamples of one class, of probability 2 * 0.5^4, are skipped for AUC but not for accuracy."""
+    """Resamples of one class (probability 2 * 0.5^4) are skipped for AUC, not for accuracy."""
     got = bootstrap_intervals([0, 0, 1, 1], [0.2, 0.6, 0.4, 0.9], n=2000, seed=0)
     assert got["auc"].used + got["auc"].skipped == 2000
     assert got["auc"].skipped == pytest.approx(2000 / 8, abs=60)

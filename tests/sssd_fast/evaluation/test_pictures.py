@@ -123,7 +123,7 @@ def test_attention_maps_of_the_class_token_or_of_all_queries():
 
 
 def test_attention_picture_is_bright_where_attention_is(tmp_path):
-    """A peak at the upper right patch lights the upper right of its head, not a transposed place."""
+    """A peak at the upper right patch lights the upper right of its head, not the lower left."""
     images = np.zeros((1, 1, 40, 60), dtype=np.uint8)
     attention = np.full((1, 2, 7, 7), 1e-3)
     attention[0, 1, 0, 1 + 2] = 1.0  # patch (row 0, column 2) of 2 x 3
@@ -185,7 +185,7 @@ def test_curves_draw_the_recorded_values(tmp_path, monkeypatch):
 
 
 def test_plots_survive_odd_class_names(tmp_path):
-    """A dollar sign is not a formula, long names are shortened, an empty row is not divided by 0."""
+    """A dollar sign is not a formula, long names are shortened, an empty row has no share."""
     names = ["$x_1$ & <b>", "a name that is much longer than any axis could ever show"]
     path = pictures.confusion_picture([[3, 1], [0, 0]], names, path=tmp_path / "c.png")
     assert Image.open(path).width > 400

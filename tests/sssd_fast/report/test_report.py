@@ -1,4 +1,4 @@
-"""Reports: everything in one safe HTML file, missing parts named, synthetic data announced, results as in metrics.json."""
+"""Reports: one safe HTML file, missing files named, synthetic data announced, all results."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_report_of_an_empty_folder_names_what_is_missing(tmp_path, stage):
 
 
 def test_report_names_damaged_files(tmp_path):
-    """Half a JSON, a last line cut by a kill, a list for a table, an old result: the rest is shown."""
+    """Half a JSON, a line cut by a kill, a list for a table, an old result: the rest is shown."""
     folder = make_run(tmp_path / "finetune")
     (folder / "env.json").write_text('{"torch": ')
     (folder / "config.yaml").write_text("- a\n- b\n")

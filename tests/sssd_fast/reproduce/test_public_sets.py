@@ -1,4 +1,4 @@
-"""The public sets in a folder: found at any depth, their splits read in every form, and what is missing named."""
+"""Public sets: found at any depth, splits read in every form, missing files named."""
 
 from __future__ import annotations
 
@@ -25,33 +25,36 @@ from sssd_fast.reproduce.public_sets import (
     write_official_split,
 )
 
-PARTS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture
 def covid(tmp_path: Path) -> Path:
-    """Twelve images of 32 x 32 per class, in the folders that the set comes in, with the authors' lists."""
+    """Twelve images of 32 x 32 per class in the published folders, with the authors' lists."""
     random = np.random.default_rng(3)
     top = tmp_path / "COVID-CT"
     for label, short, bright in (("CT_COVID", "COVID", 120), ("CT_NonCOVID", "NonCOVID", 60)):
         place, lists = top / "Images-processed" / label, top / "Data-split" / short
         place.mkdir(parents=True)
         (lists / "old_split").mkdir(parents=True)
-        for part, numbers in zip(PARTS, (range(6), range(6, 8), range(8, 12)), strict=True):
+        for split_name, numbers in zip(SPLITS, (range(6), range(6, 8), range(8, 12)), strict=True):
             names = [f"scan-p{i}-100%{i}.png" for i in numbers]
             for name in names:
                 noise = random.integers(-50, 50, (32, 32))
                 Image.fromarray(np.clip(bright + noise, 0, 255).astype(np.uint8)).save(place / name)
-            (lists / f"{part}CT_{short}.txt").write_text("\n".join(names) + "\n")
-            (lists / "old_split" / f"{part}CT_{short}.txt").write_text("not-this.png\n")
+            (lists / f"{split_name}CT_{short}.txt").write_text("\n".join(names) + "\n")
+            (lists / "old_split" / f"{split_name}CT_{short}.txt").write_text("not-this.png\n")
     return top
 
 
-def parts_of(path: Path) -> dict[str, set[str]]:
+def splits_of(path: Path) -> dict[str, set[str]]:
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert all(row["path"].startswith(row["label"] + "/") for row in rows)
-    return {part: {row["path"] for row in rows if row["split"] == part} for part in PARTS}
+    return {
+        split_name: {row["path"] for row in rows if row["split"] == split_name}
+        for split_name in SPLITS
+    }
 
 
 def test_class_folders_are_found_at_any_depth(covid: Path) -> None:
@@ -77,11 +80,15 @@ def test_what_is_not_there_is_named(covid: Path, tmp_path: Path) -> None:
 def test_the_official_split_from_the_authors_lists(covid: Path, tmp_path: Path) -> None:
     out, root = tmp_path / "official.csv", covid / "Images-processed"
     assert write_official_split(COVID_CT, covid, root, None, out) == "the authors' lists of names"
-    found = parts_of(out)
-    assert {part: len(paths) for part, paths in found.items()} == {"train": 12, "val": 4, "test": 8}
+    found = splits_of(out)
+    assert {split_name: len(paths) for split_name, paths in found.items()} == {
+        "train": 12,
+        "val": 4,
+        "test": 8,
+    }
     assert "CT_NonCOVID/scan-p9-100%9.png" in found["test"]
     split = split_csv(check_data(root), out)
-    assert [len(split.ids(part)) for part in PARTS] == [12, 4, 8]
+    assert [len(split.ids(split_name)) for split_name in SPLITS] == [12, 4, 8]
 
 
 def test_the_official_split_from_csv_with_other_folders(covid: Path, tmp_path: Path) -> None:
@@ -93,7 +100,7 @@ def test_the_official_split_from_csv_with_other_folders(covid: Path, tmp_path: P
     given.write_text("path,label,split\n" + "".join(",".join(row) + "\n" for row in rows))
     out = tmp_path / "official.csv"
     assert write_official_split(COVID_CT, covid, root, None, out) == "split_official.csv"
-    assert parts_of(out) == {
+    assert splits_of(out) == {
         "train": {"CT_NonCOVID/scan-p1-100%1.png"},
         "val": set(),
         "test": {"CT_COVID/scan-p0-100%0.png"},
@@ -127,7 +134,7 @@ def test_departures_from_the_published_set() -> None:
 
 
 def test_published_figures_fit_each_other() -> None:
-    """148 test images: accuracy, precision, recall and F1 of the paper are those of one table of counts."""
+    """148 test images: accuracy, precision, recall and F1 of the paper fit one table of counts."""
     rates = COVID_CT.published["paper, no external data"]
     tp, fn, fp, tn = 54, 15, 12, 67
     assert rates["accuracy"] == pytest.approx((tp + tn) / 148, abs=5e-5)
@@ -138,8 +145,8 @@ def test_published_figures_fit_each_other() -> None:
     assert totals == [746, 2481]
 
 
-@pytest.mark.parametrize("part", ["test", "val"])
-def test_nearest_neighbour_is_scikit_learns(covid: Path, part: str) -> None:
+@pytest.mark.parametrize("split_name", ["test", "val"])
+def test_nearest_neighbour_is_scikit_learns(covid: Path, split_name: str) -> None:
     index = check_data(covid / "Images-processed")
     split = split_random(index, 0.34, 1, val=0.25)
     pixels = (
@@ -149,12 +156,12 @@ def test_nearest_neighbour_is_scikit_learns(covid: Path, part: str) -> None:
         / 255
     )
     labels = np.array(index.labels)
-    known = split.train + (split.val if part == "test" else [])
+    known = split.train + (split.val if split_name == "test" else [])
     model = KNeighborsClassifier(1, algorithm="brute").fit(pixels[known], labels[known])
-    wanted = model.predict(pixels[split.ids(part)])
-    got = NearestNeighbour().rates(index, split, part)
+    wanted = model.predict(pixels[split.ids(split_name)])
+    got = NearestNeighbour().rates(index, split, split_name)
     positive = positive_class(index.classes)
-    truth = labels[split.ids(part)]
+    truth = labels[split.ids(split_name)]
     table = [
         [int(((truth == positive) == a)[(wanted == positive) == b].sum()) for b in (False, True)]
         for a in (False, True)
@@ -173,4 +180,4 @@ def test_the_real_sets_are_the_published_ones(name: str, tmp_path: Path) -> None
     if which.controlled == "official":
         write_official_split(which, folder, root, None, tmp_path / "official.csv")
         split = split_csv(index, tmp_path / "official.csv")
-        assert [len(split.ids(part)) for part in PARTS] == [425, 118, 203]
+        assert [len(split.ids(split_name)) for split_name in SPLITS] == [425, 118, 203]
