@@ -8,17 +8,35 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json as json_module
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import typer
 
-from sssd_fast import __version__
+from sssd_fast import __version__, cli_tools
+from sssd_fast.cli_options import (
+    CONFIG,
+    DRY_RUN,
+    INIT,
+    INIT_NORM,
+    OUT,
+    OVERWRITE,
+    RESUME,
+    SEEDS,
+    SETTINGS,
+    SPLIT,
+    InitNorm,
+    Split,
+    argument,
+    flag,
+    load,
+    names_first,
+    option,
+)
 from sssd_fast.errors import DataError, SssdError
 
 HELP = """Train SSSD-COVID (masked autoencoder + self-distillation for CT slices) fast on limited hardware.
@@ -28,58 +46,6 @@ sssd-fast configs (configurations and their hardware); sssd-fast doctor (what th
 app = typer.Typer(
     help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None, name="sssd-fast"
 )
-data_app = typer.Typer(help="Check, split, convert or generate image sets.", rich_markup_mode=None)
-app.add_typer(data_app, name="data", no_args_is_help=True)
-
-# Options that several commands share. A value starts in the help text where `metavar` says so.
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Settings, such as pretrain.epochs=400 data.source=ct/ (list: sssd-fast configs NAME).",
-        show_default=False,
-    ),
-]
-ConfigOption = Annotated[
-    str | None,
-    typer.Option("--config", metavar="NAME|FILE", help="Shipped configuration or YAML file."),
-]
-Out = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Run folder to make.", show_default="runs/COMMAND")
-]
-Resume = Annotated[
-    str | None, typer.Option(metavar="RUN", help="Continue this run with its configuration.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run in --out.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, train two steps, delete the result.")
-]
-Init = Annotated[
-    str | None,
-    typer.Option(metavar="RUN|WEIGHTS", help="Start from a run or weights (MAE, timm, HF)."),
-]
-InitNorm = Annotated[
-    Literal["model", "imagenet", "half"],
-    typer.Option(
-        help="Pixel mean and std of the --init weights: this model's, ImageNet's (public MAE), or 0.5; "
-        "a difference is folded into the patch projection, exactly."
-    ),
-]
-SplitOption = Annotated[
-    Literal["train", "val", "test"], typer.Option("--split", help="Split to evaluate on.")
-]
-Manifest = Annotated[
-    str | None,
-    typer.Option(metavar="CSV", help="path,label[,split][,patient], paths relative to DIR."),
-]
-BadFraction = Annotated[
-    float, typer.Option(metavar="F", help="Largest fraction of unusable files; more is an error.")
-]
-WrongExtension = Annotated[
-    bool,
-    typer.Option("--accept-wrong-extension", help="Keep good images named as another format."),
-]
-Seeds = Annotated[list[int] | None, typer.Option(metavar="N...", help="Seeds of the repetitions.")]
 # Options that take several words, such as --seeds 0 1 2.
 SEVERAL = ("--seeds", "--protocols", "--methods")
 
@@ -141,28 +107,21 @@ def _repeat(words: Sequence[str]) -> list[str]:
     return result
 
 
-def _names_first(*words: str | None) -> list[str]:
-    """Settings may be given before a name: key=value words come last."""
-    return sorted([word for word in words if word is not None], key=lambda word: "=" in word)
-
-
 # ---- training --------------------------------------------------------------------------------
 
 
 @app.command()
 def run(
     ctx: typer.Context,
-    settings: Settings = None,
-    config: ConfigOption = None,
-    seeds: Seeds = None,
-    folds: bool = typer.Option(False, "--folds", help="Repeat for each fold of data.folds."),
-    from_scratch: bool = typer.Option(
-        False, "--from-scratch", help="Skip pre-training: the supervised control."
-    ),
-    out: Out = None,
-    resume: Resume = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
+    settings: list[str] | None = SETTINGS,
+    config: str | None = CONFIG,
+    seeds: list[int] | None = SEEDS,
+    folds: bool = flag("--folds", "Repeat for each fold of data.folds."),
+    from_scratch: bool = flag("--from-scratch", "Skip pre-training: the supervised control."),
+    out: str | None = OUT,
+    resume: str | None = RESUME,
+    overwrite: bool = OVERWRITE,
+    dry_run: bool = DRY_RUN,
 ) -> None:
     """Pre-train, fine-tune, evaluate and write a report."""
     _call(ctx)
@@ -171,14 +130,14 @@ def run(
 @app.command()
 def pretrain(
     ctx: typer.Context,
-    settings: Settings = None,
-    init: Init = None,
-    init_norm: InitNorm = "model",
-    config: ConfigOption = None,
-    out: Out = None,
-    resume: Resume = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
+    settings: list[str] | None = SETTINGS,
+    init: str | None = INIT,
+    init_norm: InitNorm = INIT_NORM,
+    config: str | None = CONFIG,
+    out: str | None = OUT,
+    resume: str | None = RESUME,
+    overwrite: bool = OVERWRITE,
+    dry_run: bool = DRY_RUN,
 ) -> None:
     """Pre-train SSSD without labels."""
     _call(ctx)
@@ -187,15 +146,15 @@ def pretrain(
 @app.command()
 def finetune(
     ctx: typer.Context,
-    settings: Settings = None,
-    init: Init = None,
-    init_norm: InitNorm = "model",
-    split: SplitOption = "test",
-    config: ConfigOption = None,
-    out: Out = None,
-    resume: Resume = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
+    settings: list[str] | None = SETTINGS,
+    init: str | None = INIT,
+    init_norm: InitNorm = INIT_NORM,
+    split: Split = SPLIT,
+    config: str | None = CONFIG,
+    out: str | None = OUT,
+    resume: str | None = RESUME,
+    overwrite: bool = OVERWRITE,
+    dry_run: bool = DRY_RUN,
 ) -> None:
     """Fine-tune a classifier and evaluate it."""
     _call(ctx)
@@ -204,17 +163,15 @@ def finetune(
 @app.command()
 def probe(
     ctx: typer.Context,
-    init: str = typer.Option(
-        ..., metavar="RUN|WEIGHTS", help="Run or weights to probe.", show_default=False
-    ),
-    settings: Settings = None,
-    init_norm: InitNorm = "model",
-    split: SplitOption = "test",
-    config: ConfigOption = None,
-    out: Out = None,
-    resume: Resume = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
+    init: str = option(..., "Run or weights to probe.", "RUN|WEIGHTS"),
+    settings: list[str] | None = SETTINGS,
+    init_norm: InitNorm = INIT_NORM,
+    split: Split = SPLIT,
+    config: str | None = CONFIG,
+    out: str | None = OUT,
+    resume: str | None = RESUME,
+    overwrite: bool = OVERWRITE,
+    dry_run: bool = DRY_RUN,
 ) -> None:
     """Fit a linear probe on a frozen encoder and evaluate it."""
     _call(ctx)
@@ -223,49 +180,43 @@ def probe(
 @app.command()
 def reproduce(
     ctx: typer.Context,
-    dataset: str | None = typer.Argument(None, metavar="NAME", help="covid-ct or sars-cov-2-ct."),
-    settings: Settings = None,
-    data: str | None = typer.Option(
-        None, metavar="DIR", help="Folder of the images, in class folders at any depth."
+    dataset: str | None = argument("NAME", "covid-ct or sars-cov-2-ct.", None),
+    settings: list[str] | None = SETTINGS,
+    data: str | None = option(None, "Folder of the images, in class folders at any depth.", "DIR"),
+    protocols: list[str] | None = option(
+        None, "Splits: random (the paper's), controlled; default both.", "NAME..."
     ),
-    protocols: list[str] | None = typer.Option(
-        None, metavar="NAME...", help="Splits: random (the paper's), controlled; default both."
-    ),
-    methods: list[str] | None = typer.Option(
+    methods: list[str] | None = option(
         None,
-        metavar="NAME...",
-        help="sssd, mae, supervised, external; default all, external only with --external.",
+        "sssd, mae, supervised, external; default all, external only with --external.",
+        "NAME...",
     ),
-    seeds: Seeds = None,
-    external: str | None = typer.Option(
-        None, metavar="DIR", help="Additional images to pre-train on, without labels."
+    seeds: list[int] | None = SEEDS,
+    external: str | None = option(
+        None, "Additional images to pre-train on, without labels.", "DIR"
     ),
-    official_split: str | None = typer.Option(
-        None, metavar="CSV", help="path,label,split of COVID-CT, if not in DIR."
+    official_split: str | None = option(
+        None, "path,label,split of COVID-CT, if not in DIR.", "CSV"
     ),
-    split: Literal["test", "val"] | None = typer.Option(
-        None, help="Split to evaluate on: test, or val to compare settings.", show_default="test"
+    split: Literal["test", "val"] | None = option(
+        None, "Split to evaluate on: test, or val to compare settings.", show_default="test"
     ),
-    tries: list[str] | None = typer.Option(
+    tries: list[str] | None = option(
         None,
-        "--try",
-        metavar="KEY=[A, B]",
-        help="With --split val: compare settings in all combinations; may be repeated.",
+        "With --split val: compare settings in all combinations; may be repeated.",
+        "KEY=[A, B]",
+        name="--try",
     ),
-    minutes: float | None = typer.Option(
-        None, metavar="M", help="Do not start another model after M minutes."
+    minutes: float | None = option(None, "Do not start another model after M minutes.", "M"),
+    config: str | None = CONFIG,
+    out: str | None = OUT,
+    resume: str | None = option(
+        None, "Continue in this folder; seeds, methods and protocols may be added.", "DIR"
     ),
-    config: ConfigOption = None,
-    out: Out = None,
-    resume: str | None = typer.Option(
-        None,
-        metavar="DIR",
-        help="Continue in this folder; seeds, methods and protocols may be added.",
-    ),
-    dry_run: DryRun = False,
+    dry_run: bool = DRY_RUN,
 ) -> None:
     """Run the paper's experiment on a public CT set, with controls."""
-    words = _names_first(dataset, *(settings or ()))
+    words = names_first(dataset, *(settings or ()))
     name = words.pop(0) if words and "=" not in words[0] else None
     _call(ctx, dataset=name, settings=words)
 
@@ -284,26 +235,26 @@ def _call(ctx: typer.Context, **changed: Any) -> None:
 @app.command()
 def evaluate(
     ctx: typer.Context,
-    run: str = typer.Argument(..., metavar="RUN", help="Fine-tuned run."),
-    settings: Settings = None,
-    split: SplitOption = "test",
+    run: str = argument("RUN", "Fine-tuned run."),
+    settings: list[str] | None = SETTINGS,
+    split: Split = SPLIT,
 ) -> None:
     """Evaluate a fine-tuned model on a split."""
-    run, *words = _names_first(run, *(settings or ()))
+    run, *words = names_first(run, *(settings or ()))
     _call(ctx, run=run, settings=words)
 
 
 @app.command()
 def predict(
-    model: str = typer.Argument(..., metavar="RUN|CHECKPOINT", help="Fine-tuned model."),
-    images: list[str] = typer.Argument(..., metavar="IMAGE|DIR", help="Images to score."),
-    out: str = typer.Option("predictions.csv", metavar="FILE.csv", help="Table to write."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing table."),
-    device: str = typer.Option("auto", help="cpu, cuda, cuda:N or auto."),
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = typer.Option(
-        "auto", help="Precision; auto = by device."
+    model: str = argument("RUN|CHECKPOINT", "Fine-tuned model."),
+    images: list[str] = argument("IMAGE|DIR", "Images to score."),
+    out: str = option("predictions.csv", "Table to write.", "FILE.csv"),
+    overwrite: bool = flag("--overwrite", "Replace an existing table."),
+    device: str = option("auto", "cpu, cuda, cuda:N or auto."),
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "Precision; auto = by device."
     ),
-    batch_size: int = typer.Option(64, metavar="N", min=1, help="Images per batch."),
+    batch_size: int = option(64, "Images per batch.", "N", min=1),
 ) -> None:
     """Score images with a fine-tuned model."""
     if Path(out).exists() and not overwrite:
@@ -331,11 +282,11 @@ def predict(
 
 @app.command()
 def export(
-    model: str = typer.Argument(..., metavar="RUN|CHECKPOINT", help="Model to export."),
-    format: Literal["timm", "huggingface", "torch", "onnx"] = typer.Option(
-        ..., help="timm, huggingface: the encoder; torch, onnx: the classifier."
+    model: str = argument("RUN|CHECKPOINT", "Model to export."),
+    format: Literal["timm", "huggingface", "torch", "onnx"] = option(
+        ..., "timm, huggingface: the encoder; torch, onnx: the classifier."
     ),
-    out: str = typer.Option(..., metavar="FILE|DIR", help="File or folder to write."),
+    out: str = option(..., "File or folder to write.", "FILE|DIR"),
 ) -> None:
     """Export an encoder or classifier and compare it."""
     import torch
@@ -353,13 +304,13 @@ def export(
 
 @app.command()
 def weights(
-    path: str = typer.Argument(..., metavar="WEIGHTS|RUN", help="Weights to compare."),
-    settings: Settings = None,
-    config: ConfigOption = None,
+    path: str = argument("WEIGHTS|RUN", "Weights to compare."),
+    settings: list[str] | None = SETTINGS,
+    config: str | None = CONFIG,
 ) -> None:
     """Show how weights match the model of a configuration."""
-    path, *words = _names_first(path, *(settings or ()))
-    loaded = _load(config, words)
+    path, *words = names_first(path, *(settings or ()))
+    loaded = load(config, words)
     from sssd_fast.api import _weights
     from sssd_fast.model import MAE
     from sssd_fast.weights.load import load_into
@@ -368,7 +319,7 @@ def weights(
 
 
 @app.command()
-def report(run: str = typer.Argument(..., metavar="RUN", help="Run folder.")) -> None:
+def report(run: str = argument("RUN", "Run folder.")) -> None:
     """Write report.md and report.html of a run again."""
     from sssd_fast.pipeline import stages_of
     from sssd_fast.report.report import write_report
@@ -377,183 +328,9 @@ def report(run: str = typer.Argument(..., metavar="RUN", help="Run folder.")) ->
     print("\n".join(str(path) for path in paths))
 
 
-# ---- data ------------------------------------------------------------------------------------
-
-
-@data_app.command("check")
-def data_check(
-    source: str = typer.Argument(..., metavar="DIR|CSV", help="Images or manifest."),
-    out: str | None = typer.Option(None, metavar="FILE.json", help="Write the index."),
-    max_bad_fraction: BadFraction = 0.01,
-    manifest: Manifest = None,
-    accept_wrong_extension: WrongExtension = False,
-) -> None:
-    """Decode every image once; list bad files, duplicates and leakage between splits."""
-    from sssd_fast.data.index import check_data
-    from sssd_fast.data.splits import find_leaks, split_manifest, split_summary
-
-    index = check_data(
-        source,
-        manifest,
-        out=out,
-        max_bad_fraction=max_bad_fraction,
-        accept_wrong_extension=accept_wrong_extension,
-    )
-    print(index.summary())
-    if any(record.split for record in index.records):
-        split = split_manifest(index)
-        clean = "" if find_leaks(index, split) else "\n  no leakage found"
-        print(f"{split_summary(split, index)}{clean}")
-    print(f"index written to {out}" if out else "nothing written (--out FILE.json keeps the index)")
-
-
-@data_app.command("split")
-def data_split(
-    source: str = typer.Argument(
-        ..., metavar="DIR|CSV|INDEX.json", help="Images, manifest or index."
-    ),
-    protocol: str = typer.Option(
-        "random", help="random, block, patient, kfold, manifest or a CSV file."
-    ),
-    out: str = typer.Option("split.csv", metavar="FILE.csv", help="File to write."),
-    test: float = typer.Option(0.2, metavar="F", help="Test images, as a fraction of all."),
-    val: float = typer.Option(
-        0.1, metavar="F", help="Validation images, as a fraction of all; 0 = none."
-    ),
-    seed: int = typer.Option(0, metavar="N", help="Seed of the split."),
-    folds: int = typer.Option(5, metavar="N", help="Number of folds of kfold."),
-    fold: int | None = typer.Option(
-        None, metavar="N", help="Fold of kfold, from 0.", show_default="all"
-    ),
-    manifest: Manifest = None,
-    accept_wrong_extension: WrongExtension = False,
-) -> None:
-    """Write a split as CSV path,label,split."""
-    options = {"split": protocol, "test_fraction": test, "val_fraction": val, "split_seed": seed}
-    options |= {"source": source, "manifest": manifest, "folds": folds, "fold": fold or 0}
-    config = _load(
-        None, [f"data.{key}={json_module.dumps(value)}" for key, value in options.items()]
-    )
-    from sssd_fast.data.index import DataIndex, check_data
-    from sssd_fast.data.splits import save_split, split_summary
-    from sssd_fast.loaders.prepare import make_split
-
-    if source.endswith(".json"):
-        index = DataIndex.load(source)
-    else:
-        index = check_data(source, manifest, accept_wrong_extension=accept_wrong_extension)
-    every = protocol == "kfold" and fold is None
-    for number in range(folds) if every else [fold or 0]:
-        split = make_split(config.data.model_copy(update={"fold": number}), index)
-        path = Path(out).with_suffix(f".fold{number}.csv") if every else Path(out)
-        save_split(split, path, index)
-        print(f"{split_summary(split, index)}\nwritten to {path}")
-
-
-@data_app.command("synthetic")
-def data_synthetic(
-    out: str = typer.Argument(..., metavar="DIR", help="Folder to make."),
-    count: int = typer.Option(1600, metavar="N", help="Number of slices."),
-    size: int = typer.Option(96, metavar="PIXELS", help="Height and width."),
-    seed: int = typer.Option(0, metavar="N", help="Seed of the slices."),
-) -> None:
-    """Generate synthetic chest-CT-like slices."""
-    from sssd_fast.data.synthetic import write_synthetic_dataset
-
-    write_synthetic_dataset(Path(out), count, (size, size), seed=seed)
-    print(f"{count} synthetic chest-CT-like slices of {size}x{size} written to {out}")
-
-
-@data_app.command("convert")
-def data_convert(
-    source: str = typer.Argument(
-        ..., metavar="DIR|CSV", help="One folder per class, or manifest of volumes."
-    ),
-    out: str = typer.Option(
-        ..., metavar="DIR", help="New folder: CLASS/VOLUME/SLICE.png, manifest.csv."
-    ),
-    manifest: Manifest = None,
-    window: str = typer.Option(
-        "lung",
-        metavar="W",
-        help="lung (level -600, width 1500 HU), mediastinum (40, 400), --window=LEVEL,WIDTH, file "
-        "(as each file says) or minmax (of each volume; for values that are not HU).",
-    ),
-    every: int = typer.Option(1, metavar="N", help="Keep each Nth slice of a volume."),
-    size: int | None = typer.Option(
-        None, metavar="PIXELS", help="Resize the shorter side to this size."
-    ),
-    max_bad_fraction: BadFraction = 0.01,
-) -> None:
-    """Convert CT volumes (DICOM, NIfTI) to a folder of grey PNG slices."""
-    from sssd_fast.convert.convert import convert_volumes
-    from sssd_fast.run.log import Console
-
-    with Console() as console:
-        done = convert_volumes(
-            source,
-            out,
-            manifest=manifest,
-            window=window,
-            every=every,
-            size=size,
-            max_bad_fraction=max_bad_fraction,
-            console=console if console.interactive else None,
-        )
-    print(done.summary())
-    folder, table = (shlex.quote(str(path)) for path in (out, Path(out, "manifest.csv")))
-    print(f"to train on it: data.source={folder} data.manifest={table} data.split=patient")
-
-
-# ---- speed, memory, machine ------------------------------------------------------------------
-
-
-@app.command()
-def plan(
-    memory: str = typer.Option(
-        ..., metavar="SIZE", help="12GB, 11.5GiB, 8000MB, or auto = the GPU of this machine."
-    ),
-    settings: Settings = None,
-    model: Literal["tiny", "small", "base", "large"] | None = typer.Option(
-        None, help="Sets model.name."
-    ),
-    config: ConfigOption = None,
-    task: Literal["pretrain", "finetune"] = typer.Option("pretrain", help="Stage to estimate."),
-    batch: int | None = typer.Option(
-        None, metavar="N", help="Effective batch of a process.", show_default="as configured"
-    ),
-    json: bool = typer.Option(False, "--json", help="Print JSON."),
-) -> None:
-    """Estimate which micro-batch and settings fit a GPU."""
-    named = [f"model.name={model}"] if model else []
-    loaded = _load(config, [*named, *(settings or ())])
-    from sssd_fast.performance.plan import parse_memory, plan_command
-
-    plan_command(loaded, task, parse_memory(memory), effective=batch, as_json=json)
-
-
-@app.command()
-def profile(
-    ctx: typer.Context,
-    settings: Settings = None,
-    config: ConfigOption = None,
-    steps: int = typer.Option(10, metavar="N", help="Steps to measure."),
-    warmup: int = typer.Option(3, metavar="N", help="Steps before them."),
-    out: str | None = typer.Option(None, metavar="FILE.png", help="Write a picture."),
-    json: str | None = typer.Option(
-        None, metavar="FILE.json", help="Write all numbers, with versions and hardware."
-    ),
-) -> None:
-    """Measure the time of each component of a pre-training step."""
-    loaded = _load(config, settings)
-    from sssd_fast.performance import profile as task
-
-    task.profile(loaded, steps=steps, warmup=warmup, out=out, json_out=json, command=ctx.obj)
-
-
 @app.command()
 def bench(
-    words: list[str] = typer.Argument(..., help="See sssd-fast bench --help."),
+    words: list[str] = argument(None, "See sssd-fast bench --help."),
 ) -> None:
     """Run the benchmarks; needs a checkout."""
     raise NotImplementedError("main calls _bench")
@@ -583,71 +360,16 @@ def _bench(words: list[str]) -> int:
     return int(importlib.import_module("benchmarks.__main__").main(words))
 
 
-@app.command()
-def doctor(json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
-    """Show hardware, packages and selected implementations."""
-    from sssd_fast.run.environment import collect_environment, print_doctor
-
-    if json:
-        print(json_module.dumps(collect_environment(probe=True), indent=2))
-    else:
-        print_doctor(more=_attention)
-
-
-def _attention(env: dict[str, Any]) -> list[tuple[str, str]]:
-    """The attention that `auto` chooses for a ViT-B/16 at 224 pixels, on the first GPU if any."""
-    import torch
-
-    from sssd_fast.attention import AttentionShape, choose
-    from sssd_fast.run.device import AUTOCAST, pick_precision
-
-    device = torch.device("cuda" if env["gpus"] else "cpu")
-    dtype = AUTOCAST.get(pick_precision("auto", device), torch.float32)
-    sizes = {"step.attention": (50, 12, 64), "step.decoder_attention": (197, 16, 32)}
-    rows = []
-    for setting, (tokens, heads, width) in sizes.items():
-        shape = AttentionShape(device, dtype, tokens, heads, width, compiled=bool(env["gpus"]))
-        rows.append(("attention", choose("auto", shape, setting).line()))
-    return rows
-
-
-@app.command()
-def configs(
-    name: str | None = typer.Argument(
-        None,
-        metavar="NAME|FILE",
-        help="Configuration to print, with a description of each setting.",
-    ),
-    settings: Settings = None,
-    schema: bool = typer.Option(False, "--schema", help="Print the JSON schema, for editors."),
-) -> None:
-    """List the shipped configurations, or print one."""
-    from sssd_fast.config import Config, shipped_configs, to_yaml
-
-    words = _names_first(name, *(settings or ()))
-    source = words.pop(0) if words and "=" not in words[0] else None
-    if schema:
-        print(json_module.dumps(Config.model_json_schema(), indent=2))
-    elif source is None and not words:
-        print("\n".join(f"{key:18}{purpose}" for key, purpose in shipped_configs().items()))
-    else:
-        print(to_yaml(_load(source, words)), end="")
-
-
-def _load(config: str | None, settings: Sequence[str] | None) -> Any:
-    from sssd_fast.config import load_config
-
-    return load_config(config, settings or (), print)
-
-
 @app.callback(invoke_without_command=True)
 def _version(
-    version: bool = typer.Option(False, "--version", help="Print the version."),
+    version: bool = flag("--version", "Print the version."),
 ) -> None:
     if version:
         print(f"sssd_fast {__version__}")
         raise typer.Exit
 
+
+app.add_typer(cli_tools.app)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ Shapes: B images, K visible patches, D any width, S prototypes, F bottleneck fea
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class SSSD(nn.Module):
         """Losses of the outputs of the masked autoencoder; override it to add a term."""
         cfg, encoder = self.objective, self.mae.encoder
         uint8 = images_BCHW.dtype == torch.uint8
-        reconstruction = {
+        reconstruction: dict[str, Any] = {
             "ids": out.masking.ids_masked,
             "patch_size": encoder.patch_size,
             "norm": None if cfg.norm == "none" else cfg.norm,

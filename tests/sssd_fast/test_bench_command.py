@@ -39,8 +39,8 @@ def checkout(tmp_path: Path) -> Path:
     """The files of this package that the command needs, next to the substitute; in a path with a space."""
     root = tmp_path / "a checkout"
     (root / "sssd_fast").mkdir(parents=True)
-    for name in ("__init__.py", "__main__.py", "cli.py", "errors.py"):
-        shutil.copy(PACKAGE / name, root / "sssd_fast" / name)
+    for path in (*PACKAGE.glob("__*__.py"), *PACKAGE.glob("cli*.py"), PACKAGE / "errors.py"):
+        shutil.copy(path, root / "sssd_fast")
     (root / "kernels" / "mae_kernels").mkdir(parents=True)
     write_package(root / "benchmarks", BENCHMARKS)
     return root

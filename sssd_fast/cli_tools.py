@@ -1,0 +1,229 @@
+"""Commands for data, speed, memory and this machine; cli.py adds them to the command line."""
+
+from __future__ import annotations
+
+import json as json_module
+import shlex
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+
+from sssd_fast.cli_options import (
+    BAD_FRACTION,
+    CONFIG,
+    MANIFEST,
+    SETTINGS,
+    WRONG_EXTENSION,
+    argument,
+    flag,
+    load,
+    names_first,
+    option,
+)
+
+app = typer.Typer()
+data_app = typer.Typer(help="Check, split, convert or generate image sets.", rich_markup_mode=None)
+app.add_typer(data_app, name="data", no_args_is_help=True)
+
+
+# ---- data ------------------------------------------------------------------------------------
+
+
+@data_app.command("check")
+def data_check(
+    source: str = argument("DIR|CSV", "Images or manifest."),
+    out: str | None = option(None, "Write the index.", "FILE.json"),
+    max_bad_fraction: float = BAD_FRACTION,
+    manifest: str | None = MANIFEST,
+    accept_wrong_extension: bool = WRONG_EXTENSION,
+) -> None:
+    """Decode every image once; list bad files, duplicates and leakage between splits."""
+    from sssd_fast.data.index import check_data
+    from sssd_fast.data.splits import find_leaks, split_manifest, split_summary
+
+    index = check_data(
+        source,
+        manifest,
+        out=out,
+        max_bad_fraction=max_bad_fraction,
+        accept_wrong_extension=accept_wrong_extension,
+    )
+    print(index.summary())
+    if any(record.split for record in index.records):
+        split = split_manifest(index)
+        clean = "" if find_leaks(index, split) else "\n  no leakage found"
+        print(f"{split_summary(split, index)}{clean}")
+    print(f"index written to {out}" if out else "nothing written (--out FILE.json keeps the index)")
+
+
+@data_app.command("split")
+def data_split(
+    source: str = argument("DIR|CSV|INDEX.json", "Images, manifest or index."),
+    protocol: str = option("random", "random, block, patient, kfold, manifest or a CSV file."),
+    out: str = option("split.csv", "File to write.", "FILE.csv"),
+    test: float = option(0.2, "Test images, as a fraction of all.", "F"),
+    val: float = option(0.1, "Validation images, as a fraction of all; 0 = none.", "F"),
+    seed: int = option(0, "Seed of the split.", "N"),
+    folds: int = option(5, "Number of folds of kfold.", "N"),
+    fold: int | None = option(None, "Fold of kfold, from 0.", "N", show_default="all"),
+    manifest: str | None = MANIFEST,
+    accept_wrong_extension: bool = WRONG_EXTENSION,
+) -> None:
+    """Write a split as CSV path,label,split."""
+    options = {"split": protocol, "test_fraction": test, "val_fraction": val, "split_seed": seed}
+    options |= {"source": source, "manifest": manifest, "folds": folds, "fold": fold or 0}
+    words = [f"data.{key}={json_module.dumps(value)}" for key, value in options.items()]
+    config = load(None, words)
+    from sssd_fast.data.index import DataIndex, check_data
+    from sssd_fast.data.splits import save_split, split_summary
+    from sssd_fast.loaders.prepare import make_split
+
+    if source.endswith(".json"):
+        index = DataIndex.load(source)
+    else:
+        index = check_data(source, manifest, accept_wrong_extension=accept_wrong_extension)
+    every = protocol == "kfold" and fold is None
+    for number in range(folds) if every else [fold or 0]:
+        split = make_split(config.data.model_copy(update={"fold": number}), index)
+        path = Path(out).with_suffix(f".fold{number}.csv") if every else Path(out)
+        save_split(split, path, index)
+        print(f"{split_summary(split, index)}\nwritten to {path}")
+
+
+@data_app.command("synthetic")
+def data_synthetic(
+    out: str = argument("DIR", "Folder to make."),
+    count: int = option(1600, "Number of slices.", "N"),
+    size: int = option(96, "Height and width.", "PIXELS"),
+    seed: int = option(0, "Seed of the slices.", "N"),
+) -> None:
+    """Generate synthetic chest-CT-like slices."""
+    from sssd_fast.data.synthetic import write_synthetic_dataset
+
+    write_synthetic_dataset(Path(out), count, (size, size), seed=seed)
+    print(f"{count} synthetic chest-CT-like slices of {size}x{size} written to {out}")
+
+
+@data_app.command("convert")
+def data_convert(
+    source: str = argument("DIR|CSV", "One folder per class, or manifest of volumes."),
+    out: str = option(..., "New folder: CLASS/VOLUME/SLICE.png, manifest.csv.", "DIR"),
+    manifest: str | None = MANIFEST,
+    window: str = option(
+        "lung",
+        "lung (level -600, width 1500 HU), mediastinum (40, 400), --window=LEVEL,WIDTH, file (the "
+        "window in each file) or minmax (of each volume; for values that are not HU).",
+        "W",
+    ),
+    every: int = option(1, "Keep each Nth slice of a volume.", "N"),
+    size: int | None = option(None, "Resize the shorter side to this size.", "PIXELS"),
+    max_bad_fraction: float = BAD_FRACTION,
+) -> None:
+    """Convert CT volumes (DICOM, NIfTI) to a folder of grey PNG slices."""
+    from sssd_fast.convert.convert import convert_volumes
+    from sssd_fast.run.log import Console
+
+    with Console() as console:
+        done = convert_volumes(
+            source,
+            out,
+            manifest=manifest,
+            window=window,
+            every=every,
+            size=size,
+            max_bad_fraction=max_bad_fraction,
+            console=console if console.interactive else None,
+        )
+    print(done.summary())
+    folder, table = (shlex.quote(str(path)) for path in (out, Path(out, "manifest.csv")))
+    print(f"to train on it: data.source={folder} data.manifest={table} data.split=patient")
+
+
+# ---- speed, memory, machine ------------------------------------------------------------------
+
+
+@app.command()
+def plan(
+    memory: str = option(..., "12GB, 11.5GiB, 8000MB, or auto = the GPU of this machine.", "SIZE"),
+    settings: list[str] | None = SETTINGS,
+    model: Literal["tiny", "small", "base", "large"] | None = option(None, "Sets model.name."),
+    config: str | None = CONFIG,
+    task: Literal["pretrain", "finetune"] = option("pretrain", "Stage to estimate."),
+    batch: int | None = option(
+        None, "Effective batch of a process.", "N", show_default="as configured"
+    ),
+    json: bool = flag("--json", "Print JSON."),
+) -> None:
+    """Estimate which micro-batch and settings fit a GPU."""
+    named = [f"model.name={model}"] if model else []
+    loaded = load(config, [*named, *(settings or ())])
+    from sssd_fast.performance.plan import parse_memory, plan_command
+
+    plan_command(loaded, task, parse_memory(memory), effective=batch, as_json=json)
+
+
+@app.command()
+def profile(
+    ctx: typer.Context,
+    settings: list[str] | None = SETTINGS,
+    config: str | None = CONFIG,
+    steps: int = option(10, "Steps to measure.", "N"),
+    warmup: int = option(3, "Steps before them.", "N"),
+    out: str | None = option(None, "Write a picture.", "FILE.png"),
+    json: str | None = option(None, "Write all numbers, with versions and hardware.", "FILE.json"),
+) -> None:
+    """Measure the time of each component of a pre-training step."""
+    loaded = load(config, settings)
+    from sssd_fast.performance import profile as task
+
+    task.profile(loaded, steps=steps, warmup=warmup, out=out, json_out=json, command=ctx.obj)
+
+
+@app.command()
+def doctor(json: bool = flag("--json", "Print JSON.")) -> None:
+    """Show hardware, packages and selected implementations."""
+    from sssd_fast.run.environment import collect_environment, print_doctor
+
+    if json:
+        print(json_module.dumps(collect_environment(probe=True), indent=2))
+    else:
+        print_doctor(more=_attention)
+
+
+def _attention(env: dict[str, Any]) -> list[tuple[str, str]]:
+    """The attention that `auto` chooses for a ViT-B/16 at 224 pixels, on the first GPU if any."""
+    import torch
+
+    from sssd_fast.attention import AttentionShape, choose
+    from sssd_fast.run.device import AUTOCAST, pick_precision
+
+    device = torch.device("cuda" if env["gpus"] else "cpu")
+    dtype = AUTOCAST.get(pick_precision("auto", device), torch.float32)
+    sizes = {"step.attention": (50, 12, 64), "step.decoder_attention": (197, 16, 32)}
+    rows = []
+    for setting, (tokens, heads, width) in sizes.items():
+        shape = AttentionShape(device, dtype, tokens, heads, width, compiled=bool(env["gpus"]))
+        rows.append(("attention", choose("auto", shape, setting).line()))
+    return rows
+
+
+@app.command()
+def configs(
+    name: str | None = argument(
+        "NAME|FILE", "Configuration to print, with a description of each setting.", None
+    ),
+    settings: list[str] | None = SETTINGS,
+    schema: bool = flag("--schema", "Print the JSON schema, for editors."),
+) -> None:
+    """List the shipped configurations, or print one."""
+    from sssd_fast.config import Config, shipped_configs, to_yaml
+
+    words = names_first(name, *(settings or ()))
+    source = words.pop(0) if words and "=" not in words[0] else None
+    if schema:
+        print(json_module.dumps(Config.model_json_schema(), indent=2))
+    elif source is None and not words:
+        print("\n".join(f"{key:18}{purpose}" for key, purpose in shipped_configs().items()))
+    else:
+        print(to_yaml(load(source, words)), end="")
