@@ -1,6 +1,6 @@
 """Trained models as files that run without this package.
 
-`export_classifier`: torch.export (.pt2) or ONNX (.onnx), both of the same forward pass in plain torch:
+`export_classifier`: torch.export (.pt2) or ONNX (.onnx) of the same forward pass in plain torch:
 
     images uint8 [B, C, H, W], any B >= 1
     -> logits float32 [B, classes], scores float32 [B, classes] (softmax of the logits)
@@ -36,7 +36,7 @@ from sssd_fast.weights.files import save_huggingface, save_safetensors
 from sssd_fast.weights.formats import huggingface_class
 from sssd_fast.weights.load import load_into
 
-# largest difference from the model, relative to its largest output; float32 sums differ by about 1e-6
+# largest difference from the model, relative to its largest output; float32 sums give about 1e-6
 TOLERANCE = 1e-4
 ENDINGS = {"torch": ".pt2", "onnx": ".onnx"}
 LOADING = {
@@ -117,7 +117,7 @@ def export_classifier(
     out = Path(out)
     if len(formats) > 1 and out.suffix in ENDINGS.values():
         raise WeightsError(f"{out} is one file for {len(formats)} formats; give a folder")
-    # a copy in float32 on the CPU: the exported program must not depend on where and how the model was trained
+    # a copy in float32 on the CPU: the program must not depend on how the model was trained
     copy = Classifier(model.config, model.num_classes, model.pool)
     copy.load_state_dict(model.state_dict())
     copy.eval().requires_grad_(False)
@@ -132,8 +132,8 @@ def export_classifier(
         atomic_write_bytes(path, content)
         shape = ", ".join(["batch", *map(str, _image_shape(copy))])
         lines.append(
-            f"{path}: {len(content) / 1e6:.1f} MB, uint8 [{shape}] -> logits, scores; outputs within "
-            f"{difference:.1e} of the model's (limit {limit:.1e})\nload it with: "
+            f"{path}: {len(content) / 1e6:.1f} MB, uint8 [{shape}] -> logits, scores; outputs "
+            f"within {difference:.1e} of the model's (limit {limit:.1e})\nload it with: "
             + LOADING[name].format(str(path))
         )
     return lines
@@ -214,7 +214,7 @@ def _compare(model: Classifier, run: Run, path: Path) -> tuple[float, float]:
                 raise SssdError(
                     f"{path} was not written: {name} of the exported program differ by "
                     f"{difference:.2e} from the model's at batch {len(batch)}, the limit is "
-                    f"{allowed:.2e}; the installed torch or onnxruntime translates an operator wrongly"
+                    f"{allowed:.2e}; the installed torch or onnxruntime has a faulty operator"
                 )
             worst, limit = max(worst, difference), max(limit, allowed)
     return worst, limit
@@ -222,7 +222,7 @@ def _compare(model: Classifier, run: Run, path: Path) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporters' deprecation warnings and progress lines off the terminal; errors still raise."""
+    """Hides the exporters' deprecation warnings and progress lines; errors still raise."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

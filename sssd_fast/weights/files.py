@@ -1,4 +1,4 @@
-"""Weight files of any project, read without running code from them; safetensors written atomically."""
+"""Weight files of other projects, read without running code; safetensors written atomically."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ from torch import Tensor
 from sssd_fast.config import ModelConfig
 from sssd_fast.errors import DependencyError, WeightsError
 from sssd_fast.model import MAE, Classifier
-from sssd_fast.run.checkpoint import verify_checkpoint
+from sssd_fast.run.checkpoint import find_checkpoint, verify_checkpoint
 from sssd_fast.run.files import atomic_write_bytes
 from sssd_fast.weights.formats import export_state, huggingface_config, strip_wrappers
 
-Norm = tuple[
-    Sequence[float], Sequence[float]
-]  # (mean, std) of x / 255, one value or one per channel
+# (mean, std) of x / 255, one value or one per channel
+Norm = tuple[Sequence[float], Sequence[float]]
 _ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
-_UNREADABLE = (
-    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError, struct.error,
-)  # fmt: skip
+_UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError, struct.error)
+_UNREADABLE += (AttributeError, AssertionError)
 
 
 class Source(NamedTuple):
-    """A state dict and what is known about the model it comes from; None where the file does not say."""
+    """A state dict, and what the file says about its model (None = nothing)."""
 
     state: dict[str, Tensor]
     path: str
@@ -43,12 +41,13 @@ class Source(NamedTuple):
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pth/.pt/.bin/.ckpt or .safetensors file, or of a Hugging Face folder (sharded too), on the CPU.
+    """The tensors of a weight file, a Hugging Face folder or a run folder, on the CPU.
 
-    Torch files are read with weights_only=True; of classes only argparse.Namespace is let through (plain data that
-    training scripts such as facebookresearch/mae save beside the weights). Unwraps {"model"}, {"state_dict"}, {"module"}
-    and strips `module.` and `_orig_mod.`. Raises WeightsError for anything missing, damaged, without tensors, with NaN
-    or infinity, or that would have to run code; CheckpointError where a checksum beside the file does not fit it.
+    Files: .pth, .pt, .bin, .ckpt, .safetensors; folders may be sharded. Torch files are read with
+    weights_only=True; the only class that is accepted is argparse.Namespace, plain data that
+    facebookresearch/mae saves with the weights. Unwraps {"model"}, {"state_dict"}, {"module"} and
+    removes `module.` and `_orig_mod.`. Raises WeightsError if anything is missing, damaged, without
+    tensors, not finite, or would have to run code; CheckpointError if a checksum does not fit.
     """
     return read_source(path).state
 
@@ -56,6 +55,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def read_source(path: str | Path) -> Source:
     """`read_weights`, with what a config in or beside the file says about the model."""
     path = Path(path)
+    stages = ("pretrain", "finetune")
+    if path.name == "best" or any((path / s / "checkpoints").is_dir() for s in ("", *stages)):
+        path = find_checkpoint(path, "last", stages=stages)
     if path.is_dir():
         tensors, facts = _read_folder(path)
     elif not path.is_file():
@@ -83,7 +85,8 @@ def _accepted() -> str:
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if path.with_name(path.name + ".sha256").is_file():  # a checkpoint of this package
+    # a checkpoint of this package
+    if path.with_name(path.name + ".sha256").is_file():
         verify_checkpoint(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -100,9 +103,10 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             (content[key] for key in ("model", "state_dict", "module") if key in content), None
         )
         if inner is None:
+            keys = listed([str(key) for key in content])
             raise WeightsError(
-                f"weights {path} hold no tensors but {listed([str(key) for key in content])}; needs a state dict, "
-                f"or one under 'model', 'state_dict' or 'module'"
+                f"weights {path} hold no tensors but {keys}; needs a state dict, or one under "
+                "'model', 'state_dict' or 'module'"
             )
         content = inner
     if not isinstance(content, Mapping):
@@ -114,17 +118,21 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _refused(path: Path, message: str) -> str:
-    """In place of torch's message, whose first advice is to load the file without protection."""
+    """Replaces torch's message, which first advises to load the file without protection."""
     found = re.search(r"GLOBAL (\S+)", message)
     if not found:
         reason = message.rpartition("WeightsUnpickler error:")[2].strip().splitlines()[0]
         return f"{path} is damaged or not what its name says: {reason}. Copy or download it again"
     if "is blocked" in message:
-        return f"weights {path} call {found[1]} when read, which no weights need: refused. Do not open this file elsewhere"
+        return (
+            f"weights {path} call {found[1]} when read, which no weights need: refused. Do not "
+            "open this file elsewhere"
+        )
     return (
-        f"weights {path} hold {found[1]}, which cannot be read without running code from the file: refused. "
-        f"If you trust where the file comes from, convert it once (this does run that code):\n"
-        f"  python -c \"import torch; c = torch.load('{path.name}', map_location='cpu', weights_only=False); "
+        f"weights {path} hold {found[1]}, which cannot be read without running code from the file: "
+        "refused. If you trust its origin, convert it once (this does run that code):\n"
+        f'  python -c "import torch; '
+        f"c = torch.load('{path.name}', map_location='cpu', weights_only=False); "
         f"torch.save({{'model': c['model']}}, 'converted.pth')\""
     )
 
@@ -139,7 +147,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         config = json.loads(metadata.get("config", "null"))
     except (SafetensorError, *_UNREADABLE) as error:
         raise WeightsError(_damaged(path, error)) from error
@@ -157,18 +165,19 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for shard in shards:
             if Path(shard).name != shard:
                 raise WeightsError(
-                    f"{index} names the shard {shard!r}, which lies outside its folder: refused"
+                    f"{index} names the shard {shard!r}, which is outside its folder: refused"
                 )
             if not (folder / shard).is_file():
                 raise WeightsError(
-                    f"{index} names the shard {shard!r}, which is not there; copy all {len(shards)} shards"
+                    f"{index} names the shard {shard!r}, which is missing; copy all {len(shards)}"
                 )
             tensors |= _read_safetensors(folder / shard)[0]
     elif (folder / "pytorch_model.bin").is_file():
         tensors, _ = _read_torch(folder / "pytorch_model.bin")
     else:
         raise WeightsError(
-            f"folder {folder} holds no model.safetensors, model.safetensors.index.json or pytorch_model.bin"
+            f"folder {folder} holds no model.safetensors, model.safetensors.index.json, "
+            "pytorch_model.bin or checkpoints/"
         )
     if (folder / "config.json").is_file():
         facts |= _huggingface_facts(_json(folder / "config.json"))
@@ -186,7 +195,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _own_facts(tree: Any) -> dict[str, Any]:
-    """From a ModelConfig as plain containers; a config of another project says nothing."""
+    """From a ModelConfig as plain containers; nothing from a config of another project."""
     try:
         config = ModelConfig.model_validate(tree)
     except ValueError:
@@ -221,7 +230,7 @@ def save_safetensors(
     *,
     decoder: bool = False,
 ) -> None:
-    """`export_state` as one file, written atomically; metadata: the naming, and the model's configuration as JSON."""
+    """`export_state` as one file; its metadata holds the naming and the configuration as JSON."""
     try:
         from safetensors.torch import save
     except ImportError:
@@ -229,16 +238,13 @@ def save_safetensors(
             "writing safetensors needs safetensors: pip install 'sssd-fast[train]'"
         ) from None
     config = json.dumps(model.config.model_dump(mode="json"))
-    metadata = {
-        "format": "pt",
-        "names": format,
-        "config": config,
-    }  # transformers insists on format = pt
+    # transformers requires format = pt
+    metadata = {"format": "pt", "names": format, "config": config}
     atomic_write_bytes(path, save(export_state(model, format, decoder=decoder), metadata=metadata))
 
 
 def save_huggingface(folder: str | Path, model: MAE | Classifier, *, decoder: bool = False) -> None:
-    """model.safetensors, config.json and preprocessor_config.json for transformers' from_pretrained."""
+    """The folder for transformers' from_pretrained: weights, configuration, pixel statistics."""
     folder = Path(folder)
     save_safetensors(folder / "model.safetensors", model, "huggingface", decoder=decoder)
     tree = huggingface_config(model, decoder=decoder)
@@ -259,7 +265,7 @@ def save_huggingface(folder: str | Path, model: MAE | Classifier, *, decoder: bo
 
 
 def listed(items: Sequence[str], limit: int = 8) -> str:
-    """The first items in words, and how many more there are."""
+    """The first items, and the number of the others."""
     return ", ".join(items[:limit]) + (
         f" and {len(items) - limit} more" if len(items) > limit else ""
     )

@@ -2,10 +2,11 @@
 
 sssd_fast    this package's MAE, Classifier and SSSD: encoder.*, decoder.*, fc_norm.*, head.*
 mae          facebookresearch/mae with its decoder: blocks.i.attn.qkv, decoder_blocks.i
-timm         VisionTransformer, also facebookresearch/mae's released encoders: blocks.i.attn.qkv, head
-huggingface  ViTMAE*, ViTModel, ViTFor*: [vit.]encoder.layer.i in files, layers.i in memory since transformers 5.0
+timm         VisionTransformer, and facebookresearch/mae's released encoders: blocks.i.attn.qkv
+huggingface  ViTMAE*, ViTModel, ViTFor*: [vit.]encoder.layer.i in files, layers.i in memory since
+             transformers 5.0
 
-Shapes: D encoder width, E decoder width, L patches, p prefix tokens, P patch side, C channels, V = P*P*C.
+Shapes: D encoder width, L patches, p prefix tokens, P patch side, C channels.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ Format = Literal["sssd_fast", "mae", "timm", "huggingface"]
 
 class Converted(NamedTuple):
     tensor: Tensor
-    source: str  # name in the file
-    how: str  # what was done to the values; "" = only renamed
+    # name in the file
+    source: str
+    # what was done to the values; "" = only renamed
+    how: str
 
 
 _MAE_NAMES = (
@@ -64,20 +67,20 @@ _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Removes what torch.compile (`_orig_mod.`) and DistributedDataParallel (`module.`) put into names."""
+    """Removes the `_orig_mod.` of torch.compile and the `module.` of DistributedDataParallel."""
     stripped: dict[str, Tensor] = {}
     for name, tensor in state.items():
         short = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
         if short in stripped:
             raise WeightsError(
-                f"two tensors are called {short!r} once 'module.' and '_orig_mod.' are removed; keep one"
+                f"two tensors are called {short!r} without 'module.' and '_orig_mod.'; keep one"
             )
         stripped[short] = tensor
     return stripped
 
 
 def detect_format(state: Mapping[str, Tensor]) -> Format:
-    """Raises WeightsError, with the first names, where no known naming of a ViT's patch projection is found."""
+    """Raises WeightsError, with the first names, if no known patch projection is found."""
     for name in state:
         if name.endswith("encoder.patch_embed.proj.weight"):
             return "sssd_fast"
@@ -86,17 +89,19 @@ def detect_format(state: Mapping[str, Tensor]) -> Format:
         if name == "patch_embed.proj.weight":
             return "mae" if "decoder_embed.weight" in state else "timm"
     raise WeightsError(
-        f"not the weights of a ViT under known names: none of {len(state)} tensors is patch_embed.proj.weight (timm, "
-        f"facebookresearch/mae), embeddings.patch_embeddings.projection.weight (Hugging Face) or encoder.patch_embed.proj.weight "
-        f"(sssd_fast); the first are {', '.join(list(state)[:5])}. Rename them to one of these forms"
+        f"not the weights of a ViT under known names: none of {len(state)} tensors is "
+        "patch_embed.proj.weight (timm, facebookresearch/mae), "
+        "embeddings.patch_embeddings.projection.weight (Hugging Face) or "
+        f"encoder.patch_embed.proj.weight (sssd_fast); the first are {', '.join(list(state)[:5])}. "
+        "Rename them to one of these forms"
     )
 
 
 def to_own_names(state: Mapping[str, Tensor]) -> tuple[Format, dict[str, Converted]]:
-    """Names and layouts of this package; names without a counterpart stay as they are. Values are still the source's sizes.
+    """Names and layouts of this package, still in the source's sizes; unknown names are kept.
 
-    Joins q, k, v; gives attention without qkv bias a zero bias and folds LayerScale into the layer before it (both exact);
-    drops the batch axis of position tables.
+    Joins q, k, v; gives attention without qkv bias a zero bias and folds LayerScale into the layer
+    before it (both exact); drops the batch axis of position tables.
     """
     format_ = detect_format(state)
     named: dict[str, Converted] = {}
@@ -139,7 +144,7 @@ def to_own_names(state: Mapping[str, Tensor]) -> tuple[Format, dict[str, Convert
 def export_state(
     model: MAE | Classifier, format: Literal["timm", "huggingface"], *, decoder: bool = False
 ) -> dict[str, Tensor]:
-    """Contiguous CPU copies under foreign names: the encoder, with a Classifier's head, or with an MAE's decoder if asked.
+    """Contiguous CPU copies under other names: the encoder, with head or (`decoder`) decoder.
 
     "timm": names of VisionTransformer (global_pool "avg" with fc_norm for pool "mean", else
     "token"); with `decoder`, those of facebookresearch/mae. "huggingface": the names in files of
@@ -164,7 +169,7 @@ def export_state(
     elif format == "huggingface":
         if model.encoder.cls_token is None:
             raise WeightsError(
-                "Hugging Face ViT always has a cls token and this model has none; export it as 'timm'"
+                "Hugging Face ViT always has a cls token, this model has none; export it as 'timm'"
             )
         if isinstance(model, Classifier) and model.pool == "mean":
             # a ViTModel without head, whose last norm holds fc_norm

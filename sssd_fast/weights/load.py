@@ -3,15 +3,15 @@
     report = load_into(model, "mae_pretrain_vit_base.pth", source_norm=IMAGENET)
     print(report.table())
 
-A source that does not fit the model is an error, never a partial load: every tensor of the model and of the source is
-accounted for in the report.
+A source that does not fit the model is an error, never a partial load: the report lists every
+tensor of the model and of the source.
 
-Pixel normalisation. A patch projection fits the (mean, std) its images were scaled with. Between 3 and 1 channels its
-weights are summed (3 -> 1) or divided by 3 (1 -> 3), which keeps the tokens of a grey image where both models scale
-every channel by the same mean and std. Where they differ, give `source_norm`: the change of scale is then folded into
-weight and bias, which is exact. The decoder's prediction of a patch vector, in the order (row, column, channel), is
-averaged over channels (3 -> 1) or repeated (1 -> 3), whatever the normalisation: with targets normalised per patch it
-plays no part.
+Pixel normalisation. A patch projection fits the (mean, std) its images were scaled with. Between 3
+and 1 channels its weights are summed (3 -> 1) or divided by 3 (1 -> 3), which keeps the tokens of a
+grey image if both models scale every channel by the same mean and std. If they differ, give
+`source_norm`: the change of scale is then folded into weight and bias, which is exact. The
+decoder's prediction of a patch, in the order (row, column, channel), is averaged over channels
+(3 -> 1) or repeated (1 -> 3).
 
 Shapes: D encoder width, L patches, p prefix tokens, P patch side, C channels.
 """
@@ -37,29 +37,16 @@ from sssd_fast.weights.files import (
     Source,
     listed,
     read_source,
-    read_weights,
-    save_huggingface,
-    save_safetensors,
 )
-from sssd_fast.weights.formats import Converted, Format, export_state, strip_wrappers, to_own_names
-
-__all__ = [
-    "IMAGENET",
-    "LoadReport",
-    "export_state",
-    "load_into",
-    "read_weights",
-    "save_huggingface",
-    "save_safetensors",
-]
+from sssd_fast.weights.formats import Converted, Format, strip_wrappers, to_own_names
 
 _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 # What facebookresearch/mae and Hugging Face's ViTMAE were trained with
 IMAGENET: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-# what became of a tensor: loaded as it is or changed; in the model, but not in the source (an error,
-# or new by design); in the source, but without a place in the model (an error, or by design)
+# what became of a tensor: loaded (as it is, or converted); in the model but not in the source (an
+# error, or new by design); in the source but not in the model (an error, or by design)
 STATUSES = ("matched", "converted", "missing", "new", "unexpected", "not used")
 
 
@@ -91,8 +78,8 @@ class LoadReport:
         n = {status: len(self.rows(status)) for status in STATUSES}
         return (
             f"{n['matched'] + n['converted']} tensors loaded from {self.path} ({self.format}), "
-            f"{n['converted']} of them converted; {n['missing']} missing, {n['new']} new by design, "
-            f"{n['unexpected']} unexpected, {n['not used']} not used"
+            f"{n['converted']} of them converted; {n['missing']} missing, {n['new']} new by "
+            f"design, {n['unexpected']} unexpected, {n['not used']} not used"
         )
 
     def table(self) -> str:
@@ -128,13 +115,17 @@ def load_into(
 ) -> LoadReport:
     """Copies weights into `model` in place, all or nothing.
 
-    source: a path (see `read_weights`) or a state dict in any known naming. Position tables are interpolated to the
-        model's grid (bicubic with antialiasing, prefix rows kept); a source without a config is taken to be square.
-    part: "auto" takes what the model and the source share; "encoder" leaves decoder, fc_norm and head as they are.
-    min_matched: smallest share of the encoder's tensors that must be loaded, and of the source's that must be used.
-    source_norm: (mean, std) of x / 255 that the source was trained with, see the module's docstring; None = this model's.
-    Raises WeightsError listing names where too little fits, where a shape cannot be converted, or where the number of
-    blocks or heads differs; the model is then unchanged.
+    Args:
+        source: a path (see `read_weights`) or a state dict in any known naming. Position tables are
+            interpolated to the model's grid (bicubic with antialiasing, prefix rows kept); a source
+            without a config is assumed to be square.
+        part: "auto" loads what model and source share; "encoder" leaves decoder, fc_norm and head.
+        min_matched: smallest fraction of the encoder's tensors that must be loaded, and of the
+            source's that must be used.
+        source_norm: (mean, std) of x / 255 that the source was trained with; None = the model's.
+
+    Raises WeightsError, with names, if too little fits, a shape cannot be converted, or the number
+    of blocks or heads differs; the model is then unchanged.
     """
     given = (
         read_source(source)
@@ -169,9 +160,8 @@ def load_into(
         else:
             fit, how = _fit(name, found.tensor, model, given, named, format_)
             if fit is None or fit.shape != tensor.shape:
-                misfits.append(
-                    f"{name} is {list(found.tensor.shape)}, needs {list(tensor.shape)}{how and f' ({how})'}"
-                )
+                sizes = f"{list(found.tensor.shape)}, needs {list(tensor.shape)}"
+                misfits.append(f"{name} is {sizes}{how and f' ({how})'}")
                 continue
             how = "; ".join(text for text in (found.how, how) if text)
             report.add("converted" if how else "matched", name, found.source, how)
@@ -192,7 +182,7 @@ def load_into(
 
 
 def _unused(name: str, model: MAE | Classifier, part: str) -> str:
-    """Why a tensor of the source has no place in this model by design; "" where it should have had one."""
+    """Why a tensor of the source is not used by design; "" if it is unexpected."""
     if name.startswith(("decoder.", "fc_norm.", "head.")) and part == "encoder":
         return "part='encoder'"
     if name.startswith("decoder.") and isinstance(model, Classifier):
@@ -211,7 +201,7 @@ def _unused(name: str, model: MAE | Classifier, part: str) -> str:
 def _drop_other_head(
     named: dict[str, Converted], model: MAE | Classifier, report: LoadReport
 ) -> None:
-    """A head for another number of classes is left out, with its reason."""
+    """A head for another number of classes is not used."""
     head = named.get("head.weight")
     if not isinstance(model, Classifier) or head is None or len(head.tensor) == model.num_classes:
         return
@@ -223,17 +213,12 @@ def _drop_other_head(
 
 def _notes(model: MAE | Classifier, given: Source, *, folded: bool) -> list[str]:
     config, notes = model.config, []
+    own = (tuple(model.encoder.mean), tuple(model.encoder.std))
     if given.norm is not None and not folded:
-        mean, std = (
-            tuple(values) * (config.in_channels // len(values))
-            for values in (config.mean, config.std)
-        )
-        if any(
-            len({*a, *b}) > 1 and tuple(a) != b
-            for a, b in zip(given.norm, (mean, std), strict=True)
-        ):
+        theirs = tuple(tuple(x) * (config.in_channels // len(x)) for x in given.norm)
+        if theirs != own:
             notes.append(
-                f"pixels of the source were scaled with mean, std {given.norm}, this model's with {(mean, std)}"
+                f"pixels of the source were scaled with mean, std {theirs}, here with {own}"
             )
     if given.norm_eps is not None and given.norm_eps != config.norm_eps:
         notes.append(
@@ -250,7 +235,7 @@ def _fit(
     named: Mapping[str, Converted],
     format_: Format,
 ) -> tuple[Tensor | None, str]:
-    """(tensor in the model's size, what was done); (None, reason) where that is impossible."""
+    """(tensor in the model's size, what was done), or (None, reason)."""
     how = []
     if tensor.dtype not in (torch.float32, torch.float64):
         how.append(f"from {str(tensor.dtype).removeprefix('torch.')}")
@@ -321,14 +306,14 @@ def _fit_positions(
 def _source_grid(
     rows: int, tokens: int, grid: tuple[int, int], known: tuple[int, int] | None, *, own: bool
 ) -> tuple[tuple[int, int] | None, int]:
-    """(grid of the source's position table, its prefix rows); a table need not have rows for its `tokens` prefix tokens."""
+    """(grid of the source's position table, its prefix rows: one per prefix token, or none)."""
     if known is not None:
         prefix = rows - known[0] * known[1]
         return (known, prefix) if prefix in (0, tokens) else (None, 0)
     for prefix in (tokens, 0):
         side = math.isqrt(max(rows - prefix, 0))
         square = side > 0 and side * side == rows - prefix
-        # 16 rows may be 4 x 4 or 2 x 8: our own tables are taken as they are, others as the square they nearly always are
+        # 16 rows can be 4 x 4 or 2 x 8: of our grid if the names are ours, else square
         if rows - prefix == grid[0] * grid[1] and (own or not square):
             return grid, prefix
         if square:
@@ -344,7 +329,8 @@ def _fold_norm(named: dict[str, Converted], model: MAE | Classifier, source_norm
     key = "encoder.patch_embed.proj"
     weight, bias = named.get(f"{key}.weight"), named.get(f"{key}.bias")
     if weight is None or bias is None or weight.tensor.ndim != 4:
-        return  # reported as missing or misfitting
+        # reported as missing or misfitting
+        return
     config = model.config
     how = [f"scaled for mean {model.config.mean}, std {model.config.std}"]
     w_DCPP = weight.tensor.double()
@@ -360,8 +346,9 @@ def _fold_norm(named: dict[str, Converted], model: MAE | Classifier, source_norm
         (std_s <= 0).any()
     ):
         raise WeightsError(
-            f"source_norm is {source_norm}; needs (mean, std) with 1 or {channels} values each and std above 0, for a "
-            f"source of {channels} channels and a model with mean {config.mean} and std {config.std}"
+            f"source_norm is {source_norm}; needs (mean, std) with 1 or {channels} values each and "
+            f"std above 0, for a source of {channels} channels and a model with mean {config.mean} "
+            f"and std {config.std}"
         )
     shift_C = ((mean_t - mean_s) / std_s).expand(channels)
     b_D = bias.tensor.double() + w_DCPP.sum((2, 3)) @ shift_C
@@ -373,19 +360,18 @@ def _fold_norm(named: dict[str, Converted], model: MAE | Classifier, source_norm
 
 
 def _check_heads(model: MAE | Classifier, given: Source, named: Mapping[str, Converted]) -> None:
-    """The number of heads cannot be seen in the weights, and a wrong one gives wrong tokens without any error."""
-    heads = model.config.encoder_shape[2]
-    if given.heads not in (None, heads):
-        raise WeightsError(
-            f"{given.path} was made with {given.heads} attention heads, the model has {heads}; set model.heads={given.heads}"
-        )
-    heads = model.config.decoder_heads
-    wanted = isinstance(model, MAE) and any(name.startswith("decoder.") for name in named)
-    if wanted and given.decoder_heads not in (None, heads):
-        raise WeightsError(
-            f"{given.path} was made with {given.decoder_heads} decoder heads, the model has {heads}; set "
-            f"model.decoder_heads={given.decoder_heads}, or load part='encoder'"
-        )
+    """Weights do not show the number of heads, and a wrong one gives wrong tokens silently."""
+    config = model.config
+    needed = [("heads", given.heads, config.encoder_shape[2])]
+    if isinstance(model, MAE) and any(name.startswith("decoder.") for name in named):
+        needed.append(("decoder_heads", given.decoder_heads, config.decoder_heads))
+    for name, theirs, ours in needed:
+        if theirs not in (None, ours):
+            way = ", or load part='encoder'" if name == "decoder_heads" else ""
+            raise WeightsError(
+                f"{given.path} was made with {name} {theirs}, the model has {ours}; set "
+                f"model.{name}={theirs}{way}"
+            )
 
 
 def _require_fit(
@@ -407,13 +393,13 @@ def _require_fit(
         and part == "auto"
         and any(name.startswith("decoder.") for name in named)
     )
-    depths = {"encoder": (_depth("encoder", named), len(model.encoder.blocks))}
+    depths = {"encoder": len(model.encoder.blocks)}
     if with_decoder:
-        depths["decoder"] = (_depth("decoder", named), model.config.decoder_depth)
+        depths["decoder"] = model.config.decoder_depth
     problems = [
-        f"the source's {name} has {theirs} blocks, the model's {ours}"
-        for name, (theirs, ours) in depths.items()
-        if theirs != ours
+        f"the source's {name} has {_depth(name, named)} blocks, the model's {depth}"
+        for name, depth in depths.items()
+        if _depth(name, named) != depth
     ]
     if misfits:
         problems.append(
@@ -421,11 +407,12 @@ def _require_fit(
         )
     if used < min_matched * wanted:
         problems.append(
-            f"{used} of the model's {wanted} encoder tensors fit, needs {min_matched:.0%}; missing: {listed(missing)}"
+            f"{used} of the model's {wanted} encoder tensors fit, needs {min_matched:.0%}; "
+            f"missing: {listed(missing)}"
         )
     if used < min_matched * (used + len(unexpected)):
         problems.append(
-            f"{len(unexpected)} tensors of the source have no place in the model: {listed(unexpected)}"
+            f"{len(unexpected)} tensors of the source are not in the model: {listed(unexpected)}"
         )
     if missing_decoder:
         problems.append(
@@ -434,10 +421,9 @@ def _require_fit(
     if not problems:
         return
     config = model.config
-    ours = (
-        f"width {config.encoder_shape[0]}, patch {config.patch_size}, {config.in_channels} channels"
-    )
-    advice = "Set model.* to the source's sizes, or take other weights"
+    sizes = (config.encoder_shape[0], config.patch_size, config.in_channels)
+    ours = "width {}, patch {}, {} channels".format(*sizes)
+    advice = "Set model.* to the source's sizes, or use other weights"
     if with_decoder:
         ours += f", decoder width {config.decoder_width}"
         advice += "; part='encoder' leaves the decoder at its initial values"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sssd_fast.config import ModelConfig
 from sssd_fast.model import MAE, Block, Classifier, sincos_positions
-from sssd_fast.weights.load import export_state
+from sssd_fast.weights.formats import export_state
 from tests.sssd_fast import vit_by_hand
 
 GEOMETRIES = {

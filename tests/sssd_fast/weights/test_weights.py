@@ -22,7 +22,10 @@ from sssd_fast.config import Config, ModelConfig, to_dict
 from sssd_fast.errors import WeightsError
 from sssd_fast.model import MAE, Classifier
 from sssd_fast.objective import SSSD
-from sssd_fast.weights.load import IMAGENET, export_state, load_into, read_weights, save_safetensors
+from sssd_fast.run.checkpoint import CheckpointManager
+from sssd_fast.weights.files import read_weights, save_safetensors
+from sssd_fast.weights.formats import export_state
+from sssd_fast.weights.load import IMAGENET, load_into
 from tests.sssd_fast import vit_by_hand
 
 
@@ -151,7 +154,7 @@ def test_exported_names_are_timms() -> None:
 
 def test_exports_that_would_change_the_model_are_refused() -> None:
     with pytest.raises(
-        WeightsError, match="always has a cls token and this model has none; export it as 'timm'"
+        WeightsError, match="always has a cls token, this model has none; export it as 'timm'"
     ):
         export_state(mae(cls_token=False), "huggingface")
     with pytest.raises(WeightsError, match="has no decoder"):
@@ -393,7 +396,7 @@ def test_a_known_difference_in_pixel_scale_is_noted(tmp_path: Path) -> None:
     report = load_into(mae(), tmp_path / "a.safetensors")
     assert len(report.notes) == 2
     assert (
-        "scaled with mean, std ((0.3,), (0.25,)), this model's with ((0.5,), (0.25,))"
+        "scaled with mean, std ((0.3,), (0.25,)), here with ((0.5,), (0.25,))"
         in report.notes[0]
     )
     assert report.notes[1] == "norm_eps of the source is 1e-05, this model's is 1e-06"
@@ -559,10 +562,7 @@ def test_a_source_with_much_more_than_the_model_is_refused() -> None:
         for kind in ("weight", "bias")
     }
     message = refused(mae(), state)
-    assert (
-        "12 tensors of the source have no place in the model: blocks.0.attn.q_norm.weight"
-        in message
-    )
+    assert "12 tensors of the source are not in the model: blocks.0.attn.q_norm.weight" in message
 
 
 def test_names_of_no_vit_are_refused_with_the_first_of_them() -> None:
@@ -621,13 +621,13 @@ def test_sharded_folders_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(
         WeightsError,
-        match=r"names the shard 'model-00002-of-00002.safetensors', which is not there; copy all 2 shards",
+        match=r"names the shard 'model-00002-of-00002.safetensors', which is missing; copy all 2",
     ):
         read_weights(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "../outside.safetensors"}})
     )
-    with pytest.raises(WeightsError, match="lies outside its folder: refused"):
+    with pytest.raises(WeightsError, match="is outside its folder: refused"):
         read_weights(tmp_path)
 
 
@@ -784,3 +784,14 @@ def test_saved_safetensors_hold_what_was_exported(tmp_path: Path) -> None:
     assert same(
         load_file(tmp_path / "a.safetensors"), export_state(model, "huggingface", decoder=True)
     )
+
+
+def test_read_weights_accepts_a_run_folder_and_its_best(tmp_path: Path) -> None:
+    """--init runs/ct and --init runs/ct/pretrain/checkpoints/best."""
+    manager = CheckpointManager(tmp_path / "ct" / "pretrain" / "checkpoints")
+    first, second = mae(), mae()
+    manager.save({"model": first.state_dict()}, 1, best=True)
+    manager.save({"model": second.state_dict()}, 2)
+    assert same(read_weights(tmp_path / "ct"), second.state_dict())
+    assert same(read_weights(tmp_path / "ct" / "pretrain"), second.state_dict())
+    assert same(read_weights(manager.folder / "best"), first.state_dict())
