@@ -199,9 +199,7 @@ def test_a_folder_made_with_other_heads_is_refused(tmp_path: Path) -> None:
     case = CASES["colour_norm_pix"]
     hf_pretraining(case).save_pretrained(tmp_path)
     model = MAE(our_config(case, heads=8))
-    with pytest.raises(
-        Exception, match=r"made with heads 4, the model has 8; set model.heads=4"
-    ):
+    with pytest.raises(Exception, match=r"made with heads 4, the model has 8; set model.heads=4"):
         load_into(model, tmp_path)
 
 

@@ -395,10 +395,7 @@ def test_a_known_difference_in_pixel_scale_is_noted(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "a.safetensors", mae(mean=(0.3,), norm_eps=1e-5), "timm")
     report = load_into(mae(), tmp_path / "a.safetensors")
     assert len(report.notes) == 2
-    assert (
-        "scaled with mean, std ((0.3,), (0.25,)), here with ((0.5,), (0.25,))"
-        in report.notes[0]
-    )
+    assert "scaled with mean, std ((0.3,), (0.25,)), here with ((0.5,), (0.25,))" in report.notes[0]
     assert report.notes[1] == "norm_eps of the source is 1e-05, this model's is 1e-06"
 
 
