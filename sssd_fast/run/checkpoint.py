@@ -292,6 +292,8 @@ def find_checkpoint(
     path = Path(path)
     if path.is_file() and path.name != "best":
         return path
+    if path.is_file():
+        which = "best"
     run = path.parent.parent if path.is_file() else path
     for folder in (run, *(run / stage for stage in stages)):
         if (folder / "checkpoints").is_dir():

@@ -426,6 +426,7 @@ def test_find_checkpoint_accepts_runs_files_and_the_pointer(tmp_path: Path) -> N
     assert find_checkpoint(two) == two
     assert find_checkpoint(runs["finetune"]) == find_checkpoint(tmp_path / "ct") == one
     assert find_checkpoint(runs["finetune"] / "checkpoints" / "best") == one
+    assert find_checkpoint(runs["finetune"] / "checkpoints" / "best", "last") == one
     assert find_checkpoint(tmp_path / "ct", "last") == two
     # without a best, the newest
     pretrained = runs["pretrain"] / "checkpoints" / "step-0000002.pt"
