@@ -80,7 +80,7 @@ def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
         "reconstruction": [p for run in runs for p in _newest(run, "reconstruction")],
         "attention": [p for run in runs for p in _newest(run, "attention")],
         "data": _data(runs),
-        "commands": [(run.title, run.command) for run in runs],
+        "commands": _by_command(runs),
         "settings": _merged(runs, [_settings(run) for run in runs]),
         "environment": _merged(runs, [_environment(run) for run in runs]),
         "events": [f"{run.title}, {line}" for run in runs for line in _events(run)],
@@ -317,6 +317,14 @@ def _data(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
             counts = {"header": list(splits), "rows": rows}
             sections.append({"title": run.title, "data": run.data, "counts": counts})
     return sections
+
+
+def _by_command(runs: Sequence[RunFiles]) -> list[tuple[str, str]]:
+    """(titles of the runs, command): stages of one command are listed together."""
+    titles: dict[str, list[str]] = {}
+    for run in runs:
+        titles.setdefault(run.command, []).append(run.title)
+    return [(", ".join(names), command) for command, names in titles.items()]
 
 
 def _settings(run: RunFiles) -> dict[str, str]:
