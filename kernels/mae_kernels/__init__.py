@@ -1,4 +1,7 @@
-"""Operations of masked autoencoders with self-distillation, for any PyTorch project. See kernels/README.md."""
+"""Fused ops of masked autoencoders with self-distillation, for any PyTorch project.
+
+Each op is one function, with Triton kernels on NVIDIA GPUs and plain PyTorch elsewhere. kernels/README.md lists them.
+"""
 
 from __future__ import annotations
 
@@ -57,3 +60,9 @@ __all__ = [
     "sssd_loss",
     "unpatch_model",
 ]
+
+__version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -48,14 +48,17 @@ def check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {x.dtype}, needs a floating point dtype")
 
 
-def check_shape(name: str, x: Tensor, shape: Sequence[int | None], meaning: str) -> None:
-    """`shape` holds the size needed in each dimension, None where any size will do; `meaning` is its spelling."""
+def check_shape(
+    name: str, x: Tensor, shape: Sequence[int | None], meaning: str, hint: str = ""
+) -> None:
+    """`shape` holds the size needed in each dimension, None for any size; `meaning` is its spelling."""
     ok = x.dim() == len(shape) and all(
         need is None or got == need for got, need in zip(x.shape, shape, strict=True)
     )
     if not ok:
         needed = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, needs {meaning} = ({needed})")
+        after = f"; {hint}" if hint else ""
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, needs {meaning} = ({needed}){after}")
 
 
 def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -114,31 +117,3 @@ def check_ids(name: str, ids: Tensor, rows: int, upper: int, *, distinct: bool =
         raise ValueError(f"{name}: got ids from {low} to {high}, needs ids from 0 to {upper - 1}")
     if distinct and _debug and bool((ids.sort(1).values.diff(dim=1) == 0).any()):
         raise ValueError(f"{name}: got an id more than once in one row, needs a permutation")
-
-
-def check_channel_stats(
-    mean: float | Sequence[float] | None, std: float | Sequence[float] | None, channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and std as tuples of C floats; two empty tuples when neither is given."""
-    if mean is None and std is None:
-        return (), ()
-    means = _channel_values("mean", 0.0 if mean is None else mean, channels)
-    stds = _channel_values("std", 1.0 if std is None else std, channels)
-    if not all(s > 0 for s in stds):
-        raise ValueError(f"std: got {stds}, needs positive numbers")
-    return means, stds
-
-
-def _channel_values(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
-    if isinstance(value, Tensor):
-        raise TypeError(
-            f"{name}: got a Tensor, needs a number or {channels} numbers (tensor.tolist())"
-        )
-    if isinstance(value, (int, float)):
-        return (float(value),) * channels
-    values = tuple(float(v) for v in value)
-    if len(values) != channels:
-        raise ValueError(
-            f"{name}: got {len(values)} numbers, needs one per image channel = {channels}"
-        )
-    return values

@@ -1,8 +1,9 @@
 """Pixels of listed patches as vectors, in plain torch: what the gather and loss ops mean by a patch.
 
-Images are uint8 or float [B,C,H,W] with any strides. uint8 pixels are used as x / 255, then (x - mean) / std where
-mean or std is given; float pixels are used as they are, then (x - mean) / std where mean or std is given.
-The kernels take the same pixels as x * a + b with a and b per channel, folded on the host.
+Images are uint8 or float [B,C,H,W] with any strides. uint8 pixels are used as x / 255, then (x - mean) / std if mean or
+std is given; float pixels are used as they are, then (x - mean) / std if mean or std is given.
+mean and std travel through the ops as one small tensor, `stats` [4, C]: mean, std, and what the kernels use instead,
+x * scale + shift with scale = 1 / (255 std) or 1 / std, and shift = -mean / std.
 Shapes: B images, C channels, P patch side, K listed patches, V = P*P*C values per patch.
 """
 
@@ -11,6 +12,7 @@ Shapes: B images, C channels, P patch side, K listed patches, V = P*P*C values p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,19 +20,108 @@ from torch import Tensor
 
 from ._runtime import jit, tl
 
+# What the public functions take as mean and std: one number for all channels, or one per channel
+Numbers = float | Sequence[float] | Tensor | None
+
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
     """fp64 as soon as one tensor is fp64, otherwise fp32: the dtype of statistics and sums."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def pixel_stats(images: Tensor, mean: Numbers, std: Numbers) -> Tensor | None:
+    """`stats` [4, C] on the images' device; None if pixels are used as they are.
+
+    Raises TypeError or ValueError naming mean or std. fp64 on the CPU, where the reference may need it, else fp32.
+    """
+    unit = 255.0 if images.dtype == torch.uint8 else 1.0
+    if mean is None and std is None and unit == 1:
+        return None
+    channels = int(images.shape[1])
+    mean = 0.0 if mean is None else mean
+    std = 1.0 if std is None else std
+    dtype = torch.float64 if images.device.type == "cpu" else torch.float32
+    if isinstance(mean, Tensor) or isinstance(std, Tensor):
+        m = _tensor_per_channel("mean", mean, channels, images, dtype)
+        s = _tensor_per_channel("std", std, channels, images, dtype)
+        return torch.stack([m, s, 1 / (unit * s), -m / s])
+    means = _numbers_per_channel("mean", mean, channels)
+    stds = _numbers_per_channel("std", std, channels)
+    if not all(s > 0 for s in stds):
+        raise ValueError(f"std: got {stds}, needs positive numbers")
+    plain = type(images) is Tensor and not torch.compiler.is_compiling()
+    if plain and not (images.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _kept_stats(means, stds, unit, images.device, dtype)
+    # in a trace, on fake tensors and in a CUDA graph's capture: fills on the device, which a compiler joins to one kernel
+    rows = _rows(means, stds, unit)
+    fills = [torch.full((1,), x, dtype=dtype, device=images.device) for row in rows for x in row]
+    return torch.cat(fills).view(4, channels)
+
+
+def _rows(
+    means: tuple[float, ...], stds: tuple[float, ...], unit: float
+) -> tuple[Sequence[float], ...]:
+    scales = [1 / (unit * s) for s in stds]
+    shifts = [-m / s for m, s in zip(means, stds, strict=True)]
+    return means, stds, scales, shifts
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_stats(
+    means: tuple[float, ...],
+    stds: tuple[float, ...],
+    unit: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Copied to the device once per set of numbers: a copy per call would wait for the host."""
+    with torch.inference_mode(
+        False
+    ):  # a tensor made in inference mode could not be saved for a backward
+        return torch.tensor(_rows(means, stds, unit), dtype=dtype, device=device)
+
+
+def _numbers_per_channel(
+    name: str, value: float | Sequence[float], channels: int
+) -> tuple[float, ...]:
+    if isinstance(value, (int, float)):
+        return (float(value),) * channels
+    values = tuple(float(v) for v in value)
+    if len(values) not in (1, channels):
+        raise ValueError(_wrong_number(name, len(values), channels))
+    return values if len(values) == channels else values * channels
+
+
+def _tensor_per_channel(
+    name: str,
+    value: float | Sequence[float] | Tensor,
+    channels: int,
+    images: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A tensor's values are not looked at: that would wait for the GPU."""
+    if not isinstance(value, Tensor):
+        numbers = _numbers_per_channel(name, value, channels)
+        return torch.cat([torch.full((1,), v, dtype=dtype, device=images.device) for v in numbers])
+    if value.numel() not in (1, channels):
+        raise ValueError(_wrong_number(name, value.numel(), channels))
+    if value.device != images.device:
+        raise ValueError(
+            f"{name}: got device {value.device}, needs the device of images, {images.device}"
+        )
+    return value.detach().to(dtype).flatten().expand(channels)
+
+
+def _wrong_number(name: str, got: int, channels: int) -> str:
+    return f"{name}: got {got} numbers, needs one, or one per image channel = {channels}"
+
+
 def listed_pixels(
     images_BCHW: Tensor,
     ids_BK: Tensor | None,
+    stats_4C: Tensor | None,
     patch_size: int,
     order: str,
-    mean: Sequence[float],
-    std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
     """[B,K,V] in `dtype`; order "crp" = (channel, row, column), "rpc" = (row, column, channel); ids None = all."""
@@ -46,68 +137,34 @@ def listed_pixels(
         batch = torch.arange(x.shape[0], device=x.device)[:, None]
         x = x[batch, ids_BK // grid_cols, ids_BK % grid_cols]
     x = x.to(dtype)
-    if images_BCHW.dtype == torch.uint8:
-        x = x / 255
-    if mean and std:
+    if stats_4C is not None:
+        if images_BCHW.dtype == torch.uint8:
+            x = x / 255
         per_channel = (-1, 1, 1) if order == "crp" else (-1,)
-        x = (x - _channel_vector(mean, x).view(per_channel)) / _channel_vector(std, x).view(
-            per_channel
-        )
+        mean, std = stats_4C[0].to(dtype), stats_4C[1].to(dtype)
+        x = (x - mean.view(per_channel)) / std.view(per_channel)
     return x.flatten(2)
 
 
-def _channel_vector(values: Sequence[float], like: Tensor) -> Tensor:
-    """Made on the device by fills: copying Python numbers there would wait for the GPU and break graph capture."""
-    return torch.cat([like.new_full((1,), v) for v in values])
-
-
-MAX_CONSTANT_CHANNELS = 4
-
-
-def fold_pixels(
-    images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]
-) -> tuple[Tensor, dict[str, float | int]]:
-    """The images a kernel reads and its constants A0..A3, B0..B3 and AFFINE: 0 no arithmetic, 1 one a and b, 2 by channel.
-
-    With more than four channels of different mean or std the images are normalised first, in one extra pass.
-    """
-    unit = 255.0 if images_BCHW.dtype == torch.uint8 else 1.0
-    means, stds = (list(mean), list(std)) if mean else ([0.0], [1.0])
-    if len(set(means)) == len(set(stds)) == 1:
-        means, stds = means[:1], stds[:1]
-    if len(means) > MAX_CONSTANT_CHANNELS:
-        x = images_BCHW.float() / unit
-        shift, scale = (_channel_vector(v, x).view(-1, 1, 1) for v in (means, stds))
-        images_BCHW, means, stds, unit = (x - shift) / scale, [0.0], [1.0], 1.0
-    pairs = [(1.0 / (unit * s), -m / s) for m, s in zip(means, stds, strict=True)]
-    affine = 0 if pairs == [(1.0, 0.0)] else min(len(pairs), 2)
-    pairs += [(1.0, 0.0)] * (MAX_CONSTANT_CHANNELS - len(pairs))
-    constants: dict[str, float | int] = {"AFFINE": affine}
-    for i, (a, b) in enumerate(pairs):
-        constants |= {f"A{i}": a, f"B{i}": b}
-    return images_BCHW, constants
+def kernel_stats(images_BCHW: Tensor, stats_4C: Tensor | None) -> tuple[Tensor, bool]:
+    """What a kernel takes: the statistics in fp32, or the images if there are none, and whether there are any."""
+    return (images_BCHW, False) if stats_4C is None else (stats_4C.float(), True)
 
 
 @jit
-def scale_pixels(
-    x,
-    channel,
-    AFFINE: tl.constexpr,
-    A0: tl.constexpr,
-    A1: tl.constexpr,
-    A2: tl.constexpr,
-    A3: tl.constexpr,
-    B0: tl.constexpr,
-    B1: tl.constexpr,
-    B2: tl.constexpr,
-    B3: tl.constexpr,
-):
-    """x * a + b in fp32 with a and b of each value's channel."""
+def scale_pixels(x, STATS, channel, C: tl.constexpr, HAS_STATS: tl.constexpr):
+    """x * scale + shift in fp32 by each value's channel; STATS is [4, C], and `channel` is smaller than C."""
     x = x.to(tl.float32)
-    if AFFINE == 1:
-        x = x * A0 + B0
-    if AFFINE == 2:
-        a = tl.where(channel == 0, A0, tl.where(channel == 1, A1, tl.where(channel == 2, A2, A3)))
-        b = tl.where(channel == 0, B0, tl.where(channel == 1, B1, tl.where(channel == 2, B2, B3)))
-        x = x * a + b
+    if HAS_STATS:
+        if C <= 4:
+            # a choice between scalars costs less than a load per value, whose layout would have to be converted
+            scale = tl.load(STATS + 2 * C)
+            shift = tl.load(STATS + 3 * C)
+            for c in tl.static_range(1, C):
+                scale = tl.where(channel == c, tl.load(STATS + 2 * C + c), scale)
+                shift = tl.where(channel == c, tl.load(STATS + 3 * C + c), shift)
+        else:
+            scale = tl.load(STATS + 2 * C + channel)
+            shift = tl.load(STATS + 3 * C + channel)
+        x = x * scale + shift
     return x

@@ -402,7 +402,7 @@ def crop_resize(
     *,
     channels: int = 1,
 ) -> Tensor:
-    """Cut a box out of each image, resize it (antialiased bicubic), and mirror it left-right where `flips` says so.
+    """Crop a box of each image, resize it (antialiased bicubic), and mirror it left-right if its flip is True.
 
     Args:
         pixels: [T] uint8, contiguous: images back to back, each [H, W, C]. Images may overlap or be listed twice.

@@ -23,7 +23,7 @@ Shapes: [..., K]: any leading dimensions (rows), K logits or features.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,10 @@ from ._pixels import accumulate_dtype
 from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, tl, use_triton, wants_reference
 from ._samples import Draw, Made, Sample, declares
 
-KINDS = ("dino", "cosine", "mse", "smooth_l1")
-CENTER_MODES = ("prob", "logit")
+Kind = Literal["dino", "cosine", "mse", "smooth_l1"]
+CenterMode = Literal["prob", "logit"]
+KINDS = get_args(Kind)
+CENTER_MODES = get_args(CenterMode)
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -344,14 +346,14 @@ def distillation_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    kind: str = "dino",
+    kind: Kind = "dino",
     center: Tensor | None = None,
-    center_mode: str = "prob",
+    center_mode: CenterMode = "prob",
     student_temp: float = 0.1,
     teacher_temp: float = 0.04,
     detach_teacher: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss that pulls the student towards the teacher, and the batch statistic that updates the centre.
+    """-sum P log Q, or another distance of student and teacher, and the statistic that updates the centre.
 
     Args:
         student, teacher: [..., K] floating point, the same shape.
@@ -365,6 +367,11 @@ def distillation_loss(
     the same dtype without a gradient for "dino", None for the other kinds. Gradients reach student and teacher.
 
     Raises: TypeError or ValueError naming the argument.
+
+    Example:
+        >>> loss, batch_center = distillation_loss(torch.rand(8, 64), torch.rand(8, 64))
+        >>> batch_center.shape
+        torch.Size([64])
     """
     check_distillation(student, teacher, kind, center, center_mode, student_temp, teacher_temp)
     if detach_teacher:

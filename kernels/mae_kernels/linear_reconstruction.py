@@ -15,7 +15,6 @@ Shapes: B images, M masked patches, D decoder width, V = P*P*C values per patch,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from ._checks import check_channel_stats, check_floating, check_same_device, check_shape
-from ._pixels import accumulate_dtype
+from ._checks import check_floating, check_same_device, check_shape
+from ._pixels import Numbers, accumulate_dtype, pixel_stats
 from ._runtime import no_autocast, product_dtype, use_triton, wants_reference
 from ._samples import MEAN, STD, Draw, Made, Sample, declares
 from .reconstruction import (
+    Norm,
     check_target,
     difference,
     draw_target,
@@ -35,11 +35,8 @@ from .reconstruction import (
     launch_loss_rows,
     refusal,
 )
-from .reconstruction import (
-    reference as loss_reference,
-)
+from .reconstruction import reference as loss_reference
 
-Numbers = float | Sequence[float] | None
 CHUNKS = 8
 # Gradients are kept for d(loss)/d(pred) = KEPT_SCALE * (pred - target), which neither overflows nor vanishes in fp16
 KEPT_SCALE = 1 / 64
@@ -52,17 +49,16 @@ def reference(
     bias_V: Tensor | None,
     images_BCHW: Tensor,
     ids_BM: Tensor,
+    stats_4C: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
     pred_BMV = _predict(
         hidden_BMD.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
     )
-    return loss_reference(pred_BMV, images_BCHW, ids_BM, None, patch_size, norm, eps, mean, std)
+    return loss_reference(pred_BMV, images_BCHW, ids_BM, None, stats_4C, patch_size, norm, eps)
 
 
 def _predict(hidden_BMD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -78,11 +74,10 @@ def _linear_op(
     bias: Tensor | None,
     images: Tensor,
     ids: Tensor,
+    stats: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
     dtype: torch.dtype,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,16 +104,7 @@ def _linear_op(
         first, last = masked * i // chunks, masked * (i + 1) // chunks
         h_BMD = hidden.narrow(1, first, last - first).to(dtype)
         pred_BMV = _predict(h_BMD, w_VD, b_V)
-        options = (
-            images,
-            ids.narrow(1, first, last - first),
-            None,
-            patch_size,
-            norm,
-            eps,
-            mean,
-            std,
-        )
+        options = (images, ids.narrow(1, first, last - first), None, stats, patch_size, norm, eps)
         if triton:
             losses.append(launch_loss_rows(pred_BMV, *options))
             dpred_BMV = launch_loss_backward(grad, unit, pred_BMV, *options) if needs_grad else None
@@ -165,13 +151,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 12
+        return (None,) * 11
     if not ctx.needs:
         raise RuntimeError(
             "mae_kernels::linear_reconstruction_loss: called with needs_grad=False, needs True to differentiate"
         )
     dhidden, dweight, dbias = _linear_backward_op(grad, *ctx.saved_tensors, ctx.masked, *ctx.dtypes)
-    return dhidden, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 9
+    return dhidden, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 8
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup)
@@ -186,13 +172,13 @@ def linear_reconstruction_loss(
     ids: Tensor,
     *,
     patch_size: int,
-    norm: str | None = "patch",
+    norm: Norm = "patch",
     eps: float = 1e-6,
     mean: Numbers = None,
     std: Numbers = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Reconstruction loss of a linear prediction head on the masked tokens.
+    """masked_reconstruction_loss(hidden weight^T + bias, images, ids=ids), without the predictions in memory.
 
     Args:
         hidden: [B, M, D] decoder tokens of the masked patches.
@@ -217,7 +203,7 @@ def linear_reconstruction_loss(
         check_floating("bias", bias)
         check_shape("bias", bias, (values,), "[P*P*C]")
         check_same_device("bias", bias, "hidden", hidden)
-    means, stds = check_channel_stats(mean, std, channels)
+    stats = pixel_stats(images, mean, std)
     if dtype is None:
         dtype = product_dtype(hidden.device, hidden.dtype)
     if not dtype.is_floating_point:
@@ -228,11 +214,10 @@ def linear_reconstruction_loss(
         bias,
         images,
         ids,
+        stats,
         patch_size,
         norm or "none",
         float(eps),
-        means,
-        stds,
         dtype,
     )
     if wants_reference(hidden):

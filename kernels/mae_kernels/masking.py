@@ -117,7 +117,7 @@ def _masking_op(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, T
 
 # ------------------------------------------------------------------------------------------------------- public
 def random_masking(noise: Tensor, num_keep: int) -> Masking:
-    """Keep the `num_keep` patches with the smallest noise of each image.
+    """ids_keep = argsort(noise)[:, :num_keep]: keep the patches with the smallest noise of each image.
 
     Args:
         noise: [B, L] floating point, any strides; usually uniform. NaN sorts last. No gradient flows.
@@ -126,13 +126,24 @@ def random_masking(noise: Tensor, num_keep: int) -> Masking:
     Returns: Masking(ids_keep [B,K], ids_restore [B,L], ids_masked [B,M], mask [B,L] bool, True = masked).
 
     Raises: TypeError or ValueError naming the argument.
+
+    Example:
+        >>> masking = random_masking(torch.rand(8, 196), num_keep=49)
+        >>> masking.ids_keep.shape
+        torch.Size([8, 49])
     """
     check_floating("noise", noise)
     check_shape("noise", noise, (None, None), "[B, L]")
+    patches = noise.shape[1]
+    if isinstance(num_keep, float) and 0 < num_keep < 1:
+        raise TypeError(
+            f"num_keep: got {num_keep}, needs an int, the number of visible patches; "
+            f"for a mask ratio of {num_keep} it is int(L * {1 - num_keep:g}) = {int(patches * (1 - num_keep))}"
+        )
     check_int("num_keep", num_keep, 1)
-    if num_keep > noise.shape[1]:
+    if num_keep > patches:
         raise ValueError(
-            f"num_keep: got {num_keep}, needs at most the number of patches L = {noise.shape[1]}"
+            f"num_keep: got {num_keep}, needs at most the number of patches L = {patches}"
         )
     noise = noise.detach()
     return Masking(

@@ -9,20 +9,22 @@ D width, F hidden width, V = P*P*C values per patch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_int, check_positive
+from ._pixels import Numbers
 from .gelu_linear import gelu_linear
 from .linear_reconstruction import linear_reconstruction_loss
 from .patches import embed_patches
-from .reconstruction import NORMS, masked_reconstruction_loss
+from .reconstruction import NORMS, Norm, masked_reconstruction_loss
 from .restore import restore_tokens
 from .short_attention import attention
 
-Numbers = float | Sequence[float] | None
+
+def _settings(module: nn.Module, *names: str) -> str:
+    """`name=value` of attributes, for a module's repr."""
+    return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)
 
 
 class PatchEmbedVisible(nn.Module):
@@ -59,6 +61,9 @@ class PatchEmbedVisible(nn.Module):
         self.mean = mean
         self.std = std
 
+    def extra_repr(self) -> str:
+        return _settings(self, "mean", "std")
+
     def forward(self, images: Tensor, ids_keep: Tensor, pos_embed: Tensor) -> Tensor:
         """images [B,C,H,W], ids_keep [B,K] int64, pos_embed [L,D] or [1,L,D] without prefix rows -> tokens [B,K,D]."""
         conv = self.proj
@@ -87,12 +92,17 @@ class RestoreTokens(nn.Module):
         check_int("num_patches", num_patches, 1)
         check_int("dim", dim, 1)
         check_int("prefix", prefix, 0)
+        self.num_patches = num_patches
+        self.dim = dim
         self.prefix = prefix
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         nn.init.normal_(self.mask_token, std=0.02)
         self.decoder_pos_embed = nn.Parameter(
             torch.zeros(1, prefix + num_patches, dim), requires_grad=learn_positions
         )
+
+    def extra_repr(self) -> str:
+        return _settings(self, "num_patches", "dim", "prefix")
 
     def forward(self, visible: Tensor, ids_restore: Tensor) -> Tensor:
         """visible [B,p+K,D] and ids_restore [B,L] int64 -> [B,p+L,D]."""
@@ -127,6 +137,9 @@ class ShortAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    def extra_repr(self) -> str:
+        return _settings(self, "num_heads")
+
     def forward(self, x: Tensor) -> Tensor:
         """[B,N,D] -> [B,N,D]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
@@ -156,6 +169,9 @@ class GeluMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
         self.recompute = recompute
 
+    def extra_repr(self) -> str:
+        return _settings(self, "recompute")
+
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D]."""
         product = nn.functional.linear(x, self.fc1.weight)
@@ -175,7 +191,7 @@ class MaskedReconstructionLoss(nn.Module):
         self,
         patch_size: int = 16,
         *,
-        norm: str | None = "patch",
+        norm: Norm = "patch",
         eps: float = 1e-6,
         mean: Numbers = None,
         std: Numbers = None,
@@ -189,6 +205,9 @@ class MaskedReconstructionLoss(nn.Module):
         self.eps = eps
         self.mean = mean
         self.std = std
+
+    def extra_repr(self) -> str:
+        return _settings(self, "patch_size", "norm", "eps", "mean", "std")
 
     def forward(
         self, pred: Tensor, images: Tensor, *, ids: Tensor | None = None, mask: Tensor | None = None
@@ -222,7 +241,7 @@ class ReconstructionHead(nn.Linear):
         patch_size: int = 16,
         in_chans: int = 3,
         *,
-        norm: str | None = "patch",
+        norm: Norm = "patch",
         eps: float = 1e-6,
         mean: Numbers = None,
         std: Numbers = None,
@@ -241,6 +260,10 @@ class ReconstructionHead(nn.Linear):
         self.eps = eps
         self.mean = mean
         self.std = std
+
+    def extra_repr(self) -> str:
+        settings = _settings(self, "patch_size", "norm", "eps", "mean", "std")
+        return f"{super().extra_repr()}, {settings}"
 
     def loss(self, hidden: Tensor, images: Tensor, ids_masked: Tensor) -> Tensor:
         """hidden [B,M,Dd] of the masked patches, images [B,C,H,W], ids_masked [B,M] int64 -> scalar."""

@@ -25,22 +25,21 @@ V = C*P*P values per patch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from ._checks import (
-    check_channel_stats,
-    check_floating,
-    check_ids,
-    check_images,
-    check_same_device,
-    check_shape,
+from ._checks import check_floating, check_ids, check_images, check_same_device, check_shape
+from ._pixels import (
+    Numbers,
+    accumulate_dtype,
+    kernel_stats,
+    listed_pixels,
+    pixel_stats,
+    scale_pixels,
 )
-from ._pixels import accumulate_dtype, fold_pixels, listed_pixels, scale_pixels
 from ._runtime import (
     column_block,
     jit,
@@ -55,25 +54,19 @@ from ._runtime import (
 )
 from ._samples import MEAN, STD, Draw, Layout, Made, Sample, declares
 
-Numbers = float | Sequence[float] | None
-
 
 # ---------------------------------------------------------------------------------------------------- reference
 def gather_reference(
     images_BCHW: Tensor,
     ids_BK: Tensor,
+    stats_4C: Tensor | None,
     patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
     exact = torch.float64 if dtype == torch.float64 else accumulate_dtype(images_BCHW)
-    plain = (
-        not mean and images_BCHW.dtype != torch.uint8
-    )  # a copy: no arithmetic, so no wider dtype
-    return listed_pixels(
-        images_BCHW, ids_BK, patch_size, "crp", mean, std, dtype if plain else exact
-    ).to(dtype)
+    # without statistics it is a copy: no arithmetic, so no wider dtype
+    wide = dtype if stats_4C is None else exact
+    return listed_pixels(images_BCHW, ids_BK, stats_4C, patch_size, "crp", wide).to(dtype)
 
 
 def embed_reference(
@@ -82,11 +75,10 @@ def embed_reference(
     weight_DCPP: Tensor,
     bias_D: Tensor | None,
     pos_embed_LD: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
+    stats_4C: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    x_BKV = gather_reference(images_BCHW, ids_BK, weight_DCPP.shape[-1], mean, std, dtype)
+    x_BKV = gather_reference(images_BCHW, ids_BK, stats_4C, weight_DCPP.shape[-1], dtype)
     return _project(x_BKV, weight_DCPP, bias_D) + pos_embed_LD[ids_BK]
 
 
@@ -101,6 +93,7 @@ def _project(x_BKV: Tensor, weight_DCPP: Tensor, bias_D: Tensor | None) -> Tenso
 def _gather_kernel(
     IMAGES,
     IDS,
+    STATS,
     OUT,
     num_rows,
     listed,
@@ -114,15 +107,7 @@ def _gather_kernel(
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr,
-    AFFINE: tl.constexpr,
-    A0: tl.constexpr,
-    A1: tl.constexpr,
-    A2: tl.constexpr,
-    A3: tl.constexpr,
-    B0: tl.constexpr,
-    B1: tl.constexpr,
-    B2: tl.constexpr,
-    B3: tl.constexpr,
+    HAS_STATS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     value = tl.arange(0, BLOCK_V)
@@ -142,8 +127,10 @@ def _gather_kernel(
     )
     wanted = in_rows[:, None] & (value < V)[None, :]
     x = tl.load(IMAGES + (corner[:, None] + inside[None, :]), mask=wanted & valid[:, None], other=0)
-    if AFFINE != 0:
-        x = scale_pixels(x, channel[None, :], AFFINE, A0, A1, A2, A3, B0, B1, B2, B3)
+    if HAS_STATS:
+        # padding beyond V would have a channel beyond C
+        C: tl.constexpr = V // (P * P)
+        x = scale_pixels(x, STATS, tl.minimum(channel, C - 1)[None, :], C, HAS_STATS)
     x = tl.where(valid[:, None], x.to(OUT.dtype.element_ty), float("nan"))
     tl.store(OUT + (row[:, None] * V + value[None, :]), x.to(OUT.dtype.element_ty), mask=wanted)
 
@@ -245,13 +232,12 @@ def _sum_positions_kernel(
 def _launch_gather(
     images_BCHW: Tensor,
     ids_BK: Tensor,
+    stats_4C: Tensor | None,
     patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    images_BCHW, constants = fold_pixels(images_BCHW, mean, std)
     ids_BK = ids_BK.contiguous()
+    stats, has_stats = kernel_stats(images_BCHW, stats_4C)
     batch, channels, height, width = images_BCHW.shape
     listed, values = ids_BK.shape[1], channels * patch_size * patch_size
     out_BKV = torch.empty((batch, listed, values), dtype=dtype, device=images_BCHW.device)
@@ -259,12 +245,11 @@ def _launch_gather(
     patches = height // patch_size * grid_cols
     num_rows, block = batch * listed, next_power_of_2(values)
     rows, warps = rows_per_program(images_BCHW.device, block)
-    grid = (-(-num_rows // rows),)
-    sizes = (num_rows, listed, patches, grid_cols, *images_BCHW.stride())
-    shape = {"P": patch_size, "V": values, "BLOCK_V": block, "ROWS": rows, "num_warps": warps}
-    launch(
-        _gather_kernel, grid, out_BKV, images_BCHW, ids_BK, out_BKV, *sizes, **shape, **constants
-    )
+    args = (images_BCHW, ids_BK, stats, out_BKV, num_rows, listed, patches, grid_cols)
+    constants = {"P": patch_size, "V": values, "BLOCK_V": block, "ROWS": rows}
+    grid, strides = (-(-num_rows // rows),), images_BCHW.stride()
+    constants |= {"HAS_STATS": has_stats, "num_warps": warps}
+    launch(_gather_kernel, grid, out_BKV, *args, *strides, **constants)
     return out_BKV
 
 
@@ -323,16 +308,11 @@ def _launch_sum_positions(
 # ------------------------------------------------------------------------------------------------- registration
 @triton_op("mae_kernels::gather_patches", mutates_args=())
 def _gather_op(
-    images: Tensor,
-    ids: Tensor,
-    patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
+    images: Tensor, ids: Tensor, stats: Tensor | None, patch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    if use_triton("gather_patches", images.device, images.dtype, dtype):
-        return _launch_gather(images, ids, patch_size, mean, std, dtype)
-    return gather_reference(images, ids, patch_size, mean, std, dtype)
+    triton = use_triton("gather_patches", images.device, images.dtype, dtype)
+    gather = _launch_gather if triton else gather_reference
+    return gather(images, ids, stats, patch_size, dtype)
 
 
 @triton_op("mae_kernels::embed_patches", mutates_args=())
@@ -342,19 +322,16 @@ def _embed_op(
     weight: Tensor,
     bias: Tensor | None,
     pos_embed: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
+    stats: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if not use_triton(
-        "embed_patches", images.device, images.dtype, weight.dtype, pos_embed.dtype, dtype
-    ):
-        return embed_reference(images, ids, weight, bias, pos_embed, mean, std, dtype)
-    x_BKV = _launch_gather(images, ids, weight.shape[-1], mean, std, dtype)
+    dtypes = (images.dtype, weight.dtype, pos_embed.dtype, dtype)
+    if not use_triton("embed_patches", images.device, *dtypes):
+        return embed_reference(images, ids, weight, bias, pos_embed, stats, dtype)
+    x_BKV = _launch_gather(images, ids, stats, weight.shape[-1], dtype)
     tokens_BKD = _project(x_BKV, weight, bias)
-    return _launch_add_positions(
-        tokens_BKD, pos_embed, ids, torch.promote_types(dtype, pos_embed.dtype)
-    )
+    wider = torch.promote_types(dtype, pos_embed.dtype)
+    return _launch_add_positions(tokens_BKD, pos_embed, ids, wider)
 
 
 @triton_op("mae_kernels::embed_patches_backward", mutates_args=())
@@ -362,10 +339,9 @@ def _embed_backward_op(
     grad: Tensor,
     images: Tensor,
     ids: Tensor,
+    stats: Tensor | None,
     patch_size: int,
     patches: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     dtype: torch.dtype,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
@@ -383,7 +359,7 @@ def _embed_backward_op(
     dweight = dbias = dpos = grad.new_empty(0)
     if needs_weight:
         gather = _launch_gather if triton else gather_reference
-        x_NV = gather(images, ids, patch_size, mean, std, dtype).flatten(0, 1)
+        x_NV = gather(images, ids, stats, patch_size, dtype).flatten(0, 1)
         with no_autocast(grad.device):
             dweight = (grad.to(dtype).reshape(-1, width).t() @ x_NV).to(weight_dtype)
     if needs_bias:
@@ -402,32 +378,20 @@ def _embed_backward_op(
 
 
 def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, ids, weight, bias, pos_embed, ctx.mean, ctx.std, ctx.dtype = inputs
-    ctx.save_for_backward(images, ids)
+    images, ids, weight, bias, pos_embed, stats, ctx.dtype = inputs
+    ctx.save_for_backward(images, ids, stats)
     ctx.weight_shape = weight.shape
     ctx.patches = pos_embed.shape[0]
     ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype, pos_embed.dtype
 
 
 def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    images, ids = ctx.saved_tensors
-    _, _, weight, bias, pos, *_ = ctx.needs_input_grad
-    dweight, dbias, dpos = _embed_backward_op(
-        grad,
-        images,
-        ids,
-        ctx.weight_shape[-1],
-        ctx.patches,
-        ctx.mean,
-        ctx.std,
-        ctx.dtype,
-        *ctx.dtypes,
-        weight,
-        bias,
-        pos,
-    )
-    dweight = dweight.view(ctx.weight_shape) if weight else None
-    return None, None, dweight, dbias if bias else None, dpos if pos else None, None, None, None
+    needs = ctx.needs_input_grad[2:5]
+    sizes = (ctx.weight_shape[-1], ctx.patches)
+    gradients = _embed_backward_op(grad, *ctx.saved_tensors, *sizes, ctx.dtype, *ctx.dtypes, *needs)
+    dweight, dbias, dpos = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    dweight = None if dweight is None else dweight.view(ctx.weight_shape)
+    return None, None, dweight, dbias, dpos, None, None
 
 
 _embed_op.register_autograd(_embed_backward, setup_context=_embed_setup)
@@ -443,13 +407,13 @@ def gather_patches(
     std: Numbers = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Read the listed patches of each image as vectors, (channel, row, column).
+    """out[b, k] = pixels of patch ids[b, k] of image b as a vector, (channel, row, column).
 
     Args:
         images: [B, C, H, W] uint8 or floating point with any strides (a channels-last buffer needs no copy).
         ids: [B, K] int64 patch numbers, row-major over the (H/P, W/P) grid, in any order, repeats included.
         patch_size: P; H and W must be divisible by it.
-        mean, std: a number, or one per channel; applied to x / 255 for uint8 images, to x itself for float images.
+        mean, std: a number or one per channel, also as a tensor; applied to x / 255 for uint8 images, to x itself for float images.
         dtype: of the result; default the images' dtype, or torch's default dtype for uint8.
 
     Returns: [B, K, C*P*P]. Float images that require a gradient get one; they take the plain torch path.
@@ -459,14 +423,14 @@ def gather_patches(
     grid_rows, grid_cols = check_images(images, patch_size)
     check_ids("ids", ids, images.shape[0], grid_rows * grid_cols)
     check_same_device("ids", ids, "images", images)
-    means, stds = check_channel_stats(mean, std, images.shape[1])
+    stats = pixel_stats(images, mean, std)
     if dtype is None:
         dtype = torch.get_default_dtype() if images.dtype == torch.uint8 else images.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
     if wants_reference(images) or images.requires_grad:
-        return gather_reference(images, ids, patch_size, means, stds, dtype)
-    return _gather_op(images, ids, patch_size, means, stds, dtype)
+        return gather_reference(images, ids, stats, patch_size, dtype)
+    return _gather_op(images, ids, stats, patch_size, dtype)
 
 
 def embed_patches(
@@ -480,7 +444,7 @@ def embed_patches(
     std: Numbers = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Embed the listed patches and add their positions.
+    """out[b, k] = weight . patch ids[b, k] + bias + pos_embed[ids[b, k]].
 
     Args:
         images: [B, C, H, W] uint8 or floating point, any strides.
@@ -495,6 +459,13 @@ def embed_patches(
     Gradients reach weight, bias, pos_embed, and float images that require one (these take the plain torch path).
 
     Raises: TypeError or ValueError naming the argument.
+
+    Example:
+        >>> images = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8)
+        >>> ids = torch.rand(8, 196).argsort(1)[:, :49]
+        >>> weight, pos = torch.rand(768, 3, 16, 16), torch.rand(196, 768)
+        >>> embed_patches(images, ids, weight, None, pos, mean=0.5, std=0.25).shape
+        torch.Size([8, 49, 768])
     """
     check_floating("weight", weight)
     check_shape("weight", weight, (None, None, None, None), "[D, C, P, P]")
@@ -524,10 +495,10 @@ def embed_patches(
         dtype = product_dtype(images.device, weight.dtype)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
-    means, stds = check_channel_stats(mean, std, channels)
+    stats = pixel_stats(images, mean, std)
     if wants_reference(images) or images.requires_grad:
-        return embed_reference(images, ids, weight, bias, pos_embed, means, stds, dtype)
-    return _embed_op(images, ids, weight, bias, pos_embed, means, stds, dtype)
+        return embed_reference(images, ids, weight, bias, pos_embed, stats, dtype)
+    return _embed_op(images, ids, weight, bias, pos_embed, stats, dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- samples

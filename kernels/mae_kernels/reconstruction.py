@@ -25,15 +25,13 @@ Shapes: B images, C channels, P patch side, L patches, M masked patches, V = P*P
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.library import triton_op
 
 from ._checks import (
-    check_channel_stats,
     check_choice,
     check_floating,
     check_ids,
@@ -43,13 +41,19 @@ from ._checks import (
     check_shape,
     check_tensor,
 )
-from ._pixels import accumulate_dtype, fold_pixels, listed_pixels, scale_pixels
+from ._pixels import (
+    Numbers,
+    accumulate_dtype,
+    kernel_stats,
+    listed_pixels,
+    pixel_stats,
+    scale_pixels,
+)
 from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, tl, use_triton, wants_reference
 from ._samples import MEAN, STD, Draw, Layout, Made, Sample, declares
 
-Numbers = float | Sequence[float] | None
-Norm = Literal["patch", "channel"] | None
-NORMS = ("patch", "channel", None)
+Norm = Literal["patch", "channel", None]
+NORMS = get_args(Norm)
 NORM_CODES = {"none": 0, "patch": 1, "channel": 2}
 MAX_NORM_CHANNELS = 16
 
@@ -58,15 +62,14 @@ MAX_NORM_CHANNELS = 16
 def target_pixels(
     images_BCHW: Tensor,
     ids_BM: Tensor | None,
+    stats_4C: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
     """[B,M,V] normalised target pixels (row, column, channel); every patch when ids is None."""
-    t = listed_pixels(images_BCHW.detach(), ids_BM, patch_size, "rpc", mean, std, dtype)
+    t = listed_pixels(images_BCHW.detach(), ids_BM, stats_4C, patch_size, "rpc", dtype)
     if norm == "none":
         return t
     if norm == "channel":
@@ -82,16 +85,15 @@ def difference(
     images_BCHW: Tensor,
     ids_BM: Tensor | None,
     mask_BL: Tensor | None,
+    stats_4C: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
 ) -> Tensor:
     """pred - target [B,M,V] in fp32, or fp64; zero for visible patches."""
     acc = accumulate_dtype(pred_BMV, images_BCHW)
     d_BMV = pred_BMV.to(acc) - target_pixels(
-        images_BCHW, ids_BM, patch_size, norm, eps, mean, std, acc
+        images_BCHW, ids_BM, stats_4C, patch_size, norm, eps, acc
     )
     # where, not a product: an infinite prediction of a visible patch must turn neither loss nor gradient into NaN
     return d_BMV if mask_BL is None else torch.where(mask_BL[..., None], d_BMV, 0.0)
@@ -102,13 +104,12 @@ def reference(
     images_BCHW: Tensor,
     ids_BM: Tensor | None,
     mask_BL: Tensor | None,
+    stats_4C: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
 ) -> Tensor:
-    d_BMV = difference(pred_BMV, images_BCHW, ids_BM, mask_BL, patch_size, norm, eps, mean, std)
+    d_BMV = difference(pred_BMV, images_BCHW, ids_BM, mask_BL, stats_4C, patch_size, norm, eps)
     if mask_BL is None:
         return d_BMV.square().sum() / max(d_BMV.numel(), 1)
     return d_BMV.square().sum() / (mask_BL.sum().clamp(min=1) * d_BMV.shape[2])
@@ -117,12 +118,10 @@ def reference(
 # ------------------------------------------------------------------------------------------------------ kernels
 @jit
 def masked_difference(
-    PRED, IMAGES, SELECT,
+    PRED, IMAGES, SELECT, STATS,
     row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
     C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
-    A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
     """pred - target of some rows, fp32 [ROWS, BLOCK_P, BLOCK_W]; zeros for visible patches and beyond the ends.
 
@@ -153,7 +152,7 @@ def masked_difference(
         place_at = channel * stride_c + place // C * stride_w
     pointers = (IMAGES + corner)[:, None, None] + (line_at[:, None] + place_at[None, :])[None, :, :]
     x = tl.load(pointers, mask=(chosen & in_range)[:, None, None] & real, other=0)
-    x = scale_pixels(x, channel[None, None, :], AFFINE, A0, A1, A2, A3, B0, B1, B2, B3)
+    x = scale_pixels(x, STATS, channel[None, None, :], C, HAS_STATS)
     if PADDED:
         x = tl.where(real, x, 0.0)
     # by row: the gradient and loss of a visible patch are exactly 0, those of an id out of range NaN
@@ -189,36 +188,32 @@ def sum_patch(x):
 
 @jit
 def _loss_kernel(
-    PRED, IMAGES, SELECT, LOSSES,
+    PRED, IMAGES, SELECT, STATS, LOSSES,
     num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
     C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
-    A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
     """LOSSES[row] = mean squared difference of the patch; 0 for a visible one."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = masked_difference(
-        PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c,
-        stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS, AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
+        PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c,
+        stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS, HAS_STATS,
     )  # fmt: skip
     tl.store(LOSSES + row, sum_patch(d * d) / (P * P * C), mask=row < num_rows)
 
 
 @jit
 def _loss_backward_kernel(
-    GRAD, COUNT, PRED, IMAGES, SELECT, DPRED,
+    GRAD, COUNT, PRED, IMAGES, SELECT, STATS, DPRED,
     num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
     C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
-    A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
     """DPRED = GRAD * 2 (pred - target) / (V * number of masked patches); the target is read from the images again."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = masked_difference(
-        PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c,
-        stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS, AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
+        PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c,
+        stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS, HAS_STATS,
     )  # fmt: skip
     factor = tl.load(GRAD) * (2.0 / (P * P * C)) / tl.load(COUNT)
     store_gradient(DPRED, d * factor, row, num_rows, C, P, BLOCK_P, BLOCK_W)
@@ -253,14 +248,13 @@ def kernel_arguments(
     images_BCHW: Tensor,
     ids_BM: Tensor | None,
     mask_BL: Tensor | None,
+    stats_4C: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], dict[str, Any]]:
-    """(pred, images, select), the integers, and the constants of the kernels above, num_warps included."""
-    images_BCHW, folded = fold_pixels(images_BCHW, mean, std)
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[int, ...], dict[str, Any]]:
+    """(pred, images, select, stats), the integers, and the constants of the kernels above, num_warps included."""
+    stats, has_stats = kernel_stats(images_BCHW, stats_4C)
     channels, height, width = images_BCHW.shape[1:]
     grid_cols = width // patch_size
     patches = height // patch_size * grid_cols
@@ -286,9 +280,9 @@ def kernel_arguments(
     )
     constants = {
         "C": channels, "P": patch_size, "BLOCK_P": block_p, "BLOCK_W": block_w, "ROWS": rows, "NORM": NORM_CODES[norm],
-        "HAS_MASK": ids_BM is None, "WIDE": span >= 2**31, "EPS": eps, "num_warps": warps, **folded,
+        "HAS_MASK": ids_BM is None, "WIDE": span >= 2**31, "EPS": eps, "HAS_STATS": has_stats, "num_warps": warps,
     }  # fmt: skip
-    return (pred_BMV, images_BCHW, select), integers, constants
+    return (pred_BMV, images_BCHW, select, stats), integers, constants
 
 
 def tile_of(patch_size: int, channels: int) -> tuple[int, int]:
@@ -361,11 +355,10 @@ def _loss_op(
     images: Tensor,
     ids: Tensor | None,
     mask: Tensor | None,
+    stats: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """(loss, number of masked patches), both scalars; norm is "patch", "channel" or "none"."""
     op = "masked_reconstruction_loss"
@@ -376,10 +369,8 @@ def _loss_op(
         images.dtype,
         refused=refusal(pred.shape[2], images.shape[1], norm),
     ):
-        return finish(
-            launch_loss_rows(pred, images, ids, mask, patch_size, norm, eps, mean, std), mask
-        )
-    d_BMV = difference(pred, images, ids, mask, patch_size, norm, eps, mean, std)
+        return finish(launch_loss_rows(pred, images, ids, mask, stats, patch_size, norm, eps), mask)
+    d_BMV = difference(pred, images, ids, mask, stats, patch_size, norm, eps)
     return finish(d_BMV.square().mean(2), mask)
 
 
@@ -391,11 +382,10 @@ def _loss_backward_op(
     images: Tensor,
     ids: Tensor | None,
     mask: Tensor | None,
+    stats: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
 ) -> Tensor:
     op = "masked_reconstruction_loss"
     if use_triton(
@@ -406,24 +396,24 @@ def _loss_backward_op(
         refused=refusal(pred.shape[2], images.shape[1], norm),
     ):
         return launch_loss_backward(
-            grad, count, pred, images, ids, mask, patch_size, norm, eps, mean, std
+            grad, count, pred, images, ids, mask, stats, patch_size, norm, eps
         )
-    d_BMV = difference(pred, images, ids, mask, patch_size, norm, eps, mean, std)
+    d_BMV = difference(pred, images, ids, mask, stats, patch_size, norm, eps)
     return (d_BMV * (grad * 2 / (count * d_BMV.shape[2]))).to(pred.dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    pred, images, ids, mask, *ctx.options = inputs
-    ctx.save_for_backward(pred, images, ids, mask, output[1])
+    *tensors, ctx.patch_size, ctx.norm, ctx.eps = inputs
+    ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 9
-    pred, images, ids, mask, count = ctx.saved_tensors
-    return _loss_backward_op(grad, count, pred, images, ids, mask, *ctx.options), *[None] * 8
+        return (None,) * 8
+    options = (ctx.patch_size, ctx.norm, ctx.eps)
+    return _loss_backward_op(grad, *ctx.saved_tensors, *options), *[None] * 7
 
 
 _loss_op.register_autograd(_backward, setup_context=_setup)
@@ -437,12 +427,12 @@ def masked_reconstruction_loss(
     ids: Tensor | None = None,
     mask: Tensor | None = None,
     patch_size: int,
-    norm: str | None = "patch",
+    norm: Norm = "patch",
     eps: float = 1e-6,
     mean: Numbers = None,
     std: Numbers = None,
 ) -> Tensor:
-    """Mean squared error between predicted and true pixels of the masked patches.
+    """mean((pred - target)^2) over the pixels of the masked patches, with target = normalised pixels.
 
     Args:
         pred: [B, M, V] predictions for the patches in `ids`, or [B, L, V] for all patches together with `mask`; each
@@ -453,14 +443,19 @@ def masked_reconstruction_loss(
         patch_size: P.
         norm: "patch", "channel" or None.
         eps: added to the variance, inside the root.
-        mean, std: a number, or one per channel; applied to x / 255 for uint8 images, to x itself for float images.
+        mean, std: a number or one per channel, also as a tensor; applied to x / 255 for uint8 images, to x itself for float images.
 
     Returns: scalar fp32 (fp64 when pred or images is fp64); 0 when no patch is masked. The gradient reaches pred.
 
     Raises: TypeError or ValueError naming the argument.
+
+    Example:
+        >>> images, masking = torch.rand(8, 3, 224, 224), random_masking(torch.rand(8, 196), 49)
+        >>> pred = torch.rand(8, 147, 16 * 16 * 3)
+        >>> loss = masked_reconstruction_loss(pred, images, ids=masking.ids_masked, patch_size=16)
     """
     stats = check_reconstruction(pred, images, ids, mask, patch_size, norm, eps, mean, std)
-    arguments = (pred, images, ids, mask, patch_size, norm or "none", float(eps), *stats)
+    arguments = (pred, images, ids, mask, stats, patch_size, norm or "none", float(eps))
     return reference(*arguments) if wants_reference(pred) else _loss_op(*arguments)[0]
 
 
@@ -474,8 +469,8 @@ def check_reconstruction(
     eps: float,
     mean: Numbers,
     std: Numbers,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The checks of every op with a reconstruction loss; returns mean and std as tuples, empty when not given."""
+) -> Tensor | None:
+    """The checks of every op with a reconstruction loss; returns pixel_stats."""
     check_floating("pred", pred)
     check_target(images, ids, mask, patch_size, norm, eps)
     batch, channels = images.shape[:2]
@@ -487,7 +482,7 @@ def check_reconstruction(
     meaning = "[B, M, P*P*C]" if ids is not None else "[B, L, P*P*C]"
     check_shape("pred", pred, (batch, listed, patch_size * patch_size * channels), meaning)
     check_same_device("images", images, "pred", pred)
-    return check_channel_stats(mean, std, channels)
+    return pixel_stats(images, mean, std)
 
 
 def check_target(

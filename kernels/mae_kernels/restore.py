@@ -262,7 +262,7 @@ _restore_op.register_autograd(_backward, setup_context=_setup)
 def restore_tokens(
     visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, *, prefix: int
 ) -> Tensor:
-    """Put visible tokens back in their places, mask tokens elsewhere, and add the positions.
+    """out[b, p + l] = (visible token of patch l, or mask_token) + pos_embed[p + l].
 
     Args:
         visible: [B, p+K, D], prefix tokens first, then the visible tokens in the order of ids_keep.
@@ -274,6 +274,12 @@ def restore_tokens(
     Returns: [B, p+L, D] in the widest of the three floating dtypes. Gradients reach visible, mask_token and pos_embed.
 
     Raises: TypeError or ValueError naming the argument.
+
+    Example:
+        >>> ids_restore = torch.rand(8, 196).argsort(1)
+        >>> visible, token, pos = torch.rand(8, 50, 512), torch.rand(512), torch.rand(197, 512)
+        >>> restore_tokens(visible, ids_restore, token, pos, prefix=1).shape
+        torch.Size([8, 197, 512])
     """
     for name, tensor in (
         ("visible", visible),

@@ -483,8 +483,8 @@ _count_flops()
 
 
 # ------------------------------------------------------------------------------------------------------- public
-def attention(qkv: Tensor, *, scale: float | None = None) -> Tensor:
-    """Multi-head self-attention without dropout or mask.
+def attention(qkv: Tensor, *separate: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(q k^T * scale) v: multi-head self-attention without dropout or mask.
 
     Args:
         qkv: [B, N, 3, H, d] floating point, any strides: the qkv linear layer's output, viewed. Read without a copy
@@ -496,9 +496,19 @@ def attention(qkv: Tensor, *, scale: float | None = None) -> Tensor:
     scaled_dot_product_attention, whose fused backward on the CPU cannot.
 
     Raises: TypeError or ValueError naming the argument.
+
+    Example:
+        >>> qkv = torch.rand(8, 50, 3 * 12 * 64)
+        >>> attention(qkv.unflatten(-1, (3, 12, 64))).flatten(2).shape
+        torch.Size([8, 50, 768])
     """
+    hint = "torch.stack((q, k, v), 2) makes it of three [B, N, H, d]"
+    if separate:
+        raise TypeError(
+            f"attention: got {1 + len(separate)} positional arguments, needs one, qkv [B, N, 3, H, d]; {hint}"
+        )
     check_floating("qkv", qkv)
-    check_shape("qkv", qkv, (None, None, 3, None, None), "[B, N, 3, H, d]")
+    check_shape("qkv", qkv, (None, None, 3, None, None), "[B, N, 3, H, d]", hint)
     if qkv.shape[3] < 1 or qkv.shape[4] < 1:
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, needs H and d of at least 1")
     if scale is not None:

@@ -16,7 +16,6 @@ Shapes: B images, M masked patches, V = P*P*C values per patch, R rows of K logi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,10 +25,18 @@ from torch.library import triton_op
 from . import distillation as _distillation
 from . import reconstruction as _reconstruction
 from ._checks import check_same_device
+from ._pixels import Numbers
 from ._runtime import jit, launch, tl, use_triton, wants_reference
 from ._samples import MEAN, STD, Draw, Made, Sample, declares
-from .distillation import distillation_gradient_row, distillation_group, distillation_loss
+from .distillation import (
+    CenterMode,
+    Kind,
+    distillation_gradient_row,
+    distillation_group,
+    distillation_loss,
+)
 from .reconstruction import (
+    Norm,
     draw_target,
     masked_difference,
     masked_reconstruction_loss,
@@ -37,22 +44,18 @@ from .reconstruction import (
     sum_patch,
 )
 
-Numbers = float | Sequence[float] | None
-
 
 # ------------------------------------------------------------------------------------------------------ kernels
 @jit
 def _sssd_kernel(
     STUDENT, TEACHER, CENTER, LOGIT_LOSSES, PARTIAL,
-    PRED, IMAGES, SELECT, PATCH_LOSSES,
+    PRED, IMAGES, SELECT, STATS, PATCH_LOSSES,
     num_logit_rows, group_rows, groups, stride_s, stride_t,
     num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
     K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
     STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
     C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
-    A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < groups:
@@ -63,9 +66,9 @@ def _sssd_kernel(
     else:
         row = (program - groups) * ROWS + tl.arange(0, ROWS)
         d = masked_difference(
-            PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
+            PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
             stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS,
-            AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
+            HAS_STATS,
         )  # fmt: skip
         tl.store(PATCH_LOSSES + row, sum_patch(d * d) / (P * P * C), mask=row < num_rows)
 
@@ -74,16 +77,14 @@ def _sssd_kernel(
 def _sssd_backward_kernel(
     GRAD_TOTAL, GRAD_RECONSTRUCTION, GRAD_DISTILLATION, COUNT,
     STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER,
-    PRED, IMAGES, SELECT, DPRED,
+    PRED, IMAGES, SELECT, STATS, DPRED,
     num_logit_rows, stride_s, stride_t,
     num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
     WEIGHT: tl.constexpr,
     K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr,
     STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
     C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
-    A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     total = tl.load(GRAD_TOTAL)
@@ -96,9 +97,9 @@ def _sssd_backward_kernel(
     else:
         row = (program - num_logit_rows) * ROWS + tl.arange(0, ROWS)
         d = masked_difference(
-            PRED, IMAGES, SELECT, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
+            PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
             stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS,
-            AFFINE, A0, A1, A2, A3, B0, B1, B2, B3,
+            HAS_STATS,
         )  # fmt: skip
         factor = (
             (tl.load(GRAD_RECONSTRUCTION) + total * (1.0 - WEIGHT))
@@ -203,18 +204,17 @@ def _sssd_op(
     ids: Tensor | None,
     mask: Tensor | None,
     center: Tensor | None,
+    stats: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
     weight: float,
     logit: bool,
     student_temp: float,
     teacher_temp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Kind "dino": (total, reconstruction, distillation, batch_center, number of masked patches)."""
-    options = (images, ids, mask, patch_size, norm, eps, mean, std)
+    options = (images, ids, mask, stats, patch_size, norm, eps)
     temps = (student_temp, teacher_temp)
     if _use_triton(pred, images, student, teacher, norm):
         return _launch(pred, student, teacher, center, weight, logit, temps, *options)
@@ -239,18 +239,17 @@ def _sssd_backward_op(
     ids: Tensor | None,
     mask: Tensor | None,
     center: Tensor | None,
+    stats: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    mean: Sequence[float],
-    std: Sequence[float],
     weight: float,
     student_temp: float,
     teacher_temp: float,
     needs_teacher: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of pred, student and teacher; the teacher's is empty when not needed."""
-    options = (images, ids, mask, patch_size, norm, eps, mean, std)
+    options = (images, ids, mask, stats, patch_size, norm, eps)
     temps = (student_temp, teacher_temp)
     if _use_triton(pred, images, student, teacher, norm):
         grads = (grad_total, grad_reconstruction, grad_distillation)
@@ -269,7 +268,7 @@ def _sssd_backward_op(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.patch_size, ctx.norm, ctx.eps, ctx.mean, ctx.std, ctx.weight, _, ts, tt = inputs
+    *tensors, ctx.patch_size, ctx.norm, ctx.eps, ctx.weight, _, ts, tt = inputs
     ctx.save_for_backward(*tensors, output[4])
     ctx.mark_non_differentiable(output[3], output[4])
     ctx.temps = ts, tt
@@ -280,20 +279,11 @@ def _backward(
 ) -> tuple[Any, ...]:
     *tensors, count = ctx.saved_tensors
     needs_teacher = ctx.needs_input_grad[3]
-    options = (
-        ctx.patch_size,
-        ctx.norm,
-        ctx.eps,
-        ctx.mean,
-        ctx.std,
-        ctx.weight,
-        *ctx.temps,
-        needs_teacher,
-    )
+    options = (ctx.patch_size, ctx.norm, ctx.eps, ctx.weight, *ctx.temps, needs_teacher)
     dpred, dstudent, dteacher = _sssd_backward_op(
         total, reconstruction, distillation, count, *tensors, *options
     )
-    return dpred, None, dstudent, dteacher if needs_teacher else None, *[None] * 12
+    return dpred, None, dstudent, dteacher if needs_teacher else None, *[None] * 11
 
 
 _sssd_op.register_autograd(_backward, setup_context=_setup)
@@ -319,18 +309,18 @@ def sssd_loss(
     ids: Tensor | None = None,
     mask: Tensor | None = None,
     patch_size: int,
-    norm: str | None = "patch",
+    norm: Norm = "patch",
     eps: float = 1e-6,
     mean: Numbers = None,
     std: Numbers = None,
-    kind: str = "dino",
+    kind: Kind = "dino",
     center: Tensor | None = None,
-    center_mode: str = "prob",
+    center_mode: CenterMode = "prob",
     student_temp: float = 0.1,
     teacher_temp: float = 0.04,
     detach_teacher: bool = False,
 ) -> SSSDLoss:
-    """Both losses of SSSD and their weighted sum.
+    """weight * distillation + (1 - weight) * reconstruction, and the two losses.
 
     Args:
         pred, images, ids, mask, patch_size, norm, eps, mean, std: as in masked_reconstruction_loss.
@@ -356,15 +346,8 @@ def sssd_loss(
         )
         check_same_device("student", student, "pred", pred)
         teacher = teacher.detach() if detach_teacher else teacher
-        tensors = (pred, images, student, teacher, ids, mask, center)
-        options = (
-            patch_size,
-            norm or "none",
-            float(eps),
-            *stats,
-            float(weight),
-            center_mode == "logit",
-        )
+        tensors = (pred, images, student, teacher, ids, mask, center, stats)
+        options = (patch_size, norm or "none", float(eps), float(weight), center_mode == "logit")
         return SSSDLoss(*_sssd_op(*tensors, *options, float(student_temp), float(teacher_temp))[:4])
     reconstruction = masked_reconstruction_loss(
         pred,

@@ -94,7 +94,7 @@ CASES = [  # leading sizes, F, D, biases
 @pytest.mark.kernel
 @pytest.mark.parametrize(("lead", "hidden", "width", "biases"), CASES)
 @pytest.mark.parametrize("half", [False, True])
-def test_equals_a_loop(
+def test_gelu_linear_equals_a_loop(
     lead, hidden, width, biases, half, device, close: Callable[..., None]
 ) -> None:
     dtype = torch.float16 if half else torch.float32
@@ -118,7 +118,7 @@ LARGE = [0.0, -0.0, 1e-30, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 14.0, 20.0, 100.0
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_large_values(dtype, recompute, device) -> None:
+def test_gelu_linear_of_large_values_is_finite(dtype, recompute, device) -> None:
     """Neither an overflow of h * h nor infinity times zero: far right the identity, far left 0."""
     values = [*LARGE, 1e25] if dtype == torch.float32 else LARGE
     x = torch.tensor([*values, *[-v for v in values]], device=device).to(dtype)[:, None]
@@ -140,7 +140,7 @@ def test_large_values(dtype, recompute, device) -> None:
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_an_overflow_stays_visible(value, device) -> None:
+def test_gelu_linear_keeps_an_overflow_visible(value, device) -> None:
     """The guards of a training run look for values that are not finite: the left tail must not turn one into 0."""
     x = torch.tensor([[value], [1.0]], device=device)
     one = torch.ones(1, 1, device=device)
@@ -162,7 +162,7 @@ def test_an_overflow_stays_visible(value, device) -> None:
     ],
     ids=["columns", "rows", "transposed", "columns of a matrix"],
 )
-def test_views_with_nan_around_them_and_an_expanded_gradient(lead, shape, part, device) -> None:
+def test_gelu_linear_of_views_with_nan_around_them(lead, shape, part, device) -> None:
     x, bias, weight, out_bias = make(lead, 24, 6, device)
     wide = torch.full(shape, math.nan, device=device)
     view = part(wide)
@@ -180,7 +180,7 @@ def test_views_with_nan_around_them_and_an_expanded_gradient(lead, shape, part, 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("recompute", [False, True])
-def test_no_rows(recompute, device) -> None:
+def test_gelu_linear_of_no_rows(recompute, device) -> None:
     tensors = make((0, 3), 24, 6, device)
     got = run(
         lambda *t: gelu_linear(*t, recompute=recompute), tensors, torch.ones(0, 3, 6, device=device)
@@ -191,7 +191,7 @@ def test_no_rows(recompute, device) -> None:
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("programs", [1, 2, 5])
-def test_each_program_sums_many_blocks_of_rows(
+def test_gelu_linear_backward_programs_sum_several_blocks(
     programs, device, monkeypatch, close: Callable[..., None]
 ) -> None:
     """With few programs every one of them takes several steps, the last of them past the end."""
@@ -207,91 +207,57 @@ def test_each_program_sums_many_blocks_of_rows(
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
-@pytest.mark.kernel
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("place", range(4))
-def test_one_gradient_alone(place, recompute, device) -> None:
-    """Frozen parameters change nothing for the others."""
-    tensors = make((2, 5), 24, 6, device)
-    upstream = torch.randn(2, 5, 6, device=device)
-    every = run(lambda *t: gelu_linear(*t, recompute=recompute), tensors, upstream)[1 + place]
-    leaves = [t.detach().requires_grad_(i == place) for i, t in enumerate(tensors)]
-    (alone,) = torch.autograd.grad(
-        gelu_linear(*leaves, recompute=recompute), leaves[place], upstream
-    )
-    assert torch.equal(alone, every)
-
-
-def test_gradcheck() -> None:
-    leaves = [t.double().requires_grad_() for t in make((2, 2), 5, 3)]
-    for name in ("auto", "reference"):
-        with backend(name):
-            assert torch.autograd.gradcheck(gelu_linear, leaves)
-
-
-@pytest.mark.parametrize("registered", [False, True])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_autocast(registered, recompute, monkeypatch, close: Callable[..., None]) -> None:
-    """Products in the autocast dtype, gradients in the parameters', as the two layers of a model have them."""
-    if registered:  # what a GPU takes
-        monkeypatch.setattr(MODULE, "wants_reference", lambda on: False)
+@pytest.mark.parametrize("name", ["reference", "registered"])
+def test_autocast_gives_the_dtypes_of_two_layers(name, close: Callable[..., None]) -> None:
+    """Products in the autocast dtype, gradients in the parameters'."""
     tokens, first = torch.randn(4, 9, 20), nn.Linear(20, 24)
     _, _, weight, out_bias = make((), 24, 6)
     upstream = torch.randn(4, 9, 6)
 
     def ours(x, w, b, w2, b2):
-        return gelu_linear(F.linear(x, w), b, w2, b2, recompute=recompute)
+        return gelu_linear(F.linear(x, w), b, w2, b2)
 
     def layers(x, w, b, w2, b2):
         return F.linear(F.gelu(F.linear(x, w, b)), w2, b2)
 
     tensors = (tokens, first.weight, first.bias, weight, out_bias)
     exact = run(layers, [t.double() for t in tensors], upstream.double())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), backend(name):
         got, eager = run(ours, tensors, upstream), run(layers, tensors, upstream)
     assert [t.dtype for t in got] == [torch.bfloat16, *[torch.float32] * 5]
-    close(
-        got, exact, eager, atol=1e-3
-    )  # the bias is added to a rounded product: one rounding more than in the layers
+    # the bias is added to a rounded product: one rounding more than in the layers
+    close(got, exact, eager, atol=1e-3)
 
 
-@pytest.mark.parametrize("registered", [False, True])
-def test_parameters_take_the_dtype_of_x(registered, monkeypatch) -> None:
-    if registered:
-        monkeypatch.setattr(MODULE, "wants_reference", lambda on: False)
+@pytest.mark.parametrize("name", ["reference", "registered"])
+def test_parameters_take_the_dtype_of_x(name) -> None:
     x, bias, weight, out_bias = make((3,), 24, 6)
-    got = run(gelu_linear, (x.bfloat16(), bias, weight, out_bias), torch.ones(3, 6))
+    with backend(name):
+        got = run(gelu_linear, (x.bfloat16(), bias, weight, out_bias), torch.ones(3, 6))
     assert [t.dtype for t in got] == [torch.bfloat16, torch.bfloat16, *[torch.float32] * 3]
-    exact = run(
-        in_torch, [t.double() for t in (x, bias, weight, out_bias)], torch.ones(3, 6).double()
-    )
+    wide = [t.double() for t in (x, bias, weight, out_bias)]
+    exact = run(in_torch, wide, torch.ones(3, 6).double())
     for result, want in zip(got, exact, strict=True):
         assert (result.double() - want).abs().max() <= 0.02 * want.abs().max()
 
 
-def test_what_autograd_keeps_under_autocast() -> None:
-    """Nothing of x's size but x, with g made again; the copy of weight is the one cast of it."""
+@pytest.mark.parametrize("recompute", [True, False])
+def test_autograd_keeps_only_x_and_one_cast_of_the_weight(recompute) -> None:
     x, bias, weight, out_bias = (t.requires_grad_() for t in make((50,), 24, 6))
     kept: list[tuple[int, ...]] = []
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        torch.autocast("cpu", torch.bfloat16),
-        torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
-        ),
-    ):
-        patch.setattr(MODULE, "wants_reference", lambda on: False)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
+    )
+    with torch.autocast("cpu", torch.bfloat16), backend("registered"):
         product = x.bfloat16()
-        gelu_linear(product, bias, weight, out_bias)
-        assert sorted(kept) == [(6, 24), (24,), (50, 24)]
-        kept.clear()
-        gelu_linear(product, bias, weight, out_bias, recompute=False)
-        assert sorted(kept) == [(6, 24), (24,), (50, 24), (50, 24)]
+        with hooks:
+            gelu_linear(product, bias, weight, out_bias, recompute=recompute)
+    assert sorted(kept) == [(6, 24), (24,), *[(50, 24)] * (1 if recompute else 2)]
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_module_is_the_two_layers(bias, device) -> None:
+def test_gelu_mlp_is_the_two_layers(bias, device) -> None:
     mlp = GeluMLP(6, 24, bias=bias).to(device)
     layers = nn.Sequential()
     layers.fc1 = nn.Linear(6, 24, bias=bias)
@@ -310,58 +276,27 @@ def test_the_module_is_the_two_layers(bias, device) -> None:
 
 
 X = torch.zeros(2, 3, 8)
-B = torch.zeros(8)
 W = torch.zeros(4, 8)
-C = torch.zeros(4)
+GOOD = {"x": X, "bias": torch.zeros(8), "weight": W, "out_bias": torch.zeros(4)}
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "text"),
+    ("change", "error", "text"),
     [
-        (lambda: gelu_linear([1.0], B, W, C), TypeError, "x: got list, needs a torch.Tensor"),
-        (lambda: gelu_linear(X.int(), B, W, C), TypeError, "x: got dtype torch.int32"),
-        (
-            lambda: gelu_linear(torch.zeros(()), B, W, C),
-            ValueError,
-            r"x: got shape \(\), needs \[..., F\] with F of",
-        ),
-        (lambda: gelu_linear(X[..., :0], B, W, C), ValueError, r"x: got shape \(2, 3, 0\)"),
-        (
-            lambda: gelu_linear(X, B[:7], W, C),
-            ValueError,
-            r"bias: got shape \(7,\), needs \[F\] = \(8\)",
-        ),
-        (lambda: gelu_linear(X, B.long(), W, C), TypeError, "bias: got dtype torch.int64"),
-        (lambda: gelu_linear(X, B, None, C), TypeError, "weight: got NoneType"),
-        (
-            lambda: gelu_linear(X, B, W.t(), C),
-            ValueError,
-            r"weight: got shape \(8, 4\), needs \[D, F\] = \(any, 8\)",
-        ),
-        (
-            lambda: gelu_linear(X, B, W[:0], None),
-            ValueError,
-            r"weight: got shape \(0, 8\), needs \[D, F\] with D of",
-        ),
-        (
-            lambda: gelu_linear(X, B, W.to("meta"), C),
-            ValueError,
-            "weight: got device meta, needs the device of x, cpu",
-        ),
-        (
-            lambda: gelu_linear(X, B, W, B),
-            ValueError,
-            r"out_bias: got shape \(8,\), needs \[D\] = \(4\)",
-        ),
-        (
-            lambda: gelu_linear(X, B, W, C, recompute=1),
-            TypeError,
-            "recompute: got int, needs a bool",
-        ),
-        (lambda: GeluMLP(0, 4), ValueError, "dim: got 0, needs at least 1"),
-        (lambda: GeluMLP(4, 2.0), TypeError, "hidden_dim: got float, needs an int"),
+        ({"x": [1.0]}, TypeError, "x: got list, needs a torch.Tensor"),
+        ({"x": X.int()}, TypeError, "x: got dtype torch.int32"),
+        ({"x": X[0, 0, 0]}, ValueError, r"x: got shape \(\), needs \[..., F\] with F of"),
+        ({"x": X[..., :0]}, ValueError, r"x: got shape \(2, 3, 0\)"),
+        ({"bias": torch.zeros(7)}, ValueError, r"bias: got shape \(7,\), needs \[F\] = \(8\)"),
+        ({"bias": torch.zeros(8).long()}, TypeError, "bias: got dtype torch.int64"),
+        ({"weight": None}, TypeError, "weight: got NoneType"),
+        ({"weight": W.t()}, ValueError, r"weight: got .* needs \[D, F\] = \(any, 8\)"),
+        ({"weight": W[:0]}, ValueError, r"weight: got shape \(0, 8\), needs \[D, F\] with D of"),
+        ({"weight": W.to("meta")}, ValueError, "weight: got device meta, needs the device of x"),
+        ({"out_bias": torch.zeros(8)}, ValueError, r"out_bias: got .* needs \[D\] = \(4\)"),
+        ({"recompute": 1}, TypeError, "recompute: got int, needs a bool"),
     ],
 )
-def test_refuses(call: Callable[[], object], error: type[Exception], text: str) -> None:
+def test_gelu_linear_names_a_bad_argument(change, error, text: str) -> None:
     with pytest.raises(error, match=text):
-        call()
+        gelu_linear(**{**GOOD, **change})

@@ -9,7 +9,7 @@ from mae_kernels import random_masking
 
 
 def by_hand(noise: torch.Tensor, keep: int) -> tuple[list[list[int]], ...]:
-    """Python's sort is stable; no torch sort takes part."""
+    """Python's sort is stable; torch's is not used."""
     shuffle = [sorted(range(len(row)), key=lambda i: row[i]) for row in noise.tolist()]
     restore = [[s.index(i) for i in range(len(s))] for s in shuffle]
     return (
@@ -26,7 +26,7 @@ def by_hand(noise: torch.Tensor, keep: int) -> tuple[list[list[int]], ...]:
     [(3, 12, 3), (2, 49, 49), (1, 196, 1), (5, 7, 4), (0, 16, 4), (2, 1, 1)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_equals_a_stable_sort_by_hand(
+def test_random_masking_equals_a_stable_sort_by_hand(
     batch: int, patches: int, keep: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     noise = torch.rand(batch, patches, device=device).to(dtype)
@@ -39,7 +39,9 @@ def test_equals_a_stable_sort_by_hand(
 
 
 @pytest.mark.kernel
-def test_ties_negative_zero_and_infinities_keep_index_order(device: torch.device) -> None:
+def test_random_masking_keeps_index_order_of_ties_zeros_and_infinities(
+    device: torch.device,
+) -> None:
     noise = torch.tensor(
         [[0.0, -0.0, 1.0, 0.0, float("inf"), -float("inf"), 1.0, -2.5, -0.0]], device=device
     )
@@ -48,14 +50,14 @@ def test_ties_negative_zero_and_infinities_keep_index_order(device: torch.device
 
 
 @pytest.mark.kernel
-def test_nan_sorts_last_whatever_its_sign(device: torch.device) -> None:
+def test_random_masking_sorts_nan_last(device: torch.device) -> None:
     noise = torch.tensor([[float("nan"), 3.0, float("inf"), -1.0]], device=device)
     noise = torch.cat([noise, -noise[:, :1]], 1)
     assert random_masking(noise, 3).ids_keep.tolist() == [[3, 1, 2]]
 
 
 @pytest.mark.kernel
-def test_strided_noise_and_repeatability(device: torch.device) -> None:
+def test_random_masking_of_strided_noise(device: torch.device) -> None:
     noise = torch.rand(37, 4, device=device).t()
     before = noise.clone()
     first = random_masking(noise, 9)
@@ -64,7 +66,7 @@ def test_strided_noise_and_repeatability(device: torch.device) -> None:
     assert torch.equal(noise, before)
 
 
-def test_float64_and_4096_patches_and_a_permutation() -> None:
+def test_random_masking_of_4096_patches_in_fp64_is_a_permutation() -> None:
     noise = torch.rand(2, 4096, dtype=torch.float64)
     got = random_masking(noise, 1000)
     everything = torch.cat([got.ids_keep, got.ids_masked], 1)
@@ -73,27 +75,21 @@ def test_float64_and_4096_patches_and_a_permutation() -> None:
     assert torch.equal(got.mask, got.ids_restore >= 1000)
 
 
+NOISE = torch.zeros(2, 4)
+
+
 @pytest.mark.parametrize(
     ("noise", "keep", "error", "text"),
     [
-        (
-            torch.zeros(2, 4, dtype=torch.int64),
-            1,
-            TypeError,
-            "noise: got dtype torch.int64, needs a floating",
-        ),
-        (torch.zeros(4), 1, ValueError, r"noise: got shape \(4,\), needs \[B, L\]"),
-        (torch.zeros(2, 4), 0, ValueError, "num_keep: got 0, needs at least 1"),
-        (
-            torch.zeros(2, 4),
-            5,
-            ValueError,
-            "num_keep: got 5, needs at most the number of patches L = 4",
-        ),
-        (torch.zeros(2, 4), 1.0, TypeError, "num_keep: got float, needs an int"),
+        (NOISE.long(), 1, TypeError, "noise: got dtype torch.int64, needs a floating"),
+        (NOISE[0], 1, ValueError, r"noise: got shape \(4,\), needs \[B, L\]"),
+        (NOISE, 0, ValueError, "num_keep: got 0, needs at least 1"),
+        (NOISE, 5, ValueError, "num_keep: got 5, needs at most the number of patches L = 4"),
+        (NOISE, 1.0, TypeError, "num_keep: got float, needs an int"),
+        (NOISE, 0.75, TypeError, r"num_keep: got 0.75, .* it is int\(L \* 0.25\) = 1"),
         ([[0.0]], 1, TypeError, "noise: got list, needs a torch.Tensor"),
     ],
 )
-def test_refuses(noise: object, keep: object, error: type[Exception], text: str) -> None:
+def test_random_masking_names_a_bad_argument(noise, keep, error, text: str) -> None:
     with pytest.raises(error, match=text):
-        random_masking(noise, keep)  # type: ignore[arg-type]
+        random_masking(noise, keep)

@@ -1,8 +1,4 @@
-"""The nn.Module drop-ins.
-
-Protects: state dicts of other people's models fit them by name and shape; they give the numbers of what they stand for, with gradients;
-a masked autoencoder written with them trains as the same one without.
-"""
+"""The modules: state dicts of other projects fit, results and gradients are those of the layers they replace."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from mae_kernels import (
+    GeluMLP,
     MaskedReconstructionLoss,
     PatchEmbedVisible,
     ReconstructionHead,
@@ -66,7 +63,7 @@ class WithModules(nn.Module):
         return self.decoder_pred.loss(hidden, images, masking.ids_masked)
 
 
-def test_a_model_written_with_them_is_the_model_without() -> None:
+def test_model_with_modules_equals_the_model_without() -> None:
     host = MaskedAutoencoderViT().double()
     model = WithModules(host).double()
     images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
@@ -87,7 +84,7 @@ def test_a_model_written_with_them_is_the_model_without() -> None:
             )
 
 
-def test_reconstruction_loss_module() -> None:
+def test_masked_reconstruction_loss_module_equals_the_host() -> None:
     host = MaskedAutoencoderViT()
     images = torch.rand(2, 3, 32, 32)
     pred = torch.randn(2, 16, 192)
@@ -109,7 +106,7 @@ def test_reconstruction_loss_module() -> None:
     assert list(loss.state_dict()) == []
 
 
-def test_prediction_head_is_the_linear_layer_and_its_loss() -> None:
+def test_reconstruction_head_is_the_linear_layer_and_its_loss() -> None:
     head = ReconstructionHead(16, 4, 3, norm="channel", mean=0.5, std=0.25)
     linear = nn.Linear(16, 48)
     head.load_state_dict(linear.state_dict())
@@ -123,7 +120,7 @@ def test_prediction_head_is_the_linear_layer_and_its_loss() -> None:
     )
 
 
-def test_state_dict_of_transformers_fits() -> None:
+def test_modules_load_the_state_dict_of_transformers() -> None:
     config = transformers.ViTMAEConfig(
         image_size=32, patch_size=8, hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=24,
         decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=16,
@@ -141,7 +138,7 @@ def test_state_dict_of_transformers_fits() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_options(bias: bool) -> None:
+def test_modules_with_and_without_bias(bias: bool) -> None:
     embed = PatchEmbedVisible(4, 1, 6, bias=bias, mean=0.5, std=0.25)
     images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
     ids, pos = torch.tensor([[3, 0], [1, 2]]), torch.randn(1, 4, 6)
@@ -165,7 +162,7 @@ def test_options(bias: bool) -> None:
     assert ("qkv.bias" in attention.state_dict()) == bias
 
 
-def test_learned_positions_and_no_class_token() -> None:
+def test_restore_tokens_module_with_learned_positions() -> None:
     restore = RestoreTokens(4, 6, prefix=0, learn_positions=True)
     with torch.no_grad():
         restore.decoder_pos_embed.normal_()
@@ -183,7 +180,7 @@ def test_learned_positions_and_no_class_token() -> None:
     assert not RestoreTokens(4, 6).decoder_pos_embed.requires_grad
 
 
-def test_copies_and_one_graph() -> None:
+def test_model_with_modules_copies_and_compiles() -> None:
     model = WithModules(MaskedAutoencoderViT(depth=1, decoder_depth=1))
     images, noise = torch.rand(2, 3, 32, 32), torch.rand(2, 16)
     want = model(images, noise, 4)
@@ -194,30 +191,31 @@ def test_copies_and_one_graph() -> None:
     torch.testing.assert_close(compiled(images, noise, 4), want)
 
 
+def test_repr_shows_the_settings() -> None:
+    shown = repr(WithModules(MaskedAutoencoderViT(depth=1, decoder_depth=1)))
+    assert "ReconstructionHead(" in shown and "patch_size=8, norm='patch', eps=1e-06" in shown
+    assert "RestoreTokens(num_patches=16, dim=16, prefix=1)" in shown
+    assert "num_heads=3" in shown
+    loss = MaskedReconstructionLoss(8, norm=None, mean=[0.5], std=0.25)
+    assert str(loss) == (
+        "MaskedReconstructionLoss(patch_size=8, norm=None, eps=1e-06, mean=[0.5], std=0.25)"
+    )
+    assert "recompute=False" in repr(GeluMLP(4, 8, recompute=False))
+
+
 @pytest.mark.parametrize(
-    ("make", "error", "text"),
+    ("make", "text"),
     [
-        (
-            lambda: ShortAttention(10, 3),
-            ValueError,
-            "dim: got 10, needs a multiple of num_heads = 3",
-        ),
-        (lambda: ShortAttention(10, 0), ValueError, "num_heads: got 0, needs at least 1"),
-        (lambda: PatchEmbedVisible(16.0), TypeError, "patch_size: got float, needs an int"),
-        (lambda: RestoreTokens(4, 6, prefix=-1), ValueError, "prefix: got -1, needs at least 0"),
-        (
-            lambda: MaskedReconstructionLoss(norm="pixel"),
-            ValueError,
-            "norm: got 'pixel', needs one of 'patch'",
-        ),
-        (
-            lambda: MaskedReconstructionLoss(eps=0.0),
-            ValueError,
-            "eps: got 0.0, needs a positive number",
-        ),
-        (lambda: ReconstructionHead(in_chans=0), ValueError, "in_chans: got 0, needs at least 1"),
+        (lambda: ShortAttention(10, 3), "dim: got 10, needs a multiple of num_heads = 3"),
+        (lambda: ShortAttention(10, 0), "num_heads: got 0, needs at least 1"),
+        (lambda: PatchEmbedVisible(16.0), "patch_size: got float, needs an int"),
+        (lambda: RestoreTokens(4, 6, prefix=-1), "prefix: got -1, needs at least 0"),
+        (lambda: MaskedReconstructionLoss(norm="pixel"), "norm: got 'pixel', needs one of 'pat"),
+        (lambda: MaskedReconstructionLoss(eps=0.0), "eps: got 0.0, needs a positive number"),
+        (lambda: ReconstructionHead(in_chans=0), "in_chans: got 0, needs at least 1"),
+        (lambda: GeluMLP(0, 4), "dim: got 0, needs at least 1"),
     ],
 )
-def test_refuses(make: Callable[[], nn.Module], error: type[Exception], text: str) -> None:
-    with pytest.raises(error, match=text):
+def test_modules_name_a_bad_argument(make: Callable[[], nn.Module], text: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=text):
         make()

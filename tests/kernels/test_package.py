@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import functools
 import os
 import runpy
@@ -94,6 +95,39 @@ def test_info_covers_every_op_and_the_command_prints_it(monkeypatch, capsys) -> 
         f"{name:28} {'triton' if reason is None else f'reference ({reason})'}"
         for name, reason in reasons.items()
     ]
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert dir(mae_kernels) == sorted([*mae_kernels.__all__, "__version__"])
+    assert all(hasattr(mae_kernels, name) for name in mae_kernels.__all__)
+
+
+@pytest.mark.parametrize("op", mae_kernels.info())
+def test_example_in_the_docstring_runs(op: str) -> None:
+    function = getattr(mae_kernels, op)
+    names = {"torch": torch, **{n: getattr(mae_kernels, n) for n in mae_kernels.__all__}}
+    (test,) = doctest.DocTestFinder(recurse=False).find(function, op, globs=names)
+    assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
+
+
+SMALL = [s for s in mae_kernels.samples() if s.size == "small" and len(s.gradients) > 1]
+
+
+@pytest.mark.parametrize("sample", SMALL, ids=str)
+def test_one_gradient_alone_equals_that_among_all(sample: mae_kernels.Sample) -> None:
+    """Frozen parameters change nothing for the others."""
+
+    def gradients(*names: str) -> tuple[torch.Tensor, ...]:
+        draw = mae_kernels.Draw(generator=torch.Generator().manual_seed(0))
+        tensors, options = sample.make(draw)
+        leaves = [tensors[name].requires_grad_() for name in names]
+        with mae_kernels.backend("registered"):
+            out = sample.function(**tensors, **options)
+        first = out if isinstance(out, torch.Tensor) else out[0]
+        return torch.autograd.grad(first.sum(), leaves)
+
+    for name, want in zip(sample.gradients, gradients(*sample.gradients), strict=True):
+        torch.testing.assert_close(gradients(name)[0], want, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_debug_checks_find_a_repeated_id() -> None:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mae_kernels import backend, embed_patches, gather_patches
+from mae_kernels._pixels import pixel_stats
 
 
 def by_hand(
@@ -78,7 +80,7 @@ CASES = [  # B, C, H, W, P, K
         if (i + j + k) % 4 in (0, 1)
     ],
 )
-def test_gather_equals_slicing(
+def test_gather_patches_equals_slicing(
     case: tuple[int, ...], layout: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     batch, channels, height, width, patch, keep = case
@@ -104,23 +106,54 @@ def test_gather_equals_slicing(
 
 
 @pytest.mark.kernel
-def test_gather_of_nothing(device: torch.device) -> None:
-    none = gather_patches(
-        torch.zeros(0, 3, 8, 8, device=device),
-        torch.zeros(0, 2, dtype=torch.int64, device=device),
-        4,
-    )
-    assert none.shape == (0, 2, 48)
-    none = gather_patches(
-        torch.zeros(2, 3, 8, 8, device=device),
-        torch.zeros(2, 0, dtype=torch.int64, device=device),
-        4,
-    )
-    assert none.shape == (2, 0, 48)
+@pytest.mark.parametrize(("batch", "listed"), [(0, 2), (2, 0)])
+def test_gather_patches_of_nothing(batch: int, listed: int, device: torch.device) -> None:
+    ids = torch.zeros(batch, listed, dtype=torch.int64, device=device)
+    none = gather_patches(torch.zeros(batch, 3, 8, 8, device=device), ids, 4)
+    assert none.shape == (batch, listed, 48)
+
+
+def test_mean_and_std_are_one_number_or_one_per_channel_or_a_tensor() -> None:
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    ids = make_ids(2, 4, 3, torch.device("cpu"))
+    same, each = ([0.5] * 3, [0.25] * 3), ([0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
+    forms = [(0.5, 0.25, same), ([0.5], (0.25,), same), (*map(torch.tensor, each), each)]
+    forms += [(torch.tensor(0.5), 0.25, same), (*each, each)]
+    for mean, std, want in forms:
+        got = gather_patches(images, ids, 4, mean=mean, std=std)
+        torch.testing.assert_close(got.double(), by_hand(images, ids, 4, *want), rtol=0, atol=2e-6)
+        with backend("registered"):
+            again = gather_patches(images, ids, 4, mean=mean, std=std)
+        assert torch.equal(again, got)
+
+
+def test_python_numbers_are_copied_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    first = pixel_stats(images, 0.125, [0.5, 0.25, 2.0])
+    assert pixel_stats(images, [0.125], (0.5, 0.25, 2)) is first
+    assert first is not None
+    scale = [1 / (255 * 0.5), 1 / (255 * 0.25), 1 / (255 * 2)]
+    want = [[0.125] * 3, [0.5, 0.25, 2], scale, [-0.25, -0.5, -0.0625]]
+    torch.testing.assert_close(first, torch.tensor(want, dtype=torch.float64))
+    with FakeTensorMode() as mode:
+        assert isinstance(pixel_stats(mode.from_tensor(images), 0.125, 0.5), FakeTensor)
+    assert pixel_stats(images.float(), None, None) is None
+
+
+def test_mean_and_std_trace_as_one_graph() -> None:
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    ids = make_ids(2, 4, 3, torch.device("cpu"))
+    options = {"mean": [0.4, 0.5, 0.6], "std": 0.25}
+    torch._dynamo.reset()
+    for name in ("auto", "registered"):
+        with backend(name):
+            compiled = torch.compile(gather_patches, fullgraph=True, backend="aot_eager")
+            got = compiled(images, ids, 4, **options)
+            torch.testing.assert_close(got, gather_patches(images, ids, 4, **options))
 
 
 @pytest.mark.kernel
-def test_embed_equals_a_convolution_in_float64(
+def test_embed_patches_equals_a_convolution_in_fp64(
     device: torch.device, close: Callable[..., None]
 ) -> None:
     for (batch, channels, height, width, patch, keep), dtype in zip(
@@ -155,7 +188,7 @@ def test_embed_equals_a_convolution_in_float64(
 
 
 @pytest.mark.kernel
-def test_embed_without_bias_and_with_an_expanded_gradient(device: torch.device) -> None:
+def test_embed_patches_without_bias_and_with_an_expanded_gradient(device: torch.device) -> None:
     images = torch.rand(2, 1, 8, 12, device=device)
     ids = make_ids(2, 6, 4, device)
     weight = torch.randn(5, 1, 4, 4, device=device, requires_grad=True)
@@ -175,7 +208,7 @@ def test_embed_without_bias_and_with_an_expanded_gradient(device: torch.device) 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(("batch", "listed"), [(3, 5), (9, 70)])
-def test_a_patch_listed_more_than_once_gets_every_gradient(
+def test_embed_patches_sums_every_gradient_of_a_repeated_patch(
     batch: int, listed: int, device: torch.device
 ) -> None:
     """Twice, four times and in one image only; a table of slots per patch would keep one of the gradients."""
@@ -201,27 +234,19 @@ def test_a_patch_listed_more_than_once_gets_every_gradient(
     assert torch.equal(got[1], torch.autograd.grad(out, pos, upstream)[0])
 
 
-def test_gradcheck() -> None:
-    images = torch.rand(2, 3, 4, 6, dtype=torch.float64)
+def test_gradcheck_of_float_images() -> None:
     ids = make_ids(2, 6, 3, torch.device("cpu"))
-    weight = torch.randn(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    pos = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    for name in ("auto", "reference"):
+    weight, bias, pos = (torch.randn(n, dtype=torch.float64) for n in ((3, 3, 2, 2), (3,), (6, 3)))
+    images = torch.rand(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    for name in ("auto", "registered"):
         with backend(name):
+            assert torch.autograd.gradcheck(lambda x: gather_patches(x, ids, 2, mean=0.1), images)
             assert torch.autograd.gradcheck(
-                lambda w, b, p: embed_patches(images, ids, w, b, p, std=0.3), (weight, bias, pos)
-            )
-            wanted = images.clone().requires_grad_()
-            assert torch.autograd.gradcheck(
-                lambda x: gather_patches(x, ids, 2, mean=0.1), (wanted,)
-            )
-            assert torch.autograd.gradcheck(
-                lambda x: embed_patches(x, ids, weight, bias, pos), (wanted,)
+                lambda x: embed_patches(x, ids, weight, bias, pos, std=0.3), images
             )
 
 
-def test_autocast_picks_the_product_dtype_and_keeps_fp32_positions() -> None:
+def test_embed_patches_under_autocast_keeps_fp32_positions() -> None:
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     ids = make_ids(2, 4, 2, torch.device("cpu"))
     weight = torch.randn(6, 3, 4, 4, requires_grad=True)
@@ -246,95 +271,44 @@ IDS = torch.zeros(2, 1, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "text"),
+    ("change", "error", "text"),
     [
-        (
-            lambda: gather_patches(U8.int(), IDS, 4),
-            TypeError,
-            "images: got dtype torch.int32, needs uint8 or a floating",
-        ),
-        (
-            lambda: gather_patches(U8[0], IDS, 4),
-            ValueError,
-            r"images: got shape \(3, 8, 8\), needs \[B, C, H, W\]",
-        ),
-        (
-            lambda: gather_patches(U8, IDS, 3),
-            ValueError,
-            "images: got 8 x 8 pixels.*divisible by patch_size = 3",
-        ),
-        (lambda: gather_patches(U8, IDS, 0), ValueError, "patch_size: got 0, needs at least 1"),
-        (
-            lambda: gather_patches(U8, IDS.int(), 4),
-            TypeError,
-            "ids: got dtype torch.int32, needs torch.int64",
-        ),
-        (
-            lambda: gather_patches(U8, IDS[:1], 4),
-            ValueError,
-            r"ids: got shape \(1, 1\), needs \[B, K\] = \(2, any\)",
-        ),
-        (
-            lambda: gather_patches(U8, IDS + 4, 4),
-            ValueError,
-            "ids: got ids from 4 to 4, needs ids from 0 to 3",
-        ),
-        (
-            lambda: gather_patches(U8, IDS - 1, 4),
-            ValueError,
-            "ids: got ids from -1 to -1, needs ids from 0 to 3",
-        ),
-        (
-            lambda: gather_patches(U8, IDS, 4, mean=[0.5]),
-            ValueError,
-            "mean: got 1 numbers, needs one per image channel = 3",
-        ),
-        (
-            lambda: gather_patches(U8, IDS, 4, std=[1, 1, 0]),
-            ValueError,
-            "std: got .* needs positive",
-        ),
-        (
-            lambda: gather_patches(U8, IDS, 4, mean=torch.zeros(3)),
-            TypeError,
-            "mean: got a Tensor, needs a number or 3",
-        ),
-        (
-            lambda: gather_patches(U8, IDS, 4, dtype=torch.int8),
-            TypeError,
-            "dtype: got torch.int8, needs a floating",
-        ),
-        (
-            lambda: embed_patches(U8, IDS, torch.zeros(5, 1, 4, 4), None, torch.zeros(4, 5)),
-            ValueError,
-            "images: got 3 channels, needs the weight's C = 1",
-        ),
-        (
-            lambda: embed_patches(U8, IDS, torch.zeros(5, 3, 4, 2), None, torch.zeros(4, 5)),
-            ValueError,
-            "weight: got shape .* needs a square patch",
-        ),
-        (
-            lambda: embed_patches(
-                U8, IDS, torch.zeros(5, 3, 4, 4), torch.zeros(4), torch.zeros(4, 5)
-            ),
-            ValueError,
-            r"bias: got shape \(4,\), needs \[D\] = \(5\)",
-        ),
-        (
-            lambda: embed_patches(U8, IDS, torch.zeros(5, 3, 4, 4), None, torch.zeros(5, 5)),
-            ValueError,
-            r"pos_embed: got shape \(5, 5\), needs \[L, D\] = \(4, 5\)",
-        ),
-        (
-            lambda: embed_patches(
-                U8, IDS, torch.zeros(5, 3, 4, 4, device="meta"), None, torch.zeros(4, 5)
-            ),
-            ValueError,
-            "weight: got device meta, needs the device of images, cpu",
-        ),
+        ({"images": U8.int()}, TypeError, "images: got dtype torch.int32, needs uint8 or a float"),
+        ({"images": U8[0]}, ValueError, r"images: got shape \(3, 8, 8\), needs \[B, C, H, W\]"),
+        ({"images": [0]}, TypeError, "images: got list, needs a torch.Tensor"),
+        ({"patch_size": 3}, ValueError, "images: got 8 x 8 pixels.*divisible by patch_size = 3"),
+        ({"patch_size": 0}, ValueError, "patch_size: got 0, needs at least 1"),
+        ({"patch_size": 4.0}, TypeError, "patch_size: got float, needs an int"),
+        ({"ids": IDS.int()}, TypeError, "ids: got dtype torch.int32, needs torch.int64"),
+        ({"ids": IDS[:1]}, ValueError, r"ids: got shape \(1, 1\), needs \[B, K\] = \(2, any\)"),
+        ({"ids": IDS + 4}, ValueError, "ids: got ids from 4 to 4, needs ids from 0 to 3"),
+        ({"ids": IDS - 1}, ValueError, "ids: got ids from -1 to -1, needs ids from 0 to 3"),
+        ({"mean": [0.5, 0.4]}, ValueError, "mean: got 2 numbers, needs one, .* per .*channel = 3"),
+        ({"std": torch.ones(4)}, ValueError, "std: got 4 numbers, needs one, or one per image cha"),
+        ({"std": torch.ones(3).to("meta")}, ValueError, "std: got device meta, needs the device"),
+        ({"std": [1, 1, 0]}, ValueError, "std: got .* needs positive"),
+        ({"dtype": torch.int8}, TypeError, "dtype: got torch.int8, needs a floating"),
     ],
 )
-def test_refuses(call: Callable[[], object], error: type[Exception], text: str) -> None:
+def test_gather_patches_names_a_bad_argument(change, error, text: str) -> None:
     with pytest.raises(error, match=text):
-        call()
+        gather_patches(**{"images": U8, "ids": IDS, "patch_size": 4, **change})
+
+
+WEIGHT = torch.zeros(5, 3, 4, 4)
+EMBED = {"images": U8, "ids": IDS, "weight": WEIGHT, "bias": None, "pos_embed": torch.zeros(4, 5)}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"weight": WEIGHT[:, :1]}, "images: got 3 channels, needs the weight's C = 1"),
+        ({"weight": WEIGHT[..., :2]}, "weight: got shape .* needs a square patch"),
+        ({"weight": WEIGHT.to("meta")}, "weight: got device meta, needs the device of images, cpu"),
+        ({"bias": torch.zeros(4)}, r"bias: got shape \(4,\), needs \[D\] = \(5\)"),
+        ({"pos_embed": torch.zeros(5, 5)}, r"pos_embed: got .*5, 5\), needs \[L, D\] = \(4, 5\)"),
+    ],
+)
+def test_embed_patches_names_a_bad_argument(change, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        embed_patches(**{**EMBED, **change})
