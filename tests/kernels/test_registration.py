@@ -100,13 +100,20 @@ def kept_bytes(call: Callable[[], list[Tensor]], inputs: Tensors) -> int:
     return sum(kept.values())
 
 
+def stats(tensors: Tensors) -> int:
+    """mean, std, scale and shift in fp64 per channel, one tensor for all calls with the same numbers."""
+    assert tensors["images"] is not None
+    return 8 * 4 * tensors["images"].shape[1]
+
+
 # what an op keeps beyond its inputs; nothing, unless it is listed here
 KEPT: dict[str, Callable[[Tensors, dict[str, Any]], int]] = {
     # gelu(x + bias)
     "gelu_linear": lambda t, o: 0 if o["recompute"] else t["x"].nbytes,
+    "embed_patches": lambda t, o: stats(t),
     # the number of masked patches, in fp32
-    "masked_reconstruction_loss": lambda t, o: 4,
-    "sssd_loss": lambda t, o: 4,
+    "masked_reconstruction_loss": lambda t, o: 4 + stats(t),
+    "sssd_loss": lambda t, o: 4 + stats(t),
     # the gradients; that of the bias in any case
     "linear_reconstruction_loss": lambda t, o: (
         t["hidden"].nbytes + t["weight"].nbytes + 4 * len(t["weight"])
