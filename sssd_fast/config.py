@@ -75,31 +75,20 @@ class DataConfig(Section):
         description="Folder with one folder per class, or root of the manifest's paths; "
         "synthetic = generated CT-like slices.",
     )
-    manifest: str | None = Field(
-        None, description="CSV file path,label[,split][,patient], paths relative to source."
-    )
+    manifest: str | None = Field(None, description="CSV path,label[,split][,patient] below source.")
     synthetic_images: int = Field(1600, ge=40, description="Number of synthetic slices.")
     synthetic_seed: Index = Field(0, description="Seed of the synthetic slices.")
-    split: str = Field(
-        "random", description="random, block, patient, kfold, manifest (its column) or a CSV file."
-    )
-    test_fraction: OpenFraction = Field(0.2, description="Test images, as a fraction of all.")
-    val_fraction: BelowOne = Field(
-        0.1, description="Validation images, as a fraction of all, taken from training; 0 = none."
-    )
+    split: str = Field("random", description="random, block, patient, kfold, manifest or FILE.csv.")
+    test_fraction: OpenFraction = Field(0.2, description="Fraction of all images for testing.")
+    val_fraction: BelowOne = Field(0.1, description="Fraction of all images for validation.")
     folds: int = Field(5, ge=2, description="Number of folds of split=kfold.")
     fold: Index = Field(0, description="Fold to test on, from 0.")
     split_seed: Index = Field(0, description="Seed of the split.")
     positive: str | None = Field(
-        None,
-        description="Class that sensitivity and AUC count as positive; null = chosen by its name.",
+        None, description="Positive class of AUC and sensitivity; null = by its name."
     )
-    max_bad_fraction: Fraction = Field(
-        0.01, description="Largest fraction of unusable files; more is an error."
-    )
-    accept_wrong_extension: bool = Field(
-        False, description="Keep good images whose name ends in another format's extension."
-    )
+    max_bad_fraction: Fraction = Field(0.01, description="Allowed fraction of unusable files.")
+    accept_wrong_extension: bool = Field(False, description="Keep images named as another format.")
     fit: Literal["crop", "stretch"] = Field(
         "crop",
         description="How evaluation fits an image: largest centred crop of the model's aspect, or "
@@ -110,9 +99,7 @@ class DataConfig(Section):
         description="auto = resident (images decoded once and kept) if they fit, else dali, else "
         "torch.",
     )
-    workers: Index = Field(
-        0, description="Processes of the torch loader, threads of the other loaders."
-    )
+    workers: Index = Field(0, description="Processes (torch) or threads of the loader.")
     cache: str = Field(
         "auto",
         description="Folder of the file with decoded images; auto = the user's cache, none = no "
@@ -149,11 +136,9 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """Encoder (vision transformer) and decoder of the masked autoencoder."""
 
-    name: Literal["tiny", "small", "base", "large"] = Field(
-        "base", description="Size of the vision transformer."
-    )
+    name: Literal["tiny", "small", "base", "large"] = Field("base", description="Size of the ViT.")
     image_size: tuple[Count, Count] = Field(
-        (224, 224), description="Height and width in pixels, or one number for a square."
+        (224, 224), description="Height, width in pixels; or one number."
     )
     patch_size: Literal[8, 14, 16] = Field(16, description="Side of a patch in pixels.")
     in_channels: Literal[1, 3] = Field(1, description="Image channels: 1 = grey, 3 = RGB.")
@@ -168,11 +153,9 @@ class ModelConfig(Section):
     decoder_heads: Count = Field(16, description="Decoder attention heads.")
     mask_ratio: OpenFraction = Field(0.75, description="Fraction of the patches to mask.")
     mean: tuple[float, ...] = Field(
-        (0.5,), description="Mean of pixel / 255, per channel or one number for all."
+        (0.5,), description="Mean of pixel / 255, of each channel or all."
     )
-    std: tuple[Positive, ...] = Field(
-        (0.25,), description="Deviation of pixel / 255, per channel or one number for all."
-    )
+    std: tuple[Positive, ...] = Field((0.25,), description="Deviation of pixel / 255, by channel.")
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -239,21 +222,17 @@ class ModelConfig(Section):
 class ObjectiveConfig(Section):
     """Loss of the pre-training: reconstruction and self-distillation; defaults of SD-MAE (arXiv 2203.16983)."""
 
-    weight: Fraction = Field(
-        0.2, description="w in w * distillation + (1 - w) * reconstruction; 0 = plain MAE."
-    )
+    weight: Fraction = Field(0.2, description="w: w * distillation + (1 - w) * reconstruction.")
     norm: Literal["patch", "channel", "none"] = Field(
-        "patch", description="Normalisation of the reconstruction target."
+        "patch", description="Normalisation of the target."
     )
     kind: Literal["dino", "cosine", "mse", "smooth_l1"] = Field(
         "dino", description="Distillation loss."
     )
     detach_teacher: bool = Field(False, description="Stop the gradient to the teacher (decoder).")
-    pooling: Literal["image", "token"] = Field(
-        "image", description="Compare the mean of an image's tokens, or each token."
-    )
+    pooling: Literal["image", "token"] = Field("image", description="image = mean of its tokens.")
     center: Literal["prob", "logit"] = Field(
-        "prob", description="Average the teacher's probabilities or its logits for the centre."
+        "prob", description="Centre of probabilities or logits."
     )
     center_momentum: BelowOne = Field(0.9, description="Momentum of the centre per step.")
     student_temp: Positive = Field(0.1, description="Temperature of the student's softmax.")
@@ -267,7 +246,7 @@ class AugmentConfig(Section):
     """Augmentation per image, on uint8 pixels; with everything off, resize and centre crop."""
 
     crop_scale: tuple[Area, Area] = Field(
-        (0.2, 1.0), description="Smallest and largest area of the random crop, as a fraction."
+        (0.2, 1.0), description="Area of the random crop, from, to."
     )
     hflip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
     rotation_deg: float = Field(0.0, ge=0, le=180, description="Largest rotation in degrees.")
@@ -286,7 +265,7 @@ class TrainConfig(Section):
 
     epochs: Count = Field(100, description="Passes over the training images.")
     max_steps: Count | None = Field(
-        None, description="Stop after this number of optimizer steps; null = after the epochs."
+        None, description="Stop after N steps; null = after the epochs."
     )
     batch_size: Count = Field(64, description="Images per process and micro-step.")
     accumulate: Count = Field(1, description="Micro-steps per optimizer step.")
@@ -295,25 +274,19 @@ class TrainConfig(Section):
         description="auto = the largest micro-batch that fits, with the effective batch of "
         "batch_size and accumulate.",
     )
-    base_lr: Positive = Field(
-        1.5e-4, description="Learning rate for 256 images: lr = base_lr * effective batch / 256."
-    )
-    min_lr: NonNegative = Field(
-        0.0, description="Learning rate for 256 images at the end of the cosine schedule."
-    )
+    base_lr: Positive = Field(1.5e-4, description="lr = base_lr * effective batch / 256.")
+    min_lr: NonNegative = Field(0.0, description="Final learning rate for 256 images.")
     warmup_epochs: NonNegative = Field(5.0, description="Epochs of linear warm-up.")
     weight_decay: NonNegative = Field(0.05, description="Weight decay of AdamW.")
     beta1: BelowOne = Field(0.9, description="First momentum of AdamW.")
     beta2: BelowOne = Field(0.95, description="Second momentum of AdamW.")
     clip_grad: Positive | None = Field(
-        None, description="Largest norm of all gradients together; null = no clipping."
+        None, description="Largest gradient norm; null = no clipping."
     )
     augment: AugmentConfig = AugmentConfig()
     validate_epochs: Count = Field(1, description="Epochs between validations.")
     checkpoint_epochs: Count = Field(1, description="Epochs between checkpoints.")
-    checkpoint_steps: Count | None = Field(
-        None, description="Optimizer steps between additional checkpoints; null = none."
-    )
+    checkpoint_steps: Count | None = Field(None, description="Additional ones every N steps.")
     keep_last: Count = Field(2, description="Number of newest checkpoints to keep.")
 
     @model_validator(mode="after")
@@ -328,59 +301,37 @@ class TrainConfig(Section):
 class PretrainConfig(TrainConfig):
     """Pre-training without labels."""
 
-    extra: str | None = Field(
-        None, description="Folder of additional images to pre-train on, without their labels."
-    )
-    image_epochs: Index = Field(
-        20, description="Epochs between pictures of reconstructions; 0 = only at the end."
-    )
+    extra: str | None = Field(None, description="Folder of additional unlabelled images.")
+    image_epochs: Index = Field(20, description="Epochs between pictures; 0 = only at the end.")
 
 
 class FinetuneConfig(TrainConfig):
     """Fine-tuning of the encoder with a classifier."""
 
-    base_lr: Positive = Field(
-        5e-4, description="Learning rate for 256 images: lr = base_lr * effective batch / 256."
-    )
+    base_lr: Positive = Field(5e-4, description="lr = base_lr * effective batch / 256.")
     beta2: BelowOne = Field(0.999, description="Second momentum of AdamW.")
-    layer_decay: float = Field(
-        0.65,
-        gt=0,
-        le=1,
-        description="Factor of the learning rate from each block to the one below.",
-    )
+    layer_decay: Area = Field(0.65, description="Learning rate of a block / of the next one.")
     drop_path: BelowOne = Field(0.1, description="Largest drop rate of stochastic depth.")
-    mixup: NonNegative = Field(
-        0.0, description="Alpha of mixup's beta distribution; 0 = off (MAE's recipe: 0.8)."
-    )
-    cutmix: NonNegative = Field(
-        0.0, description="Alpha of cutmix's beta distribution; 0 = off (MAE's recipe: 1.0)."
-    )
+    mixup: NonNegative = Field(0.0, description="Alpha of mixup; 0 = off (MAE's recipe: 0.8).")
+    cutmix: NonNegative = Field(0.0, description="Alpha of cutmix; 0 = off (MAE's recipe: 1.0).")
     label_smoothing: BelowOne = Field(0.1, description="Label smoothing.")
-    random_erasing: Fraction = Field(
-        0.0, description="Probability to erase a rectangle of an image (MAE's recipe: 0.25)."
-    )
-    pool: Literal["mean", "cls"] = Field(
-        "mean", description="Features of the classifier: mean of the patch tokens, or cls token."
-    )
+    random_erasing: Fraction = Field(0.0, description="Probability per image (MAE: 0.25).")
+    pool: Literal["mean", "cls"] = Field("mean", description="Mean of patch tokens, or cls.")
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="balanced = weight the loss by inverse class frequency."
     )
     select: Literal["auc", "accuracy", "loss", "last"] = Field(
-        "auc", description="Validation metric that selects the best checkpoint."
+        "auc", description="Metric of the best checkpoint."
     )
 
 
 class ProbeConfig(Section):
     """Linear probe: logistic regression on the standardised features of the frozen encoder."""
 
-    pool: Literal["mean", "cls"] = Field(
-        "mean", description="Features: mean of the patch tokens, or cls token."
-    )
+    pool: Literal["mean", "cls"] = Field("mean", description="Mean of patch tokens, or cls.")
     batch_size: Count = Field(64, description="Images per batch of the encoder.")
     inverse_penalties: tuple[Positive, ...] = Field(
-        (1e-3, 1e-2, 1e-1, 1.0, 10.0),
-        description="Candidates for scikit-learn's C; validation selects one.",
+        (1e-3, 1e-2, 1e-1, 1.0, 10.0), description="scikit-learn's C, selected by validation."
     )
 
 
@@ -395,18 +346,12 @@ class EvaluateConfig(Section):
 class StepConfig(Section):
     """Execution of a training step. All but residual and optimizer may change when a run is resumed."""
 
-    compile: Literal["auto", True, False] = Field(
-        "auto", description="torch.compile; auto = on a CUDA GPU."
-    )
+    compile: Literal["auto", True, False] = Field("auto", description="auto = on a CUDA GPU.")
     cuda_graphs: Literal["auto", True, False] = Field(
         "auto", description="Replay a compiled step as one launch; auto = for small batches."
     )
-    attention: AttentionProvider = Field(
-        "auto", description="Attention of the encoder; auto = the fastest available."
-    )
-    decoder_attention: AttentionProvider = Field(
-        "auto", description="Attention of the decoder; auto = the fastest available."
-    )
+    attention: AttentionProvider = Field("auto", description="Attention of the encoder.")
+    decoder_attention: AttentionProvider = Field("auto", description="Attention of the decoder.")
     mlp: Literal["auto", "fused", "plain"] = Field(
         "auto", description="fused = mae_kernels.gelu_linear; auto = fused if its kernels run."
     )
@@ -422,7 +367,7 @@ class StepConfig(Section):
         "none", description="Not compiled only: recompute norms and GELU, or whole blocks."
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="adamw8bit = moments with 8 bits through torchao."
+        "adamw", description="adamw8bit needs torchao."
     )
 
     @model_validator(mode="after")

@@ -134,11 +134,11 @@ def test_bench_never_runs_another_package(checkout: Path) -> None:
     assert "PYTHONPATH" in done.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["kernels", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["ops", "--help"]], ids=" ".join)
 def test_bench_help_is_that_of_the_benchmarks(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["bench", *words])
     assert end.value.code == 0
-    assert "kernels" in capsys.readouterr().out
+    assert "ops" in capsys.readouterr().out
