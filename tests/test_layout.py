@@ -29,7 +29,7 @@ else:
 
 import mae_kernels
 import sssd_fast
-from benchmarks.__main__ import _parser as benchmarks_parser
+from benchmarks.__main__ import _parse as parse_benchmarks
 from sssd_fast import cli
 from sssd_fast.config import load_config
 
@@ -272,7 +272,7 @@ def test_documented_commands_are_accepted(monkeypatch: pytest.MonkeyPatch) -> No
     for line in lines:
         words = shlex.split(line.partition(": ")[2], comments=True)
         if words[0] == "bench":
-            benchmarks_parser().parse_args(words[1:])
+            parse_benchmarks(words[1:])
             continue
         calls.clear()
         assert cli.main(words) == 0, line
