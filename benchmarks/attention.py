@@ -1,8 +1,8 @@
 """`bench attention`: self-attention at the lengths of masked autoencoders, against all backends.
 
-All providers get the packed qkv [B, N, 3, H, d] that the linear layer of a ViT block writes, and return
-the gradient with respect to it: the transposes and copies that a backend needs are part of its time.
-Each SDPA backend is forced; "sdpa auto" is torch's choice.
+All providers get the packed qkv [B, N, 3, H, d] that the linear layer of a ViT block writes, and
+return the gradient with respect to it: the transposes and copies that a backend needs are part of
+its time. Each SDPA backend is forced; "sdpa auto" is torch's choice.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """`bench compare A.json B.json --fail-over 5%`: two result files of one kind and device.
 
-A row of B is a regression if it costs more than A's by more than the ratio AND by more than an absolute
-margin: a call of a few microseconds easily changes by 5 %. The cost is the median time; for memory the
-peak (margin 1 MiB), for a largest batch its inverse, for a loader the time per image. A row that had a
-result in A and has none in B fails as well. "within noise": the 20 % to 80 % quantiles of both overlap;
-this is information and does not change the verdict.
+A row of B is a regression if it costs more than A's by more than the ratio AND by more than an
+absolute margin: a call of a few microseconds easily changes by 5 %. The cost is the median time;
+for memory the peak (margin 1 MiB), for a largest batch its inverse, for a loader the time per
+image. A row that had a result in A and has none in B fails as well. "within noise": the 20 % to
+80 % quantiles of both overlap; this is information and does not change the verdict.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VERSIONS = ("torch", "triton", "cuda", "xformers", "transformers", "dali")
 
 @dataclass(frozen=True)
 class Cost:
-    """Less is better. low, high: 20 % and 80 % quantiles; margin: a smaller difference is ignored."""
+    """Less is better. low, high: quantiles; margin: a smaller difference is ignored."""
 
     value: float
     text: str
@@ -66,7 +66,7 @@ class Comparison:
 def compare(
     a: Document, b: Document, fail_over: float, margin_us: float | None = None
 ) -> Comparison:
-    """margin_us: None = 5 on a CPU, 2 on a GPU. Raises SssdError if the files cannot be compared."""
+    """margin_us: None = 5 on a CPU, 2 on a GPU. Raises SssdError for unlike files."""
     for what in ("schema", "kind", "quick"):
         _same(what, a[what], b[what])
     _same("device", a["device"]["name"], b["device"]["name"])
@@ -168,29 +168,20 @@ def ratio_of(text: str) -> float:
     return value
 
 
-def margin_of(text: str) -> float:
-    """Microseconds: "5us", "5", "0.1ms"."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(us|µs|ms|s|)\s*", text)
-    if found is None:
-        raise SssdError(f"--margin {text!r}: needs a time such as 5us or 0.1ms")
-    return float(found.group(1)) * {"ms": 1e3, "s": 1e6}.get(found.group(2), 1.0)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("a", metavar="A.json", help="the measurement before")
     add("b", metavar="B.json", help="the measurement after")
     add("--fail-over", default="5%", metavar="SHARE", help="allowed increase (default 5%%)")
-    add("--margin", metavar="TIME", help="ignored increase (default 5us on a CPU, 2us on a GPU)")
+    add("--margin", type=float, metavar="US", help="ignored increase (default 5 on a CPU, else 2)")
 
 
 def main(args: argparse.Namespace) -> int:
     """0 = no regression, 1 = at least one; raises SssdError for files that cannot be compared."""
     fail_over = ratio_of(args.fail_over)
-    margin = None if args.margin is None else margin_of(args.margin)
     a, b = results.load(args.a), results.load(args.b)
-    found = compare(a, b, fail_over, margin)
-    margin = MARGIN_US[a["device"]["type"]] if margin is None else margin
+    found = compare(a, b, fail_over, args.margin)
+    margin = MARGIN_US[a["device"]["type"]] if args.margin is None else args.margin
     absolute = "1 MiB" if a["kind"].endswith("memory") else f"{margin:g} us"
     with Console() as console:
         for text in found.warnings:

@@ -1,11 +1,12 @@
 """The ops in plain PyTorch, in two forms, without code of mae_kernels.
 
-published_*: as facebookresearch/mae (He et al., arXiv 2111.06377) and SD-MAE (arXiv 2203.16983) compute
-it: repeated indices; every patch is embedded before most are dropped, and predicted before most are
-ignored.
-tuned_*: the same results with expanded indices, only the patches that are needed, and library calls.
+published_*: as facebookresearch/mae (He et al., arXiv 2111.06377) and SD-MAE (arXiv 2203.16983)
+compute it: repeated indices; every patch is embedded before most are dropped, and predicted
+before most are ignored. tuned_*: the same results with expanded indices, only the patches that
+are needed, and library calls.
 
-Shapes: B images, L patches, K visible, M masked, D width, V = P*P*C, S prototypes, F hidden width, p = 1 prefix token.
+Shapes: B images, L patches, K visible, M masked, D width, V = P*P*C, S prototypes, F hidden
+width, p = 1 prefix token.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def tuned_embed(
 def published_restore(
     visible_BND: Tensor, ids_restore_BL: Tensor, mask_D: Tensor, pos_ND: Tensor
 ) -> Tensor:
-    """The mask token is repeated for every masked patch, and the index for every value of a token."""
+    """The mask token and the index are repeated for every value that is written."""
     B, L = ids_restore_BL.shape
     fill_BMD = mask_D[None, None].repeat(B, L + 1 - visible_BND.shape[1], 1)
     shuffled_BLD = torch.cat((visible_BND[:, 1:], fill_BMD), 1)
@@ -150,7 +151,7 @@ def published_restore(
 def tuned_restore(
     visible_BND: Tensor, ids_restore_BL: Tensor, mask_D: Tensor, pos_ND: Tensor
 ) -> Tensor:
-    """Nothing is repeated: masked rows read any token, and `where` replaces them by the mask token."""
+    """Nothing is repeated: masked rows read any token, which `where` replaces."""
     keep = visible_BND.shape[1] - 1
     x_BLD = rows(visible_BND, (ids_restore_BL + 1).clamp(max=keep))
     x_BLD = torch.where((ids_restore_BL < keep).unsqueeze(-1), x_BLD, mask_D)
@@ -249,7 +250,7 @@ def _crops(
 
 
 def attention(qkv_BN3Hd: Tensor) -> Tensor:
-    """As timm 0.3.2 (used by facebookresearch/mae) under autocast: half precision, softmax in fp32."""
+    """As timm 0.3.2 (used by facebookresearch/mae) under autocast: softmax in fp32."""
     q_BHNd, k_BHNd, v_BHNd = qkv_BN3Hd.permute(2, 0, 3, 1, 4).unbind(0)
     scores_BHNN = q_BHNd @ k_BHNd.transpose(-2, -1) * q_BHNd.shape[-1] ** -0.5
     weights_BHNN = scores_BHNN.softmax(dim=-1, dtype=wide(qkv_BN3Hd.dtype)).to(v_BHNd.dtype)

@@ -1,7 +1,7 @@
 """From calls to rows: correctness first, then first call, memory and the race.
 
-A provider that fails (an error, too little memory, a wrong result) keeps its row, with the reason and
-without a time.
+A provider that fails (an error, too little memory, a wrong result) keeps its row, with the reason
+and without a time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FORWARD, BOTH = "forward", "forward+backward"
 
 @dataclass
 class Bench:
-    """deadline: of time.monotonic(), after which no new case starts. only: providers; empty = all."""
+    """deadline: of time.monotonic(); then no new case starts. only: providers; empty = all."""
 
     device: torch.device
     console: Console
@@ -99,7 +99,7 @@ class _Failed(Exception):
 def time_rows(
     bench: Bench, rows: Mapping[str, Row], calls: Mapping[str, Call], ours: str = OURS
 ) -> None:
-    """Fills first_call_s, peak_bytes, time, versus and load of the rows that have a call and no reason."""
+    """Measures the rows that have a call and no reason: first call, memory, race."""
     for name, call in calls.items():
         if rows[name].reason is None:
             attempt(rows[name], partial(_first, bench, rows[name], call))
@@ -195,7 +195,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Op:
-    """make: inputs, floating point in fp32. floats: inputs of the measured dtype besides the leaves.
+    """make: inputs in fp32. floats: inputs of the measured dtype besides the leaves.
 
     cost: of a shape, the bytes of a value, and the inputs. absent: provider -> why there is none.
     tolerance: of the largest value, instead of race.allowed_error. exact: the provider whose fp64
@@ -307,7 +307,7 @@ class Calls:
 
 
 def upstream(first: Tensor) -> Tensor:
-    """Gradient of the first result: 1 for a loss, else values in [-1, 1] that differ between neighbours."""
+    """Gradient of the first result: 1 for a loss, else a sine between -1 and 1."""
     if first.dim() == 0:
         return torch.ones_like(first)
     steps = torch.arange(first.numel(), device=first.device, dtype=torch.float32).mul_(0.7).sin_()
@@ -315,7 +315,7 @@ def upstream(first: Tensor) -> Tensor:
 
 
 def truth(op: Op, s: Shape, inputs: Inputs) -> tuple[list[Tensor], float]:
-    """Results and gradients in fp64, and the error of the same eager code in the dtype of `inputs`."""
+    """Results and gradients in fp64, and the error of the same code in the measured dtype."""
     provider = op.providers[op.exact]
     exact = Calls(op, s, cast(op, inputs, torch.float64), provider).results()
     return exact, error_of(Calls(op, s, inputs, provider).results(), exact)
@@ -324,7 +324,7 @@ def truth(op: Op, s: Shape, inputs: Inputs) -> tuple[list[Tensor], float]:
 def gate(
     bench: Bench, rows: Mapping[str, Row], calls: Calls, exact: Sequence[Tensor], allowed: float
 ) -> None:
-    """Makes the first call, which compiles, and compares; rows of a wrong provider get the reason."""
+    """Makes the first call, which compiles, and compares; a wrong provider gets a reason."""
 
     def compare() -> None:
         for phase, call in calls.timed.items():

@@ -1,33 +1,25 @@
 """`bench loader`: images per second of every loader with the augmentation of pre-training.
 
-    sssd-fast bench loader [DATA ...] [--manifest CSV ...]      speed
-    sssd-fast bench loader DATA --memory                        resident memory over 50 epochs
+    sssd-fast bench loader [DATA ...] [--manifest CSV ...]
 
 Without DATA, synthetic slices of 512 x 512 pixels. The baseline is torch with worker processes.
-Speed is measured only for a provider whose first epoch has the records and labels of the torch loader
-in the same order, and pixels within 1 grey level of Pillow's on average.
+A provider is timed only if its first epoch has the records and labels of the torch loader in the
+same order, and pixels within 1 grey level of Pillow's on average.
 
-A sample is one epoch as a training without pauses sees it: from the last batch of the previous epoch to
-its own last batch, so that prefetched batches do not change it. The consumer reads one pixel per image;
-on a GPU the clock waits for the device at both ends. Providers alternate. "start" is the time to the
-first batch: decoding the data set, building the pipeline, starting workers. "gap" compares the second
-half of the rounds with the first. All images of DATA are used, also those with a wrong extension;
-decoded ones are kept in memory, without a cache file.
-
-Memory is VmRSS after each epoch, including worker processes (shared pages count in each), in MiB
-(2**20 bytes), each provider in its own process. Linux only; GPU memory is not included.
+A sample is one epoch as a training without pauses sees it: from the last batch of the previous
+epoch to its own last batch, so that prefetched batches do not change it. The consumer reads one
+pixel per image; on a GPU the clock waits for the device at both ends. Providers alternate.
+"start" is the time to the first batch: decoding the data set, building the pipeline, starting
+workers. "gap" compares the second half of the rounds with the first. All images of DATA are used,
+also those with a wrong extension; decoded ones are kept in memory, without a cache file.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -49,10 +41,8 @@ from sssd_fast.loaders import Batch, Loader, SampleOrder, build_loader
 MAX_MEAN = 1.0  # grey levels from Pillow on average, beyond which speed is not measured
 SETTLE = 8  # batches before the clock starts: more than any provider prefetches
 PAUSE_S = 0.5  # in which the previous provider finishes what it started
-QUICK_IMAGES, QUICK_ROUNDS, QUICK_EPOCHS = 256, 2, 12
+QUICK_IMAGES, QUICK_ROUNDS = 256, 2
 SYNTHETIC, SIDE = 600, 512  # slices, and their pixels a side
-SETTLED = 10  # epochs after which memory should not grow by more than ...
-GROWTH, GROWTH_MIB = 0.05, 16.0  # ... the larger of these
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,12 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=64, help="images (default 64)")
     add("--workers", type=int, default=2, help="threads or processes of a loader (default 2)")
     add("--rounds", type=int, default=5, help="timed epochs of each provider (default 5)")
-    add("--epochs", type=int, default=50, help="epochs of --memory (default 50)")
-    add("--memory", action="store_true", help="measure memory instead of speed")
-
-
-def kind_of(args: argparse.Namespace) -> str:
-    return "loader-memory" if args.memory else "loader-speed"
 
 
 def run(args: argparse.Namespace, bench: Bench) -> None:
@@ -78,22 +62,20 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
             f"--manifest names {len(args.manifest)} files for {len(args.data)} data folders; "
             "give one per folder, or none"
         )
-    for name in ("size", "batch", "workers", "rounds", "epochs"):
+    for name in ("size", "batch", "workers", "rounds"):
         if getattr(args, name) < 1:
             raise SssdError(f"--{name} is {getattr(args, name)}, needs at least 1")
     rounds = min(args.rounds, QUICK_ROUNDS) if bench.quick else args.rounds
-    epochs = min(args.epochs, QUICK_EPOCHS) if bench.quick else args.epochs
     names = ("size", "channels", "batch", "workers")
     bench.results.head["settings"] |= {name: getattr(args, name) for name in names}
-    bench.results.head["settings"] |= {"rounds": rounds, "epochs": epochs}
+    bench.results.head["settings"] |= {"rounds": rounds}
     with TemporaryDirectory(prefix="sssd-fast-bench-") as folder:
         for case in cases(args, bench, Path(folder)):
-            label = f"{kind_of(args)}: {case.data}, {len(case.index)} images, {case.shape}"
+            label = f"loader: {case.data}, {len(case.index)} images, {case.shape}"
             if bench.time_is_up(label):
                 continue
             with bench.console.announce(label):
-                rows = memory_rows(case, epochs) if args.memory else speed(case, rounds)
-            bench.results.add(*rows)
+                bench.results.add(*speed(case, rounds))
 
 
 @dataclass(frozen=True)
@@ -290,54 +272,3 @@ def difference(loader: Loader, reference: Loader, epoch: int = 0) -> Difference:
         beyond += int((off_RCHW > 2).sum())
         pixels += off_RCHW.numel()
     return Difference(total / pixels, largest, images, differing, beyond / pixels)
-
-
-# ---- memory ----
-
-
-def memory_rows(case: LoaderCase, epochs: int) -> list[Row]:
-    return [memory(case, name, epochs) for name in case.providers]
-
-
-def memory(case: LoaderCase, name: str, epochs: int) -> Row:
-    row = case.row(name, "memory")
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        task = pool.submit(watch, case.index, epochs, case.workers, case.arguments(name))
-        attempt(row, lambda: row.more.update(task.result()))
-    if "peak" in row.more:
-        row.peak_bytes = int(row.more["peak"] * 2**20)
-    return row
-
-
-def watch(index: DataIndex, epochs: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    """MiB of this process before the loader is created, after each epoch, and at most."""
-    torch.set_num_threads(threads)
-    before, after = _mib("VmRSS"), list[float]()
-    loader = loader_of(index, arguments)
-    for epoch in range(epochs):
-        touch(loader.epoch(epoch))
-        after.append(_mib("VmRSS"))
-    peak = _mib("VmHWM")
-    loader.close()
-    return {"before": before, "epochs": after, "peak": peak, "flat": is_flat(after)}
-
-
-def is_flat(after_epoch_mib: list[float]) -> bool | None:
-    """Whether memory grew by less than 5 % or 16 MiB since epoch 10; None for 10 epochs or less."""
-    if len(after_epoch_mib) <= SETTLED:
-        return None
-    settled = after_epoch_mib[SETTLED - 1]
-    return after_epoch_mib[-1] - settled < max(GROWTH * settled, GROWTH_MIB)
-
-
-def _mib(name: str) -> float:
-    """A line of /proc/PID/status, summed over this process and its worker processes."""
-    kib = 0
-    for process in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
-        text = Path(f"/proc/{process}/status").read_text()
-        found = re.search(rf"^{name}:\s*(\d+) kB$", text, re.MULTILINE)
-        if found is None:
-            raise OSError(f"/proc/{process}/status has no {name}: the process ended")
-        kib += int(found.group(1))
-    return kib / 1024

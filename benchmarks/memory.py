@@ -2,13 +2,14 @@
 
 Peak: all memory on the device at the worst moment of a step (batch, weights, gradients, moments,
 activations), without the CUDA context. CUDA: torch's allocator over two steps after the first one,
-which creates the moments and compiles. CPU: weights, moments and batch by size, plus the peak of the
-second step by torch's profiler. CUDA graphs are off: their pools keep memory between steps.
+which creates the moments and compiles. CPU: weights, moments and batch by size, plus the peak of
+the second step by torch's profiler. CUDA graphs are off: their pools keep memory between steps.
 mb_per_further_image is the slope from the previous batch.
 
-Largest batch: torch's allocator is limited to the cap (in 1e9 bytes) minus the CUDA context. Peaks are
-linear in the batch, so the two largest measured ones give a first guess; then real steps under the cap
-decide, reducing the batch by 4 % until they run. A reported batch did run; a larger one may run, too.
+Largest batch: torch's allocator is limited to the cap (in 1e9 bytes) minus the CUDA context.
+Peaks are linear in the batch, so the two largest measured ones give a first guess; then real
+steps under the cap decide, reducing the batch by 4 % until they run. A reported batch did run; a
+larger one may run, too.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from benchmarks import step_models
 from benchmarks.harness import Bench, attempt, forget
 from benchmarks.race import first_call, peak_bytes, race, summary
 from benchmarks.results import NAMES, Row
-from benchmarks.step import gate, new_row, providers, setups
-from benchmarks.step_models import TASKS, Data, Setup
+from benchmarks.step import add_model_arguments, gate, new_row, providers, setups
+from benchmarks.step_models import Data, Setup
 
 BATCHES = {"cuda": (64, 128, 256), "cpu": (8, 16, 32)}
 CAPS_GB = (8, 12, 16, 24)
@@ -39,26 +40,9 @@ Point = tuple[int, int]  # images, peak bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        help="tiny, small, base, large, or a shipped configuration (default: base on CUDA, "
-        "cpu_smoke elsewhere)",
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="images, at least two sizes for the largest batch (default: 64 128 256 on CUDA)",
-    )
-    parser.add_argument("--task", choices=TASKS, help="default: both")
-    parser.add_argument(
-        "--cap",
-        type=float,
-        nargs="*",
-        metavar="GB",
-        help="memory limits to emulate (default: 8 12 16 24; none: --cap alone)",
-    )
+    add_model_arguments(parser)
+    caps = "memory limits to emulate (default: 8 12 16 24; none: --cap alone)"
+    parser.add_argument("--cap", type=float, nargs="*", metavar="GB", help=caps)
 
 
 def run(args: argparse.Namespace, bench: Bench) -> None:

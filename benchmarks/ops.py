@@ -1,7 +1,7 @@
 """`bench ops`: each op of mae_kernels against the ways in which people compute it today.
 
-An entry of OPS has inputs, bytes and FLOPs by formula, and providers. What a provider moves or computes
-beyond the formula is not counted.
+An entry of OPS has inputs, bytes and FLOPs by formula, and providers. What a provider moves or
+computes beyond the formula is not counted.
 
 Shapes: as in shapes.py; F = 4 D hidden width of an MLP, p = 1 prefix token.
 """
@@ -90,7 +90,7 @@ def stats(s: Shape) -> dict[str, Any]:
 
 
 def with_all(x: Inputs, name: str, s: Shape, device: torch.device) -> Inputs:
-    """Adds `<name>_all` [B,L,..] for providers that predict every patch; its masked rows are `name`."""
+    """Adds `<name>_all` [B,L,..] of all patches, whose masked rows are `name`."""
     everywhere = torch.randn(s.batch, s.patches, x[name].shape[-1], device=device)
     index = x["ids_masked"].unsqueeze(-1).expand(-1, -1, x[name].shape[-1])
     return {**x, f"{name}_all": everywhere.scatter(1, index, x[name])}
@@ -247,7 +247,7 @@ def crop_op() -> Op:
     names = "pixels offsets shapes boxes flips s"
 
     def make(s: Shape, device: torch.device) -> Inputs:
-        """Images of 300 to 600 pixels a side; crops of 20 to 100 % of their area, as in pre-training."""
+        """Images of 300 to 600 pixels a side, crops of 20 to 100 % of their area."""
         sides = torch.randint(300, 601, (s.batch, 2))
         scale = (0.2 + 0.8 * torch.rand(s.batch, 1)).sqrt()
         extent = (sides * scale).long().clamp(min=1)
@@ -310,7 +310,7 @@ def make_reconstruction(s: Shape, device: torch.device) -> Inputs:
 
 
 def make_logits(s: Shape, device: torch.device) -> Inputs:
-    """Logits of the size that heads with normalised features give: about 1 before the temperature."""
+    """Logits of heads with normalised features: about 1 before the temperature."""
     x = {
         name: 0.3 * torch.randn(s.batch, s.logits, device=device) for name in ("student", "teacher")
     }

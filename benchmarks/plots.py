@@ -1,4 +1,4 @@
-"""Pictures of result files: time relative to ours, roofline, memory over the batch, waterfall of a step.
+"""Pictures of result files: time relative to ours, roofline, memory, waterfall of a step.
 
 matplotlib is imported when something is drawn. Colours are those of Okabe and Ito, which the common
 kinds of colour blindness can tell apart.
@@ -93,7 +93,7 @@ def groups(document: Document, names: Sequence[str]) -> dict[tuple[str, ...], Gr
 
 
 def representative(document: Document) -> list[Group]:
-    """Per op one group (of attention per site): timed, both passes, usual dtype, ViT-B, large batch."""
+    """One group per op (attention: per site), ViT-B at the largest batch if measured."""
     dtypes = DTYPES if document["device"]["type"] == "cuda" else DTYPES[::-1]
     best: dict[str, tuple[tuple[Any, ...], Group]] = {}
     for group in groups(document, ("case", "shape", "dtype", "phase")).values():

@@ -1,15 +1,16 @@
 """The masked autoencoder and its self-distillation as published: the baseline of the training step.
 
-MaskedAutoencoderViT does the operations of facebookresearch/mae (He et al., arXiv 2111.06377) on blocks
-as in timm 0.3.2, which it requires: a convolution embeds all patches, visible or not; two argsorts and
-torch.gather with repeated indices mask and restore them; attention writes its probabilities to memory;
-every patch is predicted; the target of the loss is written to memory. SDMAE adds the loss of SD-MAE
-(Luo, Chen et al., arXiv 2203.16983): logits of every visible token, averaged before the softmax.
-Parameters have the names of facebookresearch/mae. Two differences: the noise that selects the masked
-patches is an argument, so that all providers mask alike, and images may have any size and channels.
+MaskedAutoencoderViT does the operations of facebookresearch/mae (He et al., arXiv 2111.06377) on
+blocks as in timm 0.3.2, which it requires: a convolution embeds all patches, visible or not; two
+argsorts and torch.gather with repeated indices mask and restore them; attention writes its
+probabilities to memory; every patch is predicted; the target of the loss is written to memory.
+SDMAE adds the loss of SD-MAE (Luo, Chen et al., arXiv 2203.16983): logits of every visible token,
+averaged before the softmax. Parameters have the names of facebookresearch/mae. Two differences:
+the noise that selects the masked patches is an argument, so that all providers mask alike, and
+images may have any size and channels.
 
-Shapes: B images, L patches, K visible, D encoder width, E decoder width, V = P*P*C values of a patch in
-the order (row, column, channel), S prototypes, F bottleneck features.
+Shapes: B images, L patches, K visible, D encoder width, E decoder width, V = P*P*C values of a
+patch in the order (row, column, channel), S prototypes, F bottleneck features.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Encoded(NamedTuple):
 
 
 class MaskedAutoencoderViT(nn.Module):
-    """norm: how the target is normalised: "patch" over all values, "channel" per channel, "none"."""
+    """norm: of the target: "patch" over all values, "channel" per channel, "none"."""
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class MaskedAutoencoderViT(nn.Module):
 
 
 class Head(nn.Module):
-    """Linear, GELU, Linear, GELU, Linear; L2-normalised; prototypes of unit length; for every token."""
+    """Three linear layers with GELU, L2-normalised, and prototypes of unit length."""
 
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int) -> None:
         super().__init__()
@@ -172,7 +173,7 @@ class Head(nn.Module):
 
 
 class SDMAE(nn.Module):
-    """weight: share of the distillation. As in SD-MAE, gradients also reach the teacher's branch."""
+    """weight: share of the distillation. Gradients also reach the teacher's branch."""
 
     center: Tensor
 
@@ -195,7 +196,7 @@ class SDMAE(nn.Module):
         self.register_buffer("center", torch.zeros(head[2]))
 
     def losses(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(reconstruction, distillation, mean of the teacher's probabilities over the images [S])."""
+        """(reconstruction, distillation, mean of the teacher's probabilities [S])."""
         mae = self.mae
         encoded = mae.encode(images_BCHW, noise_BL)
         y_BNE = mae.decode(encoded.latent_BND, encoded.ids_restore_BL)

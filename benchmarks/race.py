@@ -1,10 +1,11 @@
 """How time, memory and errors are measured; the same for every provider.
 
 - CUDA events on a GPU, perf_counter on a CPU. Every sample is one call.
-- Before each sample a buffer larger than the last-level cache is written outside the timed window, so
-  that inputs are read from memory. On a GPU this also keeps the device busy while the host submits the
-  call: launch overhead appears in the time only if it is longer than the work.
-- Host time: until the call returns, without waiting for the device. On a CPU it is the same as the time.
+- Before each sample a buffer larger than the last-level cache is written outside the timed
+  window, so that inputs are read from memory. On a GPU this also keeps the device busy while the
+  host submits the call: launch overhead appears in the time only if it is longer than the work.
+- Host time: until the call returns, without waiting for the device. On a CPU it is the same as
+  the time.
 - Providers alternate, and each round starts with another provider, so that drift (clocks, other
   processes) affects all of them equally.
 - Two passes. Reported times are of the first one; "gap" is the second median relative to the first.
@@ -44,7 +45,7 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True)
 class Time:
-    """Microseconds of one call. again_us: median of the second pass; gap = again_us / median_us - 1."""
+    """Microseconds of one call. gap: median of the second pass (again_us) / median_us - 1."""
 
     median_us: float
     p20_us: float
@@ -57,7 +58,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Versus:
-    """Ratio of a provider's time to ours, with a 95 % interval. verdict: "slower", "faster", "same"."""
+    """Time divided by that of ours, with a 95 % interval; "slower", "faster" or "same"."""
 
     ratio: float
     low: float

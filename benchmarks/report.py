@@ -1,8 +1,8 @@
-"""`bench report`: docs/benchmarks.md, its long tables and pictures, from the files in benchmarks/results.
+"""`bench report`: docs/benchmarks.md and its pictures from the files in benchmarks/results.
 
-Of each kind and device the newest file is used, quick runs never. `--check` writes nothing and lists
-the pages that differ from what the files give; pictures are not compared, since their bytes depend on
-the version of matplotlib.
+Of each kind and device the newest file is used, quick runs never. `--check` writes nothing and
+lists the pages that differ from what the files give; pictures are not compared, since their bytes
+depend on the version of matplotlib.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks import plots, results
 from benchmarks.harness import BOTH, FORWARD, OURS
@@ -84,23 +83,24 @@ Written by `sssd-fast bench report` from the files in `benchmarks/results`; do n
 [benchmarks/README.md](../benchmarks/README.md) has the rules of all measurements.
 
 - Times are medians of single calls, with 20 % and 80 % quantiles and the number of calls. Providers
-  alternate, the last-level cache is flushed before every call, compilation and warm-up are not included.
-  "gap" is a second pass relative to the first. "host time" (GPUs only) is the time until the call
-  returns, without waiting for the device.
-- "time / ours" is a provider's time divided by ours, with its bootstrapped 95 % interval; above 1 ours
-  is faster. "same": the interval contains 1, or the difference is below 2 % or below the gap of either
-  provider. "slower" and "faster" refer to the provider.
-- "error / allowed": largest error against fp64, relative to the largest value, and the limit: twice that
-  of eager PyTorch in the same dtype, plus 32 fp32 roundings for sums in another order.
+  alternate, the last-level cache is flushed before every call, compilation and warm-up are not
+  included. "gap" is a second pass relative to the first. "host time" (GPUs only) is the time
+  until the call returns, without waiting for the device.
+- "time / ours" is a provider's time divided by ours, with its bootstrapped 95 % interval; above
+  1 ours is faster. "same": the interval contains 1, or the difference is below 2 % or below the
+  gap of either provider. "slower" and "faster" refer to the provider.
+- "error / allowed": largest error against fp64, relative to the largest value, and the limit:
+  twice that of eager PyTorch in the same dtype, plus 32 fp32 roundings for sums in another order.
 - "peak" is the largest memory of a call beyond its inputs.
 - {STALE}: measured before the sources that it depends on changed."""
 
 AGAIN = """\
 ## How to measure again
 
-Each section names its command. `sssd-fast bench ops`, `attention`, `step`, `memory` and `loader` write
-one file each to `benchmarks/results`, rewritten after every row. `sssd-fast bench compare A.json B.json
---fail-over 5%` compares two files of one device. `sssd-fast bench report` writes this page."""
+Each section names its command. `sssd-fast bench ops`, `attention`, `step`, `memory` and `loader`
+write one file each to `benchmarks/results`, rewritten after every row.
+`sssd-fast bench compare A.json B.json --fail-over 5%` compares two files of one device, and
+`sssd-fast bench report` writes this page."""
 
 
 def pages(documents: Sequence[Document]) -> dict[str, str]:
@@ -158,14 +158,9 @@ def summary_table(document: Document) -> str:
         versus = group[other]["versus"] if other else None
         cells = [f"`{ours['case']}`", f"{ours['shape']}, {ours['dtype']}", ours["phase"]]
         cells += [str(other), "-" if versus is None else significant(versus["ratio"])]
-        lines.append([*cells, "-" if versus is None else f"{other} is {verdict(versus)}"])
+        lines.append([*cells, "-" if versus is None else f"{other}: {versus['verdict']}"])
     columns = ["op", "shape", "pass", "fastest other provider", "its time / ours", "verdict"]
     return markdown(columns, lines)
-
-
-def verdict(versus: dict[str, Any]) -> str:
-    found = str(versus["verdict"])
-    return "the same" if found == "same" else found
 
 
 def caption(document: Document) -> str:
@@ -204,7 +199,7 @@ def not_measured(documents: Sequence[Document]) -> list[str]:
 
 
 def overview(documents: Sequence[Document]) -> list[str]:
-    """Per kind, device and other provider: the geometric mean of the ratios and how often ours loses."""
+    """Geometric mean of the ratios per kind, device and provider, and how often ours loses."""
     lines = []
     for document in documents:
         for other in OVERVIEW.get(document["kind"], ()):

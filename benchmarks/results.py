@@ -1,9 +1,10 @@
 """One JSON file per run, rewritten after every row, so that a run that is stopped loses nothing.
 
-Head: schema, kind (ops, attention, step, memory, loader, loader-parity, loader-memory), command, quick,
-started, seconds, finished, commit, modified, kernel_sources, device, clocks (before, after), versions,
-ops (op -> why its kernel does not run; null if it runs), ceilings, missing (provider -> why it is not
-available), skipped (cases not measured because the time was up), settings, rows.
+Head: schema, kind (ops, attention, step, memory, loader, loader-parity, loader-memory), command,
+quick, started, seconds, finished, commit, modified, kernel_sources, device, clocks (before,
+after), versions, ops (op -> why its kernel does not run; null if it runs), ceilings, missing
+(provider -> why it is not available), skipped (cases not measured because the time was up),
+settings, rows.
 
 A row:
 
@@ -99,7 +100,7 @@ class Row:
 
 
 class Results:
-    """The file of a run. A context manager: leaving it without an exception marks the run as finished."""
+    """The file of a run; leaving its `with` block without an exception marks it as finished."""
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class Results:
         self.save()
 
     def draft(self, rows: Iterable[Row]) -> None:
-        """Preliminary rows, which the next `add` replaces; they stay in the file if it never comes."""
+        """Preliminary rows, which the next `add` replaces."""
         self._drafts = [asdict(row) for row in rows]
         self.save()
 
@@ -188,7 +189,7 @@ def _rounded(value: Any) -> Any:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A result file. Raises SssdError naming a file that is missing, unreadable or of another schema."""
+    """A result file. Raises SssdError if it is missing, unreadable or of another schema."""
     hint = "give a file that `sssd-fast bench` wrote"
     try:
         document: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))

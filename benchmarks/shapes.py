@@ -1,6 +1,7 @@
 """The sizes at which ops are measured: ViT-S, B and L of masked autoencoders, and odd sizes.
 
-D encoder width, E decoder width, L patches, K visible, M masked, V = P*P*C values of a patch, S prototypes.
+D encoder width, E decoder width, L patches, K visible, M masked, V = P*P*C values of a patch, S
+prototypes.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ ODD_SIZES: dict[str, Any] = {
     "mask_ratio": 0.6,
     "logits": 1000,
 }
-# The usual model, the large one, the one for small data sets (decoder of SD-MAE), one-channel CT, and
-# sizes that are not multiples of 8 (patch 14, 11 x 17 patches, heads of 40 and 8 values).
+# The usual model, the large one, the one for small data sets (decoder of SD-MAE), one-channel CT,
+# and sizes that are not multiples of 8 (patch 14, 11 x 17 patches, heads of 40 and 8 values).
 MODELS = {
     "ViT-B": Shape("ViT-B", 1, 768, 12),
     "ViT-L": Shape("ViT-L", 1, 1024, 16),

@@ -1,15 +1,16 @@
 """`bench step`: the whole training step of every provider, and a waterfall: one change at a time.
 
-A provider is timed only if its losses over the first steps (with its own backward and updates) agree
-with those of the plain model in a wider dtype, from equal weights on an equal batch with equal masks.
-A row has, besides its time: images per second; mfu, the FLOPs of a plain masked autoencoder
-(step_models.standard_flops) relative to the matmul rate of this device; peak_bytes and mb_per_image,
-the peak of a step beyond parameters, moments and batch; the first and last loss; what was selected and
-why ("how").
+A provider is timed only if its losses over the first steps (with its own backward and updates)
+agree with those of the plain model in a wider dtype, from equal weights on an equal batch with
+equal masks. A row has, besides its time: images per second; mfu, the FLOPs of a plain masked
+autoencoder (step_models.standard_flops) relative to the matmul rate of this device; peak_bytes
+and mb_per_image, the peak of a step beyond parameters, moments and batch; the first and last
+loss; what was selected and why ("how").
 
 Providers alternate sample by sample if all of them fit into the memory together; otherwise each is
-rebuilt for each pass, one after another ("raced" in the row says which). The waterfall repeats these
-measurements under the name of what was added; a stage that this device cannot run has its reason.
+rebuilt for each pass, one after another ("raced" in the row says which). The waterfall repeats
+these measurements under the name of what was added; a stage that this device cannot run has its
+reason.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from benchmarks import step_models
 from benchmarks.harness import Bench, attempt, forget, set_times, time_rows
 from benchmarks.race import Load, Samples, first_call, peak_bytes, race, summary
 from benchmarks.results import DTYPES, NAMES, Row, sources_hash
-from benchmarks.step_models import TASKS, Data, Setup, TrainStep
+from benchmarks.step_models import TASKS, Data, LoopStep, OwnStep, Setup
 
 # Largest relative difference of a loss from the reference: fp32 against fp64, bf16 and fp16 against
-# fp32. On the CPU with cpu_smoke the losses differ by at most 4e-7, 1.1e-3 and 4e-5. Setting one of the
-# 100 tensors of the weights to zero (a norm to one) changes the first loss by more than 1e-4 for 98 of
-# them, and later steps are checked, too.
+# fp32. On the CPU with cpu_smoke the losses differ by at most 4e-7, 1.1e-3 and 4e-5. Setting one
+# of the 100 tensors of the weights to zero (a norm to one) changes the first loss by more than
+# 1e-4 for 98 of them, and later steps are checked, too.
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-# Steps that are checked. fp16 starts with updates that the loss scale skips; the reference makes them.
+# Steps that are checked. fp16 starts with updates that the loss scale skips; the reference makes
+# them.
 GATE_STEPS = {torch.float32: 3, torch.bfloat16: 3, torch.float16: 1}
 STEPS, QUICK_STEPS = 20, 5
 QUICK = ("published", "plain", "plain compiled", "ours")
@@ -44,19 +46,19 @@ ALONE = 5  # samples directly after the check, kept in the file until the race i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        help="tiny, small, base, large, or a shipped configuration (default: base on CUDA, "
-        "cpu_smoke elsewhere)",
-    )
-    parser.add_argument(
-        "--batch", type=int, nargs="+", metavar="N", help="images (default: 256 on CUDA)"
-    )
-    parser.add_argument("--task", choices=TASKS, help="default: both")
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help=f"steps whose losses are compared (default {STEPS})"
-    )
-    parser.add_argument("--no-waterfall", action="store_true", help="skip the gains one by one")
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--steps", type=int, metavar="N", help=f"compare the losses of N steps (default {STEPS})")
+    add("--no-waterfall", action="store_true", help="skip the gains one by one")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Shared with `bench memory`."""
+    models = "tiny, small, base, large, or a shipped configuration"
+    add = parser.add_argument
+    add("--model", help=f"{models} (default: base on CUDA, else cpu_smoke)")
+    add("--batch", type=int, nargs="+", metavar="N", help="images; memory needs two or more sizes")
+    add("--task", choices=TASKS, help="default: both")
 
 
 def run(args: argparse.Namespace, bench: Bench) -> None:
@@ -126,7 +128,7 @@ def measure(bench: Bench, setup: Setup, steps: int, *, waterfall: bool = False) 
 
 
 class Contest:
-    """The providers of one task, dtype and batch: checked one by one, then timed against each other."""
+    """The providers of one task, dtype and batch: checked one by one, then timed together."""
 
     def __init__(self, bench: Bench, setup: Setup, steps: int) -> None:
         self.bench = bench
@@ -135,7 +137,7 @@ class Contest:
         self.rows: dict[str, Row] = {}
         self.data = Data(setup)
         self.source = step_models.initial_model(setup.config)
-        self.alive: dict[str, TrainStep] = {}
+        self.alive: dict[str, OwnStep | LoopStep] = {}
         self.together = True
         self.flops = step_models.standard_flops(setup.config) * setup.batch
         self.reference: list[float] = []
@@ -187,7 +189,7 @@ class Contest:
         new, cached = (now - then for now, then in zip(_graphs(), before, strict=True))
         if new or cached:  # first_call_s alone does not say whether anything was compiled
             row.more["graphs"] = f"{new} compiled, {cached} from the cache"
-        # the second call: moments exist, and CUDA graphs are captured, which later calls only replay
+        # the second call: moments exist, and CUDA graphs are captured
         row.peak_bytes = peak_bytes(once, self.bench.device)
         row.more["mb_per_image"] = row.peak_bytes / self.setup.batch / 1e6
         while len(losses) < self.steps:
@@ -285,7 +287,7 @@ def _graphs() -> tuple[int, int]:
 
 
 def gate(row: Row, losses: Sequence[float], reference: Sequence[float]) -> None:
-    """Sets error and losses of the row, and its reason if the first losses differ from the reference."""
+    """Sets error and losses of the row, and a reason if the first losses are wrong."""
     row.more |= {"loss_start": losses[0], "loss": losses[-1], "loss_steps": len(losses)}
     assert row.allowed is not None
     row.error = 0.0

@@ -1,20 +1,22 @@
 """The training step of every provider: one full optimizer step on one batch, from equal weights.
 
-    MAE     "published", "published compiled"    published.py, eager and under torch.compile
-            "ViTMAE", "ViTMAE compiled"          transformers' ViTMAEForPreTraining as installed
-            "plain", "plain compiled"            our model with the reference ops in plain torch, SDPA
-            "ours"                               what the configuration selects on this device
-            "ours lean"                          less memory: bf16 residual, fused MLP, budget 0.8
-    SSSD    the same without ViTMAE; "published" is SD-MAE
+    "published", "published compiled"    published.py, eager and under torch.compile
+    "ViTMAE", "ViTMAE compiled"          transformers' ViTMAEForPreTraining; task MAE only
+    "plain", "plain compiled"            our model with the reference ops in plain torch and SDPA
+    "ours"                               what the configuration selects on this device
+    "ours lean"                          bf16 residual, fused MLP, activation budget 0.8
 
-A step: forward under autocast, backward, AdamW with the same learning rate, betas and weight decay, no
-clipping, gradients set to None; biases, norms and tokens are not decayed. Ours and plain run
-sssd_fast.step.Step, which also computes the norm of the gradients and skips a non-finite update. The
-others have a bare loop and get normalised float32 images on the device, where ours read uint8.
-"published" runs torch.optim.AdamW with its defaults, every other provider its fused form.
+The tasks are MAE, and SSSD, for which "published" is SD-MAE.
 
-Shapes: B images, C channels, H x W pixels, L patches. torch and the standard library suffice to import
-this file; what needs pydantic or transformers is imported inside functions.
+A step: forward under autocast, backward, AdamW with the same learning rate, betas and weight
+decay, no clipping, gradients set to None; biases, norms and tokens are not decayed. Ours and
+plain run sssd_fast.step.Step, which also computes the norm of the gradients and skips a non-
+finite update. The others have a bare loop and get normalised float32 images on the device, where
+ours read uint8. "published" runs torch.optim.AdamW with its defaults, every other provider its
+fused form.
+
+Shapes: B images, C channels, H x W pixels, L patches. torch and the standard library suffice to
+import this file; what needs pydantic or transformers is imported inside functions.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -47,29 +49,16 @@ SEED = 0
 NOISES = 32  # draws of the masking noise; step i uses number i modulo this
 TASKS = ("SSSD", "MAE")
 VITMAE = ("ViTMAE", "ViTMAE compiled")
-SSSD_PROVIDERS = (
-    "published",
-    "published compiled",
-    "plain",
-    "plain compiled",
-    "ours",
-    "ours lean",
-)
-PROVIDERS = {
-    "MAE": (*SSSD_PROVIDERS[:2], *VITMAE, *SSSD_PROVIDERS[2:]),
-    "SSSD": SSSD_PROVIDERS,
-}
+SSSD_PROVIDERS = ("published", "published compiled", "plain", "plain compiled", "ours", "ours lean")
+PROVIDERS = {"MAE": (*SSSD_PROVIDERS[:2], *VITMAE, *SSSD_PROVIDERS[2:]), "SSSD": SSSD_PROVIDERS}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How our model is computed. kernels: None = reference ops, False = as available, True = required.
+    """How our model is computed."""
 
-    step: settings of StepConfig; None = as configured.
-    """
-
-    kernels: bool | None
-    step: Mapping[str, Any] | None
+    kernels: bool | None  # None = reference ops, False = as available, True = required
+    step: Mapping[str, Any] | None  # settings of StepConfig; None = as configured
 
 
 _PLAIN = {"attention": "sdpa", "decoder_attention": "sdpa", "mlp": "plain", "compile": False}
@@ -211,7 +200,8 @@ class Data:
 
 
 def initial_model(config: Config) -> SSSD:
-    """On the CPU, from a fixed seed; no bias or norm is 0 or 1, so that a missing one changes the loss."""
+    """On the CPU, from a fixed seed; no bias or norm is 0 or 1, so that a missing one changes the
+    loss."""
     from sssd_fast.objective import SSSD
 
     with torch.random.fork_rng(devices=[]):
@@ -285,19 +275,7 @@ def kernels_reason(device: torch.device) -> str | None:
     return mae_kernels.info()["embed_patches"]
 
 
-class TrainStep(Protocol):
-    """One optimizer step per call; returns the loss before the update, a scalar on the device."""
-
-    how: str  # what was selected, and why
-    optimizer: torch.optim.Optimizer
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    def __call__(self) -> Tensor: ...
-
-
-def held_bytes(step: TrainStep) -> int:
+def held_bytes(step: OwnStep | LoopStep) -> int:
     """Bytes of weights, buffers and moments, which stay between steps."""
     state = [t for values in step.optimizer.state.values() for t in values.values()]
     tensors = [*step.model.parameters(), *step.model.buffers()]
@@ -305,7 +283,7 @@ def held_bytes(step: TrainStep) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def build(provider: str, setup: Setup, data: Data, source: SSSD) -> TrainStep:
+def build(provider: str, setup: Setup, data: Data, source: SSSD) -> OwnStep | LoopStep:
     """Raises SssdError if this device, dtype or model cannot run it."""
     if provider in RECIPES:
         return OwnStep(setup, data, RECIPES[provider], source)
@@ -317,6 +295,11 @@ def build(provider: str, setup: Setup, data: Data, source: SSSD) -> TrainStep:
 
 
 class OwnStep:
+    """Our model in sssd_fast.step.Step. A call returns the loss before the update, on the device.
+
+    how: what was selected, and why.
+    """
+
     def __init__(self, setup: Setup, data: Data, recipe: Recipe, source: SSSD) -> None:
         from sssd_fast.config import StepConfig
         from sssd_fast.objective import SSSD
@@ -386,8 +369,8 @@ class OwnStep:
 def _own_code(model: nn.Module) -> None:
     """Gives `model` a forward with its own code object.
 
-    torch keeps compiled code by code object: providers of one class would search each other's at every
-    call.
+    torch keeps compiled code by code object: providers of one class would search each other's at
+    every call.
     """
     old: Any = type(model).forward
     new = types.FunctionType(
@@ -476,8 +459,9 @@ def published_mae(config: Config) -> published.MaskedAutoencoderViT:
 def standard_flops(config: Config) -> float:
     """FLOPs per image by the usual convention: three times the forward pass of a plain MAE.
 
-    Visible patches embedded, all decoder rows through every block, all patches predicted, no projection
-    heads: 58.1e9 for ViT-B/16, 224 x 224 x 3, 75 % masked. Additional work does not count as useful.
+    Visible patches embedded, all decoder rows through every block, all patches predicted, no
+    projection heads: 58.1e9 for ViT-B/16, 224 x 224 x 3, 75 % masked. Additional work does not
+    count as useful.
     """
     with torch.device("meta"):
         model = published_mae(config)

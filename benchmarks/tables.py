@@ -1,8 +1,8 @@
 """Rows as tables, the same on the terminal and in docs/benchmarks.md: one table per piece of work.
 
-Numbers have three significant digits and no exponent. Sizes are decimal (1 MB = 1e6 bytes). No row is
-dropped: providers that are slower, fail or run out of memory are listed. A dagger marks what was
-measured before the sources that it depends on changed.
+Numbers have three significant digits and no exponent. Sizes are decimal (1 MB = 1e6 bytes). No
+row is dropped: providers that are slower, fail or run out of memory are listed. A dagger marks
+what was measured before the sources that it depends on changed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def rate_text(per_s: float, unit: str) -> str:
 
 
 def _scaled(value: float, units: Sequence[str]) -> str:
-    """In the first of `units`, each 1000 times the previous, in which the rounded value is < 1000."""
+    """In the first of `units`, each 1000 times the previous, with a value below 1000."""
     place = 0
     while place + 1 < len(units) and abs(float(f"{value:.2e}")) >= 1000:
         value, place = value / 1000, place + 1
@@ -134,8 +134,8 @@ def ceiling_text(document: Document) -> str:
     text = f"Ceilings measured on this device in the same run: {', '.join(parts)}."
     for name, share in wrong.items():
         text += (
-            f" The ceiling of {name} is not used: a provider reached {percent(share)} of it, so its "
-            "measurement was disturbed."
+            f" The ceiling of {name} is not used: a provider reached {percent(share)} of it, so "
+            "its measurement was disturbed."
         )
     return text
 

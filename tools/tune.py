@@ -1,18 +1,21 @@
-"""Which launch of each kernel is fastest on this GPU. Changes nothing: prints a table and writes a file.
+"""Which launch of each kernel is fastest on this GPU. Changes nothing: prints a table and writes a
+file.
 
     python tools/tune.py [--op OP ...] [--batch N] [--minutes M] [--out DIR]
 
-The first row of a table is the launch that mae_kernels selects now, the others are CANDIDATES: other
-tile sizes and numbers of warps. A candidate's results and gradients must pass the correctness check of
-the benchmarks; then the whole op (forward, or forward with backward) is timed, all candidates in turns.
-"keep": no candidate is faster by more than 2 % and by more than noise.
+The first row of a table is the launch that mae_kernels selects now, the others are CANDIDATES:
+other tile sizes and numbers of warps. A candidate's results and gradients must pass the
+correctness check of the benchmarks; then the whole op (forward, or forward with backward) is
+timed, all candidates in turns. "keep": no candidate is faster by more than 2 % and by more than
+noise.
 
-`choosing` is the only way to try a choice: for the duration of a `with` block it replaces the names by
-which the op's module selects (rows_per_program, TILE, FORWARD, ...) and the warps of one kernel. The
-op's own launcher then computes grid and constants as always. Ops run eagerly here, since compiled or
-captured code would keep the choice that it was traced with. num_stages is not tried: the compiler makes
-the same code of these kernels with 1, 3 or 5. linear_reconstruction_loss launches the kernels of
-masked_reconstruction_loss and is not tried separately.
+`choosing` is the only way to try a choice: for the duration of a `with` block it replaces the
+names by which the op's module selects (rows_per_program, TILE, FORWARD, ...) and the warps of one
+kernel. The op's own launcher then computes grid and constants as always. Ops run eagerly here,
+since compiled or captured code would keep the choice that it was traced with. num_stages is not
+tried: the compiler makes the same code of these kernels with 1, 3 or 5.
+linear_reconstruction_loss launches the kernels of masked_reconstruction_loss and is not tried
+separately.
 """
 
 from __future__ import annotations
@@ -164,8 +167,8 @@ def tuned_kernels(s: Shape) -> list[TunedKernel]:
     add("sssd_loss", "sssd", FORWARD, "sssd_kernel", tried)
     add("sssd_loss", "sssd", BOTH, "sssd_backward_kernel", tried)
 
-    rows = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 4), (8, 4), (8, 8), (16, 8))
-    add("restore_tokens", "restore", FORWARD, "restore_kernel", tiles(*rows, block=512))
+    rows: tuple[tuple[int, ...], ...] = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 4), (8, 4), (8, 8))
+    add("restore_tokens", "restore", FORWARD, "restore_kernel", tiles(*rows, (16, 8), block=512))
     walks = ((4, 4, 256), (4, 4, 1024), (4, 4, 2048), (4, 2, 2048), (8, 8, 512), (8, 8, 1024))
     tried = tiles(*walks, (16, 8, 1024), block=512)
     add("restore_tokens", "restore", BOTH, "restore_backward_kernel", tried)

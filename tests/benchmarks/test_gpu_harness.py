@@ -1,4 +1,4 @@
-"""The harness on a CUDA device: events, allocator, nvidia-smi, and every op through its gate in bf16."""
+"""The harness on a CUDA device: events, allocator, nvidia-smi, and all ops in bf16."""
 
 from __future__ import annotations
 

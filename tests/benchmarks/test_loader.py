@@ -1,4 +1,4 @@
-"""The loader benchmark: no speed without right pixels, rates of a fake clock, memory that is really read."""
+"""The loader benchmark: no speed without right pixels, and rates of a fake clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import loader as module
-from benchmarks.loader import LoaderCase, difference, is_flat, rate_summary, watch
+from benchmarks.loader import LoaderCase, difference, rate_summary
 from sssd_fast.data.index import DataIndex, check_data
 from sssd_fast.data.synthetic import write_synthetic_dataset
 from sssd_fast.errors import SssdError
@@ -136,43 +136,6 @@ def test_rate_summary_compares_the_halves() -> None:
     assert found["images_per_s"] == 100 and found["n"] == 5
     assert found["gap"] == pytest.approx(0.1)
     assert rate_summary([5.0])["gap"] is None
-
-
-@pytest.mark.parametrize(
-    ("mib", "flat"),
-    [
-        ([100.0] * 10, None),
-        ([50.0] * 9 + [400.0] * 3, True),
-        ([400.0] * 10 + [419.0], True),
-        ([400.0] * 10 + [421.0], False),
-        ([100.0] * 10 + [117.0], False),
-    ],
-)
-def test_memory_is_flat_below_5_percent_or_16_mib(mib: list[float], flat: bool | None) -> None:
-    assert is_flat(mib) == flat
-
-
-def test_watch_sees_a_leak(index: DataIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    leaked: list[torch.Tensor] = []
-    real = module.touch
-
-    def leaking(batches: Any) -> None:
-        real(batches)
-        leaked.append(torch.ones(32 << 18))  # 32 MiB
-
-    monkeypatch.setattr(module, "touch", leaking)
-    case = replace(case_of(index), workers=1)
-    found = watch(index, 12, torch.get_num_threads(), case.arguments("resident"))
-    assert found["epochs"][-1] - found["epochs"][0] == pytest.approx(352, abs=20)
-    assert found["peak"] >= found["epochs"][-1] - 1 and found["flat"] is False
-
-
-def test_memory_is_measured_in_its_own_process(
-    folder: Path, index: DataIndex, tmp_path: Path
-) -> None:
-    row = module.memory(case_of(index), "resident", 2)
-    assert row.reason is None and len(row.more["epochs"]) == 2
-    assert row.peak_bytes == int(row.more["peak"] * 2**20) > 50 << 20
 
 
 @pytest.mark.parametrize("words", [["--manifest", "a", "b"], ["--rounds", "0"]])

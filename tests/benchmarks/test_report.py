@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import compare as comparing
 from benchmarks import plots, report, results
-from benchmarks.compare import BETTER, FAILS, RUNS, WORSE, compare, margin_of, ratio_of
+from benchmarks.compare import BETTER, FAILS, RUNS, WORSE, compare, ratio_of
 from benchmarks.results import sources_hash
 from benchmarks.tables import percent, rate_text, significant, size_text, tables, time_text
 from sssd_fast.errors import SssdError
@@ -102,7 +102,6 @@ def test_doubtful_verdicts_are_listed_with_the_table() -> None:
     found["rows"][0]["load"] = 0.5
     (doubt,) = next(tables(found)).doubts
     assert "other processes used 50% of the CPUs" in doubt and BOTH in doubt
-    assert "verdicts of these races are doubtful" in report.page([found]) or True
     assert "doubtful" in "".join(report.body(found))
 
 
@@ -303,14 +302,7 @@ def test_ratio_of(text: str, value: float) -> None:
     assert ratio_of(text) == pytest.approx(value)
 
 
-@pytest.mark.parametrize(("text", "us"), [("5us", 5), ("5", 5), ("0.1ms", 100), ("1 s", 1e6)])
-def test_margin_of(text: str, us: float) -> None:
-    assert margin_of(text) == pytest.approx(us)
-
-
 @pytest.mark.parametrize("text", ["5", "five", "-5%", "", "nan", "5%%"])
-def test_ratio_and_margin_refuse_nonsense(text: str) -> None:
+def test_ratio_refuses_nonsense(text: str) -> None:
     with pytest.raises(SssdError, match="fail-over"):
         ratio_of(text)
-    with pytest.raises(SssdError, match="margin"):
-        margin_of("x" + text)

@@ -157,10 +157,10 @@ def test_rows_are_stale_if_their_own_sources_changed() -> None:
 
 
 def test_clocks_are_those_of_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
+    commands: list[list[str]] = []
 
     def smi(command: list[str], **_: Any) -> SimpleNamespace:
-        asked.append(command)
+        commands.append(command)
         return SimpleNamespace(stdout="1980 MHz, 2619 MHz, 1980 MHz, 70.1 W, 700.00 W, 33\n")
 
     properties = SimpleNamespace(uuid="1234-ab")
@@ -169,7 +169,7 @@ def test_clocks_are_those_of_this_device(monkeypatch: pytest.MonkeyPatch) -> Non
     found = results.clocks(torch.device("cuda", 1))
     assert found is not None
     assert found["clocks.sm"] == "1980 MHz" and found["power.limit"] == "700.00 W"
-    assert asked[0][:2] == ["nvidia-smi", "--id=GPU-1234-ab"]
+    assert commands[0][:2] == ["nvidia-smi", "--id=GPU-1234-ab"]
 
     def fails(command: list[str], **_: Any) -> None:
         raise subprocess.CalledProcessError(9, command)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,15 +15,8 @@ from benchmarks.results import Row
 from benchmarks.shapes import MODELS
 from mae_kernels import backend
 from mae_kernels._runtime import record_launches
+from tools import tune
 
-PATH = Path(__file__).resolve().parents[2] / "tools" / "tune.py"
-SPEC = importlib.util.spec_from_file_location("tune", PATH)
-assert SPEC is not None and SPEC.loader is not None
-tune: Any = importlib.util.module_from_spec(SPEC)
-import sys  # noqa: E402
-
-sys.modules["tune"] = tune
-SPEC.loader.exec_module(tune)
 TUNED = {tuned.name: tuned for tuned in tune.tuned_kernels(MODELS["ViT-B"].at(256))}
 META = torch.device("meta")
 
