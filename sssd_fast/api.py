@@ -122,7 +122,7 @@ def finetune(
     """Fine-tunes a classifier and evaluates it on `split`. Other arguments and errors as in `pretrain`.
 
     Example:
-        >>> sf.finetune("ct/", init="runs/pre", out="runs/fine").metrics["image"]["auc"]["value"]
+        >>> sf.finetune("ct/", init="runs/pre", out="runs/fine").metrics["image"]["auc"]
     """
     with _opened("finetune", start, data, init) as run:
         from sssd_fast.evaluation.predict import evaluate_run
