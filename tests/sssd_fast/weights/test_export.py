@@ -1,4 +1,4 @@
-"""Protects exported files: they run without this package on any batch size, give the model's outputs from the same uint8 images, and one
+"""Exported files run without this package on any batch size and give the model's outputs; a file
 that does not is never written."""
 
 from __future__ import annotations
@@ -44,8 +44,12 @@ def model_of(name: str) -> Classifier:
     pool, overrides = CASES[name]
     config = ModelConfig(image_size=(24, 40), patch_size=8, width=24, depth=2, heads=3, **overrides)
     model = Classifier(
-        config, 3, pool, drop_path=0.5
-    ).train()  # exported as in evaluation, whatever mode it is in
+        config,
+        3,
+        pool,
+        drop_path=0.5,
+        # exported as in evaluation, whatever mode it is in
+    ).train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -71,7 +75,7 @@ def by_hand(model: Classifier, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_portable_forward_is_the_model(name: str) -> None:
+def test_portable_classifier_equals_the_model(name: str) -> None:
     model = model_of(name).eval()
     images = images_of(model, 3)
     logits, scores = PortableClassifier(model)(images)
@@ -81,14 +85,15 @@ def test_the_portable_forward_is_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_onnx_gives_the_models_outputs_for_any_batch(tmp_path: Path, name: str) -> None:
+def test_onnx_file_gives_the_models_outputs_for_any_batch(tmp_path: Path, name: str) -> None:
     model = model_of(name)
     line = export_classifier(model, tmp_path, ["onnx"], classes=["a", "b c", "ü"])[0]
     path = str(tmp_path / "classifier.onnx")
     assert f"onnxruntime.InferenceSession({path!r}).run(None, " + '{"images": images})' in line
     assert line.startswith(f"{tmp_path / 'classifier.onnx'}: ")
     proto = onnx.load(str(tmp_path / "classifier.onnx"))
-    assert {node.domain for node in proto.graph.node} == {""}  # standard operators only
+    # standard operators only
+    assert {node.domain for node in proto.graph.node} == {""}
     session = onnxruntime.InferenceSession(
         str(tmp_path / "classifier.onnx"), providers=["CPUExecutionProvider"]
     )
@@ -110,7 +115,7 @@ def test_onnx_gives_the_models_outputs_for_any_batch(tmp_path: Path, name: str) 
     assert [path.name for path in tmp_path.iterdir()] == ["classifier.onnx"]
 
 
-def test_the_torch_program_runs_in_a_process_without_this_package(tmp_path: Path) -> None:
+def test_torch_program_runs_without_this_package(tmp_path: Path) -> None:
     """For every case and batch sizes 1, 2 and 7."""
     models = {name: model_of(name) for name in CASES}
     saved = {}
@@ -144,7 +149,7 @@ torch.save(outputs, "outputs.pt")
             torch.testing.assert_close(scores.double(), want.softmax(1), rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
+def test_export_of_a_half_precision_model_is_float32(tmp_path: Path) -> None:
     model = model_of("mean, grey")
     export_classifier(model.bfloat16(), tmp_path / "half.pt2", ["torch"])
     images = images_of(model, 2)
@@ -152,7 +157,7 @@ def test_a_model_in_half_precision_is_exported_in_float32(tmp_path: Path) -> Non
     torch.testing.assert_close(logits.double(), by_hand(model, images), rtol=1e-4, atol=1e-4)
 
 
-def test_a_program_that_computes_something_else_is_not_written(
+def test_export_writes_no_program_with_other_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A translation that swaps two heads' channels, say: the comparison with the model must catch it."""
@@ -171,7 +176,7 @@ def test_a_program_that_computes_something_else_is_not_written(
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"what was there before"]
 
 
-def test_missing_onnx_packages_name_the_extra(
+def test_export_names_the_extra_of_missing_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = builtins.__import__
@@ -188,7 +193,7 @@ def test_missing_onnx_packages_name_the_extra(
         export_classifier(model_of("mean, grey"), tmp_path, ["onnx"])
 
 
-def test_wrong_requests_are_refused(tmp_path: Path) -> None:
+def test_export_rejects_wrong_requests(tmp_path: Path) -> None:
     model = model_of("mean, grey")
     with pytest.raises(WeightsError, match="2 class names were given for a model of 3 classes"):
         export_classifier(model, tmp_path, classes=["a", "b"])
@@ -232,7 +237,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("format_", ["timm", "huggingface"])
-def test_encoders_of_checkpoints_are_exported_and_read_back(tmp_path: Path, format_: Any) -> None:
+def test_export_encoder_reads_the_file_back(tmp_path: Path, format_: Any) -> None:
     pretrained, finetuned, config = checkpoints(tmp_path)
     for source in (pretrained, finetuned):
         out = tmp_path / f"{source.stem}_{format_}"
@@ -248,7 +253,7 @@ def test_encoders_of_checkpoints_are_exported_and_read_back(tmp_path: Path, form
                 assert torch.equal(tensor, want.state_dict()[name]), name
 
 
-def test_a_damaged_checkpoint_is_not_exported_or_loaded(tmp_path: Path) -> None:
+def test_export_and_load_reject_a_damaged_checkpoint(tmp_path: Path) -> None:
     """The checksum beside our own checkpoints is looked at, also when they serve as foreign weights."""
     source, _, config = checkpoints(tmp_path)
     content = bytearray(source.read_bytes())

@@ -1,5 +1,5 @@
-"""Protects loading of foreign weights: every naming converts to the same numbers, conversions are exact where they can be, what does not
-fit is refused as a whole with its reason, and no file is trusted to run code."""
+"""Loading weights: every naming gives the same numbers, conversions are exact, what does not fit is
+rejected as a whole with its reason, and no file can run code."""
 
 from __future__ import annotations
 
@@ -30,15 +30,8 @@ from tests.sssd_fast import vit_by_hand
 
 
 def small(**overrides: object) -> ModelConfig:
-    sizes = {
-        "image_size": (64, 64),
-        "width": 24,
-        "depth": 3,
-        "heads": 3,
-        "decoder_width": 16,
-        "decoder_depth": 2,
-        "decoder_heads": 2,
-    }
+    sizes = {"image_size": (64, 64), "width": 24, "depth": 3, "heads": 3}
+    sizes |= {"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2}
     return ModelConfig(**sizes | overrides)
 
 
@@ -94,7 +87,7 @@ def new_names_of_transformers_5(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("naming", ["sssd_fast", "sssd", "mae", "huggingface", "huggingface_5"])
-def test_every_naming_of_an_autoencoder_gives_the_same_model(naming: str, wrapper: str) -> None:
+def test_load_into_accepts_every_naming_of_an_autoencoder(naming: str, wrapper: str) -> None:
     source, target = mae(), mae()
     state = {
         "sssd_fast": source.state_dict,
@@ -117,9 +110,7 @@ def test_every_naming_of_an_autoencoder_gives_the_same_model(naming: str, wrappe
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_a_classifier_survives_a_safetensors_file_under_timm_names(
-    tmp_path: Path, pool: str
-) -> None:
+def test_save_safetensors_keeps_a_classifier_under_timm_names(tmp_path: Path, pool: str) -> None:
     source, target = classifier(3, pool), classifier(3, pool)
     save_safetensors(tmp_path / "vit.safetensors", source, "timm")
     load_into(target, tmp_path / "vit.safetensors")
@@ -128,10 +119,11 @@ def test_a_classifier_survives_a_safetensors_file_under_timm_names(
         metadata = file.metadata()
     assert (metadata["format"], metadata["names"]) == ("pt", "timm")
     assert ModelConfig.model_validate_json(metadata["config"]) == source.config
-    assert list(tmp_path.iterdir()) == [tmp_path / "vit.safetensors"]  # no temporary file is left
+    # no temporary file is left
+    assert list(tmp_path.iterdir()) == [tmp_path / "vit.safetensors"]
 
 
-def test_exported_names_are_timms() -> None:
+def test_export_state_has_the_names_of_timm() -> None:
     """The exact set that timm's VisionTransformer(global_pool="avg") and ("token") hold, with the position table's batch axis."""
     layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     block = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
@@ -152,7 +144,7 @@ def test_exported_names_are_timms() -> None:
     assert export_state(mae(), "timm")["pos_embed"].shape == (1, 17, 24)
 
 
-def test_exports_that_would_change_the_model_are_refused() -> None:
+def test_export_state_rejects_what_would_change_the_model() -> None:
     with pytest.raises(
         WeightsError, match="always has a cls token, this model has none; export it as 'timm'"
     ):
@@ -166,7 +158,7 @@ def test_exports_that_would_change_the_model_are_refused() -> None:
 # ---- what goes where ----
 
 
-def test_the_released_encoder_of_facebookresearch_mae_loads_into_an_autoencoder() -> None:
+def test_load_into_accepts_a_released_mae_encoder() -> None:
     """mae_pretrain_vit_*.pth hold the encoder alone: the decoder stays as initialised, and the report says so."""
     source, target = mae(), mae()
     before = snapshot(target)
@@ -182,7 +174,7 @@ def test_the_released_encoder_of_facebookresearch_mae_loads_into_an_autoencoder(
 
 
 @pytest.mark.parametrize("decoder", [True, False])
-def test_a_classifier_takes_the_encoder_of_an_autoencoder(decoder: bool) -> None:
+def test_load_into_gives_a_classifier_the_encoder_of_an_autoencoder(decoder: bool) -> None:
     """As facebookresearch/mae: with mean pooling the final norm is dropped, fc_norm and head start fresh; none of it is a problem."""
     source = mae()
     state = export_state(source, "timm", decoder=decoder)
@@ -206,7 +198,7 @@ def test_a_classifier_takes_the_encoder_of_an_autoencoder(decoder: bool) -> None
         )
 
 
-def test_part_encoder_leaves_decoder_norm_and_head_alone() -> None:
+def test_part_encoder_keeps_decoder_norm_and_head() -> None:
     for source, target in ((mae(), mae()), (classifier(), classifier())):
         before = snapshot(target)
         report = load_into(target, source.state_dict(), part="encoder")
@@ -219,7 +211,7 @@ def test_part_encoder_leaves_decoder_norm_and_head_alone() -> None:
         }
 
 
-def test_a_head_of_other_classes_is_dropped_with_its_reason() -> None:
+def test_head_of_other_classes_is_not_used() -> None:
     target = classifier(2)
     before = snapshot(target)
     report = load_into(target, export_state(classifier(1000), "timm"))
@@ -231,7 +223,7 @@ def test_a_head_of_other_classes_is_dropped_with_its_reason() -> None:
     assert {row.name for row in report.rows("new")} == {"head.weight", "head.bias"}
 
 
-def test_the_checkpoint_of_a_pre_training_run_loads_into_a_classifier(tmp_path: Path) -> None:
+def test_pretraining_checkpoint_loads_into_a_classifier(tmp_path: Path) -> None:
     config = Config.model_validate(
         {
             "model": small().model_dump(),
@@ -259,7 +251,7 @@ def test_the_checkpoint_of_a_pre_training_run_loads_into_a_classifier(tmp_path: 
     )
 
 
-def test_a_source_without_cls_token_loads_and_the_other_way_round() -> None:
+def test_cls_token_may_be_missing_in_source_or_model() -> None:
     bare, with_cls = mae(cls_token=False), mae()
     report = load_into(bare, export_state(with_cls, "timm", decoder=True))
     assert torch.equal(bare.encoder.pos_embed, with_cls.encoder.pos_embed[1:])
@@ -277,7 +269,7 @@ def test_a_source_without_cls_token_loads_and_the_other_way_round() -> None:
     assert "0 -> 1 prefix rows" in report.table()
 
 
-def test_layer_scale_and_missing_qkv_bias_of_timm_are_folded_exactly() -> None:
+def test_layer_scale_and_missing_qkv_bias_are_folded_exactly() -> None:
     source, target = classifier(), classifier()
     state = export_state(source, "timm")
     for i in range(3):
@@ -316,8 +308,12 @@ def test_three_to_one_channel_keeps_the_tokens_of_a_grey_image(patch: int) -> No
     grey = mae(patch_size=patch)
     report = load_into(grey, colour.state_dict())
     image = torch.randint(
-        0, 256, (2, 1, 64, 64), dtype=torch.uint8
-    )  # both models: mean 0.5, std 0.25 in every channel
+        0,
+        256,
+        (2, 1, 64, 64),
+        dtype=torch.uint8,
+        # both models: mean 0.5, std 0.25 in every channel
+    )
     torch.testing.assert_close(
         grey.encoder(image), colour.encoder(image.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4
     )
@@ -342,8 +338,10 @@ def test_one_to_three_channels_keeps_the_tokens_of_a_grey_image() -> None:
     )
     noise = torch.rand(2, 16)
     want = grey.reconstruct(image, noise)[0].repeat_interleave(
-        3, -1
-    )  # (row, column, channel): each pixel three times
+        3,
+        -1,
+        # (row, column, channel): each pixel three times
+    )
     torch.testing.assert_close(
         colour.reconstruct(image.expand(-1, 3, -1, -1), noise)[0], want, rtol=1e-4, atol=1e-4
     )
@@ -369,7 +367,8 @@ def test_source_norm_makes_the_change_of_pixel_scale_exact(
     load_into(target, export_state(imagenet, "timm"))
     assert (
         target.encoder(image.expand(-1, channels, -1, -1)) - want
-    ).abs().max() > 1e-2  # what the fold is for
+        # what the fold is for
+    ).abs().max() > 1e-2
 
 
 def test_source_norm_from_one_channel_to_three() -> None:
@@ -391,7 +390,7 @@ def test_source_norm_of_the_wrong_length_is_refused() -> None:
         )
 
 
-def test_a_known_difference_in_pixel_scale_is_noted(tmp_path: Path) -> None:
+def test_load_into_notes_another_pixel_scale(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "a.safetensors", mae(mean=(0.3,), norm_eps=1e-5), "timm")
     report = load_into(mae(), tmp_path / "a.safetensors")
     assert len(report.notes) == 2
@@ -406,7 +405,7 @@ def test_a_known_difference_in_pixel_scale_is_noted(tmp_path: Path) -> None:
     ("source", "target"),
     [((64, 64), (96, 96)), ((96, 96), (64, 64)), ((64, 64), (48, 112)), ((96, 96), (32, 64))],
 )
-def test_positions_are_interpolated_as_images_and_prefix_rows_kept(
+def test_positions_are_interpolated_and_prefix_rows_kept(
     source: tuple[int, int], target: tuple[int, int]
 ) -> None:
     old, new = mae(image_size=source), mae(image_size=target)
@@ -439,25 +438,26 @@ def test_interpolated_positions_stay_in_place() -> None:
     torch.testing.assert_close(image, image[:, :1].expand_as(image))
 
 
-def test_a_square_table_is_not_taken_for_a_flat_one_of_as_many_patches() -> None:
+def test_positions_of_a_square_grid_are_not_read_as_a_flat_one() -> None:
     """4 x 4 patches and 2 x 8 patches have tables of the same size."""
     old, new = mae(), mae(image_size=(32, 128))
     report = load_into(new, export_state(old, "timm"))
     assert not torch.equal(old.encoder.pos_embed, new.encoder.pos_embed)
     assert "4 x 4 -> 2 x 8 patches: bicubic" in report.table()
     twin = mae(image_size=(32, 128))
-    load_into(twin, new.state_dict())  # our own names: taken as it is
+    # our own names: taken as it is
+    load_into(twin, new.state_dict())
     assert torch.equal(twin.encoder.pos_embed, new.encoder.pos_embed)
 
 
-def test_the_configuration_beside_the_weights_tells_the_grid(tmp_path: Path) -> None:
+def test_positions_use_the_grid_of_the_files_configuration(tmp_path: Path) -> None:
     old, new = mae(image_size=(32, 128)), mae()
     save_safetensors(tmp_path / "flat.safetensors", old, "timm")
     report = load_into(new, tmp_path / "flat.safetensors")
     assert "2 x 8 -> 4 x 4 patches: bicubic" in report.table()
 
 
-def test_tables_without_rows_for_prefix_tokens() -> None:
+def test_positions_may_lack_rows_for_prefix_tokens() -> None:
     """timm's no_embed_class, and its register and distillation tokens, whose rows are dropped."""
     old = mae()
     state = export_state(old, "timm")
@@ -487,7 +487,7 @@ def refused(target: MAE | Classifier, state: dict[str, Tensor] | Path, **options
     return str(error.value)
 
 
-def test_another_width_is_refused_with_both_sizes() -> None:
+def test_load_into_rejects_another_width_with_both_sizes() -> None:
     message = refused(mae(), export_state(mae(width=48), "timm"))
     assert "does not fit the model; nothing was loaded" in message
     assert "encoder.cls_token is [1, 1, 48], needs [1, 1, 24]" in message
@@ -501,13 +501,13 @@ def test_another_width_is_refused_with_both_sizes() -> None:
 
 
 @pytest.mark.parametrize("depth", [2, 4, 12])
-def test_another_depth_is_refused_even_where_most_tensors_match(depth: int) -> None:
+def test_load_into_rejects_another_depth(depth: int) -> None:
     assert f"the source's encoder has {depth} blocks, the model's 3" in refused(
         mae(), export_state(mae(depth=depth), "timm")
     )
 
 
-def test_one_shape_that_does_not_fit_is_enough() -> None:
+def test_load_into_rejects_a_single_wrong_shape() -> None:
     """A random patch projection under a good encoder would be silent damage."""
     message = refused(
         mae(), mae(patch_size=8, image_size=(32, 32)).state_dict(), part="encoder", min_matched=0.0
@@ -518,7 +518,7 @@ def test_one_shape_that_does_not_fit_is_enough() -> None:
     )
 
 
-def test_a_decoder_that_does_not_fit_names_the_way_out() -> None:
+def test_load_into_with_another_decoder_names_part_encoder() -> None:
     source = mae(decoder_width=32)
     message = refused(mae(), source.state_dict())
     assert "decoder.embed.weight is [32, 24], needs [16, 24]" in message
@@ -536,7 +536,7 @@ def test_a_decoder_that_does_not_fit_names_the_way_out() -> None:
     assert "1 decoder tensors are missing: decoder.pred.bias" in refused(mae(), partial)
 
 
-def test_too_little_that_matches_lists_the_names() -> None:
+def test_load_into_lists_missing_tensors() -> None:
     state = {name: t for name, t in mae().state_dict().items() if ".attn." not in name}
     message = refused(mae(), state)
     assert (
@@ -549,7 +549,7 @@ def test_too_little_that_matches_lists_the_names() -> None:
     assert len(report.rows("missing")) == 12
 
 
-def test_a_source_with_much_more_than_the_model_is_refused() -> None:
+def test_load_into_rejects_a_source_with_many_more_tensors() -> None:
     """Gated MLPs, query and key norms: a model of another kind that shares names."""
     state = export_state(mae(), "timm")
     state |= {
@@ -562,7 +562,7 @@ def test_a_source_with_much_more_than_the_model_is_refused() -> None:
     assert "12 tensors of the source are not in the model: blocks.0.attn.q_norm.weight" in message
 
 
-def test_names_of_no_vit_are_refused_with_the_first_of_them() -> None:
+def test_load_into_rejects_unknown_names() -> None:
     message = refused(mae(), {f"layer{i}.0.conv1.weight": torch.ones(3) for i in range(9)})
     assert message.startswith("the state dict: not the weights of a ViT under known names")
     assert "the first are layer0.0.conv1.weight, layer1.0.conv1.weight" in message
@@ -571,7 +571,7 @@ def test_names_of_no_vit_are_refused_with_the_first_of_them() -> None:
 # ---- files ----
 
 
-def test_wrapped_states_and_argparse_namespaces_are_read(tmp_path: Path) -> None:
+def test_read_weights_unwraps_states_and_namespaces(tmp_path: Path) -> None:
     """What facebookresearch/mae, DeepSpeed and PyTorch Lightning write; the arguments of a run are plain data."""
     state = export_state(mae(), "timm")
     for i, content in enumerate(
@@ -603,7 +603,7 @@ def test_half_precision_weights_load_as_float32(tmp_path: Path) -> None:
     assert {row.how for row in report.rows("converted")} == {"from bfloat16"}
 
 
-def test_sharded_folders_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_read_weights_reads_all_shards_or_none(tmp_path: Path) -> None:
     state = export_state(mae(), "huggingface")
     names = sorted(state)
     shards = {
@@ -638,7 +638,7 @@ class _Evil:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("ending", ["pth", "pt", "bin", "ckpt"])
-def test_a_file_that_would_run_code_is_refused(
+def test_read_weights_never_runs_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool, ending: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -668,7 +668,7 @@ def test_a_file_that_would_run_code_is_refused(
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_a_bare_pickle_is_refused(
+def test_read_weights_rejects_a_bare_pickle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -680,12 +680,13 @@ def test_a_bare_pickle_is_refused(
     assert "a.pt" in str(error.value)
     assert "weights_only" not in str(
         error.value
-    )  # torch's own message advises to switch the protection off
+        # torch's own message advises to switch the protection off
+    )
     assert not (tmp_path / "evil").exists()
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_truncated_files_say_so(tmp_path: Path, kind: str) -> None:
+def test_read_weights_reports_truncated_files(tmp_path: Path, kind: str) -> None:
     whole = tmp_path / ("whole.safetensors" if kind == "safetensors" else "whole.pth")
     if kind == "safetensors":
         save_safetensors(whole, mae(), "timm")
@@ -706,7 +707,7 @@ def test_truncated_files_say_so(tmp_path: Path, kind: str) -> None:
             read_weights(cut)
 
 
-def test_not_a_number_is_refused_by_name(tmp_path: Path) -> None:
+def test_read_weights_names_the_tensor_with_nan(tmp_path: Path) -> None:
     state = export_state(mae(), "timm")
     state["blocks.1.mlp.fc1.bias"][3] = float("nan")
     torch.save(state, tmp_path / "nan.pth")
@@ -716,7 +717,7 @@ def test_not_a_number_is_refused_by_name(tmp_path: Path) -> None:
         read_weights(tmp_path / "nan.pth")
 
 
-def test_paths_and_contents_that_cannot_be_weights(tmp_path: Path) -> None:
+def test_read_weights_rejects_other_paths_and_contents(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="do not exist"):
         read_weights(tmp_path / "none.pth")
     (tmp_path / "a.npz").write_bytes(b"PK")
@@ -734,7 +735,7 @@ def test_paths_and_contents_that_cannot_be_weights(tmp_path: Path) -> None:
         read_weights(tmp_path / "list.pt")
 
 
-def test_the_table_groups_blocks_and_tells_every_conversion() -> None:
+def test_table_groups_blocks_and_lists_conversions() -> None:
     state = export_state(classifier(1000, in_channels=3), "timm") | {"odd.weight": torch.ones(1)}
     del state["blocks.1.norm2.bias"]
     lines = load_into(classifier(), state).table().splitlines()
@@ -761,10 +762,11 @@ def test_the_table_groups_blocks_and_tells_every_conversion() -> None:
         .splitlines()
     )
     assert "not used   decoder.* (32 tensors) [a classifier has no decoder]" in lines
-    assert sum(line.startswith("not used") for line in lines) == 3  # and the two of the final norm
+    # and the two of the final norm
+    assert sum(line.startswith("not used") for line in lines) == 3
 
 
-def test_exported_tensors_share_no_memory_with_the_model() -> None:
+def test_export_state_shares_no_memory_with_the_model() -> None:
     model = classifier(pool="cls")
     for format_ in ("timm", "huggingface"):
         state = export_state(model, format_)
@@ -775,7 +777,7 @@ def test_exported_tensors_share_no_memory_with_the_model() -> None:
         assert same(before, model.state_dict())
 
 
-def test_saved_safetensors_hold_what_was_exported(tmp_path: Path) -> None:
+def test_save_safetensors_holds_the_exported_state(tmp_path: Path) -> None:
     model = mae()
     save_safetensors(tmp_path / "a.safetensors", model, "huggingface", decoder=True)
     assert same(
