@@ -1,6 +1,7 @@
 """Fused ops of masked autoencoders with self-distillation, for any PyTorch project.
 
-Each op is one function, with Triton kernels on NVIDIA GPUs and plain PyTorch elsewhere. kernels/README.md lists them.
+Each op is one function, with Triton kernels on NVIDIA GPUs and plain PyTorch elsewhere.
+kernels/README.md lists them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Argument checks shared by the ops: every message names the argument, what it got and what it needs.
+"""Argument checks shared by the ops: every message names the argument, what it got and what it
+needs.
 
-Shapes: B images, C channels, H x W pixels, P patch side, L = (H/P)*(W/P) patches, K or M listed patches.
+Shapes: B images, C channels, H x W pixels, P patch side, L = (H/P)*(W/P) patches, K or M listed
+patches.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ _debug = False
 
 
 def debug_checks(enabled: bool = True) -> None:
-    """Also check what needs a device synchronisation on CUDA, or a sort: ids and boxes in range, ids_restore a permutation.
+    """Also check what needs a device synchronisation on CUDA, or a sort: ids and boxes in range,
+    ids_restore a permutation.
 
     On the CPU the range is always checked in eager mode, because it is nearly free there.
     """
@@ -24,7 +27,7 @@ def debug_checks(enabled: bool = True) -> None:
 
 
 def can_look(x: Tensor) -> bool:
-    """Whether the values of x may be read now: on the CPU in eager mode, on CUDA with debug_checks."""
+    """Whether x may be read now: on the CPU in eager mode, on CUDA with debug_checks."""
     if torch.compiler.is_compiling() or is_fake(x):
         return False
     return x.device.type == "cpu" or (x.device.type == "cuda" and _debug)
@@ -51,7 +54,9 @@ def check_floating(name: str, x: Tensor) -> None:
 def check_shape(
     name: str, x: Tensor, shape: Sequence[int | None], meaning: str, hint: str = ""
 ) -> None:
-    """`shape` holds the size needed in each dimension, None for any size; `meaning` is its spelling."""
+    """`shape` holds the size needed in each dimension, None for any size; `meaning` is its
+    spelling.
+    """
     ok = x.dim() == len(shape) and all(
         need is None or got == need for got, need in zip(x.shape, shape, strict=True)
     )
@@ -101,13 +106,14 @@ def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:
         raise ValueError(f"images: got shape {tuple(images.shape)}, needs C, H and W of at least 1")
     if height % patch_size != 0 or width % patch_size != 0:
         raise ValueError(
-            f"images: got {height} x {width} pixels, needs a height and width divisible by patch_size = {patch_size}"
+            f"images: got {height} x {width} pixels, "
+            f"needs a height and width divisible by patch_size = {patch_size}"
         )
     return height // patch_size, width // patch_size
 
 
 def check_ids(name: str, ids: Tensor, rows: int, upper: int, *, distinct: bool = False) -> None:
-    """ids [B, any] int64 in [0, upper); `distinct`: within a row, looked at with debug_checks only."""
+    """ids [B, any] int64 in [0, upper); `distinct` in a row: with debug_checks only."""
     check_dtype(name, ids, torch.int64)
     check_shape(name, ids, (rows, None), "[B, K]")
     if ids.numel() == 0 or not can_look(ids):

@@ -1,9 +1,11 @@
-"""Pixels of listed patches as vectors, in plain torch: what the gather and loss ops mean by a patch.
+"""Pixels of listed patches as vectors, in plain torch: what the gather and loss ops mean by a
+patch.
 
-Images are uint8 or float [B,C,H,W] with any strides. uint8 pixels are used as x / 255, then (x - mean) / std if mean or
-std is given; float pixels are used as they are, then (x - mean) / std if mean or std is given.
-mean and std travel through the ops as one small tensor, `stats` [4, C]: mean, std, and what the kernels use instead,
-x * scale + shift with scale = 1 / (255 std) or 1 / std, and shift = -mean / std.
+Images are uint8 or float [B,C,H,W] with any strides. uint8 pixels are used as x / 255, then (x -
+mean) / std if mean or std is given; float pixels are used as they are, then (x - mean) / std if
+mean or std is given. mean and std travel through the ops as one small tensor, `stats` [4, C]: mean,
+std, and what the kernels use instead, x * scale + shift with scale = 1 / (255 std) or 1 / std, and
+shift = -mean / std.
 Shapes: B images, C channels, P patch side, K listed patches, V = P*P*C values per patch.
 """
 
@@ -32,7 +34,8 @@ def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
 def pixel_stats(images: Tensor, mean: Numbers, std: Numbers) -> Tensor | None:
     """`stats` [4, C] on the images' device; None if pixels are used as they are.
 
-    Raises TypeError or ValueError naming mean or std. fp64 on the CPU, where the reference may need it, else fp32.
+    Raises TypeError or ValueError naming mean or std. fp64 on the CPU, where the reference may need
+    it, else fp32.
     """
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     if mean is None and std is None and unit == 1:
@@ -52,7 +55,8 @@ def pixel_stats(images: Tensor, mean: Numbers, std: Numbers) -> Tensor | None:
     plain = type(images) is Tensor and not torch.compiler.is_compiling()
     if plain and not (images.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _kept_stats(means, stds, unit, images.device, dtype)
-    # in a trace, on fake tensors and in a CUDA graph's capture: fills on the device, which a compiler joins to one kernel
+    # in a trace, on fake tensors and in a CUDA graph's capture: fills on the device, which a
+    # compiler joins to one kernel
     rows = _rows(means, stds, unit)
     fills = [torch.full((1,), x, dtype=dtype, device=images.device) for row in rows for x in row]
     return torch.cat(fills).view(4, channels)
@@ -99,7 +103,7 @@ def _tensor_per_channel(
     images: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """A tensor's values are not looked at: that would wait for the GPU."""
+    """The values of a tensor are not checked: that would wait for the GPU."""
     if not isinstance(value, Tensor):
         numbers = _numbers_per_channel(name, value, channels)
         return torch.cat([torch.full((1,), v, dtype=dtype, device=images.device) for v in numbers])
@@ -124,7 +128,9 @@ def listed_pixels(
     order: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """[B,K,V] in `dtype`; order "crp" = (channel, row, column), "rpc" = (row, column, channel); ids None = all."""
+    """[B,K,V] in `dtype`; order "crp" = (channel, row, column), "rpc" = (row, column, channel); ids
+    None = all.
+    """
     grid_cols = images_BCHW.shape[3] // patch_size
     # a view for any strides: unflatten only splits dimensions
     x = torch.unflatten(
@@ -147,17 +153,22 @@ def listed_pixels(
 
 
 def kernel_stats(images_BCHW: Tensor, stats_4C: Tensor | None) -> tuple[Tensor, bool]:
-    """What a kernel takes: the statistics in fp32, or the images if there are none, and whether there are any."""
+    """What a kernel takes: the statistics in fp32, or the images if there are none, and whether
+    there are any.
+    """
     return (images_BCHW, False) if stats_4C is None else (stats_4C.float(), True)
 
 
 @jit
 def scale_pixels(x, STATS, channel, C: tl.constexpr, HAS_STATS: tl.constexpr):
-    """x * scale + shift in fp32 by each value's channel; STATS is [4, C], and `channel` is smaller than C."""
+    """x * scale + shift in fp32 by each value's channel; STATS is [4, C], and `channel` is smaller
+    than C.
+    """
     x = x.to(tl.float32)
     if HAS_STATS:
         if C <= 4:
-            # a choice between scalars costs less than a load per value, whose layout would have to be converted
+            # a choice between scalars costs less than a load per value, whose layout would have to
+            # be converted
             scale = tl.load(STATS + 2 * C)
             shift = tl.load(STATS + 3 * C)
             for c in tl.static_range(1, C):

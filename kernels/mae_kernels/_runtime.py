@@ -1,8 +1,8 @@
 """Which implementation of an op runs, and how a kernel is started.
 
-Each op is a functional `torch.library.triton_op` that branches on the device inside its function, because that function
-is what torch.compile traces again, on any device. Its backward is a second op. Triton is optional: without it the
-kernels below are plain functions that nobody calls.
+Each op is a functional `torch.library.triton_op` that branches on the device inside its function,
+because that function is what torch.compile traces again, on any device. Its backward is a second
+op. Triton is optional: without it the kernels are plain functions that are never called.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ def triton_module() -> Any:
     """The triton package. Raises RuntimeError when it is not installed."""
     if not HAVE_TRITON:
         raise RuntimeError(
-            "triton: not installed; the CUDA builds of torch bring it, for others `pip install triton`"
+            "triton: not installed; the CUDA builds of torch bring it, "
+            "for others `pip install triton`"
         )
     return triton
 
 
-# TRITON_INTERPRET=1 makes Triton run kernels in Python on CPU tensors: for tests, with the backend "triton"
+# TRITON_INTERPRET=1 makes Triton run kernels in Python on CPU tensors: for tests, with the backend
+# "triton"
 INTERPRET = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 BACKENDS = ("auto", "triton", "reference", "registered")
 OLDEST_ARCHITECTURE = 75
@@ -63,13 +65,15 @@ _pretending = False  # inside `as_on_gpu`
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the implementation inside a `with` block: "auto", "triton", "reference" or "registered".
+    """Choose the implementation inside a `with` block: "auto", "triton", "reference" or
+    "registered".
 
-    "reference" is plain torch with torch's own autograd. "auto" takes the kernels on a GPU where they can run, and plain
-    torch elsewhere. "triton" raises RuntimeError, with the reason, where an op's kernels cannot run. "registered" is "auto",
-    except that the registered op and its own backward run on the CPU too: for tests of what a compiler sees.
-    The environment variable MAE_KERNELS_BACKEND sets the choice at import. A compiled function keeps the choice that
-    was in force when it was traced. Raises ValueError for any other name.
+    "reference" is plain torch with torch's own autograd. "auto" takes the kernels on a GPU where
+    they can run, and plain torch elsewhere. "triton" raises RuntimeError, with the reason, where an
+    op's kernels cannot run. "registered" is "auto", except that the registered op and its own
+    backward run on the CPU too: for tests of what a compiler sees. The environment variable
+    MAE_KERNELS_BACKEND sets the choice at import. A compiled function keeps the choice that was in
+    force when it was traced. Raises ValueError for any other name.
     """
     global _backend
     if name not in BACKENDS:
@@ -84,7 +88,8 @@ def backend(name: str) -> Iterator[None]:
 def wants_reference(on: Tensor) -> bool:
     """Whether a public function takes the reference, past its registered op.
 
-    On the CPU it does unless the backend is "triton": what an op saves in memory by computing twice costs time there.
+    On the CPU it does unless the backend is "triton": what an op saves in memory by computing twice
+    costs time there.
     """
     return _backend == "reference" or (_backend == "auto" and not on.is_cuda and not _pretending)
 
@@ -100,7 +105,9 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 
 def architecture(device: torch.device) -> int:
-    """75 for sm_75 and so on; 75 under the interpreter; the architecture asked for while the lint records."""
+    """75 for sm_75 and so on; 75 under the interpreter; the architecture of record_launches while
+    it records.
+    """
     if _recording is not None:
         return _recording[0]
     if device.type != "cuda":
@@ -110,7 +117,9 @@ def architecture(device: torch.device) -> int:
 
 
 def why_not_triton(op: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """The reason why the op's kernels cannot run on this device with these dtypes; None when they can."""
+    """The reason why the op's kernels cannot run on this device with these dtypes; None when they
+    can.
+    """
     if not HAVE_TRITON:
         return "triton is not installed"
     if device.type == "cpu" and not INTERPRET and not _pretending:
@@ -132,15 +141,15 @@ def why_not_triton(op: str, device: torch.device, *dtypes: torch.dtype) -> str |
 def use_triton(
     op: str, device: torch.device, *dtypes: torch.dtype, refused: str | None = None
 ) -> bool:
-    """Whether the op's kernels run; `refused` is a reason of the op's own against them.
+    """Whether the op's kernels run; `refused` is the op's reason against them, if any.
 
     Raises RuntimeError, with the reason, when the backend is "triton" and they cannot.
     """
     reason = why_not_triton(op, device, *dtypes) or refused
     if _backend == "triton" and reason is not None:
-        raise RuntimeError(f"{op}: backend 'triton' was asked for, but {reason}")
+        raise RuntimeError(f"{op}: backend 'triton' was requested, but {reason}")
     if device.type == "cpu" and _backend != "triton" and not _pretending:
-        return False  # the interpreter is for tests that ask for it
+        return False  # the interpreter is for tests that request it
     return _backend != "reference" and reason is None
 
 
@@ -154,7 +163,9 @@ class Launch(NamedTuple):
 
 @contextmanager
 def record_launches(arch: int) -> Iterator[list[Launch]]:
-    """Inside the block, ops on meta tensors choose their kernels as for sm_<arch>, and launches are only recorded."""
+    """Inside the block, ops on meta tensors choose their kernels as for sm_<arch>, and launches are
+    only recorded.
+    """
     global _recording
     launches: list[Launch] = []
     _recording = (arch, launches)
@@ -166,10 +177,11 @@ def record_launches(arch: int) -> Iterator[list[Launch]]:
 
 @contextmanager
 def as_on_gpu(capability: tuple[int, int]) -> Iterator[None]:
-    """Inside the block, ops on fake tensors choose what they choose on a GPU of that compute capability.
+    """Inside the block, ops on fake tensors choose what they choose on a GPU of that compute
+    capability.
 
-    No kernel starts. With torch's FakeTensorMode on the CPU this shows what a step would allocate on a
-    GPU that is not there.
+    No kernel starts. With torch's FakeTensorMode on the CPU this shows what a step would allocate
+    on a GPU that is not there.
     """
     global _recording, _pretending
     _recording, _pretending = (10 * capability[0] + capability[1], None), True
@@ -219,8 +231,9 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-# Tiles of the memory-bound kernels, by (oldest architecture, widest tile row): (elements per program, warps).
-# The first line that fits holds. Chosen from the 16 bytes a thread loads at once; not tuned on any GPU yet.
+# Tiles of the memory-bound kernels, by (oldest architecture, widest tile row): (elements per
+# program, warps). The first line that fits holds. Chosen from the 16 bytes a thread loads at once;
+# not tuned on any GPU yet.
 TILES: tuple[tuple[int, int, int, int], ...] = (
     (75, 1024, 2048, 4),
     (75, 4096, 4096, 8),
@@ -239,15 +252,19 @@ def rows_per_program(device: torch.device, width: int) -> tuple[int, int]:
 
 
 def column_block(width: int) -> int:
-    """The widest power of two up to 512 that divides the width, when it is at least 64; else one padded block."""
+    """The widest power of two up to 512 that divides the width, when it is at least 64; else one
+    padded block.
+    """
     divisor = width & -width
     return min(divisor, 512) if divisor >= 64 else min(next_power_of_2(width), 512)
 
 
 def info() -> dict[str, str | None]:
-    """For each op: None if its Triton kernels would run on this machine, else the reason why they would not.
+    """For each op: None if its Triton kernels would run on this machine, else the reason why they
+    would not.
 
-    A single call can still be refused, because of its sizes or dtype; the backend "triton" raises the reason then.
+    A single call can still be refused, because of its sizes or dtype; the backend "triton" raises
+    the reason then.
     """
     device = (
         torch.device("cuda", torch.cuda.current_device())

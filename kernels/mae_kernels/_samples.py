@@ -1,8 +1,9 @@
-"""Example inputs of every op: one declaration that lint, tests, sanitizer and benchmarks iterate over.
+"""Example inputs of every op: one declaration that lint, tests, sanitizer and benchmarks iterate
+over.
 
-Each op file ends with a function `samples()` that lists its calls. A sample makes its tensors from a `Draw`, which knows
-the device, dtype and batch size, so the same declaration serves a CPU test in fp64, a GPU test in bf16 and the lint, which
-runs on meta tensors.
+Each op file ends with a function `samples()` that lists its calls. A sample makes its tensors from
+a `Draw`, which knows the device, dtype and batch size, so the same declaration serves a CPU test in
+fp64, a GPU test in bf16 and the lint, which runs on meta tensors.
 
     for sample in mae_kernels.samples():
         tensors, options = sample.make(Draw("cpu", torch.float32, batch=3))
@@ -23,6 +24,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 Layout = Literal["nchw uint8", "nhwc uint8", "nchw float", "nhwc float"]
+Size = Literal["small", "model"]
 # The tensors of a call by argument name, and its other arguments
 Made = tuple[Mapping[str, Tensor | None], dict[str, Any]]
 
@@ -35,8 +37,9 @@ class Draw:
         device: of the tensors. On "meta" they have no values.
         dtype: of floating point tensors, unless the call names another one.
         batch: B, the number of images.
-        generator: where the random numbers come from. They are drawn on its device and in fp32, then moved and rounded, so
-            that one seed gives the same values on every device and, up to rounding, in every dtype. None draws on `device`.
+        generator: where the random numbers come from. They are drawn on its device and in fp32,
+            then moved and rounded, so that one seed gives the same values on every device and, up
+            to rounding, in every dtype. None draws on `device`.
     """
 
     device: torch.device | str = "cpu"
@@ -72,7 +75,9 @@ class Draw:
         return x / 255 if layout.endswith("float") else x
 
     def ids(self, patches: int, count: int) -> Tensor:
-        """[B, count] int64: different patches of each image in random order; a permutation with count = patches."""
+        """[B, count] int64: different patches of each image in random order; a permutation with
+        count = patches.
+        """
         return self.uniform(self.batch, patches).topk(count).indices
 
     def mask(self, *shape: int, share: float = 0.75) -> Tensor:
@@ -82,19 +87,23 @@ class Draw:
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of one op: `sample.function(**tensors, **options)` with `tensors, options = sample.make(draw)`.
+    """One call of one op: `sample.function(**tensors, **options)` with `tensors, options =
+    sample.make(draw)`.
 
     Args:
         op: name of the public function.
         name: what is special about this call.
         function: the public function.
         make: makes the tensors, some of them perhaps None, and the other arguments.
-        gradients: the tensors that get a gradient. They have the dtype of the draw; the others may not.
-        size: "small" for odd sizes that a CPU or the interpreter computes at once; "model" for sizes of real models.
+        gradients: the tensors that get a gradient. They have the dtype of the draw; the others may
+        not.
+        size: "small" for odd sizes that a CPU or the interpreter computes at once; "model" for
+        sizes of real models.
         half_only: on a GPU the kernels run in fp16 and bf16 only.
         wide: the layout allows accesses of 16 bytes in every kernel.
         min_arch, max_arch: the kernels run from sm_<min_arch> to sm_<max_arch>.
-        out_of_range: for tensors of indices, a value that is out of range. A kernel that finds it must not read there.
+        out_of_range: for tensors of indices, a value that is out of range. A kernel that finds it
+            must not read there.
     """
 
     op: str
@@ -102,7 +111,7 @@ class Sample:
     function: Callable[..., Any]
     make: Callable[[Draw], Made]
     gradients: tuple[str, ...] = ()
-    size: Literal["small", "model"] = "small"
+    size: Size = "small"
     half_only: bool = False
     wide: bool = True
     min_arch: int = 75
@@ -118,7 +127,9 @@ SampleList = Callable[[], list[Sample]]
 
 @dataclass(frozen=True)
 class Op:
-    """What an op file declares: its samples, and the oldest architecture (75 = sm_75) that its kernels run on."""
+    """What an op file declares: its samples, and the oldest architecture (75 = sm_75) that its
+    kernels run on.
+    """
 
     samples: SampleList
     oldest: int
@@ -129,7 +140,9 @@ OPS: dict[str, Op] = {}
 
 
 def declares(*ops: str, oldest: int = 75) -> Callable[[SampleList], SampleList]:
-    """Decorates the function `samples` of an op file: declares its ops, whose kernels run from sm_<oldest> on."""
+    """Decorates the function `samples` of an op file: declares its ops, whose kernels run from
+    sm_<oldest> on.
+    """
 
     def declare(function: SampleList) -> SampleList:
         for op in ops:

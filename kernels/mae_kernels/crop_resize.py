@@ -1,23 +1,28 @@
-"""Random-resized crops of images that lie decoded, back to back, in one uint8 tensor: cut, resize, mirror.
+"""Random-resized crops of decoded images, back to back in one uint8 tensor: crop, resize, mirror.
 
-    first pass, along rows:      line[y, j] = round( sum_x k(((x + 1/2) - (j + 1/2) sx) / max(sx, 1)) box[y, x] / sum_x k(...) )
+    first pass, along rows:      line[y, j] = round(sum_x k(t) box[y, x] / sum_x k(t))
+                                 with t = ((x + 1/2) - (j + 1/2) sx) / max(sx, 1)
     second pass, along columns:  out[i, j]  = round( the same sum over y of line[y, j], with sy )
-    sx = box width / output width, sy = box height / output height; round = half up, clipped to 0..255
-    k(t) = 1.5 |t|^3 - 2.5 |t|^2 + 1 for |t| < 1;  -0.5 |t|^3 + 2.5 |t|^2 - 4 |t| + 2 for |t| < 2;  0 beyond
+    sx = box width / output width, sy = box height / output height; round = half up, clipped to
+    0..255
+    k(t) = 1.5 |t|^3 - 2.5 |t|^2 + 1 for |t| < 1
+         = -0.5 |t|^3 + 2.5 |t|^2 - 4 |t| + 2 for 1 <= |t| < 2; 0 beyond
 
-The sums run over the pixels of the box alone: nothing outside it is read (crop, then resize). A mirrored image takes its
-columns from right to left.
-Source: Keys, Cubic convolution interpolation for digital image processing, IEEE TASSP 29 (1981), a = -1/2. The wider kernel
-when an image shrinks and the two rounded passes are those of Pillow's `Image.resize(BICUBIC)` and of torch's uint8
-`interpolate(mode="bicubic", antialias=True)`. Pillow 13 takes the columns first where that is less work, as for tall boxes
-that shrink; it then differs, by several grey levels on noise.
+The sums run over the pixels of the box alone: nothing outside it is read (crop, then resize). A
+mirrored image takes its columns from right to left.
+Source: Keys, Cubic convolution interpolation for digital image processing, IEEE TASSP 29 (1981), a
+= -1/2. The wider kernel when an image shrinks and the two rounded passes are those of Pillow's
+`Image.resize(BICUBIC)` and of torch's uint8 `interpolate(mode="bicubic", antialias=True)`. Pillow
+13 takes the columns first where that is less work, as for tall boxes that shrink; it then differs,
+by several grey levels on noise.
 
-On the CPU each image goes through torch's `interpolate`, whose weights are 16-bit numbers: 1 grey level off here and there.
-On a GPU one launch does all: a program makes BLOCK_H x BLOCK_W pixels of one channel. It walks over the rows of the box
-that these need, ROWS at a time: weights along rows are computed once for ROWS of them, and nothing between the passes is
-written. Distances to a kernel's centre are whole numbers over a common denominator, so exact.
-There an image that does not lie in `pixels`, or a box that does not lie in its image, which only debug_checks reports,
-gives zeros, and nothing of it is read.
+On the CPU each image goes through torch's `interpolate`, whose weights are 16-bit numbers: 1 grey
+level off here and there. On a GPU one launch does all: a program makes BLOCK_H x BLOCK_W pixels of
+one channel. It walks over the rows of the box that these need, ROWS at a time: weights along rows
+are computed once for ROWS of them, and nothing between the passes is written. Distances to a
+kernel's centre are whole numbers over a common denominator, so exact. There an image outside
+`pixels` or a box outside its image, which only debug_checks reports, gives zeros, and nothing of it
+is read.
 
 Shapes: B images, T values in all, C channels, h x w pixels of the result.
 """
@@ -30,7 +35,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,16 +44,18 @@ from torch.library import custom_op, triton_op
 
 from ._checks import can_look, check_dtype, check_int, check_same_device, check_shape
 from ._runtime import jit, launch, next_power_of_2, tl, use_triton, wants_reference
-from ._samples import Draw, Made, Sample, declares
+from ._samples import Draw, Made, Sample, Size, declares
 
 MAX_SIDE = 2**17  # of an image, and
 MAX_RESULT = 2**12  # of a result: (2 x + 1) h and (2 i + 1) H stay below 2^31
 MAX_CHANNELS = 4
 
 
-# ---------------------------------------------------------------------------------------------------- reference
+# ---- reference ----
 def _resize(crop_HWC: Tensor, h: int, w: int) -> Tensor:
-    """[C, h, w] uint8. torch has the two-pass uint8 resize on the CPU only; elsewhere it is two float resizes."""
+    """[C, h, w] uint8. torch has the two-pass uint8 resize on the CPU only; elsewhere it is two
+    float resizes.
+    """
     crop_1CHW = crop_HWC.permute(2, 0, 1)[
         None
     ]  # channels-last memory, which torch resizes without a copy
@@ -74,7 +81,9 @@ def reference(
     w: int,
     channels: int,
 ) -> Tensor:
-    """One image after the other, on the CPU in as many threads as torch uses (the resize itself takes one)."""
+    """One image after the other, on the CPU in as many threads as torch uses (the resize itself
+    takes one).
+    """
     check_ranges(pixels_T, offsets_B, shapes_B2, boxes_B4, channels)
     batch = offsets_B.shape[0]
     out_BChw = torch.empty((batch, channels, h, w), dtype=torch.uint8, device=pixels_T.device)
@@ -103,7 +112,7 @@ def reference(
     return out_BChw
 
 
-# ------------------------------------------------------------------------------------------------------- kernel
+# ---- kernel ----
 @jit
 def _cubic(t):
     t = tl.abs(t)
@@ -114,7 +123,9 @@ def _cubic(t):
 
 @jit
 def _first(index, SIZE: tl.constexpr, box):
-    """The first of `box` pixels that output `index` of SIZE uses, in whole numbers: |t| < 2 and not before the box."""
+    """The first of `box` pixels that output `index` of SIZE uses, in whole numbers: |t| < 2 and not
+    before the box.
+    """
     before = (2 * index + 1) * box - 4 * tl.maximum(box, SIZE) - SIZE
     return tl.where(before < 0, 0, before // (2 * SIZE) + 1)
 
@@ -234,7 +245,8 @@ def _crop_resize_kernel(
     tl.store(OUT + at, out, mask=(i < H)[:, None] & (j < W)[None, :])
 
 
-# (BLOCK_H, BLOCK_W, ROWS): one warp each. Chosen by the instructions per pixel that the compiler makes; not tuned on a GPU
+# (BLOCK_H, BLOCK_W, ROWS): one warp each. Chosen by the instructions per pixel that the compiler
+# makes; not tuned on a GPU
 TILE = (8, 128, 4)
 
 
@@ -278,7 +290,7 @@ def _launch(
     return out_BChw
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ---- registration ----
 @custom_op("mae_kernels::crop_resize_reference", mutates_args=())
 def _reference_op(
     pixels: Tensor,
@@ -289,7 +301,7 @@ def _reference_op(
     size: list[int],
     channels: int,
 ) -> Tensor:
-    """A node of its own that no trace enters: what the reference does depends on the values of the boxes."""
+    """A node that is not traced into: the reference depends on the values of the boxes."""
     h, w = size
     return reference(pixels, offsets, shapes, boxes, flips, h, w, channels)
 
@@ -315,7 +327,7 @@ def _crop_resize_op(
     return _reference_op(pixels, offsets, shapes, boxes, flips, size, channels)
 
 
-# ------------------------------------------------------------------------------------------------------- checks
+# ---- checks ----
 def check_ranges(
     pixels_T: Tensor, offsets_B: Tensor, shapes_B2: Tensor, boxes_B4: Tensor, channels: int
 ) -> None:
@@ -346,10 +358,12 @@ def check_ranges(
     if out[b]:
         last = at + height * width * channels
         raise ValueError(
-            f"offsets: got {at} {which}, which ends at {last}, needs it inside the {pixels_T.shape[0]} of pixels"
+            f"offsets: got {at} {which}, which ends at {last}, "
+            f"needs it inside the {pixels_T.shape[0]} of pixels"
         )
     raise ValueError(
-        f"boxes: got (top, left, height, width) = {tuple(box)} {which}, needs at least one pixel, all inside the image's "
+        f"boxes: got (top, left, height, width) = {tuple(box)} {which}, "
+        f"needs at least one pixel, all inside the image's "
         f"{height} x {width}"
     )
 
@@ -391,7 +405,7 @@ def _check_arguments(
     return size[0], size[1]
 
 
-# ------------------------------------------------------------------------------------------------------- public
+# ---- public ----
 def crop_resize(
     pixels: Tensor,
     offsets: Tensor,
@@ -402,10 +416,12 @@ def crop_resize(
     *,
     channels: int = 1,
 ) -> Tensor:
-    """Crop a box of each image, resize it (antialiased bicubic), and mirror it left-right if its flip is True.
+    """Crop a box of each image, resize it (antialiased bicubic), and mirror it left-right if its
+    flip is True.
 
     Args:
-        pixels: [T] uint8, contiguous: images back to back, each [H, W, C]. Images may overlap or be listed twice.
+        pixels: [T] uint8, contiguous: images back to back, each [H, W, C]. Images may overlap or be
+        listed twice.
         offsets: [B] int64, where each image starts in `pixels`.
         shapes: [B, 2] int64, (H, W) of each image in pixels, at most 131072.
         boxes: [B, 4] int64, (top, left, height, width) in whole pixels, inside the image.
@@ -415,8 +431,9 @@ def crop_resize(
 
     Returns: [B, C, h, w] uint8, contiguous. No gradient.
 
-    Raises: TypeError or ValueError naming the argument. On a GPU images and boxes out of range are reported with
-        debug_checks only; without, such an image is all zeros, and nothing of it is read.
+    Raises: TypeError or ValueError naming the argument. On a GPU images and boxes out of range are
+        reported with debug_checks only; without, such an image is all zeros, and nothing of it is
+        read.
     """
     h, w = _check_arguments(pixels, offsets, shapes, boxes, flips, size, channels)
     if can_look(pixels) and not wants_reference(pixels):  # the reference looks itself, compiled too
@@ -424,15 +441,17 @@ def crop_resize(
     return _crop_resize_op(pixels, offsets, shapes, boxes, flips, [h, w], channels)
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
+# ---- samples ----
 def _sample(
-    size: Literal["small", "model"],
+    size: Size,
     name: str,
     channels: int,
     result: tuple[int, int],
     places: Sequence[Sequence[int]],
 ) -> Sample:
-    """`places`: height and width of the images, then (top, left, height, width) of their boxes; used in turn."""
+    """`places`: height and width of the images, then (top, left, height, width) of their boxes;
+    used in turn.
+    """
 
     def make(draw: Draw) -> Made:
         ends = [*itertools.accumulate(place[0] * place[1] * channels for place in places)]
@@ -461,7 +480,9 @@ def _sample(
 
 @declares("crop_resize")
 def samples() -> list[Sample]:
-    """Boxes that grow and shrink, whole images, images that are not square; crops of CT slices at 224."""
+    """Boxes that grow and shrink, whole images, images that are not square; crops of CT slices at
+    224.
+    """
     odd = [(13, 19, 2, 3, 11, 16), (7, 5, 0, 0, 7, 5), (21, 9, 3, 0, 18, 9)]
     slices = [(512, 512, 31, 70, 300, 411), (400, 350, 0, 0, 400, 350), (256, 300, 10, 90, 97, 131)]
     return [

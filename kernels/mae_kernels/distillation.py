@@ -1,19 +1,23 @@
 """Self-distillation loss between student and teacher logits (or features).
 
-    kind "dino":      P = softmax((teacher - center) / teacher_temp), Q = softmax(student / student_temp)
+    kind "dino":      P = softmax((teacher - center) / teacher_temp)
+                      Q = softmax(student / student_temp)
                       loss = mean over rows of -sum_k P_k log Q_k
     kind "cosine":    loss = mean over rows of 1 - cos(student, teacher)
     kind "mse":       loss = mean over all elements of (student - teacher)^2
     kind "smooth_l1": loss = mean over all elements of the smooth L1 distance, beta = 1
 
-    batch_center ("dino" only) = mean over rows of P (center_mode "prob", SD-MAE) or of the raw teacher logits
-    (center_mode "logit", DINO). It is what a running centre is updated with; it carries no gradient.
+    batch_center ("dino" only) = mean over rows of P (center_mode "prob", SD-MAE) or of the raw
+    teacher logits (center_mode "logit", DINO). It is what a running centre is updated with; it
+    carries no gradient.
 
-Source: Caron et al., DINO, arXiv 2104.14294, equation 2 and section 3.1; Luo et al., SD-MAE, arXiv 2203.16983, for
-"prob" and for letting the gradient reach the teacher; "cosine" as in SdAE, arXiv 2208.00449.
+Source: Caron et al., DINO, arXiv 2104.14294, equation 2 and section 3.1; Luo et al., SD-MAE, arXiv
+2203.16983, for "prob" and for letting the gradient reach the teacher; "cosine" as in SdAE, arXiv
+2208.00449.
 
-On a GPU "dino" is one kernel and the sums of what its programs leave, in a fixed order; the backward makes both softmaxes
-again from the logits, so nothing but the inputs is kept. The other kinds are plain torch everywhere.
+On a GPU "dino" is one kernel and the sums of what its programs leave, in a fixed order; the
+backward makes both softmaxes again from the logits, so nothing but the inputs is kept. The other
+kinds are plain torch everywhere.
 
 Shapes: [..., K]: any leading dimensions (rows), K logits or features.
 """
@@ -33,7 +37,7 @@ from torch.library import triton_op
 from ._checks import check_choice, check_floating, check_positive, check_same_device, check_shape
 from ._pixels import accumulate_dtype
 from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, tl, use_triton, wants_reference
-from ._samples import Draw, Made, Sample, declares
+from ._samples import Draw, Made, Sample, Size, declares
 
 Kind = Literal["dino", "cosine", "mse", "smooth_l1"]
 CenterMode = Literal["prob", "logit"]
@@ -41,7 +45,7 @@ KINDS = get_args(Kind)
 CENTER_MODES = get_args(CenterMode)
 
 
-# ---------------------------------------------------------------------------------------------------- reference
+# ---- reference ----
 def reference(
     student: Tensor,
     teacher: Tensor,
@@ -67,10 +71,12 @@ def reference(
     return F.smooth_l1_loss(s_RK, t_RK, reduction="sum") / (rows * s_RK.shape[1]), None
 
 
-# ------------------------------------------------------------------------------------------------------ kernels
+# ---- kernels ----
 @jit
-def softmax_pair(STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K: tl.constexpr, BLOCK_K: tl.constexpr,
-                 HAS_CENTER: tl.constexpr, STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr):  # fmt: skip
+def softmax_pair(
+    STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_CENTER: tl.constexpr, STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+):  # fmt: skip
     """Raw teacher logits, P, -log Q (0 beyond K) and the loss of one row, in fp32."""
     col = tl.arange(0, BLOCK_K)
     inside = col < K
@@ -89,10 +95,14 @@ def softmax_pair(STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K: tl.conste
 
 
 @jit
-def distillation_group(STUDENT, TEACHER, CENTER, LOSSES, PARTIAL, group, num_rows, group_rows, stride_s, stride_t,
-                       K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
-                       STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr):  # fmt: skip
-    """The losses of a group of rows, and the sum of their P (LOGIT: teacher logits) as the group's partial centre."""
+def distillation_group(
+    STUDENT, TEACHER, CENTER, LOSSES, PARTIAL, group, num_rows, group_rows, stride_s, stride_t,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
+    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+):  # fmt: skip
+    """The losses of a group of rows, and the sum of their P (LOGIT: teacher logits) as the group's
+    partial centre.
+    """
     col = tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_K], tl.float32)
     first = group.to(tl.int64) * group_rows
@@ -119,11 +129,14 @@ def distillation_group(STUDENT, TEACHER, CENTER, LOSSES, PARTIAL, group, num_row
 
 
 @jit
-def distillation_gradient_row(factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, row, stride_s, stride_t,
-                              K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr,
-                              NEEDS_TEACHER: tl.constexpr, STUDENT_TEMP: tl.constexpr,
-                              TEACHER_TEMP: tl.constexpr):  # fmt: skip
-    """d student = factor (Q - P) / student_temp, d teacher = factor P (-log Q - loss) / teacher_temp."""
+def distillation_gradient_row(
+    factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, row, stride_s, stride_t, K: tl.constexpr,
+    BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr,
+    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+):  # fmt: skip
+    """d student = factor (Q - P) / student_temp, d teacher = factor P (-log Q - loss) /
+    teacher_temp.
+    """
     _, p, minus_log_q, loss = softmax_pair(
         STUDENT,
         TEACHER,
@@ -147,29 +160,33 @@ def distillation_gradient_row(factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACH
 
 
 @jit
-def _distillation_kernel(STUDENT, TEACHER, CENTER, LOSSES, PARTIAL, num_rows, group_rows, stride_s, stride_t,
-                         K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
-                         STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr):  # fmt: skip
+def _distillation_kernel(
+    STUDENT, TEACHER, CENTER, LOSSES, PARTIAL, num_rows, group_rows, stride_s, stride_t,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
+    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+):  # fmt: skip
     distillation_group(
-        STUDENT, TEACHER, CENTER, LOSSES, PARTIAL, tl.program_id(0), num_rows, group_rows, stride_s, stride_t,
-        K, BLOCK_K, HAS_CENTER, LOGIT, STUDENT_TEMP, TEACHER_TEMP,
+        STUDENT, TEACHER, CENTER, LOSSES, PARTIAL, tl.program_id(0), num_rows, group_rows, stride_s,
+        stride_t, K, BLOCK_K, HAS_CENTER, LOGIT, STUDENT_TEMP, TEACHER_TEMP,
     )  # fmt: skip
 
 
 @jit
-def _distillation_backward_kernel(GRAD, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, num_rows, stride_s, stride_t,
-                                  K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr,
-                                  NEEDS_TEACHER: tl.constexpr, STUDENT_TEMP: tl.constexpr,
-                                  TEACHER_TEMP: tl.constexpr):  # fmt: skip
+def _distillation_backward_kernel(
+    GRAD, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, num_rows, stride_s, stride_t,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr,
+    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+):  # fmt: skip
     factor = tl.load(GRAD) / num_rows
     distillation_gradient_row(
-        factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, tl.program_id(0).to(tl.int64), stride_s, stride_t,
-        K, BLOCK_K, HAS_CENTER, NEEDS_TEACHER, STUDENT_TEMP, TEACHER_TEMP,
+        factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, tl.program_id(0).to(tl.int64),
+        stride_s, stride_t, K, BLOCK_K, HAS_CENTER, NEEDS_TEACHER, STUDENT_TEMP, TEACHER_TEMP,
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------- launchers
-# Programs of the forward: enough to fill every GPU in the table; each leaves one partial centre of K numbers
+# ---- launchers ----
+# Programs of the forward: enough to fill every GPU in the table; each leaves one partial
+# centre of K numbers
 FORWARD_GROUPS = 128
 
 
@@ -185,7 +202,9 @@ def logit_arguments(
     student_temp: float,
     teacher_temp: float,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], int, tuple[int, int], dict[str, Any]]:
-    """(student, teacher, center) as [R,K], R, the two row strides, and the constants of the kernels above."""
+    """(student, teacher, center) as [R,K], R, the two row strides, and the constants of the kernels
+    above.
+    """
     width = student.shape[-1]
     s_RK, t_RK = (t.reshape(-1, width) for t in (student, teacher))
     s_RK, t_RK = (t if t.stride(1) == 1 else t.contiguous() for t in (s_RK, t_RK))
@@ -249,7 +268,7 @@ def _launch_distillation_backward(
     return dstudent, dteacher
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ---- registration ----
 def refusal(width: int) -> str | None:
     """Why the kernels cannot take rows of so many logits; None when they can."""
     if next_power_of_2(width) > MAX_TILE_WIDTH:
@@ -341,7 +360,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
 _distillation_op.register_autograd(_backward, setup_context=_setup)
 
 
-# ------------------------------------------------------------------------------------------------------- public
+# ---- public ----
 def distillation_loss(
     student: Tensor,
     teacher: Tensor,
@@ -353,18 +372,21 @@ def distillation_loss(
     teacher_temp: float = 0.04,
     detach_teacher: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """-sum P log Q, or another distance of student and teacher, and the statistic that updates the centre.
+    """-sum P log Q, or another distance of student and teacher, and the statistic that updates the
+    centre.
 
     Args:
         student, teacher: [..., K] floating point, the same shape.
         kind: "dino", "cosine", "mse" or "smooth_l1".
-        center: [K], or any shape that flattens to it such as [1, K]; subtracted from the teacher ("dino" only).
+        center: [K], or any shape that flattens to it such as [1, K]; subtracted from the teacher
+        ("dino" only).
         center_mode: what batch_center holds, "prob" or "logit" ("dino" only).
         student_temp, teacher_temp: temperatures ("dino" only).
         detach_teacher: stop the gradient to the teacher.
 
-    Returns: (loss, batch_center): a scalar fp32 (fp64 for fp64 input), 0 when there are no rows; batch_center is [K] of
-    the same dtype without a gradient for "dino", None for the other kinds. Gradients reach student and teacher.
+    Returns: (loss, batch_center): a scalar fp32 (fp64 for fp64 input), 0 when there are no rows;
+    batch_center is [K] of the same dtype without a gradient for "dino", None for the other kinds.
+    Gradients reach student and teacher.
 
     Raises: TypeError or ValueError naming the argument.
 
@@ -423,10 +445,8 @@ def check_distillation(
         check_same_device("center", center, "student", student)
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
-def _sample(
-    size: Literal["small", "model"], name: str, rows: int, logits: int, center: bool, **options: Any
-) -> Sample:
+# ---- samples ----
+def _sample(size: Size, name: str, rows: int, logits: int, center: bool, **options: Any) -> Sample:
     """`rows` per image."""
 
     def make(draw: Draw) -> Made:
@@ -443,7 +463,9 @@ def _sample(
 
 @declares("distillation_loss")
 def samples() -> list[Sample]:
-    """One row per program and several, both modes of the centre, with and without one; 4096 and 65536 / 4 logits."""
+    """One row per program and several, both modes of the centre, with and without one; 4096 and
+    65536 / 4 logits.
+    """
     return [
         _sample("small", "41", 2, 41, True),
         _sample("small", "1500 logit", 50, 1500, False, center_mode="logit", detach_teacher=True),

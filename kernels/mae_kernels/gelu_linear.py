@@ -9,14 +9,16 @@
     dbias = sum of dh over the rows
     dweight = dout^T g,  dout_bias = sum of dout over the rows
 
-Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2 (the exact form, torch's approximate="none").
+Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2 (the exact form, torch's
+approximate="none").
 
-The matrix products are torch's. On a GPU one kernel makes g, and one makes dh, the sums for dbias and, when the forward
-did not keep it, g again: both read x once, and the backward reads dg once. A compiler that sees the pieces
-writes dh, then reads it again for dbias, because a sum over rows cannot join an element-wise kernel that tiles rows.
-Each program sums its own rows in fp32, and the programs' sums are added in a fixed order: no atomics, equal reruns.
-Kept for the backward are x, bias and weight (in the dtype of the product), and g too with recompute=False; plain torch
-keeps h and g.
+The matrix products are torch's. On a GPU one kernel makes g, and one makes dh, the sums for dbias
+and, when the forward
+did not keep it, g again: both read x once, and the backward reads dg once. A compiler that sees the
+pieces writes dh, then reads it again for dbias, because a sum over rows cannot join an element-wise
+kernel that tiles rows. Each program sums its own rows in fp32, and the programs' sums are added in
+a fixed order: no atomics, equal reruns. Kept for the backward are x, bias and weight (in the dtype
+of the product), and g too with recompute=False; plain torch keeps h and g.
 
 Shapes: N rows (all leading dimensions together), F hidden width, D width.
 """
@@ -27,7 +29,7 @@ Shapes: N rows (all leading dimensions together), F hidden width, D width.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +48,10 @@ from ._runtime import (
     use_triton,
     wants_reference,
 )
-from ._samples import Draw, Made, Sample, declares
+from ._samples import Draw, Made, Sample, Size, declares
 
 
-# ---------------------------------------------------------------------------------------------------- reference
+# ---- reference ----
 def reference(
     x: Tensor, bias_F: Tensor | None, weight_DF: Tensor, out_bias_D: Tensor | None
 ) -> Tensor:
@@ -69,10 +71,13 @@ def _hidden(x_NF: Tensor, bias_F: Tensor | None) -> Tensor:
     return x_NF.to(acc) if bias_F is None else x_NF.to(acc) + bias_F.to(acc)
 
 
-# ------------------------------------------------------------------------------------------------------ kernels
+# ---- kernels ----
 @jit
 def _normal(h):
-    """Standard normal distribution and density at h, fp32. A finite h gives no NaN: pdf is 0 long before h overflows."""
+    """Standard normal distribution and density at h, fp32.
+
+    A finite h gives no NaN: pdf is 0 long before h overflows.
+    """
     cdf = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
     # exp2 with log2(e) / 2 in the factor: exp takes four instructions more
     pdf = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * h * h)
@@ -118,7 +123,9 @@ def _gelu_backward_kernel(
     HAS_BIAS: tl.constexpr,
     WRITE_G: tl.constexpr,
 ):
-    """One pass over x and dg: writes dh and, with WRITE_G, g; with HAS_BIAS this program's sums of dh as well."""
+    """One pass over x and dg: writes dh and, with WRITE_G, g; with HAS_BIAS this program's sums of
+    dh as well.
+    """
     col = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     if HAS_BIAS:
         bias = tl.load(BIAS + col, mask=col < F, other=0.0).to(tl.float32)
@@ -144,8 +151,9 @@ def _gelu_backward_kernel(
         tl.store(PARTIAL + tl.program_id(0) * F + col, tl.sum(total, 0), mask=col < F)
 
 
-# ---------------------------------------------------------------------------------------------------- launchers
-# Programs of the backward: enough to fill every GPU in the table, few enough that their sums cost little
+# ---- launchers ----
+# Programs of the backward: enough to fill every GPU in the table, few enough that their
+# sums cost little
 BACKWARD_PROGRAMS = 512
 
 
@@ -177,7 +185,9 @@ def _launch_gelu(x_NF: Tensor, bias_F: Tensor | None, dtype: torch.dtype) -> Ten
 def _launch_gelu_backward(
     x_NF: Tensor, bias_F: Tensor | None, dg_NF: Tensor, g_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh [N,F] in x's dtype; the sums of dh in fp32 [F], empty without a bias; g [N,F], empty without g_dtype."""
+    """dh [N,F] in x's dtype; the sums of dh in fp32 [F], empty without a bias; g [N,F], empty
+    without g_dtype.
+    """
     x_NF, dg_NF = _rows_of(x_NF), dg_NF.contiguous()
     num_rows, width = x_NF.shape
     block = column_block(width)
@@ -202,8 +212,8 @@ def _launch_gelu_backward(
         partial_SF,
     )
     constants = {
-        "F": width, "BLOCK_F": block, "ROWS": rows, "HAS_BIAS": bias_F is not None, "WRITE_G": g_dtype is not None,
-        "num_warps": warps,
+        "F": width, "BLOCK_F": block, "ROWS": rows, "HAS_BIAS": bias_F is not None,
+        "WRITE_G": g_dtype is not None, "num_warps": warps,
     }  # fmt: skip
     launch(
         _gelu_backward_kernel,
@@ -218,7 +228,7 @@ def _launch_gelu_backward(
     return dh_NF, partial_SF.sum(0), g_NF
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ---- registration ----
 def _use_triton(x: Tensor, bias: Tensor | None, weight: Tensor) -> bool:
     return use_triton(
         "gelu_linear", x.device, x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype
@@ -229,7 +239,9 @@ def _use_triton(x: Tensor, bias: Tensor | None, weight: Tensor) -> bool:
 def _gelu_linear_op(
     x: Tensor, bias: Tensor | None, weight: Tensor, out_bias: Tensor | None, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    """out [..., D], and g [N, F] for the backward (empty with recompute), both in the dtype of weight."""
+    """out [..., D], and g [N, F] for the backward (empty with recompute), both in the dtype of
+    weight.
+    """
     x_NF = x.reshape(-1, x.shape[-1])
     if _use_triton(x, bias, weight):
         g_NF = _launch_gelu(x_NF, bias, weight.dtype)
@@ -250,7 +262,9 @@ def _gelu_linear_backward_op(
     needs_weight: bool,
     needs_out_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x [..., F], bias [F], weight [D, F] and out_bias [D]; empty for one that is not needed."""
+    """Gradients of x [..., F], bias [F], weight [D, F] and out_bias [D]; empty for one that is not
+    needed.
+    """
     dout_ND, x_NF = dout.reshape(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])
     dweight = weight.new_empty(0)
     dout_bias = weight.new_empty(0, dtype=out_bias_dtype)
@@ -308,7 +322,7 @@ def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
 _gelu_linear_op.register_autograd(_backward, setup_context=_setup)
 
 
-# ------------------------------------------------------------------------------------------------------- public
+# ---- public ----
 def gelu_linear(
     x: Tensor,
     bias: Tensor | None,
@@ -317,18 +331,22 @@ def gelu_linear(
     *,
     recompute: bool = True,
 ) -> Tensor:
-    """gelu(x + bias) weight^T + out_bias: the second half of a transformer's MLP, with the exact GELU.
+    """gelu(x + bias) weight^T + out_bias: the second half of a transformer's MLP, with the exact
+    GELU.
 
     Args:
-        x: [..., F] the first linear layer's product without its bias, `F.linear(tokens, fc1.weight)`; any strides.
+        x: [..., F] the first linear layer's product without its bias, `F.linear(tokens,
+        fc1.weight)`; any strides.
         bias: [F] the first layer's bias, or None.
         weight: [D, F] and out_bias: [D] or None, the second layer.
-        recompute: True keeps x only and makes gelu(x + bias) again in the backward, in the pass that reads x anyway;
-            False keeps it, as many values as x has, and the backward writes as many less.
+        recompute: True keeps x only and makes gelu(x + bias) again in the backward, in the pass
+            that reads x anyway; False keeps it, as many values as x has, and the backward writes as
+            many less.
 
-    Returns: [..., D] in the autocast dtype under autocast, else in x's dtype; weight and out_bias are cast to it. Gradients
-    reach x, bias, weight and out_bias, each in its own dtype. Large finite x + bias give the limits of gelu and its
-    derivative; infinite ones stay visible, as values that are not finite.
+    Returns: [..., D] in the autocast dtype under autocast, else in x's dtype; weight and out_bias
+    are cast to it. Gradients reach x, bias, weight and out_bias, each in its own dtype. Large
+    finite x + bias give the limits of gelu and its derivative; infinite ones stay visible, as
+    values that are not finite.
 
     Raises: TypeError or ValueError naming the argument.
     """
@@ -360,9 +378,9 @@ def gelu_linear(
     return _gelu_linear_op(x, bias, weight, out_bias, recompute)[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
+# ---- samples ----
 def _sample(
-    size: Literal["small", "model"],
+    size: Size,
     name: str,
     tokens: int,
     hidden: int,
@@ -386,7 +404,9 @@ def _sample(
 
 @declares("gelu_linear")
 def samples() -> list[Sample]:
-    """Padded and whole blocks, with and without biases, g kept and made again; encoders and decoder of MAE's ViTs."""
+    """Padded and whole blocks, with and without biases, g kept and made again; encoders and decoder
+    of MAE's ViTs.
+    """
     return [
         _sample("small", "37", 7, 37, 19),
         _sample("small", "192 kept without bias", 7, 192, 48, recompute=False, bias=False),

@@ -18,7 +18,7 @@ class token), D width, Dd decoder width, V = P*P*C values per patch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +175,7 @@ class MaeLoss(Host):
         if imgs.requires_grad:
             return super().forward_loss(imgs, pred, mask)
         side = self.patch_embed.proj.kernel_size[0]
-        norm = "patch" if self.norm_pix_loss else None
+        norm: Literal["patch"] | None = "patch" if self.norm_pix_loss else None
         return masked_reconstruction_loss(pred, imgs, mask=mask.bool(), patch_size=side, norm=norm)
 
 

@@ -3,19 +3,22 @@
     pred = hidden . weight^T + bias
     loss = masked_reconstruction_loss(pred, images, ids=ids, ...)
 
-Source: He et al., arXiv 2111.06377, section 3: the decoder's last layer is a linear projection to P*P*C pixel values.
+Source: He et al., arXiv 2111.06377, section 3: the decoder's last layer is a linear projection to
+P*P*C pixel values.
 
-Neither the predictions nor their gradient exist at full size: the patches are cut into CHUNKS parts, and each part's
-predictions, loss and gradients are made and dropped before the next. The gradients of hidden, weight and bias are made in
-the forward, up to the factor that only the backward knows, and are what is kept for it. Above the inputs, forward and
-backward hold two gradients of hidden, two parts (predictions and their gradient), and a few copies of the weight.
+Neither the predictions nor their gradient exist at full size: the patches are cut into CHUNKS
+parts, and each part's predictions, loss and gradients are made and dropped before the next. The
+gradients of hidden, weight and bias are made in the forward, up to the factor that only the
+backward knows, and are what is kept for it. Above the inputs, forward and backward hold two
+gradients of hidden, two parts (predictions and their gradient), and a few copies of the weight.
 
-Shapes: B images, M masked patches, D decoder width, V = P*P*C values per patch, (row, column, channel).
+Shapes: B images, M masked patches, D decoder width, V = P*P*C values per patch, (row, column,
+channel).
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +28,7 @@ from torch.library import triton_op
 from ._checks import check_floating, check_same_device, check_shape
 from ._pixels import Numbers, accumulate_dtype, pixel_stats
 from ._runtime import no_autocast, product_dtype, use_triton, wants_reference
-from ._samples import MEAN, STD, Draw, Made, Sample, declares
+from ._samples import MEAN, STD, Draw, Made, Sample, Size, declares
 from .reconstruction import (
     Norm,
     check_target,
@@ -38,11 +41,12 @@ from .reconstruction import (
 from .reconstruction import reference as loss_reference
 
 CHUNKS = 8
-# Gradients are kept for d(loss)/d(pred) = KEPT_SCALE * (pred - target), which neither overflows nor vanishes in fp16
+# Gradients are kept for d(loss)/d(pred) = KEPT_SCALE * (pred - target), which neither overflows nor
+# vanishes in fp16
 KEPT_SCALE = 1 / 64
 
 
-# ---------------------------------------------------------------------------------------------------- reference
+# ---- reference ----
 def reference(
     hidden_BMD: Tensor,
     weight_VD: Tensor,
@@ -66,7 +70,7 @@ def _predict(hidden_BMD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Te
         return F.linear(hidden_BMD, weight_VD, bias_V)
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ---- registration ----
 @triton_op("mae_kernels::linear_reconstruction_loss", mutates_args=())
 def _linear_op(
     hidden: Tensor,
@@ -132,9 +136,12 @@ def _linear_backward_op(
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kept gradients times what was missing: 2 grad / (KEPT_SCALE * V * number of masked patches)."""
+    """The kept gradients times what was missing: 2 grad / (KEPT_SCALE * V * number of masked
+    patches).
+    """
     factor = (grad * (2 / KEPT_SCALE) / (dweight.shape[0] * max(masked, 1))).reshape(1)
-    # with `out` a GPU multiplies in fp32 and writes hidden's dtype, and no fp32 copy of the gradient exists
+    # with `out` a GPU multiplies in fp32 and writes hidden's dtype, and no fp32 copy of the
+    # gradient exists
     scaled = torch.mul(dhidden, factor, out=torch.empty_like(dhidden))
     return scaled, (dweight * factor).to(weight_dtype), (dbias * factor).to(bias_dtype)
 
@@ -154,7 +161,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         return (None,) * 11
     if not ctx.needs:
         raise RuntimeError(
-            "mae_kernels::linear_reconstruction_loss: called with needs_grad=False, needs True to differentiate"
+            "mae_kernels::linear_reconstruction_loss: called with needs_grad=False, "
+            "needs True to differentiate"
         )
     dhidden, dweight, dbias = _linear_backward_op(grad, *ctx.saved_tensors, ctx.masked, *ctx.dtypes)
     return dhidden, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 8
@@ -163,7 +171,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
 _linear_op.register_autograd(_backward, setup_context=_setup)
 
 
-# ------------------------------------------------------------------------------------------------------- public
+# ---- public ----
 def linear_reconstruction_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -178,15 +186,19 @@ def linear_reconstruction_loss(
     std: Numbers = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """masked_reconstruction_loss(hidden weight^T + bias, images, ids=ids), without the predictions in memory.
+    """masked_reconstruction_loss(hidden weight^T + bias, images, ids=ids), without the predictions
+    in memory.
 
     Args:
         hidden: [B, M, D] decoder tokens of the masked patches.
-        weight: [V, D] and bias: [V] or None, the prediction head; V = P*P*C, (row, column, channel).
+        weight: [V, D] and bias: [V] or None, the prediction head; V = P*P*C, (row, column,
+        channel).
         images, ids, patch_size, norm, eps, mean, std: as in masked_reconstruction_loss.
-        dtype: of the matrix product; default the autocast dtype under autocast, else hidden's dtype.
+        dtype: of the matrix product; default the autocast dtype under autocast, else hidden's
+            dtype.
 
-    Returns: scalar fp32 (fp64 for fp64 input); 0 when M = 0. Gradients reach hidden, weight and bias.
+    Returns: scalar fp32 (fp64 for fp64 input); 0 when M = 0. Gradients reach hidden, weight and
+    bias.
 
     Raises: TypeError or ValueError naming the argument.
     """
@@ -228,9 +240,9 @@ def linear_reconstruction_loss(
     return _linear_op(*arguments, needs_grad)[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
+# ---- samples ----
 def _sample(
-    size: Literal["small", "model"],
+    size: Size,
     name: str,
     channels: int,
     side: tuple[int, int],

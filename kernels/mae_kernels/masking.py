@@ -3,7 +3,7 @@
     ids_shuffle = stable ascending argsort of the noise (ties by index)
     ids_keep    = ids_shuffle[:K]        visible patches, in shuffled order
     ids_masked  = ids_shuffle[K:]        masked patches, in shuffled order
-    ids_restore = argsort(ids_shuffle)   where each patch went; patch l is visible when ids_restore[l] < K
+    ids_restore = argsort(ids_shuffle)   place of each patch; visible where ids_restore[l] < K
     mask[l]     = ids_restore[l] >= K    True = masked
 
 Source: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377, section 3.
@@ -17,7 +17,7 @@ Shapes: B images, L patches, K visible, M = L - K masked.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +25,13 @@ from torch.library import triton_op
 
 from ._checks import check_floating, check_int, check_shape
 from ._runtime import jit, launch, next_power_of_2, tl, use_triton, wants_reference
-from ._samples import Draw, Made, Sample, declares
+from ._samples import Draw, Made, Sample, Size, declares
 
 
 class Masking(NamedTuple):
-    """ids_keep [B,K], ids_restore [B,L], ids_masked [B,M] (int64) and mask [B,L] (bool, True = masked)."""
+    """ids_keep [B,K], ids_restore [B,L], ids_masked [B,M] (int64) and mask [B,L] (bool, True =
+    masked).
+    """
 
     ids_keep: Tensor
     ids_restore: Tensor
@@ -37,7 +39,7 @@ class Masking(NamedTuple):
     mask: Tensor
 
 
-# ---------------------------------------------------------------------------------------------------- reference
+# ---- reference ----
 def reference(noise_BL: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ids_shuffle = torch.argsort(noise_BL, dim=1, stable=True)
     ranks = torch.arange(noise_BL.shape[1], device=noise_BL.device).expand_as(ids_shuffle)
@@ -50,7 +52,7 @@ def reference(noise_BL: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, 
     )
 
 
-# ------------------------------------------------------------------------------------------------------- kernel
+# ---- kernel ----
 @jit
 def _masking_kernel(
     NOISE,
@@ -64,13 +66,16 @@ def _masking_kernel(
     L: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One image per program: sort (noise, index) pairs packed into one 64-bit integer, then write all four results."""
+    """One image per program: sort (noise, index) pairs packed into one 64-bit integer, then write
+    all four results.
+    """
     image = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK_L)
     noise = tl.load(NOISE + image * stride_b + index * stride_l, mask=index < L, other=0.0).to(
         tl.float32
     )
-    # the bits of a float order like an integer once negative numbers are reversed; + 0.0 makes -0.0 equal 0.0
+    # the bits of a float order like an integer once negative numbers are reversed; + 0.0 makes -0.0
+    # equal 0.0
     bits = (noise + 0.0).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     bits = tl.where(noise != noise, 0x7FFFFFFE, bits)  # NaN last, whatever its sign
@@ -105,7 +110,7 @@ def _launch(noise_BL: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Te
     return keep, restore, masked, mask
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ---- registration ----
 @triton_op("mae_kernels::random_masking", mutates_args=())
 def _masking_op(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     too_many = f"there are {noise.shape[1]} patches and the kernel sorts at most {MAX_PATCHES}"
@@ -115,15 +120,18 @@ def _masking_op(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, T
     return reference(noise, num_keep)
 
 
-# ------------------------------------------------------------------------------------------------------- public
+# ---- public ----
 def random_masking(noise: Tensor, num_keep: int) -> Masking:
-    """ids_keep = argsort(noise)[:, :num_keep]: keep the patches with the smallest noise of each image.
+    """ids_keep = argsort(noise)[:, :num_keep]: keep the patches with the smallest noise of each
+    image.
 
     Args:
-        noise: [B, L] floating point, any strides; usually uniform. NaN sorts last. No gradient flows.
+        noise: [B, L] floating point, any strides; usually uniform. NaN sorts last. No gradient
+        flows.
         num_keep: visible patches per image, 1 <= num_keep <= L.
 
-    Returns: Masking(ids_keep [B,K], ids_restore [B,L], ids_masked [B,M], mask [B,L] bool, True = masked).
+    Returns: Masking(ids_keep [B,K], ids_restore [B,L], ids_masked [B,M], mask [B,L] bool, True =
+    masked).
 
     Raises: TypeError or ValueError naming the argument.
 
@@ -138,7 +146,8 @@ def random_masking(noise: Tensor, num_keep: int) -> Masking:
     if isinstance(num_keep, float) and 0 < num_keep < 1:
         raise TypeError(
             f"num_keep: got {num_keep}, needs an int, the number of visible patches; "
-            f"for a mask ratio of {num_keep} it is int(L * {1 - num_keep:g}) = {int(patches * (1 - num_keep))}"
+            f"for a mask ratio of {num_keep} it is int(L * {1 - num_keep:g}) = "
+            f"{int(patches * (1 - num_keep))}"
         )
     check_int("num_keep", num_keep, 1)
     if num_keep > patches:
@@ -151,8 +160,8 @@ def random_masking(noise: Tensor, num_keep: int) -> Masking:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
-def _sample(size: Literal["small", "model"], patches: int) -> Sample:
+# ---- samples ----
+def _sample(size: Size, patches: int) -> Sample:
     def make(draw: Draw) -> Made:
         noise = draw.uniform(draw.batch, patches)
         return {"noise": noise}, {"num_keep": patches // 4}
@@ -162,6 +171,8 @@ def _sample(size: Literal["small", "model"], patches: int) -> Sample:
 
 @declares("random_masking")
 def samples() -> list[Sample]:
-    """One warp and several; the 14 x 14 and 16 x 16 grids of ViTs at 224; as many patches as one program sorts."""
+    """One warp and several; the 14 x 14 and 16 x 16 grids of ViTs at 224; as many patches as one
+    program sorts.
+    """
     small = [_sample("small", patches) for patches in (37, 300)]
     return small + [_sample("model", patches) for patches in (196, 256, 1024, MAX_PATCHES)]

@@ -1,10 +1,11 @@
-"""The ops as nn.Module, for the places where a masked autoencoder has modules of its own.
+"""The ops as nn.Module, under the names of the modules of a masked autoencoder.
 
-They hold parameters under the names that timm, facebookresearch/mae and transformers use, so that state dicts fit, and
+They hold parameters under the names that timm, facebookresearch/mae and transformers use, so that
+state dicts fit, and
 nothing else: no buffers, no counters, no random numbers.
 
-Shapes: B images, C channels, H x W pixels, P patch side, L patches, K visible, M masked, N tokens, p prefix tokens,
-D width, F hidden width, V = P*P*C values per patch.
+Shapes: B images, C channels, H x W pixels, P patch side, L patches, K visible, M masked, N tokens,
+p prefix tokens, D width, F hidden width, V = P*P*C values per patch.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ def _settings(module: nn.Module, *names: str) -> str:
 
 
 class PatchEmbedVisible(nn.Module):
-    """Embeds the visible patches only, positions included: timm's PatchEmbed, the addition and the gather in one op.
+    """Embeds the visible patches only, positions included: timm's PatchEmbed, the addition and the
+    gather in one op.
 
-    Parameters: proj.weight [D,C,P,P], proj.bias [D]. The position table stays with the model, as it does there.
+    Parameters: proj.weight [D,C,P,P], proj.bias [D]. The position table stays with the model, as it
+        does there.
 
     Args:
         patch_size: P.
@@ -65,7 +68,9 @@ class PatchEmbedVisible(nn.Module):
         return _settings(self, "mean", "std")
 
     def forward(self, images: Tensor, ids_keep: Tensor, pos_embed: Tensor) -> Tensor:
-        """images [B,C,H,W], ids_keep [B,K] int64, pos_embed [L,D] or [1,L,D] without prefix rows -> tokens [B,K,D]."""
+        """images [B,C,H,W], ids_keep [B,K] int64, pos_embed [L,D] or [1,L,D] without prefix rows ->
+        tokens [B,K,D].
+        """
         conv = self.proj
         return embed_patches(
             images, ids_keep, conv.weight, conv.bias, pos_embed, mean=self.mean, std=self.std
@@ -75,8 +80,9 @@ class PatchEmbedVisible(nn.Module):
 class RestoreTokens(nn.Module):
     """Decoder input: visible tokens in their places, mask tokens elsewhere, positions added.
 
-    Parameters: mask_token [1,1,D], decoder_pos_embed [1,p+L,D], the names that both public projects use. The mask token
-    starts as a normal of deviation 0.02, the positions at zero: load them, or fill them as the model does.
+    Parameters: mask_token [1,1,D], decoder_pos_embed [1,p+L,D], the names that both public projects
+    use. The mask token starts as a normal of deviation 0.02, the positions at zero: load them, or
+    fill them as the model does.
 
     Args:
         num_patches: L.
@@ -147,10 +153,11 @@ class ShortAttention(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """The MLP of a transformer block, fc2(gelu(fc1(x))) with the exact GELU, under timm's names and without dropout.
+    """The MLP of a transformer block, fc2(gelu(fc1(x))) with the exact GELU, under timm's names and
+    without dropout.
 
-    Parameters: fc1.{weight [F,D], bias [F]}, fc2.{weight [D,F], bias [D]}. The two layers hold them; their forward, and hooks
-    on it, are not called.
+    Parameters: fc1.{weight [F,D], bias [F]}, fc2.{weight [D,F], bias [D]}. The two layers hold
+    them; their forward, and hooks on it, are not called.
 
     Args:
         dim: D.
@@ -212,7 +219,7 @@ class MaskedReconstructionLoss(nn.Module):
     def forward(
         self, pred: Tensor, images: Tensor, *, ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """pred [B,M,V] with ids [B,M], or [B,L,V] with mask [B,L] bool; images [B,C,H,W] -> scalar."""
+        """pred [B,M,V] with ids [B,M], or [B,L,V] with mask [B,L]; images [B,C,H,W] -> scalar."""
         settings = {"norm": self.norm, "eps": self.eps, "mean": self.mean, "std": self.std}
         return masked_reconstruction_loss(
             pred,
@@ -225,9 +232,11 @@ class MaskedReconstructionLoss(nn.Module):
 
 
 class ReconstructionHead(nn.Linear):
-    """The decoder's prediction layer (decoder_pred), which can also give the loss without making the predictions.
+    """The decoder's prediction layer (decoder_pred), which can also give the loss without making
+    the predictions.
 
-    Parameters: weight [V,Dd], bias [V], those of nn.Linear. Calling it predicts; `loss` predicts and compares in parts.
+    Parameters: weight [V,Dd], bias [V], those of nn.Linear. Calling it predicts; `loss` predicts
+        and compares in parts.
 
     Args:
         decoder_dim: Dd.
@@ -266,7 +275,9 @@ class ReconstructionHead(nn.Linear):
         return f"{super().extra_repr()}, {settings}"
 
     def loss(self, hidden: Tensor, images: Tensor, ids_masked: Tensor) -> Tensor:
-        """hidden [B,M,Dd] of the masked patches, images [B,C,H,W], ids_masked [B,M] int64 -> scalar."""
+        """hidden [B,M,Dd] of the masked patches, images [B,C,H,W], ids_masked [B,M] int64 ->
+        scalar.
+        """
         return linear_reconstruction_loss(
             hidden,
             self.weight,

@@ -1,23 +1,26 @@
 """Listed patches of images, as vectors and as embedded tokens.
 
-    gather_patches: out[b, k] = flatten(patch ids[b, k] of image b), channel-major (channel, row, column), which is the
-                    order of a flattened convolution weight [D, C, P, P]
+    gather_patches: out[b, k] = flatten(patch ids[b, k] of image b), channel-major (channel, row,
+                    column), which is the order of a flattened convolution weight [D, C, P, P]
     embed_patches:  out[b, k] = weight . gather[b, k] + bias + pos_embed[ids[b, k]]
 
-Only the listed patches are read. The equivalent in facebookresearch/mae embeds all patches, adds the positions and then
-gathers the visible ones; the result is the same.
-Source: He et al., arXiv 2111.06377, section 3 (patch embedding); the order of the gather is this package's.
+Only the listed patches are read. The equivalent in facebookresearch/mae embeds all patches, adds
+the positions and then gathers the visible ones; the result is the same.
+Source: He et al., arXiv 2111.06377, section 3 (patch embedding); the order of the gather is this
+package's.
 
-Pixels: uint8 images are used as x / 255, then (x - mean) / std where mean or std is given; float images are used as
-they are, then (x - mean) / std where mean or std is given.
+Pixels: uint8 images are used as x / 255, then (x - mean) / std where mean or std is given; float
+images are used as they are, then (x - mean) / std where mean or std is given.
 
-On a GPU one kernel gathers, cuBLAS multiplies, one kernel adds the positions. For the backward only ids and the images
-as they came are kept: the vectors are gathered again. Each position's gradient is summed in a fixed order, no atomics.
-An image may list a patch more than once: it gives as many equal tokens, and all their gradients reach weight and position.
-A patch id out of range, which only debug_checks reports on a GPU, gives NaN and reads nothing.
+On a GPU one kernel gathers, cuBLAS multiplies, one kernel adds the positions. For the backward only
+ids and the images
+as they came are kept: the vectors are gathered again. Each position's gradient is summed in a fixed
+order, no atomics. An image may list a patch more than once: it gives as many equal tokens, and all
+their gradients reach weight and position. A patch id out of range, which only debug_checks reports
+on a GPU, gives NaN and reads nothing.
 
-Shapes: B images, C channels, H x W pixels, P patch side, L patches (row-major over the grid), K listed, D width,
-V = C*P*P values per patch.
+Shapes: B images, C channels, H x W pixels, P patch side, L patches (row-major over the grid), K
+listed, D width, V = C*P*P values per patch.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -25,7 +28,7 @@ V = C*P*P values per patch.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,10 +55,10 @@ from ._runtime import (
     use_triton,
     wants_reference,
 )
-from ._samples import MEAN, STD, Draw, Layout, Made, Sample, declares
+from ._samples import MEAN, STD, Draw, Layout, Made, Sample, Size, declares
 
 
-# ---------------------------------------------------------------------------------------------------- reference
+# ---- reference ----
 def gather_reference(
     images_BCHW: Tensor,
     ids_BK: Tensor,
@@ -88,7 +91,7 @@ def _project(x_BKV: Tensor, weight_DCPP: Tensor, bias_D: Tensor | None) -> Tenso
         return torch.nn.functional.linear(x_BKV, weight_DCPP.flatten(1).to(x_BKV.dtype), bias)
 
 
-# ------------------------------------------------------------------------------------------------------ kernels
+# ---- kernels ----
 @jit
 def _gather_kernel(
     IMAGES,
@@ -165,8 +168,8 @@ def _add_positions_kernel(
 def _invert_kernel(IDS, FIRST, NEXT, listed, patches, BLOCK: tl.constexpr):
     """Where each patch is in its image's list, so that its gradients can be summed without atomics.
 
-    FIRST[b, l] = 2 k + r, where k is the first token on patch l and r = 1 if there are more; FIRST starts as -2.
-    NEXT[b, k] = the next token on the patch of token k, -1 after the last.
+    FIRST[b, l] = 2 k + r, where k is the first token on patch l and r = 1 if there are more; FIRST
+    starts as -2. NEXT[b, k] = the next token on the patch of token k, -1 after the last.
     """
     image = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -202,7 +205,9 @@ def _sum_positions_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """DPOS[l] = sum of the gradients of the tokens on patch l: the first of each image in order, then the repeated."""
+    """DPOS[l] = sum of the gradients of the tokens on patch l: the first of each image in order,
+    then the repeated.
+    """
     patch = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
@@ -228,7 +233,7 @@ def _sum_positions_kernel(
     tl.store(DPOS + patch * D + col, total.to(DPOS.dtype.element_ty), mask=col < D)
 
 
-# ---------------------------------------------------------------------------------------------------- launchers
+# ---- launchers ----
 def _launch_gather(
     images_BCHW: Tensor,
     ids_BK: Tensor,
@@ -305,7 +310,7 @@ def _launch_sum_positions(
     return dpos_LD
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ---- registration ----
 @triton_op("mae_kernels::gather_patches", mutates_args=())
 def _gather_op(
     images: Tensor, ids: Tensor, stats: Tensor | None, patch_size: int, dtype: torch.dtype
@@ -350,7 +355,9 @@ def _embed_backward_op(
     needs_bias: bool,
     needs_pos: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight [D,C*P*P], bias [D] and pos_embed [L,D]; an empty tensor for one that is not needed."""
+    """Gradients of weight [D,C*P*P], bias [D] and pos_embed [L,D]; an empty tensor for one that is
+    not needed.
+    """
     triton = use_triton(
         "embed_patches", images.device, images.dtype, grad.dtype, dtype, weight_dtype, pos_dtype
     )
@@ -397,7 +404,7 @@ def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _embed_op.register_autograd(_embed_backward, setup_context=_embed_setup)
 
 
-# ------------------------------------------------------------------------------------------------------- public
+# ---- public ----
 def gather_patches(
     images: Tensor,
     ids: Tensor,
@@ -410,13 +417,17 @@ def gather_patches(
     """out[b, k] = pixels of patch ids[b, k] of image b as a vector, (channel, row, column).
 
     Args:
-        images: [B, C, H, W] uint8 or floating point with any strides (a channels-last buffer needs no copy).
-        ids: [B, K] int64 patch numbers, row-major over the (H/P, W/P) grid, in any order, repeats included.
+        images: [B, C, H, W] uint8 or floating point with any strides (a channels-last buffer needs
+        no copy).
+        ids: [B, K] int64 patch numbers, row-major over the (H/P, W/P) grid, in any order, repeats
+        included.
         patch_size: P; H and W must be divisible by it.
-        mean, std: a number or one per channel, also as a tensor; applied to x / 255 for uint8 images, to x itself for float images.
+        mean, std: a number or one per channel, also as a tensor; applied to x / 255 for uint8
+        images, to x itself for float images.
         dtype: of the result; default the images' dtype, or torch's default dtype for uint8.
 
-    Returns: [B, K, C*P*P]. Float images that require a gradient get one; they take the plain torch path.
+    Returns: [B, K, C*P*P]. Float images that require a gradient get one; they take the plain torch
+    path.
 
     Raises: TypeError or ValueError naming the argument.
     """
@@ -453,10 +464,12 @@ def embed_patches(
         bias: [D] or None.
         pos_embed: [L, D], or [1, L, D], positions of the L patches (without a class token's row).
         mean, std: as in gather_patches.
-        dtype: of the matrix product; default the autocast dtype under autocast, else the weight's dtype.
+        dtype: of the matrix product; default the autocast dtype under autocast, else the weight's
+            dtype.
 
-    Returns: [B, K, D] in the wider of the product's and pos_embed's dtypes, as `conv(x) + pos_embed` would be.
-    Gradients reach weight, bias, pos_embed, and float images that require one (these take the plain torch path).
+    Returns: [B, K, D] in the wider of the product's and pos_embed's dtypes, as `conv(x) +
+    pos_embed` would be. Gradients reach weight, bias, pos_embed, and float images that require one
+    (these take the plain torch path).
 
     Raises: TypeError or ValueError naming the argument.
 
@@ -501,9 +514,9 @@ def embed_patches(
     return _embed_op(images, ids, weight, bias, pos_embed, stats, dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
+# ---- samples ----
 def _gather_sample(
-    size: Literal["small", "model"],
+    size: Size,
     name: str,
     channels: int,
     side: tuple[int, int],
@@ -528,7 +541,7 @@ def _gather_sample(
 
 
 def _embed_sample(
-    size: Literal["small", "model"],
+    size: Size,
     name: str,
     channels: int,
     side: tuple[int, int],
@@ -571,7 +584,9 @@ def _embed_sample(
 
 @declares("gather_patches", "embed_patches")
 def samples() -> list[Sample]:
-    """Padded and whole blocks, both layouts, grey and colour; ViT-S/16, B/16, L/16 and patch 14 at 224."""
+    """Padded and whole blocks, both layouts, grey and colour; ViT-S/16, B/16, L/16 and patch 14 at
+    224.
+    """
     gather = [
         _gather_sample("small", "rgb", 3, (21, 35), 7, "nchw uint8"),
         _gather_sample("small", "nhwc float grey", 1, (12, 20), 4, "nhwc float"),

@@ -1,20 +1,21 @@
 """Masked reconstruction loss against pixels that are read straight from the images.
 
     t = pixels of a patch as a vector, (row, column, channel)
-    norm "patch":   t <- (t - mean(t)) / sqrt(var(t) + eps)   over the whole vector, unbiased variance
+    norm "patch":   t <- (t - mean(t)) / sqrt(var(t) + eps)   over the vector, unbiased variance
     norm "channel": the same for each channel of the patch separately
     norm None:      t as it is
     loss = mean over masked patches of mean over pixels of (pred - t)^2
 
-Source: He et al., arXiv 2111.06377, section 3 and Table 1d ("w/ norm"); "patch" is facebookresearch/mae's
-norm_pix_loss, "channel" is the variant of SD-MAE (arXiv 2203.16983).
+Source: He et al., arXiv 2111.06377, section 3 and Table 1d ("w/ norm"); "patch" is
+facebookresearch/mae's norm_pix_loss, "channel" is the variant of SD-MAE (arXiv 2203.16983).
 
-Pixels: uint8 images are used as x / 255, then (x - mean) / std where mean or std is given; float images are used as
-they are, then (x - mean) / std where mean or std is given.
+Pixels: uint8 images are used as x / 255, then (x - mean) / std where mean or std is given; float
+images are used as they are, then (x - mean) / std where mean or std is given.
 
-On a GPU one kernel reads each masked patch and its prediction once; the losses of the patches are then summed in a fixed
-order. The target is never written: the backward reads the pixels again and writes the gradient of pred, nothing else.
-A patch id out of range, which only debug_checks reports on a GPU, gives NaN and reads nothing.
+On a GPU one kernel reads each masked patch and its prediction once; the losses of the patches are
+then summed in a fixed order. The target is never written: the backward reads the pixels again and
+writes the gradient of pred, nothing else. A patch id out of range, which only debug_checks reports
+on a GPU, gives NaN and reads nothing.
 
 Shapes: B images, C channels, P patch side, L patches, M masked patches, V = P*P*C values per patch.
 """
@@ -50,7 +51,7 @@ from ._pixels import (
     scale_pixels,
 )
 from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, tl, use_triton, wants_reference
-from ._samples import MEAN, STD, Draw, Layout, Made, Sample, declares
+from ._samples import MEAN, STD, Draw, Layout, Made, Sample, Size, declares
 
 Norm = Literal["patch", "channel", None]
 NORMS = get_args(Norm)
@@ -58,7 +59,7 @@ NORM_CODES = {"none": 0, "patch": 1, "channel": 2}
 MAX_NORM_CHANNELS = 16
 
 
-# ---------------------------------------------------------------------------------------------------- reference
+# ---- reference ----
 def target_pixels(
     images_BCHW: Tensor,
     ids_BM: Tensor | None,
@@ -95,7 +96,8 @@ def difference(
     d_BMV = pred_BMV.to(acc) - target_pixels(
         images_BCHW, ids_BM, stats_4C, patch_size, norm, eps, acc
     )
-    # where, not a product: an infinite prediction of a visible patch must turn neither loss nor gradient into NaN
+    # where, not a product: an infinite prediction of a visible patch must turn neither loss nor
+    # gradient into NaN
     return d_BMV if mask_BL is None else torch.where(mask_BL[..., None], d_BMV, 0.0)
 
 
@@ -115,18 +117,20 @@ def reference(
     return d_BMV.square().sum() / (mask_BL.sum().clamp(min=1) * d_BMV.shape[2])
 
 
-# ------------------------------------------------------------------------------------------------------ kernels
+# ---- kernels ----
 @jit
 def masked_difference(
-    PRED, IMAGES, SELECT, STATS,
-    row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
+    PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
+    pred_stride_m, stride_b, stride_c, stride_h, stride_w, C: tl.constexpr, P: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, NORM: tl.constexpr, HAS_MASK: tl.constexpr,
+    WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
-    """pred - target of some rows, fp32 [ROWS, BLOCK_P, BLOCK_W]; zeros for visible patches and beyond the ends.
+    """pred - target of some rows, fp32 [ROWS, BLOCK_P, BLOCK_W]; zeros for visible patches and
+    beyond the ends.
 
-    A patch is P lines of P*C values: what a value of a line is (channel, column) is worked out once for all lines and rows.
-    SELECT holds patch ids, or with HAS_MASK the mask. NORM: 0 none, 1 patch, 2 channel. WIDE: a patch spans 2^31 elements.
+    A patch is P lines of P*C values: what a value of a line is (channel, column) is worked out once
+    for all lines and rows. SELECT holds patch ids, or with HAS_MASK the mask. NORM: 0 none, 1
+    patch, 2 channel. WIDE: a patch spans 2^31 elements.
     """
     PADDED: tl.constexpr = BLOCK_P != P or BLOCK_W != P * C
     line, place = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
@@ -155,7 +159,8 @@ def masked_difference(
     x = scale_pixels(x, STATS, channel[None, None, :], C, HAS_STATS)
     if PADDED:
         x = tl.where(real, x, 0.0)
-    # by row: the gradient and loss of a visible patch are exactly 0, those of an id out of range NaN
+    # by row: the gradient and loss of a visible patch are exactly 0, those of an id out of range
+    # NaN
     keep = tl.where(chosen, tl.where(in_range, 1.0, float("nan")), 0.0)
     if NORM == 0:
         x = tl.where(chosen[:, None, None], x, 0.0) + (keep - keep)[:, None, None]
@@ -188,32 +193,37 @@ def sum_patch(x):
 
 @jit
 def _loss_kernel(
-    PRED, IMAGES, SELECT, STATS, LOSSES,
-    num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    PRED, IMAGES, SELECT, STATS, LOSSES, num_rows, listed, patches, grid_cols, pred_stride_b,
+    pred_stride_m, stride_b, stride_c, stride_h, stride_w, C: tl.constexpr, P: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
     HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
     """LOSSES[row] = mean squared difference of the patch; 0 for a visible one."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = masked_difference(
-        PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c,
-        stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS, HAS_STATS,
+        PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
+        pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM,
+        HAS_MASK, WIDE, EPS, HAS_STATS,
     )  # fmt: skip
     tl.store(LOSSES + row, sum_patch(d * d) / (P * P * C), mask=row < num_rows)
 
 
 @jit
 def _loss_backward_kernel(
-    GRAD, COUNT, PRED, IMAGES, SELECT, STATS, DPRED,
-    num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
+    GRAD, COUNT, PRED, IMAGES, SELECT, STATS, DPRED, num_rows, listed, patches, grid_cols,
+    pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w, C: tl.constexpr,
+    P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr,
+    HAS_STATS: tl.constexpr,
 ):  # fmt: skip
-    """DPRED = GRAD * 2 (pred - target) / (V * number of masked patches); the target is read from the images again."""
+    """DPRED = GRAD * 2 (pred - target) / (V * number of masked patches); the target is read from
+    the images again.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = masked_difference(
-        PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c,
-        stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS, HAS_STATS,
+        PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
+        pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM,
+        HAS_MASK, WIDE, EPS, HAS_STATS,
     )  # fmt: skip
     factor = tl.load(GRAD) * (2.0 / (P * P * C)) / tl.load(COUNT)
     store_gradient(DPRED, d * factor, row, num_rows, C, P, BLOCK_P, BLOCK_W)
@@ -242,7 +252,7 @@ def store_gradient(
     )
 
 
-# ---------------------------------------------------------------------------------------------------- launchers
+# ---- launchers ----
 def kernel_arguments(
     pred_BMV: Tensor,
     images_BCHW: Tensor,
@@ -253,7 +263,9 @@ def kernel_arguments(
     norm: str,
     eps: float,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[int, ...], dict[str, Any]]:
-    """(pred, images, select, stats), the integers, and the constants of the kernels above, num_warps included."""
+    """(pred, images, select, stats), the integers, and the constants of the kernels above,
+    num_warps included.
+    """
     stats, has_stats = kernel_stats(images_BCHW, stats_4C)
     channels, height, width = images_BCHW.shape[1:]
     grid_cols = width // patch_size
@@ -279,8 +291,9 @@ def kernel_arguments(
         *images_BCHW.stride(),
     )
     constants = {
-        "C": channels, "P": patch_size, "BLOCK_P": block_p, "BLOCK_W": block_w, "ROWS": rows, "NORM": NORM_CODES[norm],
-        "HAS_MASK": ids_BM is None, "WIDE": span >= 2**31, "EPS": eps, "HAS_STATS": has_stats, "num_warps": warps,
+        "C": channels, "P": patch_size, "BLOCK_P": block_p, "BLOCK_W": block_w, "ROWS": rows,
+        "NORM": NORM_CODES[norm], "HAS_MASK": ids_BM is None, "WIDE": span >= 2**31, "EPS": eps,
+        "HAS_STATS": has_stats, "num_warps": warps,
     }  # fmt: skip
     return (pred_BMV, images_BCHW, select, stats), integers, constants
 
@@ -296,14 +309,17 @@ VALUES_PER_WARP = 1024
 def rows_per_program(device: torch.device, width: int) -> tuple[int, int]:
     """Patches of `width` values (padding counts) that one program handles, and its warps.
 
-    32 values a thread share what a thread works out about its columns, and up to 1024 values need no barrier: by the instructions
-    counted for sm_90, 55 % of those of 16 values a thread in four warps.
+    32 values a thread share what a thread works out about its columns, and up to 1024 values need
+    no barrier: by the instructions counted for sm_90, 55 % of those of 16 values a thread in four
+    warps.
     """
     return max(1, VALUES_PER_WARP // width), max(1, min(width // VALUES_PER_WARP, 16))
 
 
 def finish(losses_BM: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean over the masked patches of their losses, and their number as fp32; both scalars on the device."""
+    """Mean over the masked patches of their losses, and their number as fp32; both scalars on the
+    device.
+    """
     if mask_BL is None:
         count = losses_BM.new_full((), max(losses_BM.shape[0] * losses_BM.shape[1], 1))
     else:
@@ -338,12 +354,15 @@ def launch_loss_backward(grad: Tensor, count: Tensor, pred_BMV: Tensor, *options
     return dpred_BMV
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ---- registration ----
 def refusal(values: int, channels: int, norm: str) -> str | None:
     """Why the kernels cannot take patches of so many values and channels; None when they can."""
     lines, places = tile_of(math.isqrt(values // channels), channels)
     if lines * places > MAX_TILE_WIDTH:
-        return f"a patch has {values} values, {lines * places} with padding, and the kernel holds at most {MAX_TILE_WIDTH}"
+        return (
+            f"a patch has {values} values, {lines * places} with padding, "
+            f"and the kernel holds at most {MAX_TILE_WIDTH}"
+        )
     if norm == "channel" and channels > MAX_NORM_CHANNELS:
         return f"norm 'channel' is compiled for up to {MAX_NORM_CHANNELS} channels"
     return None
@@ -419,7 +438,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
 _loss_op.register_autograd(_backward, setup_context=_setup)
 
 
-# ------------------------------------------------------------------------------------------------------- public
+# ---- public ----
 def masked_reconstruction_loss(
     pred: Tensor,
     images: Tensor,
@@ -432,20 +451,25 @@ def masked_reconstruction_loss(
     mean: Numbers = None,
     std: Numbers = None,
 ) -> Tensor:
-    """mean((pred - target)^2) over the pixels of the masked patches, with target = normalised pixels.
+    """mean((pred - target)^2) over the pixels of the masked patches, with target = normalised
+    pixels.
 
     Args:
-        pred: [B, M, V] predictions for the patches in `ids`, or [B, L, V] for all patches together with `mask`; each
-            vector is (row, column, channel), V = P*P*C.
-        images: [B, C, H, W] uint8 or floating point, any strides. They are the target: no gradient reaches them.
-        ids: [B, M] int64, the masked patches (Masking.ids_masked). Exactly one of ids and mask is needed.
+        pred: [B, M, V] predictions for the patches in `ids`, or [B, L, V] for all patches together
+            with `mask`; each vector is (row, column, channel), V = P*P*C.
+        images: [B, C, H, W] uint8 or floating point, any strides. They are the target: no gradient
+        reaches them.
+        ids: [B, M] int64, the masked patches (Masking.ids_masked). Exactly one of ids and mask is
+        needed.
         mask: [B, L] bool, True = masked (Masking.mask).
         patch_size: P.
         norm: "patch", "channel" or None.
         eps: added to the variance, inside the root.
-        mean, std: a number or one per channel, also as a tensor; applied to x / 255 for uint8 images, to x itself for float images.
+        mean, std: a number or one per channel, also as a tensor; applied to x / 255 for uint8
+            images, to x itself for float images.
 
-    Returns: scalar fp32 (fp64 when pred or images is fp64); 0 when no patch is masked. The gradient reaches pred.
+    Returns: scalar fp32 (fp64 when pred or images is fp64); 0 when no patch is masked. The gradient
+    reaches pred.
 
     Raises: TypeError or ValueError naming the argument.
 
@@ -500,7 +524,8 @@ def check_target(
     values = patch_size * patch_size * (channels if norm == "patch" else 1)
     if norm is not None and values < 2:
         raise ValueError(
-            f"norm: got {norm!r} over 1 value, needs at least 2 for a variance (patch_size, channels)"
+            f"norm: got {norm!r} over 1 value, needs at least 2 for a variance "
+            f"(patch_size, channels)"
         )
     if (ids is None) == (mask is None):
         raise ValueError(
@@ -513,13 +538,14 @@ def check_target(
         check_tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(
-                f"mask: got dtype {mask.dtype}, needs torch.bool with True = masked (use mask.bool())"
+                f"mask: got dtype {mask.dtype}, needs torch.bool with True = masked "
+                "(use mask.bool())"
             )
         check_shape("mask", mask, (batch, grid_rows * grid_cols), "[B, L]")
         check_same_device("mask", mask, "images", images)
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
+# ---- samples ----
 def draw_target(
     draw: Draw,
     channels: int,
@@ -539,7 +565,7 @@ def draw_target(
 
 
 def _sample(
-    size: Literal["small", "model"],
+    size: Size,
     norm: Norm,
     channels: int,
     side: tuple[int, int],

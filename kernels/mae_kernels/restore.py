@@ -1,15 +1,16 @@
 """Restore the full sequence from visible tokens: unshuffle, mask tokens and positions in one write.
 
-    out[b, j]     = visible[b, j] + pos_embed[j]                            prefix tokens (a class token), j < p
+    out[b, j]     = visible[b, j] + pos_embed[j]            prefix tokens (a class token), j < p
     out[b, p + l] = visible[b, p + r] + pos_embed[p + l]  where r = ids_restore[b, l] < K
                   = mask_token + pos_embed[p + l]         otherwise
 
-Source: He et al., arXiv 2111.06377, section 3 (decoder input); the same numbers as the concatenate, gather and add of
-facebookresearch/mae.
+Source: He et al., arXiv 2111.06377, section 3 (decoder input); the same numbers as the concatenate,
+gather and add of facebookresearch/mae.
 
-On a GPU one kernel writes every output once. Only ids_restore is kept for the backward, which reads the gradient once:
-a visible row has one place, so plain stores do, and the mask token's gradient is summed in a fixed order.
-A rank out of range, which only debug_checks reports on a GPU, gives NaN and reads nothing.
+On a GPU one kernel writes every output once. Only ids_restore is kept for the backward, which reads
+the gradient once: a visible row has one place, so plain stores do, and the mask token's gradient is
+summed in a fixed order. A rank out of range, which only debug_checks reports on a GPU, gives NaN
+and reads nothing.
 
 Shapes: B images, L patches, K visible, p prefix tokens, D decoder width.
 """
@@ -19,7 +20,7 @@ Shapes: B images, L patches, K visible, p prefix tokens, D decoder width.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +29,10 @@ from torch.library import triton_op
 from ._checks import check_floating, check_ids, check_int, check_same_device, check_shape
 from ._pixels import accumulate_dtype
 from ._runtime import column_block, jit, launch, rows_per_program, tl, use_triton, wants_reference
-from ._samples import Draw, Made, Sample, declares
+from ._samples import Draw, Made, Sample, Size, declares
 
 
-# ---------------------------------------------------------------------------------------------------- reference
+# ---- reference ----
 def reference(
     visible_BTD: Tensor,
     ids_restore_BL: Tensor,
@@ -41,7 +42,7 @@ def reference(
 ) -> Tensor:
     dtype = _result_dtype(visible_BTD, mask_token_D, pos_embed_ND)
     num_visible = visible_BTD.shape[1] - prefix
-    # one extra row, the mask token, stands for every masked patch
+    # one extra row, the mask token, is read for every masked patch
     table = torch.cat(
         [visible_BTD.to(dtype), mask_token_D.to(dtype).expand(visible_BTD.shape[0], 1, -1)], 1
     )
@@ -58,7 +59,7 @@ def _result_dtype(visible: Tensor, mask_token: Tensor, pos_embed: Tensor) -> tor
     )
 
 
-# ------------------------------------------------------------------------------------------------------ kernels
+# ---- kernels ----
 @jit
 def _restore_kernel(
     VISIBLE,
@@ -113,7 +114,9 @@ def _restore_backward_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One pass over the gradient: a visible row goes to its one place, masked rows add up in this program's partial."""
+    """One pass over the gradient: a visible row goes to its one place, masked rows add up in this
+    program's partial.
+    """
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     tokens = PREFIX + patches
     total = tl.zeros([BLOCK_D], tl.float32)
@@ -137,8 +140,9 @@ def _restore_backward_kernel(
     tl.store(PARTIAL + tl.program_id(0) * D + col, total, mask=col < D)
 
 
-# ---------------------------------------------------------------------------------------------------- launchers
-# Programs of the backward: enough to fill every GPU in the table, few enough that their partial sums cost nothing
+# ---- launchers ----
+# Programs of the backward: enough to fill every GPU in the table, few enough that their
+# partial sums cost nothing
 BACKWARD_PROGRAMS = 512
 
 
@@ -194,7 +198,7 @@ def _launch_restore_backward(
     return dvisible_BTD, partial_SD.sum(0)
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ---- registration ----
 @triton_op("mae_kernels::restore_tokens", mutates_args=())
 def _restore_op(
     visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, prefix: int
@@ -217,7 +221,7 @@ def _restore_backward_op(
     pos_dtype: torch.dtype,
     needs_pos: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of visible [B,p+K,D], mask_token [D] and pos_embed [p+L,D] (empty when not needed)."""
+    """Gradients of visible [B,p+K,D], mask_token [D], pos_embed [p+L,D] (or empty)."""
     acc = accumulate_dtype(grad)
     dpos = grad.sum(0, dtype=acc).to(pos_dtype) if needs_pos else grad.new_empty(0, dtype=pos_dtype)
     if use_triton("restore_tokens", grad.device, grad.dtype, visible_dtype, mask_dtype, pos_dtype):
@@ -258,7 +262,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _restore_op.register_autograd(_backward, setup_context=_setup)
 
 
-# ------------------------------------------------------------------------------------------------------- public
+# ---- public ----
 def restore_tokens(
     visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, *, prefix: int
 ) -> Tensor:
@@ -271,7 +275,8 @@ def restore_tokens(
         pos_embed: [p+L, D] or [1, p+L, D].
         prefix: p, the number of prefix tokens (0 or more).
 
-    Returns: [B, p+L, D] in the widest of the three floating dtypes. Gradients reach visible, mask_token and pos_embed.
+    Returns: [B, p+L, D] in the widest of the three floating dtypes. Gradients reach visible,
+    mask_token and pos_embed.
 
     Raises: TypeError or ValueError naming the argument.
 
@@ -297,7 +302,8 @@ def restore_tokens(
     patches = ids_restore.shape[1]
     if not prefix <= tokens <= prefix + patches:
         raise ValueError(
-            f"visible: got {tokens} tokens, needs between prefix = {prefix} and prefix + L = {prefix + patches}"
+            f"visible: got {tokens} tokens, "
+            f"needs between prefix = {prefix} and prefix + L = {prefix + patches}"
         )
     if mask_token.dim() == 3 and mask_token.shape[:2] == (1, 1):
         mask_token = mask_token[0, 0]
@@ -309,10 +315,8 @@ def restore_tokens(
     return reference(*arguments) if wants_reference(visible) else _restore_op(*arguments)
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
-def _sample(
-    size: Literal["small", "model"], name: str, patches: int, keep: int, width: int, prefix: int
-) -> Sample:
+# ---- samples ----
+def _sample(size: Size, name: str, patches: int, keep: int, width: int, prefix: int) -> Sample:
     def make(draw: Draw) -> Made:
         tensors = {
             "visible": draw.normal(draw.batch, prefix + keep, width),
@@ -329,7 +333,9 @@ def _sample(
 
 @declares("restore_tokens")
 def samples() -> list[Sample]:
-    """Padded and whole blocks, a backward of more than one step for each program; MAE's decoders at 224."""
+    """Padded and whole blocks, a backward of more than one step for each program; MAE's decoders at
+    224.
+    """
     return [
         _sample("small", "33", 35, 9, 33, 1),
         _sample("small", "192", 21, 5, 192, 0),

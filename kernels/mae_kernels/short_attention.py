@@ -6,17 +6,19 @@
     backward, with delta = rowsum(out * dout) = rowsum(P * dP):
     dP = dout v^T,  dS = P * (dP - delta) * scale,  dq = dS k,  dk = dS^T q,  dv = P^T dout
 
-Source: Vaswani et al., Attention Is All You Need, arXiv 1706.03762, equation 1; the backward from the log-sum-exp as in
-Dao et al., FlashAttention, arXiv 2205.14135, appendix B.
+Source: Vaswani et al., Attention Is All You Need, arXiv 1706.03762, equation 1; the backward from
+the log-sum-exp as in Dao et al., FlashAttention, arXiv 2205.14135, appendix B.
 
-Masked autoencoders attend over short sequences. One program holds all keys and values of one head on the chip: qkv is
-read and its gradient written as they lie, one launch each way, no atomics, no fp32 buffer for dq. Up to 64 tokens the
-backward reads only qkv and dout, and nothing but qkv is kept for it; beyond, out and the log-sum-exp are kept as well.
-fp16 and bf16 products run on tensor cores with fp32 sums; the softmax is fp32. Longer sequences, other head widths, fp32
-(tensor cores would round it), fp64, GPUs before sm_80 (Triton has no tensor cores there) and the CPU take torch's
+Masked autoencoders attend over short sequences. One program holds all keys and values of one head
+on the chip: qkv is read and its gradient written in their layout, one launch each way, no atomics,
+no fp32 buffer for dq. Up to 64 tokens the backward reads only qkv and dout, and nothing but qkv is
+kept for it; beyond, out and the log-sum-exp are kept as well. fp16 and bf16 products run on tensor
+cores with fp32 sums; the softmax is fp32. Longer sequences, other head widths, fp32 (tensor cores
+would round it), fp64, GPUs before sm_80 (Triton has no tensor cores there) and the CPU take torch's
 scaled_dot_product_attention with torch's own backward.
 
-Shapes: B images, N tokens, H heads, d head width. The packed order (3, H, d) is that of timm and facebookresearch/mae.
+Shapes: B images, N tokens, H heads, d head width. The packed order (3, H, d) is that of timm and
+facebookresearch/mae.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -25,7 +27,7 @@ Shapes: B images, N tokens, H heads, d head width. The packed order (3, H, d) is
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,14 +50,14 @@ from ._runtime import (
     use_triton,
     wants_reference,
 )
-from ._samples import Draw, Made, Sample, declares
+from ._samples import Draw, Made, Sample, Size, declares
 
 LOG2_E = math.log2(math.e)
 # Before sm_80 Triton multiplies matrices without tensor cores
 OLDEST = 80
 
 
-# ---------------------------------------------------------------------------------------------------- reference
+# ---- reference ----
 def reference(qkv_BN3Hd: Tensor, scale: float | None) -> Tensor:
     q, k, v = qkv_BN3Hd.permute(2, 0, 3, 1, 4).unbind(0)
     with no_autocast(qkv_BN3Hd.device):  # the dtype of qkv has been chosen already
@@ -75,9 +77,10 @@ def gradient(dout_BNHd: Tensor, qkv_BN3Hd: Tensor, scale: float) -> Tensor:
     return d.permute(1, 3, 0, 2, 4).to(qkv_BN3Hd.dtype).contiguous()
 
 
-# ------------------------------------------------------------------------------------------------------ kernels
-# One program = one head of one image. The keys are cut into up to three tiles of T0 + T1 + T2 >= N rows (powers of two,
-# 197 -> 128 + 64 + 16), held on chip; the queries are walked in blocks of ROWS. Only the last tile can have padding.
+# ---- kernels ----
+# One program = one head of one image. The keys are cut into up to three tiles of T0 + T1 +
+# T2 >= N rows (powers of two, 197 -> 128 + 64 + 16), held on chip; the queries are walked in blocks
+# of ROWS. Only the last tile can have padding.
 @jit
 def _load_rows(X, n, stride, N: tl.constexpr, D: tl.constexpr):
     return tl.load(
@@ -100,10 +103,14 @@ def _scores(q, k, n, N: tl.constexpr, PADDED: tl.constexpr):
 
 
 @jit
-def _attention_kernel(QKV, OUT, LSE, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-                      T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, ROWS: tl.constexpr,
-                      KEEP_LSE: tl.constexpr, SCALE_LOG2: tl.constexpr):  # fmt: skip
-    """OUT, and with KEEP_LSE the row's log2(sum(2^(SCALE_LOG2 * q k))), which is what the backward needs of the softmax."""
+def _attention_kernel(
+    QKV, OUT, LSE, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, T0: tl.constexpr,
+    T1: tl.constexpr, T2: tl.constexpr, ROWS: tl.constexpr, KEEP_LSE: tl.constexpr,
+    SCALE_LOG2: tl.constexpr,
+):  # fmt: skip
+    """OUT, and with KEEP_LSE the row's log2(sum(2^(SCALE_LOG2 * q k))), which is what the backward
+    needs of the softmax.
+    """
     head = tl.program_id(0)
     first = (head // H).to(tl.int64) * N * (H * D) + (head % H) * D
     Q = QKV + (head // H).to(tl.int64) * N * (3 * H * D) + (head % H) * D
@@ -148,9 +155,13 @@ def _attention_kernel(QKV, OUT, LSE, N: tl.constexpr, H: tl.constexpr, D: tl.con
 
 
 @jit
-def _backward_rows_kernel(QKV, DOUT, DQKV, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-                          SCALE: tl.constexpr, SCALE_LOG2: tl.constexpr):  # fmt: skip
-    """All queries against all keys at once: P is made again from the scores, so neither OUT nor LSE is read."""
+def _backward_rows_kernel(
+    QKV, DOUT, DQKV, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+    SCALE: tl.constexpr, SCALE_LOG2: tl.constexpr,
+):  # fmt: skip
+    """All queries against all keys at once: P is made again from the scores, so neither OUT nor LSE
+    is read.
+    """
     head = tl.program_id(0)
     packed = (head // H).to(tl.int64) * N * (3 * H * D) + (head % H) * D
     first = (head // H).to(tl.int64) * N * (H * D) + (head % H) * D
@@ -172,7 +183,9 @@ def _backward_rows_kernel(QKV, DOUT, DQKV, N: tl.constexpr, H: tl.constexpr, D: 
 
 @jit
 def _key_tile(k, v, q, do, lse, delta, dk, dv, dq, PADDED: tl.constexpr, SCALE_LOG2: tl.constexpr):
-    """One tile of keys against one block of queries, transposed: P^T and dS^T enter the products from registers."""
+    """One tile of keys against one block of queries, transposed: P^T and dS^T enter the products
+    from registers.
+    """
     log2_p = tl.dot(k, tl.trans(q)) * SCALE_LOG2 - lse[None, :]
     if PADDED:  # the score of padding is 0, perhaps far above the row's LSE: its P must stay finite
         log2_p = tl.minimum(log2_p, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -182,9 +195,11 @@ def _key_tile(k, v, q, do, lse, delta, dk, dv, dq, PADDED: tl.constexpr, SCALE_L
 
 
 @jit
-def _backward_keys_kernel(QKV, DOUT, OUT, LSE, DQKV, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-                          T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, ROWS: tl.constexpr,
-                          SCALE: tl.constexpr, SCALE_LOG2: tl.constexpr):  # fmt: skip
+def _backward_keys_kernel(
+    QKV, DOUT, OUT, LSE, DQKV, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, T0: tl.constexpr,
+    T1: tl.constexpr, T2: tl.constexpr, ROWS: tl.constexpr, SCALE: tl.constexpr,
+    SCALE_LOG2: tl.constexpr,
+):  # fmt: skip
     """P = 2^(scores - LSE) and delta = rowsum(OUT * DOUT): no reduction over a row of scores."""
     head = tl.program_id(0)
     packed = (head // H).to(tl.int64) * N * (3 * H * D) + (head % H) * D
@@ -233,7 +248,7 @@ def _backward_keys_kernel(QKV, DOUT, OUT, LSE, DQKV, N: tl.constexpr, H: tl.cons
         _store_rows(DQ + 2 * H * D, n2, dv2, 3 * H * D, N, D)
 
 
-# ---------------------------------------------------------------------------------------------------- launchers
+# ---- launchers ----
 class Sizes(NamedTuple):
     """From sm_<oldest> on, for up to so many tokens and so wide heads."""
 
@@ -245,8 +260,9 @@ class Sizes(NamedTuple):
     warps: int
 
 
-# Of the lines with the newest architecture that is not newer than the GPU, the first that fits holds. Chosen by what the
-# compiler makes of them (no spills, then most programs per multiprocessor); not tuned on any GPU yet.
+# Of the lines with the newest architecture that is not newer than the GPU, the first that fits
+# holds. Chosen by what the compiler makes of them (no spills, then most programs per
+# multiprocessor); not tuned on any GPU yet.
 FORWARD = (
     Sizes(120, 128, 128, False, 64, 4),
     Sizes(120, 256, 32, True, 64, 4),
@@ -256,7 +272,8 @@ FORWARD = (
     Sizes(80, 256, 32, True, 64, 4),
     Sizes(80, 256, 64, True, 32, 4),
 )
-# The kernel that takes keys in columns; up to ROWS_KERNEL_TOKENS the other one runs, with all queries in one block.
+# The kernel that takes keys in columns; up to ROWS_KERNEL_TOKENS the other one runs, with all
+# queries in one block.
 BACKWARD = (
     Sizes(120, 128, 32, False, 16, 4),
     Sizes(120, 128, 128, False, 16, 8),
@@ -284,7 +301,8 @@ def lines_for(table: tuple[Sizes, ...], arch: int, width: int) -> list[Sizes]:
 def attention_refusal(
     tokens: int, head_width: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> str | None:
-    """Why `attention` takes scaled_dot_product_attention for a shape on a GPU; None if its kernels take it.
+    """Why `attention` takes scaled_dot_product_attention for a shape on a GPU; None if its kernels
+    take it.
 
     Args:
         tokens, head_width: N and d of qkv [B, N, 3, H, d].
@@ -346,9 +364,9 @@ def _launch_attention(qkv_BN3Hd: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     )
     t0, t1, t2 = key_tiles(tokens, sizes.split)
     launch(
-        _attention_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, out_BNHd, lse, N=tokens, H=heads, D=width,
-        T0=t0, T1=t1, T2=t2, ROWS=min(sizes.rows, tile_of(tokens)), KEEP_LSE=keep, SCALE_LOG2=scale * LOG2_E,
-        num_warps=sizes.warps,
+        _attention_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, out_BNHd, lse, N=tokens, H=heads,
+        D=width, T0=t0, T1=t1, T2=t2, ROWS=min(sizes.rows, tile_of(tokens)), KEEP_LSE=keep,
+        SCALE_LOG2=scale * LOG2_E, num_warps=sizes.warps,
     )  # fmt: skip
     return out_BNHd, lse
 
@@ -375,9 +393,9 @@ def _launch_attention_backward(
     assert out_BNHd is not None and lse_BHN is not None
     t0, t1, t2 = key_tiles(tokens, sizes.split)
     launch(
-        _backward_keys_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, dout_BNHd, out_BNHd.contiguous(),
-        lse_BHN.contiguous(), dqkv_BN3Hd, N=tokens, H=heads, D=width, T0=t0, T1=t1, T2=t2, ROWS=sizes.rows,
-        num_warps=sizes.warps, **scales,
+        _backward_keys_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, dout_BNHd,
+        out_BNHd.contiguous(), lse_BHN.contiguous(), dqkv_BN3Hd, N=tokens, H=heads, D=width, T0=t0,
+        T1=t1, T2=t2, ROWS=sizes.rows, num_warps=sizes.warps, **scales,
     )  # fmt: skip
     return dqkv_BN3Hd
 
@@ -388,7 +406,7 @@ def _sizes(qkv_BN3Hd: Tensor) -> tuple[int, int, int, int]:
     return batch, int(tokens), int(heads), int(width)
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ---- registration ----
 def refusal(qkv_BN3Hd: Tensor) -> str | None:
     """Why this qkv takes scaled_dot_product_attention; None when the kernels can take it."""
     tokens, width = qkv_BN3Hd.shape[1], qkv_BN3Hd.shape[4]
@@ -404,7 +422,9 @@ def _kernels_run(device: torch.device, dtype: torch.dtype, refused: str | None) 
 
 @triton_op("mae_kernels::attention", mutates_args=())
 def _attention_op(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [B,N,H,d], log2-sum-exp of the scores [B,H,N], or [0] where the backward does not need it)."""
+    """(out [B,N,H,d], log2-sum-exp of the scores [B,H,N], or [0] where the backward does not need
+    it).
+    """
     if _kernels_run(qkv.device, qkv.dtype, refusal(qkv)):
         return _launch_attention(qkv, scale)
     return reference(qkv, scale), torch.empty(0, dtype=torch.float32, device=qkv.device)
@@ -439,7 +459,7 @@ def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_twice(ctx: Any, d_dqkv: Tensor) -> tuple[Any, ...]:
-    """The gradient of the formula; out and lse are functions of qkv in it, so nothing goes to them."""
+    """The gradient of the formula; in it out and lse are functions of qkv."""
     pull_back = torch.func.vjp(
         lambda dout, qkv: gradient(dout, qkv, ctx.scale), *ctx.saved_tensors
     )[1]
@@ -451,8 +471,9 @@ _attention_backward_op.register_autograd(_backward_twice, setup_context=_setup_t
 
 
 def _count_flops() -> None:
-    """Tells torch's FLOP counter what the op and its kernels do: 2 products of N x N x d per head forward, 5 backward
-    (the scores again, dP, dv, dk, dq). Without it, a compiler that weighs what to compute again takes attention for free."""
+    """Tells torch's FLOP counter what the op and its kernels do: 2 products of N x N x d per head
+    forward, 5 backward (the scores again, dP, dv, dk, dq). Without it, a compiler that weighs what
+    to compute again takes attention for free."""
 
     def forward(qkv_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         batch, tokens, _, heads, width = qkv_shape
@@ -482,18 +503,19 @@ def _count_flops() -> None:
 _count_flops()
 
 
-# ------------------------------------------------------------------------------------------------------- public
+# ---- public ----
 def attention(qkv: Tensor, *separate: Tensor, scale: float | None = None) -> Tensor:
     """softmax(q k^T * scale) v: multi-head self-attention without dropout or mask.
 
     Args:
-        qkv: [B, N, 3, H, d] floating point, any strides: the qkv linear layer's output, viewed. Read without a copy
-            when contiguous.
+        qkv: [B, N, 3, H, d] floating point, any strides: the qkv linear layer's output, viewed.
+            Read without a copy when contiguous.
         scale: of the scores, positive; default d ** -0.5.
 
-    Returns: [B, N, H, d], contiguous, in qkv's dtype, under autocast too. `out.flatten(2)` is the input of the output
-    projection. The gradient reaches qkv. Where the kernels run it can be differentiated again; elsewhere that is up to
-    scaled_dot_product_attention, whose fused backward on the CPU cannot.
+    Returns: [B, N, H, d], contiguous, in qkv's dtype, under autocast too. `out.flatten(2)` is the
+    input of the output projection. The gradient reaches qkv. Where the kernels run it can be
+    differentiated again; elsewhere that is up to scaled_dot_product_attention, whose fused backward
+    on the CPU cannot.
 
     Raises: TypeError or ValueError naming the argument.
 
@@ -505,7 +527,8 @@ def attention(qkv: Tensor, *separate: Tensor, scale: float | None = None) -> Ten
     hint = "torch.stack((q, k, v), 2) makes it of three [B, N, H, d]"
     if separate:
         raise TypeError(
-            f"attention: got {1 + len(separate)} positional arguments, needs one, qkv [B, N, 3, H, d]; {hint}"
+            f"attention: got {1 + len(separate)} positional arguments, "
+            f"needs one, qkv [B, N, 3, H, d]; {hint}"
         )
     check_floating("qkv", qkv)
     check_shape("qkv", qkv, (None, None, 3, None, None), "[B, N, 3, H, d]", hint)
@@ -520,22 +543,24 @@ def attention(qkv: Tensor, *separate: Tensor, scale: float | None = None) -> Ten
     return _attention_op(qkv, qkv.shape[4] ** -0.5 if scale is None else float(scale))[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
-def _sample(
-    size: Literal["small", "model"], tokens: int, heads: int, width: int, max_arch: int = 999
-) -> Sample:
+# ---- samples ----
+def _sample(size: Size, tokens: int, heads: int, width: int, max_arch: int = 999) -> Sample:
     def make(draw: Draw) -> Made:
         return {"qkv": draw.normal(draw.batch, tokens, 3, heads, width)}, {}
 
-    name, limits = f"{tokens} x {heads} x {width}", {"min_arch": OLDEST, "max_arch": max_arch}
-    return Sample("attention", name, attention, make, ("qkv",), size, half_only=True, **limits)  # type: ignore[arg-type]
+    name = f"{tokens} x {heads} x {width}"
+    limits: dict[str, Any] = {"half_only": True, "min_arch": OLDEST, "max_arch": max_arch}
+    return Sample("attention", name, attention, make, ("qkv",), size, **limits)
 
 
 @declares("attention", oldest=OLDEST)
 def samples() -> list[Sample]:
-    """Every kernel and number of key tiles; encoders and decoder of MAE's ViTs, and their largest blocks unmasked."""
+    """Every kernel and number of key tiles; encoders and decoder of MAE's ViTs, and their largest
+    blocks unmasked.
+    """
     small = ((10, 2, 16), (37, 2, 128), (65, 1, 64), (133, 2, 32))
     model = ((50, 6, 64), (50, 12, 64), (50, 16, 64), (65, 3, 64), (197, 16, 32))
-    # sm_120 has less shared memory: there so many tokens of so wide heads take scaled_dot_product_attention
+    # sm_120 has less shared memory: there so many tokens of so wide heads take
+    # scaled_dot_product_attention
     largest = [_sample("small", 197, 2, 64, 119), _sample("model", 197, 12, 64, 119)]
     return [_sample("small", *s) for s in small] + [_sample("model", *s) for s in model] + largest

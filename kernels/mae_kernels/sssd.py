@@ -2,12 +2,14 @@
 
     total = weight * distillation + (1 - weight) * reconstruction
 
-Source: Tan et al., Computer Methods and Programs in Biomedicine 243 (2024) 107876 (abstract); Luo et al., SD-MAE,
-arXiv 2203.16983, for the form and weight = 0.2. The two terms are masked_reconstruction_loss and distillation_loss.
+Source: Tan et al., Computer Methods and Programs in Biomedicine 243 (2024) 107876 (abstract); Luo
+et al., SD-MAE, arXiv 2203.16983, for the form and weight = 0.2. The two terms are
+masked_reconstruction_loss and distillation_loss.
 
-On a GPU, with kind "dino", both terms are one kernel launch forward and one backward: the first programs take rows of
-logits, the others patches. Small torch sums, in a fixed order, finish what the programs leave. Nothing but the inputs and
-the number of masked patches is kept for the backward.
+On a GPU, with kind "dino", both terms are one kernel launch forward and one backward: the first
+programs take rows of logits, the others patches. Small torch sums, in a fixed order, finish what
+the programs leave. Nothing but the inputs and the number of masked patches is kept for the
+backward.
 
 Shapes: B images, M masked patches, V = P*P*C values per patch, R rows of K logits.
 """
@@ -27,7 +29,7 @@ from . import reconstruction as _reconstruction
 from ._checks import check_same_device
 from ._pixels import Numbers
 from ._runtime import jit, launch, tl, use_triton, wants_reference
-from ._samples import MEAN, STD, Draw, Made, Sample, declares
+from ._samples import MEAN, STD, Draw, Made, Sample, Size, declares
 from .distillation import (
     CenterMode,
     Kind,
@@ -45,61 +47,58 @@ from .reconstruction import (
 )
 
 
-# ------------------------------------------------------------------------------------------------------ kernels
+# ---- kernels ----
 @jit
 def _sssd_kernel(
-    STUDENT, TEACHER, CENTER, LOGIT_LOSSES, PARTIAL,
-    PRED, IMAGES, SELECT, STATS, PATCH_LOSSES,
-    num_logit_rows, group_rows, groups, stride_s, stride_t,
-    num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
-    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    STUDENT, TEACHER, CENTER, LOGIT_LOSSES, PARTIAL, PRED, IMAGES, SELECT, STATS, PATCH_LOSSES,
+    num_logit_rows, group_rows, groups, stride_s, stride_t, num_rows, listed, patches, grid_cols,
+    pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w, K: tl.constexpr,
+    BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
+    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
     HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < groups:
         distillation_group(
-            STUDENT, TEACHER, CENTER, LOGIT_LOSSES, PARTIAL, program, num_logit_rows, group_rows, stride_s, stride_t,
-            K, BLOCK_K, HAS_CENTER, LOGIT, STUDENT_TEMP, TEACHER_TEMP,
+            STUDENT, TEACHER, CENTER, LOGIT_LOSSES, PARTIAL, program, num_logit_rows, group_rows,
+            stride_s, stride_t, K, BLOCK_K, HAS_CENTER, LOGIT, STUDENT_TEMP, TEACHER_TEMP,
         )  # fmt: skip
     else:
         row = (program - groups) * ROWS + tl.arange(0, ROWS)
         d = masked_difference(
-            PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
-            stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS,
-            HAS_STATS,
+            PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
+            pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM,
+            HAS_MASK, WIDE, EPS, HAS_STATS,
         )  # fmt: skip
         tl.store(PATCH_LOSSES + row, sum_patch(d * d) / (P * P * C), mask=row < num_rows)
 
 
 @jit
 def _sssd_backward_kernel(
-    GRAD_TOTAL, GRAD_RECONSTRUCTION, GRAD_DISTILLATION, COUNT,
-    STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER,
-    PRED, IMAGES, SELECT, STATS, DPRED,
-    num_logit_rows, stride_s, stride_t,
-    num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
-    WEIGHT: tl.constexpr,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr,
-    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
+    GRAD_TOTAL, GRAD_RECONSTRUCTION, GRAD_DISTILLATION, COUNT, STUDENT, TEACHER, CENTER, DSTUDENT,
+    DTEACHER, PRED, IMAGES, SELECT, STATS, DPRED, num_logit_rows, stride_s, stride_t, num_rows,
+    listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h,
+    stride_w, WEIGHT: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr, STUDENT_TEMP: tl.constexpr,
+    TEACHER_TEMP: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, HAS_MASK: tl.constexpr,
+    WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     total = tl.load(GRAD_TOTAL)
     if program < num_logit_rows:
         factor = (tl.load(GRAD_DISTILLATION) + total * WEIGHT) / num_logit_rows
         distillation_gradient_row(
-            factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, program.to(tl.int64), stride_s, stride_t,
-            K, BLOCK_K, HAS_CENTER, NEEDS_TEACHER, STUDENT_TEMP, TEACHER_TEMP,
+            factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, program.to(tl.int64), stride_s,
+            stride_t, K, BLOCK_K, HAS_CENTER, NEEDS_TEACHER, STUDENT_TEMP, TEACHER_TEMP,
         )  # fmt: skip
     else:
         row = (program - num_logit_rows) * ROWS + tl.arange(0, ROWS)
         d = masked_difference(
-            PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b, pred_stride_m,
-            stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM, HAS_MASK, WIDE, EPS,
-            HAS_STATS,
+            PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
+            pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM,
+            HAS_MASK, WIDE, EPS, HAS_STATS,
         )  # fmt: skip
         factor = (
             (tl.load(GRAD_RECONSTRUCTION) + total * (1.0 - WEIGHT))
@@ -109,9 +108,11 @@ def _sssd_backward_kernel(
         store_gradient(DPRED, d * factor, row, num_rows, C, P, BLOCK_P, BLOCK_W)
 
 
-# ---------------------------------------------------------------------------------------------------- launchers
+# ---- launchers ----
 def _constants(pixels: dict[str, Any], logits: dict[str, Any]) -> dict[str, Any]:
-    """Both kernels' constants; the wider of the two picks the warps, and a program takes as many patches as fill them."""
+    """Both kernels' constants; the wider of the two picks the warps, and a program takes as many
+    patches as fill them.
+    """
     warps = max(pixels["num_warps"], _distillation.warps_for(logits["BLOCK_K"]))
     rows = pixels["ROWS"] * warps // pixels["num_warps"]
     return {**pixels, **logits, "num_warps": warps, "ROWS": rows}
@@ -186,7 +187,7 @@ def _launch_backward(
     return dpred, dstudent, dteacher
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ---- registration ----
 def _use_triton(pred: Tensor, images: Tensor, student: Tensor, teacher: Tensor, norm: str) -> bool:
     refused = _reconstruction.refusal(
         pred.shape[2], images.shape[1], norm
@@ -213,7 +214,7 @@ def _sssd_op(
     student_temp: float,
     teacher_temp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Kind "dino": (total, reconstruction, distillation, batch_center, number of masked patches)."""
+    """Kind "dino": (total, reconstruction, distillation, batch_center, masked patches)."""
     options = (images, ids, mask, stats, patch_size, norm, eps)
     temps = (student_temp, teacher_temp)
     if _use_triton(pred, images, student, teacher, norm):
@@ -289,9 +290,11 @@ def _backward(
 _sssd_op.register_autograd(_backward, setup_context=_setup)
 
 
-# ------------------------------------------------------------------------------------------------------- public
+# ---- public ----
 class SSSDLoss(NamedTuple):
-    """total, reconstruction and distillation are scalars; batch_center [K] or None, without a gradient."""
+    """total, reconstruction and distillation are scalars; batch_center [K] or None, without a
+    gradient.
+    """
 
     total: Tensor
     reconstruction: Tensor
@@ -324,12 +327,13 @@ def sssd_loss(
 
     Args:
         pred, images, ids, mask, patch_size, norm, eps, mean, std: as in masked_reconstruction_loss.
-        student, teacher, kind, center, center_mode, student_temp, teacher_temp, detach_teacher: as in
-            distillation_loss.
+        student, teacher, kind, center, center_mode, student_temp, teacher_temp, detach_teacher: as
+            in distillation_loss.
         weight: of the distillation loss, between 0 and 1.
 
-    Returns: SSSDLoss(total, reconstruction, distillation, batch_center). Each of the three scalars is differentiable.
-    With a kind other than "dino" the two losses are the two ops, one after the other.
+    Returns: SSSDLoss(total, reconstruction, distillation, batch_center). Each of the three scalars
+    is differentiable. With a kind other than "dino" the two losses are the two ops, one after the
+    other.
 
     Raises: TypeError or ValueError naming the argument.
     """
@@ -349,34 +353,21 @@ def sssd_loss(
         tensors = (pred, images, student, teacher, ids, mask, center, stats)
         options = (patch_size, norm or "none", float(eps), float(weight), center_mode == "logit")
         return SSSDLoss(*_sssd_op(*tensors, *options, float(student_temp), float(teacher_temp))[:4])
-    reconstruction = masked_reconstruction_loss(
-        pred,
-        images,
-        ids=ids,
-        mask=mask,
-        patch_size=patch_size,
-        norm=norm,
-        eps=eps,
-        mean=mean,
-        std=std,
-    )
+    options: dict[str, Any] = {"patch_size": patch_size, "norm": norm, "eps": eps}
+    options |= {"mean": mean, "std": std}
+    reconstruction = masked_reconstruction_loss(pred, images, ids=ids, mask=mask, **options)
+    temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
+    options = {"kind": kind, "center": center, "center_mode": center_mode, **temps}
     distillation, batch_center = distillation_loss(
-        student,
-        teacher,
-        kind=kind,
-        center=center,
-        center_mode=center_mode,
-        student_temp=student_temp,
-        teacher_temp=teacher_temp,
-        detach_teacher=detach_teacher,
+        student, teacher, detach_teacher=detach_teacher, **options
     )
     total = weight * distillation + (1 - weight) * reconstruction
     return SSSDLoss(total, reconstruction, distillation, batch_center)
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
+# ---- samples ----
 def _sample(
-    size: Literal["small", "model"],
+    size: Size,
     name: str,
     channels: int,
     side: tuple[int, int],

@@ -198,7 +198,7 @@ def test_attention_of_other_sizes_is_sdpa(shape, dtype, reason, device) -> None:
     qkv = torch.randn(shape, device=device).to(dtype)
     if device.type == "cuda" or _runtime.INTERPRET:
         with pytest.raises(
-            RuntimeError, match=f"attention: backend 'triton' was asked for, but .*{reason}"
+            RuntimeError, match=f"attention: backend 'triton' was requested, but .*{reason}"
         ):
             attention(qkv)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)

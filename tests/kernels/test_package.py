@@ -71,7 +71,7 @@ def test_backend_in_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) 
 def test_triton_backend_raises_on_the_cpu() -> None:
     with (
         mae_kernels.backend("triton"),
-        pytest.raises(RuntimeError, match=r"random_masking: .* asked for, but the tensors"),
+        pytest.raises(RuntimeError, match=r"random_masking: .* requested, but the tensors"),
     ):
         mae_kernels.random_masking(torch.rand(1, 4), 2)
     mae_kernels.random_masking(torch.rand(1, 4), 2)  # the choice ended with the block
