@@ -24,7 +24,15 @@ from sssd_fast.weights.formats import export_state, huggingface_config, strip_wr
 # (mean, std) of x / 255, one value or one per channel
 Norm = tuple[Sequence[float], Sequence[float]]
 _ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
-_UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError, struct.error)
+_UNREADABLE: tuple[type[Exception], ...] = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    OSError,
+    struct.error,
+)
 _UNREADABLE += (AttributeError, AssertionError)
 
 
