@@ -32,7 +32,6 @@ from benchmarks.step_models import Data, Setup
 
 BATCHES = {"cuda": (64, 128, 256), "cpu": (8, 16, 32)}
 CAPS_GB = (8, 12, 16, 24)
-CONTEXT_BYTES = 0.6e9  # CUDA context with its kernels; assumed
 MULTIPLE, SMALLER = 8, 0.96
 RATE_SAMPLES = 10  # steps for the images per second of a largest batch
 
@@ -109,9 +108,11 @@ def _measure(row: Row, setup: Setup, name: str, *, check: bool) -> None:
 
 def under_cap(bench: Bench, setup: Setup, name: str, points: list[Point], cap_gb: float) -> None:
     """Adds the row of one provider and cap; its shape has no batch, which is the result."""
+    from sssd_fast.performance.plan import RESERVE
+
     row = new_row(setup, f"largest batch {setup.task}", name, f"memory, {cap_gb:g} GB")
     row.shape = row.shape.rpartition(",")[0]
-    usable = cap_gb * 1e9 - CONTEXT_BYTES
+    usable = cap_gb * 1e9 - RESERVE.context_bytes
     row.more |= {"cap_gb": cap_gb, "allocator_gb": usable / 1e9}
     total = torch.cuda.get_device_properties(bench.device).total_memory
     if len(points) < 2:

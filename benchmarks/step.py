@@ -3,7 +3,7 @@
 A provider is timed only if its losses over the first steps (with its own backward and updates)
 agree with those of the plain model in a wider dtype, from equal weights on an equal batch with
 equal masks. A row has, besides its time: images per second; mfu, the FLOPs of a plain masked
-autoencoder (step_models.standard_flops) relative to the matmul rate of this device; peak_bytes
+autoencoder (performance.fake.standard_flops) relative to the matmul rate of this device; peak_bytes
 and mb_per_image, the peak of a step beyond parameters, moments and batch; the first and last
 loss; what was selected and why ("how").
 
@@ -131,6 +131,8 @@ class Contest:
     """The providers of one task, dtype and batch: checked one by one, then timed together."""
 
     def __init__(self, bench: Bench, setup: Setup, steps: int) -> None:
+        from sssd_fast.performance.fake import standard_flops
+
         self.bench = bench
         self.setup = setup
         self.steps = steps
@@ -139,7 +141,7 @@ class Contest:
         self.source = step_models.initial_model(setup.config)
         self.alive: dict[str, OwnStep | LoopStep] = {}
         self.together = True
-        self.flops = step_models.standard_flops(setup.config) * setup.batch
+        self.flops = standard_flops(setup.config) * setup.batch
         self.reference: list[float] = []
         self.problem = Row("", "", "", "", "")
         attempt(self.problem, self._reference)

@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import mae_kernels
 from benchmarks import published
@@ -454,23 +453,6 @@ def published_mae(config: Config) -> published.MaskedAutoencoderViT:
     )
     norm = config.objective.norm
     return published.MaskedAutoencoderViT(s, depth, m.decoder_depth, norm, m.mlp_ratio, m.norm_eps)
-
-
-def standard_flops(config: Config) -> float:
-    """FLOPs per image by the usual convention: three times the forward pass of a plain MAE.
-
-    Visible patches embedded, all decoder rows through every block, all patches predicted, no
-    projection heads: 58.1e9 for ViT-B/16, 224 x 224 x 3, 75 % masked. Additional work does not
-    count as useful.
-    """
-    with torch.device("meta"):
-        model = published_mae(config)
-        s = model.shape
-        images, noise = torch.empty(1, s.channels, *s.image), torch.empty(1, s.patches)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(images, noise)
-    masked = 2 * s.masked * s.values * s.width  # the published code embeds these, too
-    return 3.0 * (counter.get_total_flops() - masked)
 
 
 def published_model(setup: Setup, source: SSSD) -> published.MaskedAutoencoderViT | published.SDMAE:
