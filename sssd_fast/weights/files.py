@@ -24,16 +24,18 @@ from sssd_fast.weights.formats import export_state, huggingface_config, strip_wr
 # (mean, std) of x / 255, one value or one per channel
 Norm = tuple[Sequence[float], Sequence[float]]
 _ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
-_UNREADABLE: tuple[type[Exception], ...] = (
+# what torch.load and safetensors raise for damaged files
+_UNREADABLE = (
     RuntimeError,
     EOFError,
     ValueError,
     LookupError,
     TypeError,
+    AttributeError,
+    AssertionError,
     OSError,
     struct.error,
 )
-_UNREADABLE += (AttributeError, AssertionError)
 
 
 class Source(NamedTuple):
