@@ -296,6 +296,11 @@ def gradients(
     return ds.to(student.dtype), dt.to(teacher.dtype)
 
 
+def _use_triton(student: Tensor, teacher: Tensor) -> bool:
+    op, refused = "distillation_loss", refusal(student.shape[-1])
+    return use_triton(op, student.device, student.dtype, teacher.dtype, refused=refused)
+
+
 @triton_op("mae_kernels::distillation_loss", mutates_args=())
 def _distillation_op(
     student: Tensor,
@@ -306,10 +311,7 @@ def _distillation_op(
     teacher_temp: float,
 ) -> tuple[Tensor, Tensor]:
     """Kind "dino": (loss, batch_center)."""
-    refused = refusal(student.shape[-1])
-    if use_triton(
-        "distillation_loss", student.device, student.dtype, teacher.dtype, refused=refused
-    ):
+    if _use_triton(student, teacher):
         return _launch_distillation(student, teacher, center, logit, student_temp, teacher_temp)
     loss, batch_center = reference(
         student, teacher, "dino", center, "logit" if logit else "prob", student_temp, teacher_temp
@@ -329,10 +331,7 @@ def _distillation_backward_op(
     needs_teacher: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of student and teacher; the teacher's is empty when not needed."""
-    refused = refusal(student.shape[-1])
-    if use_triton(
-        "distillation_loss", student.device, student.dtype, teacher.dtype, refused=refused
-    ):
+    if _use_triton(student, teacher):
         return _launch_distillation_backward(
             grad, student, teacher, center, student_temp, teacher_temp, needs_teacher
         )

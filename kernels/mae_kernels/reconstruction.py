@@ -368,6 +368,11 @@ def refusal(values: int, channels: int, norm: str) -> str | None:
     return None
 
 
+def _use_triton(pred: Tensor, images: Tensor, norm: str) -> bool:
+    op, refused = "masked_reconstruction_loss", refusal(pred.shape[2], images.shape[1], norm)
+    return use_triton(op, pred.device, pred.dtype, images.dtype, refused=refused)
+
+
 @triton_op("mae_kernels::masked_reconstruction_loss", mutates_args=())
 def _loss_op(
     pred: Tensor,
@@ -380,14 +385,7 @@ def _loss_op(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(loss, number of masked patches), both scalars; norm is "patch", "channel" or "none"."""
-    op = "masked_reconstruction_loss"
-    if use_triton(
-        op,
-        pred.device,
-        pred.dtype,
-        images.dtype,
-        refused=refusal(pred.shape[2], images.shape[1], norm),
-    ):
+    if _use_triton(pred, images, norm):
         return finish(launch_loss_rows(pred, images, ids, mask, stats, patch_size, norm, eps), mask)
     d_BMV = difference(pred, images, ids, mask, stats, patch_size, norm, eps)
     return finish(d_BMV.square().mean(2), mask)
@@ -406,14 +404,7 @@ def _loss_backward_op(
     norm: str,
     eps: float,
 ) -> Tensor:
-    op = "masked_reconstruction_loss"
-    if use_triton(
-        op,
-        pred.device,
-        pred.dtype,
-        images.dtype,
-        refused=refusal(pred.shape[2], images.shape[1], norm),
-    ):
+    if _use_triton(pred, images, norm):
         return launch_loss_backward(
             grad, count, pred, images, ids, mask, stats, patch_size, norm, eps
         )

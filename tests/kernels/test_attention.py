@@ -328,33 +328,6 @@ def triton_backend() -> Iterator[None]:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize(
-    "shape", [(256, 50, 3, 12, 64), (256, 197, 3, 16, 32), (32, 197, 3, 12, 64)]
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_of_real_sizes_on_a_gpu(shape, dtype, close) -> None:
-    def sdpa_math(x):
-        q, k, v = x.permute(2, 0, 3, 1, 4)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-    qkv = torch.randn(shape, device="cuda").to(dtype)
-    upstream = torch.randn(*shape[:2], *shape[3:], device="cuda").to(dtype)
-    got = out_and_gradient(attention, qkv, upstream)
-    close(
-        got,
-        out_and_gradient(sdpa_math, qkv, upstream, torch.float64),
-        out_and_gradient(sdpa_math, qkv, upstream),
-    )
-    again = out_and_gradient(attention, qkv, upstream)
-    torch._dynamo.reset()
-    compiled = out_and_gradient(torch.compile(attention, fullgraph=True), qkv, upstream)
-    for other in (again, compiled):
-        assert torch.equal(other[0], got[0]) and torch.equal(other[1], got[1])
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("tokens", [64, 128])
 def test_attention_offsets_beyond_two_to_the_31_on_a_gpu(tokens) -> None:
     free, need = torch.cuda.mem_get_info()[0], 20 * 2**30
