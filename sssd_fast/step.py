@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from sssd_fast.optim import FusedAdamW, all_finite, clipped_update, set_lr
 from sssd_fast.run.device import World, autocast
@@ -81,11 +82,19 @@ class Step:
     def __call__(self, micro_batches: Sequence[Any], step: int, lr: float) -> StepResult:
         set_lr(self.optimizer, lr)
         losses, batch_stats = self._forward_backward(micro_batches, step)
+        with record_function("update"):
+            grad_norm, finite = self._update_parameters(losses["loss"], batch_stats)
+        return StepResult(losses, grad_norm, finite)
+
+    def _update_parameters(
+        self, loss: Tensor, batch_stats: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(gradient norm before clipping, whether the update was applied)."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         # The step is skipped everywhere if the loss or the statistics are not finite on any
         # process.
-        must_be_finite = [self.world.mean_(losses["loss"].clone())]
+        must_be_finite = [self.world.mean_(loss.clone())]
         if batch_stats is not None:
             must_be_finite.append(self.world.mean_(batch_stats))
         grad_norm, finite = self._apply(must_be_finite)
@@ -94,7 +103,7 @@ class Step:
         if batch_stats is not None and self.update_state is not None:
             self.update_state(batch_stats, finite)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(losses, grad_norm, finite)
+        return grad_norm, finite
 
     def _forward_backward(
         self, micro_batches: Sequence[Any], step: int
@@ -112,10 +121,11 @@ class Step:
                 torch.compiler.cudagraph_mark_step_begin()
             # Gradients are exchanged once per step, in the backward of the last micro-batch.
             with ddp.no_sync() if ddp is not None and i < n - 1 else nullcontext():
-                with self.autocast():
+                with record_function("forward"), self.autocast():
                     total, parts, batch_stats = self.loss(self.module, batch, step, i)
-                scaled = total / n
-                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+                with record_function("backward"):
+                    scaled = total / n
+                    (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
             if self.graphs and n > 1 and i == 0:
                 # The first gradients are in the graph's memory, which the next replay overwrites.
                 for p in self.parameters:
