@@ -86,9 +86,7 @@ class Step:
             grad_norm, finite = self._update_parameters(losses["loss"], batch_stats)
         return StepResult(losses, grad_norm, finite)
 
-    def _update_parameters(
-        self, loss: Tensor, batch_stats: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _update_parameters(self, loss: Tensor, batch_stats: Tensor | None) -> tuple[Tensor, Tensor]:
         """(gradient norm before clipping, whether the update was applied)."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)

@@ -295,7 +295,9 @@ def _show(result: dict[str, Any], console: Console) -> None:
         rows.append([kind, *cells, f"{sum(seconds) / whole:.1%}"])
     totals = [sum(stages[stage].values()) for stage in STAGES]
     rows.append(["all", *(f"{s * 1e3:,.2f}" for s in totals), "100.0%"])
-    title = f"Step of {result['images_per_step']} images on {hardware(result)}, ms under the profiler"
+    title = (
+        f"Step of {result['images_per_step']} images on {hardware(result)}, ms under the profiler"
+    )
     console.table(title, ("kind of operation", *STAGES, "share"), rows)
     console.info(result["operations"])
     for line in sentences(result):
@@ -352,7 +354,13 @@ def draw(result: dict[str, Any], *, path: str | Path) -> Path:
                 text_color = _contrast(color)
                 middle = left + width / 2
                 axes.text(
-                    middle, y, f"{share:.0%}", ha="center", va="center", fontsize=8, color=text_color
+                    middle,
+                    y,
+                    f"{share:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color=text_color,
                 )
             left += width
         label = f" {_ms(totals[stage])}, {totals[stage] / whole:.0%}"
