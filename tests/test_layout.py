@@ -181,7 +181,9 @@ def test_wheel_metadata_is_that_of_pyproject(built: dict[str, Path]) -> None:
     assert meta["License-Expression"] == "MIT"
     needed = [Requirement(text) for text in meta.get_all("Requires-Dist") if "extra ==" not in text]
     assert sorted(requirement.name for requirement in needed) == ["numpy", "torch"]
-    assert "sssd-fast = sssd_fast.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert (
+        "sssd-fast = sssd_fast.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()
+    )
     assert f"{info}/licenses/LICENSE" in archive.namelist()
 
 

@@ -269,6 +269,15 @@ def test_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
         main(["doctor", "--json"])
 
 
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    from sssd_fast.__main__ import main as command
+
+    monkeypatch.delitem(sys.modules, "sssd_fast.cli")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert command() == 2
+    assert "the package typer is missing; install" in capsys.readouterr().err
+
+
 def test_every_option_has_a_help_text() -> None:
     import typer
 
