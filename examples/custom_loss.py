@@ -21,7 +21,7 @@ WEIGHT = 0.1
 
 
 class VarianceSSSD(SSSD):
-    """SSSD + 0.1 * mean_d max(0, 1 - std_B(feature d)). Its name appears in metrics, log and report."""
+    """SSSD + 0.1 * mean_d max(0, 1 - std_B(feature d)). Its name appears in metrics and log."""
 
     loss_names = (*SSSD.loss_names, "variance")
 

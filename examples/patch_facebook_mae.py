@@ -2,7 +2,7 @@
 
     python examples/patch_facebook_mae.py
 
-The model here is ViTMAEForPreTraining of transformers, which has the weights of facebookresearch/mae;
+The model is ViTMAEForPreTraining of transformers, which has the weights of facebookresearch/mae;
 MaskedAutoencoderViT of that repository is patched in the same way. Loss, gradients and state dict
 stay the same up to rounding; `unpatch_model` removes the ops again.
 """

@@ -53,7 +53,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`sssd_fast.pretrain` is the function, although importing the module of that name would bind it."""
+    """`sssd_fast.pretrain` stays the function when the module of that name is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):

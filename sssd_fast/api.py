@@ -1,4 +1,4 @@
-"""Python API; `import sssd_fast as sf` loads it on first use. Each function is also a command of the same name.
+"""Python API; `import sssd_fast as sf` loads it on first use. Each function is a command too.
 
     import sssd_fast as sf
 
@@ -42,7 +42,7 @@ InitNorm = Literal["model", "imagenet", "half"]
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of a command. `out` is its folder, `metrics` the content of the metrics.json in it."""
+    """Outcome of a command: `out` is its folder, `metrics` the content of its metrics.json."""
 
     out: Path
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -88,10 +88,10 @@ def pretrain(
 
     Args:
         data: folder of images, instead of data.source.
-        init: weights to start from: a run, a checkpoint, or other weights (MAE, timm, Hugging Face).
+        init: a run, a checkpoint, or other weights (MAE, timm, Hugging Face) to start from.
         init_norm: pixel mean and std that the weights in `init` were trained with; a difference to
             this model's is folded into the patch projection, exactly.
-        objective: subclass of `sssd_fast.objective.SSSD` with other losses (examples/custom_loss.py).
+        objective: subclass of `sssd_fast.objective.SSSD`, as in examples/custom_loss.py.
         start: see `Start`.
 
     Returns:
@@ -119,7 +119,9 @@ def finetune(
     split: Split = "test",
     **start: Unpack[Start],
 ) -> Result:
-    """Fine-tunes a classifier and evaluates it on `split`. Other arguments and errors as in `pretrain`.
+    """Fine-tunes a classifier and evaluates it on `split`.
+
+    Other arguments and errors as in `pretrain`.
 
     Example:
         >>> sf.finetune("ct/", init="runs/pre", out="runs/fine").metrics["image"]["auc"]
@@ -234,7 +236,8 @@ def predict(
         batch_size: images per forward pass.
 
     Raises:
-        CheckpointError: `model` holds no classifier. DataError: an array has another dtype or shape.
+        CheckpointError: `model` holds no classifier.
+        DataError: an array has another dtype or shape.
 
     Example:
         >>> sf.predict("runs/fine", "slice.png").scores
@@ -253,7 +256,8 @@ def predict(
             grey_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
             if image.dtype != np.uint8 or not grey_or_rgb:
                 raise DataError(
-                    f"image {row} is {image.dtype} {list(image.shape)}, needs uint8 [H, W] or [H, W, 3]"
+                    f"image {row} is {image.dtype} {list(image.shape)}, needs uint8 [H, W] "
+                    "or [H, W, 3]"
                 )
     trained = load_trained(model, pick_device(device))
     scores, bad = predict_files(trained, inputs, batch_size=batch_size, precision=precision)
@@ -261,7 +265,7 @@ def predict(
 
 
 def load_encoder(path: PathLike, *, device: str = "cpu") -> FeatureExtractor:
-    """The encoder of a run as an nn.Module for other code: images [B, C, H, W] in, features [B, D] out.
+    """The encoder of a run as an nn.Module: images [B, C, H, W] in, features [B, D] out.
 
     Mean and std of the run are applied inside. See `sssd_fast.weights.encoder.FeatureExtractor`.
 
@@ -296,7 +300,7 @@ def reproduce(
     minutes: float | None = None,
     **start: Unpack[Start],
 ) -> Result:
-    """Runs the paper's experiment on a public CT set, with controls; see `sssd-fast reproduce --help`."""
+    """Runs the paper's experiment on a public CT set; see `sssd-fast reproduce --help`."""
     from sssd_fast.reproduce import plan as plans
     from sssd_fast.reproduce.public_sets import PUBLIC_SETS
 

@@ -1,7 +1,8 @@
 """Command line: one function per command. Errors become one message and an exit code.
 
-Exit codes: 0 done, 2 bad settings, data or files, 3 numerics, 130/143 interrupted after a checkpoint, 141 broken pipe.
-Training commands pass their options on to the function of the same name in api.py. Slow imports are in the functions.
+Exit codes: 0 done, 2 bad settings, data or files, 3 numerics, 130/143 interrupted after a
+checkpoint, 141 broken pipe. Training commands pass their options on to the function of the same
+name in api.py. Slow imports are in the functions.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ from sssd_fast.cli_options import (
 )
 from sssd_fast.errors import DataError, SssdError
 
-HELP = """Train SSSD-COVID (masked autoencoder + self-distillation for CT slices) fast on limited hardware.
+HELP = """Train SSSD-COVID (masked autoencoder + self-distillation for CT slices) fast on limited
+hardware.
 
-Start with: sssd-fast run --config cpu_smoke --out runs/demo (synthetic slices, minutes on two CPU cores);
-sssd-fast configs (configurations and their hardware); sssd-fast doctor (what this machine can use)."""
+Start with: sssd-fast run --config cpu_smoke --out runs/demo (synthetic slices, minutes on two CPU
+cores); sssd-fast configs (configurations, their hardware); sssd-fast doctor (this machine)."""
 app = typer.Typer(
     help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None, name="sssd-fast"
 )
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"error: out of memory ({str(error).splitlines()[0]}). Lower batch_size and raise "
-            f"accumulate by the same factor: the effective batch and the learning rate stay the same.",
+            "accumulate by the same factor: the effective batch and learning rate stay the same.",
             file=sys.stderr,
         )
         return 2
@@ -222,7 +224,7 @@ def reproduce(
 
 
 def _call(ctx: typer.Context, **changed: Any) -> None:
-    """Calls the function of this command's name in api.py; its parameters have the options' names."""
+    """Calls the function of this name in api.py; its parameters have the options' names."""
     from sssd_fast import api
 
     given = {name: value for name, value in (ctx.params | changed).items() if value is not None}
@@ -276,7 +278,8 @@ def predict(
         print(f"not scored: {paths[row]}: {reason}", file=sys.stderr)
     if found.failed:
         raise DataError(
-            f"{len(found.failed)} of {len(paths)} files cannot be read; their rows in {out} are empty"
+            f"{len(found.failed)} of {len(paths)} files cannot be read; their rows in {out} are "
+            "empty"
         )
 
 
@@ -343,8 +346,8 @@ def _bench(words: list[str]) -> int:
     own = Path(root, "benchmarks", "__main__.py")
     if not (own.is_file() and Path(root, "kernels", "mae_kernels").is_dir()):
         raise SssdError(
-            "bench needs a checkout of the repository: the benchmarks are not part of the installed "
-            f"package in {root}; clone the repository, and in it run `make setup` and "
+            "bench needs a checkout of the repository: the benchmarks are not part of the "
+            f"installed package in {root}; clone the repository, and in it run `make setup` and "
             "`.venv/bin/sssd-fast bench ...`"
         )
     if str(root) not in sys.path:
@@ -353,9 +356,9 @@ def _bench(words: list[str]) -> int:
     where = found.origin if found is not None else None
     if where is None or Path(where).resolve().parent != root / "benchmarks":
         raise SssdError(
-            f"bench needs the package benchmarks in {root}, but Python finds another one of that name "
-            f"({where or 'no file'}); remove its folder from PYTHONPATH, or run `python -m benchmarks "
-            f"...` in {root}"
+            f"bench needs the package benchmarks in {root}, but Python finds another one of that "
+            f"name ({where or 'no file'}); remove its folder from PYTHONPATH, or run `python -m "
+            f"benchmarks ...` in {root}"
         )
     return int(importlib.import_module("benchmarks.__main__").main(words))
 

@@ -2,8 +2,9 @@
 
     config = load_config("cpu_smoke", ["data.source=ct/", "pretrain.epochs=400"])
 
-OmegaConf reads and merges, pydantic checks. Every problem (unknown key, wrong type, value out of range, keys that
-contradict each other) is collected and raised in one ConfigError. `sssd-fast configs NAME` prints the descriptions.
+OmegaConf reads and merges, pydantic checks. Every problem (unknown key, wrong type, value out of
+range, keys that contradict each other) is collected and raised in one ConfigError. `sssd-fast
+configs NAME` prints the descriptions.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ Index = Annotated[int, Field(ge=0)]
 AttentionProvider = Literal["auto", "fused", "xformers", "sdpa", "eager"]
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-# name: (width, depth, heads), Dosovitskiy et al. 2021 (arXiv 2010.11929), Touvron et al. 2021 (arXiv 2012.12877)
+# name: (width, depth, heads), Dosovitskiy et al. 2021 (arXiv 2010.11929), Touvron et al. 2021
+# (arXiv 2012.12877)
 VIT_SIZES = {
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
@@ -40,7 +42,7 @@ VIT_SIZES = {
     "large": (1024, 24, 16),
 }
 SPLITS = ("random", "block", "patient", "kfold", "manifest")
-# Keys of earlier versions, with what to do instead. Files and checkpoints of those versions hold them.
+# Keys of earlier versions, with what to do instead. Their files and checkpoints hold them.
 REMOVED = {
     "log_seconds": "remove it; a plain log line is written at least every 10 s",
     "data.phantom_images": "rename it to data.synthetic_images",
@@ -220,7 +222,7 @@ class ModelConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """Loss of the pre-training: reconstruction and self-distillation; defaults of SD-MAE (arXiv 2203.16983)."""
+    """Pre-training loss: reconstruction and self-distillation, as SD-MAE (arXiv 2203.16983)."""
 
     weight: Fraction = Field(0.2, description="w: w * distillation + (1 - w) * reconstruction.")
     norm: Literal["patch", "channel", "none"] = Field(
@@ -261,7 +263,7 @@ class AugmentConfig(Section):
 
 
 class TrainConfig(Section):
-    """Settings of pre-training and fine-tuning. Effective batch = batch_size * accumulate * processes."""
+    """Training. Effective batch = batch_size * accumulate * processes."""
 
     epochs: Count = Field(100, description="Passes over the training images.")
     max_steps: Count | None = Field(
@@ -344,7 +346,7 @@ class EvaluateConfig(Section):
 
 
 class StepConfig(Section):
-    """Execution of a training step. All but residual and optimizer may change when a run is resumed."""
+    """Execution of a step. All but residual and optimizer may change when resuming."""
 
     compile: Literal["auto", True, False] = Field("auto", description="auto = on a CUDA GPU.")
     cuda_graphs: Literal["auto", True, False] = Field(
@@ -428,7 +430,8 @@ def load_config(
 ) -> Config:
     """Reads and checks settings.
 
-    A run that is shortened below its warm-up (`epochs` is given, `warmup_epochs` is not) keeps the warm-up's fraction.
+    A run that is shortened below its warm-up (`epochs` is given, `warmup_epochs` is not) keeps the
+    fraction of the warm-up.
 
     Args:
         source: name of a shipped configuration, or path of a YAML file; None = the defaults.
@@ -436,7 +439,7 @@ def load_config(
         log: receives one line for each warm-up that was scaled.
 
     Raises:
-        ConfigError: names every unknown key (with the nearest known one), wrong type and value out of range.
+        ConfigError: names every unknown key, with the nearest known one, and every bad value.
     """
     problems: list[str] = []
     layers = [] if source is None else [_read(_find(str(source)))]

@@ -1,7 +1,7 @@
-"""Errors that end a command. Each message names the thing, what was got, what is needed and what to do.
+"""Errors that end a command. Messages name the thing, what was got, what is needed and what to do.
 
 The command line prints them without a stack trace and exits with `exit_code`:
-0 done, 2 bad configuration, data or files, 3 numerics, 143 or 130 interrupted after a saved checkpoint.
+0 done, 2 bad settings, data or files, 3 numerics, 143 or 130 interrupted after a saved checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class SssdError(Exception):
 
 
 class ConfigError(SssdError):
-    """One or more settings are unknown, of the wrong type or out of range; the message lists all of them."""
+    """Settings are unknown, of the wrong type or out of range; the message lists all of them."""
 
 
 class DataError(SssdError):
@@ -26,15 +26,15 @@ class CheckpointError(SssdError):
 
 
 class WeightsError(SssdError):
-    """Foreign weights that do not match the model well enough."""
+    """Weights that do not match the model well enough."""
 
 
 class RunExistsError(SssdError):
-    """The run folder already holds a run, and the command was not told to resume or overwrite it."""
+    """The run folder already holds a run, and neither --resume nor --overwrite was given."""
 
 
 class DependencyError(SssdError):
-    """An optional package is needed for what was asked; the message names the extra that installs it."""
+    """An optional package is missing; the message names the extra that installs it."""
 
 
 class NumericsError(SssdError):
@@ -44,7 +44,7 @@ class NumericsError(SssdError):
 
 
 class Interrupted(SssdError):
-    """A signal ended the run after a checkpoint was saved; `exit_code` is 128 + the signal's number."""
+    """A signal ended the run after a checkpoint; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)

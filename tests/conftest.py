@@ -1,4 +1,5 @@
-"""For every test: fixed seeds, one torch thread, no network, restored signal handlers, NaN in fresh memory for the ops.
+"""For every test: fixed seeds, one torch thread, no network, restored signal handlers; for the ops
+NaN in fresh memory.
 
 The last lines of a session list the tests that this machine cannot run.
 """
@@ -115,7 +116,7 @@ def _same_start() -> None:
 
 @pytest.fixture(autouse=True)
 def _restored_signals() -> Iterator[None]:
-    """A handler of a training run must not outlive its test: SIGTERM of `timeout` has to end pytest."""
+    """A training run's handler must not outlive its test: `timeout` has to end pytest."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in handlers.items():
@@ -151,7 +152,7 @@ def _is_local(host: str) -> bool:
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and similar return NaN (integers: the largest value), so that unwritten memory is noticed."""
+    """torch.empty and similar return NaN or the largest integer: unwritten memory is noticed."""
 
     def poisoned(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def empty(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Promises of the repository: import order, contents of a wheel, documented commands, pins, version, CI."""
+"""The repository: import order, contents of a wheel, documented commands, pins, version, CI."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_trainer_uses_only_public_names_of_the_ops() -> None:
 
 
 def test_packages_import_only_what_they_need(tmp_path: Path) -> None:
-    """In one process, in this order: the package, the ops with nothing else on the path, every module."""
+    """In one process, in this order: the ops alone, the package, every module."""
     code = """
 import importlib, json, pkgutil, sys
 def loaded():
@@ -251,7 +251,7 @@ def test_documents_name_only_targets_extras_and_files_that_exist(name: str) -> N
 
 
 def test_documented_commands_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every sssd-fast command in the documents goes through the real parser and the real settings."""
+    """Every sssd-fast command in the documents goes through the real parser and settings."""
     calls: list[dict[str, Any]] = []
     tree = typer.main.get_command(cli.app)
 

@@ -50,7 +50,7 @@ class FeatureExtractor(nn.Module):
         return out
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """[B, D] features: the mean of the patch tokens, or the cls token if the model was tuned so.
+        """[B, D] features: mean of the patch tokens, or the cls token if the model was tuned so.
 
         Args:
             images_BCHW: uint8 from 0 to 255, or floats from 0 to 1, of size `image_size`.

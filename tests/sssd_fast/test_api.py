@@ -86,7 +86,7 @@ def test_predict_takes_files_and_arrays(trained: Path, slices: Path) -> None:
 def test_load_encoder_gives_the_features_of_the_model(
     trained: Path, slices: Path, stage: str
 ) -> None:
-    """Against the weights in the checkpoint, through the modules of the model and by-hand pooling."""
+    """Against the checkpoint's weights in the model's modules, pooled by hand."""
     from sssd_fast.config import from_dict
     from sssd_fast.model import MAE, Classifier
 
@@ -115,7 +115,7 @@ def test_load_encoder_gives_the_features_of_the_model(
 
 
 def test_probe_is_logistic_regression_on_frozen_features(trained: Path, tmp_path: Path) -> None:
-    """The folded head gives scikit-learn's own probabilities on features of the pre-trained encoder."""
+    """The folded head gives scikit-learn's probabilities on the pre-trained encoder's features."""
     settings = {"probe.inverse_penalties": [0.1], "precision": "fp32"}
     run = sf.probe(init=trained / "pretrain", out=tmp_path / "probe", settings=settings).out
     before = load_checkpoint(find_checkpoint(trained / "pretrain", "last"))["model"]

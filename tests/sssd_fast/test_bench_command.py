@@ -1,4 +1,4 @@
-"""`sssd-fast bench` passes every word to the benchmarks of this checkout, never to another package of that name."""
+"""`sssd-fast bench` passes every word to the benchmarks of this checkout, and to no others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OTHER = "print('another package ran')\ndef main(words):\n    return 0\n"
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The files of this package that the command needs, next to the substitute; in a path with a space."""
+    """The files that the command needs, next to the substitute; in a path with a space."""
     root = tmp_path / "a checkout"
     (root / "sssd_fast").mkdir(parents=True)
     for path in (*PACKAGE.glob("__*__.py"), *PACKAGE.glob("cli*.py"), PACKAGE / "errors.py"):
@@ -122,7 +122,7 @@ def test_bench_without_a_checkout_names_what_to_do(checkout: Path, other: bool) 
 
 
 def test_bench_never_runs_another_package(checkout: Path) -> None:
-    """Ours is used if it is not on the path yet; if another one is found first, an error names it."""
+    """Ours is used if not on the path yet; if another one is found first, an error names it."""
     site, other = installed(checkout), checkout.parent / "other"
     write_package(other / "benchmarks", OTHER)
     assert bench("seven", path=[other, site], where=checkout.parent).stdout == '["seven"]\n'

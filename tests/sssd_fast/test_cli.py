@@ -1,4 +1,4 @@
-"""The commands as a user types them: what they print, write and return, and what they do with mistakes."""
+"""The commands as a user types them: what they print, write and return, also for mistakes."""
 
 from __future__ import annotations
 
@@ -195,7 +195,10 @@ def test_several_values_end_at_a_setting(monkeypatch: pytest.MonkeyPatch) -> Non
 
     calls: list[dict[str, object]] = []
     monkeypatch.setattr(api, "reproduce", lambda **given: calls.append(given))
-    line = "reproduce seed=1 covid-ct --seeds 0 1 threads=2 --methods sssd mae --data d --try a=[1] --try b=[2]"
+    line = (
+        "reproduce seed=1 covid-ct --seeds 0 1 threads=2 --methods sssd mae --data d "
+        "--try a=[1] --try b=[2]"
+    )
     assert main(line.split()) == 0
     assert calls[0] == {
         "dataset": "covid-ct",

@@ -1,4 +1,4 @@
-"""Settings: shipped files load, overrides apply, everything wrong is reported at once with a way out."""
+"""Settings: shipped files load, overrides apply, all mistakes are reported at once."""
 
 from __future__ import annotations
 
