@@ -167,13 +167,13 @@ class FusedAdamW(torch.optim.AdamW):
                     self.state[p]["step"] = torch.zeros((), device=p.device)
                     self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=keep)
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=keep)
-            state = (
-                [self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")
-            )
             values = [p.detach() for p in params]
             grads = [p.grad for p in params]
+            first = [self.state[p]["exp_avg"] for p in params]
+            second = [self.state[p]["exp_avg_sq"] for p in params]
+            steps = [self.state[p]["step"] for p in params]
             numbers = lr, *group["betas"], group["eps"], group["weight_decay"]
-            found.append(Group(values, grads, *state, *numbers))
+            found.append(Group(values, grads, first, second, steps, *numbers))
         return found
 
 

@@ -256,9 +256,9 @@ def _end_epoch(
         values = (format_metric(name, value) for name, value in metrics.items())
         bar.note(f"epoch {epoch:.4g}: {', '.join(values)}")
     name, higher_is_better = task.best
-    value = metrics.get(name)
-    improved = value is not None and math.isfinite(value)
-    if improved and progress.best is not None:
+    value = metrics.get(name, math.nan)
+    improved = math.isfinite(value)
+    if progress.best is not None:  # comparisons with NaN are false
         improved = value > progress.best if higher_is_better else value < progress.best
     if improved:
         progress.best = value
