@@ -351,13 +351,13 @@ def sssd_loss(
         check_same_device("student", student, "pred", pred)
         teacher = teacher.detach() if detach_teacher else teacher
         tensors = (pred, images, student, teacher, ids, mask, center, stats)
-        options = (patch_size, norm or "none", float(eps), float(weight), center_mode == "logit")
-        return SSSDLoss(*_sssd_op(*tensors, *options, float(student_temp), float(teacher_temp))[:4])
-    options: dict[str, Any] = {"patch_size": patch_size, "norm": norm, "eps": eps}
-    options |= {"mean": mean, "std": std}
-    reconstruction = masked_reconstruction_loss(pred, images, ids=ids, mask=mask, **options)
-    temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
-    options = {"kind": kind, "center": center, "center_mode": center_mode, **temps}
+        numbers = (patch_size, norm or "none", float(eps), float(weight), center_mode == "logit")
+        return SSSDLoss(*_sssd_op(*tensors, *numbers, float(student_temp), float(teacher_temp))[:4])
+    target: dict[str, Any] = {"patch_size": patch_size, "norm": norm, "eps": eps}
+    target |= {"mean": mean, "std": std}
+    reconstruction = masked_reconstruction_loss(pred, images, ids=ids, mask=mask, **target)
+    options: dict[str, Any] = {"kind": kind, "center": center, "center_mode": center_mode}
+    options |= {"student_temp": student_temp, "teacher_temp": teacher_temp}
     distillation, batch_center = distillation_loss(
         student, teacher, detach_teacher=detach_teacher, **options
     )
