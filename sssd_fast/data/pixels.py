@@ -21,7 +21,6 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,23 +36,28 @@ Log = Callable[[str], object]
 
 _MAGIC = b"SSSDPIX1"  # change it when images.py decodes by other rules
 _ALIGN = 4096
-_SUFFIX = ".pixels"
 
 
-@dataclass(frozen=True)
 class PixelStore:
-    """N decoded images. Image i is pixels[offsets[i]:] as [heights, widths, channels]."""
+    """N images. Image i is pixels[offsets[i]:] as [heights, widths, channels]."""
 
-    pixels: Tensor  # uint8 [T], memory-mapped if `path` is set; read-only
-    offsets: npt.NDArray[np.int64]  # [N]
-    shapes: npt.NDArray[np.int64]  # [N, 2] heights and widths
-    channels: int
-    path: Path | None  # of the cache file
-    origin: str  # where the pixels came from, for the log
+    pixels: Tensor  # uint8 [T], read-only; memory-mapped if `path` is set
+    path: Path | None = None  # of the cache file
+    origin = "read from the cache"  # where the pixels came from, for the log
 
-    @property
-    def nbytes(self) -> int:
-        return self.pixels.numel()
+    def __init__(self, index: DataIndex, channels: int) -> None:
+        """The layout of the images; `open_store` sets the pixels."""
+        self.channels = channels
+        shapes = np.array([(r.height, r.width) for r in index.records], dtype=np.int64)
+        self.shapes: npt.NDArray[np.int64] = shapes.reshape(-1, 2)  # [N, 2] heights and widths
+        sizes = self.shapes.prod(1) * channels
+        self.offsets: npt.NDArray[np.int64] = np.cumsum(sizes) - sizes  # [N]
+        self.nbytes = int(sizes.sum())  # T
+        values = {"images": len(sizes), "channels": channels, "bytes": self.nbytes}
+        text = json.dumps({**values, "key": store_key(index, channels)}).encode()
+        self.header = _MAGIC + struct.pack("<q", len(text)) + text
+        # position of the first pixel in the file
+        self.first = -(-(len(self.header) + 4 * len(sizes)) // _ALIGN) * _ALIGN
 
     def image(self, i: int) -> ImageArray:
         """[H, W] for one channel, else [H, W, C]; a view."""
@@ -71,14 +75,9 @@ def read_record(index: DataIndex, i: int) -> bytes:
             decode_bytes(data, path)  # a damaged file has a more precise error
             raise ImageError(path, "another image than the one that was checked")
     except ImageError as error:
-        raise changed(path, error.reason) from error
+        advice = "it was good when the data were checked: restore it, or run `sssd-fast data check`"
+        raise ImageError(path, f"{error.reason}; {advice} again") from error
     return data
-
-
-def changed(path: str, reason: str) -> ImageError:
-    """The error for a file that was good when the index was made."""
-    advice = "it was good when the data were checked: restore it, or run `sssd-fast data check`"
-    return ImageError(path, f"{reason}; {advice} again")
 
 
 def decode_record(index: DataIndex, i: int, channels: int) -> ImageArray:
@@ -125,19 +124,19 @@ def open_store(
     are kept in memory. Of several processes one decodes and the others wait for its file. Raises
     ImageError naming an image that can no longer be read.
     """
-    layout = _layout(index, channels)
+    store = PixelStore(index, channels)
+    start = time.perf_counter()
     if folder is not None:
-        path = folder / (store_key(index, channels) + _SUFFIX)
+        path = folder / (store_key(index, channels) + ".pixels")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _lock(path, log):
-                store = _open(path, layout, threads, log)
-                if store is not None:
+                if _map_file(store, path, threads, log):
                     return store
                 start = time.perf_counter()
-                _decode_to_file(path, index, layout, threads, progress)
-                store = _open(path, layout, threads, log, origin=_decoded_in(start))
-                if store is not None:
+                _decode_to_file(store, path, index, threads, progress)
+                store.origin = f"decoded in {time.perf_counter() - start:.1f} s"
+                if _map_file(store, path, threads, log):
                     return store
             log(f"{path} is damaged right after writing; the decoded images are kept in memory")
         except OSError as error:
@@ -146,15 +145,14 @@ def open_store(
                 f"no cache in {folder} ({error.strerror or error}); the decoded images are kept in "
                 "memory. Set data.cache to a folder"
             )
-    start = time.perf_counter()
-    pixels = torch.empty(layout.total, dtype=torch.uint8)
-    array = pixels.numpy()
+    store.pixels = torch.empty(store.nbytes, dtype=torch.uint8)
 
-    def put(i: int, flat: npt.NDArray[np.uint8]) -> None:
-        array[layout.offsets[i] : layout.offsets[i] + len(flat)] = flat
+    def decode(i: int) -> None:
+        store.image(i)[...] = decode_record(index, i, channels)
 
-    _decode_all(index, channels, threads, progress, put)
-    return layout.store(pixels, None, _decoded_in(start))
+    map_threads(decode, range(len(index)), threads, progress)
+    store.origin = f"decoded in {time.perf_counter() - start:.1f} s"
+    return store
 
 
 def store_key(index: DataIndex, channels: int) -> str:
@@ -165,121 +163,66 @@ def store_key(index: DataIndex, channels: int) -> str:
     return digest.hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the images are in the pixels, and the bytes of the file before them."""
-
-    key: str
-    channels: int
-    offsets: npt.NDArray[np.int64]  # [N]
-    shapes: npt.NDArray[np.int64]  # [N, 2]
-    total: int  # bytes of all pixels
-
-    @property
-    def header(self) -> bytes:
-        """Magic, length, JSON."""
-        values = {"images": len(self.shapes), "channels": self.channels, "bytes": self.total}
-        text = json.dumps({**values, "key": self.key}).encode()
-        return _MAGIC + struct.pack("<q", len(text)) + text
-
-    @property
-    def first(self) -> int:
-        """Position of the first pixel in the file."""
-        return -(-(len(self.header) + 4 * len(self.shapes)) // _ALIGN) * _ALIGN
-
-    def store(self, pixels: Tensor, path: Path | None, origin: str) -> PixelStore:
-        return PixelStore(pixels, self.offsets, self.shapes, self.channels, path, origin)
-
-
-def _layout(index: DataIndex, channels: int) -> _Layout:
-    shapes = np.array([(r.height, r.width) for r in index.records], dtype=np.int64).reshape(-1, 2)
-    sizes = shapes.prod(1) * channels
-    offsets = np.cumsum(sizes) - sizes
-    return _Layout(store_key(index, channels), channels, offsets, shapes, int(sizes.sum()))
-
-
-def _decode_all(
-    index: DataIndex,
-    channels: int,
-    threads: int,
-    progress: Progress | None,
-    put: Callable[[int, npt.NDArray[np.uint8]], None],
-) -> None:
-    """Calls put(i, flat pixels) for every image, from several threads."""
-
-    def decode(i: int) -> None:
-        put(i, np.ascontiguousarray(decode_record(index, i, channels)).reshape(-1))
-
-    map_threads(decode, range(len(index)), threads, progress)
-
-
-def _decoded_in(start: float) -> str:
-    return f"decoded in {time.perf_counter() - start:.1f} s"
-
-
 def _decode_to_file(
-    path: Path, index: DataIndex, layout: _Layout, threads: int, progress: Progress | None
+    store: PixelStore, path: Path, index: DataIndex, threads: int, progress: Progress | None
 ) -> None:
     checksums = np.zeros(len(index), dtype="<u4")
-    needed = layout.first + layout.total
+    needed = store.first + store.nbytes
     unfinished = path.with_suffix(f".{os.getpid()}.part")
     file = os.open(unfinished, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
+
+    def decode(i: int) -> None:
+        pixels = decode_record(index, i, store.channels).tobytes()
+        checksums[i] = zlib.crc32(pixels)
+        _write(file, pixels, store.first + int(store.offsets[i]))
+
     try:
         free = os.fstatvfs(file)
         if free.f_bavail * free.f_frsize < needed:
             reason = f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:.0f} MiB are needed"
             raise OSError(errno.ENOSPC, reason)
-
-        def put(i: int, flat: npt.NDArray[np.uint8]) -> None:
-            checksums[i] = zlib.crc32(flat.data)
-            _write(file, flat.data, layout.first + int(layout.offsets[i]))
-
-        _decode_all(index, layout.channels, threads, progress, put)
+        map_threads(decode, range(len(index)), threads, progress)
         os.ftruncate(file, needed)
-        _write(file, memoryview(layout.header + checksums.tobytes()), 0)
+        _write(file, store.header + checksums.tobytes(), 0)
         os.fsync(file)
         # The folder is not synced: after a power cut the images are decoded again.
         os.replace(unfinished, path)
     finally:
         os.close(file)
-        with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
 
 
-def _write(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(file, data, offset)
-        data = data[written:]
-        offset += written
+def _write(file: int, data: bytes, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(file, memoryview(data)[done:], offset + done)
 
 
-def _open(
-    path: Path, layout: _Layout, threads: int, log: Log, origin: str = "read from the cache"
-) -> PixelStore | None:
-    """The store in a cache file; None if it is absent, or damaged (logged, and removed)."""
-    header = layout.header
-    count = len(layout.shapes)
+def _map_file(store: PixelStore, path: Path, threads: int, log: Log) -> bool:
+    """Map the pixels of a cache file; False if it is absent, or damaged (logged, and removed)."""
+    count = len(store.shapes)
     try:
         with open(path, "rb") as file:
-            if file.read(len(header)) != header:
+            if file.read(len(store.header)) != store.header:
                 raise ValueError("wrong header")
-            if os.fstat(file.fileno()).st_size != layout.first + layout.total:
+            if os.fstat(file.fileno()).st_size != store.first + store.nbytes:
                 raise ValueError("wrong length")
             checksums = np.frombuffer(file.read(4 * count), "<u4")
             # torch.from_file rejects file names that are not UTF-8
-            pixels = np.memmap(file, np.uint8, "c", layout.first, (layout.total,))
-        store = layout.store(torch.from_numpy(pixels), path, origin)
+            mapped = np.memmap(file, np.uint8, "c", store.first, (store.nbytes,))
+        store.pixels = torch.from_numpy(mapped)
         found = map_threads(lambda i: zlib.crc32(store.image(i).data), range(count), threads)
         wrong = int((np.array(found, dtype="<u4") != checksums).sum())
         if wrong:
             raise ValueError(f"{wrong} images have a wrong checksum")
-        return store
     except FileNotFoundError:
-        return None
+        return False
     except ValueError as error:
         log(f"the cache {path} is damaged ({error}); it is built again")
         path.unlink()
-        return None
+        return False
+    store.path = path
+    return True
 
 
 @contextlib.contextmanager
