@@ -47,7 +47,7 @@ from sssd_fast.convert.volumes import Log, Volume, find_volumes, list_files, rea
 from sssd_fast.convert.window import Unusable, Window, parse_window, to_grey
 from sssd_fast.data.folders import new_folder
 from sssd_fast.data.images import MIN_SIDE, ImageArray, printable
-from sssd_fast.data.manifest import first_lines, write_manifest
+from sssd_fast.data.manifest import first_lines, refuse_bad_files, write_manifest
 from sssd_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -299,15 +299,8 @@ def _publish(folder: Path, result: Converted) -> None:
 
 def _check_result(classes: set[str], log: Log, max_bad_fraction: float) -> None:
     """Raises DataError if too many files are unusable, or a class has no slices."""
-    bad = len({path for path, _ in log.excluded})
-    if bad > max_bad_fraction * log.files:
-        listed = first_lines([f"{printable(str(path))}: {reason}" for path, reason in log.excluded])
-        share = bad / log.files
-        raise DataError(
-            f"{bad} of {log.files} DICOM and NIfTI files are unusable ({share:.1%}); the limit is "
-            f"{max_bad_fraction:.1%}:\n" + "\n".join(listed) + "\nRepair or remove them, or raise "
-            f"the limit: --max-bad-fraction (max_bad_fraction) above {share:.3f}."
-        )
+    bad = [f"{printable(str(path))}: {reason}" for path, reason in dict(log.excluded).items()]
+    refuse_bad_files("DICOM and NIfTI files", bad, log.files, max_bad_fraction)
     empty = ", ".join(map(printable, sorted(log.classes - classes)))
     if empty or not classes:
         what = f"class {empty}" if empty else "any class: no DICOM or NIfTI file was found"

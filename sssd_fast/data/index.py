@@ -28,7 +28,7 @@ from sssd_fast.data.images import (
     read_file,
 )
 from sssd_fast.data.index_cache import Facts, IndexCache
-from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest
+from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest, refuse_bad_files
 from sssd_fast.data.split import Split
 from sssd_fast.errors import DataError
 from sssd_fast.run.files import atomic_write_bytes
@@ -122,19 +122,14 @@ class DataIndex:
         atomic_write_bytes(Path(path), text.encode("utf-8", "surrogateescape"))
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None
-    ) -> DataIndex:
-        """Read an index; `root` overrides the data folder if it moved.
-
-        Raises DataError if the file is not an index, is damaged, or its data folder is missing.
-        """
+    def load(cls, path: str | os.PathLike[str]) -> DataIndex:
+        """Raises DataError if the file is not an index, is damaged, or its data folder is missing."""
         try:
             body = json.loads(Path(path).read_text(encoding="utf-8"))
             if (body["format"], body["version"]) != (_FORMAT, _VERSION):
                 raise ValueError("'format' and 'version' do not match")
             index = cls(
-                root=Path(root if root is not None else body["root"]),
+                root=Path(body["root"]),
                 classes=[str(name) for name in body["classes"]],
                 records=[ImageRecord(**r) for r in body["records"]],
                 excluded=[Excluded(**e) for e in body["excluded"]],
@@ -149,7 +144,8 @@ class DataIndex:
             ) from error
         if not index.root.is_dir():
             raise DataError(
-                f"{path}: its data folder {index.root} does not exist; pass the new path"
+                f"{path}: its data folder {index.root} does not exist; move it back, or make the "
+                "index again with `sssd-fast data check`"
             )
         return index
 
@@ -206,21 +202,19 @@ def report_duplicates(index: DataIndex, split: Split | None = None) -> Duplicate
     """Find images with equal pixels; without `split` the manifest's split column is used."""
     records = index.records
     split_of = split.split_of() if split else {i: r.split for i, r in enumerate(records) if r.split}
+    class_of = {i: index.classes[r.label] for i, r in enumerate(records)}
     by_hash: dict[str, list[int]] = defaultdict(list)
     for i, record in enumerate(records):
         by_hash[record.pixel_hash].append(i)
-    found = Duplicates([], [], [])
-    for ids in by_hash.values():
-        if len(ids) == 1:
-            continue
-        found.groups.append([records[i].path for i in ids])
-        in_split = [i for i in ids if i in split_of]
-        if len({split_of[i] for i in in_split}) > 1:
-            found.across_splits.append([f"{records[i].path} ({split_of[i]})" for i in in_split])
-        if len({records[i].label for i in ids}) > 1:
-            named = [f"{records[i].path} ({index.classes[records[i].label]})" for i in ids]
-            found.conflicting.append(named)
-    return found
+    groups = [ids for ids in by_hash.values() if len(ids) > 1]
+
+    def differing(name_of: Mapping[int, str]) -> list[list[str]]:
+        known = [[i for i in ids if i in name_of] for ids in groups]
+        mixed = [ids for ids in known if len({name_of[i] for i in ids}) > 1]
+        return [[f"{records[i].path} ({name_of[i]})" for i in ids] for ids in mixed]
+
+    paths = [[records[i].path for i in ids] for ids in groups]
+    return Duplicates(paths, differing(split_of), differing(class_of))
 
 
 def check_data(
@@ -229,8 +223,6 @@ def check_data(
     *,
     out: str | os.PathLike[str] | None = None,
     max_bad_fraction: float = 0.01,
-    progress: Progress | None = None,
-    threads: int | None = None,
     accept_wrong_extension: bool = False,
     index_cache: Path | None = None,
 ) -> DataIndex:
@@ -239,7 +231,6 @@ def check_data(
     source: the data folder (one folder per class, or with `manifest` the folder its paths are
         relative to), or a CSV manifest in the data folder.
     out: also save the index there.
-    threads: default one per core, at most 8.
     accept_wrong_extension: keep files such as a JPEG named .png, which decode well (COVID-CT has 34
         of them). By default they are excluded like other bad files.
     index_cache: folder that stores the results, so that unchanged files are not decoded again.
@@ -263,8 +254,8 @@ def check_data(
     rows = _scan_folders(root, notes) if manifest is None else read_manifest(manifest, notes)
     classes = sorted({row["label"] for row in rows})
     cache = IndexCache(index_cache, root)
-    threads = threads or min(8, os.cpu_count() or 1)
-    results = map_threads(partial(_examine, root, classes, cache), rows, threads, progress)
+    examine = partial(_examine, root, classes, cache)
+    results = map_threads(examine, rows, min(8, os.cpu_count() or 1))
     cache.save()
     records: list[ImageRecord] = []
     excluded: list[Excluded] = []
@@ -273,10 +264,11 @@ def check_data(
         if isinstance(result, Excluded):
             excluded.append(result)
             continue
-        if result.wrong_extension:
+        wrong = result.wrong_extension
+        if wrong:
             renamed.append(result.path)
-        if result.wrong_extension and not accept_wrong_extension:
-            excluded.append(Excluded(result.path, result.wrong_extension))
+        if wrong and not accept_wrong_extension:
+            excluded.append(Excluded(result.path, wrong))
         else:
             records.append(result)
     if renamed and accept_wrong_extension:
@@ -284,13 +276,19 @@ def check_data(
             f"{len(renamed)} images with a wrong extension kept, such as {printable(renamed[0])}; "
             "all are listed in index.json (wrong_extension)"
         )
-    if len(excluded) > max_bad_fraction * len(rows) or not records:
-        raise DataError(_too_many_bad(excluded, len(rows), max_bad_fraction, len(renamed)))
+    hint = ""
+    if renamed and not accept_wrong_extension:
+        hint = (
+            f"\n{len(renamed)} of them are good images with a wrong extension; keep those with "
+            "--accept-wrong-extension (accept_wrong_extension=True)."
+        )
+    listed = [str(e) for e in excluded]
+    refuse_bad_files("images", listed, len(rows), max_bad_fraction, hint)
     index = DataIndex(root, classes, records, excluded, notes)
     empty = [printable(name) for name, n in index.counts().items() if n == 0]
     if empty:
-        listed = "\n".join(first_lines([str(e) for e in excluded]))
-        raise DataError(f"no usable image left in class {', '.join(empty)}; excluded:\n{listed}")
+        lines = [f"no usable image left in class {', '.join(empty)}; excluded:"]
+        raise DataError("\n".join(lines + first_lines(listed)))
     if out is not None:
         index.save(out)
     return index
@@ -315,38 +313,18 @@ def map_threads(
     return results
 
 
-def _too_many_bad(excluded: list[Excluded], total: int, limit: float, renamed: int) -> str:
-    share = len(excluded) / total
-    lines = [
-        f"{len(excluded)} of {total} images are unusable ({share:.1%}); the limit is {limit:.1%}:",
-        *first_lines([str(e) for e in excluded]),
-        "Repair or remove them, or raise the limit: --max-bad-fraction (max_bad_fraction) above "
-        f"{share:.3f}.",
-    ]
-    if renamed:
-        lines.append(
-            f"{renamed} of them are good images with a wrong extension; keep those with "
-            "--accept-wrong-extension (accept_wrong_extension=True)."
-        )
-    return "\n".join(lines)
-
-
 def _examine(
     root: Path, classes: list[str], cache: IndexCache, row: Mapping[str, str]
 ) -> ImageRecord | Excluded:
     """Decode the image of one row, unless the cache has its facts."""
     path = row["path"]
     try:
-        facts = cache.get_or_compute(path, root / path, _facts)
+        facts = cache.get_or_compute(path, root / path, _facts)._asdict()
     except ImageError as error:
         return Excluded(path, error.reason)
-    return ImageRecord(
-        path=path,
-        label=classes.index(row["label"]),
-        split=row.get("split") or None,
-        patient=row.get("patient") or None,
-        **facts._asdict(),
-    )
+    label = classes.index(row["label"])
+    given = {name: row.get(name) or None for name in ("split", "patient")}
+    return ImageRecord(path=path, label=label, **given, **facts)
 
 
 def _facts(path: str, file: Path) -> Facts:

@@ -81,6 +81,19 @@ def first_lines(lines: list[str]) -> list[str]:
     return [f"    {line}" for line in lines[:_LISTED]] + more
 
 
+def refuse_bad_files(kind: str, bad: list[str], total: int, limit: float, hint: str = "") -> None:
+    """Raises DataError if all or more than the fraction `limit` of `total` files are in `bad`."""
+    if not bad or (len(bad) <= limit * total and len(bad) < total):
+        return
+    share = len(bad) / total
+    listed = "\n".join(first_lines(bad))
+    raise DataError(
+        f"{len(bad)} of {total} {kind} are unusable ({share:.1%}); the limit is {limit:.1%}:\n"
+        f"{listed}\nRepair or remove them, or raise the limit: --max-bad-fraction "
+        f"(max_bad_fraction) above {share:.3f}.{hint}"
+    )
+
+
 def write_manifest(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Write rows with equal keys as CSV that `read_manifest` reads back, atomically."""
     text = io.StringIO()

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +36,7 @@ from sssd_fast.data.manifest import write_manifest
 from sssd_fast.errors import DataError
 
 Plane = npt.NDArray[np.floating[Any]]  # [H, W]
+Points = Sequence[tuple[float, float]]
 
 # sorted, so that a label is the same number as in a DataIndex
 CLASSES = ("synthetic_covid", "synthetic_normal")
@@ -62,20 +63,29 @@ class _Grid:
         """0 outside, 1 inside (inside > 0), with a border of one pixel."""
         return _ramp(inside, self.pixel)
 
-    def oval(self, cx: float, cy: float, a: float, b: float, power: float = 2) -> Plane:
-        """Superellipse radius around (cx, cy): below 1 inside."""
-        u = (self.x - cx) / a
-        v = (self.y - cy) / b
-        if power == 2:
-            return np.asarray(np.hypot(u, v))
-        return np.asarray((np.abs(u) ** power + np.abs(v) ** power) ** (1 / power))
+    def oval(self, cx: float, cy: float, a: float, b: float) -> Plane:
+        """Radius around (cx, cy) in units of the ellipse: below 1 inside."""
+        return np.asarray(np.hypot((self.x - cx) / a, (self.y - cy) / b))
 
-    def paint(
-        self, picture: Plane, cx: float, cy: float, a: float, b: float, value: float
-    ) -> Plane:
-        """`picture` with an ellipse of brightness `value`."""
-        mask = self.edge((1 - self.oval(cx, cy, a, b)) * min(a, b))
-        return picture + (value - picture) * mask
+    def paint(self, picture: Plane, ellipses: Sequence[tuple[float, ...]]) -> Plane:
+        """`picture` with ellipses (cx, cy, a, b, brightness)."""
+        for cx, cy, a, b, value in ellipses:
+            mask = self.edge((1 - self.oval(cx, cy, a, b)) * min(a, b))
+            picture = picture + (value - picture) * mask
+        return picture
+
+
+def is_synthetic(source: str) -> bool:
+    """True if the setting data.source means generated slices.
+
+    Raises DataError if there is a folder of that name, which would be ignored.
+    """
+    if source == "synthetic" and Path(source).is_dir():
+        raise DataError(
+            "data.source is synthetic, which means generated slices, but a folder synthetic "
+            "exists: write ./synthetic to use its images, or rename it to generate slices"
+        )
+    return source == "synthetic"
 
 
 def make_synthetic_slice(seed: int, index: int, label: int, size: tuple[int, int]) -> ImageArray:
@@ -104,12 +114,7 @@ def make_synthetic_slice(seed: int, index: int, label: int, size: tuple[int, int
 
 
 def write_synthetic_dataset(
-    out: str | os.PathLike[str],
-    n: int,
-    size: tuple[int, int],
-    seed: int = 0,
-    *,
-    progress: Callable[[int, int], None] | None = None,
+    out: str | os.PathLike[str], n: int, size: tuple[int, int], seed: int = 0
 ) -> Path:
     """Write n slices (half per class) as out/<class>/slice_00000.png, manifest.csv and README.md.
 
@@ -125,8 +130,6 @@ def write_synthetic_dataset(
             (folder / path.parent).mkdir(exist_ok=True)
             Image.fromarray(make_synthetic_slice(seed, i, label, size)).save(folder / path)
             rows.append({"path": path.as_posix(), "label": CLASSES[label]})
-            if progress is not None:
-                progress(i + 1, n)
         write_manifest(folder / "manifest.csv", rows)
         text = _README.format(n=n, height=size[0], width=size[1], seed=seed)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -151,7 +154,7 @@ def _body(rng: np.random.Generator, grid: _Grid) -> Plane:
     width = rng.uniform(0.9, 1.0)
     height = rng.uniform(0.7, 0.78)
     fat = rng.uniform(0.03, 0.09)
-    radius = grid.oval(0, 0, width, height, 2.4)
+    radius = _superellipse(grid.x / width, grid.y / height, 2.4)
     picture = 0.66 * grid.edge((1 - radius) * height)
     muscle = 0.8 + 0.03 * _cloud(rng, grid.x.shape, 10)
     picture += (muscle - picture) * grid.edge((1 - fat - radius) * height)
@@ -162,15 +165,14 @@ def _body(rng: np.random.Generator, grid: _Grid) -> Plane:
     picture = np.maximum(picture, ring * dashes)
     back = rng.uniform(0.44, 0.5)
     bones = [
-        (0.0, back, 0.12, 0.1),  # vertebral body
-        (0.0, back + 0.17, 0.03, 0.1),  # spinous process
-        (-0.13, back + 0.1, 0.08, 0.025),
-        (0.13, back + 0.1, 0.08, 0.025),
-        (0.0, -height + 0.1 + fat, rng.uniform(0.06, 0.1), 0.035),  # sternum
+        (0.0, back, 0.12, 0.1, 0.98),  # vertebral body
+        (0.0, back + 0.17, 0.03, 0.1, 0.98),  # spinous process
+        (-0.13, back + 0.1, 0.08, 0.025, 0.98),
+        (0.13, back + 0.1, 0.08, 0.025, 0.98),
+        (0.0, -height + 0.1 + fat, rng.uniform(0.06, 0.1), 0.035, 0.98),  # sternum
+        (0.0, back + 0.115, 0.045, 0.03, 0.74),  # spinal canal
     ]
-    for bone in bones:
-        picture = grid.paint(picture, *bone, 0.98)
-    picture = grid.paint(picture, 0.0, back + 0.115, 0.045, 0.03, 0.74)  # spinal canal
+    picture = grid.paint(picture, bones)
     if rng.uniform() < 0.5:
         table = np.abs(grid.y - (height + 0.06 + 0.12 * (1 - grid.x**2)))
         picture = np.maximum(picture, 0.5 * grid.edge(0.012 - table))
@@ -192,7 +194,7 @@ def _lungs(rng: np.random.Generator, grid: _Grid, level: float) -> tuple[Plane, 
         waves = (
             rng.normal(0, 0.025) * np.cos(k * theta + rng.uniform(0, 6.3)) for k in range(2, 6)
         )
-        radius = (np.abs(u) ** 2.2 + np.abs(v) ** 2.2) ** (1 / 2.2) * (1 + sum(waves))
+        radius = _superellipse(u, v, 2.2) * (1 + sum(waves))
         spine = (grid.oval(0.0, 0.1, 0.13, 0.5) - 1) * 0.13
         inside = np.minimum((1 - radius) * a, spine)
         if side == 1:
@@ -204,12 +206,7 @@ def _lungs(rng: np.random.Generator, grid: _Grid, level: float) -> tuple[Plane, 
 
 
 def _haze(
-    rng: np.random.Generator,
-    grid: _Grid,
-    lung: Plane,
-    depth: Plane,
-    hila: Sequence[tuple[float, float]],
-    label: int,
+    rng: np.random.Generator, grid: _Grid, lung: Plane, depth: Plane, hila: Points, label: int
 ) -> Plane:
     """Brightness of the hazy patches, 0 elsewhere. `label` decides their position alone."""
     share = rng.uniform(0.1, 0.26)
@@ -243,7 +240,7 @@ def _haze(
     return _ramp(field - cut, 0.8) * brightness
 
 
-def _vessels(rng: np.random.Generator, grid: _Grid, hila: Sequence[tuple[float, float]]) -> Plane:
+def _vessels(rng: np.random.Generator, grid: _Grid, hila: Points) -> Plane:
     """Two branching trees from the hila, as brightness; thinner and fainter outwards."""
     discs = []
     for hilum, side in zip(hila, (-1, 1), strict=True):
@@ -304,16 +301,14 @@ def _stamp(discs: npt.NDArray[np.float64], grid: _Grid) -> Plane:
 def _mediastinum(rng: np.random.Generator, grid: _Grid, picture: Plane, level: float) -> Plane:
     """Great vessels, descending aorta, and the airway: trachea above, two main bronchi below."""
     blood = rng.uniform(0.8, 0.92)
-    picture = grid.paint(picture, 0.1, 0.31, 0.055, 0.055, blood)  # descending aorta
     # heart chambers, or aortic arch
     middle = (0.1, -0.1, 0.2, 0.18) if level > 0.5 else (0.05, -0.14, 0.1, 0.08)
-    picture = grid.paint(picture, *middle, blood)
+    ellipses = [(0.1, 0.31, 0.055, 0.055, blood), (*middle, blood)]  # the first: descending aorta
     if level < 0.4:
-        trachea = (rng.uniform(0.04, 0.06), rng.uniform(0.05, 0.08))
-        return grid.paint(picture, 0.0, 0.1, *trachea, 0.04)
-    for side in (-1, 1):
-        picture = grid.paint(picture, side * 0.08, 0.12, 0.035, 0.03, 0.05)
-    return picture
+        ellipses.append((0.0, 0.1, rng.uniform(0.04, 0.06), rng.uniform(0.05, 0.08), 0.04))
+    else:
+        ellipses += [(side * 0.08, 0.12, 0.035, 0.03, 0.05) for side in (-1, 1)]
+    return grid.paint(picture, ellipses)
 
 
 def _scan(rng: np.random.Generator, picture: Plane) -> ImageArray:
@@ -331,6 +326,11 @@ def _scan(rng: np.random.Generator, picture: Plane) -> ImageArray:
     offset = rng.uniform(-0.03, 0.06)
     scaled = gain * np.clip(picture, 0, 1.2) ** np.float32(gamma) + offset
     return np.asarray(np.clip(np.rint(255 * scaled), 0, 255).astype(np.uint8))
+
+
+def _superellipse(u: Plane, v: Plane, power: float) -> Plane:
+    """Radius: below 1 inside."""
+    return np.asarray((np.abs(u) ** power + np.abs(v) ** power) ** (1 / power))
 
 
 def _ramp(value: Plane, width: float) -> Plane:

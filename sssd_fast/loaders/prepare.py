@@ -27,7 +27,7 @@ from sssd_fast.data.splits import (
     split_random,
     split_summary,
 )
-from sssd_fast.data.synthetic import write_synthetic_dataset
+from sssd_fast.data.synthetic import is_synthetic, write_synthetic_dataset
 from sssd_fast.errors import DataError
 from sssd_fast.loaders import Loader, SampleOrder, build_loader
 from sssd_fast.run.folder import Run
@@ -194,7 +194,7 @@ class _Decoding:
 
 def _make(run: Run) -> None:
     config, console = run.config.data, run.console
-    synthetic = config.source == "synthetic"
+    synthetic = is_synthetic(config.source)
     source = _synthetic_slices(run) if synthetic else Path(config.source)
     with console.announce(f"checking every image in {source}"):
         index = check_data(

@@ -27,7 +27,7 @@ from torch.profiler import profile as torch_profiler
 from sssd_fast.config import Config, to_dict
 from sssd_fast.data.index import check_data
 from sssd_fast.data.pixels import cache_folder
-from sssd_fast.data.synthetic import write_synthetic_dataset
+from sssd_fast.data.synthetic import is_synthetic, write_synthetic_dataset
 from sssd_fast.errors import ConfigError
 from sssd_fast.evaluation.pictures import INK, QUIET, new_figure, save_figure
 from sssd_fast.loaders import Batch
@@ -196,7 +196,7 @@ def prepare(
         precision=pick_precision(config.precision, here.device),
     )
     source = Path(data.source)
-    if data.source == "synthetic":  # no more than the steps need
+    if is_synthetic(data.source):  # no more than the steps need
         source = folder / "synthetic"
         images = 2 * needed * settings.batch_size * settings.accumulate + 40
         count = min(data.synthetic_images, images)

@@ -53,10 +53,7 @@ def test_folder_per_class_is_indexed_with_correct_facts(data: Path):
     (data / "covid" / ".DS_Store").write_text("hidden")
     (data / "covid" / "notes.txt").write_text("x")
     (data / "readme.md").write_text("x")
-    seen: list[tuple[int, int]] = []
-    index = check_data(data, threads=7, progress=lambda *counts: seen.append(counts))
-    assert seen == [(i, 12) for i in range(1, 13)]
-    assert index == check_data(data, threads=1)
+    index = check_data(data)
     assert index.classes == ["covid", "normal"]
     assert index.counts() == {"covid": 6, "normal": 6}
     assert {Path(r.path).name for r in index.records if r.label == 0} == set(ODD_NAMES)
@@ -219,14 +216,13 @@ def test_manifest_without_the_needed_columns_is_refused(data: Path, text: str, m
 # ---- saved index, duplicates ----
 
 
-def test_index_round_trip_and_moved_data(data: Path, tmp_path: Path):
+def test_index_round_trip_and_missing_data(data: Path, tmp_path: Path):
     out = tmp_path / "deep" / "index.json"
     index = check_data(data, out=out)
     assert DataIndex.load(out) == index
-    moved = data.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="does not exist; pass the new path"):
+    data.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="does not exist; move it back, or make the index again"):
         DataIndex.load(out)
-    assert DataIndex.load(out, root=moved).file(0).exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "version", "label", "field", "list"])

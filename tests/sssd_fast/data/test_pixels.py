@@ -171,7 +171,7 @@ from sssd_fast.data import pixels
 from sssd_fast.data.index import check_data
 
 root, cache, log = map(Path, sys.argv[1:4])
-index = check_data(root, threads=1)
+index = check_data(root)
 real = pixels.decode_record
 
 def note(text):

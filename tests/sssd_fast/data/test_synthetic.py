@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sssd_fast.cli import main
+from sssd_fast.data import synthetic
 from sssd_fast.data.index import check_data
 from sssd_fast.data.synthetic import (
     CLASSES,
     COVID,
     NORMAL,
+    is_synthetic,
     make_synthetic_slice,
     write_synthetic_dataset,
 )
@@ -50,9 +52,7 @@ def accuracy(model, features: np.ndarray, labels: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("features", [mean_variance, histogram])
-def test_global_statistics_do_not_separate_the_classes(
-    data, features: Callable[[np.ndarray], np.ndarray]
-):
+def test_global_statistics_do_not_separate_the_classes(data, features):
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
@@ -137,18 +137,34 @@ def test_written_set_is_complete_named_synthetic_and_readable(tmp_path: Path):
         np.testing.assert_array_equal(stored, make_synthetic_slice(3, i, record.label, (48, 64)))
 
 
-def test_interrupted_or_existing_set_is_never_partial(tmp_path: Path):
-    def stop(done: int, _: int) -> None:
-        if done == 4:
+def test_interrupted_or_existing_set_is_never_partial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def draw(seed: int, index: int, *rest: object) -> np.ndarray:
+        if index == 4:
             raise KeyboardInterrupt
+        return make_synthetic_slice(seed, index, *rest)
 
+    monkeypatch.setattr(synthetic, "make_synthetic_slice", draw)
     with pytest.raises(KeyboardInterrupt):
-        write_synthetic_dataset(tmp_path / "set", 8, (32, 32), progress=stop)
+        write_synthetic_dataset(tmp_path / "set", 8, (32, 32))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(DataError, match="exists and is not empty"):
         write_synthetic_dataset(tmp_path / "mine", 8, (32, 32))
+
+
+def test_folder_named_synthetic_is_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_synthetic("synthetic")
+    assert not is_synthetic("my_ct")
+    Path("synthetic").mkdir()
+    assert not is_synthetic("./synthetic")
+    with pytest.raises(DataError, match=r"write \./synthetic to use its images"):
+        is_synthetic("synthetic")
+    arguments = ["run", "--config", "cpu_smoke", "--out", "demo", "data.source=synthetic"]
+    assert main(arguments) == 2
 
 
 def test_impossible_slices_are_refused(tmp_path: Path):
