@@ -40,7 +40,7 @@ def index(tmp_path: Path) -> DataIndex:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
+    return tmp_path / os.fsdecode(b"[1]*? \xe9")
 
 
 def assert_right(store: PixelStore, index: DataIndex, channels: int) -> None:
@@ -106,14 +106,18 @@ def test_key_depends_on_content_order_and_channels(index: DataIndex, cache: Path
         assert len(list(cache.glob("*.pixels"))) == number
 
 
-def test_key_does_not_depend_on_names_and_labels(index: DataIndex, cache: Path):
-    open_store(index, 1, cache)
+def test_complete_cache_needs_no_file_and_no_name(index: DataIndex, cache: Path):
+    before = [image.copy() for image in map(open_store(index, 1, cache).image, range(6))]
     index.file(0).rename(index.root / "a" / "renamed.png")
     (index.root / "a").rename(index.root / "b")
     renamed = check_data(index.root)
     by_content = {r.sha256: r for r in renamed.records}
     same_order = replace(renamed, records=[by_content[r.sha256] for r in index.records])
-    assert_right(open_store(same_order, 1, cache, progress=never), same_order, 1)
+    for path in (index.root / "b").iterdir():
+        path.unlink()
+    store = open_store(same_order, 1, cache, progress=never, log=never)
+    for i, image in enumerate(before):
+        np.testing.assert_array_equal(store.image(i), image)
 
 
 def flip(data: bytes, place: int) -> bytes:
@@ -205,19 +209,25 @@ pixels.os.pwrite = pwrite
 }
 
 
-Start = Callable[[str, DataIndex, Path, Path], "subprocess.Popen[str]"]
+Start = Callable[[str, str], "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """start(code, index, cache, log): a process with CHILD and the code, killed after the test."""
+def start(index: DataIndex, cache: Path, tmp_path: Path) -> Iterator[Start]:
+    """start(code, line): a process with CHILD and the code that has written `line` to the log."""
     started: list[subprocess.Popen[str]] = []
+    log = tmp_path / "log"
 
-    def run(code: str, index: DataIndex, cache: Path, log: Path) -> subprocess.Popen[str]:
+    def run(code: str, line: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", CHILD + code, str(index.root), str(cache), str(log)]
         pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe))
-        return started[-1]
+        child = subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe)
+        started.append(child)
+        while not log.exists() or line not in log.read_text().splitlines():
+            if child.poll() is not None:
+                raise AssertionError(child.communicate()[1])
+            threading.Event().wait(0.02)
+        return child
 
     yield run
     for child in started:
@@ -225,21 +235,12 @@ def start() -> Iterator[Start]:
         child.communicate()
 
 
-def wait_for(log: Path, line: str, child: subprocess.Popen[str]) -> None:
-    while not log.exists() or line not in log.read_text().splitlines():
-        if child.poll() is not None:
-            raise AssertionError(child.communicate()[1])
-        threading.Event().wait(0.02)
-
-
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_process_leaves_no_cache_and_the_next_one_cleans_up(
-    index: DataIndex, cache: Path, tmp_path: Path, start: Start, moment: str
+    index: DataIndex, cache: Path, start: Start, moment: str
 ):
-    log = tmp_path / "log"
-    child = start(MOMENTS[moment] + BUILD, index, cache, log)
-    wait_for(log, "here", child)
+    child = start(MOMENTS[moment] + BUILD, "here")
     child.kill()
     child.wait()
     assert len(list(cache.glob("*.part"))) == 1
@@ -252,7 +253,7 @@ def test_killed_process_leaves_no_cache_and_the_next_one_cleans_up(
 def test_second_process_waits_for_the_file_of_the_first(
     index: DataIndex, cache: Path, tmp_path: Path, start: Start
 ):
-    log, proceed = tmp_path / "log", tmp_path / "proceed"
+    proceed = tmp_path / "proceed"
     slow = f"""
 def fsync(file, real=os.fsync):
     note("full")
@@ -262,8 +263,7 @@ def fsync(file, real=os.fsync):
 pixels.os.fsync = fsync
 """
     show = "\nprint([store.image(i).tolist() for i in range(len(index))])"
-    child = start(slow + BUILD + show, index, cache, log)
-    wait_for(log, "full", child)
+    child = start(slow + BUILD + show, "full")
     messages: list[str] = []
 
     def say(text: str) -> None:
@@ -277,7 +277,10 @@ pixels.os.fsync = fsync
     assert_right(store, index, 1)
     assert printed.strip() == str([store.image(i).tolist() for i in range(len(index))])
     assert messages == [f"waiting for another process that builds {store.path}"]
-    assert log.read_text().splitlines() == [*(f"decoded {i}" for i in range(6)), "full"]
+    assert (tmp_path / "log").read_text().splitlines() == [
+        *(f"decoded {i}" for i in range(6)),
+        "full",
+    ]
     assert_complete(cache)
 
 
@@ -306,60 +309,63 @@ def test_folder_that_cannot_be_created_or_written(index: DataIndex, tmp_path: Pa
     assert_in_memory(index, Path("/proc/self"), "(")
 
 
-@pytest.mark.parametrize("call", ["pwrite", "ftruncate", "fsync", "replace"])
-def test_disk_that_fills_up(
-    index: DataIndex, cache: Path, call: str, monkeypatch: pytest.MonkeyPatch
+def fills_up(file: int, data: memoryview, offset: int, real=os.pwrite) -> int:
+    """Short writes until no space is left."""
+    if offset > 4500:
+        no_space()
+    return real(file, data[:7], offset)
+
+
+def room(count: int) -> Callable[[int], os.statvfs_result]:
+    """os.fstatvfs of a disk with `count` free bytes."""
+
+    def fstatvfs(file: int, real=os.fstatvfs) -> os.statvfs_result:
+        values = list(real(file))
+        values[1], values[4] = 1, count  # f_frsize, f_bavail
+        return os.statvfs_result(values)
+
+    return fstatvfs
+
+
+def no_device(*args: object) -> None:
+    """Some network file systems have no memory maps."""
+    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+
+NEEDED = 4096 + sum(height * width for height, width in SIZES)
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "replacement", "reason"),
+    [
+        *((os, call, no_space, "No space left") for call in ("pwrite", "ftruncate", "fsync")),
+        (os, "replace", no_space, "No space left on device"),
+        (os, "pwrite", fills_up, "No space left on device"),
+        (os, "fstatvfs", room(NEEDED - 1), "No space left on device: 0 MiB are needed"),
+        (np, "memmap", no_device, "No such device"),
+    ],
+)
+def test_cache_that_cannot_be_written_or_mapped_is_kept_in_memory(
+    index: DataIndex, cache: Path, monkeypatch: pytest.MonkeyPatch, owner, call, replacement, reason
 ):
-    monkeypatch.setattr(os, call, no_space)
-    assert_in_memory(index, cache, "No space left on device")
-    assert_nothing_left(cache)
+    monkeypatch.setattr(owner, call, replacement)
+    if call == "fstatvfs":
+        monkeypatch.setattr(os, "pwrite", never)  # noticed before decoding
+    assert_in_memory(index, cache, reason)
+    assert not list(cache.glob("*.part"))
+    assert len(list(cache.glob("*.pixels"))) == (call == "memmap")
     monkeypatch.undo()
     assert open_store(index, 1, cache, log=never).path == assert_complete(cache)
 
 
-def test_short_writes_are_continued_until_the_disk_is_full(
+def test_short_writes_and_a_disk_of_exactly_the_size_suffice(
     index: DataIndex, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     real = os.pwrite
-    room = 500
-
-    def pwrite(file: int, data: memoryview, offset: int) -> int:
-        nonlocal room
-        if room == 0:
-            no_space()
-        written = real(file, data[: min(room, 7)], offset)
-        room -= written
-        return written
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    assert_in_memory(index, cache, "No space left on device")
-    assert_nothing_left(cache)
-    room = 10**6
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: real(file, data[:7], at))
+    monkeypatch.setattr(os, "fstatvfs", room(NEEDED))
     assert_right(open_store(index, 1, cache, log=never), index, 1)
     assert_complete(cache)
-
-
-def test_disk_that_is_too_small_is_noticed_before_decoding(
-    index: DataIndex, cache: Path, monkeypatch: pytest.MonkeyPatch
-):
-    real = os.fstatvfs
-    needed = 4096 + decoded_bytes(index, 1)
-
-    def with_room(blocks: int) -> Callable[[int], os.statvfs_result]:
-        def fstatvfs(file: int) -> os.statvfs_result:
-            values = list(real(file))
-            values[1], values[4] = 1, blocks  # f_frsize, f_bavail
-            return os.statvfs_result(values)
-
-        return fstatvfs
-
-    monkeypatch.setattr(os, "pwrite", never)
-    monkeypatch.setattr(os, "fstatvfs", with_room(needed - 1))
-    assert_in_memory(index, cache, "No space left on device: 0 MiB are needed")
-    assert_nothing_left(cache)
-    monkeypatch.undo()
-    monkeypatch.setattr(os, "fstatvfs", with_room(needed))
-    assert open_store(index, 1, cache, log=never).path == assert_complete(cache)
 
 
 def test_file_that_reads_back_wrong_is_not_used(
@@ -382,46 +388,20 @@ def test_file_that_reads_back_wrong_is_not_used(
     assert_nothing_left(cache)
 
 
-def test_cache_that_cannot_be_mapped_is_not_used(
-    index: DataIndex, cache: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Some network file systems have no memory maps."""
-
-    def memmap(*args: object) -> None:
-        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
-
-    monkeypatch.setattr(np, "memmap", memmap)
-    assert_in_memory(index, cache, "No such device")
-
-
-@pytest.mark.parametrize("name", ["new\nline", "[1]*?", os.fsdecode(b"latin1-\xe9")])
-def test_cache_folder_may_have_any_name(index: DataIndex, tmp_path: Path, name: str):
-    assert open_store(index, 1, tmp_path / name, log=never).path is not None
-    assert_right(open_store(index, 1, tmp_path / name, progress=never, log=never), index, 1)
-
-
-def test_cache_none_writes_no_file(
+def test_cache_folder_of_each_setting(
     index: DataIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.chdir(tmp_path)
+    assert cache_folder("auto") == tmp_path / "xdg" / "sssd_fast" / "pixels"
+    assert cache_folder(str(tmp_path / "here")) == tmp_path / "here"
     before = sorted(tmp_path.rglob("*"))
     store = open_store(index, 3, cache_folder("none"), log=never)
     assert_right(store, index, 3)
     assert store.path is None
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_cache_folder_of_each_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder("auto") == tmp_path / "xdg" / "sssd_fast" / "pixels"
-    assert cache_folder(str(tmp_path / "here")) == tmp_path / "here"
-    home = tmp_path / "home" / ".cache" / "sssd_fast" / "pixels"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert cache_folder("auto") == home
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder("auto") == home
+    assert cache_folder("auto") == tmp_path / "home" / ".cache" / "sssd_fast" / "pixels"
 
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")  # the message of pathlib
@@ -448,31 +428,22 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["new\nline.png", LATIN1])
-def test_image_that_changed_since_the_check_is_an_error(
-    index: DataIndex, cache: Path, change: str, name: str
-):
+def test_image_that_changed_since_the_check_is_an_error(index: DataIndex, cache: Path, change: str):
     make, reason = CHANGES[change]
-    path = index.root / "a" / name
-    make(path)
-    for folder in (cache, None):
+    cases = [("new\nline.png", cache, "line.png: "), (LATIN1, None, r"latin1-\udce9.png: ")]
+    for name, folder, printed in cases:
+        path = index.root / "a" / name
+        whole = path.read_bytes()
+        make(path)
         with pytest.raises(ImageError) as error:
             open_store(index, 1, folder, threads=2, log=never)
         text = str(error.value)
         assert text.isprintable()
-        assert "line.png: " in text or r"latin1-\udce9.png: " in text
+        assert printed in text
         assert reason in text
         assert "restore it, or run `sssd-fast data check` again" in text
+        path.write_bytes(whole)
     assert_nothing_left(cache)
-
-
-def test_complete_cache_needs_no_image_file(index: DataIndex, cache: Path):
-    before = [image.copy() for image in map(open_store(index, 1, cache).image, range(6))]
-    for i in range(6):
-        index.file(i).unlink()
-    store = open_store(index, 1, cache, log=never)
-    for i, image in enumerate(before):
-        np.testing.assert_array_equal(store.image(i), image)
 
 
 def test_interrupted_build_leaves_nothing(index: DataIndex, cache: Path):
