@@ -30,8 +30,8 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,16 +54,6 @@ if TYPE_CHECKING:
     from sssd_fast.run.log import Console
 
 
-@dataclass
-class WrittenVolume:
-    volume: Volume
-    folder: Path  # in the unfinished OUT; a hidden name, which no class has
-    slices: int
-    digest: str  # of the values before the window
-    patient: str = ""  # p0001
-    name: str = ""  # p0001-1
-
-
 @dataclass(frozen=True)
 class Converted:
     """The result. `summary` is for the terminal, `record` for convert.json."""
@@ -72,7 +62,7 @@ class Converted:
     window: Window
     every: int
     size: int | None
-    written: list[WrittenVolume]
+    written: list[Volume]
     log: Log
 
     @property
@@ -81,9 +71,9 @@ class Converted:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Per class: patients, volumes, slices."""
-        by_class: dict[str, list[WrittenVolume]] = defaultdict(list)
+        by_class: dict[str, list[Volume]] = defaultdict(list)
         for w in self.written:
-            by_class[w.volume.label].append(w)
+            by_class[w.label].append(w)
         return {
             label: {
                 "patients": len({w.patient for w in written}),
@@ -173,17 +163,17 @@ def convert_volumes(
         with _progress(console, len(files), "reading headers") as progress:
             volumes = find_volumes(files, chosen, log, progress)
         _check_result({volume.label for volume in volumes}, log, max_bad_fraction)
-        written = []
         with _progress(console, len(volumes), "converting volumes") as progress:
             for i, volume in enumerate(volumes):
-                written.append(_write_volume(volume, folder / f".{i}", chosen, every, size, log))
+                # a hidden name, which no class has
+                _write_volume(volume, folder / f".{i}", chosen, every, size, log)
                 progress(i + 1)
-        written = [w for w in written if w.slices]
-        _check_result({w.volume.label for w in written}, log, max_bad_fraction)
-        _number(written)
-        _add_notes(written, log)
-        result = Converted(target, chosen, every, size, written, log)
-        _publish(folder, result)
+        written = {folder / f".{i}": volume for i, volume in enumerate(volumes) if volume.slices}
+        _check_result({volume.label for volume in written.values()}, log, max_bad_fraction)
+        _number(written.values())
+        _add_notes(written.values(), log)
+        result = Converted(target, chosen, every, size, list(written.values()), log)
+        _publish(folder, written, result.record())
     return result
 
 
@@ -212,7 +202,7 @@ def _progress(console: Console | None, total: int, what: str) -> Iterator[Callab
 
 def _write_volume(
     volume: Volume, folder: Path, window: Window, every: int, size: int | None, log: Log
-) -> WrittenVolume:
+) -> None:
     """Writes folder/0000.png, ...: the number counts all slices of the volume, before `every`."""
     folder.mkdir()
     limits = None
@@ -232,7 +222,8 @@ def _write_volume(
     joined = hashlib.blake2b(b"".join(digests[number] for number in sorted(digests)))
     if not digests:
         folder.rmdir()
-    return WrittenVolume(volume, folder, len(digests), joined.hexdigest())
+    volume.slices = len(digests)
+    volume.digest = joined.hexdigest()
 
 
 def _resized(grey: ImageArray, size: int | None) -> ImageArray:
@@ -246,11 +237,11 @@ def _resized(grey: ImageArray, size: int | None) -> ImageArray:
 # ---- names and files ----
 
 
-def _number(written: list[WrittenVolume]) -> None:
+def _number(written: Iterable[Volume]) -> None:
     """Number patients and volumes by the hash of their values (see the top of this file)."""
-    by_patient: dict[str, list[WrittenVolume]] = defaultdict(list)
+    by_patient: dict[str, list[Volume]] = defaultdict(list)
     for w in sorted(written, key=lambda w: w.digest):
-        by_patient[w.volume.patient].append(w)
+        by_patient[w.identity].append(w)
     digits = max(4, len(str(len(by_patient))))
     for i, volumes in enumerate(by_patient.values(), 1):
         for k, w in enumerate(volumes, 1):
@@ -258,11 +249,11 @@ def _number(written: list[WrittenVolume]) -> None:
             w.name = f"{w.patient}-{k}"
 
 
-def _add_notes(written: list[WrittenVolume], log: Log) -> None:
-    burned = [w.name for w in written if any(BURNED_IN in frame.notes for frame in w.volume.frames)]
+def _add_notes(written: Collection[Volume], log: Log) -> None:
+    burned = [w.name for w in written if any(BURNED_IN in frame.notes for frame in w.frames)]
     if burned:
         log.notes[f"{BURNED_IN}: {', '.join(sorted(burned))}"] = log.notes.pop(BURNED_IN)
-    modalities = {frame.modality for w in written for frame in w.volume.frames}
+    modalities = {frame.modality for w in written for frame in w.frames}
     if len(modalities) > 1:
         log.notes[f"several modalities: {', '.join(sorted(modalities))}"] = len(modalities)
     if len(written) > 1 and len({w.patient for w in written}) == 1:
@@ -272,22 +263,19 @@ def _add_notes(written: list[WrittenVolume], log: Log) -> None:
         ] = len(written)
 
 
-def _publish(folder: Path, result: Converted) -> None:
+def _publish(folder: Path, written: Mapping[Path, Volume], record: dict[str, Any]) -> None:
     """Move the volumes to their names, write manifest.csv and convert.json, equalise the times."""
     rows = []
-    for w in sorted(result.written, key=lambda w: (w.volume.label, w.name)):
-        place = folder / w.volume.label / w.name
+    for hidden, w in sorted(written.items(), key=lambda one: (one[1].label, one[1].name)):
+        place = folder / w.label / w.name
         place.parent.mkdir(exist_ok=True)
-        w.folder.rename(place)
+        hidden.rename(place)
         for path in sorted(place.iterdir()):
-            row = {"path": path.relative_to(folder).as_posix(), "label": w.volume.label}
-            row["patient"] = w.patient
-            if w.volume.split:
-                row["split"] = w.volume.split
-            rows.append(row)
+            row = {"path": path.relative_to(folder).as_posix(), "label": w.label}
+            split = {"split": w.split} if w.split else {}
+            rows.append({**row, "patient": w.patient, **split})
     write_manifest(folder / "manifest.csv", rows)
-    record = json.dumps(result.record(), indent=1) + "\n"
-    (folder / "convert.json").write_text(record, encoding="utf-8")
+    (folder / "convert.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     # the times of writing would reveal the order of the source's names
     now = int(time.time())
     for path in folder.rglob("*.png"):
@@ -327,8 +315,6 @@ def _not_converted(log: Log) -> list[str]:
 def _versions() -> dict[str, str]:
     versions = {"python": python_version(), "sssd_fast": __version__}
     for name in ("numpy", "pillow", "pydicom", "nibabel"):
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions

@@ -18,10 +18,7 @@ HW: rows and columns.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sssd_fast.convert.orientation import Orientation, height_mm, parse_orientation, turn
-from sssd_fast.convert.window import NO_WINDOW, Slice, Unusable, Window
+from sssd_fast.convert.window import NO_WINDOW, Slice, Unusable, Window, quiet
 from sssd_fast.data.images import MAX_PIXELS, MIN_SIDE
 from sssd_fast.errors import DependencyError
 
@@ -81,14 +78,11 @@ class Frame:
     notes: tuple[str, ...]
 
 
-def has_preamble(head: bytes) -> bool:
-    """True if the first 132 bytes of a file are certainly those of DICOM."""
-    return head[128:132] == b"DICM"
-
-
-def may_be_dicom(head: bytes) -> bool:
-    """True if a file without preamble may be DICOM; `read_frames` decides."""
-    return head[:2] in (b"\x02\0", b"\x08\0") or head[:3] == b"\0\x08\0"
+def dicom_kind(head: bytes) -> bool | None:
+    """From the first 132 bytes of a file: True is DICOM, False may be (`read_frames` decides)."""
+    if head[128:132] == b"DICM":
+        return True
+    return False if head[:2] in (b"\x02\0", b"\x08\0") or head[:3] == b"\0\x08\0" else None
 
 
 def read_frames(path: Path, window: Window, *, certain: bool = True) -> list[Frame]:
@@ -138,19 +132,6 @@ def read_slices(path: Path, frames: Sequence[Frame]) -> Iterator[tuple[Frame, Sl
         raise Unusable(f"cannot be read ({error.strerror})") from None
     except Exception:  # noqa: BLE001 - decoders raise many types on damaged data, and quote it
         raise Unusable(f"truncated or damaged DICOM{hint}") from None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress the warnings and log lines of the parsers, which quote the file."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _read(path: Path, *, pixels: bool) -> Any:

@@ -15,45 +15,20 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
-from sssd_fast.convert.window import PRESETS, Slice, Unusable, Window
+from sssd_fast.convert.window import PRESETS, Slice, Unusable, Window, quiet
 from sssd_fast.data.images import MAX_PIXELS, MIN_SIDE
 from sssd_fast.errors import DependencyError
 
 HEADER_BYTES = 352  # the magic of NIfTI-1 is at byte 344, that of NIfTI-2 at 4
 _GZIP = b"\x1f\x8b"
 _AIR_HU = -500.0
-
-
-@dataclass(frozen=True)
-class NiftiVolume:
-    stored_XYZ: npt.NDArray[Any]  # in the stored type, axes turned without a copy
-    slope: float
-    inter: float
-    oriented: bool  # False if neither sform nor qform is set
-
-    def __len__(self) -> int:
-        return int(self.stored_XYZ.shape[2])
-
-    def slice(self, number: int) -> Slice:
-        """Number 0 is the lowest (towards the feet)."""
-        # columns to the patient's left, rows to the back
-        stored_HW = self.stored_XYZ[::-1, ::-1, number].T
-        return Slice(stored_HW.astype(np.float64) * self.slope + self.inter)
-
-    def lowest(self) -> float | None:
-        """Lowest finite value, rescaled."""
-        stored = self.stored_XYZ
-        finite = stored if stored.dtype.kind in "iu" else stored[np.isfinite(stored)]
-        if not finite.size:
-            return None
-        return min(float(end) * self.slope + self.inter for end in (finite.min(), finite.max()))
 
 
 def nifti_kind(path: Path, head: bytes) -> str | None:
@@ -71,8 +46,13 @@ def nifti_kind(path: Path, head: bytes) -> str | None:
     return "pair" if head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0" else None
 
 
-def read_nifti(path: Path, kind: str, window: Window) -> NiftiVolume:
-    """The whole volume. Raises Unusable, or DependencyError without nibabel."""
+def read_nifti(
+    path: Path, kind: str, window: Window, every: int, notes: Counter[str]
+) -> Iterator[tuple[int, Slice]]:
+    """(number, slice) of every `every`-th slice; number 0 is the lowest (towards the feet).
+
+    Raises Unusable, or DependencyError without nibabel.
+    """
     try:
         import nibabel
     except ImportError:
@@ -82,7 +62,7 @@ def read_nifti(path: Path, kind: str, window: Window) -> NiftiVolume:
         raise Unusable("a NIfTI header with its pixels in an .img file; save it as one .nii file")
     make = nibabel.Nifti1Image if kind == "n+1" else nibabel.Nifti2Image
     try:
-        with open(path, "rb") as raw:
+        with quiet(), open(path, "rb") as raw:
             packed = raw.read(2) == _GZIP
             raw.seek(0)
             stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw) if packed else raw)
@@ -90,18 +70,36 @@ def read_nifti(path: Path, kind: str, window: Window) -> NiftiVolume:
             _refuse_header(image.shape, image.get_data_dtype())
             proxy = cast(Any, image.dataobj)
             stored_XYZ = proxy.get_unscaled().reshape((*image.shape, 1)[:3])
-        axes = nibabel.orientations.io_orientation(image.affine)
+            axes = nibabel.orientations.io_orientation(image.affine)
     except Unusable:
         raise
     except Exception:  # noqa: BLE001 - nibabel raises many types on damaged data
         raise Unusable("truncated or damaged NIfTI") from None
     if np.isnan(axes).any():
         raise Unusable("a NIfTI orientation (affine) that is singular")
-    oriented = bool(image.header["sform_code"] or image.header["qform_code"])
+    # in the stored type, axes turned without a copy
     stored_XYZ = nibabel.orientations.apply_orientation(stored_XYZ, axes)
-    volume = NiftiVolume(stored_XYZ, float(proxy.slope), float(proxy.inter), oriented)
-    _refuse_values(volume, window)
-    return volume
+    slope, inter = float(proxy.slope), float(proxy.inter)
+    if min(stored_XYZ.shape[:2]) < MIN_SIDE:
+        raise Unusable(f"slices of fewer than {MIN_SIDE} x {MIN_SIDE} pixels")
+    integers = stored_XYZ.dtype.kind in "iu"
+    finite = stored_XYZ if integers else stored_XYZ[np.isfinite(stored_XYZ)]
+    if window.name in PRESETS and finite.size:
+        # a slope can be negative
+        lowest = min(float(end) * slope + inter for end in (finite.min(), finite.max()))
+        if lowest > _AIR_HU:
+            raise Unusable(
+                f"no value of {_AIR_HU:g} or less, so it is not in Hounsfield units (already "
+                "windowed?); use --window minmax, or LEVEL,WIDTH in its own units"
+            )
+    if not (image.header["sform_code"] or image.header["qform_code"]):
+        notes[
+            "NIfTI without orientation (sform and qform 0): taken as Left, Anterior, Superior"
+        ] += 1
+    for number in range(0, stored_XYZ.shape[2], every):
+        # columns to the patient's left, rows to the back
+        stored_HW = stored_XYZ[::-1, ::-1, number].T
+        yield number, Slice(stored_HW.astype(np.float64) * slope + inter)
 
 
 def _refuse_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -113,14 +111,3 @@ def _refuse_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     *_, long, longest = sorted(shape)
     if min(shape) < 1 or long * longest > MAX_PIXELS:
         raise Unusable(f"a NIfTI of {size}; a slice of 1 to {MAX_PIXELS} (2^26) pixels is needed")
-
-
-def _refuse_values(volume: NiftiVolume, window: Window) -> None:
-    if min(volume.stored_XYZ.shape[:2]) < MIN_SIDE:
-        raise Unusable(f"slices of fewer than {MIN_SIDE} x {MIN_SIDE} pixels")
-    lowest = volume.lowest() if window.name in PRESETS else None
-    if lowest is not None and lowest > _AIR_HU:
-        raise Unusable(
-            f"no value of {_AIR_HU:g} or less, so it is not in Hounsfield units (already "
-            "windowed?); use --window minmax, or LEVEL,WIDTH in its own units"
-        )

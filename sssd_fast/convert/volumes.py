@@ -21,14 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sssd_fast.convert.dicom import (
-    Frame,
-    has_preamble,
-    may_be_dicom,
-    quiet,
-    read_frames,
-    read_slices,
-)
+from sssd_fast.convert.dicom import Frame, dicom_kind, read_frames, read_slices
 from sssd_fast.convert.nifti import HEADER_BYTES, nifti_kind, read_nifti
 from sssd_fast.convert.orientation import is_axial
 from sssd_fast.convert.window import Slice, Unusable, Window
@@ -46,14 +39,19 @@ class SourceFile:
     patient: str = ""  # from the manifest, "" if it has none
 
 
-@dataclass(frozen=True)
+@dataclass
 class Volume:
     label: str
     split: str
-    patient: str  # an identity: it stays in memory
+    identity: str  # of the patient; it stays in memory
     frames: list[Frame] = field(default_factory=list)  # of DICOM, not ordered yet
     path: Path | None = None  # of NIfTI
     nifti: str = ""  # its kind (nifti.nifti_kind)
+    # set when it is written
+    slices: int = 0
+    digest: str = ""  # of the values before the window
+    patient: str = ""  # p0001
+    name: str = ""  # p0001-1
 
 
 @dataclass
@@ -197,14 +195,14 @@ def _read_header(path: Path, window: Window, log: Log) -> list[Frame] | str:
             head = file.read(HEADER_BYTES)
     except OSError as error:
         raise Unusable(f"cannot be read ({error.strerror})") from None
-    if has_preamble(head):
+    dicom = dicom_kind(head)
+    if dicom:
         return read_frames(path, window)
-    kind = nifti_kind(path, head)
-    if kind is not None:
-        return kind
-    frames = read_frames(path, window, certain=False) if may_be_dicom(head) else []
-    if frames:
-        return frames
+    found = nifti_kind(path, head)
+    if found is None and dicom is False:
+        found = read_frames(path, window, certain=False)
+    if found:
+        return found
     if path.name.lower().endswith((".dcm", ".nii", ".nii.gz")):
         damaged = "named as DICOM or NIfTI, but the content is neither (truncated?)"
         raise Unusable(damaged if head else "empty file")
@@ -221,18 +219,10 @@ def read_volume(
     """(file, number in the volume, slice) of every `every`-th slice; problems go to `log`."""
     if volume.path is not None:
         try:
-            with quiet():
-                nifti = read_nifti(volume.path, volume.nifti, window)
+            for number, picture in read_nifti(volume.path, volume.nifti, window, every, log.notes):
+                yield volume.path, number, picture
         except Unusable as problem:
             log.add(volume.path, problem)
-            return
-        if not nifti.oriented:
-            note = (
-                "NIfTI without orientation (sform and qform 0): taken as Left, Anterior, Superior"
-            )
-            log.notes[note] += 1
-        for number in range(0, len(nifti), every):
-            yield volume.path, number, nifti.slice(number)
         return
     ordered, notes = _in_order(volume.frames)
     log.notes.update(notes)

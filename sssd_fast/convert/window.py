@@ -19,7 +19,11 @@ HW: rows and columns of one slice.
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +47,19 @@ class Unusable(Exception):
         super().__init__(reason)
         self.reason = reason
         self.damaged = damaged
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress the warnings and log lines of the parsers, which quote the file."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @dataclass(frozen=True)

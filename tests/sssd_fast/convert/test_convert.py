@@ -98,7 +98,7 @@ def test_nifti_of_two_and_four_dimensions_other_names_and_damage(tmp_path: Path)
         "cut.nii.gz": "truncated or damaged NIfTI",
     }
     assert result.log.ignored == {"GZIP": 1}
-    written = {w.volume.path.name: w for w in result.written if w.volume.path}
+    written = {w.path.name: w for w in result.written if w.path}
     assert {name: w.slices for name, w in written.items()} == {"another name": 1, "one.nii": 2}
     expected = each(np.nan_to_num(flat[::-1, ::-1].T, nan=-2000))
     (path,) = (result.out / "c" / written["another name"].name).iterdir()
@@ -142,7 +142,7 @@ def test_numbers_depend_on_the_pixels_alone(source: Path):
     first = convert(source, "first")
     again = write_patients(source.parent / "again", "zyyxw", last=9)
     assert rows(convert(again, "second", window="mediastinum").out) == rows(first.out)
-    order = {w.volume.patient: w.patient for w in first.written}
+    order = {w.identity: w.patient for w in first.written}
     assert sorted(order, key=order.__getitem__) != sorted(order)
 
 
