@@ -198,7 +198,7 @@ def _read_header(path: Path, window: Window, log: Log) -> list[Frame] | str:
     dicom = dicom_kind(head)
     if dicom:
         return read_frames(path, window)
-    found = nifti_kind(path, head)
+    found: list[Frame] | str | None = nifti_kind(path, head)
     if found is None and dicom is False:
         found = read_frames(path, window, certain=False)
     if found:

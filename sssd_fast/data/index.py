@@ -323,8 +323,8 @@ def _examine(
     except ImageError as error:
         return Excluded(path, error.reason)
     label = classes.index(row["label"])
-    given = {name: row.get(name) or None for name in ("split", "patient")}
-    return ImageRecord(path=path, label=label, **given, **facts)
+    split, patient = row.get("split") or None, row.get("patient") or None
+    return ImageRecord(path=path, label=label, split=split, patient=patient, **facts)
 
 
 def _facts(path: str, file: Path) -> Facts:

@@ -16,6 +16,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from sssd_fast.convert.convert import Converted, convert_volumes
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
+LOCALIZER = {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
 ROOT = "1.2.826.0.1.3680043.8.498."  # of every UID written here
 NAME = "Quastenflosser^Wilhelmina"
 IDENTITY = {

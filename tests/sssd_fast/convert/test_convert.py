@@ -21,6 +21,7 @@ from sssd_fast.data.index import check_data
 from sssd_fast.data.splits import split_patient
 from sssd_fast.errors import ConfigError, DataError, DependencyError
 from tests.sssd_fast.ct_files import (
+    LOCALIZER,
     NAME,
     SECRETS,
     assert_slices,
@@ -39,7 +40,6 @@ from tests.sssd_fast.ct_files import (
 )
 
 RAS = np.eye(4)
-LOCALIZER = {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from pydicom.uid import ExplicitVRBigEndian, JPEGLosslessSV1, RLELossless
 from sssd_fast.convert.window import Slice, parse_window, to_grey
 from sssd_fast.errors import ConfigError, DataError
 from tests.sssd_fast.ct_files import (
+    LOCALIZER,
     assert_slices,
     convert,
     dataset,
@@ -27,8 +28,6 @@ from tests.sssd_fast.ct_files import (
     write_series,
     write_slice,
 )
-
-LOCALIZER = {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
 
 
 @pytest.fixture
@@ -97,25 +96,38 @@ def test_minmax_spans_the_volume_and_accepts_values_that_are_not_hounsfield(sour
 # ---- values ----
 
 
-def test_slope_and_intercept_with_twelve_bits_below_other_bits(source: Path):
-    values = np.random.default_rng(1).integers(0, 4096, (12, 10), dtype=np.uint16)
-    tags = {"BitsStored": 12, "HighBit": 11, "RescaleSlope": 0.5, "RescaleIntercept": -1400}
-    write_slice(source / "c" / "x", values | np.uint16(0xA000), z=0, **tags)
-    assert_slices(convert(source), [each(values * 0.5 - 1400)])
+UNSIGNED = np.random.default_rng(1).integers(0, 4096, (12, 10), dtype=np.uint16)
+PADDED = noise(4, low=0, high=100).astype(np.uint16)
+PADDED[0, :3] = [200, 205, 210]
+NOT_PADDED = np.ones((12, 10), np.uint8)
+NOT_PADDED[0, :3] = 0
+SCALED = {"RescaleSlope": 0.5, "RescaleIntercept": -1400}
+RANGE = {"PixelPaddingValue": 210, "PixelPaddingRangeLimit": 200, "RescaleIntercept": -600}
+VALUES = {
+    "slope and intercept": (UNSIGNED, SCALED, each(UNSIGNED * 0.5 - 1400)),
+    "12 bits below others": (
+        UNSIGNED | np.uint16(0xA000),
+        {"BitsStored": 12, "HighBit": 11, **SCALED},
+        each(UNSIGNED * 0.5 - 1400),
+    ),
+    "negative 12 bits": (
+        noise(2) & np.int16(0x0FFF),
+        {"BitsStored": 12, "HighBit": 11},
+        each(noise(2)),
+    ),
+    "no rescaling": (noise(8), dict.fromkeys(SCALED), each(noise(8))),
+    "padding range": (PADDED, RANGE, each(PADDED.astype(float) - 600) * NOT_PADDED),
+}
 
 
-def test_negative_twelve_bit_values_are_sign_extended(source: Path):
-    values = noise(2)
-    write_slice(source / "c" / "x", values & np.int16(0x0FFF), z=0, BitsStored=12, HighBit=11)
-    assert_slices(convert(source), [each(values)])
-
-
-def test_ct_without_rescaling_counts_as_hounsfield_with_a_note(source: Path):
-    values = noise(8)
-    write_slice(source / "c" / "x", values, z=0, RescaleSlope=None, RescaleIntercept=None)
+@pytest.mark.parametrize("name", VALUES)
+def test_stored_values_become_grey_by_the_formula(source: Path, name: str):
+    stored, tags, expected = VALUES[name]
+    write_slice(source / "c" / "x", stored, z=0, **tags)
     result = convert(source)
-    assert_slices(result, [each(values)])
-    assert "without RescaleSlope and RescaleIntercept, taken as 1 and 0 (1)" in result.summary()
+    assert_slices(result, [expected])
+    note = "without RescaleSlope and RescaleIntercept, taken as 1 and 0 (1)"
+    assert (note in result.summary()) == (name == "no rescaling")
 
 
 def test_monochrome1_is_inverted_and_padding_stays_black(source: Path):
@@ -130,16 +142,6 @@ def test_monochrome1_is_inverted_and_padding_stays_black(source: Path):
     result = convert(source)
     assert_slices(result, [expected])
     assert "MONOCHROME1 slices, inverted (1)" in result.summary()
-
-
-def test_padding_range_is_black(source: Path):
-    values = noise(4, low=0, high=100).astype(np.uint16)
-    values[0, :3] = [200, 205, 210]
-    tags = {"PixelPaddingValue": 210, "PixelPaddingRangeLimit": 200, "RescaleIntercept": -600}
-    write_slice(source / "c" / "x", values, z=0, **tags)
-    expected = each(values.astype(float) - 600)
-    expected[0, :3] = 0
-    assert_slices(convert(source), [expected])
 
 
 def test_files_without_preamble_big_endian_and_compressed(source: Path):
@@ -158,21 +160,16 @@ def test_files_without_preamble_big_endian_and_compressed(source: Path):
 # ---- order and direction ----
 
 
-def test_slices_are_ordered_by_position_whatever_their_names(source: Path):
+@pytest.mark.parametrize("positions", [True, False])
+def test_slices_are_ordered_by_position_or_else_by_instance_number(source: Path, positions: bool):
     stored = noise(0, (4, 12, 10))
     for i, name in enumerate(["z", "10", "deep/er/a.dcm", "9"]):
-        # InstanceNumber runs the other way
-        write_slice(source / "covid" / name, stored[i], number=9 - i, z=-100 + 5.0 * i)
-    assert_slices(convert(source), [each(values) for values in stored])
-
-
-def test_slices_without_position_are_ordered_by_instance_number(source: Path):
-    stored = noise(9, (3, 12, 10))
-    for name, i in {"a": 2, "b": 0, "c": 1}.items():
-        write_slice(source / "c" / name, stored[i], number=i + 9)  # 9, 10, 11: not as text
+        # with positions InstanceNumber runs the other way; 8, 9, 10, 11 is not the order of text
+        tags = {"number": 9 - i, "z": -100 + 5.0 * i} if positions else {"number": 8 + i}
+        write_slice(source / "covid" / name, stored[i], **tags)
     result = convert(source)
     assert_slices(result, [each(values) for values in stored])
-    assert "ordered by InstanceNumber (1)" in result.summary()
+    assert ("ordered by InstanceNumber (1)" in result.summary()) != positions
 
 
 def hounsfield(x: np.ndarray, y: np.ndarray, z: np.ndarray | float) -> np.ndarray:
