@@ -1,4 +1,4 @@
-"""The encoder of a run as a module for other code."""
+"""The model of a run, and its encoder as a module for other code."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from sssd_fast.config import from_dict
 from sssd_fast.errors import CheckpointError
-from sssd_fast.model import Classifier, Encoder
+from sssd_fast.model import MAE, Classifier, Encoder
 from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
-
-PRETRAINED = "mae.encoder."
 
 
 class FeatureExtractor(nn.Module):
@@ -50,20 +48,38 @@ class FeatureExtractor(nn.Module):
         return out
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """[B, D] features: mean of the patch tokens, or the cls token if the model was tuned so.
+        """[B, D] features: the mean of the patch tokens, or the cls token if tuned with pool "cls".
 
-        Args:
-            images_BCHW: uint8 from 0 to 255, or floats from 0 to 1, of size `image_size`.
-
-        Raises:
-            ValueError: wrong shape.
+        Images are uint8 from 0 to 255 or floats from 0 to 1, of size `image_size`. Raises
+        ValueError for a wrong shape.
         """
         x_BND = self.tokens(images_BCHW)
-        pooled_BD = (
-            x_BND[:, 0] if self.pool == "cls" else x_BND[:, self.encoder.num_prefix :].mean(1)
-        )
-        out: Tensor = self.norm(pooled_BD)
+        p = self.encoder.num_prefix
+        out: Tensor = self.norm(x_BND[:, 0] if self.pool == "cls" else x_BND[:, p:].mean(1))
         return out
+
+
+def load_model(path: str | Path) -> tuple[MAE | Classifier, Path]:
+    """(model in eval mode, its checkpoint) of a run folder or checkpoint.
+
+    An MAE of `pretrain`, a Classifier of `finetune` or `probe`. Raises CheckpointError for a
+    missing, damaged or other checkpoint.
+    """
+    path = find_checkpoint(path)
+    state = load_checkpoint(path)
+    config, weights = from_dict(state["config"]).model, state["model"]
+    model: MAE | Classifier
+    if "classes" in state:
+        model = Classifier(config, len(state["classes"]), state["pool"])
+    else:
+        model = MAE(config)
+        own = {name: w for name, w in weights.items() if name.startswith("mae.")}
+        weights = {name.removeprefix("mae."): w for name, w in own.items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not hold the whole model: {error}") from None
+    return model.eval(), path
 
 
 def load_encoder(path: str | Path) -> FeatureExtractor:
@@ -71,16 +87,7 @@ def load_encoder(path: str | Path) -> FeatureExtractor:
 
     Raises CheckpointError for a missing or damaged checkpoint.
     """
-    path = find_checkpoint(path)
-    state = load_checkpoint(path)
-    config, weights = from_dict(state["config"]), state["model"]
-    if "classes" in state:
-        model = Classifier(config.model, len(state["classes"]), state["pool"])
-        model.load_state_dict(weights)
+    model, _ = load_model(path)
+    if isinstance(model, Classifier):
         return FeatureExtractor(model.encoder, model.fc_norm, model.pool).eval()
-    encoder = Encoder(config.model)
-    own = {name[len(PRETRAINED) :]: w for name, w in weights.items() if name.startswith(PRETRAINED)}
-    if not own:
-        raise CheckpointError(f"{path} holds no encoder; give a checkpoint of sssd-fast pretrain")
-    encoder.load_state_dict(own)
-    return FeatureExtractor(encoder, nn.Identity(), "mean").eval()
+    return FeatureExtractor(model.encoder, nn.Identity(), "mean").eval()

@@ -21,20 +21,18 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sssd_fast.config import from_dict
 from sssd_fast.errors import DependencyError, SssdError, WeightsError
-from sssd_fast.model import MAE, Block, Classifier
-from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
+from sssd_fast.model import Block, Classifier
 from sssd_fast.run.files import atomic_write_bytes
-from sssd_fast.weights.files import save_huggingface, save_safetensors
-from sssd_fast.weights.formats import huggingface_class
-from sssd_fast.weights.load import load_into
+from sssd_fast.weights.encoder import load_model
+from sssd_fast.weights.files import read_weights, save_huggingface, save_safetensors
+from sssd_fast.weights.formats import Model, export_state, huggingface_class
 
 # largest difference from the model, relative to its largest output; float32 sums give about 1e-6
 TOLERANCE = 1e-4
@@ -62,12 +60,8 @@ class PortableClassifier(nn.Module):
         encoder, p = self.model.encoder, self.model.encoder.num_prefix
         pixels_BCHW = (images.float() / 255 - self.mean_C11) / self.std_C11
         proj = encoder.patch_embed.proj
-        x_BND = (
-            F.conv2d(pixels_BCHW, proj.weight, proj.bias, stride=encoder.patch_size)
-            .flatten(2)
-            .transpose(1, 2)
-        )
-        x_BND = x_BND + encoder.pos_embed[p:]
+        x_BDhw = F.conv2d(pixels_BCHW, proj.weight, proj.bias, stride=encoder.patch_size)
+        x_BND = x_BDhw.flatten(2).transpose(1, 2) + encoder.pos_embed[p:]
         if encoder.cls_token is not None:
             cls_B1D = (encoder.cls_token + encoder.pos_embed[:p]).expand(x_BND.shape[0], -1, -1)
             x_BND = torch.cat([cls_B1D, x_BND], 1)
@@ -124,10 +118,9 @@ def export_classifier(
     lines = []
     for name in formats:
         path = out if out.suffix == ENDINGS[name] else out / f"classifier{ENDINGS[name]}"
+        program = _torch_program if name == "torch" else _onnx_program
         with _quiet():
-            content, run = (_torch_program if name == "torch" else _onnx_program)(
-                PortableClassifier(copy).eval(), names
-            )
+            content, run = program(PortableClassifier(copy).eval(), names)
             difference, limit = _compare(copy, run, path)
         atomic_write_bytes(path, content)
         shape = ", ".join(["batch", *map(str, _image_shape(copy))])
@@ -144,17 +137,14 @@ def _image_shape(model: Classifier) -> tuple[int, int, int]:
 
 
 def _example(model: Classifier, batch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(
-        0, 256, (batch, *_image_shape(model)), dtype=torch.uint8, generator=generator
-    )
+    seeded = torch.Generator().manual_seed(0)
+    shape = (batch, *_image_shape(model))
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded)
 
 
 def _torch_program(module: PortableClassifier, classes: list[str]) -> tuple[bytes, Run]:
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(
-        module, (_example(module.model, 3),), dynamic_shapes={"images": {0: batch}}
-    )
+    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+    program = torch.export.export(module, (_example(module.model, 3),), dynamic_shapes=shapes)
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"classes.json": json.dumps(classes)})
     file.seek(0)
@@ -203,13 +193,11 @@ def _compare(model: Classifier, run: Run, path: Path) -> tuple[float, float]:
     worst, limit = 0.0, 0.0
     for batch in (images, images[4:]):
         logits = model(batch)
-        for name, want, got in zip(
-            ("logits", "scores"), (logits, logits.softmax(-1)), run(batch), strict=True
-        ):
+        wanted = {"logits": logits, "scores": logits.softmax(-1)}
+        for (name, want), got in zip(wanted.items(), run(batch), strict=True):
             allowed = TOLERANCE * want.abs().max().item() + 1e-6
-            difference = (
-                (want - got).abs().max().item() if got.shape == want.shape else float("inf")
-            )
+            same_shape = got.shape == want.shape
+            difference = (want - got).abs().max().item() if same_shape else float("inf")
             if not difference <= allowed:
                 raise SssdError(
                     f"{path} was not written: {name} of the exported program differ by "
@@ -249,23 +237,20 @@ def export_encoder(
     Returns what was written and the call that loads it. Raises CheckpointError for a damaged
     source, WeightsError for what the other library cannot express (see `export_state`).
     """
-    model, path = _load_model(source)
-    out = Path(out)
+    model, path = load_model(source)
+    written = Path(out)
     if format == "huggingface":
-        save_huggingface(out, model)
-        written = out
+        save_huggingface(written, model)
     else:
-        written = out if out.suffix == ".safetensors" else out / "model.safetensors"
+        written = written if written.suffix == ".safetensors" else written / "model.safetensors"
         save_safetensors(written, model, format)
-    again = model_like(model)
-    report = load_into(again, written)
-    loaded = [*report.rows("matched"), *report.rows("converted")]
-    for row in loaded:
-        if not torch.equal(again.state_dict()[row.name], model.state_dict()[row.name].float()):
+    want, got = export_state(model, format), read_weights(written)
+    for name, tensor in want.items():
+        if not torch.equal(tensor, got[name]):
             raise SssdError(
-                f"{written}: {row.name} differs from {path}; the file system may be damaged"
+                f"{written}: {name} differs from {path}; the file system may be damaged"
             )
-    lines = [f"{written}: {len(loaded)} tensors of {path} under {format} names, read back equal"]
+    lines = [f"{written}: {len(want)} tensors of {path} under {format} names, read back equal"]
     if format == "timm":
         return "\n".join([*lines, f"load it with: {_timm_call(model, written)}"])
     name = huggingface_class(model)
@@ -280,10 +265,11 @@ def export_encoder(
     return "\n".join([*lines, f"load it with: {call}"])
 
 
-def _timm_call(model: MAE | Classifier, path: Path) -> str:
+def _timm_call(model: Model, path: Path) -> str:
     config = model.config
     width, depth, heads = config.encoder_shape
     tuned = isinstance(model, Classifier)
+    unpooled = "token" if config.cls_token else ""
     options = {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -294,35 +280,10 @@ def _timm_call(model: MAE | Classifier, path: Path) -> str:
         "num_heads": heads,
         "mlp_ratio": config.mlp_ratio,
         "class_token": config.cls_token,
-        "global_pool": "avg"
-        if tuned and model.pool == "mean"
-        else "token"
-        if config.cls_token
-        else "",
+        "global_pool": "avg" if tuned and model.pool == "mean" else unpooled,
         "checkpoint_path": str(path),
     }
     words = ", ".join(f"{name}={value!r}" for name, value in options.items())
     mean, std = model.encoder.mean, model.encoder.std
     call = f'timm.create_model("vit_base_patch16_224", {words})'
     return f"{call}; images: (x / 255 - mean) / std with mean {mean}, std {std}"
-
-
-def _load_model(source: str | Path) -> tuple[MAE | Classifier, Path]:
-    path = find_checkpoint(source)
-    state: dict[str, Any] = load_checkpoint(path)
-    config = from_dict(state["config"])
-    model: MAE | Classifier = MAE(config.model)
-    if "classes" in state:
-        model = Classifier(config.model, len(state["classes"]), state["pool"])
-    report = load_into(model, state["model"], min_matched=1.0)
-    missing = [row.name for row in report.rows("missing") + report.rows("new")]
-    if missing:
-        raise WeightsError(f"{path} does not hold the whole model; missing: {missing}")
-    return model.eval(), path
-
-
-def model_like(model: MAE | Classifier) -> MAE | Classifier:
-    """A new model of the same sizes."""
-    if isinstance(model, MAE):
-        return MAE(model.config)
-    return Classifier(model.config, model.num_classes, model.pool)

@@ -16,26 +16,16 @@ from torch import Tensor
 
 from sssd_fast.config import ModelConfig
 from sssd_fast.errors import DependencyError, WeightsError
-from sssd_fast.model import MAE, Classifier
 from sssd_fast.run.checkpoint import find_checkpoint, verify_checkpoint
-from sssd_fast.run.files import atomic_write_bytes
-from sssd_fast.weights.formats import export_state, huggingface_config, strip_wrappers
+from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
+from sssd_fast.weights.formats import Model, export_state, huggingface_config, strip_wrappers
 
 # (mean, std) of x / 255, one value or one per channel
 Norm = tuple[Sequence[float], Sequence[float]]
 _ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
 # what torch.load and safetensors raise for damaged files
-_UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OSError,
-    struct.error,
-)
+_UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+_UNREADABLE += (AssertionError, OSError, struct.error)
 
 
 class Source(NamedTuple):
@@ -62,8 +52,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return read_source(path).state
 
 
-def read_source(path: str | Path) -> Source:
+def read_source(path: str | Path | Mapping[str, Tensor]) -> Source:
     """`read_weights`, with what a config in or beside the file says about the model."""
+    if isinstance(path, Mapping):
+        return Source(strip_wrappers(path), "the state dict")
     path = Path(path)
     stages = ("pretrain", "finetune")
     if path.name == "best" or any((path / s / "checkpoints").is_dir() for s in ("", *stages)):
@@ -78,11 +70,7 @@ def read_source(path: str | Path) -> Source:
         tensors, facts = _read_torch(path)
     else:
         raise WeightsError(f"weights {path} end in {path.suffix!r}; needs a {_accepted()}")
-    broken = [
-        name
-        for name, t in tensors.items()
-        if t.is_floating_point() and not bool(torch.isfinite(t).all())
-    ]
+    broken = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
     if broken:
         raise WeightsError(
             f"weights {path} hold NaN or infinity in {listed(broken)}; use an earlier checkpoint"
@@ -106,19 +94,15 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except _UNREADABLE as error:
         raise WeightsError(_damaged(path, error)) from error
     config = content.get("config") if isinstance(content, Mapping) else None
-    while isinstance(content, Mapping) and not any(
-        isinstance(value, Tensor) for value in content.values()
-    ):
-        inner = next(
-            (content[key] for key in ("model", "state_dict", "module") if key in content), None
-        )
-        if inner is None:
+    while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
+        wrapper = next((key for key in ("model", "state_dict", "module") if key in content), None)
+        if wrapper is None:
             keys = listed([str(key) for key in content])
             raise WeightsError(
                 f"weights {path} hold no tensors but {keys}; needs a state dict, or one under "
                 "'model', 'state_dict' or 'module'"
             )
-        content = inner
+        content = content[wrapper]
     if not isinstance(content, Mapping):
         raise WeightsError(
             f"weights {path} hold a {type(content).__name__}, needs a state dict (name -> tensor)"
@@ -235,7 +219,7 @@ def _huggingface_facts(tree: dict[str, Any]) -> dict[str, Any]:
 
 def save_safetensors(
     path: str | Path,
-    model: MAE | Classifier,
+    model: Model,
     format: Literal["timm", "huggingface"],
     *,
     decoder: bool = False,
@@ -253,7 +237,7 @@ def save_safetensors(
     atomic_write_bytes(path, save(export_state(model, format, decoder=decoder), metadata=metadata))
 
 
-def save_huggingface(folder: str | Path, model: MAE | Classifier, *, decoder: bool = False) -> None:
+def save_huggingface(folder: str | Path, model: Model, *, decoder: bool = False) -> None:
     """The folder for transformers' from_pretrained: weights, configuration, pixel statistics."""
     folder = Path(folder)
     save_safetensors(folder / "model.safetensors", model, "huggingface", decoder=decoder)
@@ -271,14 +255,13 @@ def save_huggingface(folder: str | Path, model: MAE | Classifier, *, decoder: bo
         "image_std": list(model.encoder.std),
     }
     for name, content in (("config", tree), ("preprocessor_config", pixels)):
-        atomic_write_bytes(folder / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode())
+        atomic_write_text(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
 
 def listed(items: Sequence[str], limit: int = 8) -> str:
     """The first items, and the number of the others."""
-    return ", ".join(items[:limit]) + (
-        f" and {len(items) - limit} more" if len(items) > limit else ""
-    )
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
 
 
 def _damaged(path: Path, error: BaseException) -> str:

@@ -22,6 +22,7 @@ from sssd_fast.errors import WeightsError
 from sssd_fast.model import MAE, Classifier
 
 Format = Literal["sssd_fast", "mae", "timm", "huggingface"]
+Model = MAE | Classifier
 
 
 class Converted(NamedTuple):
@@ -31,6 +32,9 @@ class Converted(NamedTuple):
     # what was done to the values; "" = only renamed
     how: str
 
+
+# by this package's names
+Named = dict[str, Converted]
 
 _MAE_NAMES = (
     (r"^decoder_(embed|blocks|norm|pred)\.", r"decoder.\1."),
@@ -57,9 +61,8 @@ _HUGGINGFACE_NAMES = (
     (r"(blocks\.\d+)\.layernorm_before\.", r"\1.norm1."),
     (r"(blocks\.\d+)\.layernorm_after\.", r"\1.norm2."),
 )
-_OWN_NAMES = ((r"^mae\.", ""),)
 _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
-    "sssd_fast": _OWN_NAMES,
+    "sssd_fast": ((r"^mae\.", ""),),
     "mae": _MAE_NAMES,
     "timm": _MAE_NAMES,
     "huggingface": _HUGGINGFACE_NAMES,
@@ -97,18 +100,16 @@ def detect_format(state: Mapping[str, Tensor]) -> Format:
     )
 
 
-def to_own_names(state: Mapping[str, Tensor]) -> tuple[Format, dict[str, Converted]]:
+def to_own_names(state: Mapping[str, Tensor]) -> tuple[Format, Named]:
     """Names and layouts of this package, still in the source's sizes; unknown names are kept.
 
     Joins q, k, v; gives attention without qkv bias a zero bias and folds LayerScale into the layer
     before it (both exact); drops the batch axis of position tables.
     """
     format_ = detect_format(state)
-    named: dict[str, Converted] = {}
+    named: Named = {}
     for source, tensor in state.items():
-        name = source
-        for pattern, replacement in _NAMES[format_]:
-            name = re.sub(pattern, replacement, name)
+        name = _rename(source, _NAMES[format_])
         if name in ("encoder.pos_embed", "decoder.pos_embed") and tensor.ndim == 3:
             tensor = tensor.squeeze(0)
         named[name] = Converted(tensor, source, "")
@@ -121,28 +122,54 @@ def to_own_names(state: Mapping[str, Tensor]) -> tuple[Format, dict[str, Convert
             named[f"{stem}.qkv.{kind}"] = Converted(joined, q.source, "q, k, v joined")
     for part in ("encoder", "decoder"):
         qkv = [n for n in named if re.fullmatch(rf"{part}\.blocks\.\d+\.attn\.qkv\.weight", n)]
-        if not any(n.replace("weight", "bias") in named for n in qkv):
-            for name in qkv:
+        biases = [name.replace("weight", "bias") for name in qkv]
+        if not named.keys() & set(biases):
+            for name, bias in zip(qkv, biases, strict=True):
                 zeros = named[name].tensor.new_zeros(len(named[name].tensor))
-                named[name.replace("weight", "bias")] = Converted(
-                    zeros, "(none)", "no qkv bias in the source: zeros"
-                )
+                named[bias] = Converted(zeros, "(none)", "no qkv bias in the source: zeros")
     for name in [n for n in named if n.endswith((".ls1.gamma", ".ls2.gamma"))]:
         stem, which, _ = name.rsplit(".", 2)
         layer = f"{stem}.attn.proj" if which == "ls1" else f"{stem}.mlp.fc2"
         if {f"{layer}.weight", f"{layer}.bias"} <= named.keys():
             gamma = named.pop(name).tensor
-            weight, bias = named[f"{layer}.weight"], named[f"{layer}.bias"]
-            how = "LayerScale folded in"
-            named[f"{layer}.weight"] = weight._replace(
-                tensor=gamma[:, None] * weight.tensor, how=how
-            )
-            named[f"{layer}.bias"] = bias._replace(tensor=gamma * bias.tensor, how=how)
+            for kind, scale in (("weight", gamma[:, None]), ("bias", gamma)):
+                old = named[f"{layer}.{kind}"]
+                folded = Converted(scale * old.tensor, old.source, "LayerScale folded in")
+                named[f"{layer}.{kind}"] = folded
     return format_, named
 
 
+def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+_TO_TIMM = (
+    (r"^encoder\.", ""),
+    (r"^decoder\.mask_token$", "mask_token"),
+    (r"^decoder\.", "decoder_"),
+)
+_TO_HUGGINGFACE = (
+    (r"^encoder\.blocks\.", "vit.encoder.layer."),
+    (r"^encoder\.norm\.", "vit.layernorm."),
+    (r"^encoder\.pos_embed$", "vit.embeddings.position_embeddings"),
+    (r"^encoder\.patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
+    (r"^encoder\.cls_token$", "vit.embeddings.cls_token"),
+    (r"^head\.", "classifier."),
+    (r"^decoder\.blocks\.", "decoder.decoder_layers."),
+    (r"^decoder\.(embed\.|norm\.|pred\.|pos_embed$)", r"decoder.decoder_\1"),
+    (r"(\.\d+)\.attn\.(query|key|value)\.", r"\1.attention.attention.\2."),
+    (r"(\.\d+)\.attn\.proj\.", r"\1.attention.output.dense."),
+    (r"(\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),
+    (r"(\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
+    (r"(\.\d+)\.norm1\.", r"\1.layernorm_before."),
+    (r"(\.\d+)\.norm2\.", r"\1.layernorm_after."),
+)
+
+
 def export_state(
-    model: MAE | Classifier, format: Literal["timm", "huggingface"], *, decoder: bool = False
+    model: Model, format: Literal["timm", "huggingface"], *, decoder: bool = False
 ) -> dict[str, Tensor]:
     """Contiguous CPU copies under other names: the encoder, with head or (`decoder`) decoder.
 
@@ -155,18 +182,16 @@ def export_state(
         raise WeightsError(
             f"decoder=True needs an MAE, got a {type(model).__name__}, which has no decoder"
         )
-    own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if format not in ("timm", "huggingface"):
+        raise WeightsError(f"weights format is {format!r}, needs 'timm' or 'huggingface'")
     own = {
-        name: tensor for name, tensor in own.items() if decoder or not name.startswith("decoder.")
+        name: t.detach().cpu().unsqueeze(0) if name.endswith("pos_embed") else t.detach().cpu()
+        for name, t in model.state_dict().items()
+        if decoder or not name.startswith("decoder.")
     }
-    own |= {
-        name: own[name].unsqueeze(0)
-        for name in ("encoder.pos_embed", "decoder.pos_embed")
-        if name in own
-    }
-    if format == "timm":
-        renamed = {_timm_name(name): tensor for name, tensor in own.items()}
-    elif format == "huggingface":
+    rules = _TO_TIMM
+    if format == "huggingface":
+        rules = _TO_HUGGINGFACE
         if model.encoder.cls_token is None:
             raise WeightsError(
                 "Hugging Face ViT always has a cls token, this model has none; export it as 'timm'"
@@ -175,55 +200,18 @@ def export_state(
             # a ViTModel without head, whose last norm holds fc_norm
             own = {name.replace("fc_norm.", "encoder.norm."): t for name, t in own.items()}
             own = {name: t for name, t in own.items() if name.startswith("encoder.")}
-        renamed = {}
-        for name, tensor in own.items():
-            if ".attn.qkv." in name:
-                for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                    renamed[
-                        _huggingface_name(name).replace("attn.qkv", f"attention.attention.{part}")
-                    ] = piece
-            else:
-                renamed[_huggingface_name(name)] = tensor
+        for name in [n for n in own if ".attn.qkv." in n]:
+            parts = zip(("query", "key", "value"), own.pop(name).chunk(3), strict=True)
+            own |= {name.replace("qkv", part): piece for part, piece in parts}
         if huggingface_class(model, decoder=decoder) == "ViTModel":
-            renamed = {name.removeprefix("vit."): tensor for name, tensor in renamed.items()}
-    else:
-        raise WeightsError(f"weights format is {format!r}, needs 'timm' or 'huggingface'")
+            rules = (*rules, (r"^vit\.", ""))
     return {
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in renamed.items()
+        _rename(name, rules): t.clone(memory_format=torch.contiguous_format)
+        for name, t in own.items()
     }
 
 
-def _timm_name(name: str) -> str:
-    if name == "decoder.mask_token":
-        return "mask_token"
-    return re.sub(r"^decoder\.", "decoder_", name.removeprefix("encoder."))
-
-
-_TO_HUGGINGFACE = (
-    (r"^encoder\.blocks\.", "vit.encoder.layer."),
-    (r"^encoder\.norm\.", "vit.layernorm."),
-    (r"^encoder\.pos_embed$", "vit.embeddings.position_embeddings"),
-    (r"^encoder\.patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
-    (r"^encoder\.cls_token$", "vit.embeddings.cls_token"),
-    (r"^head\.", "classifier."),
-    (r"^decoder\.blocks\.", "decoder.decoder_layers."),
-    (r"^decoder\.(embed\.|norm\.|pred\.|pos_embed$)", r"decoder.decoder_\1"),
-    (r"(\.\d+)\.attn\.proj\.", r"\1.attention.output.dense."),
-    (r"(\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),
-    (r"(\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
-    (r"(\.\d+)\.norm1\.", r"\1.layernorm_before."),
-    (r"(\.\d+)\.norm2\.", r"\1.layernorm_after."),
-)
-
-
-def _huggingface_name(name: str) -> str:
-    for pattern, replacement in _TO_HUGGINGFACE:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def huggingface_class(model: MAE | Classifier, *, decoder: bool = False) -> str:
+def huggingface_class(model: Model, *, decoder: bool = False) -> str:
     """The class of transformers that the exported weights fit.
 
     ViTForImageClassification classifies from the cls token. Of a Classifier that pools the mean of
@@ -236,10 +224,11 @@ def huggingface_class(model: MAE | Classifier, *, decoder: bool = False) -> str:
     return "ViTForImageClassification" if tuned else "ViTModel"
 
 
-def huggingface_config(model: MAE | Classifier, *, decoder: bool = False) -> dict[str, Any]:
+def huggingface_config(model: Model, *, decoder: bool = False) -> dict[str, Any]:
     """The config.json that goes with export_state(model, "huggingface")."""
     config = model.config
     width, depth, heads = config.encoder_shape
+    height, columns = config.image_size
     tree: dict[str, Any] = {
         "architectures": [huggingface_class(model, decoder=decoder)],
         "model_type": "vit_mae" if decoder else "vit",
@@ -247,9 +236,7 @@ def huggingface_config(model: MAE | Classifier, *, decoder: bool = False) -> dic
         "num_hidden_layers": depth,
         "num_attention_heads": heads,
         "intermediate_size": int(width * config.mlp_ratio),
-        "image_size": config.image_size[0]
-        if config.image_size[0] == config.image_size[1]
-        else list(config.image_size),
+        "image_size": height if height == columns else [height, columns],
         "patch_size": config.patch_size,
         "num_channels": config.in_channels,
         "layer_norm_eps": config.norm_eps,

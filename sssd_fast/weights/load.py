@@ -32,19 +32,14 @@ from torch.nn import functional as F
 
 from sssd_fast.errors import WeightsError
 from sssd_fast.model import MAE, Classifier
-from sssd_fast.weights.files import (
-    Norm,
-    Source,
-    listed,
-    read_source,
-)
-from sssd_fast.weights.formats import Converted, Format, strip_wrappers, to_own_names
+from sssd_fast.weights.files import Norm, Source, listed, read_source
+from sssd_fast.weights.formats import Format, Model, Named, to_own_names
 
 _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 # What facebookresearch/mae and Hugging Face's ViTMAE were trained with
 IMAGENET: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
+# smallest fraction of the model's encoder tensors that must be loaded, and of the source's used
+MIN_MATCHED = 0.9
 # what became of a tensor: loaded (as it is, or converted); in the model but not in the source (an
 # error, or new by design); in the source but not in the model (an error, or by design)
 STATUSES = ("matched", "converted", "missing", "new", "unexpected", "not used")
@@ -70,8 +65,8 @@ class LoadReport:
     def add(self, status: str, name: str, source: str, how: str) -> None:
         self.tensors.append(Row(status, name, source, how))
 
-    def rows(self, status: str) -> list[Row]:
-        return [row for row in self.tensors if row.status == status]
+    def rows(self, *statuses: str) -> list[Row]:
+        return [row for row in self.tensors if row.status in statuses]
 
     @property
     def summary(self) -> str:
@@ -106,11 +101,10 @@ class LoadReport:
 
 
 def load_into(
-    model: MAE | Classifier,
+    model: Model,
     source: str | Path | Mapping[str, Tensor],
     *,
     part: Literal["auto", "encoder"] = "auto",
-    min_matched: float = 0.9,
     source_norm: Norm | None = None,
 ) -> LoadReport:
     """Copies weights into `model` in place, all or nothing.
@@ -120,18 +114,12 @@ def load_into(
             interpolated to the model's grid (bicubic with antialiasing, prefix rows kept); a source
             without a config is assumed to be square.
         part: "auto" loads what model and source share; "encoder" leaves decoder, fc_norm and head.
-        min_matched: smallest fraction of the encoder's tensors that must be loaded, and of the
-            source's that must be used.
         source_norm: (mean, std) of x / 255 that the source was trained with; None = the model's.
 
     Raises WeightsError, with names, if too little fits, a shape cannot be converted, or the number
     of blocks or heads differs; the model is then unchanged.
     """
-    given = (
-        read_source(source)
-        if isinstance(source, (str, Path))
-        else Source(strip_wrappers(source), "the state dict")
-    )
+    given = read_source(source)
     try:
         format_, named = to_own_names(given.state)
     except WeightsError as error:
@@ -143,45 +131,40 @@ def load_into(
     report.notes += _notes(model, given, folded=source_norm is not None)
     _drop_other_head(named, model, report)
 
-    has_decoder = any(name.startswith("decoder.") for name in named)
     target = model.state_dict()
+    fresh = ("head.", "fc_norm.") if _has_decoder(named) else ("head.", "fc_norm.", "decoder.")
     fitted: dict[str, Tensor] = {}
     misfits: list[str] = []
     for name, tensor in target.items():
-        found = named.get(name)
         if part == "encoder" and not name.startswith("encoder."):
             report.add("new", name, "", "part='encoder'")
-        elif found is None:
-            by_design = name.startswith(("head.", "fc_norm.")) or (
-                name.startswith("decoder.") and not has_decoder
-            )
-            status = "new" if by_design else "missing"
+        elif name not in named:
+            status = "new" if name.startswith(fresh) else "missing"
             report.add(status, name, "", "not in the source: keeps its initial value")
         else:
+            found = named[name]
             fit, how = _fit(name, found.tensor, model, given, named, format_)
             if fit is None or fit.shape != tensor.shape:
                 sizes = f"{list(found.tensor.shape)}, needs {list(tensor.shape)}"
                 misfits.append(f"{name} is {sizes}{how and f' ({how})'}")
                 continue
-            how = "; ".join(text for text in (found.how, how) if text)
+            how = "; ".join(filter(None, [found.how, how]))
             report.add("converted" if how else "matched", name, found.source, how)
             fitted[name] = fit
     for name, found in named.items():
         if name not in target or (part == "encoder" and not name.startswith("encoder.")):
             why = _unused(name, model, part)
-            if why:
-                report.add("not used", name, found.source, why)
-            else:
-                report.add("unexpected", found.source, found.source, "")
+            status, shown = ("not used", name) if why else ("unexpected", found.source)
+            report.add(status, shown, found.source, why)
 
-    _require_fit(report, misfits, named, model, part, min_matched)
+    _require_fit(report, misfits, named, model, part)
     with torch.no_grad():
         for name, tensor in fitted.items():
             target[name].copy_(tensor)
     return report
 
 
-def _unused(name: str, model: MAE | Classifier, part: str) -> str:
+def _unused(name: str, model: Model, part: str) -> str:
     """Why a tensor of the source is not used by design; "" if it is unexpected."""
     if name.startswith(("decoder.", "fc_norm.", "head.")) and part == "encoder":
         return "part='encoder'"
@@ -198,9 +181,7 @@ def _unused(name: str, model: MAE | Classifier, part: str) -> str:
     return "pooler of Hugging Face's ViT" if name.startswith("pooler.") else ""
 
 
-def _drop_other_head(
-    named: dict[str, Converted], model: MAE | Classifier, report: LoadReport
-) -> None:
+def _drop_other_head(named: Named, model: Model, report: LoadReport) -> None:
     """A head for another number of classes is not used."""
     head = named.get("head.weight")
     if not isinstance(model, Classifier) or head is None or len(head.tensor) == model.num_classes:
@@ -211,29 +192,22 @@ def _drop_other_head(
             report.add("not used", name, named.pop(name).source, how)
 
 
-def _notes(model: MAE | Classifier, given: Source, *, folded: bool) -> list[str]:
+def _notes(model: Model, given: Source, *, folded: bool) -> list[str]:
     config, notes = model.config, []
     own = (tuple(model.encoder.mean), tuple(model.encoder.std))
     if given.norm is not None and not folded:
         theirs = tuple(tuple(x) * (config.in_channels // len(x)) for x in given.norm)
         if theirs != own:
-            notes.append(
-                f"pixels of the source were scaled with mean, std {theirs}, here with {own}"
-            )
-    if given.norm_eps is not None and given.norm_eps != config.norm_eps:
-        notes.append(
-            f"norm_eps of the source is {given.norm_eps:g}, this model's is {config.norm_eps:g}"
-        )
+            were = f"pixels of the source were scaled with mean, std {theirs}"
+            notes.append(f"{were}, here with {own}")
+    eps = given.norm_eps
+    if eps not in (None, config.norm_eps):
+        notes.append(f"norm_eps of the source is {eps:g}, this model's is {config.norm_eps:g}")
     return notes
 
 
 def _fit(
-    name: str,
-    tensor: Tensor,
-    model: MAE | Classifier,
-    given: Source,
-    named: Mapping[str, Converted],
-    format_: Format,
+    name: str, tensor: Tensor, model: Model, given: Source, named: Named, format_: Format
 ) -> tuple[Tensor | None, str]:
     """(tensor in the model's size, what was done), or (None, reason)."""
     how = []
@@ -243,59 +217,42 @@ def _fit(
     channels, pixels = model.config.in_channels, model.config.patch_size**2
     if name.endswith("pos_embed") and tensor.ndim == 2:
         fit, done = _fit_positions(tensor, model, given, named, format_)
-        if fit is None:
-            return None, done
-        tensor = fit
-        how += [done] * bool(done)
-    elif (
-        name == "encoder.patch_embed.proj.weight"
-        and tensor.ndim == 4
-        and tensor.shape[1] != channels
-    ):
-        if channels == 1:
+        return fit, "; ".join(filter(None, [*how, done]))
+    if name == "encoder.patch_embed.proj.weight" and tensor.ndim == 4:
+        if tensor.shape[1] != channels == 1:
             how.append(f"{tensor.shape[1]} -> 1 channel: summed")
             tensor = tensor.sum(1, keepdim=True)
-        elif tensor.shape[1] == 1:
+        elif tensor.shape[1] == 1 != channels:
             how.append(f"1 -> {channels} channels: divided by {channels}")
             tensor = (tensor / channels).expand(-1, channels, -1, -1)
-    elif (
-        name.startswith("decoder.pred.")
-        and len(tensor) != pixels * channels
-        and len(tensor) % pixels == 0
-    ):
+    elif name.startswith("decoder.pred.") and len(tensor) % pixels == 0:
         by_pixel = tensor.reshape(pixels, -1, *tensor.shape[1:])
-        if channels == 1:
+        if by_pixel.shape[1] != channels == 1:
             how.append(f"{by_pixel.shape[1]} -> 1 channel: averaged")
             tensor = by_pixel.mean(1)
-        elif by_pixel.shape[1] == 1:
+        elif by_pixel.shape[1] == 1 != channels:
             how.append(f"1 -> {channels} channels: repeated")
             tensor = by_pixel.repeat_interleave(channels, 1).flatten(0, 1)
     return tensor, "; ".join(how)
 
 
 def _fit_positions(
-    pos_ND: Tensor,
-    model: MAE | Classifier,
-    given: Source,
-    named: Mapping[str, Converted],
-    format_: Format,
+    pos_ND: Tensor, model: Model, given: Source, named: Named, format_: Format
 ) -> tuple[Tensor | None, str]:
     grid, p = model.encoder.grid, model.encoder.num_prefix
-    tokens = 1 if "encoder.cls_token" in named else 0
-    tokens += 1 if "dist_token" in named else 0
+    tokens = sum(name in named for name in ("encoder.cls_token", "dist_token"))
     tokens += named["reg_token"].tensor.shape[1] if "reg_token" in named else 0
-    source_grid, prefix = _source_grid(
-        len(pos_ND), tokens, grid, given.grid, own=format_ == "sssd_fast"
-    )
-    if source_grid is None:
+    sizes = _source_grid(len(pos_ND), tokens, grid, given.grid, own=format_ == "sssd_fast")
+    if sizes is None:
         return None, f"{len(pos_ND)} rows are neither {grid[0]} x {grid[1]} nor a square of patches"
+    (rows, columns), prefix = sizes
     how = []
     table_LD = pos_ND[prefix:]
-    if source_grid != grid:
-        image = table_LD.reshape(1, *source_grid, -1).permute(0, 3, 1, 2)
+    if (rows, columns) != grid:
+        image = table_LD.reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
         image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
         table_LD = image.permute(0, 2, 3, 1).flatten(0, 2)
-        how.append(f"{source_grid[0]} x {source_grid[1]} -> {grid[0]} x {grid[1]} patches: bicubic")
+        how.append(f"{rows} x {columns} -> {grid[0]} x {grid[1]} patches: bicubic")
     if prefix != p:
         how.append(f"{prefix} -> {p} prefix rows")
     kept = min(prefix, p)
@@ -305,11 +262,11 @@ def _fit_positions(
 
 def _source_grid(
     rows: int, tokens: int, grid: tuple[int, int], known: tuple[int, int] | None, *, own: bool
-) -> tuple[tuple[int, int] | None, int]:
+) -> tuple[tuple[int, int], int] | None:
     """(grid of the source's position table, its prefix rows: one per prefix token, or none)."""
     if known is not None:
         prefix = rows - known[0] * known[1]
-        return (known, prefix) if prefix in (0, tokens) else (None, 0)
+        return (known, prefix) if prefix in (0, tokens) else None
     for prefix in (tokens, 0):
         side = math.isqrt(max(rows - prefix, 0))
         square = side > 0 and side * side == rows - prefix
@@ -318,10 +275,10 @@ def _source_grid(
             return grid, prefix
         if square:
             return (side, side), prefix
-    return None, 0
+    return None
 
 
-def _fold_norm(named: dict[str, Converted], model: MAE | Classifier, source_norm: Norm) -> None:
+def _fold_norm(named: Named, model: Model, source_norm: Norm) -> None:
     """Turns a projection of (x - m_s) / s_s into the equal one of (x - m_t) / s_t.
 
     w_t = w_s * s_t / s_s and b_t = b_s + sum over pixels of w_s * (m_t - m_s) / s_s, per channel.
@@ -331,20 +288,16 @@ def _fold_norm(named: dict[str, Converted], model: MAE | Classifier, source_norm
     if weight is None or bias is None or weight.tensor.ndim != 4:
         # reported as missing or misfitting
         return
-    config = model.config
-    how = [f"scaled for mean {model.config.mean}, std {model.config.std}"]
+    config, channels = model.config, model.config.in_channels
+    how = [f"scaled for mean {config.mean}, std {config.std}"]
     w_DCPP = weight.tensor.double()
-    if w_DCPP.shape[1] == 1 and config.in_channels > 1:
-        how.insert(0, f"1 -> {config.in_channels} channels: divided by {config.in_channels}")
-        w_DCPP = (w_DCPP / config.in_channels).expand(-1, config.in_channels, -1, -1)
+    if w_DCPP.shape[1] == 1 < channels:
+        how.insert(0, f"1 -> {channels} channels: divided by {channels}")
+        w_DCPP = (w_DCPP / channels).expand(-1, channels, -1, -1)
     channels = w_DCPP.shape[1]
-    mean_t, std_t, mean_s, std_s = (
-        torch.tensor(tuple(values), dtype=torch.float64)
-        for values in (config.mean, config.std, *source_norm)
-    )
-    if not all(len(x) in (1, channels) for x in (mean_t, std_t, mean_s, std_s)) or bool(
-        (std_s <= 0).any()
-    ):
+    values = [torch.tensor(x, dtype=torch.float64) for x in (config.mean, config.std, *source_norm)]
+    mean_t, std_t, mean_s, std_s = values
+    if any(len(x) not in (1, channels) for x in values) or bool((std_s <= 0).any()):
         raise WeightsError(
             f"source_norm is {source_norm}; needs (mean, std) with 1 or {channels} values each and "
             f"std above 0, for a source of {channels} channels and a model with mean {config.mean} "
@@ -353,17 +306,16 @@ def _fold_norm(named: dict[str, Converted], model: MAE | Classifier, source_norm
     shift_C = ((mean_t - mean_s) / std_s).expand(channels)
     b_D = bias.tensor.double() + w_DCPP.sum((2, 3)) @ shift_C
     w_DCPP = w_DCPP * (std_t / std_s).expand(channels)[:, None, None]
-    named[f"{key}.weight"] = weight._replace(
-        tensor=w_DCPP.to(weight.tensor.dtype), how="; ".join(how)
-    )
+    done = "; ".join(how)
+    named[f"{key}.weight"] = weight._replace(tensor=w_DCPP.to(weight.tensor.dtype), how=done)
     named[f"{key}.bias"] = bias._replace(tensor=b_D.to(bias.tensor.dtype), how=how[-1])
 
 
-def _check_heads(model: MAE | Classifier, given: Source, named: Mapping[str, Converted]) -> None:
+def _check_heads(model: Model, given: Source, named: Named) -> None:
     """Weights do not show the number of heads, and a wrong one gives wrong tokens silently."""
     config = model.config
     needed = [("heads", given.heads, config.encoder_shape[2])]
-    if isinstance(model, MAE) and any(name.startswith("decoder.") for name in named):
+    if isinstance(model, MAE) and _has_decoder(named):
         needed.append(("decoder_heads", given.decoder_heads, config.decoder_heads))
     for name, theirs, ours in needed:
         if theirs not in (None, ours):
@@ -375,72 +327,58 @@ def _check_heads(model: MAE | Classifier, given: Source, named: Mapping[str, Con
 
 
 def _require_fit(
-    report: LoadReport,
-    misfits: list[str],
-    named: Mapping[str, Converted],
-    model: MAE | Classifier,
-    part: str,
-    min_matched: float,
+    report: LoadReport, misfits: list[str], named: Named, model: Model, part: str
 ) -> None:
-    loaded = report.rows("matched") + report.rows("converted")
-    used = sum(row.name.startswith("encoder.") for row in loaded)
-    missing = [row.name for row in report.rows("missing") if row.name.startswith("encoder.")]
-    missing_decoder = [r.name for r in report.rows("missing") if r.name.startswith("decoder.")]
+    """Raises WeightsError with every reason why the source does not fit the model."""
+    used = sum(row.name.startswith("encoder.") for row in report.rows("matched", "converted"))
+    absent = [row.name for row in report.rows("missing")]
+    missing = [name for name in absent if name.startswith("encoder.")]
+    missing_decoder = [name for name in absent if name.startswith("decoder.")]
     unexpected = [row.name for row in report.rows("unexpected")]
     wanted = used + len(missing) + sum(text.startswith("encoder.") for text in misfits)
-    with_decoder = (
-        isinstance(model, MAE)
-        and part == "auto"
-        and any(name.startswith("decoder.") for name in named)
-    )
-    depths = {"encoder": len(model.encoder.blocks)}
-    if with_decoder:
-        depths["decoder"] = model.config.decoder_depth
-    problems = [
-        f"the source's {name} has {_depth(name, named)} blocks, the model's {depth}"
-        for name, depth in depths.items()
-        if _depth(name, named) != depth
-    ]
-    if misfits:
-        problems.append(
-            f"{len(misfits)} tensors have shapes that cannot be converted: {listed(misfits)}"
-        )
-    if used < min_matched * wanted:
-        problems.append(
-            f"{used} of the model's {wanted} encoder tensors fit, needs {min_matched:.0%}; "
-            f"missing: {listed(missing)}"
-        )
-    if used < min_matched * (used + len(unexpected)):
-        problems.append(
-            f"{len(unexpected)} tensors of the source are not in the model: {listed(unexpected)}"
-        )
-    if missing_decoder:
-        problems.append(
-            f"{len(missing_decoder)} decoder tensors are missing: {listed(missing_decoder)}"
-        )
-    if not problems:
-        return
     config = model.config
-    sizes = (config.encoder_shape[0], config.patch_size, config.in_channels)
-    ours = "width {}, patch {}, {} channels".format(*sizes)
+    width, depth, _ = config.encoder_shape
+    depths = {"encoder": depth}
+    ours = f"width {width}, patch {config.patch_size}, {config.in_channels} channels"
     advice = "Set model.* to the source's sizes, or use other weights"
-    if with_decoder:
+    if isinstance(model, MAE) and part == "auto" and _has_decoder(named):
+        depths["decoder"] = config.decoder_depth
         ours += f", decoder width {config.decoder_width}"
         advice += "; part='encoder' leaves the decoder at its initial values"
-    raise WeightsError(
-        f"{report.path} ({report.format}) does not fit the model; nothing was loaded:\n"
-        + "\n".join(f"  - {problem}" for problem in problems)
-        + f"\nThe source has {_sizes(named)}; the model has {ours}. {advice}."
+    problems = [
+        f"the source's {name} has {_depth(name, named)} blocks, the model's {blocks}"
+        for name, blocks in depths.items()
+        if _depth(name, named) != blocks
+    ]
+    shapes = f"{len(misfits)} tensors have shapes that cannot be converted: {listed(misfits)}"
+    few = (
+        f"{used} of the model's {wanted} encoder tensors fit, needs {MIN_MATCHED:.0%}; "
+        f"missing: {listed(missing)}"
     )
+    foreign = f"{len(unexpected)} tensors of the source are not in the model: {listed(unexpected)}"
+    without = f"{len(missing_decoder)} decoder tensors are missing: {listed(missing_decoder)}"
+    problems += [shapes] * bool(misfits)
+    problems += [few] * (used < MIN_MATCHED * wanted)
+    problems += [foreign] * (used < MIN_MATCHED * (used + len(unexpected)))
+    problems += [without] * bool(missing_decoder)
+    if problems:
+        raise WeightsError(
+            f"{report.path} ({report.format}) does not fit the model; nothing was loaded:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+            + f"\nThe source has {_sizes(named)}; the model has {ours}. {advice}."
+        )
 
 
-def _depth(part: str, named: Mapping[str, Converted]) -> int:
-    return len(
-        {found[1] for name in named if (found := re.match(rf"{part}\.blocks\.(\d+)\.", name))}
-    )
+def _has_decoder(named: Named) -> bool:
+    return any(name.startswith("decoder.") for name in named)
 
 
-def _sizes(named: Mapping[str, Converted]) -> str:
+def _depth(part: str, named: Named) -> int:
+    found = (re.match(rf"{part}\.blocks\.(\d+)\.", name) for name in named)
+    return len({match[1] for match in found if match})
+
+
+def _sizes(named: Named) -> str:
     text = "no patch projection"
     proj = named.get("encoder.patch_embed.proj.weight")
     embed = named.get("decoder.embed.weight")

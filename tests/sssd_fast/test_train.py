@@ -213,7 +213,7 @@ def test_resume_refuses_another_run(
     assert main(["pretrain", "--resume", str(out), "pretrain.base_lr=0.5", "data.workers=0"]) == 2
     assert "pretrain.base_lr was 0.01, is 0.5" in capsys.readouterr().err
     assert main(["finetune", "--resume", str(out)]) == 2
-    assert "`pretrain`, this command is `finetune`" in capsys.readouterr().err
+    assert "a checkpoint of `pretrain`, not of `finetune`" in capsys.readouterr().err
     assert main(["pretrain", "--resume", str(tmp_path / "nothing")]) == 2
 
 

@@ -160,7 +160,9 @@ def test_export_of_a_half_precision_model_is_float32(tmp_path: Path) -> None:
 def test_export_writes_no_program_with_other_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A translation that swaps two heads' channels, say: the comparison with the model must catch it."""
+    """A translation that swaps two heads' channels, say: the comparison with the model must
+    catch it.
+    """
 
     def wrong(block: export.Block, x: Tensor) -> Tensor:
         return 1.01 * right(block, x)
@@ -254,7 +256,9 @@ def test_export_encoder_reads_the_file_back(tmp_path: Path, format_: Any) -> Non
 
 
 def test_export_and_load_reject_a_damaged_checkpoint(tmp_path: Path) -> None:
-    """The checksum beside our own checkpoints is looked at, also when they serve as foreign weights."""
+    """The checksum beside our own checkpoints is looked at, also when they serve as foreign
+    weights.
+    """
     source, _, config = checkpoints(tmp_path)
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
