@@ -129,11 +129,13 @@ def _open_verified(path: Path) -> BinaryIO:
         file = open(path, "rb")  # noqa: SIM115
     except OSError as error:
         others = ", ".join(sorted(p.name for p in path.parent.glob("*.pt"))) or "no checkpoints"
-        raise CheckpointError(
-            f"cannot read {path}: {error.strerror}. {path.parent} holds {others}."
-        ) from error
+        problem = f"cannot read {path}: {error.strerror}"
+        raise CheckpointError(f"{problem}. {path.parent} holds {others}.") from error
     try:
         _verify(file, path)
+    except OSError as error:
+        file.close()
+        raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
     except BaseException:
         file.close()
         raise
@@ -152,11 +154,8 @@ def _verify(file: BinaryIO, path: Path) -> None:
             f"sha256sum {path.name} > {sidecar.name}"
         )
     sha256 = hashlib.sha256()
-    try:
-        while chunk := file.read(1 << 22):
-            sha256.update(chunk)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
+    while chunk := file.read(1 << 22):
+        sha256.update(chunk)
     if sha256.hexdigest() not in accepted:
         raise CheckpointError(
             f"{path} is damaged: its content changed after it was written ({file.tell()} bytes, "

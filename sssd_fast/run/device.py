@@ -7,7 +7,6 @@ World and `world`: the processes that torchrun started, and their collectives. `
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import resource
@@ -64,16 +63,14 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device is {name!r}, needs auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda:\d+", name):
         raise ConfigError(f"device is {name!r}, needs auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices"
         raise ConfigError(
-            f"device is {name!r}, but {found}; use device=cpu, or run `sssd-fast doctor` for the reason"
+            f"device is {name!r}, but {found}; use device=cpu, or run `sssd-fast doctor` for the "
+            "reason"
         )
     return device
 
@@ -130,13 +127,13 @@ GIB = 2**30
 
 
 def memory_gib() -> dict[str, float | None]:
-    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_text("/proc/meminfo") or "", re.MULTILINE))
+    text = read_text("/proc/meminfo") or ""
+    kib = {name: int(n) for name, n in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    gib = {name: round(n / 2**20, 1) for name, n in kib.items()}
     limit = (read_text("/sys/fs/cgroup/memory.max") or "max").strip()
     return {
-        "total_gib": round(int(kib["MemTotal"]) / 2**20, 1) if "MemTotal" in kib else None,
-        "available_gib": round(int(kib["MemAvailable"]) / 2**20, 1)
-        if "MemAvailable" in kib
-        else None,
+        "total_gib": gib.get("MemTotal"),
+        "available_gib": gib.get("MemAvailable"),
         "limit_gib": round(int(limit) / GIB, 1) if limit.isdigit() else None,
         "shm_free_gib": disk_free_gib(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None,
     }
@@ -175,12 +172,11 @@ def peak_memory_gib(device: torch.device | str) -> float:
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        # getrusage inherits the maximum of the process that started this one
-        status = Path("/proc/self/status").read_text()
-        kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-        return int(kib) / 2**20
+        return torch.cuda.max_memory_reserved(device) / GIB
+    # getrusage inherits the maximum of the process that started this one
+    found = re.search(r"^VmHWM:\s+(\d+)", read_text("/proc/self/status") or "", re.MULTILINE)
+    if found:
+        return int(found[1]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 

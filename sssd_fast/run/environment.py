@@ -34,17 +34,14 @@ XFORMERS = """import xformers; from xformers.ops import memory_efficient_attenti
 problem = getattr(getattr(xformers, "_cpp_lib", None), "_cpp_library_load_exception", None)
 while getattr(problem, "__cause__", None): problem = problem.__cause__
 raise SystemExit(problem and f"its compiled part does not load: {problem!r}")"""
+# distribution: oldest driver branch
+DALI_DRIVER = {"nvidia-dali-cuda130": 580, "nvidia-dali-cuda120": 525}
 # provider: (distributions that can contain it, code that must run)
 PROVIDERS = {
     "xformers": (["xformers"], XFORMERS),
-    "dali": (
-        ["nvidia-dali-cuda130", "nvidia-dali-cuda120"],
-        "from nvidia.dali import pipeline_def, fn",
-    ),
+    "dali": (list(DALI_DRIVER), "from nvidia.dali import pipeline_def, fn"),
     "torchao": (["torchao"], "from torchao.optim import AdamW8bit"),
 }
-# oldest driver branch
-DALI_DRIVER = {"nvidia-dali-cuda130": 580, "nvidia-dali-cuda120": 525}
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES MAE_KERNELS_BACKEND OMP_NUM_THREADS PYTORCH_ALLOC_CONF "
     "PYTORCH_CUDA_ALLOC_CONF TRITON_INTERPRET WORLD_SIZE"
@@ -115,13 +112,12 @@ def print_doctor(
         ("disk", f"{env['disk']['free_gib']} GiB free"),
         ("torch", f"{found['version']}, CUDA {found['cuda_build'] or 'not built in'}"),
         ("driver", env["driver"]["version"] or "no NVIDIA driver"),
-        *(
-            ("GPU", f"{g['name']}, {g['memory_gib']} GiB, sm_{g['capability']}")
-            for g in env["gpus"]
-        ),
-        *([] if env["gpus"] else [("GPU", f"none: {env['gpu_reason']}")]),
-        ("build tools", ", ".join(tools).replace("_", " ")),
     ]
+    for gpu in env["gpus"]:
+        rows.append(("GPU", "{name}, {memory_gib} GiB, sm_{capability}".format(**gpu)))
+    if not env["gpus"]:
+        rows.append(("GPU", f"none: {env['gpu_reason']}"))
+    rows.append(("build tools", ", ".join(tools).replace("_", " ")))
     for name, state in env["providers"].items():
         reason = f": {state['reason']}" if state["reason"] else ""
         rows.append((name, f"{state['version'] or ''} {state['status']}{reason}".strip()))
@@ -151,12 +147,12 @@ def _kernel_lines(env: dict[str, Any]) -> list[str]:
 def advice(env: dict[str, Any]) -> list[str]:
     """Problems of a collected environment, one line each; the last line says how to start."""
     lines = []
-    driver, gpus = env["driver"]["version"], env["gpus"]
-    if driver and not gpus:
-        lines.append(
-            f"NVIDIA driver {driver} is installed, but torch has no GPU: {env['gpu_reason']}"
-        )
+    driver, gpus, disk = env["driver"]["version"], env["gpus"], env["disk"]["free_gib"]
     installed = env["providers"]["dali"]["distributions"]
+    missing = [name for name, tool in env["build_tools"].items() if not tool]
+    if driver and not gpus:
+        reason = env["gpu_reason"]
+        lines.append(f"NVIDIA driver {driver} is installed, but torch has no GPU: {reason}")
     if len(installed) > 1:
         lines.append(
             "Both DALI packages are installed and overwrite each other's files: uninstall both, "
@@ -169,25 +165,20 @@ def advice(env: dict[str, Any]) -> list[str]:
         )
     for name, state in env["providers"].items():
         if state["status"] == "refused" and state["version"] and gpus:
-            lines.append(
-                f"{name} {state['version']} is installed but does not work: {state['reason']}"
-            )
-    missing = [name for name, tool in env["build_tools"].items() if not tool]
+            version = f"{name} {state['version']}"
+            lines.append(f"{version} is installed but does not work: {state['reason']}")
     if gpus and missing:
         what = " and ".join(missing).replace("_", " ")
         lines.append(
             f"No {what} found: Triton builds its launchers with them. On Debian or Ubuntu: "
             "apt install gcc python3-dev."
         )
-    disk = env["disk"]["free_gib"]
     if disk is not None and disk < 2:
         lines.append(f"Only {disk} GiB of disk are free; a ViT-B checkpoint takes about 1.3 GiB.")
     lines = [f"! {line}" for line in lines]
     if env["packages"]["rich"] is None or env["packages"]["pydantic"] is None:
-        return [
-            *lines,
-            "Only the fused ops are installed; for training: pip install 'sssd-fast[train]'",
-        ]
+        install = "pip install 'sssd-fast[train]'"
+        return [*lines, f"Only the fused ops are installed; for training: {install}"]
     memory = gpus[0]["memory_gib"] if gpus else 0
     config = next(name for gib, name in CONFIGS.items() if memory >= gib)
     return [*lines, f"You can train; start with: sssd-fast run --config {config}"]
@@ -254,12 +245,8 @@ def _providers(probe: bool, has_gpu: bool, timeout_s: float) -> dict[str, Any]:
         if name == "xformers" and status == "usable" and not has_gpu:
             status, reason = "refused", "its attention needs a CUDA device"
         version = _version(distributions[0]) if distributions else None
-        return {
-            "version": version,
-            "distributions": distributions,
-            "status": status,
-            "reason": reason,
-        }
+        facts = {"version": version, "distributions": distributions}
+        return {**facts, "status": status, "reason": reason}
 
     with ThreadPoolExecutor(len(PROVIDERS)) as pool:
         return dict(zip(PROVIDERS, pool.map(state, PROVIDERS), strict=True))
@@ -267,10 +254,9 @@ def _providers(probe: bool, has_gpu: bool, timeout_s: float) -> dict[str, Any]:
 
 def _probe(code: str, timeout_s: float, installed: bool) -> tuple[str, str | None]:
     command = [sys.executable, "-c", code]
+    pipes: dict[str, Any] = {"capture_output": True, "text": True}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        done = subprocess.run(command, **pipes, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
         return "refused", f"importing it took more than {timeout_s:g} s"
     if done.returncode == 0:
@@ -289,17 +275,16 @@ def _checkout(root: Path) -> dict[str, Any]:
     if not ((root / ".git").exists() and (root / "pyproject.toml").is_file()):
         # installed; a repository further up is another project's
         return nothing
-    git = ["git", "-C", str(root)]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10)
+
     try:
-        commit, status = (
-            subprocess.check_output(
-                [*git, *words], stderr=subprocess.DEVNULL, text=True, timeout=10
-            ).strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
+        status = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD").strip(), "modified": bool(status)}
     except (OSError, subprocess.SubprocessError):
         return nothing
-    return {"commit": commit, "modified": bool(status)}
 
 
 def _usable_cores() -> int:

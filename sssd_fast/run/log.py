@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, cast
 
 SILENCE_S = 30.0
@@ -95,14 +94,14 @@ class Console:
         self._emit(text)
 
     def warn(self, text: str) -> None:
-        self._emit(f"warning: {text}", style="yellow", error=True)
+        self._emit(f"warning: {text}", "yellow", error=True)
 
     def error(self, text: str) -> None:
-        self._emit(f"error: {text}", style="bold red", error=True)
+        self._emit(f"error: {text}", "bold red", error=True)
 
     def rule(self, title: str) -> None:
         """A headline."""
-        self._emit(f"\n---- {title} ----", style="bold")
+        self._emit(f"\n---- {title} ----", "bold")
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Cells are folded on a narrow screen, never cut. Columns of numbers are aligned right."""
@@ -127,28 +126,33 @@ class Console:
         with self._lock:
             if self.interactive:
                 self._rich.print(table)
-            self._emit("\n".join(filter(None, lines)), log_only=self.interactive)
+            self._emit_plain("\n".join(filter(None, lines)))
 
-    def _emit(
-        self, text: str, *, style: str = "", error: bool = False, log_only: bool = False
-    ) -> None:
+    def _emit(self, text: str, style: str = "", *, error: bool = False) -> None:
         if not self.enabled:
             return
         text = _clean(text)
         with self._lock:
-            if not log_only:
-                self._last_line = time.monotonic()
-            if not log_only and self.interactive:
+            self._last_line = time.monotonic()
+            if self.interactive:
                 from rich.text import Text
 
                 # soft wrap: a path can be copied whole
                 self._rich.print(Text(text, style=style), soft_wrap=True)
-            elif not log_only:
+            else:
                 (self._err if error else self._out).write(text + "\n")
-            self._write_log(text.strip("\n"))
+            self._write_log(text)
+
+    def _emit_plain(self, text: str) -> None:
+        """A line that the live display shows in another form: into the log only."""
+        if not self.interactive:
+            self._emit(text)
+            return
+        with self._lock:
+            self._write_log(text)
 
     def _write_log(self, text: str) -> None:
-        path = self._log_path
+        path, text = self._log_path, text.strip("\n")
         if path is None:
             return
         try:
@@ -168,7 +172,7 @@ class Console:
         """A bar (or lines) from step `start` to `total`; total 0 = unknown."""
         progress = Progress(self, total, _clean(description), start)
         if not total:
-            self._emit(f"{progress.description} ...", log_only=self.interactive)
+            self._emit_plain(f"{progress.description} ...")
         with self._running(progress):
             try:
                 yield progress
@@ -254,12 +258,7 @@ class Console:
     def __enter__(self) -> Console:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -301,7 +300,7 @@ class Progress:
             self._samples.popleft()
         if last or self._updated - self._line_at >= self._console.interval:
             self._line_at = self._updated
-            self._console._emit(self.plain_line(), log_only=self._console.interactive)
+            self._console._emit_plain(self.plain_line())
 
     def note(self, text: str) -> None:
         """A line above the bar."""
@@ -377,9 +376,6 @@ class _SafeStream:
 
     def isatty(self) -> bool:
         return not self._stream.closed and self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
 
 
 def duration(seconds: float) -> str:

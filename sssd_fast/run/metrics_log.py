@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from sssd_fast.errors import DataError, RunExistsError, SssdError
@@ -94,10 +93,8 @@ class Tracker:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self._note(
-                "no TensorBoard events, because tensorboard is not installed: "
-                'pip install "sssd-fast[train]"'
-            )
+            reason = "no TensorBoard events, because tensorboard is not installed"
+            self._note(f'{reason}: pip install "sssd-fast[train]"')
             return
         # TensorBoard hides what earlier files hold from purge_step on
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
@@ -148,10 +145,8 @@ class Tracker:
             self._file.write(_line(record))
             self._file.flush()
         except OSError as error:
-            path = self.folder / METRICS_JSONL
-            raise SssdError(
-                f"cannot write {path}: {error.strerror}; free some space and resume"
-            ) from error
+            reason = f"cannot write {self.folder / METRICS_JSONL}: {error.strerror}"
+            raise SssdError(f"{reason}; free some space and resume") from error
 
     def close(self) -> None:
         """Writes metrics.csv and closes the files; may be called again."""
@@ -166,12 +161,7 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -198,9 +188,8 @@ def write_csv(folder: str | Path) -> Path:
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
     writer.writeheader()
     for record in records:
-        writer.writerow(
-            {name: json.dumps(v) if isinstance(v, dict | list) else v for name, v in record.items()}
-        )
+        cells = {n: json.dumps(v) if isinstance(v, dict) else v for n, v in record.items()}
+        writer.writerow(cells)
     path = Path(folder) / METRICS_CSV
     atomic_write_text(path, text.getvalue())
     return path
@@ -237,12 +226,9 @@ def _plain(name: str, value: Any) -> Any:
         try:
             value = value.item()
         except (ValueError, RuntimeError) as error:
-            shape = tuple(value.shape)
-            raise DataError(
-                f"metrics: {name} has more than one element {shape}; record its mean"
-            ) from error
+            problem = f"metrics: {name} has more than one element {tuple(value.shape)}"
+            raise DataError(f"{problem}; record its mean") from error
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise DataError(
-        f"metrics: {name} is a {type(value).__name__}; numbers, strings and None can be recorded"
-    )
+    kind = type(value).__name__
+    raise DataError(f"metrics: {name} is a {kind}; numbers, strings and None can be recorded")

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
@@ -17,17 +17,17 @@ class SignalGuard:
     with SignalGuard() as guard: ... if guard.requested: save; raise Interrupted(...)
 
     A second signal ends the process at once with status 128 + number; checkpoints are atomic, so
-    that is safe. Signals less than `repeat_after_s` after the first count as the same request:
+    that is safe. Signals less than REPEAT_AFTER_S after the first count as the same request:
     Ctrl-C under torchrun, and `timeout`, deliver two. Earlier handlers are called too and restored
     at the end; ignored signals (nohup, background jobs) stay ignored. Outside the main thread,
     where Python cannot install handlers, it does nothing.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    REPEAT_AFTER_S = 1.0
 
-    def __init__(self, *, repeat_after_s: float = 1.0) -> None:
+    def __init__(self) -> None:
         self.requested: int | None = None
-        self.repeat_after_s = repeat_after_s
         self._requested_at = 0.0
         self._pid = os.getpid()
         self._previous: dict[int, Any] = {}
@@ -42,12 +42,7 @@ class SignalGuard:
                     signal.signal(signum, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for signum, previous in self._previous.items():
             signal.signal(signum, previous)
         self._previous.clear()
@@ -58,7 +53,7 @@ class SignalGuard:
             return
         now = time.monotonic()
         if self.requested is not None:
-            if now - self._requested_at >= self.repeat_after_s:
+            if now - self._requested_at >= self.REPEAT_AFTER_S:
                 self._exit_at_once(signum)
             return
         self.requested = signum
@@ -76,12 +71,11 @@ class SignalGuard:
             os.kill(os.getpid(), signum)
 
     def _exit_at_once(self, signum: int) -> None:
+        # a live progress display hides the cursor
+        cursor = "\x1b[?25h" if os.isatty(2) else ""
+        text = "\nsecond signal: leaving at once; the last checkpoint is intact\n"
         with contextlib.suppress(OSError):
-            # a live progress display hides the cursor
-            cursor = b"\x1b[?25h" if os.isatty(2) else b""
-            os.write(
-                2, cursor + b"\nsecond signal: leaving at once; the last checkpoint is intact\n"
-            )
+            os.write(2, (cursor + text).encode())
         os._exit(128 + signum)
 
 

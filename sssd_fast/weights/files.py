@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ from sssd_fast.weights.formats import Model, export_state, huggingface_config, s
 Norm = tuple[Sequence[float], Sequence[float]]
 _ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
 # what torch.load and safetensors raise for damaged files
-_UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
-_UNREADABLE += (AssertionError, OSError, struct.error)
+_DAMAGED = (EOFError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
+_UNREADABLE = (*_DAMAGED, RuntimeError, LookupError, OSError)
 
 
 class Source(NamedTuple):
@@ -115,8 +116,7 @@ def _refused(path: Path, message: str) -> str:
     """Replaces torch's message, which first advises to load the file without protection."""
     found = re.search(r"GLOBAL (\S+)", message)
     if not found:
-        reason = message.rpartition("WeightsUnpickler error:")[2].strip().splitlines()[0]
-        return f"{path} is damaged or not what its name says: {reason}. Copy or download it again"
+        return _damaged(path, message.rpartition("WeightsUnpickler error:")[2])
     if "is blocked" in message:
         return (
             f"weights {path} call {found[1]} when read, which no weights need: refused. Do not "
@@ -132,20 +132,24 @@ def _refused(path: Path, message: str) -> str:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    safetensors = _import_safetensors(path)
     try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise DependencyError(
-            f"reading {path} needs safetensors: pip install 'sssd-fast[train]'"
-        ) from None
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         config = json.loads(metadata.get("config", "null"))
-    except (SafetensorError, *_UNREADABLE) as error:
+    except (safetensors.SafetensorError, *_UNREADABLE) as error:
         raise WeightsError(_damaged(path, error)) from error
     return tensors, _own_facts(config)
+
+
+def _import_safetensors(path: str | Path) -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError:
+        install = "pip install 'sssd-fast[train]'"
+        raise DependencyError(f"{path} needs safetensors: {install}") from None
+    return safetensors
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -157,14 +161,11 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     elif index.is_file():
         shards = sorted({str(shard) for shard in _json(index).get("weight_map", {}).values()})
         for shard in shards:
+            named = f"{index} names the shard {shard!r}"
             if Path(shard).name != shard:
-                raise WeightsError(
-                    f"{index} names the shard {shard!r}, which is outside its folder: refused"
-                )
+                raise WeightsError(f"{named}, which is outside its folder: refused")
             if not (folder / shard).is_file():
-                raise WeightsError(
-                    f"{index} names the shard {shard!r}, which is missing; copy all {len(shards)}"
-                )
+                raise WeightsError(f"{named}, which is missing; copy all {len(shards)}")
             tensors |= _read_safetensors(folder / shard)[0]
     elif (folder / "pytorch_model.bin").is_file():
         tensors, _ = _read_torch(folder / "pytorch_model.bin")
@@ -218,23 +219,15 @@ def _huggingface_facts(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_safetensors(
-    path: str | Path,
-    model: Model,
-    format: Literal["timm", "huggingface"],
-    *,
-    decoder: bool = False,
+    path: str | Path, model: Model, format: Literal["timm", "huggingface"], *, decoder: bool = False
 ) -> None:
     """`export_state` as one file; its metadata holds the naming and the configuration as JSON."""
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise DependencyError(
-            "writing safetensors needs safetensors: pip install 'sssd-fast[train]'"
-        ) from None
+    torch_format = _import_safetensors(path).torch
     config = json.dumps(model.config.model_dump(mode="json"))
     # transformers requires format = pt
     metadata = {"format": "pt", "names": format, "config": config}
-    atomic_write_bytes(path, save(export_state(model, format, decoder=decoder), metadata=metadata))
+    state = export_state(model, format, decoder=decoder)
+    atomic_write_bytes(path, torch_format.save(state, metadata=metadata))
 
 
 def save_huggingface(folder: str | Path, model: Model, *, decoder: bool = False) -> None:
@@ -264,6 +257,6 @@ def listed(items: Sequence[str], limit: int = 8) -> str:
     return ", ".join(items[:limit]) + more
 
 
-def _damaged(path: Path, error: BaseException) -> str:
+def _damaged(path: Path, error: BaseException | str) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{path} is damaged or not what its name says: {reason}. Copy or download it again"

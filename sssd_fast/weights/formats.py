@@ -23,6 +23,8 @@ from sssd_fast.model import MAE, Classifier
 
 Format = Literal["sssd_fast", "mae", "timm", "huggingface"]
 Model = MAE | Classifier
+# (pattern, replacement), applied in this order
+Rules = tuple[tuple[str, str], ...]
 
 
 class Converted(NamedTuple):
@@ -61,7 +63,7 @@ _HUGGINGFACE_NAMES = (
     (r"(blocks\.\d+)\.layernorm_before\.", r"\1.norm1."),
     (r"(blocks\.\d+)\.layernorm_after\.", r"\1.norm2."),
 )
-_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+_NAMES: dict[str, Rules] = {
     "sssd_fast": ((r"^mae\.", ""),),
     "mae": _MAE_NAMES,
     "timm": _MAE_NAMES,
@@ -139,7 +141,7 @@ def to_own_names(state: Mapping[str, Tensor]) -> tuple[Format, Named]:
     return format_, named
 
 
-def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+def _rename(name: str, rules: Rules) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
@@ -189,7 +191,7 @@ def export_state(
         for name, t in model.state_dict().items()
         if decoder or not name.startswith("decoder.")
     }
-    rules = _TO_TIMM
+    rules: Rules = _TO_TIMM
     if format == "huggingface":
         rules = _TO_HUGGINGFACE
         if model.encoder.cls_token is None:

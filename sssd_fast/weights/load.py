@@ -95,7 +95,10 @@ class LoadReport:
             members += [int(block[0])] if block else []
         for (status, name, source, how), blocks in groups.items():
             arrow = f" <- {source}" if source not in ("", name) else ""
-            shown = name.replace("*", _ranges(blocks), 1) if blocks else name
+            numbers = ",".join(map(str, sorted(blocks)))
+            if len(blocks) > 1 and max(blocks) - min(blocks) == len(blocks) - 1:
+                numbers = f"{min(blocks)}-{max(blocks)}"
+            shown = name.replace("*", numbers, 1) if blocks else name
             lines.append(f"{status:<10} {shown}{arrow}" + (f" [{how}]" if how else ""))
         return "\n".join(lines)
 
@@ -288,7 +291,8 @@ def _fold_norm(named: Named, model: Model, source_norm: Norm) -> None:
     if weight is None or bias is None or weight.tensor.ndim != 4:
         # reported as missing or misfitting
         return
-    config, channels = model.config, model.config.in_channels
+    config = model.config
+    channels: int = config.in_channels
     how = [f"scaled for mean {config.mean}, std {config.std}"]
     w_DCPP = weight.tensor.double()
     if w_DCPP.shape[1] == 1 < channels:
@@ -386,14 +390,3 @@ def _sizes(named: Named) -> str:
         width, channels, patch, _ = proj.tensor.shape
         text = f"width {width}, patch {patch}, {channels} channels"
     return text + (f", decoder width {len(embed.tensor)}" if embed is not None else "")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2,5"."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(str(n) for n in part) for part in parts)

@@ -1,4 +1,6 @@
-"""Checkpoints after a kill, a full disk, a flipped bit or a hostile file; which files a run keeps; how they are found."""
+"""Checkpoints after a kill, a full disk, a flipped bit or a hostile file; which files a run
+keeps; how they are found.
+"""
 
 from __future__ import annotations
 
@@ -98,20 +100,15 @@ def test_sidecar_is_read_and_written_as_by_sha256sum(tmp_path: Path) -> None:
 # ---- damage ----
 
 
-@pytest.mark.parametrize("position", [0, 0.5, -1])
-def test_load_rejects_a_flipped_bit(tmp_path: Path, position: float) -> None:
+@pytest.mark.parametrize("position", [0, 4000, -1])
+def test_load_rejects_a_flipped_bit(tmp_path: Path, position: int) -> None:
     """torch.load alone accepts a flipped bit in a weight."""
     path = save_checkpoint(tmp_path / "a.pt", state_of(1.0))
-    flip_bit(path, int(position * path.stat().st_size) if position == 0.5 else int(position))
+    flip_bit(path, position)
     with pytest.raises(CheckpointError, match=r"a\.pt is damaged: its content changed"):
         load_checkpoint(path)
-
-
-@pytest.mark.parametrize("left", [0, 1000])
-def test_load_rejects_a_truncated_file(tmp_path: Path, left: int) -> None:
-    path = save_checkpoint(tmp_path / "a.pt", state_of(1.0))
-    os.truncate(path, left)
-    with pytest.raises(CheckpointError, match=rf"a\.pt is damaged: .* \({left} bytes"):
+    os.truncate(path, 1000)
+    with pytest.raises(CheckpointError, match=r"a\.pt is damaged: .* \(1000 bytes"):
         load_checkpoint(path)
 
 
@@ -153,19 +150,14 @@ def test_load_rejects_other_files(tmp_path: Path, content: bytes) -> None:
         load_checkpoint(put(tmp_path / "b.pt", (tmp_path / "b.pt").read_bytes()))
 
 
-@pytest.mark.parametrize(
-    ("value", "name"),
-    [
-        (Path("x"), "PosixPath"),
-        (SimpleNamespace(), "SimpleNamespace"),
-        (np.float64(1.0), "numpy"),
-        (np.ones(2), "numpy"),
-    ],
-)
-def test_save_rejects_what_load_would_reject(tmp_path: Path, value: Any, name: str) -> None:
+WRONG = {"PosixPath": Path("x"), "SimpleNamespace": SimpleNamespace(), "numpy": np.float64(1.0)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_save_rejects_what_load_would_reject(tmp_path: Path, name: str) -> None:
     """On resume it would be hours too late."""
     with pytest.raises(CheckpointError, match=rf"a\.pt holds .*{name}.*: rejected"):
-        save_checkpoint(tmp_path / "a.pt", {"config": [1, {"out": value}]})
+        save_checkpoint(tmp_path / "a.pt", {"config": [1, {"out": WRONG[name]}]})
     with pytest.raises(CheckpointError, match="holds a list, a dict is needed"):
         save_checkpoint(tmp_path / "a.pt", [1])  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == []
@@ -250,7 +242,9 @@ while True:
 
 
 def test_manager_loses_no_checkpoint_to_kill_9(tmp_path: Path) -> None:
-    """A process that does nothing but save is killed again and again; every file loads (nnU-Net #211)."""
+    """A process that does nothing but save is killed again and again; every file loads (nnU-Net
+    #211).
+    """
     last_step = 0
     moments = random.Random(0)
     for _ in range(4):
@@ -316,7 +310,8 @@ def test_manager_orders_steps_by_number(tmp_path: Path) -> None:
         manager.save(state_of(step), step)
     assert manager.steps() == [9_999_999, 10_000_000]
     assert manager.latest() == tmp_path / "step-10000000.pt"
-    assert manager.path(9_999_999) == tmp_path / "step-9999999.pt"
+    with pytest.raises(ConfigError, match=r"at least 1"):
+        CheckpointManager(tmp_path, keep_last=0)
 
 
 def test_manager_skips_a_damaged_newest_and_says_so(tmp_path: Path) -> None:
@@ -393,11 +388,6 @@ def test_manager_deletes_later_steps_only_after_a_resume(tmp_path: Path) -> None
     resumed.save(state_of(150), 150)
     assert names(tmp_path) == ["step-0000100.pt", "step-0000150.pt"]
     assert resumed.latest() == manager.path(150)
-
-
-def test_manager_rejects_keep_last_0(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"at least 1"):
-        CheckpointManager(tmp_path, keep_last=0)
 
 
 # ---- finding them ----

@@ -14,8 +14,9 @@ from sssd_fast.run.device import is_out_of_memory, peak_memory_gib
 
 def measure_memory(pipe: Connection) -> None:
     before = peak_memory_gib("cpu")
-    block = torch.ones(3 << 26)  # 0.75 GiB
-    during = peak_memory_gib(torch.device("cpu"))
+    # 0.75 GiB
+    block = torch.ones(3 << 26)
+    during = peak_memory_gib("cpu")
     with open("/proc/self/statm") as statm:
         resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
     del block
@@ -23,10 +24,7 @@ def measure_memory(pipe: Connection) -> None:
 
 
 def test_peak_memory_is_that_of_this_process_in_gib() -> None:
-    """Grows by what is touched, does not shrink, agrees with the kernel's figure.
-
-    In a fresh process, as the peak of this one depends on the tests before.
-    """
+    """In a fresh process, as the peak of this one depends on the tests before."""
     context = multiprocessing.get_context("fork")
     pipe, theirs = context.Pipe()
     child = context.Process(target=measure_memory, args=(theirs,))
@@ -35,7 +33,8 @@ def test_peak_memory_is_that_of_this_process_in_gib() -> None:
     child.join()
     assert during - before == pytest.approx(0.75, abs=0.1)
     assert during == pytest.approx(resident, abs=0.05)
-    assert after == pytest.approx(during, abs=0.05)  # the kernel batches its counters
+    # the kernel batches its counters
+    assert after == pytest.approx(during, abs=0.05)
 
 
 @pytest.mark.parametrize(

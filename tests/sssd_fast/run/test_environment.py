@@ -1,4 +1,6 @@
-"""`sssd-fast doctor` and env.json: complete, serialisable, and robust to whatever is broken here."""
+"""`sssd-fast doctor` and env.json: complete, serialisable, and robust to whatever is broken
+here.
+"""
 
 from __future__ import annotations
 
@@ -111,28 +113,21 @@ class _cpp_lib:
 
 
 @pytest.mark.parametrize(
-    ("code", "gpu", "status", "reason"),
+    ("code", "gpu", "reason"),
     [
-        ("", True, "usable", None),
+        ("", True, None),
         # on the CPU the import succeeds and the call raises
-        ("", False, "refused", "its attention needs a CUDA device"),
+        ("", False, "its attention needs a CUDA device"),
         # built for another CUDA: it imports, and every call raises
-        (OTHER_CUDA, True, "refused", "its compiled part does not load: OSError('libcudart.so.12"),
+        (OTHER_CUDA, True, "its compiled part does not load: OSError('libcudart.so.12: missing')"),
     ],
 )
 def test_xformers_that_imports_may_still_be_refused(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    code: str,
-    gpu: bool,
-    status: str,
-    reason: str | None,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, gpu: bool, reason: str | None
 ) -> None:
     files = {"__init__.py": code, "ops.py": "def memory_efficient_attention(): pass"}
     state = probe(monkeypatch, tmp_path, "xformers", files, gpu=gpu)
-    assert state["status"] == status
-    assert (state["reason"] or "").startswith(reason or "")
-    assert (state["reason"] is None) == (reason is None)
+    assert (state["status"], state["reason"]) == ("refused" if reason else "usable", reason)
 
 
 def test_environment_survives_broken_kernels_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,8 @@ def test_run_folder_is_made_and_marked(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert require_run_folder(empty) == empty
-    assert (
-        require_run_folder(path) == path
-    )  # nothing but the marker: a run that failed before it began
+    # nothing but the marker: a run that failed before it began
+    assert require_run_folder(path) == path
 
 
 def test_existing_run_is_an_error_that_names_both_flags(tmp_path: Path) -> None:
@@ -97,17 +96,14 @@ time.sleep(60)
 """
 
 
-def test_run_folder_has_one_writer_and_is_free_at_once_after_a_kill(
-    tmp_path: Path,
-) -> None:
-    """Protects metrics and checkpoints from two writers; an orphaned loader worker must not block the resume."""
+def test_run_folder_has_one_writer_and_is_free_at_once_after_a_kill(tmp_path: Path) -> None:
+    """Protects metrics and checkpoints from two writers; an orphaned loader worker must not
+    block the resume.
+    """
     root = str(Path(__file__).parents[3])
-    child = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "a"), root],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "a"), root]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True)
     assert child.stdout is not None
     try:
         assert child.stdout.readline() == "held\n"

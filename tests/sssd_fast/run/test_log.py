@@ -94,9 +94,8 @@ def test_console_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> No
     assert out.getvalue() == text
     assert re.search(r"pretrain: still at step 3/9, 0\.\d s since the last step\n", text)
     assert re.search(r"compiling the step: still working after 0\.\d s\n", text)
-    assert re.search(
-        r"step \.\.\.\n(.*\n)*compiling the step: done in 0\.\d s\npretrain: 3 steps in", text
-    )
+    done = r"step \.\.\.\n(.*\n)*compiling the step: done in 0\.\d s\npretrain: 3 steps in"
+    assert re.search(done, text)
 
 
 def test_console_reports_where_work_stopped(clock: SimpleNamespace) -> None:
@@ -170,9 +169,8 @@ def test_console_survives_old_encodings_and_a_closed_pipe(
     console.close()
     assert "16x16 — 腫瘍 é" in (tmp_path / "log").read_text("utf-8")
     if encoding is not None:
-        assert f"16x16 ? ?? {'é' if encoding == 'latin-1' else '?'}" in raw.getvalue().decode(
-            encoding
-        )
+        written = raw.getvalue().decode(encoding)
+        assert f"16x16 ? ?? {'é' if encoding == 'latin-1' else '?'}" in written
 
 
 def test_console_reports_once_that_the_log_cannot_be_written(
@@ -224,7 +222,9 @@ print("streams:", type(sys.stdout).__name__)
 
 
 def test_console_leaves_a_real_terminal_as_it_was() -> None:
-    """Cursor back, bar gone, stray prints above it, forked loader workers with the plain streams."""
+    """Cursor back, bar gone, stray prints above it, forked loader workers with the plain
+    streams.
+    """
     ours, theirs = pty.openpty()
     changes = {"TERM": "xterm-256color", "COLUMNS": "90", "PYTHONIOENCODING": "utf-8", "RANK": "0"}
     command = [sys.executable, "-c", ON_A_TERMINAL]

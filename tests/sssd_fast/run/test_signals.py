@@ -20,18 +20,21 @@ from sssd_fast.run.signals import SignalGuard, ignore_signals_in_worker
 
 @pytest.fixture(autouse=True)
 def _interruptible() -> Iterator[None]:
-    """A shell that starts something in the background lets it ignore SIGINT; the children of these tests must not."""
+    """A shell that starts something in the background lets it ignore SIGINT; the children of
+    these tests must not.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def in_child(work: Callable[[Connection], None]) -> tuple[Any, Connection]:
-    """A real process that runs `work` and exits with its status; (process, pipe to it)."""
+    """(a real process that runs `work`, a pipe to it, after its first message)."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     child = context.Process(target=work, args=(theirs,))
     child.start()
+    assert ours.recv() == "ready"
     return child, ours
 
 
@@ -41,20 +44,20 @@ def status(child: Any) -> int | None:
 
 
 def wait_for_request(pipe: Connection) -> None:
-    """What a training does: works until the flag is there, saves, exits with 128 + the signal's number."""
+    """As a training: works until a signal, saves, exits with 128 + the signal's number."""
     with SignalGuard() as guard:
         pipe.send("ready")
         while guard.requested is None:
             time.sleep(0.01)
         pipe.send(guard.requested)
-        pipe.poll(10)  # "saving"
+        # saving
+        pipe.poll(10)
     sys.exit(128 + guard.requested)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_guard_sets_the_flag_and_lets_the_process_finish(signum: signal.Signals) -> None:
     child, pipe = in_child(wait_for_request)
-    assert pipe.recv() == "ready"
     os.kill(child.pid, signum)
     assert pipe.recv() == signum
     pipe.send("saved")
@@ -62,9 +65,10 @@ def test_guard_sets_the_flag_and_lets_the_process_finish(signum: signal.Signals)
 
 
 def test_guard_takes_two_signals_at_once_as_one_and_exits_on_a_later_one() -> None:
-    """Protects the save when Ctrl-C reaches both torchrun and its workers, and the user for whom saving takes too long."""
+    """Protects the save when Ctrl-C reaches both torchrun and its workers, and the user for whom
+    saving takes too long.
+    """
     child, pipe = in_child(wait_for_request)
-    assert pipe.recv() == "ready"
     os.kill(child.pid, signal.SIGINT)
     assert pipe.recv() == signal.SIGINT
     os.kill(child.pid, signal.SIGTERM)
@@ -125,8 +129,8 @@ def test_guard_installs_nothing_outside_the_main_thread() -> None:
 
 def parent_of_a_worker(pipe: Connection) -> None:
     with SignalGuard() as guard:
-        worker, worker_pipe = in_child(lambda end: (end.send("ready"), time.sleep(30))[1])
-        worker_pipe.recv()
+        pipe.send("ready")
+        worker, _ = in_child(lambda end: (end.send("ready"), time.sleep(30))[1])
         os.kill(worker.pid, signal.SIGINT)
         time.sleep(0.1)
         survived = worker.is_alive()
@@ -135,7 +139,9 @@ def parent_of_a_worker(pipe: Connection) -> None:
 
 
 def test_forked_worker_survives_ctrl_c_and_dies_of_sigterm() -> None:
-    """Protects the last checkpoint (a worker killed by Ctrl-C fails the parent's step) and against immortal workers."""
+    """Protects the last checkpoint (a worker killed by Ctrl-C fails the parent's step) and
+    against immortal workers.
+    """
     child, pipe = in_child(parent_of_a_worker)
     assert pipe.recv() == (True, -signal.SIGTERM, None)
     assert status(child) == 0
@@ -159,16 +165,17 @@ def train_with_workers(pipe: Connection) -> None:
     with SignalGuard() as guard:
         for steps, _ in enumerate(loader):
             if steps == 2:
-                pipe.send("training")
+                pipe.send("ready")
             if guard.requested and steps >= 40:  # long after the signal: workers still deliver
                 break
     pipe.send((guard.requested, steps))
 
 
 def test_loader_workers_survive_a_signal_to_the_process_group() -> None:
-    """Protects the last checkpoint under Slurm, `timeout` and `docker stop`, which signal workers and parent alike."""
+    """Protects the last checkpoint under Slurm, `timeout` and `docker stop`, which signal
+    workers and parent alike.
+    """
     child, pipe = in_child(train_with_workers)
-    assert pipe.recv() == "training"
     os.killpg(child.pid, signal.SIGTERM)
     assert pipe.recv() == (signal.SIGTERM, 40)
     assert status(child) == 0

@@ -3,7 +3,6 @@ that does not is never written."""
 
 from __future__ import annotations
 
-import builtins
 import json
 import subprocess
 import sys
@@ -24,32 +23,21 @@ from sssd_fast.objective import SSSD
 from sssd_fast.run.checkpoint import save_checkpoint
 from sssd_fast.weights import export
 from sssd_fast.weights.export import PortableClassifier, export_classifier, export_encoder
-from sssd_fast.weights.load import load_into
+from sssd_fast.weights.load import IMAGENET, load_into
 from tests.sssd_fast import vit_by_hand
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mean, grey": ("mean", {"in_channels": 1, "mean": (0.4,), "std": (0.2,)}),
-    "cls, colour": (
-        "cls",
-        {"in_channels": 3, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-    ),
-    "mean, no cls token": (
-        "mean",
-        {"in_channels": 3, "cls_token": False, "mean": (0.5,), "std": (0.25,)},
-    ),
+    "cls, colour": ("cls", {"in_channels": 3, "mean": IMAGENET[0], "std": IMAGENET[1]}),
+    "mean, no cls token": ("mean", {"in_channels": 3, "cls_token": False}),
 }
 
 
 def model_of(name: str) -> Classifier:
+    """In training mode, with drop path: it is exported as in evaluation."""
     pool, overrides = CASES[name]
     config = ModelConfig(image_size=(24, 40), patch_size=8, width=24, depth=2, heads=3, **overrides)
-    model = Classifier(
-        config,
-        3,
-        pool,
-        drop_path=0.5,
-        # exported as in evaluation, whatever mode it is in
-    ).train()
+    model = Classifier(config, 3, pool, drop_path=0.5).train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -62,16 +50,11 @@ def images_of(model: Classifier, batch: int) -> Tensor:
 
 def by_hand(model: Classifier, images: Tensor) -> Tensor:
     """Logits by the hand-written transformer from pixels scaled by hand, in float64."""
-    mean, std = (
-        torch.tensor(x, dtype=torch.float64).view(-1, 1, 1)
-        for x in (model.config.mean, model.config.std)
-    )
-    weights = {
-        n.removeprefix("encoder."): t.detach().double() for n, t in model.state_dict().items()
-    }
-    return vit_by_hand.classify(
-        (images.double() / 255 - mean) / std, weights, 3, model.config.norm_eps
-    )
+    config, state = model.config, model.state_dict()
+    mean, std = (torch.tensor(x).double().view(-1, 1, 1) for x in (config.mean, config.std))
+    weights = {name.removeprefix("encoder."): t.detach().double() for name, t in state.items()}
+    pixels = (images.double() / 255 - mean) / std
+    return vit_by_hand.classify(pixels, weights, 3, config.norm_eps)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,45 +70,36 @@ def test_portable_classifier_equals_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_onnx_file_gives_the_models_outputs_for_any_batch(tmp_path: Path, name: str) -> None:
     model = model_of(name)
-    line = export_classifier(model, tmp_path, ["onnx"], classes=["a", "b c", "ü"])[0]
-    path = str(tmp_path / "classifier.onnx")
-    assert f"onnxruntime.InferenceSession({path!r}).run(None, " + '{"images": images})' in line
-    assert line.startswith(f"{tmp_path / 'classifier.onnx'}: ")
-    proto = onnx.load(str(tmp_path / "classifier.onnx"))
+    path = tmp_path / "classifier.onnx"
+    (line,) = export_classifier(model, tmp_path, ["onnx"], classes=["a", "b c", "ü"])
+    assert line.startswith(f"{path}: ")
+    assert f"onnxruntime.InferenceSession({str(path)!r}).run(None, " + '{"images": images})' in line
     # standard operators only
-    assert {node.domain for node in proto.graph.node} == {""}
-    session = onnxruntime.InferenceSession(
-        str(tmp_path / "classifier.onnx"), providers=["CPUExecutionProvider"]
-    )
+    assert {node.domain for node in onnx.load(str(path)).graph.node} == {""}
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (taken,) = session.get_inputs()
-    assert (taken.name, taken.type, taken.shape[1:]) == (
-        "images",
-        "tensor(uint8)",
-        [model.encoder.in_channels, 24, 40],
-    )
+    assert (taken.name, taken.type) == ("images", "tensor(uint8)")
+    assert taken.shape[1:] == [model.encoder.in_channels, 24, 40]
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["a", "b c", "ü"]
     for batch in (1, 2, 7):
         images = images_of(model, batch)
         logits, scores = session.run(["logits", "scores"], {"images": images.numpy()})
         want = by_hand(model, images).numpy()
         np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(
-            scores, np.exp(want) / np.exp(want).sum(1, keepdims=True), rtol=1e-4, atol=1e-5
-        )
-    assert [path.name for path in tmp_path.iterdir()] == ["classifier.onnx"]
+        want = np.exp(want) / np.exp(want).sum(1, keepdims=True)
+        np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-5)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_torch_program_runs_without_this_package(tmp_path: Path) -> None:
     """For every case and batch sizes 1, 2 and 7."""
-    models = {name: model_of(name) for name in CASES}
-    saved = {}
-    for i, (name, model) in enumerate(models.items()):
-        (line,) = export_classifier(
-            model, tmp_path / f"{i}.pt2", ["torch"], classes=["a", "b", "c"]
-        )
-        assert line.startswith(f"{tmp_path / f'{i}.pt2'}: ")
-        saved[name] = [images_of(model, batch) for batch in (1, 2, 7)]
-    torch.save(list(saved.values()), tmp_path / "images.pt")
+    models = [model_of(name) for name in CASES]
+    for i, model in enumerate(models):
+        path = tmp_path / f"{i}.pt2"
+        (line,) = export_classifier(model, path, ["torch"], classes=["a", "b", "c"])
+        assert line.startswith(f"{path}: ")
+    saved = [[images_of(model, batch) for batch in (1, 2, 7)] for model in models]
+    torch.save(saved, tmp_path / "images.pt")
     script = """
 import json, sys, torch
 outputs = []
@@ -137,14 +111,12 @@ for i, batches in enumerate(torch.load("images.pt")):
 assert not {"sssd_fast", "mae_kernels"} & set(sys.modules)
 torch.save(outputs, "outputs.pt")
 """
-    subprocess.run(
-        [sys.executable, "-I", "-W", "ignore", "-c", script], cwd=tmp_path, check=True, timeout=120
-    )
-    for (name, batches), outputs in zip(
-        saved.items(), torch.load(tmp_path / "outputs.pt"), strict=True
-    ):
+    command = [sys.executable, "-I", "-W", "ignore", "-c", script]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    found = torch.load(tmp_path / "outputs.pt")
+    for model, batches, outputs in zip(models, saved, found, strict=True):
         for images, (logits, scores) in zip(batches, outputs, strict=True):
-            want = by_hand(models[name], images)
+            want = by_hand(model, images)
             torch.testing.assert_close(logits.double(), want, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(scores.double(), want.softmax(1), rtol=1e-4, atol=1e-5)
 
@@ -160,20 +132,14 @@ def test_export_of_a_half_precision_model_is_float32(tmp_path: Path) -> None:
 def test_export_writes_no_program_with_other_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A translation that swaps two heads' channels, say: the comparison with the model must
-    catch it.
-    """
-
-    def wrong(block: export.Block, x: Tensor) -> Tensor:
-        return 1.01 * right(block, x)
-
+    """Such as a translation that swaps the channels of two heads."""
     right = export._attention
-    monkeypatch.setattr(export, "_attention", wrong)
+    monkeypatch.setattr(export, "_attention", lambda block, x: 1.01 * right(block, x))
     (tmp_path / "classifier.pt2").write_bytes(b"what was there before")
-    with pytest.raises(
-        SssdError,
-        match=r"classifier.pt2 was not written: logits of the exported program differ by .* the limit is",
-    ):
+    message = (
+        r"classifier.pt2 was not written: logits of the exported program differ by .* limit is"
+    )
+    with pytest.raises(SssdError, match=message):
         export_classifier(model_of("mean, grey"), tmp_path, ["torch"])
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"what was there before"]
 
@@ -181,17 +147,9 @@ def test_export_writes_no_program_with_other_outputs(
 def test_export_names_the_extra_of_missing_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == "onnxruntime":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(
-        DependencyError, match=r"onnxruntime is missing: pip install 'sssd-fast\[export\]'"
-    ):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    message = r"onnxruntime is missing: pip install 'sssd-fast\[export\]'"
+    with pytest.raises(DependencyError, match=message):
         export_classifier(model_of("mean, grey"), tmp_path, ["onnx"])
 
 
@@ -208,19 +166,10 @@ def test_export_rejects_wrong_requests(tmp_path: Path) -> None:
 
 def checkpoints(folder: Path) -> tuple[Path, Path, Config]:
     """(pre-training, fine-tuning) checkpoints as the training loop writes them."""
-    config = Config.model_validate(
-        {
-            "model": {
-                "image_size": 32,
-                "width": 24,
-                "depth": 2,
-                "heads": 3,
-                "decoder_width": 16,
-                "decoder_heads": 2,
-            },
-            "objective": {"prototypes": 8, "head_hidden": 8, "head_bottleneck": 4},
-        }
-    )
+    model = {"image_size": 32, "width": 24, "depth": 2, "heads": 3}
+    model |= {"decoder_width": 16, "decoder_heads": 2}
+    sizes = {"prototypes": 8, "head_hidden": 8, "head_bottleneck": 4}
+    config = Config.model_validate({"model": model, "objective": sizes})
     common = {"config": to_dict(config), "optimizer": {}}
     trained = SSSD(config.model, config.objective).state_dict()
     save_checkpoint(folder / "pretrain.pt", {"task": "pretrain", "model": trained, **common})
