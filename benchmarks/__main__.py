@@ -32,7 +32,7 @@ HELP = {
     "ops": "each op of mae_kernels against eager, compiled and library code",
     "attention": "self-attention against every SDPA backend and xformers",
     "step": "a whole training step: images per second, MFU, memory, loss",
-    "memory": "memory over the batch, and the largest batch under a cap",
+    "memory": "memory of a training step over the batch",
     "loader": "images per second of the loaders, and their pixels",
     "all": "all of these within a time, most important first",
     "compare": "what became slower from A to B",
@@ -49,6 +49,7 @@ STAGES: tuple[tuple[str, list[str], float], ...] = (
     ("attention", [], 0.91),
     ("ops", [], 0.95),  # the rest is for finishing what was started
 )
+COMMON = ("quick", "device", "provider", "samples", "threads", "out", "dtypes")
 NOT_ENOUGH_S = 10.0  # a stage with less time left does not start
 TABLES = {"memory": ("case", "dtype"), "loader": ("case", "shape", "phase")}
 USUAL_TABLES = ("case", "shape", "dtype", "phase")
@@ -94,8 +95,8 @@ def _all(args: argparse.Namespace, words: Sequence[str]) -> int:
                 console.warn(f"{kind}: no time left; `sssd-fast bench {kind}` measures it alone")
                 continue
             try:
-                more = more if torch.device(args.device).type == "cuda" else []
-                stage = _parse([kind, *_common_words(args), *more])
+                stage = _parse([kind, *(more if torch.device(args.device).type == "cuda" else [])])
+                vars(stage).update({name: getattr(args, name) for name in COMMON})
                 if kind not in opened:
                     known = next(iter(opened.values())).head["ceilings"] if opened else None
                     opened[kind] = stack.enter_context(_open(stage, words, console, known))
@@ -114,8 +115,7 @@ def _all(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _prepare(args: argparse.Namespace, stack: ExitStack) -> Console:
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise SssdError(
             "--device is cuda, but torch finds no CUDA device (see `sssd-fast doctor`); "
             "use --device cpu"
@@ -132,27 +132,18 @@ def _open(
     console: Console,
     ceilings: dict[str, Any] | None = None,
 ) -> Results:
+    """The result file of a kind. ceilings: None = measure them, if the kind needs them."""
     device = torch.device(args.device)
     dtypes = args.dtypes or [torch.bfloat16 if device.type == "cuda" else torch.float32]
-    kind = "loader-speed" if args.kind == "loader" else args.kind
     settings = {"samples": args.samples, "passes": PASSES, "flushed_bytes": cache_bytes(device)}
-    if kind.startswith("loader"):
-        ceilings, settings = {}, {}
-    path = getattr(args, "json", None)
-    if path is not None and path.suffix != ".json":
-        raise SssdError(f"--json is {str(path)!r}, needs a file name that ends in .json")
+    kind, more = args.kind, {"settings": settings, "ceilings": ceilings}
+    if kind == "loader":
+        kind, more = "loader-speed", {"settings": {}, "ceilings": {}}
+    if args.json is not None and args.json.suffix != ".json":
+        raise SssdError(f"--json is {str(args.json)!r}, needs a file name that ends in .json")
     with console.announce(f"{kind}: rate of a large copy and a large product"):
-        return Results(
-            kind,
-            device,
-            dtypes,
-            words=words,
-            path=path,
-            folder=args.out,
-            quick=args.quick,
-            settings=settings,
-            ceilings=ceilings,
-        )
+        place = {"path": args.json, "folder": args.out, "quick": args.quick}
+        return Results(kind, device, dtypes, words=words, **place, **more)
 
 
 def _run(
@@ -207,15 +198,6 @@ def _common(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="of torch on the CPU")
     add("--minutes", type=float, metavar="M", help="start no new case after M minutes")
     add("--out", type=Path, default=FOLDER, metavar="DIR", help="default: benchmarks/results")
-
-
-def _common_words(args: argparse.Namespace) -> list[str]:
-    """The common arguments of `all` for one of its stages."""
-    words = ["--device", args.device, "--out", str(args.out)]
-    words += ["--quick"] if args.quick else []
-    for name in ("dtype", "provider"):
-        words += [f"--{name}", *getattr(args, name)] if getattr(args, name) else []
-    return [*words, *(["--samples", str(args.samples)] if args.samples else [])]
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

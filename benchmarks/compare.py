@@ -2,9 +2,9 @@
 
 A row of B is a regression if it costs more than A's by more than the ratio AND by more than an
 absolute margin: a call of a few microseconds easily changes by 5 %. The cost is the median time;
-for memory the peak (margin 1 MiB), for a largest batch its inverse, for a loader the time per
-image. A row that had a result in A and has none in B fails as well. "within noise": the 20 % to
-80 % quantiles of both overlap; this is information and does not change the verdict.
+for memory the peak (margin 1 MiB), for a loader the time per image. A row that had a result in A
+and has none in B fails as well. "within noise": the 20 % to 80 % quantiles of both overlap; this is
+information and does not change the verdict.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import argparse
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import results
 from benchmarks.tables import NONE, Document, RowDict, percent, significant, size_text, time_text
@@ -27,63 +26,41 @@ WORSE, FAILS, BETTER, RUNS = "REGRESSION", "FAILS NOW", "better", "runs now"
 VERSIONS = ("torch", "triton", "cuda", "xformers", "transformers", "dali")
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Less is better. low, high: quantiles; margin: a smaller difference is ignored."""
+class Cost(NamedTuple):
+    """Less is better. low, high: quantiles."""
 
     value: float
     text: str
-    margin: float
-    low: float = -math.inf
-    high: float = math.inf
+    low: float = math.nan
+    high: float = math.nan
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     name: tuple[str, ...]
     a: str
     b: str
     ratio: float | None  # cost of B / cost of A
     verdict: str
-    note: str = ""
-
-
-@dataclass
-class Comparison:
-    lines: list[Line] = field(default_factory=list)  # the worst first
-    only_a: list[tuple[str, ...]] = field(default_factory=list)
-    only_b: list[tuple[str, ...]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def count(self, verdict: str) -> int:
-        return sum(line.verdict == verdict for line in self.lines)
-
-    @property
-    def failed(self) -> bool:
-        return self.count(WORSE) + self.count(FAILS) > 0
+    note: str
 
 
 def compare(
     a: Document, b: Document, fail_over: float, margin_us: float | None = None
-) -> Comparison:
-    """margin_us: None = 5 on a CPU, 2 on a GPU. Raises SssdError for unlike files."""
+) -> list[Line]:
+    """The worst first. margin_us: None = MARGIN_US. Raises SssdError for unlike files."""
     for what in ("schema", "kind", "quick"):
         _same(what, a[what], b[what])
     _same("device", a["device"]["name"], b["device"]["name"])
-    margin = MARGIN_US[a["device"]["type"]] if margin_us is None else margin_us
     rows_a, rows_b = ({results.key(row): row for row in one["rows"]} for one in (a, b))
     both = [name for name in rows_a if name in rows_b]
     if not both:
         raise SssdError("cannot compare: A and B have no row in common; measure the same cases")
-    found = Comparison()
-    found.only_a = [name for name in rows_a if name not in rows_b]
-    found.only_b = [name for name in rows_b if name not in rows_a]
-    found.warnings = list(_warnings(a, b))
+    margin = _margin(a, margin_us)
+    lines = []
     for name in both:
-        _same(f"the size of {' '.join(name)}", _work(rows_a[name]), _work(rows_b[name]))
-        found.lines.append(_line(name, rows_a[name], rows_b[name], a["kind"], fail_over, margin))
-    found.lines.sort(key=lambda line: -(line.ratio or (math.inf if line.verdict == FAILS else 0.0)))
-    return found
+        _same(f"the size of {' '.join(name)}", rows_a[name]["sizes"], rows_b[name]["sizes"])
+        lines.append(_line(name, rows_a[name], rows_b[name], a["kind"], fail_over, margin))
+    return sorted(lines, key=lambda one: -(one.ratio or math.inf * (one.verdict == FAILS)))
 
 
 def _same(what: str, in_a: Any, in_b: Any) -> None:
@@ -93,55 +70,47 @@ def _same(what: str, in_a: Any, in_b: Any) -> None:
         )
 
 
-def _work(row: RowDict) -> dict[str, Any]:
-    """The sizes of a row; without the batch if that is the result."""
-    search = "largest_batch" in row["more"]
-    return {name: size for name, size in row["sizes"].items() if not (search and name == "batch")}
+def _margin(document: Document, margin_us: float | None) -> float:
+    """Microseconds, or bytes."""
+    if document["kind"].endswith("memory"):
+        return MARGIN_BYTES
+    return MARGIN_US[document["device"]["type"]] if margin_us is None else margin_us
 
 
 def _line(
-    name: tuple[str, ...],
-    row_a: RowDict,
-    row_b: RowDict,
-    kind: str,
-    fail_over: float,
-    margin: float,
+    name: tuple[str, ...], row_a: RowDict, row_b: RowDict, kind: str, over: float, margin: float
 ) -> Line:
-    a, b = (_cost(kind, row, margin) for row in (row_a, row_b))
+    a, b = _cost(kind, row_a), _cost(kind, row_b)
     texts = (a.text if a else NONE, b.text if b else NONE)
     if a is None or b is None:
-        verdict = FAILS if a else RUNS if b else ""
         why = (row_b if b is None else row_a)["reason"] or "no result, and no reason"
-        return Line(name, *texts, None, verdict, why)
-    ratio, verdict = b.value / a.value, ""
-    if ratio > 1 + fail_over and b.value - a.value > b.margin:
+        return Line(name, *texts, None, FAILS if a else RUNS if b else "", why)
+    verdict = ""
+    if b.value > a.value * (1 + over) and b.value - a.value > margin:
         verdict = WORSE
-    elif ratio < 1 / (1 + fail_over) and a.value - b.value > b.margin:
+    elif a.value > b.value * (1 + over) and a.value - b.value > margin:
         verdict = BETTER
-    known = math.isfinite(a.low) and math.isfinite(b.low)
-    note = "within noise" if known and a.low <= b.high and b.low <= a.high else ""
-    return Line(name, *texts, ratio, verdict, note)
+    note = "within noise" if a.low <= b.high and b.low <= a.high else ""
+    return Line(name, *texts, b.value / a.value, verdict, note)
 
 
-def _cost(kind: str, row: RowDict, margin_us: float) -> Cost | None:
+def _cost(kind: str, row: RowDict) -> Cost | None:
     more, time, peak = row["more"], row["time"], row["peak_bytes"]
     if row["reason"]:
         return None
     if kind.endswith("memory"):
-        if more.get("largest_batch"):
-            return Cost(1 / more["largest_batch"], f"batch {more['largest_batch']}", 0.0)
-        return Cost(peak, size_text(peak), MARGIN_BYTES) if peak else None
+        return Cost(peak, size_text(peak)) if peak else None
     if kind == "loader-speed":
-        rate = more["images_per_s"]
-        ends = (1e6 / more["p80"], 1e6 / more["p20"])
-        return Cost(1e6 / rate, f"{significant(rate)} images/s", margin_us, *ends)
+        text = f"{significant(more['images_per_s'])} images/s"
+        return Cost(1e6 / more["images_per_s"], text, 1e6 / more["p80"], 1e6 / more["p20"])
     if not time:
         return None
-    text = time_text(time["median_us"])
-    return Cost(time["median_us"], text, margin_us, time["p20_us"], time["p80_us"])
+    median = time["median_us"]
+    return Cost(median, time_text(median), time["p20_us"], time["p80_us"])
 
 
-def _warnings(a: Document, b: Document) -> Iterator[str]:
+def warnings(a: Document, b: Document) -> Iterator[str]:
+    """What else differs: versions, clocks, settings, and rows of one file only."""
     clocks = [document["clocks"]["before"] or {} for document in (a, b)]
     pairs = [(name, a["versions"].get(name), b["versions"].get(name)) for name in VERSIONS]
     pairs += [(n, a["device"].get(n), b["device"].get(n)) for n in ("driver", "threads")]
@@ -149,9 +118,12 @@ def _warnings(a: Document, b: Document) -> Iterator[str]:
     pairs += [(name, clocks[0].get(name), clocks[1].get(name)) for name in names]
     pairs.append(("settings", a["settings"], b["settings"]))
     yield from (f"{name}: {in_a} in A, {in_b} in B" for name, in_a, in_b in pairs if in_a != in_b)
-    for letter, document in (("A", a), ("B", b)):
+    for letter, document, other in (("A", a, b), ("B", b, a)):
         if not document["finished"]:
             yield f"{letter} is unfinished: its run ended before its last row"
+        known = {results.key(row) for row in other["rows"]}
+        single = [results.key(row) for row in document["rows"] if results.key(row) not in known]
+        yield from (f"only in {letter}: {', '.join(name)}" for name in single)
     if a["quick"]:
         yield "both are quick runs with few samples"
 
@@ -180,28 +152,22 @@ def main(args: argparse.Namespace) -> int:
     """0 = no regression, 1 = at least one; raises SssdError for files that cannot be compared."""
     fail_over = ratio_of(args.fail_over)
     a, b = results.load(args.a), results.load(args.b)
-    found = compare(a, b, fail_over, args.margin)
-    margin = MARGIN_US[a["device"]["type"]] if args.margin is None else args.margin
-    absolute = "1 MiB" if a["kind"].endswith("memory") else f"{margin:g} us"
+    lines = compare(a, b, fail_over, args.margin)
+    margin = _margin(a, args.margin)
+    absolute = size_text(margin) if margin == MARGIN_BYTES else f"{margin:g} us"
     with Console() as console:
-        for text in found.warnings:
+        for text in warnings(a, b):
             console.warn(text)
         rows = [
-            [*line.name, line.a, line.b, _ratio(line.ratio), line.verdict, line.note]
-            for line in found.lines
+            [*n, in_a, in_b, NONE if ratio is None else f"{ratio:.3f}", verdict, note]
+            for n, in_a, in_b, ratio, verdict, note in lines
         ]
         title = f"{a['kind']}, {a['device']['name']}: B against A"
         console.table(title, [*results.KEY, "A", "B", "B / A", "verdict", "note"], rows)
-        for letter, names in (("A", found.only_a), ("B", found.only_b)):
-            for name in names:
-                console.info(f"only in {letter}: {', '.join(name)}")
+        verdicts = [line.verdict for line in lines]
+        worse, fails, better, runs = map(verdicts.count, (WORSE, FAILS, BETTER, RUNS))
         console.info(
-            f"{found.count(WORSE)} of {len(found.lines)} rows regressed, {found.count(FAILS)} fail "
-            f"now, {found.count(BETTER)} better, {found.count(RUNS)} run now "
-            f"(counted: more than {percent(fail_over)} and {absolute})"
+            f"{worse} of {len(lines)} rows regressed, {fails} fail now, {better} better, "
+            f"{runs} run now (counted: more than {percent(fail_over)} and {absolute})"
         )
-    return int(found.failed)
-
-
-def _ratio(ratio: float | None) -> str:
-    return NONE if ratio is None else f"{ratio:.3f}"
+    return int(worse + fails > 0)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.race import (
     PASSES,
@@ -160,26 +161,6 @@ Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Bytes that must be read and written once, and FLOPs of matrix products (2 per multiply-add).
-
-    Of one call; the backward alone, without the forward.
-    """
-
-    forward_bytes: float
-    backward_bytes: float = 0.0
-    forward_flops: float = 0.0
-    backward_flops: float = 0.0
-
-    def of(self, phase: str) -> tuple[float, float]:
-        """(bytes, FLOPs)"""
-        if phase == FORWARD:
-            return self.forward_bytes, self.forward_flops
-        bytes_ = self.forward_bytes + self.backward_bytes
-        return bytes_, self.forward_flops + self.backward_flops
-
-
-@dataclass(frozen=True)
 class Provider:
     """call: the results; the first one is differentiated.
 
@@ -197,20 +178,21 @@ class Provider:
 class Op:
     """make: inputs in fp32. floats: inputs of the measured dtype besides the leaves.
 
-    cost: of a shape, the bytes of a value, and the inputs. absent: provider -> why there is none.
-    tolerance: of the largest value, instead of race.allowed_error. exact: the provider whose fp64
-    results are the reference.
+    moved: the bytes that must be read and written once, of the forward and of the backward alone,
+    from a shape, the bytes of a value, and the inputs. absent: provider -> why there is none.
+    tolerance: of the largest value, instead of race.allowed_error. exact: the eager provider whose
+    fp64 results are the reference, and whose matrix products give the FLOPs.
     """
 
     name: str
     make: Callable[[Shape, torch.device], Inputs]
     leaves: tuple[str, ...]
-    cost: Callable[[Shape, int, Inputs], Cost]
+    moved: Callable[[Shape, int, Inputs], tuple[float, float]]
     providers: dict[str, Provider]
     floats: tuple[str, ...] = ()
     absent: dict[str, str] = field(default_factory=dict)
     tolerance: float | None = None
-    exact: str = "published"
+    exact: str = "tuned"
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -245,14 +227,16 @@ def run_case(bench: Bench, op: Op, s: Shape, dtype: torch.dtype) -> list[Row]:
     try:
         torch.manual_seed(0)
         inputs = cast(op, op.make(s, bench.device), dtype)
-        cost = op.cost(s, dtype.itemsize, inputs)
+        forward, backward = op.moved(s, dtype.itemsize, inputs)
         exact, eager = truth(op, s, inputs)
+        needed = {phase: flops(op, s, inputs, phase) for phase in op.phases}
     except torch.OutOfMemoryError:
         for row in rows.values():
             row.reason = row.reason or "out of memory in the fp64 reference"
         return list(rows.values())
     for (phase, _), row in rows.items():
-        row.bytes, row.flops = cost.of(phase)
+        row.bytes = forward + backward * (phase == BOTH)
+        row.flops = needed[phase]
     allowed = allowed_error(eager, dtype) if op.tolerance is None else op.tolerance
     names = [name for name in op.providers if bench.wants(name)]
     calls = {name: Calls(op, s, inputs, op.providers[name]) for name in names}
@@ -319,6 +303,13 @@ def truth(op: Op, s: Shape, inputs: Inputs) -> tuple[list[Tensor], float]:
     provider = op.providers[op.exact]
     exact = Calls(op, s, cast(op, inputs, torch.float64), provider).results()
     return exact, error_of(Calls(op, s, inputs, provider).results(), exact)
+
+
+def flops(op: Op, s: Shape, inputs: Inputs, phase: str) -> int:
+    """Of matrix products, 2 per multiply-add, as torch counts them in the exact provider."""
+    with FlopCounterMode(display=False) as counter:
+        Calls(op, s, inputs, op.providers[op.exact]).timed[phase]()
+    return int(counter.get_total_flops())
 
 
 def gate(

@@ -1,4 +1,4 @@
-"""Pictures of result files: time relative to ours, roofline, memory, waterfall of a step.
+"""Pictures of result files: time relative to ours, roofline, memory over the batch.
 
 matplotlib is imported when something is drawn. Colours are those of Okabe and Ito, which the common
 kinds of colour blindness can tell apart.
@@ -12,22 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.harness import OURS
+from benchmarks.harness import BOTH, OURS
 from benchmarks.results import slug
-from benchmarks.tables import (
-    LARGEST,
-    WATERFALL,
-    Document,
-    RowDict,
-    device_name,
-    rate_text,
-    significant,
-    wrong_ceilings,
-)
+from benchmarks.tables import Document, RowDict, device_name, rate_text, significant, wrong_ceilings
 from sssd_fast.errors import DependencyError
 
-INK, GREY, LINE = "#1d2733", "#8a939c", "#d5dbe1"
-BLUE, GREEN, RED = "#0072b2", "#009e73", "#d55e00"
+INK, GREY, LINE, BLUE, GREEN = "#1d2733", "#8a939c", "#d5dbe1", "#0072b2", "#009e73"
 COLORS = {
     "published": GREY,
     "tuned": "#e69f00",
@@ -37,24 +27,40 @@ COLORS = {
     "ours lean": GREEN,
     "eager": GREY,
     "ViTMAE": "#e69f00",
+    "eager attention": "#d55e00",
     "plain": "#56b4e9",
+    "ops": "#f0e442",
+    "ours bf16": "#cc79a7",
 }
+OTHERS = "#56b4e9"
 DTYPES = ("bf16", "fp16", "fp32")  # of a GPU, most important first; on a CPU the other way round
-PHASES = ("forward", "forward+backward")
 Group = dict[str, RowDict]  # the rows of one race by provider
+Series = dict[str, list[tuple[int, float]]]  # provider -> (images, MB)
 
 
 @dataclass(frozen=True)
 class Plot:
     file: str
     title: str  # also the alternative text
-    draw: Callable[[], Any]
+    draw: Callable[[Any], None]  # on matplotlib's axes
+    height: float  # inches
 
     def png(self) -> bytes:
         """Equal bytes for equal results and an equal version of matplotlib."""
-        buffer = io.BytesIO()
-        figure = self.draw()
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            hint = 'pip install "sssd-fast[bench]"'
+            raise DependencyError(f"pictures need matplotlib: {hint}") from error
+        # 8 inches wide: letters of 8 points stay readable at 800 pixels
+        figure = Figure(figsize=(8, self.height), dpi=130, layout="constrained")
+        axes = figure.subplots()
+        axes.tick_params(which="both", labelsize=8, colors=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+        self.draw(axes)
         figure.suptitle(self.title, fontsize=10, fontweight="bold", color=INK, x=0.01, ha="left")
+        buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()
 
@@ -63,32 +69,28 @@ def planned(document: Document) -> Iterator[Plot]:
     """The pictures that this file has results for; needs no matplotlib."""
     kind, place = document["kind"], slug(document["device"]["name"])
 
-    def plot(name: str, title: str, draw: Callable[..., Any], *args: Any) -> Plot:
-        return Plot(
-            f"{name}-{place}.png", f"{title}, {device_name(document)}", partial(draw, *args)
-        )
+    def plot(name: str, title: str, height: float, draw: Callable[..., None], *args: Any) -> Plot:
+        title = f"{title}, {device_name(document)}"
+        return Plot(f"{name}-{place}.png", title, partial(draw, *args), height)
 
     if kind in ("ops", "attention"):
         groups = [one for one in representative(document) if one[OURS]["time"]]
         if groups:
-            yield plot(f"time-{kind}", f"{kind}: time relative to ours", draw_bars, groups)
-        points = roofline(document, groups)
-        if points:
-            yield plot(f"roofline-{kind}", f"{kind}: roofline", draw_roofline, document, points)
-    if panels := memory_panels(document):
-        caps = {row["more"].get("cap_gb") for row in document["rows"]} - {None}
-        yield plot("memory", "peak memory over the batch", draw_memory, panels, sorted(caps))
-    for task, rows in waterfalls(document).items():
-        title = f"{task}, {rows[0]['shape']}, {rows[0]['dtype']}: what each change adds"
-        yield plot(f"waterfall-{slug(task)}", title, draw_waterfall, rows)
+            height = 1 + 0.17 * sum(len(group) + 1 for group in groups)
+            yield plot(f"time-{kind}", f"{kind}: time relative to ours", height, draw_bars, groups)
+        if points := roofline(document, groups):
+            yield plot(
+                f"roofline-{kind}", f"{kind}: roofline", 4.6, draw_roofline, document, points
+            )
+    for name, lines in memory_lines(document).items():
+        yield plot(f"memory-{slug(name)}", f"{name}: peak memory", 4, draw_memory, lines)
 
 
 def groups(document: Document, names: Sequence[str]) -> dict[tuple[str, ...], Group]:
-    """The rows that agree in `names`, by provider, without those that are shown separately."""
+    """The rows that agree in `names`, by provider."""
     found: dict[tuple[str, ...], Group] = {}
     for row in document["rows"]:
-        if not row["case"].startswith((WATERFALL, LARGEST)):
-            found.setdefault(tuple(row[n] for n in names), {})[row["provider"]] = row
+        found.setdefault(tuple(row[n] for n in names), {})[row["provider"]] = row
     return found
 
 
@@ -103,7 +105,7 @@ def representative(document: Document) -> list[Group]:
         site = row["shape"].partition(" [")[0] if document["kind"] == "attention" else row["case"]
         rank = (
             any(one["time"] for one in group.values()),
-            PHASES.index(row["phase"]) if row["phase"] in PHASES else -1,
+            row["phase"] == BOTH,
             -dtypes.index(row["dtype"]),
             row["shape"].startswith("ViT-B,") and "CT" not in row["shape"],
             row["sizes"].get("batch", 0),
@@ -115,55 +117,36 @@ def representative(document: Document) -> list[Group]:
 
 def fastest_other(group: Group) -> str | None:
     """The fastest provider that is not ours."""
-    medians = {
-        name: row["time"]["median_us"]
-        for name, row in group.items()
-        if row["time"] and not name.startswith(OURS)
-    }
-    return min(medians, key=lambda name: medians[name]) if medians else None
-
-
-def new_figure(height: float, columns: int = 1) -> tuple[Any, Any]:
-    """8 inches wide: letters of 8 points stay readable at 800 pixels."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError('pictures need matplotlib: pip install "sssd-fast[bench]"') from error
-    figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
-    axes = figure.subplots(1, columns)
-    for one in figure.axes:
-        one.tick_params(which="both", labelsize=8, colors=INK)
-        one.spines[["top", "right"]].set_visible(False)
-        one.set_axisbelow(True)
-    return figure, axes
+    others = {n: row["time"] for n, row in group.items() if not n.startswith(OURS) and row["time"]}
+    return min(others, key=lambda name: others[name]["median_us"], default=None)
 
 
 # ---- time relative to ours ----
 
 
-def draw_bars(groups: Sequence[Group]) -> Any:
-    figure, axes = new_figure(1 + 0.17 * sum(len(group) + 1 for group in groups))
+def draw_bars(groups: Sequence[Group], axes: Any) -> None:
     y, ticks, largest = 0.0, list[tuple[float, str]](), 1.5
+
+    def write(text: str, x: float) -> None:
+        axes.annotate(text, (x, y), (4, -3), textcoords="offset points", fontsize=7)
+
     for group in groups:
-        row = group[OURS]
+        ours = group[OURS]
         y += 1.5
-        head = f"{row['case']}, {row['shape']}, {row['dtype']}, {row['phase']}"
+        head = f"{ours['case']}, {ours['shape']}, {ours['dtype']}, {ours['phase']}"
         ticks.append((y, head))
-        for name in (name for name in group if name != OURS):
+        for name, row in group.items():
+            if name == OURS:
+                continue
             y += 1
             ticks.append((y, name))
-            time, ours = group[name]["time"], row["time"]["median_us"]
-            if not time:
-                reason = str(group[name]["reason"])[:60]
-                axes.annotate(reason, (1, y), (4, -3), textcoords="offset points", fontsize=7)
+            if not row["time"]:
+                write(str(row["reason"])[:60], 1)
                 continue
-            ratio = time["median_us"] / ours
+            ratio = row["time"]["median_us"] / ours["time"]["median_us"]
             largest = max(largest, ratio)
-            axes.barh(y, ratio - 1, 0.8, 1, color=COLORS.get(name, "#56b4e9"))
-            label = f"{significant(ratio)}×"
-            axes.annotate(
-                label, (max(ratio, 1), y), (4, -3), textcoords="offset points", fontsize=7
-            )
+            axes.barh(y, ratio - 1, 0.8, 1, color=COLORS.get(name, OTHERS))
+            write(f"{significant(ratio)}×", max(ratio, 1))
     axes.axvline(1, color=BLUE, lw=1.4)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}×")
@@ -172,10 +155,7 @@ def draw_bars(groups: Sequence[Group]) -> Any:
     axes.set_ylim(y + 1, 0.5)
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(
-        "time / time of ours (blue line); left of it the provider is faster", fontsize=8
-    )
-    return figure
+    axes.set_xlabel("time / time of ours (blue line); left of it the provider is faster", size=8)
 
 
 # ---- roofline ----
@@ -210,14 +190,12 @@ def roofline(document: Document, groups: Sequence[Group]) -> list[Point]:
     return found
 
 
-def draw_roofline(document: Document, points: Sequence[Point]) -> Any:
-    figure, axes = new_figure(4.6)
+def draw_roofline(document: Document, points: Sequence[Point], axes: Any) -> None:
     copy = document["ceilings"]["copy_bytes_per_s"]
-    products = document["ceilings"]["matmul_flops_per_s"]
     low = min(point.intensity for point in points) / 2
     high = max(point.intensity for point in points) * 4
     for dtype in sorted({point.dtype for point in points}):
-        flops = products[dtype]
+        flops = document["ceilings"]["matmul_flops_per_s"][dtype]
         label = f"copy {rate_text(copy, 'B/s')}, {dtype} product {rate_text(flops, 'FLOP/s')}"
         edge = flops / copy
         ends = [min(low, edge / 4), edge, max(high, edge * 4)]
@@ -230,96 +208,43 @@ def draw_roofline(document: Document, points: Sequence[Point]) -> Any:
             style = {"color": GREY, "mfc": "white", "marker": "o"}
         axes.plot(point.intensity, point.rate, ls="", ms=6, **style)
     axes.plot([], [], "o", color=GREY, mfc="white", label="fastest other provider")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log")
     axes.xaxis.set_minor_formatter("")
     axes.yaxis.set_minor_formatter("")
+    _finish(axes, "FLOP per byte that the operation needs", "FLOP/s")
+
+
+def _finish(axes: Any, x: str, y: str) -> None:
     axes.grid(color=LINE, lw=0.5)
-    axes.set_xlabel("FLOP per byte that the operation needs", fontsize=8)
-    axes.set_ylabel("FLOP/s", fontsize=8)
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel(y, fontsize=8)
     axes.legend(fontsize=7, frameon=False)
-    return figure
 
 
 # ---- memory over the batch ----
 
-Series = dict[str, list[tuple[int, float]]]  # provider -> (images, MB)
 
-
-def memory_panels(document: Document) -> dict[str, Series]:
+def memory_lines(document: Document) -> dict[str, Series]:
     """By task, model and dtype; a line needs two batches."""
     found: dict[str, Series] = {}
     for row in document["rows"] if document["kind"] == "memory" else []:
-        if row["peak_bytes"] and row["phase"] == "memory":
+        if row["peak_bytes"]:
             batch = row["more"]["batch"]
             model = row["shape"].partition(f", {batch} images")[0]
-            panel = found.setdefault(f"{row['case']}, {model}, {row['dtype']}", {})
-            panel.setdefault(row["provider"], []).append((batch, row["peak_bytes"] / 1e6))
-    lines = {
-        name: {provider: line for provider, line in panel.items() if len(line) > 1}
-        for name, panel in found.items()
+            series = found.setdefault(f"{row['case']}, {model}, {row['dtype']}", {})
+            series.setdefault(row["provider"], []).append((batch, row["peak_bytes"] / 1e6))
+    return {
+        name: lines
+        for name, series in found.items()
+        if (lines := {provider: line for provider, line in series.items() if len(line) > 1})
     }
-    return {name: panel for name, panel in lines.items() if panel}
 
 
-def draw_memory(panels: dict[str, Series], caps: Sequence[float]) -> Any:
-    figure, _ = new_figure(4, len(panels))
-    for axes, (name, panel) in zip(figure.axes, panels.items(), strict=True):
-        for provider, line in panel.items():
-            color = COLORS.get(provider.removesuffix(" compiled"), GREY)
-            style = "--" if provider.endswith("compiled") else "-"
-            x, y = zip(*sorted(line), strict=True)
-            axes.plot(x, y, style, color=color, marker="o", ms=3.5, label=provider)
-        top = axes.get_ylim()[1]
-        for cap in (cap for cap in caps if cap * 1e3 < top):
-            axes.axhline(cap * 1e3, color=INK, lw=0.9, ls=":")
-        axes.set_ylim(0, top)
-        axes.set_title(name, fontsize=9, color=INK, loc="left")
-        axes.set_xlabel("images per batch", fontsize=8)
-        axes.set_ylabel("peak, MB", fontsize=8)
-        axes.grid(color=LINE, lw=0.5)
-        axes.legend(fontsize=7, frameon=False)
-    return figure
-
-
-# ---- what each change adds ----
-
-
-def waterfalls(document: Document) -> dict[str, list[RowDict]]:
-    """By task, at the largest batch, in order; only with a first and another result."""
-    found: dict[tuple[str, str, str], list[RowDict]] = {}
-    for row in document["rows"]:
-        if row["case"].startswith(WATERFALL):
-            found.setdefault((row["case"], row["shape"], row["dtype"]), []).append(row)
-    best: dict[str, list[RowDict]] = {}
-    for (case, _, _), rows in found.items():
-        rows = sorted(rows, key=lambda row: row["more"]["order"])
-        task = case.removeprefix(WATERFALL)
-        timed = [row for row in rows if row["time"]]
-        larger = task not in best or rows[0]["more"]["batch"] > best[task][0]["more"]["batch"]
-        if rows[0]["time"] and len(timed) > 1 and larger:
-            best[task] = rows
-    return best
-
-
-def draw_waterfall(rows: Sequence[RowDict]) -> Any:
-    figure, axes = new_figure(0.9 + 0.32 * len(rows))
-    before = 0.0
-    for place, row in enumerate(rows):
-        if not row["time"]:
-            axes.text(0, place, f" {str(row['reason'])[:60]}", fontsize=7.5, va="center")
-            continue
-        rate = row["more"]["images_per_s"]
-        color = GREY if place == 0 else GREEN if rate >= before else RED
-        change = f"  {rate / before - 1:+.0%}" if before else ""
-        axes.barh(place, rate - before, 0.62, before, color=color)
-        text = f" {significant(rate)}{change}"
-        axes.text(max(rate, before), place, text, fontsize=8, va="center")
-        before = rate
-    axes.set_yticks(range(len(rows)), [row["provider"] for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.margins(x=0.18)
-    axes.set_xlim(left=0)
-    axes.grid(axis="x", color=LINE, lw=0.5)
-    axes.set_xlabel("images/s", fontsize=8)
-    return figure
+def draw_memory(lines: Series, axes: Any) -> None:
+    for provider, line in lines.items():
+        color = COLORS.get(provider.removesuffix(" compiled"), OTHERS)
+        style = "--" if provider.endswith("compiled") else "-"
+        x, y = zip(*sorted(line), strict=True)
+        axes.plot(x, y, style, color=color, marker="o", ms=3.5, label=provider)
+    axes.set_ylim(bottom=0)
+    _finish(axes, "images per batch", "peak, MB")

@@ -25,55 +25,22 @@ from benchmarks import eager
 from benchmarks.shapes import Shape
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.scale = (width // heads) ** -0.5
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        qkv_BN3Hd = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
-        q_BHNd, k_BHNd, v_BHNd = qkv_BN3Hd.permute(2, 0, 3, 1, 4)
-        scores_BHNN = (q_BHNd @ k_BHNd.transpose(-2, -1)) * self.scale
-        out_BNHd = (scores_BHNN.softmax(dim=-1) @ v_BHNd).transpose(1, 2)
-        out_BND: Tensor = self.proj(out_BNHd.reshape(x_BND.shape))
-        return out_BND
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
-
-
 class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float) -> None:
         super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width)})
+        self.attn["proj"] = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.attn(self.norm1(x_BND))
-        return x_BND + self.mlp(self.norm2(x_BND))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, s: Shape) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(s.channels, s.width, kernel_size=s.patch, stride=s.patch)
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """[B, L, D]: all patches."""
-        out: Tensor = self.proj(images_BCHW).flatten(2).transpose(1, 2)
+        qkv_BN3Hd = self.attn["qkv"](self.norm1(x_BND)).unflatten(-1, (3, self.heads, -1))
+        x_BND = x_BND + self.attn["proj"](eager.attention(qkv_BN3Hd).flatten(2))
+        hidden_BNF = F.gelu(self.mlp["fc1"](self.norm2(x_BND)))
+        out: Tensor = x_BND + self.mlp["fc2"](hidden_BNF)
         return out
 
 
@@ -102,7 +69,8 @@ class MaskedAutoencoderViT(nn.Module):
         D = s.width
         E = s.decoder
         tokens = 1 + s.patches
-        self.patch_embed = PatchEmbed(s)
+        conv = nn.Conv2d(s.channels, D, kernel_size=s.patch, stride=s.patch)
+        self.patch_embed = nn.ModuleDict({"proj": conv})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, D), requires_grad=False)
         self.blocks = nn.ModuleList(Block(D, s.heads, mlp_ratio, eps) for _ in range(depth))
@@ -117,7 +85,8 @@ class MaskedAutoencoderViT(nn.Module):
         self.decoder_pred = nn.Linear(E, s.values)
 
     def encode(self, images_BCHW: Tensor, noise_BL: Tensor) -> Encoded:
-        x_BLD = self.patch_embed(images_BCHW) + self.pos_embed[:, 1:]
+        x_BDL = self.patch_embed["proj"](images_BCHW).flatten(2)
+        x_BLD = x_BDL.transpose(1, 2) + self.pos_embed[:, 1:]
         keep_BK, restore_BL, _, mask_BL = eager.published_masking(noise_BL, self.shape)
         x_BKD = x_BLD.gather(1, keep_BK[..., None].repeat(1, 1, x_BLD.shape[-1]))
         cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(x_BLD.shape[0], -1, -1)
@@ -161,15 +130,16 @@ class Head(nn.Module):
 
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int) -> None:
         super().__init__()
-        layers = (nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU())
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
-        self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.fc3 = nn.Linear(hidden, bottleneck)
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
 
     def forward(self, x_BKD: Tensor) -> Tensor:
         """[B, K, S] logits."""
-        f_BKF = F.normalize(self.mlp(x_BKD), dim=-1, p=2)
-        unit_SF = self.last_layer.weight / self.last_layer.weight.norm(dim=1, keepdim=True)
-        return F.linear(f_BKF, unit_SF)
+        f_BKF = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x_BKD)))))
+        unit_SF = self.prototypes / self.prototypes.norm(dim=1, keepdim=True)
+        return F.linear(F.normalize(f_BKF, dim=-1, p=2), unit_SF)
 
 
 class SDMAE(nn.Module):

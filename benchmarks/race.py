@@ -95,10 +95,10 @@ def _kib(path: Path) -> int:
 
 def first_call(call: Call, device: torch.device) -> float:
     """Seconds of the first call, including compilation and allocation."""
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     call()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
@@ -130,7 +130,7 @@ def warm_up(call: Call, device: torch.device) -> None:
     start, calls = time.perf_counter(), 0
     while calls < WARM_UP_CALLS or time.perf_counter() - start < WARM_UP_S:
         call()
-        _wait(device)
+        wait(device)
         calls += 1
 
 
@@ -162,7 +162,7 @@ def _round(
     return [(name, begin.elapsed_time(end) / 1000, host) for name, begin, end, host in moments]
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

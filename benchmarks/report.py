@@ -1,7 +1,7 @@
 """`bench report`: docs/benchmarks.md and its pictures from the files in benchmarks/results.
 
 Of each kind and device the newest file is used, quick runs never. `--check` writes nothing and
-lists the pages that differ from what the files give; pictures are not compared, since their bytes
+fails if the page differs from what the files give; pictures are not compared, since their bytes
 depend on the version of matplotlib.
 """
 
@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import plots, results
 from benchmarks.harness import BOTH, FORWARD, OURS
-from benchmarks.results import is_stale, slug
+from benchmarks.results import is_stale
 from benchmarks.tables import (
     STALE,
     Document,
@@ -31,15 +30,14 @@ from sssd_fast.run.log import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FOLDER = "docs/benchmarks.md", "docs/benchmarks"
-LONG = "ops"  # hundreds of rows: a page of its own per device
 SECTIONS = {
-    "ops": "Ops",
-    "attention": "Attention",
-    "step": "Training step",
-    "memory": "Training memory",
-    "loader": "Loading",
+    "Ops": ("ops",),
+    "Attention": ("attention",),
+    "Training step": ("step",),
+    "Training memory": ("memory",),
+    "Loading": ("loader-speed", "loader-parity", "loader-memory"),
 }
-KINDS = ("ops", "attention", "step", "memory", "loader-speed", "loader-parity", "loader-memory")
+KINDS = [kind for kinds in SECTIONS.values() for kind in kinds]
 NOT_SHOWN = {"ops": ("how",), "attention": ("how",), "memory": ("how",)}  # columns, by kind
 # providers that the overview compares ours with; None = the fastest other provider
 OVERVIEW: dict[str, Sequence[str | None]] = {
@@ -50,14 +48,11 @@ OVERVIEW: dict[str, Sequence[str | None]] = {
 }
 
 
-@dataclass(frozen=True)
-class Found:
-    documents: list[Document]  # the newest of each kind and device, GPUs first
-    warnings: list[str]
+def find(folder: Path) -> tuple[list[Document], list[str]]:
+    """The newest document of each kind and device, GPUs first, and warnings.
 
-
-def find(folder: Path) -> Found:
-    """Raises SssdError for a file that is not a result of this version."""
+    Raises SssdError for a file that is not a result of this version.
+    """
     newest, warnings = dict[tuple[str, str], Document](), list[str]()
     loaded = [{**results.load(path), "file": path.name} for path in sorted(folder.glob("*.json"))]
     for document in sorted(loaded, key=lambda one: str(one["started"])):
@@ -71,10 +66,10 @@ def find(folder: Path) -> Found:
         if not document["finished"]:
             warnings.append(f"{document['file']} is unfinished; the page says so")
     order = sorted(newest.values(), key=lambda one: KINDS.index(one["kind"]))
-    return Found(sorted(order, key=lambda one: one["device"]["type"] != "cuda"), warnings)
+    return sorted(order, key=lambda one: one["device"]["type"] != "cuda"), warnings
 
 
-# ---- pages ----
+# ---- the page ----
 
 INTRODUCTION = f"""\
 # Benchmarks
@@ -103,64 +98,39 @@ write one file each to `benchmarks/results`, rewritten after every row.
 `sssd-fast bench report` writes this page."""
 
 
-def pages(documents: Sequence[Document]) -> dict[str, str]:
-    """Text by path from the root of the repository."""
-    found = {PAGE: page(documents)}
-    for document in documents:
-        if document["kind"] == LONG:
-            title = f"# {SECTIONS[LONG]}, all rows: {device_name(document)}"
-            columns = "[What the columns mean](../benchmarks.md)."
-            found[long_path(document)] = "\n\n".join([title, columns, *body(document)]) + "\n"
-    return found
-
-
-def long_path(document: Document) -> str:
-    return f"{FOLDER}/{document['kind']}-{slug(document['device']['name'])}.md"
-
-
 def page(documents: Sequence[Document]) -> str:
     blocks = [INTRODUCTION, "## Overview", *overview(documents)]
-    for section, title in SECTIONS.items():
-        mine = [one for one in documents if one["kind"].partition("-")[0] == section]
-        blocks += [f"## {title}", *not_measured(mine)]
+    for title, kinds in SECTIONS.items():
+        mine = [one for one in documents if one["kind"] in kinds]
+        have = {document["device"]["type"] for document in mine}
+        missing = [n for t, n in (("cuda", "NVIDIA GPU"), ("cpu", "CPU")) if t not in have]
+        blocks += [f"## {title}", *(f"{name}: not measured." for name in missing)]
         for document in mine:
-            rest = document["kind"].partition("-")[2]
-            blocks.append(f"### {device_name(document)}{': ' * bool(rest)}{rest}")
-            pictures = plots.planned(document)
-            blocks += [f"![{plot.title}](benchmarks/{plot.file})" for plot in pictures]
-            if section == LONG:
-                name = Path(long_path(document)).name
-                link = f"[All {len(document['rows'])} rows](benchmarks/{name})."
-                blocks += [caption(document), summary_table(document), link]
-            else:
-                blocks += body(document)
+            blocks += section(document)
     return "\n\n".join([*blocks, AGAIN]) + "\n"
 
 
-def body(document: Document) -> list[str]:
-    """Caption, ceilings and all rows."""
-    blocks = [caption(document)]
-    if document["kind"] in ("ops", "attention", "step") and document["ceilings"]:
+def section(document: Document) -> list[str]:
+    """Pictures, caption, ceilings and rows; of the ops those of one shape, since all are many."""
+    kind = document["kind"]
+    rest = kind.partition("-")[2]
+    blocks = [f"### {device_name(document)}{': ' * bool(rest)}{rest}"]
+    blocks += [f"![{plot.title}](benchmarks/{plot.file})" for plot in plots.planned(document)]
+    blocks.append(caption(document))
+    if kind in ("ops", "attention", "step") and document["ceilings"]:
         blocks.append(ceiling_text(document))
-    for table in tables(document, skip=NOT_SHOWN.get(document["kind"], ())):
+    rows = document["rows"]
+    if kind == "ops":
+        chosen = [group[OURS] for group in plots.representative(document)]
+        shown = {(row["case"], row["shape"], row["dtype"]) for row in chosen}
+        rows = [row for row in rows if (row["case"], row["shape"], row["dtype"]) in shown]
+        blocks.append(f"{len(rows)} of the {len(document['rows'])} rows; the file has all shapes.")
+    for table in tables(document, skip=NOT_SHOWN.get(kind, ()), rows=rows):
         blocks += [f"#### {table.title}", markdown(table.columns, table.cells)]
         if table.doubts:
             lines = "\n".join(f"- {text}" for text in table.doubts)
             blocks.append(f"The verdicts of these races are doubtful:\n\n{lines}")
     return blocks
-
-
-def summary_table(document: Document) -> str:
-    """One line per op: ours against the fastest other provider."""
-    lines = []
-    for group in plots.representative(document):
-        ours, other = group[OURS], plots.fastest_other(group)
-        versus = group[other]["versus"] if other else None
-        cells = [f"`{ours['case']}`", f"{ours['shape']}, {ours['dtype']}", ours["phase"]]
-        cells += [str(other), "-" if versus is None else significant(versus["ratio"])]
-        lines.append([*cells, "-" if versus is None else f"{other}: {versus['verdict']}"])
-    columns = ["op", "shape", "pass", "fastest other provider", "its time / ours", "verdict"]
-    return markdown(columns, lines)
 
 
 def caption(document: Document) -> str:
@@ -189,13 +159,6 @@ def caption(document: Document) -> str:
     if any(is_stale(document, row) for row in document["rows"]):
         texts.append(f"{STALE} measured before the sources changed.")
     return " ".join(texts)
-
-
-def not_measured(documents: Sequence[Document]) -> list[str]:
-    """A line for each type of device without a file."""
-    have = {document["device"]["type"] for document in documents}
-    names = {"cuda": "NVIDIA GPU", "cpu": "CPU"}
-    return [f"{name}: not measured." for kind, name in names.items() if kind not in have]
 
 
 def overview(documents: Sequence[Document]) -> list[str]:
@@ -245,44 +208,33 @@ def _overview_line(document: Document, other: str | None) -> list[list[str]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    check = "write nothing; exit with 1 if a page is out of date"
-    parser.add_argument("--check", action="store_true", help=check)
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=results.FOLDER,
-        metavar="DIR",
-        help="instead of benchmarks/results",
-    )
+    add = parser.add_argument
+    add("--check", action="store_true", help="write nothing; exit with 1 if the page is outdated")
+    help_ = "instead of benchmarks/results"
+    add("--results", type=Path, default=results.FOLDER, metavar="DIR", help=help_)
 
 
 def main(args: argparse.Namespace, root: Path = ROOT) -> int:
-    folder = Path(args.results)
+    folder, target = Path(args.results), root / PAGE
     if not folder.is_dir():
         raise SssdError(f"--results {folder}: not a folder; give one with result files")
     with Console() as console:
-        found = find(folder)
-        written = pages(found.documents)
-        for text in found.warnings:
-            console.warn(text)
+        documents, warnings = find(folder)
+        text = page(documents)
+        for warning in warnings:
+            console.warn(warning)
         if args.check:
-            stale = [name for name, text in written.items() if _read(root / name) != text]
-            for name in stale:
-                console.error(f"{name} is out of date; run `sssd-fast bench report`")
-            return int(bool(stale))
-        drawn = [plot for document in found.documents for plot in plots.planned(document)]
-        for name, text in written.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(root / name, text)
+            if target.is_file() and target.read_text(encoding="utf-8") == text:
+                return 0
+            console.error(f"{PAGE} is out of date; run `sssd-fast bench report`")
+            return 1
+        drawn = [plot for document in documents for plot in plots.planned(document)]
+        (root / FOLDER).mkdir(parents=True, exist_ok=True)
+        atomic_write_text(target, text)
         for plot in drawn:
             atomic_write_bytes(root / FOLDER / plot.file, plot.png())
-        console.info(f"wrote {', '.join(written)} and {len(drawn)} pictures")
-        current = {Path(name).name for name in written} | {plot.file for plot in drawn}
+        console.info(f"wrote {PAGE} and {len(drawn)} pictures")
         for path in sorted((root / FOLDER).glob("*.*")):
-            if path.name not in current:
+            if path.name not in {plot.file for plot in drawn}:
                 console.warn(f"{FOLDER}/{path.name} is not part of the report any more; delete it")
     return 0
-
-
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -118,7 +118,6 @@ class Results:
         """path: of the file; None = a new name in `folder`. ceilings: None = measure them."""
         self.device = device
         self.rows = list[dict[str, Any]]()
-        self._drafts = list[dict[str, Any]]()
         self._started = time.perf_counter()
         now = datetime.datetime.now(datetime.timezone.utc)
         self.head: dict[str, Any] = {
@@ -142,18 +141,12 @@ class Results:
 
     def add(self, *rows: Row) -> None:
         self.rows += [asdict(row) for row in rows]
-        self._drafts = []
-        self.save()
-
-    def draft(self, rows: Iterable[Row]) -> None:
-        """Preliminary rows, which the next `add` replaces."""
-        self._drafts = [asdict(row) for row in rows]
         self.save()
 
     def save(self) -> None:
         self.head["seconds"] = round(time.perf_counter() - self._started, 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(self.path, dumps({**self.head, "rows": [*self.rows, *self._drafts]}))
+        atomic_write_text(self.path, dumps({**self.head, "rows": self.rows}))
 
     def __enter__(self) -> Results:
         self.save()

@@ -1,4 +1,4 @@
-"""The sizes at which ops are measured: ViT-S, B and L of masked autoencoders, and odd sizes.
+"""The sizes at which ops are measured: ViT-S, B and L of masked autoencoders, and their sequences.
 
 D encoder width, E decoder width, L patches, K visible, M masked, V = P*P*C values of a patch, S
 prototypes.
@@ -6,7 +6,8 @@ prototypes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,10 +27,17 @@ class Shape:
     channels: int = 3
     mask_ratio: float = 0.75
     logits: int = 4096
+    tokens: int = 0  # of attention, whose shape is known by its tokens and heads
 
     @property
     def name(self) -> str:
+        if self.tokens:
+            return f"{self.model} [{self.batch}, {self.tokens}, {self.heads}x{self.head_width}]"
         return f"{self.model}, {self.batch} images"
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
 
     @property
     def patches(self) -> int:
@@ -50,49 +58,64 @@ class Shape:
     def at(self, batch: int) -> Shape:
         return replace(self, batch=batch)
 
-    def sizes(self) -> dict[str, int | float | list[int]]:
+    def sizes(self) -> dict[str, Any]:
         """As written to a result file."""
+        if self.tokens:
+            names: tuple[str, ...] = ("batch", "tokens", "heads", "head_width")
+            return {name: getattr(self, name) for name in names}
         names = ("batch", "width", "heads", "decoder", "patch", "channels", "mask_ratio", "logits")
         return {**{name: getattr(self, name) for name in names}, "image": list(self.image)}
 
 
-ODD_SIZES: dict[str, Any] = {
-    "image": (154, 238),
-    "patch": 14,
-    "channels": 1,
-    "mask_ratio": 0.6,
-    "logits": 1000,
-}
-# The usual model, the large one, the one for small data sets (decoder of SD-MAE), one-channel CT,
-# and sizes that are not multiples of 8 (patch 14, 11 x 17 patches, heads of 40 and 8 values).
+# The usual model, the large one, the one for small data sets (decoder of SD-MAE), one-channel CT.
 MODELS = {
     "ViT-B": Shape("ViT-B", 1, 768, 12),
-    "ViT-L": Shape("ViT-L", 1, 1024, 16),
     "ViT-S": Shape("ViT-S", 1, 384, 6, 192, 3),
+    "ViT-L": Shape("ViT-L", 1, 1024, 16),
     "ViT-B, CT": Shape("ViT-B, CT", 1, 768, 12, channels=1),
-    "odd": Shape("odd", 1, 200, 5, 104, 13, **ODD_SIZES),
 }
-ODD_BATCH = {8: 5, 64: 61, 256: 251, 1024: 1021}
+
+
+def sequence(model: str, block: str) -> Shape:
+    """block: "encoder" (visible tokens), "decoder" or "classifier" (all tokens, encoder width)."""
+    s = MODELS[model]
+    width, heads = (s.decoder, s.decoder_heads) if block == "decoder" else (s.width, s.heads)
+    tokens = 1 + (s.keep if block == "encoder" else s.patches)
+    return Shape(f"{model} {block}", 1, width, heads, tokens=tokens)
+
+
+SEQUENCES = {
+    f"{model} {block}": sequence(model, block)
+    for model, block in (
+        ("ViT-B", "encoder"),
+        ("ViT-B", "decoder"),
+        ("ViT-S", "encoder"),
+        ("ViT-S", "decoder"),
+        ("ViT-L", "encoder"),
+        ("ViT-B", "classifier"),
+    )
+}
 BATCHES = {"cuda": (256, 64, 1024, 8), "cpu": (8,)}  # most important first
-CPU_MODELS = ("ViT-B", "ViT-S", "odd")
 QUICK = {"cuda": 64, "cpu": 2}
 
 
-def shapes(
-    device: torch.device,
-    *,
-    models: Sequence[str] | None = None,
-    batches: Sequence[int] | None = None,
-    quick: bool = False,
+def add_arguments(parser: argparse.ArgumentParser, known: Mapping[str, Shape]) -> None:
+    add = parser.add_argument
+    text = f"of: {', '.join(known)}"
+    add("--shape", nargs="+", choices=list(known), metavar="SHAPE", help=text)
+    add("--batch", nargs="+", type=int, metavar="N", help="images")
+
+
+def chosen(
+    known: Mapping[str, Shape], args: argparse.Namespace, device: torch.device
 ) -> list[Shape]:
-    """In the order in which they are measured."""
-    if quick:
-        chosen, batches = models or ["ViT-B", "odd"], batches or [QUICK[device.type]]
-    else:
-        usual = list(MODELS) if device.type == "cuda" else CPU_MODELS
-        chosen, batches = models or usual, batches or BATCHES[device.type]
-    return [
-        MODELS[model].at(ODD_BATCH.get(b, b) if model == "odd" else b)
-        for b in batches
-        for model in chosen
-    ]
+    """In the order in which they are measured; on a CPU usually the first two models."""
+    usual = list(known)
+    if device.type == "cpu":
+        usual = [
+            name for name in known if known[name].model.partition(" ")[0] in ("ViT-B", "ViT-S")
+        ]
+    if args.quick:
+        usual = usual[:1]
+    batches = args.batch or ([QUICK[device.type]] if args.quick else BATCHES[device.type])
+    return [known[name].at(batch) for batch in batches for name in args.shape or usual]

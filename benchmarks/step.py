@@ -1,4 +1,4 @@
-"""`bench step`: the whole training step of every provider, and a waterfall: one change at a time.
+"""`bench step`: the whole training step of every provider.
 
 A provider is timed only if its losses over the first steps (with its own backward and updates)
 agree with those of the plain model in a wider dtype, from equal weights on an equal batch with
@@ -8,9 +8,7 @@ and mb_per_image, the peak of a step beyond parameters, moments and batch; the f
 loss; what was selected and why ("how").
 
 Providers alternate sample by sample if all of them fit into the memory together; otherwise each is
-rebuilt for each pass, one after another ("raced" in the row says which). The waterfall repeats
-these measurements under the name of what was added; a stage that this device cannot run has its
-reason.
+rebuilt for each pass, one after another ("raced" in the row says which).
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from torch import Tensor
 
 from benchmarks import step_models
 from benchmarks.harness import Bench, attempt, forget, set_times, time_rows
-from benchmarks.race import Load, Samples, first_call, peak_bytes, race, summary
+from benchmarks.race import Load, Samples, first_call, peak_bytes, race
 from benchmarks.results import DTYPES, NAMES, Row, sources_hash
-from benchmarks.step_models import TASKS, Data, LoopStep, OwnStep, Setup
+from benchmarks.step_models import TASKS, Data, Setup, Training
 
 # Largest relative difference of a loss from the reference: fp32 against fp64, bf16 and fp16 against
 # fp32. On the CPU with cpu_smoke the losses differ by at most 4e-7, 1.1e-3 and 4e-5. Setting one
@@ -42,41 +40,29 @@ GATE_STEPS = {torch.float32: 3, torch.bfloat16: 3, torch.float16: 1}
 STEPS, QUICK_STEPS = 20, 5
 QUICK = ("published", "plain", "plain compiled", "ours")
 FIRST = ("ours", "published", "plain compiled", "ViTMAE")  # the time may be up before the others
-ALONE = 5  # samples directly after the check, kept in the file until the race is over
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add("--steps", type=int, metavar="N", help=f"compare the losses of N steps (default {STEPS})")
-    add("--no-waterfall", action="store_true", help="skip the gains one by one")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Shared with `bench memory`."""
     models = "tiny, small, base, large, or a shipped configuration"
     add = parser.add_argument
     add("--model", help=f"{models} (default: base on CUDA, else cpu_smoke)")
-    add("--batch", type=int, nargs="+", metavar="N", help="images; memory needs two or more sizes")
+    add("--batch", type=int, nargs="+", metavar="N", help="images")
     add("--task", choices=TASKS, help="default: both")
 
 
 def run(args: argparse.Namespace, bench: Bench) -> None:
-    falls = not (args.no_waterfall or bench.quick or bench.only)
-    usual = QUICK_STEPS if bench.quick else STEPS
-    for setup, dtypes in setups(args, bench):
-        config = setup.config.pretrain.batch_size
-        batches = args.batch or [256 if bench.device.type == "cuda" else config]
-        for dtype in dtypes:
-            steps = max(args.steps or usual, GATE_STEPS[dtype])
-            for batch in batches[:1] if bench.quick else batches:
-                at = replace(setup, dtype=dtype, batch=batch)
-                if not bench.time_is_up(f"{at.task}, {at.shape}, {NAMES[dtype]}"):
-                    measure(bench, at, steps, waterfall=falls and batch == max(batches))
+    for setup in setups(args, bench):
+        usual = 256 if bench.device.type == "cuda" else setup.config.pretrain.batch_size
+        batches = args.batch or [usual]
+        for batch in batches[:1] if bench.quick else batches:
+            at = replace(setup, batch=batch)
+            if not bench.time_is_up(f"{at.task}, {at.shape}, {NAMES[at.dtype]}"):
+                Contest(bench, at).run()
 
 
-def setups(args: argparse.Namespace, bench: Bench) -> list[tuple[Setup, list[torch.dtype]]]:
-    """One per task, and the dtypes to measure; empty without the packages of the trainer."""
+def setups(args: argparse.Namespace, bench: Bench) -> list[Setup]:
+    """One per task and dtype; empty without the packages of the trainer."""
     problem = step_models.missing("ours", bench.device)
     if problem:  # the weights of all providers come from our model
         bench.results.head["missing"] |= dict.fromkeys(step_models.PROVIDERS["MAE"], problem)
@@ -85,14 +71,11 @@ def setups(args: argparse.Namespace, bench: Bench) -> list[tuple[Setup, list[tor
     from sssd_fast.run.device import pick_precision
 
     dtypes = args.dtypes or [DTYPES[pick_precision("auto", bench.device)]]
-    found = []
     config = step_models.configuration(args.model, bench.device)
     tree = to_dict(config)
     bench.results.head["settings"] |= {n: tree[n] for n in ("model", "objective", "step")}
-    for task in [args.task] if args.task else TASKS:
-        own = step_models.for_task(config, task)
-        found.append((Setup(own, task, bench.device, dtypes[0], 1), dtypes))
-    return found
+    tasks = {t: step_models.for_task(config, t) for t in TASKS if args.task in (None, t)}
+    return [Setup(c, t, bench.device, dtype, 1) for t, c in tasks.items() for dtype in dtypes]
 
 
 def providers(bench: Bench, task: str) -> list[str]:
@@ -107,117 +90,90 @@ def providers(bench: Bench, task: str) -> list[str]:
     return sorted(available, key=lambda n: FIRST.index(n) if n in FIRST else len(FIRST))
 
 
-def measure(bench: Bench, setup: Setup, steps: int, *, waterfall: bool = False) -> None:
-    """Adds the rows of one task, dtype and batch."""
-    names = providers(bench, setup.task)
-    falls = dict(step_models.WATERFALL) if waterfall else {}
-    if step_models.kernels_reason(setup.device):  # the compiler then gets the reference ops
-        falls = {n: "plain compiled" if p == "ops compiled" else p for n, p in falls.items()}
-    contest = Contest(bench, setup, steps)
-    for name in dict.fromkeys([*names, *falls.values()]):
-        contest.admit(name)
-    contest.race()
-    order = [name for name in step_models.PROVIDERS[setup.task] if name in names]
-    rows = [contest.rows[name] for name in order if name in contest.rows]
-    for number, (label, name) in enumerate(falls.items()):
-        if name in contest.rows:
-            row, case = contest.rows[name], f"waterfall {setup.task}"
-            more = {**row.more, "order": number, "measured_as": name}
-            rows.append(replace(row, case=case, provider=label, versus=None, more=more))
-    bench.results.add(*rows)
-
-
 class Contest:
     """The providers of one task, dtype and batch: checked one by one, then timed together."""
 
-    def __init__(self, bench: Bench, setup: Setup, steps: int) -> None:
-        from sssd_fast.performance.fake import standard_flops
-
+    def __init__(self, bench: Bench, setup: Setup) -> None:
         self.bench = bench
         self.setup = setup
-        self.steps = steps
         self.rows: dict[str, Row] = {}
         self.data = Data(setup)
         self.source = step_models.initial_model(setup.config)
-        self.alive: dict[str, OwnStep | LoopStep] = {}
+        self.alive: dict[str, Training] = {}  # while all fit into the memory together
         self.together = True
-        self.flops = standard_flops(setup.config) * setup.batch
-        self.reference: list[float] = []
-        self.problem = Row("", "", "", "", "")
-        attempt(self.problem, self._reference)
 
-    def _reference(self) -> None:
+    def run(self) -> None:
+        problem = Row("", "", "", "", "")
+        reference: list[float] = []
+        attempt(problem, lambda: reference.extend(self._reference()))
+        try:
+            for name in providers(self.bench, self.setup.task):
+                self._admit(name, reference, problem.reason)
+            self._race({name: row for name, row in self.rows.items() if row.reason is None})
+        finally:  # a run that is stopped keeps what was checked
+            order = step_models.PROVIDERS[self.setup.task]
+            self.bench.results.add(*(self.rows[name] for name in order if name in self.rows))
+            self.alive.clear()
+            forget(self.bench.device)
+
+    def _reference(self) -> list[float]:
         steps = GATE_STEPS[self.setup.dtype]
-        self.reference = step_models.reference_losses(self.setup, self.data, self.source, steps)
+        return step_models.reference_losses(self.setup, self.data, self.source, steps)
 
-    def admit(self, name: str) -> None:
+    def _build(self, name: str) -> Training:
+        return step_models.build(name, self.setup, self.data, self.source)
+
+    def _admit(self, name: str, reference: Sequence[float], problem: str | None) -> None:
         """Builds and checks a provider; it stays in memory for the race while all fit together."""
         label = f"{self.setup.task}, {self.setup.shape}, {NAMES[self.setup.dtype]}, {name}"
         if self.bench.time_is_up(label):
             return
-        self._try(name, label)
-        if self.rows[name].reason == "out of memory" and self.alive:
-            self._separate()
-            self._try(name, label)
-        if self.rows[name].reason is None:
-            attempt(self.rows[name], partial(self._alone, name))
-        if self.together and self._is_tight():
-            self._separate()
-        if not self.together or self.rows[name].reason:
+        for _ in range(2):
+            row = self.rows[name] = new_row(self.setup, self.setup.task, name, "step")
+            if problem:
+                row.reason = f"no reference to compare with: {problem}"
+                return
+            with self.bench.console.announce(label):
+                attempt(row, partial(self._check, name, row, reference))
+            if row.reason != "out of memory" or not self.alive:
+                break
+            self._separate()  # and again with all of the memory
+        if not self.together or row.reason:
             self.alive.pop(name, None)
             forget(self.bench.device)
-        self.bench.results.draft(self.rows.values())
+        elif self._is_tight():
+            self._separate()
 
-    def _try(self, name: str, label: str) -> None:
-        setup = self.setup
-        row = new_row(setup, setup.task, name, "step")
-        self.rows[name] = row
-        if self.problem.reason:
-            row.reason = f"no reference to compare with: {self.problem.reason}"
-            return
-        with self.bench.console.announce(f"{label}, {self.steps} steps"):
-            attempt(row, partial(self._check, name, row))
-
-    def _check(self, name: str, row: Row) -> None:
+    def _check(self, name: str, row: Row, reference: Sequence[float]) -> None:
         losses: list[Tensor] = []
-
-        def once() -> None:
-            losses.append(step())
-
-        step = step_models.build(name, self.setup, self.data, self.source)
+        step = self._build(name)
         row.more["how"] = step.how
         before = _graphs()
-        row.first_call_s = first_call(once, self.bench.device)
+        row.first_call_s = first_call(lambda: losses.append(step()), self.bench.device)
         new, cached = (now - then for now, then in zip(_graphs(), before, strict=True))
         if new or cached:  # first_call_s alone does not say whether anything was compiled
             row.more["graphs"] = f"{new} compiled, {cached} from the cache"
         # the second call: moments exist, and CUDA graphs are captured
-        row.peak_bytes = peak_bytes(once, self.bench.device)
+        row.peak_bytes = peak_bytes(lambda: losses.append(step()), self.bench.device)
         row.more["mb_per_image"] = row.peak_bytes / self.setup.batch / 1e6
-        while len(losses) < self.steps:
-            once()
-        gate(row, [float(loss) for loss in losses], self.reference)
+        while len(losses) < (QUICK_STEPS if self.bench.quick else STEPS):
+            losses.append(step())
+        gate(row, [float(loss) for loss in losses], reference)
         if row.reason is None:
             self.alive[name] = step
 
-    def _alone(self, name: str) -> None:
-        step, bench = self.alive[name], self.bench
-        found = race({name: step}, bench.device, bench.cache, samples=ALONE, passes=1)
-        self.rows[name].time = summary(found[name])
-        self._finish(self.rows[name], "alone: the run ended before the race")
-
     def _is_tight(self) -> bool:
         """Whether another provider of the same size may not fit."""
+        from sssd_fast.run.device import available_memory
+
         device = self.bench.device
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
             free -= torch.cuda.memory_allocated(device)
         else:
-            from sssd_fast.run.device import available_memory
-
             free = available_memory() or 1 << 62
-        held = max(map(step_models.held_bytes, self.alive.values()), default=0)
-        peak = max((row.peak_bytes or 0 for row in self.rows.values()), default=0)
+        held = max(step.held_bytes() for step in self.alive.values())
+        peak = max(row.peak_bytes or 0 for row in self.rows.values())
         return free < 1.2 * (held + peak)
 
     def _separate(self) -> None:
@@ -225,8 +181,7 @@ class Contest:
         self.alive.clear()
         forget(self.bench.device)
 
-    def race(self) -> None:
-        rows = {name: row for name, row in self.rows.items() if row.reason is None}
+    def _race(self, rows: dict[str, Row]) -> None:
         peaks = {name: row.peak_bytes for name, row in rows.items()}
         if self.together:
             time_rows(self.bench, rows, self.alive)
@@ -237,19 +192,19 @@ class Contest:
         for name, row in rows.items():
             # time_rows measures replays, which do not show the memory of a CUDA graph
             row.peak_bytes = peaks[name]
-            self._finish(row, "together" if self.together else "one after another, twice")
-        self.alive.clear()
-        forget(self.bench.device)
+            row.more["raced"] = "together" if self.together else "one after another, twice"
+            if row.time is not None:
+                self._rate(row)
 
     def _race_separately(self, rows: dict[str, Row]) -> None:
         bench, load = self.bench, Load()
         found = {name: Samples([], []) for name in rows}
 
         def once(name: str) -> None:
-            step = step_models.build(name, self.setup, self.data, self.source)
-            one = race({name: step}, bench.device, bench.cache, samples=bench.samples, passes=1)
-            found[name].passes.extend(one[name].passes)
-            found[name].host.extend(one[name].host)
+            calls = {name: self._build(name)}
+            one = race(calls, bench.device, bench.cache, samples=bench.samples, passes=1)[name]
+            found[name].passes.extend(one.passes)
+            found[name].host.extend(one.host)
 
         for row in rows.values():
             row.reason = row.time = row.versus = None
@@ -261,15 +216,16 @@ class Contest:
         timed = {name: samples for name, samples in found.items() if rows[name].reason is None}
         set_times(rows, timed, load.others())
 
-    def _finish(self, row: Row, raced: str) -> None:
+    def _rate(self, row: Row) -> None:
         """Images per second, and their share of the device's matmul rate."""
-        if row.time is None:
-            return
-        row.flops = self.flops
+        from sssd_fast.performance.fake import standard_flops
+
+        assert row.time is not None
+        row.flops = standard_flops(self.setup.config) * self.setup.batch
         ceilings = self.bench.results.head["ceilings"].get("matmul_flops_per_s", {})
         seconds = row.time.median_us / 1e6
         mfu = row.flops / seconds / ceilings[row.dtype] if row.dtype in ceilings else None
-        row.more |= {"images_per_s": self.setup.batch / seconds, "mfu": mfu, "raced": raced}
+        row.more |= {"images_per_s": self.setup.batch / seconds, "mfu": mfu}
 
 
 def new_row(setup: Setup, case: str, provider: str, phase: str) -> Row:

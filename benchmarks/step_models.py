@@ -2,18 +2,16 @@
 
     "published", "published compiled"    published.py, eager and under torch.compile
     "ViTMAE", "ViTMAE compiled"          transformers' ViTMAEForPreTraining; task MAE only
-    "plain", "plain compiled"            our model with the reference ops in plain torch and SDPA
-    "ours"                               what the configuration selects on this device
-    "ours lean"                          bf16 residual, fused MLP, activation budget 0.8
+    RECIPES                              our model; each entry says how it is computed
 
 The tasks are MAE, and SSSD, for which "published" is SD-MAE.
 
 A step: forward under autocast, backward, AdamW with the same learning rate, betas and weight
-decay, no clipping, gradients set to None; biases, norms and tokens are not decayed. Ours and
-plain run sssd_fast.step.Step, which also computes the norm of the gradients and skips a non-
-finite update. The others have a bare loop and get normalised float32 images on the device, where
-ours read uint8. "published" runs torch.optim.AdamW with its defaults, every other provider its
-fused form.
+decay, no clipping, gradients set to None; biases, norms and tokens are not decayed. Our model runs
+in sssd_fast.step.Step, which also computes the norm of the gradients and skips a non-finite
+update. The others have a bare loop and get normalised float32 images on the device, where ours
+read uint8. "published" runs torch.optim.AdamW with its defaults, every other provider its fused
+form.
 
 Shapes: B images, C channels, H x W pixels, L patches. torch and the standard library suffice to
 import this file; what needs pydantic or transformers is imported inside functions.
@@ -26,9 +24,9 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,47 +45,32 @@ if TYPE_CHECKING:
 SEED = 0
 NOISES = 32  # draws of the masking noise; step i uses number i modulo this
 TASKS = ("SSSD", "MAE")
-VITMAE = ("ViTMAE", "ViTMAE compiled")
-SSSD_PROVIDERS = ("published", "published compiled", "plain", "plain compiled", "ours", "ours lean")
-PROVIDERS = {"MAE": (*SSSD_PROVIDERS[:2], *VITMAE, *SSSD_PROVIDERS[2:]), "SSSD": SSSD_PROVIDERS}
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How our model is computed."""
 
-    kernels: bool | None  # None = reference ops, False = as available, True = required
+    ops: str  # "reference" = plain torch, "auto" = as available, "kernels" = required
     step: Mapping[str, Any] | None  # settings of StepConfig; None = as configured
 
 
 _PLAIN = {"attention": "sdpa", "decoder_attention": "sdpa", "mlp": "plain", "compile": False}
 _EAGER = {**_PLAIN, "attention": "eager", "decoder_attention": "eager"}
-_OPS = {"mlp": "plain", "compile": True, "cuda_graphs": False}
-_GRAPHS = {**_OPS, "cuda_graphs": True}
+_OPS = {"mlp": "plain", "compile": False}
+# from masked rows with eager attention to all that we have, with one change at a time
 RECIPES = {
-    "plain": Recipe(None, _PLAIN),
-    "plain compiled": Recipe(None, {**_PLAIN, "compile": True}),
-    "ours": Recipe(False, None),
-    "ours lean": Recipe(False, {"residual": "bf16", "mlp": "fused", "activation_budget": 0.8}),
-    # further stages of the waterfall
-    "eager attention": Recipe(None, _EAGER),
-    "ops": Recipe(True, {"mlp": "plain", "compile": False}),
-    "ops compiled": Recipe(True, _OPS),
-    "ops graphs": Recipe(True, _GRAPHS),
-    "ops bf16": Recipe(True, {**_GRAPHS, "residual": "bf16"}),
-    "ops fused MLP": Recipe(True, {**_GRAPHS, "residual": "bf16", "mlp": "fused"}),
+    "eager attention": Recipe("reference", _EAGER),
+    "plain": Recipe("reference", _PLAIN),
+    "plain compiled": Recipe("reference", {**_PLAIN, "compile": True}),
+    "ops": Recipe("kernels", _OPS),
+    "ops compiled": Recipe("kernels", {**_OPS, "compile": True, "cuda_graphs": False}),
+    "ours": Recipe("auto", None),
+    "ours bf16": Recipe("kernels", {"residual": "bf16"}),
+    "ours lean": Recipe("kernels", {"residual": "bf16", "mlp": "fused", "activation_budget": 0.8}),
 }
-# label and provider; each stage adds something to the one before it
-WATERFALL = (
-    ("published", "published"),
-    ("masked rows only, eager attention", "eager attention"),
-    ("+ SDPA", "plain"),
-    ("+ our ops", "ops"),
-    ("+ torch.compile", "ops compiled"),
-    ("+ CUDA graphs", "ops graphs"),
-    ("+ bf16 residual", "ops bf16"),
-    ("+ fused MLP", "ops fused MLP"),
-)
+PUBLISHED = ("published", "published compiled")
+VITMAE = ("ViTMAE", "ViTMAE compiled")
+PROVIDERS = {"MAE": (*PUBLISHED, *VITMAE, *RECIPES), "SSSD": (*PUBLISHED, *RECIPES)}
 
 
 # ---- what all providers share ----
@@ -161,12 +144,13 @@ def configuration(name: str | None, device: torch.device) -> Config:
 class Data:
     """One batch of smooth random images with noise, and the masking noise; equal on every machine.
 
-    `images` and `floats` are created on the device when first used.
+    `images` [B, C, H, W] uint8 and `floats`, the same normalised in fp32, are created on the device
+    when first used.
     """
 
     def __init__(self, setup: Setup) -> None:
-        model = setup.config.model
-        self._setup = setup
+        self._model = model = setup.config.model
+        self._device = setup.device
         generator = torch.Generator().manual_seed(SEED)
         (height, width), B, C = model.image_size, setup.batch, model.in_channels
         coarse = (B, C, max(2, height // 16), max(2, width // 16))
@@ -179,20 +163,18 @@ class Data:
 
     @cached_property
     def images(self) -> Tensor:
-        """[B, C, H, W] uint8."""
-        return self._host_images.to(self._setup.device)
+        return self._host_images.to(self._device)
 
     @cached_property
     def floats(self) -> Tensor:
-        """[B, C, H, W] the images normalised, fp32."""
-        model = self._setup.config.model
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (model.mean, model.std))
-        return ((self._host_images.float() / 255 - mean) / std).to(self._setup.device)
+        stats = (self._model.mean, self._model.std)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in stats)
+        return ((self._host_images.float() / 255 - mean) / std).to(self._device)
 
     def bytes(self) -> int:
         """On the device."""
-        tensors = [self.__dict__[n] for n in ("images", "floats", "noises") if n in self.__dict__]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        used = [self.__dict__[n] for n in ("images", "floats", "noises") if n in self.__dict__]
+        return sum(t.nbytes for t in used)
 
     def noise(self, step: int) -> Tensor:
         return self.noises[step % NOISES]
@@ -260,11 +242,12 @@ def reference_losses(
 
 def missing(provider: str, device: torch.device) -> str | None:
     """Why the provider is not available on this machine; None if it is."""
-    needed = ["pydantic"] + ["transformers"] * provider.startswith("ViTMAE")
+    needed = ["pydantic"] + ["transformers"] * (provider in VITMAE)
     absent = [name for name in needed if find_spec(name) is None]
     if absent:
         return f"{' and '.join(absent)} not installed"
-    return "needs a CUDA device" if provider == "ours lean" and device.type != "cuda" else None
+    needs_kernels = provider in RECIPES and RECIPES[provider].ops == "kernels"
+    return kernels_reason(device) if needs_kernels else None
 
 
 def kernels_reason(device: torch.device) -> str | None:
@@ -274,95 +257,97 @@ def kernels_reason(device: torch.device) -> str | None:
     return mae_kernels.info()["embed_patches"]
 
 
-def held_bytes(step: OwnStep | LoopStep) -> int:
-    """Bytes of weights, buffers and moments, which stay between steps."""
-    state = [t for values in step.optimizer.state.values() for t in values.values()]
-    tensors = [*step.model.parameters(), *step.model.buffers()]
-    tensors += [t for t in state if isinstance(t, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+@dataclass
+class Training:
+    """A call is one step; it returns the loss before the update, on the device."""
 
-
-def build(provider: str, setup: Setup, data: Data, source: SSSD) -> OwnStep | LoopStep:
-    """Raises SssdError if this device, dtype or model cannot run it."""
-    if provider in RECIPES:
-        return OwnStep(setup, data, RECIPES[provider], source)
-    compile_it = provider.endswith(" compiled")
-    if provider.startswith("ViTMAE"):
-        return LoopStep(setup, data, vitmae(setup, source), _vitmae_loss, compile_it, fused=True)
-    model = published_model(setup, source)
-    return LoopStep(setup, data, model, _published_loss, compile_it, fused=compile_it)
-
-
-class OwnStep:
-    """Our model in sssd_fast.step.Step. A call returns the loss before the update, on the device.
-
-    how: what was selected, and why.
-    """
-
-    def __init__(self, setup: Setup, data: Data, recipe: Recipe, source: SSSD) -> None:
-        from sssd_fast.config import StepConfig
-        from sssd_fast.objective import SSSD
-        from sssd_fast.optim import build_optimizer, parameter_groups
-        from sssd_fast.performance.execution import compiled, configure_model
-        from sssd_fast.run.device import World
-        from sssd_fast.step import Step
-
-        problem = kernels_reason(setup.device)
-        if recipe.kernels and problem:
-            raise ConfigError(problem)
-        self._data = data
-        self._count = 0
-        self._backend = "reference" if recipe.kernels is None else "auto"
-        settings = setup.config.step.model_dump() if recipe.step is None else dict(recipe.step)
-        step = StepConfig.model_validate({**settings, **setup.step})
-        config = setup.config.model_copy(update={"step": step})
-        self.model: SSSD = SSSD(config.model, config.objective)
-        self.model.load_state_dict(source.state_dict())
-        self.model.to(setup.device)
-        precision = NAMES[setup.dtype]
-        self._budget = step.activation_budget
-        with mae_kernels.backend(self._backend), self._compiler():
-            execution = configure_model(self.model, config, precision, setup.device, setup.batch)
-            module: nn.Module = self.model
-            if execution.compiled:
-                _own_code(self.model)
-                module = compiled(self.model, step, graphs=execution.graphs)
-        self._lr, betas, weight_decay = setup.adamw()
-        groups = parameter_groups(self.model, weight_decay=weight_decay)
-        self.optimizer = build_optimizer(groups, betas, step.optimizer)
-        self._step = Step(
-            module,
-            self.optimizer,
-            self._loss,
-            world=World(setup.device),
-            precision=precision,
-            update_state=self.model.update_center,
-            compiled=execution.compiled,
-            graphs=execution.graphs,
-        )
-        ops = f"kernels off, {problem}" if problem else "kernels"
-        ops = "reference, plain torch" if recipe.kernels is None else ops
-        self.how = "; ".join([f"ops: {ops}", *execution.lines])
-
-    def _loss(self, module: nn.Module, images_BCHW: Tensor, step: int, micro: int) -> Any:
-        from sssd_fast.step import TaskLoss
-
-        out = module(images_BCHW, self._data.noise(step))
-        return TaskLoss(out.total, {}, out.batch_center)
-
-    @contextmanager
-    def _compiler(self) -> Iterator[None]:
-        """Limits to this provider the settings that `compiled` would leave in torch."""
-        import torch._functorch.config as functorch
-
-        with functorch.patch(activation_memory_budget=self._budget, is_non_builtin_to_include=True):
-            yield
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    run: Callable[[int], Tensor]  # from the number of the step
+    how: str  # what was selected, and why
+    count: int = 0
 
     def __call__(self) -> Tensor:
-        count = self._count
-        self._count = count + 1
-        with mae_kernels.backend(self._backend), self._compiler():
-            return self._step([self._data.images], count, self._lr).losses["loss"]
+        self.count += 1
+        return self.run(self.count - 1)
+
+    def held_bytes(self) -> int:
+        """Bytes of weights, buffers and moments, which stay between steps."""
+        state = [t for values in self.optimizer.state.values() for t in values.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [t for t in state if isinstance(t, Tensor)]
+        return sum(t.nbytes for t in tensors)
+
+
+def build(provider: str, setup: Setup, data: Data, source: SSSD) -> Training:
+    """Raises SssdError if this device, dtype or model cannot run it."""
+    if provider in RECIPES:
+        return own_step(setup, data, RECIPES[provider], source)
+    if provider in VITMAE:
+        return loop_step(setup, data, vitmae(setup, source), provider)
+    return loop_step(setup, data, published_model(setup, source), provider)
+
+
+def own_step(setup: Setup, data: Data, recipe: Recipe, source: SSSD) -> Training:
+    """Our model in sssd_fast.step.Step."""
+    import torch._functorch.config as functorch
+
+    from sssd_fast.config import StepConfig
+    from sssd_fast.objective import SSSD
+    from sssd_fast.optim import build_optimizer, parameter_groups
+    from sssd_fast.performance.execution import compiled, configure_model
+    from sssd_fast.run.device import World
+    from sssd_fast.step import Step, TaskLoss
+
+    settings = setup.config.step.model_dump() if recipe.step is None else dict(recipe.step)
+    step = StepConfig.model_validate({**settings, **setup.step})
+    config = setup.config.model_copy(update={"step": step})
+    model = SSSD(config.model, config.objective)
+    model.load_state_dict(source.state_dict())
+    model.to(setup.device)
+    precision = NAMES[setup.dtype]
+
+    @contextmanager
+    def selected() -> Iterator[None]:
+        """Limits to this provider the settings that `compiled` would leave in torch."""
+        budget = {"activation_memory_budget": step.activation_budget}
+        ops = mae_kernels.backend("reference" if recipe.ops == "reference" else "auto")
+        with ops, functorch.patch({**budget, "is_non_builtin_to_include": True}):
+            yield
+
+    with selected():
+        execution = configure_model(model, config, precision, setup.device, setup.batch)
+        module: nn.Module = model
+        if execution.compiled:
+            _own_code(model)
+            module = compiled(model, step, graphs=execution.graphs)
+    lr, betas, weight_decay = setup.adamw()
+    groups = parameter_groups(model, weight_decay=weight_decay)
+    optimizer = build_optimizer(groups, betas, step.optimizer)
+
+    def loss(module: nn.Module, images_BCHW: Tensor, step: int, micro: int) -> TaskLoss:
+        out = module(images_BCHW, data.noise(step))
+        return TaskLoss(out.total, {}, out.batch_center)
+
+    train = Step(
+        module,
+        optimizer,
+        loss,
+        world=World(setup.device),
+        precision=precision,
+        update_state=model.update_center,
+        compiled=execution.compiled,
+        graphs=execution.graphs,
+    )
+
+    def run(number: int) -> Tensor:
+        with selected():
+            return train([data.images], number, lr).losses["loss"]
+
+    problem = kernels_reason(setup.device)
+    text = f"kernels off, {problem}" if problem else "kernels"
+    text = "reference, plain torch" if recipe.ops == "reference" else text
+    return Training(model, optimizer, run, "; ".join([f"ops: {text}", *execution.lines]))
 
 
 def _own_code(model: nn.Module) -> None:
@@ -378,71 +363,56 @@ def _own_code(model: nn.Module) -> None:
     model.forward = types.MethodType(new, model)
 
 
-# module, images, noise -> loss, batch centre
-Loss = Callable[[Any, Tensor, Tensor], tuple[Tensor, "Tensor | None"]]
-
-
-def _published_loss(
-    module: Any, images_BCHW: Tensor, noise_BL: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    loss, batch_center_S = module(images_BCHW, noise_BL)
-    return loss, batch_center_S
-
-
-def _vitmae_loss(module: Any, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, None]:
-    return module(images_BCHW, noise=noise_BL).loss, None
-
-
-class LoopStep:
+def loop_step(setup: Setup, data: Data, model: nn.Module, provider: str) -> Training:
     """The bare loop around a model that takes float images and noise."""
+    from sssd_fast.optim import parameter_groups
+    from sssd_fast.run.device import autocast
 
-    def __init__(
-        self,
-        setup: Setup,
-        data: Data,
-        model: nn.Module,
-        loss: Loss,
-        compile_it: bool,
-        *,
-        fused: bool,
-    ) -> None:
-        from sssd_fast.optim import parameter_groups
-        from sssd_fast.run.device import autocast
+    model.to(setup.device)
+    compile_it = provider.endswith("compiled")
+    fused = provider != "published"
+    lr, betas, weight_decay = setup.adamw()
+    groups = parameter_groups(model, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused or None)
+    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.dtype == torch.float16)
+    module: Any = torch.compile(model, dynamic=False) if compile_it else model
+    images = data.floats
 
-        self.model = model.to(setup.device)
-        self._loss = loss
-        self._count = 0
-        self._images = data.floats
-        self._noise = data.noise
-        lr, betas, weight_decay = setup.adamw()
-        groups = parameter_groups(self.model, weight_decay=weight_decay)
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            groups, lr=lr, betas=betas, fused=fused or None
+    def run(number: int) -> Tensor:
+        with autocast(NAMES[setup.dtype], setup.device):
+            if provider in VITMAE:
+                loss, batch_center_S = module(images, noise=data.noise(number)).loss, None
+            else:
+                loss, batch_center_S = module(images, data.noise(number))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if isinstance(model, published.SDMAE):
+            model.update_center(batch_center_S)
+        result: Tensor = loss.detach()
+        return result
+
+    how = f"compile: {'on' if compile_it else 'off'}; AdamW: {'fused' if fused else 'default'}"
+    return Training(model, optimizer, run, how)
+
+
+def published_model(setup: Setup, source: SSSD) -> published.MaskedAutoencoderViT | published.SDMAE:
+    """The published model of the task with the weights of `source`.
+
+    Raises ConfigError for settings that it does not have.
+    """
+    from sssd_fast.weights.formats import export_state
+
+    m, o = setup.config.model, setup.config.objective
+    if not m.cls_token:
+        raise ConfigError("model.cls_token is false; the published models need true")
+    chosen = (o.kind, o.pooling, o.center, o.detach_teacher)
+    if setup.task == "SSSD" and chosen != ("dino", "image", "prob", False):
+        raise ConfigError(
+            f"objective has kind, pooling, center, detach_teacher {chosen}; "
+            "published SD-MAE has dino, image, prob, false"
         )
-        self._autocast = partial(autocast, NAMES[setup.dtype], setup.device)
-        self._scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.dtype == torch.float16)
-        self._module: Any = torch.compile(model, dynamic=False) if compile_it else model
-        compile_text = "on" if compile_it else "off"
-        self.how = f"compile: {compile_text}; AdamW: {'fused' if fused else 'default'}"
-
-    def __call__(self) -> Tensor:
-        noise_BL = self._noise(self._count)
-        self._count = self._count + 1
-        with self._autocast():
-            loss, batch_center_S = self._loss(self._module, self._images, noise_BL)
-        self._scaler.scale(loss).backward()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if batch_center_S is not None:
-            assert isinstance(self.model, published.SDMAE)
-            self.model.update_center(batch_center_S)
-        return loss.detach()
-
-
-def published_mae(config: Config) -> published.MaskedAutoencoderViT:
-    """The published autoencoder of these sizes, not initialised."""
-    m = config.model
     width, depth, heads = m.encoder_shape
     s = Shape(
         *(m.name, 1, width, heads, m.decoder_width, m.decoder_heads),
@@ -451,28 +421,10 @@ def published_mae(config: Config) -> published.MaskedAutoencoderViT:
         channels=m.in_channels,
         mask_ratio=m.mask_ratio,
     )
-    norm = config.objective.norm
-    return published.MaskedAutoencoderViT(s, depth, m.decoder_depth, norm, m.mlp_ratio, m.norm_eps)
-
-
-def published_model(setup: Setup, source: SSSD) -> published.MaskedAutoencoderViT | published.SDMAE:
-    """The published model of the task with the weights of `source`.
-
-    Raises ConfigError for settings that it does not have.
-    """
-    o = setup.config.objective
-    if not setup.config.model.cls_token:
-        raise ConfigError("model.cls_token is false; the published models need true")
-    mae = published_mae(setup.config)
+    mae = published.MaskedAutoencoderViT(s, depth, m.decoder_depth, o.norm, m.mlp_ratio, m.norm_eps)
+    mae.load_state_dict(export_state(source.mae, "timm", decoder=True))
     if setup.task == "MAE":
-        mae.load_state_dict(to_published(source))
         return mae
-    chosen = (o.kind, o.pooling, o.center, o.detach_teacher)
-    if chosen != ("dino", "image", "prob", False):
-        raise ConfigError(
-            f"objective has kind, pooling, center, detach_teacher {chosen}; "
-            "published SD-MAE has dino, image, prob, false"
-        )
     sdmae = published.SDMAE(
         mae,
         weight=o.weight,
@@ -480,32 +432,9 @@ def published_model(setup: Setup, source: SSSD) -> published.MaskedAutoencoderVi
         temps=(o.student_temp, o.teacher_temp),
         momentum=o.center_momentum,
     )
-    sdmae.load_state_dict(to_published(source))
+    others = {n: t for n, t in source.state_dict().items() if not n.startswith("mae.")}
+    sdmae.load_state_dict(others, strict=False)
     return sdmae
-
-
-HEAD_NAMES = {
-    "_head.fc1": "_head.mlp.0",
-    "_head.fc2": "_head.mlp.2",
-    "_head.fc3": "_head.mlp.4",
-    "_head.prototypes": "_head.last_layer.weight",
-}
-
-
-def to_published(source: SSSD) -> dict[str, Tensor]:
-    """The weights of `source` under the names of published.py."""
-    from sssd_fast.weights.formats import export_state
-
-    mae = export_state(source.mae, "timm", decoder=True)
-    if source.student_head is None:
-        return mae
-    named = {f"mae.{name}": tensor for name, tensor in mae.items()}
-    for name, tensor in source.state_dict().items():
-        if not name.startswith("mae."):
-            for own, theirs in HEAD_NAMES.items():
-                name = name.replace(own, theirs)
-            named[name] = tensor
-    return named
 
 
 def vitmae(setup: Setup, source: SSSD) -> nn.Module:
@@ -516,7 +445,8 @@ def vitmae(setup: Setup, source: SSSD) -> nn.Module:
     norm = setup.config.objective.norm
     if norm == "channel":
         raise ConfigError("objective.norm is channel; ViTMAE needs patch or none")
-    with _quiet():
+    logging.disable()  # transformers loads torchao, which warns about other machines
+    try:
         import transformers
 
         from sssd_fast.weights.formats import export_state, huggingface_config
@@ -530,6 +460,8 @@ def vitmae(setup: Setup, source: SSSD) -> nn.Module:
             state_dict=export_state(source.mae, "huggingface", decoder=True),
             output_loading_info=True,
         )
+    finally:
+        logging.disable(logging.NOTSET)
     if found["missing_keys"] or found["unexpected_keys"]:
         raise ConfigError(
             f"the weights of ViTMAE in transformers {transformers.__version__} have other names: "
@@ -541,14 +473,3 @@ def vitmae(setup: Setup, source: SSSD) -> nn.Module:
     model.decoder.decoder_pos_embed.requires_grad_(False)
     trained: nn.Module = model.train()
     return trained
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers loads torchao, which warns about other machines."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -39,7 +39,7 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in ("", "kernels")]
 
 from benchmarks import results  # noqa: E402
-from benchmarks.attention import SequenceShape, attention_op  # noqa: E402
+from benchmarks.attention import attention_op  # noqa: E402
 from benchmarks.harness import (  # noqa: E402  # noqa: E402
     BOTH,
     FORWARD,
@@ -224,8 +224,7 @@ def _attention(s: Shape) -> Iterator[TunedKernel]:
         ("encoder", s.width, s.heads, 1 + s.keep),
         ("decoder", s.decoder, s.decoder_heads, 1 + s.patches),
     ):
-        sizes: dict[str, Any] = {"tokens": tokens, "head_width": width // heads}
-        shape = SequenceShape(f"{s.model} {block}", s.batch, width, heads, **sizes)
+        shape = Shape(f"{s.model} {block}", s.batch, width, heads, tokens=tokens)
         short = tokens <= ROWS_KERNEL_TOKENS  # one kernel takes the sequence in one piece
         cuts = (False,) if tokens <= 128 else (True, False)
         rows = ((16, 2), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 8))[0 if short else 2 :]
@@ -251,7 +250,7 @@ def measure(bench: Bench, tuned: TunedKernel, dtype: torch.dtype) -> None:
     """Adds a row for each different launch, the current one first."""
     torch.manual_seed(0)
     s = tuned.shape
-    op = attention_op(s, bench.device, dtype) if isinstance(s, SequenceShape) else OPS[tuned.op]
+    op = attention_op(s, bench.device, dtype) if s.tokens else OPS[tuned.op]
     inputs = cast(op, op.make(s, bench.device), dtype)
     exact, eager = truth(op, s, inputs)
     allowed = op.tolerance or allowed_error(eager, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from benchmarks.harness import Bench, run_case
 from benchmarks.ops import OPS
 from benchmarks.race import Cache, cache_bytes, peak_bytes, race, summary, versus
 from benchmarks.results import Results
-from benchmarks.shapes import MODELS
+from benchmarks.shapes import MODELS, SEQUENCES
 from sssd_fast.run.log import Console
 
 pytestmark = pytest.mark.gpu
@@ -55,7 +54,7 @@ def test_clocks_are_found() -> None:
     assert found["clocks.sm"].endswith("MHz") and found["power.draw"].endswith("W")
 
 
-@pytest.mark.parametrize("model", ["ViT-B", "odd"])
+@pytest.mark.parametrize("model", ["ViT-B", "ViT-S"])
 @pytest.mark.parametrize("name", OPS)
 def test_op_passes_its_gate(name: str, model: str, bench: Bench) -> None:
     for row in run_case(bench, OPS[name], MODELS[model].at(5), torch.bfloat16):
@@ -64,9 +63,9 @@ def test_op_passes_its_gate(name: str, model: str, bench: Bench) -> None:
             assert row.time is not None and row.peak_bytes is not None
 
 
-@pytest.mark.parametrize("name", ["ViT-B encoder", "ViT-B decoder", "odd decoder"])
+@pytest.mark.parametrize("name", ["ViT-B encoder", "ViT-B decoder", "ViT-S decoder"])
 def test_attention_passes_its_gate(name: str, bench: Bench) -> None:
-    shape = replace(attention.SHAPES[name], batch=5)
+    shape = SEQUENCES[name].at(5)
     op = attention.attention_op(shape, CUDA, torch.bfloat16)
     for row in run_case(bench, op, shape, torch.bfloat16):
         assert row.reason is None, f"{row.provider}, {row.phase}: {row.reason}"

@@ -8,19 +8,19 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__, attention, harness
-from benchmarks.harness import BOTH, FORWARD, Bench, Calls, Cost, Op, Provider, cast, truth
+from benchmarks.harness import BOTH, FORWARD, Bench, Calls, Op, Provider, cast, flops, truth
 from benchmarks.ops import OPS
 from benchmarks.race import allowed_error, error_of, tensors
 from benchmarks.results import load
-from benchmarks.shapes import MODELS, Shape, shapes
+from benchmarks.shapes import MODELS, SEQUENCES, Shape, chosen
 from tests.benchmarks.helpers import CPU, make_bench
 
 # no two sizes are equal, so that a transposed one is detected
@@ -28,7 +28,7 @@ SMALL = Shape("small", 3, 24, 2, 16, 2, image=(24, 40), patch=8, channels=3, log
 GREY = Shape(
     "grey", 2, 20, 5, 12, 3, image=(21, 35), patch=7, channels=1, mask_ratio=0.6, logits=11
 )
-HEADS = replace(attention.SHAPES["odd decoder"], batch=2, tokens=9, heads=3, head_width=8)
+HEADS = Shape("heads", 2, 24, 3, tokens=9)
 CASES: dict[str, tuple[Op, Shape]] = {
     **{f"{name}, {s.model}": (op, s) for name, op in OPS.items() for s in (SMALL, GREY)},
     "attention": (attention.attention_op(HEADS, CPU, torch.float32), HEADS),
@@ -93,45 +93,42 @@ def test_forward_bytes_are_those_of_inputs_and_results(name: str, dtype: torch.d
     moved = [inputs[n] for n in READ[name].split()]
     moved += tensors(op.providers["ours"].call(s, inputs))
     expected = sum(t.numel() * t.element_size() for t in moved)
-    assert op.cost(s, dtype.itemsize, inputs).forward_bytes == expected
+    assert op.moved(s, dtype.itemsize, inputs)[0] == expected
 
 
 def test_bytes_of_losses_count_masked_pixels_once_as_uint8() -> None:
     masked = SMALL.batch * SMALL.masked
-    cost = OPS["masked_reconstruction_loss"].cost(SMALL, 2, {})
-    assert cost.forward_bytes == masked * (SMALL.values * (2 + 1) + 8)
-    assert cost.backward_bytes == masked * (SMALL.values * (2 * 2 + 1) + 8)
-    both = OPS["sssd_loss"].cost(SMALL, 2, {})
-    logits = 4 * SMALL.batch * SMALL.logits * 2 + SMALL.logits * 4
-    assert both.backward_bytes - cost.backward_bytes == logits
+    moved = OPS["masked_reconstruction_loss"].moved(SMALL, 2, {})
+    assert moved[0] == masked * (SMALL.values * (2 + 1) + 8)
+    assert moved[1] == masked * (SMALL.values * (2 * 2 + 1) + 8)
+    both = OPS["sssd_loss"].moved(SMALL, 2, {})
+    assert both[1] - moved[1] == 4 * SMALL.batch * SMALL.logits * 2 + SMALL.logits * 4
 
 
 @pytest.mark.parametrize(
-    "case",
-    ["embed_patches, small", "gelu_linear, grey", "linear_reconstruction_loss, small", "attention"],
+    ("case", "forward", "backward"),
+    [
+        # B K V D, and the gradient of the weight only
+        ("embed_patches, small", 2 * 3 * 3 * 192 * 24, 2 * 3 * 3 * 192 * 24),
+        ("gelu_linear, small", 2 * 3 * 16 * 64 * 16, 4 * 3 * 16 * 64 * 16),  # B (1+L) 4E E
+        ("linear_reconstruction_loss, small", 2 * 3 * 12 * 16 * 192, 4 * 3 * 12 * 16 * 192),
+        ("attention", 4 * 2 * 3 * 9 * 9 * 8, 8 * 2 * 3 * 9 * 9 * 8),  # B H N N d
+        ("distillation_loss, small", 0, 0),
+    ],
 )
-def test_flops_are_those_that_torch_counts(case: str) -> None:
+def test_flops_are_those_of_the_matrix_products(case: str, forward: int, backward: int) -> None:
     op, s = CASES[case]
     inputs = made(op, s)
-    cost = op.cost(s, 4, inputs)
-    provider = op.providers.get("tuned") or op.providers["eager"]
-    with FlopCounterMode(display=False) as counter:
-        out = provider.call(s, inputs)
-    assert cost.forward_flops == counter.get_total_flops() > 0
-    with FlopCounterMode(display=False) as counter:
-        torch.autograd.grad(out, [inputs[n] for n in op.leaves], torch.ones_like(out))
-    assert cost.backward_flops == counter.get_total_flops()
-    assert Cost(1, 2, 4, 8).of(FORWARD) == (1, 4) and Cost(1, 2, 4, 8).of(BOTH) == (3, 12)
+    assert flops(op, s, inputs, FORWARD) == forward
+    assert flops(op, s, inputs, BOTH) == forward + backward
 
 
 def test_shapes_are_those_of_the_models() -> None:
-    base, odd = MODELS["ViT-B"], MODELS["odd"]
+    base = MODELS["ViT-B"]
     assert (base.patches, base.keep, base.masked, base.values) == (196, 49, 147, 768)
-    assert (odd.patches, odd.keep, odd.values) == (187, 74, 196)
-    gpu = shapes(torch.device("cuda"))
-    assert gpu[0].name == "ViT-B, 256 images"
-    assert {s.batch for s in gpu if s.model == "odd"} == {5, 61, 251, 1021}
-    found = {name: (s.tokens, s.heads, s.head_width) for name, s in attention.SHAPES.items()}
+    args: Any = SimpleNamespace(quick=False, batch=None, shape=None)
+    assert chosen(MODELS, args, torch.device("cuda"))[0].name == "ViT-B, 256 images"
+    found = {name: (s.tokens, s.heads, s.head_width) for name, s in SEQUENCES.items()}
     assert found["ViT-B encoder"] == (50, 12, 64) and found["ViT-B decoder"] == (197, 16, 32)
 
 
@@ -247,7 +244,16 @@ def test_command_writes_a_file_and_prints_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(__main__, "Cache", lambda device: harness.Cache(device, 0))
-    words = ["attention", "--quick", "--device", "cpu", "--shape", "odd decoder", "--samples", "2"]
+    words = [
+        "attention",
+        "--quick",
+        "--device",
+        "cpu",
+        "--shape",
+        "ViT-S encoder",
+        "--samples",
+        "2",
+    ]
     path = tmp_path / "a.json"
     providers = ["--provider", "eager", "ours", "sdpa cudnn"]
     assert __main__.main([*words, *providers, "--json", str(path)]) == 0
@@ -315,7 +321,7 @@ import sys
 for name in {hidden}:
     sys.modules[name] = None  # importing it raises ImportError
 from benchmarks.__main__ import main
-words = ["ops", "--quick", "--device", "cpu", "--shape", "odd", "--op", "random_masking"]
+words = ["ops", "--quick", "--device", "cpu", "--shape", "ViT-S", "--op", "random_masking"]
 words += ["--samples", "2", "--provider", "ours", "--json", {str(tmp_path / "a.json")!r}]
 sys.exit(main(words))
 """

@@ -66,13 +66,7 @@ def own_gradients(theirs: nn.Module) -> dict[str, Tensor]:
         return {f"mae.{n}": c.tensor for n, c in to_own_names(found)[1].items()}
     mae = {n.removeprefix("mae."): g for n, g in found.items() if n.startswith("mae.")}
     named = {f"mae.{n}": c.tensor for n, c in to_own_names(mae)[1].items()}
-    heads = {"mlp.0": "fc1", "mlp.2": "fc2", "mlp.4": "fc3", "last_layer.weight": "prototypes"}
-    for side in ("student_head", "teacher_head"):
-        for name, grad in found.items():
-            for layer, own in heads.items():
-                if name.startswith(f"{side}.{layer}"):
-                    named[name.replace(layer, own)] = grad
-    return named
+    return {**named, **{n: g for n, g in found.items() if not n.startswith("mae.")}}
 
 
 def mae_errors(name: str, theirs: nn.Module | None = None) -> tuple[float, float, float]:
@@ -128,7 +122,9 @@ def test_published_distillation_has_our_losses_and_gradients(name: str) -> None:
 
 
 def _flip_scores(model: published.MaskedAutoencoderViT) -> None:
-    model.decoder_blocks[1].attn.scale *= -1
+    qkv = model.decoder_blocks[1].attn["qkv"]
+    for queries in (qkv.weight.data[:24], qkv.bias.data[:24]):
+        queries.neg_()
 
 
 def _flip_positions(model: published.MaskedAutoencoderViT) -> None:
@@ -136,7 +132,7 @@ def _flip_positions(model: published.MaskedAutoencoderViT) -> None:
 
 
 def _flip_gradient(model: published.MaskedAutoencoderViT) -> None:
-    model.blocks[0].attn.qkv.weight.register_hook(torch.neg)
+    model.blocks[0].attn["qkv"].weight.register_hook(torch.neg)
 
 
 @pytest.mark.parametrize("plant", [_flip_scores, _flip_positions, _flip_gradient])

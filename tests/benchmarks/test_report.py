@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import compare as comparing
 from benchmarks import plots, report, results
-from benchmarks.compare import BETTER, FAILS, RUNS, WORSE, compare, ratio_of
+from benchmarks.compare import BETTER, FAILS, RUNS, WORSE, compare, ratio_of, warnings
 from benchmarks.results import sources_hash
 from benchmarks.tables import percent, rate_text, significant, size_text, tables, time_text
 from sssd_fast.errors import SssdError
@@ -102,7 +102,7 @@ def test_doubtful_verdicts_are_listed_with_the_table() -> None:
     found["rows"][0]["load"] = 0.5
     (doubt,) = next(tables(found)).doubts
     assert "other processes used 50% of the CPUs" in doubt and BOTH in doubt
-    assert "doubtful" in "".join(report.body(found))
+    assert "doubtful" in "".join(report.section(found))
 
 
 def test_overview_has_geometric_means_and_counts_losses() -> None:
@@ -117,9 +117,6 @@ def step_document() -> dict[str, Any]:
     rows = [
         row("SSSD", "published", 400, 200, more={**more, "images_per_s": 20.0}, **fields),
         row("SSSD", "ours", 200, more=more, peak_bytes=10**9, **fields),
-        row("waterfall SSSD", "published", 400, more={**more, "order": 0}, **fields),
-        row("waterfall SSSD", "+ SDPA", 300, more={**more, "order": 1}, **fields),
-        row("waterfall SSSD", "+ our ops", None, reason="no GPU", more={"order": 2}, **fields),
     ]
     return document("step", rows)
 
@@ -147,20 +144,26 @@ def run_report(folder: Path, root: Path, check: bool = False) -> int:
     return report.main(argparse.Namespace(results=folder, check=check), root)
 
 
-def test_report_writes_pages_and_pictures_and_check_finds_differences(
+def test_report_writes_the_page_and_pictures_and_check_finds_differences(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, root = tmp_path / "results", tmp_path / "root"
     save(folder, "ops.json", ops("cuda"))
     save(folder, "step.json", step_document())
+    peaks = [
+        row("MAE", "ours", None, shape=f"ViT, {n} images", peak_bytes=8, more={"batch": n})
+        for n in (8, 16)
+    ]
+    save(folder, "memory.json", document("memory", peaks))
     assert run_report(folder, root, check=True) == 1
     assert not (root / "docs").exists()
     assert run_report(folder, root) == 0
     assert run_report(folder, root, check=True) == 0
     page = (root / report.PAGE).read_text()
-    for name in ("time-ops-made-up-gpu.png", "waterfall-sssd-made-up-cpu-2-cores.png"):
-        assert f"(benchmarks/{name})" in page
-        picture = (root / report.FOLDER / name).read_bytes()
+    assert len(list((root / report.FOLDER).glob("*.png"))) == 3
+    for name in ("time-ops-made-up-gpu", "roofline-ops-made-up-gpu"):
+        assert f"(benchmarks/{name}.png)" in page
+        picture = (root / report.FOLDER / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and 5_000 < len(picture) < 300_000
     assert "CPU: not measured." in page and "NVIDIA GPU: not measured." in page
     (root / report.PAGE).write_text(page + "x")
@@ -173,25 +176,30 @@ def test_newest_file_of_a_kind_and_device_is_used_and_quick_runs_never(tmp_path:
     save(tmp_path, "b.json", ops(started="2026-02-01T00:00:00+00:00", finished=False))
     save(tmp_path, "c.json", ops(started="2026-03-01T00:00:00+00:00", quick=True))
     save(tmp_path, "d.json", ops("cuda"))
-    found = report.find(tmp_path)
-    assert [one["file"] for one in found.documents] == ["d.json", "b.json"]
-    assert len(found.warnings) == 2
-    assert "**Unfinished" in report.caption(found.documents[1])
+    found, warned = report.find(tmp_path)
+    assert [one["file"] for one in found] == ["d.json", "b.json"] and len(warned) == 2
+    assert "**Unfinished" in report.caption(found[1])
     save(tmp_path, "e.json", document("cooking", []))
     with pytest.raises(SssdError, match=r"e\.json: kind 'cooking'"):
         report.find(tmp_path)
 
 
-def test_committed_pages_agree_with_the_committed_results() -> None:
+def test_ops_of_the_page_are_those_of_one_shape(tmp_path: Path) -> None:
+    found = ops()
+    other = [{**one, "shape": "ViT-S, 8 images"} for one in found["rows"]]
+    text = "\n".join(report.section({**found, "rows": [*other, *found["rows"]]}))
+    assert "5 of the 10 rows" in text and "ViT-S" not in text
+
+
+def test_committed_page_agrees_with_the_committed_results() -> None:
     """Daggers depend on the sources, so they are compared without them."""
-    found = report.find(results.FOLDER)
-    assert len(found.documents) >= 7
-    for name, text in report.pages(found.documents).items():
-        committed = (report.ROOT / name).read_text(encoding="utf-8")
-        assert without_daggers(committed) == without_daggers(text), "run `sssd-fast bench report`"
-    for one in found.documents:
-        for plot in plots.planned(one):
-            assert (report.ROOT / report.FOLDER / plot.file).is_file()
+    found, _ = report.find(results.FOLDER)
+    assert len(found) >= 7
+    committed = (report.ROOT / report.PAGE).read_text(encoding="utf-8")
+    expected = without_daggers(report.page(found))
+    assert without_daggers(committed) == expected, "run `sssd-fast bench report`"
+    for plot in (plot for one in found for plot in plots.planned(one)):
+        assert (report.ROOT / report.FOLDER / plot.file).is_file()
 
 
 def without_daggers(text: str) -> str:
@@ -222,40 +230,36 @@ def test_regression_needs_the_ratio_and_the_margin(
     before: float, after: float | None, verdict: str
 ) -> None:
     a, b = pair(before, after)
-    found = compare(a, b, 0.05)
-    assert found.lines[0].verdict == verdict
-    assert found.failed == (verdict in (WORSE, FAILS))
+    (line,) = compare(a, b, 0.05)
+    assert line.verdict == verdict
     if after is None:
-        assert found.lines[0].note == "fails now"
-        assert compare(b, a, 0.05).lines[0].verdict == RUNS
+        assert line.note == "fails now"
+        assert compare(b, a, 0.05)[0].verdict == RUNS
 
 
 def test_margin_is_smaller_on_a_gpu_and_can_be_given() -> None:
-    assert compare(*pair(40, 44, device="cuda"), 0.05).failed
-    assert not compare(*pair(40, 44), 0.05).failed
-    assert compare(*pair(40, 44), 0.05, margin_us=1).failed
+    assert compare(*pair(40, 44, device="cuda"), 0.05)[0].verdict == WORSE
+    assert compare(*pair(40, 44), 0.05, margin_us=1)[0].verdict == WORSE
 
 
 def test_overlapping_quantiles_are_noted_as_noise() -> None:
-    assert compare(*pair(1000, 1060), 0.05).lines[0].note == "within noise"
-    assert compare(*pair(1000, 1200), 0.05).lines[0].note == ""
+    assert compare(*pair(1000, 1060), 0.05)[0].note == "within noise"
+    assert compare(*pair(1000, 1200), 0.05)[0].note == ""
 
 
 def test_memory_and_loaders_are_compared_by_their_own_cost() -> None:
-    def memory(peak: int, largest: int) -> dict[str, Any]:
-        first = row("SSSD", "ours", None, phase="memory", peak_bytes=peak)
-        more = {"largest_batch": largest}
-        return document("memory", [first, row("largest batch SSSD", "ours", None, more=more)])
+    def memory(peak: int) -> dict[str, Any]:
+        rows = [row("SSSD", "ours", None, phase="memory", peak_bytes=peak)]
+        return document("memory", [*rows, row("MAE", "ours", None, peak_bytes=10**8)])
 
     def loader(rate: float) -> dict[str, Any]:
         more = {"images_per_s": rate, "p20": 0.9 * rate, "p80": 1.1 * rate}
         return document("loader-speed", [row("ct", "dali", None, more=more)])
 
-    found = compare(memory(10**8, 96), memory(2 * 10**8, 64), 0.05)
-    assert [line.ratio for line in found.lines] == pytest.approx([2.0, 1.5])
-    assert found.count(WORSE) == 2
-    assert not compare(memory(10**6, 96), memory(2 * 10**6, 96), 0.05).failed  # below 1 MiB
-    assert compare(loader(100.0), loader(80.0), 0.05).lines[0].ratio == pytest.approx(1.25)
+    found = compare(memory(10**8), memory(2 * 10**8), 0.05)
+    assert [(line.ratio, line.verdict) for line in found] == [(2.0, WORSE), (1.0, "")]
+    assert compare(memory(10**6), memory(2 * 10**6), 0.05)[0].verdict == ""  # below 1 MiB
+    assert compare(loader(100.0), loader(80.0), 0.05)[0].ratio == pytest.approx(1.25)
 
 
 @pytest.mark.parametrize(
@@ -278,10 +282,12 @@ def test_compare_warns_about_other_versions_and_lists_single_rows() -> None:
     a, b = pair(100, 100)
     b = {**b, "versions": {"torch": "2.12.0"}, "finished": False}
     b["rows"] = [*b["rows"], row("new", "ours", 1.0)]
-    found = compare(a, b, 0.05)
-    assert "torch: 2.13.0 in A, 2.12.0 in B" in found.warnings
-    assert any("B is unfinished" in text for text in found.warnings)
-    assert [name[0] for name in found.only_b] == ["new"] and not found.only_a
+    found = list(warnings(a, b))
+    assert "torch: 2.13.0 in A, 2.12.0 in B" in found
+    assert any("B is unfinished" in text for text in found)
+    assert [text for text in found if "only in" in text] == [
+        "only in B: new, ViT-B, 8 images, fp32, forward, ours"
+    ]
 
 
 def test_compare_command_prints_a_table_and_returns_1_for_a_regression(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.attention import SequenceShape, attention_op
+from benchmarks.attention import attention_op
 from benchmarks.harness import Calls, cast
 from benchmarks.ops import OPS
 from benchmarks.race import Time, Versus
@@ -24,8 +24,7 @@ META = torch.device("meta")
 def label(tuned: Any, candidate: Any) -> str:
     """The launch that the op records on an sm_90, without a GPU."""
     s = tuned.shape.at(2) if tuned.op == "crop_resize" else tuned.shape  # its pixels are on the CPU
-    attention = isinstance(s, SequenceShape)
-    op = attention_op(s, META, torch.bfloat16) if attention else OPS[tuned.op]
+    op = attention_op(s, META, torch.bfloat16) if s.tokens else OPS[tuned.op]
     calls = Calls(op, s, cast(op, op.make(s, META), torch.bfloat16), op.providers["ours"])
     with backend("triton"), record_launches(90), tune.choosing(tuned, candidate) as started:
         calls.timed[tuned.phase]()
