@@ -176,8 +176,13 @@ def profile(
     """Measure the time of each component of a pre-training step."""
     loaded = load(config, settings)
     from sssd_fast.performance import profile as task
+    from sssd_fast.pretrain import PretrainTask
+    from sssd_fast.train import make_step
 
-    task.profile(loaded, steps=steps, warmup=warmup, out=out, json_out=json, command=ctx.obj)
+    def build(run: Any, *data: Any) -> Any:
+        return make_step(PretrainTask(run, *data), run, run.config)
+
+    task.profile(loaded, build, steps=steps, warmup=warmup, out=out, json_out=json, command=ctx.obj)
 
 
 @app.command()

@@ -1,4 +1,6 @@
-"""`sssd-fast profile`: known delays appear in their stage and kind, and the caller's state stays as it was."""
+"""`sssd-fast profile`: known delays appear in their stage and kind, and the caller's state stays
+as it was.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,17 @@ from sssd_fast.performance.profile import (
     sentences,
     time_steps,
 )
+from sssd_fast.pretrain import PretrainTask
 from sssd_fast.run.device import World
-from sssd_fast.run.log import Console
+from sssd_fast.run.folder import open_run
+from sssd_fast.train import make_step
 
 CPU = torch.device("cpu")
 PAUSE_S = 0.08
+
+
+def build(run: Any, *data: Any) -> Any:
+    return make_step(PretrainTask(run, *data), run, run.config)
 
 
 @torch.library.custom_op("sssd_fast_test::slow_gelu", mutates_args=())
@@ -51,7 +59,8 @@ slow_layer_norm.register_autograd(lambda ctx, dy: slow_gelu(dy))
 
 def test_profile_finds_delays_in_stage_and_kind(tiny: list[str], tmp_path: Path) -> None:
     config = load_config(None, [*tiny, "pretrain.accumulate=2"])
-    step, batches, _, _ = prepare(config, World(CPU), Console(enabled=False), tmp_path, 4)
+    with open_run("pretrain", config, tmp_path / "run", World(CPU)) as run:
+        step, batches, _ = prepare(run, build, 4)
     step.module.mae.decoder.pred.register_forward_hook(lambda _m, _i, out: slow_layer_norm(out))
     update = step.update_state
     assert update is not None
@@ -126,7 +135,7 @@ def test_profile_command_writes_table_picture_and_numbers(
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     png, numbers = tmp_path / "step.png", tmp_path / "step.json"
     config = load_config(None, [*tiny, "threads=2"])
-    profile(config, steps=2, warmup=1, out=png, json_out=numbers, command="typed")
+    profile(config, build, steps=2, warmup=1, out=png, json_out=numbers, command="typed")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -160,7 +169,7 @@ def test_profile_names_all_bad_settings(
     config = load_config(None, [*tiny, "pretrain.batch=auto"])
     missing = tmp_path / "none" / "step.json"
     with pytest.raises(ConfigError) as error:
-        profile(config, steps=0, warmup=0, out="step.jpg", json_out=missing)
+        profile(config, build, steps=0, warmup=0, out="step.jpg", json_out=missing)
     for words in (
         "steps is 0",
         "warmup is 0",
@@ -176,7 +185,7 @@ def test_profile_names_all_bad_settings(
 @pytest.mark.parametrize("compile_it", ["false", "true"])
 def test_profile_on_a_gpu(tiny: list[str], compile_it: str) -> None:
     settings = ["device=cuda", f"step.compile={compile_it}", "pretrain.batch_size=16"]
-    result = profile(load_config(None, [*tiny, *settings]), steps=4, warmup=2)
+    result = profile(load_config(None, [*tiny, *settings]), build, steps=4, warmup=2)
     stages = result["stages"]
     assert result["execution"]["compiled"] is (compile_it == "true")
     for stage in STAGES[1:]:
