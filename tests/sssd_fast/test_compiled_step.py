@@ -88,7 +88,7 @@ def test_compiled_pretraining_agrees_and_exchanges_checkpoints(
     assert not counters["graph_break"]
 
 
-FINETUNE = "mixup=0.8 random_erasing=0.5 drop_path=0.3 max_steps=4".split()
+FINETUNE = ["mixup=0.8", "random_erasing=0.5", "drop_path=0.3", "max_steps=4"]
 
 
 @pytest.mark.usefixtures("_traced")
