@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sssd_fast.errors import ConfigError
+from sssd_fast.run.files import existing_folder
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,8 @@ def available_memory() -> int | None:
 
 
 def disk_free_gib(path: Path) -> float | None:
-    path = path.absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
     try:
-        return round(shutil.disk_usage(path).free / GIB, 1)
+        return round(shutil.disk_usage(existing_folder(path)).free / GIB, 1)
     except OSError:
         return None
 

@@ -92,11 +92,15 @@ def sync_file(target: BinaryIO | Path) -> None:
         os.close(descriptor)
 
 
+def existing_folder(path: Path) -> Path:
+    """`path`, or the closest folder above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 def cannot_write(path: Path, error: BaseException) -> str:
     """The message of an error for a failed write to `path`."""
-    folder = path.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = existing_folder(path.parent)
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     free_gib = shutil.disk_usage(folder).free / 2**30
     return (

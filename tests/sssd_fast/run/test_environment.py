@@ -67,9 +67,12 @@ def test_environment_starts_no_optional_package(monkeypatch: pytest.MonkeyPatch)
     """It is collected at the start of every run: importing xformers or DALI would take seconds."""
     started: list[list[str]] = []
     real = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda words, *a, **k: started.append(words) or real(words, *a, **k)
-    )
+
+    def popen(words: list[str], *args: Any, **options: Any) -> Any:
+        started.append(words)
+        return real(words, *args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
     before = set(sys.modules)
     collect_environment()
     assert not {"xformers", "nvidia.dali", "torchao"} & (set(sys.modules) - before)

@@ -22,7 +22,7 @@ from sssd_fast.model import Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.run.checkpoint import save_checkpoint
 from sssd_fast.weights import export
-from sssd_fast.weights.export import PortableClassifier, export_classifier, export_encoder
+from sssd_fast.weights.export import export_classifier, export_encoder
 from sssd_fast.weights.load import IMAGENET, load_into
 from tests.sssd_fast import vit_by_hand
 
@@ -55,16 +55,6 @@ def by_hand(model: Classifier, images: Tensor) -> Tensor:
     weights = {name.removeprefix("encoder."): t.detach().double() for name, t in state.items()}
     pixels = (images.double() / 255 - mean) / std
     return vit_by_hand.classify(pixels, weights, 3, config.norm_eps)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_portable_classifier_equals_the_model(name: str) -> None:
-    model = model_of(name).eval()
-    images = images_of(model, 3)
-    logits, scores = PortableClassifier(model)(images)
-    torch.testing.assert_close(logits, model(images), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits.double(), by_hand(model, images), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores, logits.softmax(1))
 
 
 @pytest.mark.parametrize("name", CASES)
