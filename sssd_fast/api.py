@@ -203,7 +203,8 @@ def evaluate(
     settings: Settings | None = None,
     command: str = "sssd_fast.evaluate",
 ) -> Result:
-    """Evaluates the best checkpoint of a fine-tuned run on a split of its data; writes RUN/eval/.
+    """Evaluates the best checkpoint of a fine-tuned run on a split of its data; writes
+    RUN/eval/SPLIT/.
 
     Example:
         >>> sf.evaluate("runs/fine", split="val").metrics

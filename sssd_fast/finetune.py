@@ -97,25 +97,20 @@ class FinetuneTask:
         due = last or epoch % self.settings.validate_epochs == 0
         if self.val_loader is None or not due:
             return {}
-        found = predict(
-            self.module,
-            self.val_loader,
-            self.val_ids,
-            self.num_classes,
-            self.run.world,
-            step.autocast(),
+        world, classes = self.run.world, self.num_classes
+        context = step.autocast()
+        labels_N, scores_NC = predict(
+            self.module, self.val_loader, self.val_ids, classes, world, context
         )
-        labels, scores = found.labels, found.scores
-        if self.num_classes == 2:
-            labels, scores = found.binary(positive_label(self.run.config, self.index))
-        metrics = classification_metrics(labels, scores)
-        chosen = np.clip(found.scores[np.arange(len(found.labels)), found.labels], 1e-12, None)
-        figures = {
-            "loss": float(-np.log(chosen).mean()),
-            "accuracy": metrics.accuracy,
-            "auc": metrics.auc,
-        }
-        return {name: value for name, value in figures.items() if value is not None}
+        chosen_N = np.clip(scores_NC[np.arange(len(labels_N)), labels_N], 1e-12, None)
+        loss = float(-np.log(chosen_N).mean())
+        if classes == 2:
+            positive = positive_label(self.run.config, self.index)
+            found = classification_metrics(labels_N == positive, scores_NC[:, positive])
+        else:
+            found = classification_metrics(labels_N, scores_NC)
+        values = {"loss": loss, "accuracy": found["accuracy"], "auc": found["auc"]}
+        return {name: value for name, value in values.items() if value is not None}
 
     def extra_state(self) -> dict[str, Any]:
         return {"classes": list(self.index.classes), "pool": self.settings.pool}

@@ -59,7 +59,7 @@ def test_every_example_is_tested() -> None:
 def test_train_your_ct_writes_three_runs_and_reports(tmp_path: Path) -> None:
     script = str(EXAMPLES / "train_your_ct.py")
     printed = run(script, "--out", "ct", "--set", *SETTINGS, where=tmp_path)
-    metrics = json.loads((tmp_path / "ct" / "finetune" / "eval" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "ct" / "finetune" / "eval/test/metrics.json").read_text())
     shown = numbers(r"test: accuracy [\d.]+, AUC ([\d.]+)", printed)
     assert shown == pytest.approx([metrics["image"]["auc"]], abs=5e-4)
     assert "maps (32, 32) pixels to 32 features" in printed

@@ -4,13 +4,12 @@ Shapes: N images, K classes, R bootstrap resamples, G groups (patients), U disti
 classes `scores` is [N], the probability of the positive class, and the prediction is positive when
 score >= threshold. For more classes `scores` is [N, K], the prediction is the largest score, and
 rates are macro averages, one class against the rest. A rate with denominator zero is None, with the
-reason in `Metrics.undefined`; it is never reported as 0.
+reason in "undefined"; it is never reported as 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,41 +33,6 @@ LEVEL = 0.95
 _MAX_ELEMENTS = 4_000_000
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """Rates in [0, 1] or None. `confusion[true][predicted]` holds counts, negative class first."""
-
-    n: int
-    accuracy: float | None
-    sensitivity: float | None
-    specificity: float | None
-    precision: float | None
-    f1: float | None
-    auc: float | None
-    prevalence: float | None
-    threshold: float | None
-    confusion: tuple[tuple[int, ...], ...]
-    undefined: dict[str, str] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain dict for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """95 % percentile interval over the `used` resamples with a defined value; `skipped` had none.
-
-    Bounds of None have a reason.
-    """
-
-    low: float | None
-    high: float | None
-    used: int
-    skipped: int
-    reason: str | None = None
-
-
 class PatientScores(NamedTuple):
     """One row per patient, in order of first appearance."""
 
@@ -78,70 +42,60 @@ class PatientScores(NamedTuple):
     without_patient: int
 
 
-def classification_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5) -> Metrics:
-    """Rates, confusion matrix and ROC AUC of predictions.
+def classification_metrics(
+    labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5
+) -> dict[str, Any]:
+    """n, the RATES in [0, 1] or None, prevalence, threshold, confusion[true][predicted], undefined.
 
     `labels` [N] of class numbers; `scores` [N] of the positive class (label 1), or [N, K] of each
-    class: then rates are macro averages, AUC is one-vs-rest and `threshold` is not used.
-    Raises DataError for another shape, other labels or scores that are not finite.
+    class: then `threshold` is not used. Raises DataError for another shape, other labels or scores
+    that are not finite.
     """
-    from sklearn.metrics import confusion_matrix, roc_auc_score
-
-    labels_N, scores_N, num_classes = check_scores(labels, scores)
+    labels_N, scores_N, _ = check_scores(labels, scores)
     binary, n = scores_N.ndim == 1, len(labels_N)
-    predicted_N = predict_classes(scores_N, threshold)
-    confusion_KK = np.zeros((num_classes, num_classes), dtype=np.int64)
-    if n:
-        confusion_KK = confusion_matrix(labels_N, predicted_N, labels=range(num_classes))
-    columns = _columns(labels_N, scores_N)
-    # scikit-learn warns and gives NaN, or raises, for a column of one class
-    both = all(truth.any() and not truth.all() for truth, _ in columns)
-    aucs = [roc_auc_score(truth, score) if both else np.nan for truth, score in columns]
-    found = {name: rate[0] for name, rate in _rates(confusion_KK[None], binary).items()}
-    values = {name: float(value) for name, value in (found | {"auc": np.mean(aucs)}).items()}
-    undefined = {
-        k: _reason(k, confusion_KK, binary) for k, value in values.items() if np.isnan(value)
+    confusion_1KK, rates = _weighted_metrics(labels_N, scores_N, threshold, np.ones((1, n)))
+    confusion_KK = confusion_1KK[0].astype(np.int64)
+    values = {name: float(value_1[0]) for name, value_1 in rates.items()}
+    undefined = {k: _reason(k, confusion_KK, binary) for k, v in values.items() if np.isnan(v)}
+    return {
+        "n": n,
+        **{name: None if name in undefined else value for name, value in values.items()},
+        "prevalence": float(labels_N.mean()) if binary and n else None,
+        "threshold": threshold if binary else None,
+        "confusion": confusion_KK.tolist(),
+        "undefined": undefined,
     }
-    return Metrics(
-        n=n,
-        prevalence=float(labels_N.mean()) if binary and n else None,
-        threshold=threshold if binary else None,
-        confusion=tuple(tuple(map(int, row)) for row in confusion_KK),
-        undefined=undefined,
-        **{k: None if k in undefined else value for k, value in values.items()},
-    )
 
 
 def bootstrap_intervals(
     labels: ArrayLike,
     scores: ArrayLike,
-    *,
-    n: int = 2000,
+    n: int,
     seed: int,
     groups: Sequence[Hashable] | None = None,
     threshold: float = 0.5,
-) -> dict[str, Interval]:
-    """95 % percentile intervals of every rate (Efron and Tibshirani 1993, chapter 13).
+) -> dict[str, dict[str, Any]]:
+    """95 % percentile interval of every rate (Efron and Tibshirani 1993, chapter 13).
 
-    The `n` resamples are not stratified: prevalence varies as it would in a new sample, since
-    accuracy, precision and F1 depend on it. With `groups` (patient per image) whole patients are
-    drawn, because images of one patient are not independent. A resample in which a rate is
-    undefined (AUC: only one class drawn) is skipped for that rate and counted.
+    Returns {rate: {low, high, used, skipped, reason}}; bounds of None have a reason. The `n`
+    resamples are not stratified: prevalence varies as it would in a new sample, since accuracy,
+    precision and F1 depend on it. With `groups` (patient per image) whole patients are drawn,
+    because images of one patient are not independent. A resample in which a rate is undefined (AUC:
+    only one class drawn) is skipped for that rate and counted.
     """
-    labels_N, scores_N, num_classes = check_scores(labels, scores)
+    labels_N, scores_N, _ = check_scores(labels, scores)
     unit = "image" if groups is None else "patient"
     groups = range(len(labels_N)) if groups is None else groups
     number_of: dict[Hashable, int] = {}
     group_N = np.array([number_of.setdefault(g, len(number_of)) for g in groups], dtype=np.int64)
     num_groups = len(number_of)
     if num_groups < 2:
-        reason = f"resampling needs at least 2 {unit}s, there is {num_groups}"
-        none = Interval(None, None, 0, n, reason if num_groups else "no images")
-        return dict.fromkeys(RATES, none)
+        few = f"resampling needs at least 2 {unit}s, there is {num_groups}"
+        return dict.fromkeys(
+            RATES, _interval(np.full(n, np.nan), few if num_groups else "no images")
+        )
 
     rng = np.random.default_rng(seed)
-    predicted_N = predict_classes(scores_N, threshold)
-    cells_NX = np.eye(num_classes**2)[labels_N * num_classes + predicted_N]
     chunk = max(1, _MAX_ELEMENTS // len(labels_N))
     found: dict[str, list[Floats]] = {name: [] for name in RATES}
     for start in range(0, n, chunk):
@@ -151,12 +105,10 @@ def bootstrap_intervals(
         drawn_RG += num_groups * np.arange(size)[:, None]
         counts_RG = np.bincount(drawn_RG.ravel(), minlength=size * num_groups)
         weights_RN = counts_RG.reshape(size, num_groups)[:, group_N].astype(np.float64)
-        confusion_RKK = (weights_RN @ cells_NX).reshape(-1, num_classes, num_classes)
-        for name, values_R in _rates(confusion_RKK, scores_N.ndim == 1).items():
+        for name, values_R in _weighted_metrics(labels_N, scores_N, threshold, weights_RN)[
+            1
+        ].items():
             found[name].append(values_R)
-        columns = _columns(labels_N, scores_N)
-        aucs = [_weighted_auc(truth, score, weights_RN) for truth, score in columns]
-        found["auc"].append(np.mean(aucs, axis=0))
     return {name: _interval(np.concatenate(values)) for name, values in found.items()}
 
 
@@ -194,8 +146,8 @@ def aggregate_runs(
 ) -> dict[str, dict[str, float | int | None]]:
     """Mean and sample standard deviation (n - 1) of every rate over seeds or folds.
 
-    `runs` are `Metrics.as_dict()`. `n` counts the runs with a defined rate; `mean` is None for
-    n = 0, `deviation` for n < 2.
+    `runs` are of `classification_metrics`. `n` counts the runs with a defined rate; `mean` is None
+    for n = 0, `deviation` for n < 2.
     """
     summary: dict[str, dict[str, float | int | None]] = {}
     for name in RATES:
@@ -242,22 +194,23 @@ def predict_classes(scores_N: Floats, threshold: float) -> Ints:
     return predicted.astype(np.int64)
 
 
-def _columns(labels_N: Ints, scores_N: Floats) -> list[tuple[NDArray[np.bool_], Floats]]:
-    """(is positive [N], score [N]) of the positive class, or of each class against the rest."""
-    if scores_N.ndim == 1:
-        return [(labels_N == 1, scores_N)]
-    return [(labels_N == k, scores_N[:, k]) for k in range(scores_N.shape[1])]
-
-
-def _rates(confusion_RKK: NDArray[Any], binary: bool) -> dict[str, Floats]:
-    """Every rate but AUC of R confusion matrices; NaN where undefined."""
+def _weighted_metrics(
+    labels_N: Ints, scores_N: Floats, threshold: float, weights_RN: Floats
+) -> tuple[Floats, dict[str, Floats]]:
+    """Confusion matrices [R, K, K] and rates [R], NaN where undefined, of R weightings of N
+    images.
+    """
+    binary = scores_N.ndim == 1
+    num_classes = 2 if binary else scores_N.shape[1]
+    cells_NX = np.eye(num_classes**2)[labels_N * num_classes + predict_classes(scores_N, threshold)]
+    confusion_RKK = (weights_RN @ cells_NX).reshape(-1, num_classes, num_classes)
     true_RK = np.diagonal(confusion_RKK, axis1=1, axis2=2)
-    total_R1 = confusion_RKK.sum(axis=(1, 2))[:, None]
+    total_R = confusion_RKK.sum(axis=(1, 2))
     missed_RK = confusion_RKK.sum(axis=2) - true_RK
     false_RK = confusion_RKK.sum(axis=1) - true_RK
-    rest_RK = total_R1 - true_RK - missed_RK - false_RK
+    rest_RK = total_R[:, None] - true_RK - missed_RK - false_RK
     with np.errstate(invalid="ignore", divide="ignore"):
-        accuracy = true_RK.sum(axis=1) / total_R1[:, 0]
+        accuracy = true_RK.sum(axis=1) / total_R
         per_class = {
             "sensitivity": true_RK / (true_RK + missed_RK),
             "specificity": rest_RK / (rest_RK + false_RK),
@@ -265,7 +218,14 @@ def _rates(confusion_RKK: NDArray[Any], binary: bool) -> dict[str, Floats]:
             "f1": 2 * true_RK / (2 * true_RK + false_RK + missed_RK),
         }
     rates = {k: value[:, 1] if binary else value.mean(axis=1) for k, value in per_class.items()}
-    return {"accuracy": accuracy, **rates}
+    if binary:
+        auc = _weighted_auc(labels_N == 1, scores_N, weights_RN)
+    else:
+        each = [
+            _weighted_auc(labels_N == k, column, weights_RN) for k, column in enumerate(scores_N.T)
+        ]
+        auc = np.mean(each, axis=0)
+    return confusion_RKK, {"accuracy": accuracy, **rates, "auc": auc}
 
 
 def _weighted_auc(truth_N: NDArray[np.bool_], scores_N: Floats, weights_RN: Floats) -> Floats:
@@ -305,10 +265,11 @@ def _reason(name: str, confusion_KK: Ints, binary: bool) -> str:
     return f"class {', '.join(map(str, empty))} {what}"
 
 
-def _interval(values_R: Floats) -> Interval:
+def _interval(values_R: Floats, reason: str = "undefined in every resample") -> dict[str, Any]:
+    """`used` resamples have a defined value, `skipped` have none; `reason` if all are skipped."""
     defined = values_R[~np.isnan(values_R)]
-    skipped = len(values_R) - len(defined)
+    counts = {"used": len(defined), "skipped": len(values_R) - len(defined)}
     if len(defined) == 0:
-        return Interval(None, None, 0, skipped, "undefined in every resample")
+        return {"low": None, "high": None, **counts, "reason": reason}
     low, high = np.percentile(defined, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return Interval(float(low), float(high), len(defined), skipped)
+    return {"low": float(low), "high": float(high), **counts, "reason": None}

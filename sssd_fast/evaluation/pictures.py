@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 Norm = Literal["patch", "channel", "none"]
 
 INK, QUIET, LINE = "#1d2733", "#66727f", "#d5dbe1"
 COLORS = ("#1f6f8b", "#c8553d", "#6a8d3f", "#7a5c99", "#b08a2e", "#4d5b6a")
 HIDDEN = 128  # grey of a masked patch
+MAX_HEADS = 6  # of an attention picture
+THUMBNAIL = 192  # longer side, pixels
 DPI = 160
 TARGET_STATISTICS = (
     "predictions are un-normalised with the mean and standard deviation of the target patches, "
@@ -35,36 +38,58 @@ TARGET_STATISTICS = (
 )
 
 
+def reconstruction_picture(
+    images: Any,
+    pred: Any,
+    mask: Any,
+    patch_size: int,
+    *,
+    norm: Norm,
+    mean: Sequence[float],
+    std: Sequence[float],
+    names: Sequence[str],
+    path: Path,
+) -> None:
+    """One column per image: input, masked input, visible patches with the predicted masked ones.
+
+    images uint8 [n, C, H, W], pred [n, L, P*P*C], mask [n, L] (True = masked), `names` of the
+    images; norm, mean and std as in `unnormalise`.
+    """
+    images_nCHW, masked_nL = as_array(images), as_array(mask).astype(bool)
+    values_nLX = unnormalise(as_array(pred), images_nCHW, patch_size, norm, mean, std)
+    caption = f"{masked_nL.mean():.0%} of patches masked"
+    if norm != "none":
+        caption += f"; {TARGET_STATISTICS}"
+    _sheet(
+        reconstruction_rows(images_nCHW, values_nLX, masked_nL, patch_size), names, caption, path
+    )
+
+
 def reconstruction_rows(
-    images: Any, pred: Any, mask: Any, patch_size: int, **target: Any
+    images_nCHW: Bytes, values_nLX: Floats, masked_nL: NDArray[np.bool_], patch_size: int
 ) -> dict[str, Bytes]:
-    """The rows of `reconstruction_picture`, each uint8 [n, H, W, C]; arguments as there."""
-    images_nCHW, masked_nL1 = as_array(images), as_array(mask).astype(bool)[:, :, None]
-    values_nLX = unnormalise(as_array(pred), images_nCHW, patch_size, **target)
-    predicted = np.clip(np.rint(values_nLX), 0, 255).astype(np.uint8)
-    original, shape = patchify(images_nCHW, patch_size), images_nCHW.shape
-    filled = {"masked": np.full_like(predicted, HIDDEN), "reconstruction": predicted}
-    rows = {
-        name: unpatchify(np.where(masked_nL1, values, original), shape, patch_size)
-        for name, values in filled.items()
-    }
-    return {"input": images_nCHW.transpose(0, 2, 3, 1), **rows}
+    """The rows of the picture, each uint8 [n, H, W, C], from predicted pixel values."""
+    predicted_nLX = np.clip(np.rint(values_nLX), 0, 255).astype(np.uint8)
+    original_nLX = patchify(images_nCHW, patch_size)
+    rows = {"input": images_nCHW.transpose(0, 2, 3, 1)}
+    for name, filled in (("masked", np.uint8(HIDDEN)), ("reconstruction", predicted_nLX)):
+        patches_nLX = np.where(masked_nL[:, :, None], filled, original_nLX)
+        rows[name] = unpatchify(patches_nLX, images_nCHW.shape, patch_size)
+    return rows
 
 
 def unnormalise(
     pred_nLX: NDArray[Any],
     images_nCHW: Bytes,
     patch_size: int,
-    *,
-    norm: Norm = "patch",
-    mean: Sequence[float] = (0.0,),
-    std: Sequence[float] = (1.0,),
-    eps: float = 1e-6,
+    norm: Norm,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> Floats:
     """Predictions as pixel values 0..255 (not clipped), [n, L, P*P*C], channels last.
 
     pred [n, L, P*P*C] is in the space of the training target: (x / 255 - mean) / std, then, for
-    norm "patch" or "channel", minus the patch's mean, divided by sqrt(unbiased variance + eps)
+    norm "patch" or "channel", minus the patch's mean, divided by sqrt(unbiased variance + 1e-6)
     (He et al. 2022, section 4.2). Both statistics are those of the target patch.
     """
     n, channels = images_nCHW.shape[:2]
@@ -74,7 +99,7 @@ def unnormalise(
     if norm != "none":
         target_nLSC = (patchify(images_nCHW, patch_size).reshape(shape) - shift) / scale
         axes = (2, 3) if norm == "patch" else 2
-        spread = np.sqrt(target_nLSC.var(axis=axes, ddof=1, keepdims=True) + eps)
+        spread = np.sqrt(target_nLSC.var(axis=axes, ddof=1, keepdims=True) + 1e-6)
         pred_nLSC = pred_nLSC * spread + target_nLSC.mean(axis=axes, keepdims=True)
     return np.asarray((pred_nLSC * scale + shift).reshape(pred_nLX.shape))
 
@@ -95,38 +120,15 @@ def unpatchify(patches_nLX: NDArray[Any], shape: Sequence[int], patch_size: int)
     return cells.reshape(n, height, width, channels)
 
 
-def reconstruction_picture(
-    images: Any,
-    pred: Any,
-    mask: Any,
-    patch_size: int,
-    *,
-    path: str | Path,
-    names: Sequence[str] = (),
-    **target: Any,
-) -> Path:
-    """One column per image: input, masked input, visible patches with the predicted masked ones.
-
-    images uint8 [n, C, H, W], pred [n, L, P*P*C], mask [n, L] (True = masked), `names` of the
-    images; `target` are norm, mean, std and eps of `unnormalise`.
-    """
-    rows = reconstruction_rows(images, pred, mask, patch_size, **target)
-    caption = f"{as_array(mask).mean():.0%} of patches masked"
-    if target.get("norm", "patch") != "none":
-        caption += f"; {TARGET_STATISTICS}"
-    return _sheet(rows, names, caption, path)
-
-
 def attention_picture(
     images: Any,
     attention: Any,
     grid: tuple[int, int],
     num_prefix: int,
     *,
-    path: str | Path,
-    names: Sequence[str] = (),
-    max_heads: int = 6,
-) -> Path:
+    names: Sequence[str],
+    path: Path,
+) -> None:
     """One column per image: the image, then the attention of the mean of heads and of each head.
 
     attention [n, heads, N, N] probabilities, rows = queries. With a prefix the query is token 0
@@ -136,15 +138,15 @@ def attention_picture(
     maps_nhL = attention_maps(attention, num_prefix)
     rows = {"image": images_nHW3}
     shown = {"mean of heads": maps_nhL.mean(axis=1)}
-    shown |= {f"head {k + 1}": maps_nhL[:, k] for k in range(min(max_heads, maps_nhL.shape[1]))}
+    shown |= {f"head {k + 1}": maps_nhL[:, k] for k in range(min(MAX_HEADS, maps_nhL.shape[1]))}
     for title, maps_nL in shown.items():
         pairs = zip(images_nHW3, maps_nL, strict=True)
         rows[title] = [_overlay(image, map_L.reshape(grid)) for image, map_L in pairs]
     query = "of the class token" if num_prefix else "averaged over all queries"
     caption = f"attention {query} in the last block; each map scaled to its own maximum"
-    if maps_nhL.shape[1] > max_heads:
-        caption += f"; the first {max_heads} of {maps_nhL.shape[1]} heads"
-    return _sheet(rows, names, caption, path, colorbar="attention / maximum")
+    if maps_nhL.shape[1] > MAX_HEADS:
+        caption += f"; the first {MAX_HEADS} of {maps_nhL.shape[1]} heads"
+    _sheet(rows, names, caption, path, colorbar="attention / maximum")
 
 
 def attention_maps(attention: Any, num_prefix: int) -> Floats:
@@ -154,43 +156,36 @@ def attention_maps(attention: Any, num_prefix: int) -> Floats:
     return np.asarray(queries[:, :, num_prefix:])
 
 
-def thumbnail(image: Bytes, *, path: str | Path, side: int = 192) -> Path:
-    """PNG of an [H, W] or [H, W, 3] uint8 image with its longer side at most `side` pixels."""
+def thumbnail(image: Bytes, *, path: Path) -> None:
+    """PNG of an [H, W] or [H, W, 3] uint8 image, reduced if larger than THUMBNAIL."""
     from PIL import Image
 
     picture = Image.fromarray(np.ascontiguousarray(image))
-    picture.thumbnail((side, side))
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    return write_picture(buffer.getvalue(), path)
+    atomic_write_bytes(path, buffer.getvalue())
 
 
-def curves(records: Iterable[Mapping[str, Any]], *, path: str | Path) -> Path | None:
+def curves(records: Sequence[Mapping[str, Any]], *, path: Path) -> Path | None:
     """Two panels from metrics.jsonl records over epochs; None if there is nothing to draw.
 
     Pre-training: reconstruction loss, and distillation loss on a log scale, since its first values
     are far above the rest. Other stages: loss, and accuracy and AUC of the validation images.
     Training losses are drawn as recorded, with their mean per epoch.
     """
-    records = list(records)
-    of_kind = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "val")}
-
-    def both(key: str) -> dict[str, Any]:
-        return {
-            "training": _series(of_kind["train"], key),
-            "validation": _series(of_kind["val"], key),
-        }
-
     if any("loss_reconstruction" in record for record in records):
         panels = {
-            "reconstruction loss": both("loss_reconstruction"),
-            "distillation loss": both("loss_distillation"),
+            f"{name} loss": _both(f"loss_{name}") for name in ("reconstruction", "distillation")
         }
     else:
-        metrics = {"accuracy": "accuracy", "AUC": "auc"}
-        shown = {label: _series(of_kind["val"], key) for label, key in metrics.items()}
-        panels = {"loss": both("loss"), "validation metric": shown}
-    drawn = {title: lines for title, lines in panels.items() if any(x for x, _ in lines.values())}
+        shown = {"accuracy": ("val", "accuracy"), "AUC": ("val", "auc")}
+        panels = {"loss": _both("loss"), "validation metric": shown}
+    found = {
+        title: {label: _series(records, *source) for label, source in lines.items()}
+        for title, lines in panels.items()
+    }
+    drawn = {title: lines for title, lines in found.items() if any(x for x, _ in lines.values())}
     if not drawn:
         return None
     figure = new_figure(3.5 * len(drawn), 2.7)
@@ -211,19 +206,22 @@ def curves(records: Iterable[Mapping[str, Any]], *, path: str | Path) -> Path | 
 
 
 def roc_picture(
-    lines: Mapping[str, tuple[Floats, Floats]],
+    curves: Mapping[str, tuple[Ints, Floats]],
     *,
-    path: str | Path,
+    path: Path,
     operating_point: tuple[float, float, float] | None = None,
-) -> Path:
-    """ROC curves, label -> (false positive rates, true positive rates).
+) -> None:
+    """ROC curves, label -> (is positive [N], score [N]).
 
     `operating_point` (false positive rate, true positive rate, threshold) is marked.
     """
+    from sklearn.metrics import roc_curve
+
     figure = new_figure(4.4, 4.2)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=LINE, lw=1, ls="--")
-    for i, (label, (false_rate, true_rate)) in enumerate(lines.items()):
+    for i, (label, (truth_N, score_N)) in enumerate(curves.items()):
+        false_rate, true_rate, _ = roc_curve(truth_N, score_N, drop_intermediate=False)
         axes.plot(false_rate, true_rate, color=COLORS[i % len(COLORS)], lw=1.8, label=label)
     if operating_point is not None:
         x, y, threshold = operating_point
@@ -233,10 +231,10 @@ def roc_picture(
     legend = axes.legend(frameon=False, fontsize=8, loc="lower right", labelcolor=INK)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    return save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def confusion_picture(confusion: ArrayLike, classes: Sequence[str], *, path: str | Path) -> Path:
+def confusion_picture(confusion: ArrayLike, classes: Sequence[str], *, path: Path) -> None:
     """Confusion matrix [K, K] (rows true, columns predicted): counts, and the share of each row."""
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -256,7 +254,7 @@ def confusion_picture(confusion: ArrayLike, classes: Sequence[str], *, path: str
     names, ticks = [_short(name) for name in classes], range(len(classes))
     axes.set_xticks(ticks, names, rotation=0 if len(classes) < 4 else 45, parse_math=False)
     axes.set_yticks(ticks, names, rotation=90, va="center", parse_math=False)
-    return save_figure(figure, path)
+    save_figure(figure, path)
 
 
 # ---- shared with the pictures of reproduce and of the profile ----
@@ -288,15 +286,8 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Atomic write of a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return write_picture(buffer.getvalue(), path)
-
-
-def write_picture(data: bytes, path: str | Path) -> Path:
-    """Atomic write of an encoded picture; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(path, data)
-    return path
+    atomic_write_bytes(path, buffer.getvalue())
+    return Path(path)
 
 
 def as_array(value: Any) -> NDArray[Any]:
@@ -332,10 +323,9 @@ def _sheet(
     rows: Mapping[str, Sequence[Bytes] | Bytes],
     names: Sequence[str],
     caption: str,
-    path: str | Path,
-    *,
+    path: Path,
     colorbar: str = "",
-) -> Path:
+) -> None:
     """Equal pictures as a table: row titles at the left, image names above, a caption below.
 
     One mosaic in one axes: dozens of subplots would take seconds.
@@ -371,13 +361,20 @@ def _sheet(
         bar = figure.colorbar(ScalarMappable(cmap="inferno"), ax=axes, fraction=0.025, pad=0.01)
         bar.set_label(colorbar, fontsize=7.5, color=QUIET)
         bar.ax.tick_params(labelsize=7, colors=QUIET)
-    return save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def _series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """(epochs, values) of the records that have both."""
-    found = [(r["epoch"], r[key]) for r in records if None not in (r.get("epoch"), r.get(key))]
-    return [float(epoch) for epoch, _ in found], [float(value) for _, value in found]
+def _both(key: str) -> dict[str, tuple[str, str]]:
+    return {"training": ("train", key), "validation": ("val", key)}
+
+
+def _series(
+    records: Sequence[Mapping[str, Any]], kind: str, key: str
+) -> tuple[list[float], list[float]]:
+    """(epochs, values) of the records of a kind that have both."""
+    known = [r for r in records if r.get("kind") == kind and {"epoch", key} <= r.keys()]
+    rows = [(r["epoch"], r[key]) for r in known if None not in (r["epoch"], r[key])]
+    return [float(epoch) for epoch, _ in rows], [float(value) for _, value in rows]
 
 
 def _epoch_means(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,17 +31,6 @@ from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.folder import Run
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-
-
-class Predictions(NamedTuple):
-    """One row per image, in the order of `ids`."""
-
-    labels: NDArray[np.int64]  # [N]
-    scores: NDArray[np.float64]  # [N, classes] softmax
-
-    def binary(self, positive: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """([N] 1 = positive class, [N] score of the positive class)."""
-        return (self.labels == positive).astype(np.int64), self.scores[:, positive]
 
 
 @dataclass
@@ -70,33 +59,36 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
 
 
 def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
-    """Evaluate the best checkpoint on a split of the run's data; writes eval/, prints a table."""
-    trained = load_trained(run.out, run.world.device)
+    """Evaluate the best checkpoint on a split of the run's data; writes eval/SPLIT/, prints a
+    table.
+    """
+    trained, config = load_trained(run.out, run.world.device), run.config
     index = DataIndex.load(run.out / "index.json")
     ids = split_csv(index, run.out / "split.csv").ids(split)
     if not ids:
         raise DataError(
             f"the data of {run.out} have no {split} images; choose a --split that data.json lists"
         )
-    loader = make_loader(run, index, ids, batch_size=run.config.evaluate.batch_size, shard=True)
+    loader = make_loader(run, index, ids, batch_size=config.evaluate.batch_size, shard=True)
     context = autocast(run.precision, run.world.device)
-    found = predict(trained.model, loader, ids, len(trained.classes), run.world, context)
+    classes = trained.classes
+    labels, scores = predict(trained.model, loader, ids, len(classes), run.world, context)
     if not run.world.main:
         return {}
     records = [index.records[i] for i in ids]
     result = write_evaluation(
         run.out,
-        labels=found.labels,
-        probabilities=found.scores,
+        labels=labels,
+        probabilities=scores,
         paths=[r.path for r in records],
-        classes=trained.classes,
+        classes=classes,
         split=split,
-        patients=[r.patient for r in records],
-        positive=positive_label(run.config, index) if len(trained.classes) == 2 else None,
-        threshold=run.config.evaluate.threshold,
-        seed=run.config.seed,
-        resamples=run.config.evaluate.bootstrap,
         load_image=lambda path: decode_image(index.root / path),
+        patients=[r.patient for r in records],
+        positive=positive_label(config, index) if len(classes) == 2 else None,
+        threshold=config.evaluate.threshold,
+        seed=config.seed,
+        resamples=config.evaluate.bootstrap,
     )
     shown = ids[:8]
     first = make_loader(run, index, shown, batch_size=len(shown), shard=False)
@@ -109,11 +101,10 @@ def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
         names=[r.path for r in records[: len(shown)]],
         path=run.out / "images" / f"attention-{split}.png",
     )
-    columns = ["", "per image (95 % interval)", "per patient (95 % interval)"]
-    shown_columns = 2 if result["patient"] is None else 3
-    table = [row[:shown_columns] for row in result_rows(result)]
+    columns = 2 if result["patient"] is None else 3
+    header = ["", "per image (95 % interval)", "per patient (95 % interval)"][:columns]
     title = f"{len(ids)} {split} images, {trained.path.name}"
-    run.console.table(title, columns[:shown_columns], table)
+    run.console.table(title, header, [row[:columns] for row in result_rows(result)])
     for note in result["notes"]:
         run.console.info(note)
     return result
@@ -126,8 +117,9 @@ def predict_files(
     batch_size: int,
     precision: str,
 ) -> tuple[NDArray[np.float64], dict[int, str]]:
-    """[N, classes] scores of files or [H, W] or [H, W, 3] arrays; rows of files that cannot be read
-    are NaN and listed with the reason.
+    """[N, classes] scores of files or [H, W] or [H, W, 3] arrays.
+
+    Rows of files that cannot be read are NaN and listed with the reason.
     """
     config, device = trained.config, next(trained.model.parameters()).device
     context = autocast(pick_precision(precision, device), device)
@@ -143,11 +135,8 @@ def predict_files(
                 bad[row] = str(error)
                 continue
             view = evaluation_crop(picture, config.model.image_size, config.data.fit)
-            # [H, W] -> [1, H, W], [H, W, C] -> [C, H, W]
-            view = np.moveaxis(np.atleast_3d(view), 2, 0)
-            images[row] = torch.from_numpy(
-                np.array(view, order="C")
-            )  # a copy: decoded images may be read-only
+            # a copy, since decoded images may be read-only; [H, W] or [H, W, C] -> [C, H, W]
+            images[row] = torch.tensor(np.atleast_3d(view)).permute(2, 0, 1).contiguous()
         if images:
             with torch.no_grad(), context:
                 logits = trained.model(torch.stack(list(images.values())).to(device))
@@ -194,8 +183,8 @@ def predict(
     num_classes: int,
     world: World,
     autocast: torch.autocast,
-) -> Predictions:
-    """Scores of the images `ids`, gathered from all processes; keeps the model's mode."""
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Labels [N] and softmax scores [N, classes] of the images `ids`, from all processes."""
     row_of = {image: row for row, image in enumerate(ids)}
     logits_NC = torch.zeros(len(ids), num_classes, device=world.device)
     labels_N = torch.zeros(len(ids), device=world.device, dtype=torch.int64)
@@ -203,8 +192,8 @@ def predict(
     model.eval()
     for batch in loader.epoch(0):
         keep = batch.valid
-        rows = torch.tensor([row_of[i] for i in batch.indices[keep].tolist()], dtype=torch.int64)
-        rows = rows.to(world.device)
+        found = [row_of[i] for i in batch.indices[keep].tolist()]
+        rows = torch.tensor(found, dtype=torch.int64, device=world.device)
         with autocast:
             logits = model(batch.images)
         logits_NC[rows] = logits[keep].float()
@@ -218,4 +207,4 @@ def predict(
             "the model's scores are not finite; the checkpoint is unusable, or fp16 overflows "
             "(try precision=fp32)"
         )
-    return Predictions(labels_N.cpu().numpy(), logits_NC.double().softmax(1).cpu().numpy())
+    return labels_N.cpu().numpy(), logits_NC.double().softmax(1).cpu().numpy()

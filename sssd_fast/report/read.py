@@ -15,17 +15,12 @@ STAGES = {
     "probe": "Linear probe",
     "evaluate": "Evaluation",
 }
-EVALUATION_KEYS = {
-    "split",
-    "classes",
-    "positive_class",
-    "bootstrap",
-    "image",
-    "patient",
-    "mistakes",
-    "num_mistakes",
-    "notes",
-}
+# An evaluation is in the folder of its split, most important first, or directly in eval/ (old
+# runs).
+EVALUATIONS = ("eval/test", "eval/val", "eval/train", "eval")
+EVALUATION_KEYS = (
+    "split classes positive_class bootstrap image patient mistakes num_mistakes notes".split()
+)
 
 
 @dataclass
@@ -41,6 +36,7 @@ class RunFiles:
     data: dict[str, Any] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluation_folder: Path = Path()
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -66,31 +62,30 @@ class RunFiles:
 
 def read_run(folder: Path, name: str) -> RunFiles:
     """Everything that a report needs; `name` is the folder's name in the report."""
-    import yaml
-
     run = RunFiles(folder, name)
-    run.config = _read(run, "config.yaml", yaml.safe_load, yaml.YAMLError)
-    run.env = _read(run, "env.json", json.loads, ValueError)
-    run.data = _read(run, "data.json", json.loads, ValueError)
-    run.evaluation = _read(run, "eval/metrics.json", json.loads, ValueError)
-    if run.evaluation and (lacking := EVALUATION_KEYS - run.evaluation.keys()):
-        run.problems.append(f"eval/metrics.json lacks {', '.join(sorted(lacking))}; evaluate again")
-        run.evaluation = {}
+    run.config = _read(run, "config.yaml")
+    run.env = _read(run, "env.json")
+    run.data = _read(run, "data.json")
+    for place in EVALUATIONS:
+        found = _read(run, f"{place}/metrics.json")
+        lacking = sorted(set(EVALUATION_KEYS) - found.keys())
+        if found and lacking:
+            run.problems.append(f"{place}/metrics.json lacks {', '.join(lacking)}; evaluate again")
+        elif found and (
+            not run.evaluation or (found["split"] == "test" != run.evaluation["split"])
+        ):
+            run.evaluation = found
+            run.evaluation_folder = folder / place
     run.command = _text(folder / "command.txt").strip()
     damaged = 0
     for line in filter(str.strip, _text(folder / "metrics.jsonl").splitlines()):
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            run.records.append(record)
-        else:
+            run.records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             damaged += 1
     if damaged:
-        run.problems.append(
-            f"metrics.jsonl: {damaged} unreadable line{'s' * (damaged > 1)} skipped"
-        )
+        lines = f"{damaged} unreadable line{'s' * (damaged > 1)}"
+        run.problems.append(f"metrics.jsonl: {lines} skipped")
     # by the folder's name ("finetune", "finetune-seed1"), else by the command
     words = [re.split(r"[^a-z]", folder.resolve().name.lower())[0], *run.command.split()[1:2]]
     run.stage = next((word for word in words if word in STAGES), "")
@@ -107,13 +102,16 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _read(run: RunFiles, name: str, parse: Any, error: type[Exception]) -> dict[str, Any]:
+def _read(run: RunFiles, name: str) -> dict[str, Any]:
+    import yaml
+
     path = run.path / name
     if not path.is_file():
         return {}
     try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, error) as reason:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as reason:
         run.problems.append(f"{name} could not be read: {reason}")
         return {}
     if isinstance(content, dict):

@@ -1,7 +1,7 @@
 """report.html and report.md of one or several runs, from two jinja2 templates and one context.
 
 Reads only files of the run folders: config.yaml, command.txt, env.json, data.json, metrics.jsonl,
-images/*.png, eval/*. A file that is missing or unreadable is named in the report. Draws
+images/*.png, eval/. A file that is missing or unreadable is named in the report. Draws
 images/curves.png. The HTML file embeds its pictures and needs neither network nor script.
 """
 
@@ -141,10 +141,10 @@ def _result(run: RunFiles) -> dict[str, Any]:
         metrics.append((name, value, interval.rstrip(")"), per_patient))
     mistakes = []
     for mistake in result["mistakes"]:
-        file = run.path / "eval" / "mistakes" / Path(mistake["thumbnail"] or "none").name
+        file = run.evaluation_folder / "mistakes" / Path(mistake["thumbnail"] or "none").name
         picture = {"path": file, "alt": mistake["path"]} if file.is_file() else None
         mistakes.append({**mistake, "picture": picture})
-    files = {name: run.path / "eval" / f"{name}.png" for name in ("roc", "confusion")}
+    files = {name: run.evaluation_folder / f"{name}.png" for name in ("roc", "confusion")}
     pictures = [
         {"path": path, "alt": CAPTIONS[name], "caption": CAPTIONS[name]}
         for name, path in files.items()

@@ -38,7 +38,7 @@ class NearestNeighbour:
         distance_NK = (known_KP**2).sum(1)[None, :] - 2 * query_NP @ known_KP.T
         positive_I = np.array(index.labels) == positive_class(index.classes)
         scores_N = positive_I[known][distance_NK.argmin(1)].astype(np.float64)
-        return classification_metrics(positive_I[queries].astype(np.int64), scores_N).as_dict()
+        return classification_metrics(positive_I[queries].astype(np.int64), scores_N)
 
     def _stack(self, index: DataIndex, ids: list[int]) -> NDArray[np.float32]:
         """[N, SIDE * SIDE] pixels in [0, 1]."""

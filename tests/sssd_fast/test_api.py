@@ -46,7 +46,7 @@ def test_functions_train_as_the_commands_do(
     assert (pre.out / RUN_MARKER).is_file()
     settings = {"finetune.max_steps": 4}
     fine = sf.finetune(slices, init=pre.out, out=tmp_path / "fine", settings=settings)
-    other = json.loads((trained / "finetune" / "eval" / "metrics.json").read_text())
+    other = json.loads((trained / "finetune" / "eval/test/metrics.json").read_text())
     assert json.loads(json.dumps(fine.metrics["image"])) == other["image"]
     val = sf.evaluate(fine.out, split="val")
     assert val.metrics["split"] == "val"

@@ -28,7 +28,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def metrics(run: Path) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = json.loads((run / "eval" / "metrics.json").read_text())
+    found: dict[str, dict[str, float]] = json.loads((run / "eval/test/metrics.json").read_text())
     return found
 
 
@@ -39,7 +39,7 @@ def test_predict_scores_files_as_evaluate_did(
     command = ["predict", str(trained), str(slices), "--out", str(out)]
     assert main(command) == 0
     mine = {str(Path(r["path"]).relative_to(slices)): r for r in rows(out)}
-    theirs = rows(trained / "finetune" / "eval" / "predictions.csv")
+    theirs = rows(trained / "finetune" / "eval/test/predictions.csv")
     assert len(mine) == 48
     assert len(theirs) == 8
     for row in theirs:
@@ -75,6 +75,7 @@ def test_evaluate_takes_a_split_and_settings_in_any_order(
     shutil.copytree(trained / "finetune", run)
     assert main(["evaluate", "evaluate.threshold=0.25", str(run), "--split", "train"]) == 0
     assert "36 train images" in capsys.readouterr().out
+    assert metrics(run) == metrics(trained / "finetune")  # of the test images
     assert (
         "evaluate.threshold" not in (run / "config.yaml").read_text()
     )  # the run keeps its settings

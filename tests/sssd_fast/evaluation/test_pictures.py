@@ -20,20 +20,8 @@ def _full_resolution(monkeypatch):
     monkeypatch.setattr(pictures, "DPI", 160)
 
 
-def make_case(channels=1, masked=0.6):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (2, channels, ROWS * P, COLS * P), dtype=np.uint8)
-    pred = rng.normal(size=(2, ROWS * COLS, P * P * channels))
-    mask = rng.random((2, ROWS * COLS)) < masked
-    mask[:, 0] = False
-    mask[:, -1] = True
-    return images, pred, mask
-
-
-def pixels_of(mask):
-    """[n, H, W] bool: True where a pixel belongs to a masked patch."""
-    grid = mask.reshape(-1, ROWS, COLS)
-    return np.repeat(np.repeat(grid, P, axis=1), P, axis=2)
+def make_images():
+    return np.random.default_rng(0).integers(0, 256, (2, 3, ROWS * P, COLS * P), dtype=np.uint8)
 
 
 def plain_target(image_CHW, norm, eps=1e-6):
@@ -68,48 +56,43 @@ def test_patchify_is_row_column_channel(channels):
 @pytest.mark.parametrize("norm", ["patch", "channel"])
 def test_unnormalise_inverts_the_training_target(norm):
     """A perfect prediction gives the original pixels back, mean and std per channel included."""
-    images, _, _ = make_case(channels=3)
+    images = make_images()
     pred = np.stack([plain_target(image, norm) for image in images])
-    values = pictures.unnormalise(pred, images, P, norm=norm, mean=MEAN, std=STD)
+    values = pictures.unnormalise(pred, images, P, norm, MEAN, STD)
     assert np.allclose(values, pictures.patchify(images, P), atol=1e-6)
 
 
 def test_unnormalise_without_norm_only_scales():
-    images, pred, _ = make_case()
-    values = pictures.unnormalise(pred, images, P, norm="none", mean=(0.5,), std=(0.25,))
+    pred = np.random.default_rng(0).normal(size=(2, ROWS * COLS, P * P * 3))
+    values = pictures.unnormalise(pred, make_images(), P, "none", (0.5,), (0.25,))
     assert np.allclose(values, 255 * (pred * 0.25 + 0.5))
 
 
-def test_reconstruction_rows_show_predictions_only_where_masked():
-    images, pred, mask = make_case(channels=3)
-    # bfloat16 with gradient, which numpy cannot hold
-    tensor = torch.from_numpy(pred).bfloat16().requires_grad_()
-    pred = tensor.detach().float().numpy()
-    rows = pictures.reconstruction_rows(torch.from_numpy(images), tensor, mask, P)
-    hidden, original = pixels_of(mask), images.transpose(0, 2, 3, 1)
-    assert np.array_equal(rows["input"], original)
-    assert (rows["masked"][hidden] == 128).all()
-    assert np.array_equal(rows["masked"][~hidden], original[~hidden])
-    assert np.array_equal(rows["reconstruction"][~hidden], original[~hidden])
-    values = pictures.unpatchify(pictures.unnormalise(pred, images, P), images.shape, P)
-    expected = np.clip(np.rint(values[hidden]), 0, 255)
-    assert np.array_equal(rows["reconstruction"][hidden], expected)
-
-
-def test_reconstruction_picture_names_the_target_statistics(tmp_path, monkeypatch):
+def test_reconstruction_picture_shows_predictions_only_where_masked(tmp_path, monkeypatch):
     """The caption says where brightness and contrast come from, unless nothing was normalised."""
-    captions = []
+    sheets = []
     real = pictures._sheet
-    monkeypatch.setattr(pictures, "_sheet", lambda *args: captions.append(args[2]) or real(*args))
-    images, pred, mask = make_case()
-    for norm in ("patch", "none"):
-        path = tmp_path / "new" / f"{norm}.png"
-        names = ["a/$x_1$.png", "long" * 20]
-        pictures.reconstruction_picture(images, pred, mask, P, path=path, norm=norm, names=names)
+    monkeypatch.setattr(pictures, "_sheet", lambda *args: sheets.append(args) or real(*args))
+    images = make_images()
+    # bfloat16 with gradient, which numpy cannot hold; 0 and 1 are black and white
+    ones = torch.ones(2, ROWS * COLS, P * P * 3, dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.arange(ROWS * COLS).expand(2, -1) % 3 == 0
+    for norm in ("none", "patch"):
+        target = {"norm": norm, "mean": (0.0,), "std": (1.0,)}
+        path, names = tmp_path / "new" / f"{norm}.png", ["a/$x_1$.png", "long" * 20]
+        pictures.reconstruction_picture(
+            torch.from_numpy(images), ones, mask, P, names=names, path=path, **target
+        )
         assert Image.open(path).width > 400
-    assert captions[0].startswith(f"{mask.mean():.0%} of patches masked; ")
-    assert "standard deviation of the target patches" in captions[0]
-    assert captions[1] == f"{mask.mean():.0%} of patches masked"
+    grid = mask.numpy().reshape(2, ROWS, COLS)
+    hidden = np.repeat(np.repeat(grid, P, axis=1), P, axis=2)
+    original, rows = images.transpose(0, 2, 3, 1), sheets[0][0]
+    assert np.array_equal(rows["input"], original)
+    for row, value in (("masked", 128), ("reconstruction", 255)):
+        assert (rows[row][hidden] == value).all()
+        assert np.array_equal(rows[row][~hidden], original[~hidden])
+    assert sheets[0][2] == "33% of patches masked"
+    assert sheets[1][2].startswith("33% of patches masked; predictions are un-normalised with")
 
 
 def test_attention_maps_of_the_class_token_or_of_all_queries():
@@ -127,48 +110,39 @@ def test_attention_picture_is_bright_where_attention_is(tmp_path):
     images = np.zeros((1, 1, 40, 60), dtype=np.uint8)
     attention = np.full((1, 2, 7, 7), 1e-3)
     attention[0, 1, 0, 1 + 2] = 1.0  # patch (row 0, column 2) of 2 x 3
-    path = pictures.attention_picture(images, attention, (2, 3), 1, path=tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    pictures.attention_picture(images, attention, (2, 3), 1, names=["a"], path=path)
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
     # the black mosaic: image, mean of heads, head 1 and head 2 from top to bottom
     dark = np.flatnonzero((picture.sum(axis=2) < 30).sum(axis=1) > 200)
     lines = picture[dark[0] :][: 4 * (dark[-1] - dark[0]) // 4]
     dark_columns = np.flatnonzero((lines.sum(axis=2) < 30).mean(axis=0) > 0.2)
     mosaic = lines[:, dark_columns[0] : dark_columns[-1]]
-    height, width = len(mosaic) // 4, mosaic.shape[1]
+    height, third = len(mosaic) // 4, mosaic.shape[1] // 3
     head = mosaic[-height:].sum(axis=2)
-    halves = [head[: height // 2, : width // 3], head[: height // 2, -width // 3 :]]
-    below = [head[height // 2 :, : width // 3], head[height // 2 :, -width // 3 :]]
-    means = {
-        "upper left": halves[0].mean(),
-        "upper right": halves[1].mean(),
-        "lower left": below[0].mean(),
-        "lower right": below[1].mean(),
-    }
-    assert max(means, key=means.get) == "upper right", means
+    means = [
+        [half[:, :third].mean(), half[:, -third:].mean()]
+        for half in (head[: height // 2], head[height // 2 :])
+    ]
+    assert np.argmax(means) == 1, means
 
 
 def test_curves_draw_the_recorded_values(tmp_path, monkeypatch):
     """Epochs on the x axis; distillation on its own log axis; records without a key are skipped."""
     figures = []
     monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
-    steps = range(1, 41)
     train = [
-        {
-            "kind": "train",
-            "step": step,
-            "epoch": step / 10,
-            "loss_reconstruction": 1 / step if step != 5 else None,
-            "loss_distillation": 5.0 / step**3,
-        }
-        for step in steps
+        {"kind": "train", "epoch": s / 10, "loss_reconstruction": 1 / s, "loss_distillation": 5.0}
+        for s in range(1, 41)
     ]
-    val = [{"kind": "val", "step": 40, "epoch": 4.0, "loss_reconstruction": 0.5}]
+    train[4]["loss_reconstruction"] = None
+    val = [{"kind": "val", "epoch": 4.0, "loss_reconstruction": 0.5}]
     event = [{"kind": "event", "message": "resumed"}]
     pictures.curves([*train, *val, *event], path=tmp_path / "a.png")
     left, right = figures[0].axes
     raw, means, validation = left.lines
-    assert raw.get_xdata().tolist() == [s / 10 for s in steps if s != 5]
-    assert raw.get_ydata().tolist() == [1 / s for s in steps if s != 5]
+    assert raw.get_xdata().tolist() == [s / 10 for s in range(1, 41) if s != 5]
+    assert raw.get_ydata().tolist() == [1 / s for s in range(1, 41) if s != 5]
     expected = [np.mean([1 / s for s in range(k, k + 10) if s != 5]) for k in (1, 11, 21, 31)]
     assert means.get_xdata().tolist() == [1, 2, 3, 4]
     assert means.get_ydata() == pytest.approx(expected)
@@ -186,17 +160,21 @@ def test_curves_draw_the_recorded_values(tmp_path, monkeypatch):
 
 def test_plots_survive_odd_class_names(tmp_path):
     """A dollar sign is not a formula, long names are shortened, an empty row has no share."""
-    names = ["$x_1$ & <b>", "a name that is much longer than any axis could ever show"]
-    path = pictures.confusion_picture([[3, 1], [0, 0]], names, path=tmp_path / "c.png")
+    path, names = (
+        tmp_path / "c.png",
+        ["$x_1$ & <b>", "a name that is longer than any axis could show"],
+    )
+    pictures.confusion_picture([[3, 1], [0, 0]], names, path=path)
     assert Image.open(path).width > 400
-    line = (np.array([0.0, 0.5, 1.0]), np.array([0.0, 1.0, 1.0]))
-    path = pictures.roc_picture({r"$\frac{": line}, path=tmp_path / "r.png")
+    curve = (np.array([0, 1, 1]), np.array([0.1, 0.2, 0.9]))
+    pictures.roc_picture({r"$\frac{": curve}, path=path)
     assert Image.open(path).width > 400
 
 
 @pytest.mark.parametrize("shape", [(400, 300), (50, 60, 3)])
 def test_thumbnail_keeps_proportions_and_never_enlarges(tmp_path, shape):
-    image = np.full(shape, 30, dtype=np.uint8)
-    picture = Image.open(pictures.thumbnail(image, path=tmp_path / "t.png"))
+    path = tmp_path / "t.png"
+    pictures.thumbnail(np.full(shape, 30, dtype=np.uint8), path=path)
+    picture = Image.open(path)
     assert picture.size == ((144, 192) if len(shape) == 2 else (60, 50))
     assert np.asarray(picture).mean() == pytest.approx(30, abs=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -131,6 +132,7 @@ def evaluate(folder, shift, patients):
         probabilities=np.stack([covid, 1 - covid], axis=1),
         paths=[NASTY, *(f"{i}.png" for i in range(1, 10))],
         classes=["CT_COVID", "CT_NonCOVID"],
+        positive=0,
         split="test",
         patients=patients,
         resamples=100,
@@ -149,7 +151,7 @@ def finetuned(tmp_path_factory):
 def test_finetune_report_holds_the_results(finetuned):
     """The page shows the numbers of metrics.json, counts, mistakes, command and settings."""
     folder, plain, page = finetuned
-    stored = json.loads((folder / "eval" / "metrics.json").read_text())
+    stored = json.loads((folder / "eval/test/metrics.json").read_text())
     html = Page(page)
     assert stored["image"]["accuracy"] == 0.7
     interval = stored["image"]["intervals"]["sensitivity"]
@@ -188,8 +190,8 @@ def test_html_is_one_file_without_script_or_network(finetuned):
     assert all(value.startswith(allowed) for value in addresses)
     assert not [name for _, name, _ in html.attributes if name.startswith("on")]
     pictures = [base64.b64decode(value.partition(",")[2]) for value in html.pictures()]
-    files = ["eval/roc.png", "eval/confusion.png"]
-    files += [f"eval/mistakes/{place:02d}.png" for place in range(3)]
+    files = ["eval/test/roc.png", "eval/test/confusion.png"]
+    files += [f"eval/test/mistakes/{place:02d}.png" for place in range(3)]
     files += ["images/curves.png", "images/attention-e10.png"]
     assert pictures == [(folder / name).read_bytes() for name in files]
     assert all(value for tag, name, value in html.attributes if tag == "img" and name == "alt")
@@ -243,15 +245,34 @@ def test_report_names_damaged_files(tmp_path):
     folder = make_run(tmp_path / "finetune")
     (folder / "env.json").write_text('{"torch": ')
     (folder / "config.yaml").write_text("- a\n- b\n")
-    (folder / "eval" / "metrics.json").write_text('{"split": "test"}')
+    (folder / "eval/test/metrics.json").write_text('{"split": "test"}')
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     text = Page(write_report(folder)[1].read_text(encoding="utf-8")).text
     assert "env.json could not be read" in text
     assert "config.yaml holds a list" in text
-    assert "eval/metrics.json lacks bootstrap" in text
+    assert "eval/test/metrics.json lacks bootstrap" in text
     assert "metrics.jsonl: 1 unreadable line skipped" in text
     assert "10:50" in text
+
+
+def test_report_shows_the_test_split_unless_only_another_exists(tmp_path):
+    """Old runs, with one evaluation directly in eval/, are shown as well, with their pictures."""
+    folder = make_run(tmp_path / "finetune")
+    result = json.loads((folder / "eval/test/metrics.json").read_text())
+
+    def shown():
+        html = Page(write_report(folder)[1].read_text())
+        return re.findall(r"(\w+) split, 10 images", html.text)
+
+    shutil.copytree(folder / "eval/test", folder / "eval/val")
+    (folder / "eval/val/metrics.json").write_text(json.dumps(result | {"split": "val"}))
+    assert shown() == ["Test"]
+    shutil.move(folder / "eval/test", folder / "moved")
+    assert shown() == ["Val"]
+    shutil.copytree(folder / "moved", folder / "eval", dirs_exist_ok=True)
+    assert shown() == ["Test"]
+    assert len(Page((folder / "report.html").read_text()).pictures()) == 7
 
 
 @pytest.mark.parametrize("sign", ["source", "data", "classes"])
@@ -279,8 +300,10 @@ def test_report_announces_leaks_and_a_single_class(tmp_path):
         probabilities=[[0.9, 0.1], [0.2, 0.8]],
         paths=["a", "b"],
         classes=["CT_COVID", "CT_NonCOVID"],
+        positive=0,
         split="test",
         resamples=100,
+        load_image=lambda path: np.zeros((9, 9), dtype=np.uint8),
     )
     text = Page(write_report(folder)[1].read_text()).text
     assert "The split leaks 1 patients or groups" in text

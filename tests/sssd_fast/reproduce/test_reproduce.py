@@ -22,6 +22,7 @@ from sssd_fast.evaluation import pictures
 from sssd_fast.reproduce import reproduce as module
 from sssd_fast.reproduce import table
 from sssd_fast.reproduce.plan import Plan, PlannedModel, load_plan, variants_of
+from sssd_fast.run.files import atomic_write_bytes
 from tests.sssd_fast.conftest import TINY
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -62,7 +63,8 @@ def figures() -> Iterator[list[Any]]:
 
     def save(figure: Any, path: str | Path) -> Path:
         drawn.append(figure)
-        return pictures.write_picture(b"not drawn", path)
+        atomic_write_bytes(path, b"not drawn")
+        return Path(path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "save_figure", save)
@@ -151,7 +153,7 @@ def test_results_are_those_of_the_runs(done: Path) -> None:
     header, rows = table.tables(results)[0][1:]
     assert header == ["", "Accuracy", "F1", "AUC", "runs", "minutes each"]
     for method, row in zip(METHODS, rows[2:5], strict=True):
-        found = read(done / "random" / "seed-3" / method / "eval" / "metrics.json")
+        found = read(done / "random" / "seed-3" / method / "eval/test/metrics.json")
         assert found["split"] == "test"
         for column, rate in ((1, "accuracy"), (3, "auc")):
             assert row[column] == f"{100 * found['image'][rate]:.2f} %"
@@ -293,7 +295,7 @@ def test_settings_are_compared_on_validation_images_only(
     tuned = [path for path in place.iterdir() if path.name not in pretrained]
     assert len(tuned) == 2
     for path in tuned:
-        result = read(path / "eval" / "metrics.json")
+        result = read(path / "eval/val/metrics.json")
         assert (result["split"], result["image"]["n"]) == ("val", 8)
         assert yaml.safe_load((path / "config.yaml").read_text())["pretrain"]["base_lr"] == 0.001
     rows = table.tables(read(out / "results.json"))[0][2]
