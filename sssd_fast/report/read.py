@@ -19,7 +19,7 @@ STAGES = {
 # runs).
 EVALUATIONS = ("eval/test", "eval/val", "eval/train", "eval")
 EVALUATION_KEYS = (
-    "split classes positive_class bootstrap image patient mistakes num_mistakes notes".split()
+    ["split", "classes", "positive_class", "bootstrap", "image", "patient", "mistakes", "num_mistakes", "notes"]
 )
 
 
