@@ -54,9 +54,7 @@ def check_floating(name: str, x: Tensor) -> None:
 def check_shape(
     name: str, x: Tensor, shape: Sequence[int | None], meaning: str, hint: str = ""
 ) -> None:
-    """`shape` holds the size needed in each dimension, None for any size; `meaning` is its
-    spelling.
-    """
+    """`shape`: the size of each dimension, None for any; `meaning`: its spelling."""
     ok = x.dim() == len(shape) and all(
         need is None or got == need for got, need in zip(x.shape, shape, strict=True)
     )
@@ -64,6 +62,21 @@ def check_shape(
         needed = ", ".join("any" if n is None else str(n) for n in shape)
         after = f"; {hint}" if hint else ""
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, needs {meaning} = ({needed}){after}")
+
+
+def check_floating_dtype(dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
+
+
+def check_vector(
+    name: str, x: Tensor | None, size: int, meaning: str, other_name: str, other: Tensor
+) -> None:
+    """x: floating point [size] on the device of `other`, or None."""
+    if x is not None:
+        check_floating(name, x)
+        check_shape(name, x, (size,), meaning)
+        check_same_device(name, x, other_name, other)
 
 
 def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,50 @@ class Draw:
     def mask(self, *shape: int, share: float = 0.75) -> Tensor:
         """bool, True with probability `share`."""
         return self.uniform(*shape) < share
+
+
+class Case(NamedTuple):
+    """Images cut into patches, and how patches are selected."""
+
+    channels: int
+    side: tuple[int, int]
+    patch: int
+    layout: Layout = "nchw uint8"
+    select: Literal["ids", "mask"] = "ids"
+
+    @property
+    def patches(self) -> int:
+        return self.side[0] // self.patch * (self.side[1] // self.patch)
+
+    @property
+    def values(self) -> int:
+        """Of a patch."""
+        return self.channels * self.patch**2
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return {"mean": MEAN[: self.channels], "std": STD[: self.channels]}
+
+    @property
+    def out_of_range(self) -> dict[str, int]:
+        return {"ids": self.patches} if self.select == "ids" else {}
+
+    def images(self, draw: Draw) -> Tensor:
+        return draw.pixels(self.channels, *self.side, self.layout)
+
+    def target(self, draw: Draw) -> tuple[dict[str, Tensor | None], dict[str, Any], int]:
+        """images and ids or mask; the options; the number of predictions per image."""
+        masked = self.patches - self.patches // 4
+        options = self.stats | {"patch_size": self.patch}
+        images = self.images(draw)
+        if self.select == "ids":
+            return {"images": images, "ids": draw.ids(self.patches, masked)}, options, masked
+        mask = draw.mask(draw.batch, self.patches)
+        return {"images": images, "mask": mask}, options, self.patches
+
+
+RGB_16 = Case(3, (224, 224), 16)
+CT_16 = Case(1, (224, 224), 16)
 
 
 @dataclass(frozen=True)

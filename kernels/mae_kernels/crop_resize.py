@@ -35,7 +35,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,14 +51,23 @@ MAX_RESULT = 2**12  # of a result: (2 x + 1) h and (2 i + 1) H stay below 2^31
 MAX_CHANNELS = 4
 
 
+class Images(NamedTuple):
+    """The tensors of crop_resize: pixels [T], offsets [B], shapes [B,2], boxes [B,4], flips [B]."""
+
+    pixels: Tensor
+    offsets: Tensor
+    shapes: Tensor
+    boxes: Tensor
+    flips: Tensor
+
+
 # ---- reference ----
 def _resize(crop_HWC: Tensor, h: int, w: int) -> Tensor:
     """[C, h, w] uint8. torch has the two-pass uint8 resize on the CPU only; elsewhere it is two
     float resizes.
     """
-    crop_1CHW = crop_HWC.permute(2, 0, 1)[
-        None
-    ]  # channels-last memory, which torch resizes without a copy
+    # channels-last memory, which torch resizes without a copy
+    crop_1CHW = crop_HWC.permute(2, 0, 1)[None]
     if crop_HWC.device.type == "cpu":
         return F.interpolate(crop_1CHW, (h, w), mode="bicubic", antialias=True)[0]
     return two_float_passes(crop_1CHW, h, w)[0]
@@ -71,42 +80,31 @@ def two_float_passes(crop_1CHW: Tensor, h: int, w: int) -> Tensor:
     return x.to(torch.uint8)
 
 
-def reference(
-    pixels_T: Tensor,
-    offsets_B: Tensor,
-    shapes_B2: Tensor,
-    boxes_B4: Tensor,
-    flips_B: Tensor,
-    h: int,
-    w: int,
-    channels: int,
-) -> Tensor:
+def reference(x: Images, h: int, w: int, channels: int) -> Tensor:
     """One image after the other, on the CPU in as many threads as torch uses (the resize itself
     takes one).
     """
-    check_ranges(pixels_T, offsets_B, shapes_B2, boxes_B4, channels)
-    batch = offsets_B.shape[0]
-    out_BChw = torch.empty((batch, channels, h, w), dtype=torch.uint8, device=pixels_T.device)
-    starts, shapes, boxes, flips = (x.tolist() for x in (offsets_B, shapes_B2, boxes_B4, flips_B))
+    check_ranges(x, channels)
+    batch = x.offsets.shape[0]
+    out_BChw = torch.empty((batch, channels, h, w), dtype=torch.uint8, device=x.pixels.device)
+    starts, shapes, boxes, flips = (t.tolist() for t in x[1:])
     inference = torch.is_inference_mode_enabled()  # threads do not inherit it
 
     def work(images: range) -> None:
         with torch.inference_mode(inference):
             for b in images:
                 (height, width), (top, left, rows, columns) = shapes[b], boxes[b]
-                image_HWC = pixels_T[starts[b] : starts[b] + height * width * channels].view(
-                    height, width, channels
-                )
+                image_T = x.pixels[starts[b] : starts[b] + height * width * channels]
+                image_HWC = image_T.view(height, width, channels)
                 resized_Chw = _resize(image_HWC[top : top + rows, left : left + columns], h, w)
                 out_BChw[b].copy_(resized_Chw.flip(2) if flips[b] else resized_Chw)
 
-    threads = min(torch.get_num_threads(), batch) if pixels_T.device.type == "cpu" else 1
+    threads = min(torch.get_num_threads(), batch) if x.pixels.device.type == "cpu" else 1
     if threads <= 1:
         work(range(batch))
         return out_BChw
-    with ThreadPoolExecutor(
-        threads
-    ) as pool:  # made for each call: 0.1 ms, and no thread that a fork would lose
+    # made for each call: 0.1 ms, and no thread that a fork would lose
+    with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(work, range(t, batch, threads)) for t in range(threads)]:
             done.result()
     return out_BChw
@@ -158,27 +156,10 @@ def _grey_level(x):
 
 @jit
 def _crop_resize_kernel(
-    PIXELS,
-    OFFSETS,
-    SHAPES,
-    BOXES,
-    FLIPS,
-    OUT,
-    total,
-    stride_offset,
-    stride_shape,
-    stride_side,
-    stride_box,
-    stride_edge,
-    stride_flip,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    MAX: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    PIXELS, OFFSETS, SHAPES, BOXES, FLIPS, OUT, total, stride_offset, stride_shape, stride_side,
+    stride_box, stride_edge, stride_flip, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    MAX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     TILES_W: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H * TILES_W
     plane = (tl.program_id(0) // TILES).to(tl.int64)
@@ -250,43 +231,17 @@ def _crop_resize_kernel(
 TILE = (8, 128, 4)
 
 
-def _launch(
-    pixels_T: Tensor,
-    offsets_B: Tensor,
-    shapes_B2: Tensor,
-    boxes_B4: Tensor,
-    flips_B: Tensor,
-    h: int,
-    w: int,
-    channels: int,
-) -> Tensor:
-    batch = offsets_B.shape[0]
-    out_BChw = torch.empty((batch, channels, h, w), dtype=torch.uint8, device=pixels_T.device)
+def _launch(x: Images, h: int, w: int, channels: int) -> Tensor:
+    batch = x.offsets.shape[0]
+    out_BChw = torch.empty((batch, channels, h, w), dtype=torch.uint8, device=x.pixels.device)
     block_h = min(TILE[0], next_power_of_2(h))
     block_w = max(32, min(TILE[1], next_power_of_2(w)))
-    tiles = -(-h // block_h) * -(-w // block_w)
-    tensors = (pixels_T, offsets_B, shapes_B2, boxes_B4, flips_B, out_BChw)
-    strides = (offsets_B.stride(0), *shapes_B2.stride(), *boxes_B4.stride(), flips_B.stride(0))
-    sizes = {
-        "C": channels,
-        "H": h,
-        "W": w,
-        "MAX": MAX_SIDE,
-        "BLOCK_H": block_h,
-        "BLOCK_W": block_w,
-        "ROWS": TILE[2],
-    }
-    grid = (batch * channels * tiles,)
-    launch(
-        _crop_resize_kernel,
-        grid,
-        pixels_T,
-        *tensors,
-        pixels_T.shape[0],
-        *strides,
-        **sizes,
-        num_warps=1,
-    )
+    grid = (batch * channels * -(-h // block_h) * -(-w // block_w),)
+    strides = [stride for t in x[1:] for stride in t.stride()]
+    sizes = {"C": channels, "H": h, "W": w, "MAX": MAX_SIDE, "BLOCK_H": block_h}
+    sizes |= {"BLOCK_W": block_w, "ROWS": TILE[2], "num_warps": 1}
+    arguments = (*x, out_BChw, x.pixels.shape[0], *strides)
+    launch(_crop_resize_kernel, grid, x.pixels, *arguments, **sizes)
     return out_BChw
 
 
@@ -303,7 +258,7 @@ def _reference_op(
 ) -> Tensor:
     """A node that is not traced into: the reference depends on the values of the boxes."""
     h, w = size
-    return reference(pixels, offsets, shapes, boxes, flips, h, w, channels)
+    return reference(Images(pixels, offsets, shapes, boxes, flips), h, w, channels)
 
 
 @_reference_op.register_fake
@@ -323,43 +278,32 @@ def _crop_resize_op(
 ) -> Tensor:
     if use_triton("crop_resize", pixels.device):
         h, w = (int(n) for n in size)
-        return _launch(pixels, offsets, shapes, boxes, flips, h, w, channels)
+        return _launch(Images(pixels, offsets, shapes, boxes, flips), h, w, channels)
     return _reference_op(pixels, offsets, shapes, boxes, flips, size, channels)
 
 
 # ---- checks ----
-def check_ranges(
-    pixels_T: Tensor, offsets_B: Tensor, shapes_B2: Tensor, boxes_B4: Tensor, channels: int
-) -> None:
+def check_ranges(x: Images, channels: int) -> None:
     """Images inside `pixels`, boxes inside their images; waits for the device."""
-    (height, width) = shapes_B2.unbind(1)
-    (top, left, rows, columns) = boxes_B4.unbind(1)
-    big = ((shapes_B2 < 1) | (shapes_B2 > MAX_SIDE)).any(1)
-    out = ~big & ((offsets_B < 0) | (offsets_B > pixels_T.shape[0] - height * width * channels))
-    cut = (
-        (top < 0)
-        | (left < 0)
-        | (rows < 1)
-        | (columns < 1)
-        | (top > height - rows)
-        | (left > width - columns)
-    )
+    (height, width) = x.shapes.unbind(1)
+    (top, left, rows, columns) = x.boxes.unbind(1)
+    big = ((x.shapes < 1) | (x.shapes > MAX_SIDE)).any(1)
+    out = (x.offsets < 0) | (x.offsets > x.pixels.shape[0] - height * width * channels)
+    cut = (top < 0) | (left < 0) | (rows < 1) | (columns < 1)
+    cut |= (top > height - rows) | (left > width - columns)
     if not bool((big | out | cut).any()):
         return
     b = int((big | out | cut).nonzero()[0, 0])
-    (at,), (height, width), box = (
-        x[b].reshape(-1).tolist() for x in (offsets_B, shapes_B2, boxes_B4)
-    )
+    (at,), (height, width), box = (t[b].reshape(-1).tolist() for t in x[1:4])
     which = f"for image {b}"
     if big[b]:
-        raise ValueError(
-            f"shapes: got {height} x {width} {which}, needs sides from 1 to {MAX_SIDE}"
-        )
+        needs = f"needs sides from 1 to {MAX_SIDE}"
+        raise ValueError(f"shapes: got {height} x {width} {which}, {needs}")
     if out[b]:
         last = at + height * width * channels
         raise ValueError(
             f"offsets: got {at} {which}, which ends at {last}, "
-            f"needs it inside the {pixels_T.shape[0]} of pixels"
+            f"needs it inside the {x.pixels.shape[0]} of pixels"
         )
     raise ValueError(
         f"boxes: got (top, left, height, width) = {tuple(box)} {which}, "
@@ -368,30 +312,23 @@ def check_ranges(
     )
 
 
-def _check_arguments(
-    pixels: Tensor,
-    offsets: Tensor,
-    shapes: Tensor,
-    boxes: Tensor,
-    flips: Tensor,
-    size: Sequence[int],
-    channels: int,
-) -> tuple[int, int]:
-    check_dtype("pixels", pixels, torch.uint8)
-    check_shape("pixels", pixels, (None,), "[T]")
-    if not pixels.is_contiguous():
-        raise ValueError(f"pixels: got stride {pixels.stride(0)}, needs contiguous memory")
-    check_dtype("offsets", offsets, torch.int64)
-    check_shape("offsets", offsets, (None,), "[B]")
-    batch = offsets.shape[0]
-    check_dtype("shapes", shapes, torch.int64)
-    check_shape("shapes", shapes, (batch, 2), "[B, 2]")
-    check_dtype("boxes", boxes, torch.int64)
-    check_shape("boxes", boxes, (batch, 4), "[B, 4]")
-    check_dtype("flips", flips, torch.bool)
-    check_shape("flips", flips, (batch,), "[B]")
-    for name, x in (("offsets", offsets), ("shapes", shapes), ("boxes", boxes), ("flips", flips)):
-        check_same_device(name, x, "pixels", pixels)
+def _check_arguments(x: Images, size: Sequence[int], channels: int) -> tuple[int, int]:
+    check_dtype("pixels", x.pixels, torch.uint8)
+    check_shape("pixels", x.pixels, (None,), "[T]")
+    if not x.pixels.is_contiguous():
+        raise ValueError(f"pixels: got stride {x.pixels.stride(0)}, needs contiguous memory")
+    check_dtype("offsets", x.offsets, torch.int64)
+    check_shape("offsets", x.offsets, (None,), "[B]")
+    batch = x.offsets.shape[0]
+    for name, t, dtype, shape, meaning in (
+        ("shapes", x.shapes, torch.int64, (batch, 2), "[B, 2]"),
+        ("boxes", x.boxes, torch.int64, (batch, 4), "[B, 4]"),
+        ("flips", x.flips, torch.bool, (batch,), "[B]"),
+    ):
+        check_dtype(name, t, dtype)
+        check_shape(name, t, shape, meaning)
+    for name, t in zip(x._fields, x, strict=True):
+        check_same_device(name, t, "pixels", x.pixels)
     if not isinstance(size, Sequence) or len(size) != 2:
         raise ValueError(f"size: got {size!r}, needs two ints (h, w)")
     for name, n, most in (
@@ -435,19 +372,16 @@ def crop_resize(
         reported with debug_checks only; without, such an image is all zeros, and nothing of it is
         read.
     """
-    h, w = _check_arguments(pixels, offsets, shapes, boxes, flips, size, channels)
+    images = Images(pixels, offsets, shapes, boxes, flips)
+    h, w = _check_arguments(images, size, channels)
     if can_look(pixels) and not wants_reference(pixels):  # the reference looks itself, compiled too
-        check_ranges(pixels, offsets, shapes, boxes, channels)
-    return _crop_resize_op(pixels, offsets, shapes, boxes, flips, [h, w], channels)
+        check_ranges(images, channels)
+    return _crop_resize_op(*images, [h, w], channels)
 
 
 # ---- samples ----
 def _sample(
-    size: Size,
-    name: str,
-    channels: int,
-    result: tuple[int, int],
-    places: Sequence[Sequence[int]],
+    size: Size, name: str, channels: int, result: tuple[int, int], places: Sequence[Sequence[int]]
 ) -> Sample:
     """`places`: height and width of the images, then (top, left, height, width) of their boxes;
     used in turn.
@@ -460,9 +394,8 @@ def _sample(
             for end, place in zip(ends, places, strict=True)
         ]
         # columns of one tensor: the op takes them with any strides
-        table = torch.tensor(
-            [rows[b % len(rows)] for b in range(draw.batch)], device=draw.device
-        ).reshape(draw.batch, 7)
+        chosen = [rows[b % len(rows)] for b in range(draw.batch)]
+        table = torch.tensor(chosen, device=draw.device).reshape(draw.batch, 7)
         tensors = {
             "pixels": (draw.uniform(ends[-1]) * 256).byte(),
             "offsets": table.select(1, 0),

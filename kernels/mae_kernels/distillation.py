@@ -27,7 +27,7 @@ Shapes: [..., K]: any leading dimensions (rows), K logits or features.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -45,16 +45,19 @@ KINDS = get_args(Kind)
 CENTER_MODES = get_args(CenterMode)
 
 
+class Logits(NamedTuple):
+    """Both rows of logits [..., K], and what they are shifted and divided by."""
+
+    student: Tensor
+    teacher: Tensor
+    center: Tensor | None
+    student_temp: float
+    teacher_temp: float
+
+
 # ---- reference ----
-def reference(
-    student: Tensor,
-    teacher: Tensor,
-    kind: str,
-    center: Tensor | None,
-    center_mode: str,
-    student_temp: float,
-    teacher_temp: float,
-) -> tuple[Tensor, Tensor | None]:
+def reference(logits: Logits, kind: str, center_mode: str) -> tuple[Tensor, Tensor | None]:
+    student, teacher, center, student_temp, teacher_temp = logits
     acc = accumulate_dtype(student, teacher)
     s_RK, t_RK = (t.reshape(-1, student.shape[-1]).to(acc) for t in (student, teacher))
     rows = max(s_RK.shape[0], 1)
@@ -75,7 +78,7 @@ def reference(
 @jit
 def softmax_pair(
     STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_CENTER: tl.constexpr, STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+    HAS_CENTER: tl.constexpr, TAU_S: tl.constexpr, TAU_T: tl.constexpr,
 ):  # fmt: skip
     """Raw teacher logits, P, -log Q (0 beyond K) and the loss of one row, in fp32."""
     col = tl.arange(0, BLOCK_K)
@@ -84,11 +87,11 @@ def softmax_pair(
     z = t
     if HAS_CENTER:
         z = t - tl.load(CENTER + col, mask=inside, other=0.0).to(tl.float32)
-    z = tl.where(inside, z / TEACHER_TEMP, float("-inf"))
+    z = tl.where(inside, z / TAU_T, float("-inf"))
     p = tl.exp(z - tl.max(z, 0))
     p = p / tl.sum(p, 0)
     s = tl.load(STUDENT + row * stride_s + col, mask=inside, other=0.0).to(tl.float32)
-    s = tl.where(inside, s / STUDENT_TEMP, float("-inf"))
+    s = tl.where(inside, s / TAU_S, float("-inf"))
     s = s - tl.max(s, 0)
     minus_log_q = tl.where(inside, tl.log(tl.sum(tl.exp(s), 0)) - s, 0.0)
     return t, p, minus_log_q, tl.sum(p * minus_log_q, 0)
@@ -98,7 +101,7 @@ def softmax_pair(
 def distillation_group(
     STUDENT, TEACHER, CENTER, LOSSES, PARTIAL, group, num_rows, group_rows, stride_s, stride_t,
     K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
-    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+    TAU_S: tl.constexpr, TAU_T: tl.constexpr,
 ):  # fmt: skip
     """The losses of a group of rows, and the sum of their P (LOGIT: teacher logits) as the group's
     partial centre.
@@ -108,17 +111,7 @@ def distillation_group(
     first = group.to(tl.int64) * group_rows
     for row in range(first, tl.minimum(first + group_rows, num_rows)):
         t, p, _, loss = softmax_pair(
-            STUDENT,
-            TEACHER,
-            CENTER,
-            row,
-            stride_s,
-            stride_t,
-            K,
-            BLOCK_K,
-            HAS_CENTER,
-            STUDENT_TEMP,
-            TEACHER_TEMP,
+            STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K, BLOCK_K, HAS_CENTER, TAU_S, TAU_T
         )
         tl.store(LOSSES + row, loss)
         if LOGIT:
@@ -132,30 +125,20 @@ def distillation_group(
 def distillation_gradient_row(
     factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, row, stride_s, stride_t, K: tl.constexpr,
     BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr,
-    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+    TAU_S: tl.constexpr, TAU_T: tl.constexpr,
 ):  # fmt: skip
     """d student = factor (Q - P) / student_temp, d teacher = factor P (-log Q - loss) /
     teacher_temp.
     """
     _, p, minus_log_q, loss = softmax_pair(
-        STUDENT,
-        TEACHER,
-        CENTER,
-        row,
-        stride_s,
-        stride_t,
-        K,
-        BLOCK_K,
-        HAS_CENTER,
-        STUDENT_TEMP,
-        TEACHER_TEMP,
+        STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K, BLOCK_K, HAS_CENTER, TAU_S, TAU_T
     )
     col = tl.arange(0, BLOCK_K)
     at = row * K + col
-    ds = (tl.exp(-minus_log_q) - p) * (factor / STUDENT_TEMP)
+    ds = (tl.exp(-minus_log_q) - p) * (factor / TAU_S)
     tl.store(DSTUDENT + at, ds.to(DSTUDENT.dtype.element_ty), mask=col < K)
     if NEEDS_TEACHER:
-        dt = p * (minus_log_q - loss) * (factor / TEACHER_TEMP)
+        dt = p * (minus_log_q - loss) * (factor / TAU_T)
         tl.store(DTEACHER + at, dt.to(DTEACHER.dtype.element_ty), mask=col < K)
 
 
@@ -163,11 +146,11 @@ def distillation_gradient_row(
 def _distillation_kernel(
     STUDENT, TEACHER, CENTER, LOSSES, PARTIAL, num_rows, group_rows, stride_s, stride_t,
     K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
-    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+    TAU_S: tl.constexpr, TAU_T: tl.constexpr,
 ):  # fmt: skip
     distillation_group(
         STUDENT, TEACHER, CENTER, LOSSES, PARTIAL, tl.program_id(0), num_rows, group_rows, stride_s,
-        stride_t, K, BLOCK_K, HAS_CENTER, LOGIT, STUDENT_TEMP, TEACHER_TEMP,
+        stride_t, K, BLOCK_K, HAS_CENTER, LOGIT, TAU_S, TAU_T,
     )  # fmt: skip
 
 
@@ -175,12 +158,12 @@ def _distillation_kernel(
 def _distillation_backward_kernel(
     GRAD, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, num_rows, stride_s, stride_t,
     K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr,
-    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr,
+    TAU_S: tl.constexpr, TAU_T: tl.constexpr,
 ):  # fmt: skip
     factor = tl.load(GRAD) / num_rows
     distillation_gradient_row(
         factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, tl.program_id(0).to(tl.int64),
-        stride_s, stride_t, K, BLOCK_K, HAS_CENTER, NEEDS_TEACHER, STUDENT_TEMP, TEACHER_TEMP,
+        stride_s, stride_t, K, BLOCK_K, HAS_CENTER, NEEDS_TEACHER, TAU_S, TAU_T,
     )  # fmt: skip
 
 
@@ -196,26 +179,28 @@ def warps_for(block: int) -> int:
 
 
 def logit_arguments(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_temp: float,
-    teacher_temp: float,
+    logits: Logits,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], int, tuple[int, int], dict[str, Any]]:
     """(student, teacher, center) as [R,K], R, the two row strides, and the constants of the kernels
     above.
     """
-    width = student.shape[-1]
-    s_RK, t_RK = (t.reshape(-1, width) for t in (student, teacher))
+    width, center = logits.student.shape[-1], logits.center
+    s_RK, t_RK = (t.reshape(-1, width) for t in logits[:2])
     s_RK, t_RK = (t if t.stride(1) == 1 else t.contiguous() for t in (s_RK, t_RK))
-    centre = (
-        s_RK if center is None else center.detach().reshape(-1).contiguous()
-    )  # not read when there is none
-    constants = {
-        "K": width, "BLOCK_K": next_power_of_2(width), "HAS_CENTER": center is not None,
-        "STUDENT_TEMP": student_temp, "TEACHER_TEMP": teacher_temp,
-    }  # fmt: skip
-    return (s_RK, t_RK, centre), s_RK.shape[0], (s_RK.stride(0), t_RK.stride(0)), constants
+    # without a centre the kernel does not read it
+    center_K = s_RK if center is None else center.detach().reshape(-1).contiguous()
+    constants: dict[str, Any] = {"K": width, "BLOCK_K": next_power_of_2(width)}
+    constants |= {"TAU_S": logits.student_temp, "TAU_T": logits.teacher_temp}
+    constants |= {"HAS_CENTER": center is not None}
+    return (s_RK, t_RK, center_K), s_RK.shape[0], (s_RK.stride(0), t_RK.stride(0)), constants
+
+
+def empty_gradients(logits: Logits, needs_teacher: bool) -> tuple[Tensor, Tensor]:
+    """For student and teacher, contiguous; the teacher's is empty when not needed."""
+    student, teacher = logits[:2]
+    shape = teacher.shape if needs_teacher else (0,)
+    dstudent = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return dstudent, torch.empty(shape, dtype=teacher.dtype, device=student.device)
 
 
 def groups_of(rows: int) -> tuple[int, int]:
@@ -224,48 +209,32 @@ def groups_of(rows: int) -> tuple[int, int]:
     return -(-rows // group_rows), group_rows
 
 
-def _launch_distillation(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    logit: bool,
-    student_temp: float,
-    teacher_temp: float,
-) -> tuple[Tensor, Tensor]:
-    tensors, rows, strides, constants = logit_arguments(
-        student, teacher, center, student_temp, teacher_temp
-    )
+def empty_partial(logits: Logits, rows: int) -> tuple[int, int, Tensor, Tensor]:
+    """Groups, rows of a group; memory for the losses [R] and the groups' partial centres [G,K]."""
     groups, group_rows = groups_of(rows)
-    losses_R = torch.empty(rows, dtype=torch.float32, device=student.device)
-    partial_GK = torch.empty(
-        (groups, student.shape[-1]), dtype=torch.float32, device=student.device
-    )
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": logits.student.device}
+    partial_GK = torch.empty((groups, logits.student.shape[-1]), **fp32)
+    return groups, group_rows, torch.empty(rows, **fp32), partial_GK
+
+
+def _launch_distillation(logits: Logits, logit: bool) -> tuple[Tensor, Tensor]:
+    tensors, rows, strides, constants = logit_arguments(logits)
+    groups, group_rows, losses_R, partial_GK = empty_partial(logits, rows)
     constants |= {"LOGIT": logit, "num_warps": warps_for(constants["BLOCK_K"])}
     arguments = (*tensors, losses_R, partial_GK, rows, group_rows, *strides)
-    launch(_distillation_kernel, (groups,), student, *arguments, **constants)
+    launch(_distillation_kernel, (groups,), losses_R, *arguments, **constants)
     return losses_R.sum() / max(rows, 1), partial_GK.sum(0) / max(rows, 1)
 
 
 def _launch_distillation_backward(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_temp: float,
-    teacher_temp: float,
-    needs_teacher: bool,
+    grad: Tensor, logits: Logits, needs_teacher: bool
 ) -> tuple[Tensor, Tensor]:
-    tensors, rows, strides, constants = logit_arguments(
-        student, teacher, center, student_temp, teacher_temp
-    )
-    dstudent = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    dteacher = torch.empty(
-        teacher.shape if needs_teacher else (0,), dtype=teacher.dtype, device=student.device
-    )
+    tensors, rows, strides, constants = logit_arguments(logits)
+    gradients = empty_gradients(logits, needs_teacher)
     constants |= {"NEEDS_TEACHER": needs_teacher, "num_warps": warps_for(constants["BLOCK_K"])}
-    arguments = (grad, *tensors, dstudent, dteacher, rows, *strides)
-    launch(_distillation_backward_kernel, (rows,), student, *arguments, **constants)
-    return dstudent, dteacher
+    arguments = (grad, *tensors, *gradients, rows, *strides)
+    launch(_distillation_backward_kernel, (rows,), grad, *arguments, **constants)
+    return gradients
 
 
 # ---- registration ----
@@ -276,15 +245,9 @@ def refusal(width: int) -> str | None:
     return None
 
 
-def gradients(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_temp: float,
-    teacher_temp: float,
-) -> tuple[Tensor, Tensor]:
+def gradients(grad: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
     """The formula of distillation_gradient_row in plain torch."""
+    student, teacher, center, student_temp, teacher_temp = logits
     acc = accumulate_dtype(student, teacher)
     z = teacher.to(acc) if center is None else teacher.to(acc) - center.detach().flatten().to(acc)
     p = F.softmax(z / teacher_temp, dim=-1)
@@ -294,6 +257,12 @@ def gradients(
     ds = (log_q.exp() - p) * (factor / student_temp)
     dt = p * (-log_q - loss) * (factor / teacher_temp)
     return ds.to(student.dtype), dt.to(teacher.dtype)
+
+
+def dino_reference(logits: Logits, logit: bool) -> tuple[Tensor, Tensor]:
+    loss, batch_center = reference(logits, "dino", "logit" if logit else "prob")
+    assert batch_center is not None  # for "dino" it never is
+    return loss, batch_center
 
 
 def _use_triton(student: Tensor, teacher: Tensor) -> bool:
@@ -306,18 +275,14 @@ def _distillation_op(
     student: Tensor,
     teacher: Tensor,
     center: Tensor | None,
-    logit: bool,
     student_temp: float,
     teacher_temp: float,
+    logit: bool,
 ) -> tuple[Tensor, Tensor]:
     """Kind "dino": (loss, batch_center)."""
-    if _use_triton(student, teacher):
-        return _launch_distillation(student, teacher, center, logit, student_temp, teacher_temp)
-    loss, batch_center = reference(
-        student, teacher, "dino", center, "logit" if logit else "prob", student_temp, teacher_temp
-    )
-    assert batch_center is not None  # for "dino" it never is
-    return loss, batch_center
+    logits = Logits(student, teacher, center, student_temp, teacher_temp)
+    launcher = _launch_distillation if _use_triton(student, teacher) else dino_reference
+    return launcher(logits, logit)
 
 
 @triton_op("mae_kernels::distillation_loss_backward", mutates_args=())
@@ -331,17 +296,16 @@ def _distillation_backward_op(
     needs_teacher: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of student and teacher; the teacher's is empty when not needed."""
+    logits = Logits(student, teacher, center, student_temp, teacher_temp)
     if _use_triton(student, teacher):
-        return _launch_distillation_backward(
-            grad, student, teacher, center, student_temp, teacher_temp, needs_teacher
-        )
-    dstudent, dteacher = gradients(grad, student, teacher, center, student_temp, teacher_temp)
+        return _launch_distillation_backward(grad, logits, needs_teacher)
+    dstudent, dteacher = gradients(grad, logits)
     return dstudent, dteacher if needs_teacher else dteacher.new_empty(0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, center, _, *ctx.temps = inputs
-    ctx.save_for_backward(student, teacher, center)
+    *tensors, ctx.student_temp, ctx.teacher_temp, _ = inputs
+    ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
 
@@ -350,9 +314,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 6
     needs_teacher = ctx.needs_input_grad[1]
-    dstudent, dteacher = _distillation_backward_op(
-        grad, *ctx.saved_tensors, *ctx.temps, needs_teacher
-    )
+    logits = (*ctx.saved_tensors, ctx.student_temp, ctx.teacher_temp)
+    dstudent, dteacher = _distillation_backward_op(grad, *logits, needs_teacher)
     return dstudent, dteacher if needs_teacher else None, None, None, None, None
 
 
@@ -394,31 +357,22 @@ def distillation_loss(
         >>> batch_center.shape
         torch.Size([64])
     """
-    check_distillation(student, teacher, kind, center, center_mode, student_temp, teacher_temp)
-    if detach_teacher:
-        teacher = teacher.detach()
-    temps = float(student_temp), float(teacher_temp)
+    logits = Logits(student, teacher, center, student_temp, teacher_temp)
+    logits = check_distillation(logits, kind, center_mode, detach_teacher)
     if kind != "dino":
-        use_triton(
-            "distillation_loss",
-            student.device,
-            refused=f"only kind 'dino' has kernels, and this is {kind!r}",
-        )
+        refused = f"only kind 'dino' has kernels, and this is {kind!r}"
+        use_triton("distillation_loss", student.device, refused=refused)
     if kind != "dino" or wants_reference(student):
-        return reference(student, teacher, kind, center, center_mode, *temps)
-    loss, batch_center = _distillation_op(student, teacher, center, center_mode == "logit", *temps)
+        return reference(logits, kind, center_mode)
+    loss, batch_center = _distillation_op(*logits, center_mode == "logit")
     return loss, batch_center
 
 
-def check_distillation(
-    student: Tensor,
-    teacher: Tensor,
-    kind: str,
-    center: Tensor | None,
-    center_mode: str,
-    student_temp: float,
-    teacher_temp: float,
-) -> None:
+def check_distillation(logits: Logits, kind: str, center_mode: str, detach_teacher: bool) -> Logits:
+    """The checks of every op with a distillation loss; temperatures as floats, the teacher perhaps
+    detached.
+    """
+    student, teacher, center, student_temp, teacher_temp = logits
     check_floating("student", student)
     check_floating("teacher", teacher)
     check_choice("kind", kind, KINDS)
@@ -442,12 +396,12 @@ def check_distillation(
                 f"center: got shape {tuple(center.shape)}, needs K = {student.shape[-1]} numbers"
             )
         check_same_device("center", center, "student", student)
+    teacher = teacher.detach() if detach_teacher else teacher
+    return Logits(student, teacher, center, float(student_temp), float(teacher_temp))
 
 
 # ---- samples ----
 def _sample(size: Size, name: str, rows: int, logits: int, center: bool, **options: Any) -> Sample:
-    """`rows` per image."""
-
     def make(draw: Draw) -> Made:
         tensors = {
             "student": draw.normal(draw.batch, rows, logits),

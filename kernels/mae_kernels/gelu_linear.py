@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from ._checks import check_floating, check_same_device, check_shape
+from ._checks import check_floating, check_same_device, check_shape, check_vector
 from ._pixels import accumulate_dtype
 from ._runtime import (
     column_block,
@@ -86,16 +86,9 @@ def _normal(h):
 
 @jit
 def _gelu_kernel(
-    X,
-    BIAS,
-    G,
-    num_rows,
-    stride_n,
-    F: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    ROWS: tl.constexpr,
+    X, BIAS, G, num_rows, stride_n, F: tl.constexpr, BLOCK_F: tl.constexpr, ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     wanted = (row < num_rows)[:, None] & (col < F)[None, :]
@@ -108,21 +101,9 @@ def _gelu_kernel(
 
 @jit
 def _gelu_backward_kernel(
-    X,
-    BIAS,
-    DG,
-    DH,
-    G,
-    PARTIAL,
-    num_rows,
-    stride_n,
-    steps,
-    F: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    WRITE_G: tl.constexpr,
-):
+    X, BIAS, DG, DH, G, PARTIAL, num_rows, stride_n, steps, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, WRITE_G: tl.constexpr,
+):  # fmt: skip
     """One pass over x and dg: writes dh and, with WRITE_G, g; with HAS_BIAS this program's sums of
     dh as well.
     """
@@ -168,16 +149,10 @@ def _launch_gelu(x_NF: Tensor, bias_F: Tensor | None, dtype: torch.dtype) -> Ten
     block = column_block(width)
     rows, warps = rows_per_program(x_NF.device, block)
     grid = (-(-num_rows // rows), -(-width // block))
-    bias = (
-        x_NF if bias_F is None else bias_F.contiguous()
-    )  # without a bias the kernel does not read it
-    constants = {
-        "F": width,
-        "BLOCK_F": block,
-        "ROWS": rows,
-        "HAS_BIAS": bias_F is not None,
-        "num_warps": warps,
-    }
+    # without a bias the kernel does not read it
+    bias = x_NF if bias_F is None else bias_F.contiguous()
+    constants = {"F": width, "BLOCK_F": block, "ROWS": rows, "HAS_BIAS": bias_F is not None}
+    constants |= {"num_warps": warps}
     launch(_gelu_kernel, grid, x_NF, x_NF, bias, g_NF, num_rows, x_NF.stride(0), **constants)
     return g_NF
 
@@ -197,42 +172,22 @@ def _launch_gelu_backward(
     steps = -(-num_rows // (rows * max(BACKWARD_PROGRAMS // columns, 1)))
     programs = -(-num_rows // (rows * max(steps, 1)))
     dh_NF = torch.empty((num_rows, width), dtype=x_NF.dtype, device=x_NF.device)
-    g_NF = torch.empty(
-        (0,) if g_dtype is None else (num_rows, width), dtype=g_dtype, device=x_NF.device
-    )
-    partial_SF = torch.empty(
-        (programs, 0 if bias_F is None else width), dtype=torch.float32, device=x_NF.device
-    )
-    tensors = (
-        x_NF,
-        x_NF if bias_F is None else bias_F.contiguous(),
-        dg_NF,
-        dh_NF,
-        g_NF,
-        partial_SF,
-    )
-    constants = {
-        "F": width, "BLOCK_F": block, "ROWS": rows, "HAS_BIAS": bias_F is not None,
-        "WRITE_G": g_dtype is not None, "num_warps": warps,
-    }  # fmt: skip
-    launch(
-        _gelu_backward_kernel,
-        (programs, columns),
-        x_NF,
-        *tensors,
-        num_rows,
-        x_NF.stride(0),
-        steps,
-        **constants,
-    )
+    g_shape = (0,) if g_dtype is None else (num_rows, width)
+    g_NF = torch.empty(g_shape, dtype=g_dtype, device=x_NF.device)
+    sums = (programs, 0 if bias_F is None else width)
+    partial_SF = torch.empty(sums, dtype=torch.float32, device=x_NF.device)
+    bias = x_NF if bias_F is None else bias_F.contiguous()
+    constants = {"F": width, "BLOCK_F": block, "ROWS": rows, "HAS_BIAS": bias_F is not None}
+    constants |= {"WRITE_G": g_dtype is not None, "num_warps": warps}
+    arguments = (x_NF, bias, dg_NF, dh_NF, g_NF, partial_SF, num_rows, x_NF.stride(0), steps)
+    launch(_gelu_backward_kernel, (programs, columns), x_NF, *arguments, **constants)
     return dh_NF, partial_SF.sum(0), g_NF
 
 
 # ---- registration ----
 def _use_triton(x: Tensor, bias: Tensor | None, weight: Tensor) -> bool:
-    return use_triton(
-        "gelu_linear", x.device, x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype
-    )
+    bias_dtype = x.dtype if bias is None else bias.dtype
+    return use_triton("gelu_linear", x.device, x.dtype, weight.dtype, bias_dtype)
 
 
 @triton_op("mae_kernels::gelu_linear", mutates_args=())
@@ -306,17 +261,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
     if dout is None:
         return (None,) * 5
-    _, bias, weight, out_bias, _ = ctx.needs_input_grad
-    dx, dbias, dweight, dout_bias = _gelu_linear_backward_op(
-        dout, *ctx.saved_tensors, ctx.out_bias_dtype, weight, out_bias
-    )
-    return (
-        dx,
-        dbias if bias else None,
-        dweight if weight else None,
-        dout_bias if out_bias else None,
-        None,
-    )
+    needs = ctx.needs_input_grad
+    saved = (*ctx.saved_tensors, ctx.out_bias_dtype)
+    found = _gelu_linear_backward_op(dout, *saved, needs[2], needs[3])
+    dbias, *others = (x if need else None for x, need in zip(found[1:], needs[1:4], strict=True))
+    return found[0], dbias, *others, None
 
 
 _gelu_linear_op.register_autograd(_backward, setup_context=_setup)
@@ -361,14 +310,8 @@ def gelu_linear(
             f"weight: got shape {tuple(weight.shape)}, needs [D, F] with D of at least 1"
         )
     check_same_device("weight", weight, "x", x)
-    for name, vector, size, meaning in (
-        ("bias", bias, width, "[F]"),
-        ("out_bias", out_bias, weight.shape[0], "[D]"),
-    ):
-        if vector is not None:
-            check_floating(name, vector)
-            check_shape(name, vector, (size,), meaning)
-            check_same_device(name, vector, "x", x)
+    check_vector("bias", bias, width, "[F]", "x", x)
+    check_vector("out_bias", out_bias, weight.shape[0], "[D]", "x", x)
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute: got {type(recompute).__name__}, needs a bool")
     # cast once: the copy serves the forward and the backward, and torch casts its gradient back
@@ -385,8 +328,7 @@ def _sample(
     tokens: int,
     hidden: int,
     width: int,
-    *,
-    recompute: bool = True,
+    keep: bool = False,
     bias: bool = True,
 ) -> Sample:
     def make(draw: Draw) -> Made:
@@ -396,7 +338,7 @@ def _sample(
             "weight": draw.normal(width, hidden, scale=hidden**-0.5),
             "out_bias": draw.normal(width) if bias else None,
         }
-        return tensors, {"recompute": recompute}
+        return tensors, {"recompute": not keep}
 
     gradients = ("x", "bias", "weight", "out_bias") if bias else ("x", "weight")
     return Sample("gelu_linear", name, gelu_linear, make, gradients, size)
@@ -409,10 +351,10 @@ def samples() -> list[Sample]:
     """
     return [
         _sample("small", "37", 7, 37, 19),
-        _sample("small", "192 kept without bias", 7, 192, 48, recompute=False, bias=False),
+        _sample("small", "192 kept without bias", 7, 192, 48, keep=True, bias=False),
         _sample("small", "two steps", 240, 1536, 40),
         _sample("model", "encoder S/16", 50, 1536, 384),
         _sample("model", "encoder B/16", 50, 3072, 768),
         _sample("model", "encoder L/16", 50, 4096, 1024),
-        _sample("model", "decoder kept", 197, 2048, 512, recompute=False),
+        _sample("model", "decoder kept", 197, 2048, 512, keep=True),
     ]

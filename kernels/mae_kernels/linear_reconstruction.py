@@ -25,15 +25,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from ._checks import check_floating, check_same_device, check_shape
-from ._pixels import Numbers, accumulate_dtype, pixel_stats
+from ._checks import (
+    check_floating,
+    check_floating_dtype,
+    check_same_device,
+    check_shape,
+    check_vector,
+)
+from ._pixels import Numbers, accumulate_dtype
 from ._runtime import no_autocast, product_dtype, use_triton, wants_reference
-from ._samples import MEAN, STD, Draw, Made, Sample, Size, declares
+from ._samples import CT_16, RGB_16, Case, Draw, Made, Sample, Size, declares
 from .reconstruction import (
     Norm,
+    Target,
     check_target,
     difference,
-    draw_target,
     launch_loss_backward,
     launch_loss_rows,
     refusal,
@@ -48,21 +54,10 @@ KEPT_SCALE = 1 / 64
 
 # ---- reference ----
 def reference(
-    hidden_BMD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    images_BCHW: Tensor,
-    ids_BM: Tensor,
-    stats_4C: Tensor | None,
-    patch_size: int,
-    norm: str,
-    eps: float,
-    dtype: torch.dtype,
+    hidden_BMD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target: Target, dtype: torch.dtype
 ) -> Tensor:
-    pred_BMV = _predict(
-        hidden_BMD.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
-    )
-    return loss_reference(pred_BMV, images_BCHW, ids_BM, None, stats_4C, patch_size, norm, eps)
+    bias_V = None if bias_V is None else bias_V.to(dtype)
+    return loss_reference(_predict(hidden_BMD.to(dtype), weight_VD.to(dtype), bias_V), target)
 
 
 def _predict(hidden_BMD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -78,6 +73,7 @@ def _linear_op(
     bias: Tensor | None,
     images: Tensor,
     ids: Tensor,
+    mask: Tensor | None,
     stats: Tensor | None,
     patch_size: int,
     norm: str,
@@ -85,7 +81,9 @@ def _linear_op(
     dtype: torch.dtype,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, and the gradients of hidden, weight and bias up to a factor (empty when not needed)."""
+    """Loss, and the gradients of hidden, weight and bias up to a factor (empty when not needed);
+    mask is None.
+    """
     op = "linear_reconstruction_loss"
     refused = refusal(weight.shape[0], images.shape[1], norm)
     triton = use_triton(
@@ -108,12 +106,13 @@ def _linear_op(
         first, last = masked * i // chunks, masked * (i + 1) // chunks
         h_BMD = hidden.narrow(1, first, last - first).to(dtype)
         pred_BMV = _predict(h_BMD, w_VD, b_V)
-        options = (images, ids.narrow(1, first, last - first), None, stats, patch_size, norm, eps)
+        ids_part = ids.narrow(1, first, last - first)
+        target = Target(images, ids_part, mask, stats, patch_size, norm, eps)
         if triton:
-            losses.append(launch_loss_rows(pred_BMV, *options))
-            dpred_BMV = launch_loss_backward(grad, unit, pred_BMV, *options) if needs_grad else None
+            losses.append(launch_loss_rows(pred_BMV, target))
+            dpred_BMV = launch_loss_backward(grad, unit, pred_BMV, target) if needs_grad else None
         else:
-            d_BMV = difference(pred_BMV, *options)
+            d_BMV = difference(pred_BMV, target)
             losses.append(d_BMV.square().mean(2))
             dpred_BMV = (KEPT_SCALE * d_BMV).to(dtype) if needs_grad else None
         if dpred_BMV is not None:
@@ -158,14 +157,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     if not ctx.needs:
         raise RuntimeError(
             "mae_kernels::linear_reconstruction_loss: called with needs_grad=False, "
             "needs True to differentiate"
         )
     dhidden, dweight, dbias = _linear_backward_op(grad, *ctx.saved_tensors, ctx.masked, *ctx.dtypes)
-    return dhidden, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 8
+    return dhidden, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 9
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup)
@@ -204,72 +203,45 @@ def linear_reconstruction_loss(
     """
     check_floating("hidden", hidden)
     check_floating("weight", weight)
-    check_target(images, ids, None, patch_size, norm, eps)
+    target = check_target(images, ids, None, patch_size, norm, eps, mean, std)
     batch, channels = images.shape[:2]
     values = patch_size * patch_size * channels
     check_shape("hidden", hidden, (batch, ids.shape[1], None), "[B, M, D]")
     check_shape("weight", weight, (values, hidden.shape[2]), "[P*P*C, D]")
     for name, tensor in (("images", images), ("weight", weight)):
         check_same_device(name, tensor, "hidden", hidden)
-    if bias is not None:
-        check_floating("bias", bias)
-        check_shape("bias", bias, (values,), "[P*P*C]")
-        check_same_device("bias", bias, "hidden", hidden)
-    stats = pixel_stats(images, mean, std)
+    check_vector("bias", bias, values, "[P*P*C]", "hidden", hidden)
     if dtype is None:
         dtype = product_dtype(hidden.device, hidden.dtype)
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
-    arguments = (
-        hidden,
-        weight,
-        bias,
-        images,
-        ids,
-        stats,
-        patch_size,
-        norm or "none",
-        float(eps),
-        dtype,
-    )
+    check_floating_dtype(dtype)
     if wants_reference(hidden):
-        return reference(*arguments)
+        return reference(hidden, weight, bias, target, dtype)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
-    return _linear_op(*arguments, needs_grad)[0]
+    return _linear_op(hidden, weight, bias, *target, dtype, needs_grad)[0]
 
 
 # ---- samples ----
-def _sample(
-    size: Size,
-    name: str,
-    channels: int,
-    side: tuple[int, int],
-    patch: int,
-    width: int,
-    bias: bool = True,
-) -> Sample:
+def _sample(size: Size, name: str, case: Case, width: int, bias: bool = True) -> Sample:
     def make(draw: Draw) -> Made:
-        tensors, masked = draw_target(draw, channels, side, patch, "nchw uint8", "ids")
-        values = channels * patch * patch
+        tensors, options, masked = case.target(draw)
         tensors["hidden"] = draw.normal(draw.batch, masked, width)
-        tensors["weight"] = draw.normal(values, width, scale=width**-0.5)
-        tensors["bias"] = draw.normal(values) if bias else None
-        stats = {"mean": MEAN[:channels], "std": STD[:channels]}
-        return tensors, {"patch_size": patch, **stats}
+        tensors["weight"] = draw.normal(case.values, width, scale=width**-0.5)
+        tensors["bias"] = draw.normal(case.values) if bias else None
+        return tensors, options
 
     gradients = ("hidden", "weight", "bias") if bias else ("hidden", "weight")
-    op, bad = "linear_reconstruction_loss", {"ids": side[0] * side[1]}
-    return Sample(op, name, linear_reconstruction_loss, make, gradients, size, out_of_range=bad)
+    op, call, bad = "linear_reconstruction_loss", linear_reconstruction_loss, case.out_of_range
+    return Sample(op, name, call, make, gradients, size, out_of_range=bad)
 
 
 @declares("linear_reconstruction_loss")
 def samples() -> list[Sample]:
     """Fewer and more patches than parts, with and without a bias; MAE's decoder at 224."""
     return [
-        _sample("small", "19", 1, (15, 25), 5, 19),
-        _sample("small", "64 without bias", 3, (8, 12), 4, 64, bias=False),
-        _sample("model", "decoder rgb", 3, (224, 224), 16, 512),
-        _sample("model", "decoder ct", 1, (224, 224), 16, 512),
+        _sample("small", "19", Case(1, (15, 25), 5), 19),
+        _sample("small", "64 without bias", Case(3, (8, 12), 4), 64, bias=False),
+        _sample("model", "decoder rgb", RGB_16, 512),
+        _sample("model", "decoder ct", CT_16, 512),
     ]

@@ -55,17 +55,9 @@ def reference(noise_BL: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, 
 # ---- kernel ----
 @jit
 def _masking_kernel(
-    NOISE,
-    KEEP,
-    RESTORE,
-    MASKED,
-    MASK,
-    stride_b,
-    stride_l,
-    num_keep,
-    L: tl.constexpr,
+    NOISE, KEEP, RESTORE, MASKED, MASK, stride_b, stride_l, num_keep, L: tl.constexpr,
     BLOCK_L: tl.constexpr,
-):
+):  # fmt: skip
     """One image per program: sort (noise, index) pairs packed into one 64-bit integer, then write
     all four results.
     """

@@ -1,14 +1,15 @@
 """The ops as nn.Module, under the names of the modules of a masked autoencoder.
 
 They hold parameters under the names that timm, facebookresearch/mae and transformers use, so that
-state dicts fit, and
-nothing else: no buffers, no counters, no random numbers.
+state dicts fit, and nothing else: no buffers, no counters, no random numbers.
 
 Shapes: B images, C channels, H x W pixels, P patch side, L patches, K visible, M masked, N tokens,
 p prefix tokens, D width, F hidden width, V = P*P*C values per patch.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,32 @@ from .short_attention import attention
 def _settings(module: nn.Module, *names: str) -> str:
     """`name=value` of attributes, for a module's repr."""
     return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        check_int(name, value, 1)
+
+
+class _PixelTarget:
+    """The settings of a reconstruction loss as attributes of a module."""
+
+    NAMES = ("patch_size", "norm", "eps", "mean", "std")
+
+    def _set_target(
+        self, patch_size: int, norm: Norm, eps: float, mean: Numbers, std: Numbers
+    ) -> None:
+        check_int("patch_size", patch_size, 1)
+        check_choice("norm", norm, NORMS)
+        check_positive("eps", eps)
+        self.patch_size = patch_size
+        self.norm = norm
+        self.eps = eps
+        self.mean = mean
+        self.std = std
+
+    def _target(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.NAMES}
 
 
 class PatchEmbedVisible(nn.Module):
@@ -54,12 +81,7 @@ class PatchEmbedVisible(nn.Module):
         std: Numbers = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("patch_size", patch_size),
-            ("in_chans", in_chans),
-            ("embed_dim", embed_dim),
-        ):
-            check_int(name, value, 1)
+        _check_sizes(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=bias)
         self.mean = mean
         self.std = std
@@ -95,8 +117,7 @@ class RestoreTokens(nn.Module):
         self, num_patches: int, dim: int, *, prefix: int = 1, learn_positions: bool = False
     ) -> None:
         super().__init__()
-        check_int("num_patches", num_patches, 1)
-        check_int("dim", dim, 1)
+        _check_sizes(num_patches=num_patches, dim=dim)
         check_int("prefix", prefix, 0)
         self.num_patches = num_patches
         self.dim = dim
@@ -133,8 +154,7 @@ class ShortAttention(nn.Module):
         self, dim: int, num_heads: int = 8, *, qkv_bias: bool = True, proj_drop: float = 0.0
     ) -> None:
         super().__init__()
-        check_int("num_heads", num_heads, 1)
-        check_int("dim", dim, 1)
+        _check_sizes(num_heads=num_heads, dim=dim)
         if dim % num_heads != 0:
             raise ValueError(f"dim: got {dim}, needs a multiple of num_heads = {num_heads}")
         self.num_heads = num_heads
@@ -170,8 +190,7 @@ class GeluMLP(nn.Module):
         self, dim: int, hidden_dim: int, *, bias: bool = True, recompute: bool = True
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("hidden_dim", hidden_dim)):
-            check_int(name, value, 1)
+        _check_sizes(dim=dim, hidden_dim=hidden_dim)
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
         self.recompute = recompute
@@ -187,7 +206,7 @@ class GeluMLP(nn.Module):
         )
 
 
-class MaskedReconstructionLoss(nn.Module):
+class MaskedReconstructionLoss(_PixelTarget, nn.Module):
     """masked_reconstruction_loss with its settings kept; no parameters.
 
     Args:
@@ -204,34 +223,19 @@ class MaskedReconstructionLoss(nn.Module):
         std: Numbers = None,
     ) -> None:
         super().__init__()
-        check_int("patch_size", patch_size, 1)
-        check_choice("norm", norm, NORMS)
-        check_positive("eps", eps)
-        self.patch_size = patch_size
-        self.norm = norm
-        self.eps = eps
-        self.mean = mean
-        self.std = std
+        self._set_target(patch_size, norm, eps, mean, std)
 
     def extra_repr(self) -> str:
-        return _settings(self, "patch_size", "norm", "eps", "mean", "std")
+        return _settings(self, *self.NAMES)
 
     def forward(
         self, pred: Tensor, images: Tensor, *, ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """pred [B,M,V] with ids [B,M], or [B,L,V] with mask [B,L]; images [B,C,H,W] -> scalar."""
-        settings = {"norm": self.norm, "eps": self.eps, "mean": self.mean, "std": self.std}
-        return masked_reconstruction_loss(
-            pred,
-            images,
-            ids=ids,
-            mask=mask,
-            patch_size=self.patch_size,
-            **settings,  # type: ignore[arg-type]
-        )
+        return masked_reconstruction_loss(pred, images, ids=ids, mask=mask, **self._target())
 
 
-class ReconstructionHead(nn.Linear):
+class ReconstructionHead(_PixelTarget, nn.Linear):
     """The decoder's prediction layer (decoder_pred), which can also give the loss without making
     the predictions.
 
@@ -255,38 +259,16 @@ class ReconstructionHead(nn.Linear):
         mean: Numbers = None,
         std: Numbers = None,
     ) -> None:
-        for name, value in (
-            ("decoder_dim", decoder_dim),
-            ("patch_size", patch_size),
-            ("in_chans", in_chans),
-        ):
-            check_int(name, value, 1)
-        check_choice("norm", norm, NORMS)
-        check_positive("eps", eps)
+        _check_sizes(decoder_dim=decoder_dim, patch_size=patch_size, in_chans=in_chans)
         super().__init__(decoder_dim, patch_size * patch_size * in_chans)
-        self.patch_size = patch_size
-        self.norm = norm
-        self.eps = eps
-        self.mean = mean
-        self.std = std
+        self._set_target(patch_size, norm, eps, mean, std)
 
     def extra_repr(self) -> str:
-        settings = _settings(self, "patch_size", "norm", "eps", "mean", "std")
-        return f"{super().extra_repr()}, {settings}"
+        return f"{super().extra_repr()}, {_settings(self, *self.NAMES)}"
 
     def loss(self, hidden: Tensor, images: Tensor, ids_masked: Tensor) -> Tensor:
         """hidden [B,M,Dd] of the masked patches, images [B,C,H,W], ids_masked [B,M] int64 ->
         scalar.
         """
-        return linear_reconstruction_loss(
-            hidden,
-            self.weight,
-            self.bias,
-            images,
-            ids_masked,
-            patch_size=self.patch_size,
-            norm=self.norm,
-            eps=self.eps,
-            mean=self.mean,
-            std=self.std,
-        )
+        parameters = (self.weight, self.bias)
+        return linear_reconstruction_loss(hidden, *parameters, images, ids_masked, **self._target())

@@ -9,12 +9,8 @@ the positions and then gathers the visible ones; the result is the same.
 Source: He et al., arXiv 2111.06377, section 3 (patch embedding); the order of the gather is this
 package's.
 
-Pixels: uint8 images are used as x / 255, then (x - mean) / std where mean or std is given; float
-images are used as they are, then (x - mean) / std where mean or std is given.
-
 On a GPU one kernel gathers, cuBLAS multiplies, one kernel adds the positions. For the backward only
-ids and the images
-as they came are kept: the vectors are gathered again. Each position's gradient is summed in a fixed
+ids and the images as they came are kept: the vectors are gathered again. Each position's gradient is summed in a fixed
 order, no atomics. An image may list a patch more than once: it gives as many equal tokens, and all
 their gradients reach weight and position. A patch id out of range, which only debug_checks reports
 on a GPU, gives NaN and reads nothing.
@@ -34,7 +30,15 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from ._checks import check_floating, check_ids, check_images, check_same_device, check_shape
+from ._checks import (
+    check_floating,
+    check_floating_dtype,
+    check_ids,
+    check_images,
+    check_same_device,
+    check_shape,
+    check_vector,
+)
 from ._pixels import (
     Numbers,
     accumulate_dtype,
@@ -55,7 +59,7 @@ from ._runtime import (
     use_triton,
     wants_reference,
 )
-from ._samples import MEAN, STD, Draw, Layout, Made, Sample, Size, declares
+from ._samples import CT_16, RGB_16, Case, Draw, Made, Sample, Size, declares
 
 
 # ---- reference ----
@@ -94,24 +98,10 @@ def _project(x_BKV: Tensor, weight_DCPP: Tensor, bias_D: Tensor | None) -> Tenso
 # ---- kernels ----
 @jit
 def _gather_kernel(
-    IMAGES,
-    IDS,
-    STATS,
-    OUT,
-    num_rows,
-    listed,
-    patches,
-    grid_cols,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
-    P: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr,
+    IMAGES, IDS, STATS, OUT, num_rows, listed, patches, grid_cols, stride_b, stride_c, stride_h,
+    stride_w, P: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
     HAS_STATS: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     value = tl.arange(0, BLOCK_V)
     in_rows = row < num_rows
@@ -140,16 +130,9 @@ def _gather_kernel(
 
 @jit
 def _add_positions_kernel(
-    TOKENS,
-    POS,
-    IDS,
-    OUT,
-    num_rows,
-    patches,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    TOKENS, POS, IDS, OUT, num_rows, patches, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_rows = row < num_rows
@@ -194,17 +177,9 @@ def _invert_kernel(IDS, FIRST, NEXT, listed, patches, BLOCK: tl.constexpr):
 
 @jit
 def _sum_positions_kernel(
-    GRAD,
-    FIRST,
-    NEXT,
-    DPOS,
-    batch,
-    listed,
-    patches,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    GRAD, FIRST, NEXT, DPOS, batch, listed, patches, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """DPOS[l] = sum of the gradients of the tokens on patch l: the first of each image in order,
     then the repeated.
     """
@@ -270,16 +245,8 @@ def _launch_add_positions(
     rows, warps = rows_per_program(tokens_BKD.device, block)
     grid = (-(-num_rows // rows), -(-width // block))
     args = (tokens_BKD, pos_embed_LD, ids_BK, out_BKD, num_rows, pos_embed_LD.shape[0])
-    launch(
-        _add_positions_kernel,
-        grid,
-        out_BKD,
-        *args,
-        D=width,
-        BLOCK_D=block,
-        ROWS=rows,
-        num_warps=warps,
-    )
+    constants = {"D": width, "BLOCK_D": block, "ROWS": rows, "num_warps": warps}
+    launch(_add_positions_kernel, grid, out_BKD, *args, **constants)
     return out_BKD
 
 
@@ -297,16 +264,8 @@ def _launch_sum_positions(
     rows, warps = rows_per_program(grad_BKD.device, block)
     args = (grad_BKD, first_BL, next_BK, dpos_LD, batch, listed, patches)
     grid = (patches, -(-width // block))
-    launch(
-        _sum_positions_kernel,
-        grid,
-        grad_BKD,
-        *args,
-        D=width,
-        BLOCK_D=block,
-        ROWS=rows,
-        num_warps=warps,
-    )
+    constants = {"D": width, "BLOCK_D": block, "ROWS": rows, "num_warps": warps}
+    launch(_sum_positions_kernel, grid, grad_BKD, *args, **constants)
     return dpos_LD
 
 
@@ -363,7 +322,8 @@ def _embed_backward_op(
     )
     width = grad.shape[2]
     acc = accumulate_dtype(grad)
-    dweight = dbias = dpos = grad.new_empty(0)
+    # outputs of a functional op must not share memory
+    dweight, dbias, dpos = (grad.new_empty(0) for _ in range(3))
     if needs_weight:
         gather = _launch_gather if triton else gather_reference
         x_NV = gather(images, ids, stats, patch_size, dtype).flatten(0, 1)
@@ -376,12 +336,7 @@ def _embed_backward_op(
     elif needs_pos:
         zeros_LD = torch.zeros((patches, width), dtype=acc, device=grad.device)
         dpos = zeros_LD.index_add(0, ids.flatten(), grad.reshape(-1, width).to(acc)).to(pos_dtype)
-    # outputs of a functional op must not share memory
-    return (
-        dweight,
-        dbias if needs_bias else grad.new_empty(0),
-        dpos if needs_pos else grad.new_empty(0),
-    )
+    return dweight, dbias, dpos
 
 
 def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -437,8 +392,7 @@ def gather_patches(
     stats = pixel_stats(images, mean, std)
     if dtype is None:
         dtype = torch.get_default_dtype() if images.dtype == torch.uint8 else images.dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
+    check_floating_dtype(dtype)
     if wants_reference(images) or images.requires_grad:
         return gather_reference(images, ids, stats, patch_size, dtype)
     return _gather_op(images, ids, stats, patch_size, dtype)
@@ -500,14 +454,10 @@ def embed_patches(
     check_shape("pos_embed", pos_embed, (patches, width), "[L, D]")
     for name, tensor in (("ids", ids), ("weight", weight), ("pos_embed", pos_embed)):
         check_same_device(name, tensor, "images", images)
-    if bias is not None:
-        check_floating("bias", bias)
-        check_shape("bias", bias, (width,), "[D]")
-        check_same_device("bias", bias, "images", images)
+    check_vector("bias", bias, width, "[D]", "images", images)
     if dtype is None:
         dtype = product_dtype(images.device, weight.dtype)
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype: got {dtype}, needs a floating point dtype")
+    check_floating_dtype(dtype)
     stats = pixel_stats(images, mean, std)
     if wants_reference(images) or images.requires_grad:
         return embed_reference(images, ids, weight, bias, pos_embed, stats, dtype)
@@ -515,71 +465,35 @@ def embed_patches(
 
 
 # ---- samples ----
-def _gather_sample(
-    size: Size,
-    name: str,
-    channels: int,
-    side: tuple[int, int],
-    patch: int,
-    layout: Layout,
-    **other: Any,
-) -> Sample:
-    patches = side[0] // patch * (side[1] // patch)
-
+def _gather_sample(size: Size, name: str, case: Case, wide: bool = True) -> Sample:
     def make(draw: Draw) -> Made:
-        tensors = {
-            "images": draw.pixels(channels, *side, layout),
-            "ids": draw.ids(patches, max(1, patches // 4)),
-        }
-        stats = {"mean": MEAN[:channels], "std": STD[:channels]}
-        return tensors, {"patch_size": patch, **stats, "dtype": draw.dtype}
+        ids = draw.ids(case.patches, max(1, case.patches // 4))
+        options = case.stats | {"patch_size": case.patch, "dtype": draw.dtype}
+        return {"images": case.images(draw), "ids": ids}, options
 
-    bad = {"ids": patches}
-    return Sample(
-        "gather_patches", name, gather_patches, make, size=size, out_of_range=bad, **other
-    )
+    call, bad = gather_patches, case.out_of_range
+    return Sample("gather_patches", name, call, make, size=size, out_of_range=bad, wide=wide)
 
 
-def _embed_sample(
-    size: Size,
-    name: str,
-    channels: int,
-    side: tuple[int, int],
-    patch: int,
-    layout: Layout,
-    width: int,
-    *,
-    bias: bool = True,
-    **other: Any,
-) -> Sample:
-    patches = side[0] // patch * (side[1] // patch)
-    gradients = ("weight", "bias", "pos_embed") if bias else ("weight", "pos_embed")
-
+def _embed_sample(size: Size, name: str, case: Case, width: int, bias: bool = True) -> Sample:
     def make(draw: Draw) -> Made:
-        ids = draw.ids(patches, max(3, patches // 4))
+        images, ids = case.images(draw), draw.ids(case.patches, max(3, case.patches // 4))
         if size == "small":
             # a patch that is listed twice
             ids = torch.cat([ids, ids.narrow(1, 0, 1)], 1)
-        values = channels * patch * patch
+        shape = (width, case.channels, case.patch, case.patch)
         tensors = {
-            "images": draw.pixels(channels, *side, layout),
+            "images": images,
             "ids": ids,
-            "weight": draw.normal(width, channels, patch, patch, scale=values**-0.5),
+            "weight": draw.normal(*shape, scale=case.values**-0.5),
             "bias": draw.normal(width) if bias else None,
-            "pos_embed": draw.normal(patches, width),
+            "pos_embed": draw.normal(case.patches, width),
         }
-        return tensors, {"mean": MEAN[:channels], "std": STD[:channels]}
+        return tensors, case.stats
 
-    return Sample(
-        "embed_patches",
-        name,
-        embed_patches,
-        make,
-        gradients,
-        size,
-        out_of_range={"ids": patches},
-        **other,
-    )
+    gradients = ("weight", "bias", "pos_embed") if bias else ("weight", "pos_embed")
+    call, bad = embed_patches, case.out_of_range
+    return Sample("embed_patches", name, call, make, gradients, size, out_of_range=bad)
 
 
 @declares("gather_patches", "embed_patches")
@@ -587,21 +501,21 @@ def samples() -> list[Sample]:
     """Padded and whole blocks, both layouts, grey and colour; ViT-S/16, B/16, L/16 and patch 14 at
     224.
     """
-    gather = [
-        _gather_sample("small", "rgb", 3, (21, 35), 7, "nchw uint8"),
-        _gather_sample("small", "nhwc float grey", 1, (12, 20), 4, "nhwc float"),
-        _gather_sample("small", "rgb 8", 3, (24, 16), 8, "nhwc uint8"),
-        _gather_sample("model", "rgb 16", 3, (224, 224), 16, "nchw uint8"),
-        _gather_sample("model", "rgb nhwc 16", 3, (224, 224), 16, "nhwc uint8"),
-        _gather_sample("model", "ct 16", 1, (224, 224), 16, "nchw uint8"),
-        _gather_sample("model", "rgb 14", 3, (224, 224), 14, "nchw uint8", wide=False),
+    nhwc_16 = Case(3, (224, 224), 16, "nhwc uint8")
+    float_16 = Case(3, (224, 224), 16, "nhwc float")
+    grey_8 = Case(1, (24, 40), 8, "nchw float")
+    return [
+        _gather_sample("small", "rgb", Case(3, (21, 35), 7)),
+        _gather_sample("small", "nhwc float grey", Case(1, (12, 20), 4, "nhwc float")),
+        _gather_sample("small", "rgb 8", Case(3, (24, 16), 8, "nhwc uint8")),
+        _gather_sample("model", "rgb 16", RGB_16),
+        _gather_sample("model", "rgb nhwc 16", nhwc_16),
+        _gather_sample("model", "ct 16", CT_16),
+        _gather_sample("model", "rgb 14", Case(3, (224, 224), 14), wide=False),
+        _embed_sample("small", "nhwc 33", Case(3, (15, 25), 5, "nhwc uint8"), 33),
+        _embed_sample("small", "grey 192", grey_8, 192, bias=False),
+        _embed_sample("model", "S/16 ct", CT_16, 384),
+        _embed_sample("model", "B/16", RGB_16, 768),
+        _embed_sample("model", "B/16 nhwc", nhwc_16, 768, bias=False),
+        _embed_sample("model", "L/16 nhwc float", float_16, 1024),
     ]
-    embed = [
-        _embed_sample("small", "nhwc 33", 3, (15, 25), 5, "nhwc uint8", 33),
-        _embed_sample("small", "grey 192", 1, (24, 40), 8, "nchw float", 192, bias=False),
-        _embed_sample("model", "S/16 ct", 1, (224, 224), 16, "nchw uint8", 384),
-        _embed_sample("model", "B/16", 3, (224, 224), 16, "nchw uint8", 768),
-        _embed_sample("model", "B/16 nhwc", 3, (224, 224), 16, "nhwc uint8", 768, bias=False),
-        _embed_sample("model", "L/16 nhwc float", 3, (224, 224), 16, "nhwc float", 1024),
-    ]
-    return gather + embed

@@ -9,9 +9,6 @@
 Source: He et al., arXiv 2111.06377, section 3 and Table 1d ("w/ norm"); "patch" is
 facebookresearch/mae's norm_pix_loss, "channel" is the variant of SD-MAE (arXiv 2203.16983).
 
-Pixels: uint8 images are used as x / 255, then (x - mean) / std where mean or std is given; float
-images are used as they are, then (x - mean) / std where mean or std is given.
-
 On a GPU one kernel reads each masked patch and its prediction once; the losses of the patches are
 then summed in a fixed order. The target is never written: the backward reads the pixels again and
 writes the gradient of pred, nothing else. A patch id out of range, which only debug_checks reports
@@ -26,7 +23,7 @@ Shapes: B images, C channels, P patch side, L patches, M masked patches, V = P*P
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -51,7 +48,7 @@ from ._pixels import (
     scale_pixels,
 )
 from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, tl, use_triton, wants_reference
-from ._samples import MEAN, STD, Draw, Layout, Made, Sample, Size, declares
+from ._samples import CT_16, RGB_16, Case, Draw, Made, Sample, Size, declares
 
 Norm = Literal["patch", "channel", None]
 NORMS = get_args(Norm)
@@ -59,62 +56,49 @@ NORM_CODES = {"none": 0, "patch": 1, "channel": 2}
 MAX_NORM_CHANNELS = 16
 
 
+class Target(NamedTuple):
+    """What predictions are compared with, as the ops take it: norm is "patch", "channel" or "none",
+    stats is pixel_stats; of ids and mask one is None.
+    """
+
+    images: Tensor
+    ids: Tensor | None
+    mask: Tensor | None
+    stats: Tensor | None
+    patch_size: int
+    norm: str
+    eps: float
+
+
 # ---- reference ----
-def target_pixels(
-    images_BCHW: Tensor,
-    ids_BM: Tensor | None,
-    stats_4C: Tensor | None,
-    patch_size: int,
-    norm: str,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
+def _target_pixels(target: Target, dtype: torch.dtype) -> Tensor:
     """[B,M,V] normalised target pixels (row, column, channel); every patch when ids is None."""
-    t = listed_pixels(images_BCHW.detach(), ids_BM, stats_4C, patch_size, "rpc", dtype)
-    if norm == "none":
+    images, side = target.images.detach(), target.patch_size
+    t = listed_pixels(images, target.ids, target.stats, side, "rpc", dtype)
+    if target.norm == "none":
         return t
-    if norm == "channel":
-        t = torch.unflatten(t, 2, (patch_size * patch_size, -1))
+    if target.norm == "channel":
+        t = torch.unflatten(t, 2, (side * side, -1))
     t = t - t.mean(2, keepdim=True)
     var = t.square().sum(2, keepdim=True) / (t.shape[2] - 1)
-    t = t / (var + eps).sqrt()
-    return t.flatten(2) if norm == "channel" else t
+    t = t / (var + target.eps).sqrt()
+    return t.flatten(2) if target.norm == "channel" else t
 
 
-def difference(
-    pred_BMV: Tensor,
-    images_BCHW: Tensor,
-    ids_BM: Tensor | None,
-    mask_BL: Tensor | None,
-    stats_4C: Tensor | None,
-    patch_size: int,
-    norm: str,
-    eps: float,
-) -> Tensor:
+def difference(pred_BMV: Tensor, target: Target) -> Tensor:
     """pred - target [B,M,V] in fp32, or fp64; zero for visible patches."""
-    acc = accumulate_dtype(pred_BMV, images_BCHW)
-    d_BMV = pred_BMV.to(acc) - target_pixels(
-        images_BCHW, ids_BM, stats_4C, patch_size, norm, eps, acc
-    )
+    acc = accumulate_dtype(pred_BMV, target.images)
+    d_BMV = pred_BMV.to(acc) - _target_pixels(target, acc)
     # where, not a product: an infinite prediction of a visible patch must turn neither loss nor
     # gradient into NaN
-    return d_BMV if mask_BL is None else torch.where(mask_BL[..., None], d_BMV, 0.0)
+    return d_BMV if target.mask is None else torch.where(target.mask[..., None], d_BMV, 0.0)
 
 
-def reference(
-    pred_BMV: Tensor,
-    images_BCHW: Tensor,
-    ids_BM: Tensor | None,
-    mask_BL: Tensor | None,
-    stats_4C: Tensor | None,
-    patch_size: int,
-    norm: str,
-    eps: float,
-) -> Tensor:
-    d_BMV = difference(pred_BMV, images_BCHW, ids_BM, mask_BL, stats_4C, patch_size, norm, eps)
-    if mask_BL is None:
+def reference(pred_BMV: Tensor, target: Target) -> Tensor:
+    d_BMV = difference(pred_BMV, target)
+    if target.mask is None:
         return d_BMV.square().sum() / max(d_BMV.numel(), 1)
-    return d_BMV.square().sum() / (mask_BL.sum().clamp(min=1) * d_BMV.shape[2])
+    return d_BMV.square().sum() / (target.mask.sum().clamp(min=1) * d_BMV.shape[2])
 
 
 # ---- kernels ----
@@ -231,15 +215,9 @@ def _loss_backward_kernel(
 
 @jit
 def store_gradient(
-    DPRED,
-    d,
-    row,
-    num_rows,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    DPRED, d, row, num_rows, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
-):
+):  # fmt: skip
     """Rows of [ROWS, BLOCK_P, BLOCK_W] to the contiguous DPRED [B,M,V]."""
     line, place = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
     real = (line < P)[:, None] & (place < P * C)[None, :]
@@ -254,48 +232,35 @@ def store_gradient(
 
 # ---- launchers ----
 def kernel_arguments(
-    pred_BMV: Tensor,
-    images_BCHW: Tensor,
-    ids_BM: Tensor | None,
-    mask_BL: Tensor | None,
-    stats_4C: Tensor | None,
-    patch_size: int,
-    norm: str,
-    eps: float,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[int, ...], dict[str, Any]]:
+    pred_BMV: Tensor, target: Target
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
     """(pred, images, select, stats), the integers, and the constants of the kernels above,
     num_warps included.
     """
-    stats, has_stats = kernel_stats(images_BCHW, stats_4C)
-    channels, height, width = images_BCHW.shape[1:]
-    grid_cols = width // patch_size
-    patches = height // patch_size * grid_cols
+    images, side = target.images, target.patch_size
+    stats, has_stats = kernel_stats(images, target.stats)
+    channels, height, width = images.shape[1:]
+    grid_cols = width // side
+    patches = height // side * grid_cols
     if pred_BMV.stride(2) != 1:
         pred_BMV = pred_BMV.contiguous()
-    select = (mask_BL if ids_BM is None else ids_BM).contiguous()  # type: ignore[union-attr]
+    select = target.mask if target.ids is None else target.ids
+    assert select is not None
     batch, listed = pred_BMV.shape[:2]
-    block_p, block_w = tile_of(patch_size, channels)
+    block_p, block_w = tile_of(side, channels)
     rows, warps = rows_per_program(pred_BMV.device, block_p * block_w)
-    if (
-        norm == "channel"
-    ):  # one channel at a time needs more registers: half as many values a thread
+    if target.norm == "channel":
+        # one channel at a time needs more registers: half as many values a thread
         rows, warps = (rows // 2, warps) if rows > 1 else (1, min(2 * warps, 16))
-    _, stride_c, stride_h, stride_w = images_BCHW.stride()
-    span = (channels - 1) * stride_c + (patch_size - 1) * (stride_h + stride_w)
-    integers = (
-        batch * listed,
-        listed,
-        patches,
-        grid_cols,
-        *pred_BMV.stride()[:2],
-        *images_BCHW.stride(),
-    )
-    constants = {
-        "C": channels, "P": patch_size, "BLOCK_P": block_p, "BLOCK_W": block_w, "ROWS": rows,
-        "NORM": NORM_CODES[norm], "HAS_MASK": ids_BM is None, "WIDE": span >= 2**31, "EPS": eps,
-        "HAS_STATS": has_stats, "num_warps": warps,
-    }  # fmt: skip
-    return (pred_BMV, images_BCHW, select, stats), integers, constants
+    _, stride_c, stride_h, stride_w = images.stride()
+    span = (channels - 1) * stride_c + (side - 1) * (stride_h + stride_w)
+    sizes = (batch * listed, listed, patches, grid_cols)
+    constants: dict[str, Any] = {"C": channels, "P": side, "BLOCK_P": block_p, "BLOCK_W": block_w}
+    constants |= {"ROWS": rows, "NORM": NORM_CODES[target.norm], "HAS_MASK": target.ids is None}
+    constants |= {"WIDE": span >= 2**31, "EPS": target.eps, "HAS_STATS": has_stats}
+    constants |= {"num_warps": warps}
+    tensors = (pred_BMV, images, select.contiguous(), stats)
+    return tensors, (*sizes, *pred_BMV.stride()[:2], *images.stride()), constants
 
 
 def tile_of(patch_size: int, channels: int) -> tuple[int, int]:
@@ -327,30 +292,21 @@ def finish(losses_BM: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
     return losses_BM.sum() / count, count
 
 
-def launch_loss_rows(pred_BMV: Tensor, *options: Any) -> Tensor:
+def launch_loss_rows(pred_BMV: Tensor, target: Target) -> Tensor:
     """The loss of each patch, fp32 [B,M]."""
-    tensors, integers, constants = kernel_arguments(pred_BMV, *options)
+    tensors, integers, constants = kernel_arguments(pred_BMV, target)
     losses_BM = torch.empty(pred_BMV.shape[:2], dtype=torch.float32, device=pred_BMV.device)
     grid = (-(-integers[0] // constants["ROWS"]),)
     launch(_loss_kernel, grid, losses_BM, *tensors, losses_BM, *integers, **constants)
     return losses_BM
 
 
-def launch_loss_backward(grad: Tensor, count: Tensor, pred_BMV: Tensor, *options: Any) -> Tensor:
-    tensors, integers, constants = kernel_arguments(pred_BMV, *options)
+def launch_loss_backward(grad: Tensor, count: Tensor, pred_BMV: Tensor, target: Target) -> Tensor:
+    tensors, integers, constants = kernel_arguments(pred_BMV, target)
     dpred_BMV = torch.empty(pred_BMV.shape, dtype=pred_BMV.dtype, device=pred_BMV.device)
     grid = (-(-integers[0] // constants["ROWS"]),)
-    launch(
-        _loss_backward_kernel,
-        grid,
-        dpred_BMV,
-        grad,
-        count,
-        *tensors,
-        dpred_BMV,
-        *integers,
-        **constants,
-    )
+    arguments = (grad, count, *tensors, dpred_BMV, *integers)
+    launch(_loss_backward_kernel, grid, dpred_BMV, *arguments, **constants)
     return dpred_BMV
 
 
@@ -384,11 +340,11 @@ def _loss_op(
     norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, number of masked patches), both scalars; norm is "patch", "channel" or "none"."""
+    """(loss, number of masked patches), both scalars."""
+    target = Target(images, ids, mask, stats, patch_size, norm, eps)
     if _use_triton(pred, images, norm):
-        return finish(launch_loss_rows(pred, images, ids, mask, stats, patch_size, norm, eps), mask)
-    d_BMV = difference(pred, images, ids, mask, stats, patch_size, norm, eps)
-    return finish(d_BMV.square().mean(2), mask)
+        return finish(launch_loss_rows(pred, target), mask)
+    return finish(difference(pred, target).square().mean(2), mask)
 
 
 @triton_op("mae_kernels::masked_reconstruction_loss_backward", mutates_args=())
@@ -404,11 +360,10 @@ def _loss_backward_op(
     norm: str,
     eps: float,
 ) -> Tensor:
+    target = Target(images, ids, mask, stats, patch_size, norm, eps)
     if _use_triton(pred, images, norm):
-        return launch_loss_backward(
-            grad, count, pred, images, ids, mask, stats, patch_size, norm, eps
-        )
-    d_BMV = difference(pred, images, ids, mask, stats, patch_size, norm, eps)
+        return launch_loss_backward(grad, count, pred, target)
+    d_BMV = difference(pred, target)
     return (d_BMV * (grad * 2 / (count * d_BMV.shape[2]))).to(pred.dtype)
 
 
@@ -469,35 +424,10 @@ def masked_reconstruction_loss(
         >>> pred = torch.rand(8, 147, 16 * 16 * 3)
         >>> loss = masked_reconstruction_loss(pred, images, ids=masking.ids_masked, patch_size=16)
     """
-    stats = check_reconstruction(pred, images, ids, mask, patch_size, norm, eps, mean, std)
-    arguments = (pred, images, ids, mask, stats, patch_size, norm or "none", float(eps))
-    return reference(*arguments) if wants_reference(pred) else _loss_op(*arguments)[0]
-
-
-def check_reconstruction(
-    pred: Tensor,
-    images: Tensor,
-    ids: Tensor | None,
-    mask: Tensor | None,
-    patch_size: int,
-    norm: str | None,
-    eps: float,
-    mean: Numbers,
-    std: Numbers,
-) -> Tensor | None:
-    """The checks of every op with a reconstruction loss; returns pixel_stats."""
     check_floating("pred", pred)
-    check_target(images, ids, mask, patch_size, norm, eps)
-    batch, channels = images.shape[:2]
-    listed = (
-        mask.shape[1]
-        if ids is None and mask is not None
-        else (ids.shape[1] if ids is not None else 0)
-    )
-    meaning = "[B, M, P*P*C]" if ids is not None else "[B, L, P*P*C]"
-    check_shape("pred", pred, (batch, listed, patch_size * patch_size * channels), meaning)
-    check_same_device("images", images, "pred", pred)
-    return pixel_stats(images, mean, std)
+    target = check_target(images, ids, mask, patch_size, norm, eps, mean, std)
+    check_predictions(pred, target)
+    return reference(pred, target) if wants_reference(pred) else _loss_op(pred, *target)[0]
 
 
 def check_target(
@@ -507,7 +437,10 @@ def check_target(
     patch_size: int,
     norm: str | None,
     eps: float,
-) -> None:
+    mean: Numbers,
+    std: Numbers,
+) -> Target:
+    """The checks of every op with a reconstruction loss."""
     grid_rows, grid_cols = check_images(images, patch_size)
     check_choice("norm", norm, NORMS)
     check_positive("eps", eps)
@@ -519,9 +452,8 @@ def check_target(
             f"(patch_size, channels)"
         )
     if (ids is None) == (mask is None):
-        raise ValueError(
-            f"ids, mask: got {'neither' if ids is None else 'both'}, needs exactly one of them"
-        )
+        got = "neither" if ids is None else "both"
+        raise ValueError(f"ids, mask: got {got}, needs exactly one of them")
     if ids is not None:
         check_ids("ids", ids, batch, grid_rows * grid_cols)
         check_same_device("ids", ids, "images", images)
@@ -534,62 +466,45 @@ def check_target(
             )
         check_shape("mask", mask, (batch, grid_rows * grid_cols), "[B, L]")
         check_same_device("mask", mask, "images", images)
+    stats = pixel_stats(images, mean, std)
+    return Target(images, ids, mask, stats, patch_size, norm or "none", float(eps))
+
+
+def check_predictions(pred: Tensor, target: Target) -> None:
+    select = target.mask if target.ids is None else target.ids
+    assert select is not None
+    meaning = "[B, L, P*P*C]" if target.ids is None else "[B, M, P*P*C]"
+    batch, channels = target.images.shape[:2]
+    values = target.patch_size**2 * channels
+    check_shape("pred", pred, (batch, select.shape[1], values), meaning)
+    check_same_device("images", target.images, "pred", pred)
 
 
 # ---- samples ----
-def draw_target(
-    draw: Draw,
-    channels: int,
-    side: tuple[int, int],
-    patch: int,
-    layout: Layout,
-    select: Literal["ids", "mask"],
-) -> tuple[dict[str, Tensor | None], int]:
-    """images and ids or mask, and the number of predictions per image."""
-    patches = side[0] // patch * (side[1] // patch)
-    masked = patches - patches // 4
-    selected = draw.ids(patches, masked) if select == "ids" else draw.mask(draw.batch, patches)
-    return (
-        {"images": draw.pixels(channels, *side, layout), select: selected},
-        masked if select == "ids" else patches,
-    )
-
-
-def _sample(
-    size: Size,
-    norm: Norm,
-    channels: int,
-    side: tuple[int, int],
-    patch: int,
-    layout: Layout = "nchw uint8",
-    select: Literal["ids", "mask"] = "ids",
-    **other: Any,
-) -> Sample:
+def _sample(size: Size, norm: Norm, case: Case, wide: bool = True) -> Sample:
     def make(draw: Draw) -> Made:
-        tensors, listed = draw_target(draw, channels, side, patch, layout, select)
-        tensors["pred"] = draw.normal(draw.batch, listed, channels * patch * patch)
-        stats = {"mean": MEAN[:channels], "std": STD[:channels]}
-        return tensors, {"patch_size": patch, "norm": norm, **stats}
+        tensors, options, listed = case.target(draw)
+        tensors["pred"] = draw.normal(draw.batch, listed, case.values)
+        return tensors, options | {"norm": norm}
 
-    name = f"{norm} {'ct' if channels == 1 else 'rgb'} {patch} {layout} {select}"
-    op = "masked_reconstruction_loss"
-    bad = {"ids": side[0] * side[1]} if select == "ids" else {}
-    return Sample(
-        op, name, masked_reconstruction_loss, make, ("pred",), size, out_of_range=bad, **other
-    )
+    op, bad = "masked_reconstruction_loss", case.out_of_range
+    color = "ct" if case.channels == 1 else "rgb"
+    name = f"{norm} {color} {case.patch} {case.layout} {case.select}"
+    call = masked_reconstruction_loss
+    return Sample(op, name, call, make, ("pred",), size, wide=wide, out_of_range=bad)
 
 
 @declares("masked_reconstruction_loss")
 def samples() -> list[Sample]:
     """Every norm, layout and selection, padded and whole tiles; ViT/16 and patch 14 at 224."""
     return [
-        _sample("small", "patch", 3, (21, 35), 7),
-        _sample("small", "channel", 3, (24, 40), 8, "nhwc uint8"),
-        _sample("small", None, 1, (15, 25), 5, "nchw float", "mask"),
-        _sample("small", "patch", 1, (16, 8), 4, "nhwc float", "mask"),
-        _sample("model", "patch", 3, (224, 224), 16),
-        _sample("model", "patch", 1, (224, 224), 16),
-        _sample("model", "channel", 3, (224, 224), 16, "nhwc uint8"),
-        _sample("model", None, 3, (224, 224), 16, "nhwc float", "mask"),
-        _sample("model", "patch", 3, (224, 224), 14, wide=False),
+        _sample("small", "patch", Case(3, (21, 35), 7)),
+        _sample("small", "channel", Case(3, (24, 40), 8, "nhwc uint8")),
+        _sample("small", None, Case(1, (15, 25), 5, "nchw float", "mask")),
+        _sample("small", "patch", Case(1, (16, 8), 4, "nhwc float", "mask")),
+        _sample("model", "patch", RGB_16),
+        _sample("model", "patch", CT_16),
+        _sample("model", "channel", Case(3, (224, 224), 16, "nhwc uint8")),
+        _sample("model", None, Case(3, (224, 224), 16, "nhwc float", "mask")),
+        _sample("model", "patch", Case(3, (224, 224), 14), wide=False),
     ]

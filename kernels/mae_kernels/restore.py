@@ -62,21 +62,9 @@ def _result_dtype(visible: Tensor, mask_token: Tensor, pos_embed: Tensor) -> tor
 # ---- kernels ----
 @jit
 def _restore_kernel(
-    VISIBLE,
-    IDS,
-    MASK_TOKEN,
-    POS,
-    OUT,
-    num_rows,
-    patches,
-    keep,
-    stride_b,
-    stride_t,
-    PREFIX: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    VISIBLE, IDS, MASK_TOKEN, POS, OUT, num_rows, patches, keep, stride_b, stride_t,
+    PREFIX: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     tokens = PREFIX + patches
@@ -101,19 +89,9 @@ def _restore_kernel(
 
 @jit
 def _restore_backward_kernel(
-    GRAD,
-    IDS,
-    DVISIBLE,
-    PARTIAL,
-    num_rows,
-    patches,
-    keep,
-    steps,
-    PREFIX: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    GRAD, IDS, DVISIBLE, PARTIAL, num_rows, patches, keep, steps, PREFIX: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """One pass over the gradient: a visible row goes to its one place, masked rows add up in this
     program's partial.
     """

@@ -356,18 +356,15 @@ def _launch_attention(qkv_BN3Hd: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, width = _sizes(qkv_BN3Hd)
     sizes = sizes_for(FORWARD, qkv_BN3Hd.device, tokens, width)
     keep = tokens > ROWS_KERNEL_TOKENS
-    out_BNHd = torch.empty(
-        (batch, tokens, heads, width), dtype=qkv_BN3Hd.dtype, device=qkv_BN3Hd.device
-    )
-    lse = torch.empty(
-        (batch, heads, tokens) if keep else (0,), dtype=torch.float32, device=qkv_BN3Hd.device
-    )
+    device, lse_shape = qkv_BN3Hd.device, (batch, heads, tokens) if keep else (0,)
+    out_BNHd = torch.empty((batch, tokens, heads, width), dtype=qkv_BN3Hd.dtype, device=device)
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
     t0, t1, t2 = key_tiles(tokens, sizes.split)
-    launch(
-        _attention_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, out_BNHd, lse, N=tokens, H=heads,
-        D=width, T0=t0, T1=t1, T2=t2, ROWS=min(sizes.rows, tile_of(tokens)), KEEP_LSE=keep,
-        SCALE_LOG2=scale * LOG2_E, num_warps=sizes.warps,
-    )  # fmt: skip
+    constants = {"N": tokens, "H": heads, "D": width, "T0": t0, "T1": t1, "T2": t2}
+    constants |= {"ROWS": min(sizes.rows, tile_of(tokens)), "KEEP_LSE": keep}
+    tensors, scales = (qkv_BN3Hd, out_BNHd, lse), {"SCALE_LOG2": scale * LOG2_E}
+    grid, warps = (batch * heads,), sizes.warps
+    launch(_attention_kernel, grid, out_BNHd, *tensors, **constants, **scales, num_warps=warps)
     return out_BNHd, lse
 
 
@@ -381,22 +378,20 @@ def _launch_attention_backward(
     dout_BNHd, qkv_BN3Hd = dout_BNHd.contiguous(), qkv_BN3Hd.contiguous()
     batch, tokens, heads, width = _sizes(qkv_BN3Hd)
     dqkv_BN3Hd = torch.empty(qkv_BN3Hd.shape, dtype=qkv_BN3Hd.dtype, device=qkv_BN3Hd.device)
-    scales = {"SCALE": scale, "SCALE_LOG2": scale * LOG2_E}
+    grid = (batch * heads,)
+    constants: dict[str, Any] = {"N": tokens, "H": heads, "D": width}
+    constants |= {"SCALE": scale, "SCALE_LOG2": scale * LOG2_E}
+    tensors: tuple[Tensor, ...] = (qkv_BN3Hd, dout_BNHd)
     if tokens <= ROWS_KERNEL_TOKENS:
-        tile, warps = tile_of(tokens), 4 if width <= 64 else 8
-        launch(
-            _backward_rows_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, dout_BNHd, dqkv_BN3Hd,
-            N=tokens, H=heads, D=width, TILE=tile, num_warps=warps, **scales,
-        )  # fmt: skip
+        constants |= {"TILE": tile_of(tokens), "num_warps": 4 if width <= 64 else 8}
+        launch(_backward_rows_kernel, grid, qkv_BN3Hd, *tensors, dqkv_BN3Hd, **constants)
         return dqkv_BN3Hd
     sizes = sizes_for(BACKWARD, qkv_BN3Hd.device, tokens, width)
     assert out_BNHd is not None and lse_BHN is not None
+    tensors += (out_BNHd.contiguous(), lse_BHN.contiguous())
     t0, t1, t2 = key_tiles(tokens, sizes.split)
-    launch(
-        _backward_keys_kernel, (batch * heads,), qkv_BN3Hd, qkv_BN3Hd, dout_BNHd,
-        out_BNHd.contiguous(), lse_BHN.contiguous(), dqkv_BN3Hd, N=tokens, H=heads, D=width, T0=t0,
-        T1=t1, T2=t2, ROWS=sizes.rows, num_warps=sizes.warps, **scales,
-    )  # fmt: skip
+    constants |= {"T0": t0, "T1": t1, "T2": t2, "ROWS": sizes.rows, "num_warps": sizes.warps}
+    launch(_backward_keys_kernel, grid, qkv_BN3Hd, *tensors, dqkv_BN3Hd, **constants)
     return dqkv_BN3Hd
 
 

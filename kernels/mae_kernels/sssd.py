@@ -18,7 +18,7 @@ Shapes: B images, M masked patches, V = P*P*C values per patch, R rows of K logi
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,20 +26,21 @@ from torch.library import triton_op
 
 from . import distillation as _distillation
 from . import reconstruction as _reconstruction
-from ._checks import check_same_device
+from ._checks import check_floating, check_same_device
 from ._pixels import Numbers
 from ._runtime import jit, launch, tl, use_triton, wants_reference
-from ._samples import MEAN, STD, Draw, Made, Sample, Size, declares
+from ._samples import CT_16, RGB_16, Case, Draw, Made, Sample, Size, declares
 from .distillation import (
     CenterMode,
     Kind,
+    Logits,
     distillation_gradient_row,
     distillation_group,
     distillation_loss,
 )
 from .reconstruction import (
     Norm,
-    draw_target,
+    Target,
     masked_difference,
     masked_reconstruction_loss,
     store_gradient,
@@ -54,7 +55,7 @@ def _sssd_kernel(
     num_logit_rows, group_rows, groups, stride_s, stride_t, num_rows, listed, patches, grid_cols,
     pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w, K: tl.constexpr,
     BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
-    STUDENT_TEMP: tl.constexpr, TEACHER_TEMP: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    TAU_S: tl.constexpr, TAU_T: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
     HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +63,7 @@ def _sssd_kernel(
     if program < groups:
         distillation_group(
             STUDENT, TEACHER, CENTER, LOGIT_LOSSES, PARTIAL, program, num_logit_rows, group_rows,
-            stride_s, stride_t, K, BLOCK_K, HAS_CENTER, LOGIT, STUDENT_TEMP, TEACHER_TEMP,
+            stride_s, stride_t, K, BLOCK_K, HAS_CENTER, LOGIT, TAU_S, TAU_T,
         )  # fmt: skip
     else:
         row = (program - groups) * ROWS + tl.arange(0, ROWS)
@@ -80,8 +81,8 @@ def _sssd_backward_kernel(
     DTEACHER, PRED, IMAGES, SELECT, STATS, DPRED, num_logit_rows, stride_s, stride_t, num_rows,
     listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h,
     stride_w, WEIGHT: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr, STUDENT_TEMP: tl.constexpr,
-    TEACHER_TEMP: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr, TAU_S: tl.constexpr,
+    TAU_T: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, HAS_MASK: tl.constexpr,
     WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +92,7 @@ def _sssd_backward_kernel(
         factor = (tl.load(GRAD_DISTILLATION) + total * WEIGHT) / num_logit_rows
         distillation_gradient_row(
             factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, program.to(tl.int64), stride_s,
-            stride_t, K, BLOCK_K, HAS_CENTER, NEEDS_TEACHER, STUDENT_TEMP, TEACHER_TEMP,
+            stride_t, K, BLOCK_K, HAS_CENTER, NEEDS_TEACHER, TAU_S, TAU_T,
         )  # fmt: skip
     else:
         row = (program - num_logit_rows) * ROWS + tl.arange(0, ROWS)
@@ -119,80 +120,53 @@ def _constants(pixels: dict[str, Any], logits: dict[str, Any]) -> dict[str, Any]
 
 
 def _launch(
-    pred: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    weight: float,
-    logit: bool,
-    temps: tuple[float, float],
-    *options: Any,
+    pred: Tensor, target: Target, logits: Logits, logit: bool, weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, integers, pixel_constants = _reconstruction.kernel_arguments(pred, *options)
-    logits, rows, strides, logit_constants = _distillation.logit_arguments(
-        student, teacher, center, *temps
-    )
-    groups, group_rows = _distillation.groups_of(rows)
+    tensors, integers, pixel_constants = _reconstruction.kernel_arguments(pred, target)
+    inputs, rows, strides, logit_constants = _distillation.logit_arguments(logits)
+    groups, group_rows, losses_R, partial_GK = _distillation.empty_partial(logits, rows)
     constants = _constants(pixel_constants, {**logit_constants, "LOGIT": logit})
-    patch_losses = torch.empty(pred.shape[:2], dtype=torch.float32, device=pred.device)
-    logit_losses = torch.empty(rows, dtype=torch.float32, device=pred.device)
-    partial_GK = torch.empty((groups, student.shape[-1]), dtype=torch.float32, device=pred.device)
+    losses_BM = torch.empty(pred.shape[:2], dtype=torch.float32, device=pred.device)
     grid = (groups + -(-integers[0] // constants["ROWS"]),)
-    buffers = (*logits, logit_losses, partial_GK, *tensors, patch_losses)
-    launch(
-        _sssd_kernel,
-        grid,
-        pred,
-        *buffers,
-        rows,
-        group_rows,
-        groups,
-        *strides,
-        *integers,
-        **constants,
-    )
-    reconstruction, count = _reconstruction.finish(patch_losses, options[2])
-    loss = logit_losses.sum() / max(rows, 1)
+    buffers = (*inputs, losses_R, partial_GK, *tensors, losses_BM)
+    integers = (rows, group_rows, groups, *strides, *integers)
+    launch(_sssd_kernel, grid, pred, *buffers, *integers, **constants)
+    reconstruction, count = _reconstruction.finish(losses_BM, target.mask)
+    loss = losses_R.sum() / max(rows, 1)
     batch_center = partial_GK.sum(0) / max(rows, 1)
     return weight * loss + (1 - weight) * reconstruction, reconstruction, loss, batch_center, count
 
 
 def _launch_backward(
-    grads: tuple[Tensor, Tensor, Tensor],
-    count: Tensor,
+    scalars: tuple[Tensor, Tensor, Tensor, Tensor],
     pred: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
+    target: Target,
+    logits: Logits,
     weight: float,
-    temps: tuple[float, float],
     needs_teacher: bool,
-    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, integers, pixel_constants = _reconstruction.kernel_arguments(pred, *options)
-    logits, rows, strides, logit_constants = _distillation.logit_arguments(
-        student, teacher, center, *temps
-    )
-    constants = _constants(
-        pixel_constants, {**logit_constants, "NEEDS_TEACHER": needs_teacher, "WEIGHT": weight}
-    )
+    """scalars: the gradients of total, reconstruction and distillation, and the number of masked
+    patches.
+    """
+    tensors, integers, pixel_constants = _reconstruction.kernel_arguments(pred, target)
+    inputs, rows, strides, logit_constants = _distillation.logit_arguments(logits)
+    logit_constants |= {"NEEDS_TEACHER": needs_teacher, "WEIGHT": weight}
+    constants = _constants(pixel_constants, logit_constants)
     dpred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
-    dstudent = torch.empty(student.shape, dtype=student.dtype, device=pred.device)
-    dteacher = torch.empty(
-        teacher.shape if needs_teacher else (0,), dtype=teacher.dtype, device=pred.device
-    )
+    dlogits = _distillation.empty_gradients(logits, needs_teacher)
     grid = (rows + -(-integers[0] // constants["ROWS"]),)
-    buffers = (*grads, count, *logits, dstudent, dteacher, *tensors, dpred)
+    buffers = (*scalars, *inputs, *dlogits, *tensors, dpred)
     launch(_sssd_backward_kernel, grid, pred, *buffers, rows, *strides, *integers, **constants)
-    return dpred, dstudent, dteacher
+    return dpred, *dlogits
 
 
 # ---- registration ----
-def _use_triton(pred: Tensor, images: Tensor, student: Tensor, teacher: Tensor, norm: str) -> bool:
-    refused = _reconstruction.refusal(
-        pred.shape[2], images.shape[1], norm
-    ) or _distillation.refusal(student.shape[-1])
-    dtypes = (pred.dtype, images.dtype, student.dtype, teacher.dtype)
+def _use_triton(pred: Tensor, target: Target, logits: Logits) -> bool:
+    student, teacher = logits[:2]
+    channels = target.images.shape[1]
+    refused = _reconstruction.refusal(pred.shape[2], channels, target.norm)
+    refused = refused or _distillation.refusal(student.shape[-1])
+    dtypes = (pred.dtype, target.images.dtype, student.dtype, teacher.dtype)
     return use_triton("sssd_loss", pred.device, *dtypes, refused=refused)
 
 
@@ -200,30 +174,28 @@ def _use_triton(pred: Tensor, images: Tensor, student: Tensor, teacher: Tensor, 
 def _sssd_op(
     pred: Tensor,
     images: Tensor,
-    student: Tensor,
-    teacher: Tensor,
     ids: Tensor | None,
     mask: Tensor | None,
-    center: Tensor | None,
     stats: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    weight: float,
-    logit: bool,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
     student_temp: float,
     teacher_temp: float,
+    logit: bool,
+    weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Kind "dino": (total, reconstruction, distillation, batch_center, masked patches)."""
-    options = (images, ids, mask, stats, patch_size, norm, eps)
-    temps = (student_temp, teacher_temp)
-    if _use_triton(pred, images, student, teacher, norm):
-        return _launch(pred, student, teacher, center, weight, logit, temps, *options)
-    losses_BM = _reconstruction.difference(pred, *options).square().mean(2)
+    target = Target(images, ids, mask, stats, patch_size, norm, eps)
+    logits = Logits(student, teacher, center, student_temp, teacher_temp)
+    if _use_triton(pred, target, logits):
+        return _launch(pred, target, logits, logit, weight)
+    losses_BM = _reconstruction.difference(pred, target).square().mean(2)
     reconstruction, count = _reconstruction.finish(losses_BM, mask)
-    mode = "logit" if logit else "prob"
-    loss, batch_center = _distillation.reference(student, teacher, "dino", center, mode, *temps)
-    assert batch_center is not None  # for "dino" it never is
+    loss, batch_center = _distillation.dino_reference(logits, logit)
     return weight * loss + (1 - weight) * reconstruction, reconstruction, loss, batch_center, count
 
 
@@ -235,56 +207,51 @@ def _sssd_backward_op(
     count: Tensor,
     pred: Tensor,
     images: Tensor,
-    student: Tensor,
-    teacher: Tensor,
     ids: Tensor | None,
     mask: Tensor | None,
-    center: Tensor | None,
     stats: Tensor | None,
     patch_size: int,
     norm: str,
     eps: float,
-    weight: float,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
     student_temp: float,
     teacher_temp: float,
+    weight: float,
     needs_teacher: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of pred, student and teacher; the teacher's is empty when not needed."""
-    options = (images, ids, mask, stats, patch_size, norm, eps)
-    temps = (student_temp, teacher_temp)
-    if _use_triton(pred, images, student, teacher, norm):
-        grads = (grad_total, grad_reconstruction, grad_distillation)
-        return _launch_backward(
-            grads, count, pred, student, teacher, center, weight, temps, needs_teacher, *options
-        )
-    d_BMV = _reconstruction.difference(pred, *options)
+    target = Target(images, ids, mask, stats, patch_size, norm, eps)
+    logits = Logits(student, teacher, center, student_temp, teacher_temp)
+    if _use_triton(pred, target, logits):
+        scalars = (grad_total, grad_reconstruction, grad_distillation, count)
+        return _launch_backward(scalars, pred, target, logits, weight, needs_teacher)
+    d_BMV = _reconstruction.difference(pred, target)
     factor = (grad_reconstruction + grad_total * (1 - weight)) * 2 / (count * d_BMV.shape[2])
+    dpred = (d_BMV * factor).to(pred.dtype)
     grad = grad_distillation + grad_total * weight
-    dstudent, dteacher = _distillation.gradients(grad, student, teacher, center, *temps)
-    return (
-        (d_BMV * factor).to(pred.dtype),
-        dstudent,
-        dteacher if needs_teacher else dteacher.new_empty(0),
-    )
+    dstudent, dteacher = _distillation.gradients(grad, logits)
+    return dpred, dstudent, dteacher if needs_teacher else dteacher.new_empty(0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.patch_size, ctx.norm, ctx.eps, ctx.weight, _, ts, tt = inputs
-    ctx.save_for_backward(*tensors, output[4])
+    ctx.target_options, ctx.temps, ctx.weight = inputs[5:8], inputs[11:13], inputs[14]
+    ctx.save_for_backward(output[4], *inputs[:5], *inputs[8:11])
     ctx.mark_non_differentiable(output[3], output[4])
-    ctx.temps = ts, tt
 
 
 def _backward(
     ctx: Any, total: Tensor, reconstruction: Tensor, distillation: Tensor, *_: Tensor
 ) -> tuple[Any, ...]:
-    *tensors, count = ctx.saved_tensors
-    needs_teacher = ctx.needs_input_grad[3]
-    options = (ctx.patch_size, ctx.norm, ctx.eps, ctx.weight, *ctx.temps, needs_teacher)
+    count, pred, *tensors = ctx.saved_tensors
+    target, logits = (*tensors[:4], *ctx.target_options), (*tensors[4:], *ctx.temps)
+    needs_teacher = ctx.needs_input_grad[9]
+    scalars = (total, reconstruction, distillation, count)
     dpred, dstudent, dteacher = _sssd_backward_op(
-        total, reconstruction, distillation, count, *tensors, *options
+        *scalars, pred, *target, *logits, ctx.weight, needs_teacher
     )
-    return dpred, None, dstudent, dteacher if needs_teacher else None, *[None] * 11
+    return dpred, *[None] * 7, dstudent, dteacher if needs_teacher else None, *[None] * 5
 
 
 _sssd_op.register_autograd(_backward, setup_context=_setup)
@@ -342,20 +309,17 @@ def sssd_loss(
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: got {weight}, needs a number between 0 and 1")
     if kind == "dino" and not wants_reference(pred):
-        stats = _reconstruction.check_reconstruction(
-            pred, images, ids, mask, patch_size, norm, eps, mean, std
-        )
-        _distillation.check_distillation(
-            student, teacher, kind, center, center_mode, student_temp, teacher_temp
-        )
+        check_floating("pred", pred)
+        target = _reconstruction.check_target(images, ids, mask, patch_size, norm, eps, mean, std)
+        _reconstruction.check_predictions(pred, target)
+        logits = Logits(student, teacher, center, student_temp, teacher_temp)
+        logits = _distillation.check_distillation(logits, kind, center_mode, detach_teacher)
         check_same_device("student", student, "pred", pred)
-        teacher = teacher.detach() if detach_teacher else teacher
-        tensors = (pred, images, student, teacher, ids, mask, center, stats)
-        numbers = (patch_size, norm or "none", float(eps), float(weight), center_mode == "logit")
-        return SSSDLoss(*_sssd_op(*tensors, *numbers, float(student_temp), float(teacher_temp))[:4])
-    target: dict[str, Any] = {"patch_size": patch_size, "norm": norm, "eps": eps}
-    target |= {"mean": mean, "std": std}
-    reconstruction = masked_reconstruction_loss(pred, images, ids=ids, mask=mask, **target)
+        out = _sssd_op(pred, *target, *logits, center_mode == "logit", float(weight))
+        return SSSDLoss(*out[:4])
+    pixels: dict[str, Any] = {"patch_size": patch_size, "norm": norm, "eps": eps}
+    pixels |= {"mean": mean, "std": std}
+    reconstruction = masked_reconstruction_loss(pred, images, ids=ids, mask=mask, **pixels)
     options: dict[str, Any] = {"kind": kind, "center": center, "center_mode": center_mode}
     options |= {"student_temp": student_temp, "teacher_temp": teacher_temp}
     distillation, batch_center = distillation_loss(
@@ -366,35 +330,26 @@ def sssd_loss(
 
 
 # ---- samples ----
-def _sample(
-    size: Size,
-    name: str,
-    channels: int,
-    side: tuple[int, int],
-    patch: int,
-    logits: int,
-    select: Literal["ids", "mask"] = "ids",
-) -> Sample:
+def _sample(size: Size, name: str, case: Case, logits: int) -> Sample:
     def make(draw: Draw) -> Made:
-        tensors, listed = draw_target(draw, channels, side, patch, "nchw uint8", select)
-        tensors["pred"] = draw.normal(draw.batch, listed, channels * patch * patch)
+        tensors, options, listed = case.target(draw)
+        tensors["pred"] = draw.normal(draw.batch, listed, case.values)
         tensors["student"] = draw.normal(draw.batch, logits)
         tensors["teacher"] = draw.normal(draw.batch, logits)
         tensors["center"] = draw.normal(logits, dtype=torch.float32)
-        stats = {"mean": MEAN[:channels], "std": STD[:channels]}
-        return tensors, {"patch_size": patch, **stats}
+        return tensors, options
 
-    gradients = ("pred", "student", "teacher")
-    bad = {"ids": side[0] * side[1]} if select == "ids" else {}
+    gradients, bad = ("pred", "student", "teacher"), case.out_of_range
     return Sample("sssd_loss", name, sssd_loss, make, gradients, size, out_of_range=bad)
 
 
 @declares("sssd_loss")
 def samples() -> list[Sample]:
     """Logits narrower and wider than a patch, both selections; ViT/16 at 224."""
+    grey = Case(1, (15, 25), 5, select="mask")
     return [
-        _sample("small", "rgb", 3, (21, 35), 7, 41),
-        _sample("small", "grey mask", 1, (15, 25), 5, 300, "mask"),
-        _sample("model", "rgb", 3, (224, 224), 16, 4096),
-        _sample("model", "ct", 1, (224, 224), 16, 4096),
+        _sample("small", "rgb", Case(3, (21, 35), 7), 41),
+        _sample("small", "grey mask", grey, 300),
+        _sample("model", "rgb", RGB_16, 4096),
+        _sample("model", "ct", CT_16, 4096),
     ]
