@@ -18,9 +18,17 @@ STAGES = {
 # An evaluation is in the folder of its split, most important first, or directly in eval/ (old
 # runs).
 EVALUATIONS = ("eval/test", "eval/val", "eval/train", "eval")
-EVALUATION_KEYS = (
-    ["split", "classes", "positive_class", "bootstrap", "image", "patient", "mistakes", "num_mistakes", "notes"]
-)
+EVALUATION_KEYS = [
+    "split",
+    "classes",
+    "positive_class",
+    "bootstrap",
+    "image",
+    "patient",
+    "mistakes",
+    "num_mistakes",
+    "notes",
+]
 
 
 @dataclass
