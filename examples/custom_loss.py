@@ -3,7 +3,8 @@
     python examples/custom_loss.py --out runs/variance
 
 The term is VICReg's variance hinge (arXiv 2105.04906, eq. 1) on the student's features. Without it,
-the published SSSD loss can become zero by mapping every image to the same features: collapse.
+the distillation term of the published SSSD loss can become zero by mapping every image to the same
+features (collapse).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Put the ops of mae_kernels into a masked autoencoder that you have already, in one line.
+"""Replace parts of an existing masked autoencoder by the ops of mae_kernels, in one line.
 
     python examples/patch_facebook_mae.py
 

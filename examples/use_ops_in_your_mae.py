@@ -52,7 +52,7 @@ def loss_after(model: Any, images: Tensor, mask_ratio: float = 0.75) -> Tensor:
     x = mk.restore_tokens(x, masking.ids_restore, model.mask_token, positions, prefix=1)
     for block in model.decoder_blocks:
         x = block(x)
-    # only the masked patches are predicted, and their predictions are never held as a whole
+    # Only masked patches are predicted, and their predictions are never stored as a whole.
     masked = masking.ids_masked[..., None].expand(-1, -1, x.shape[2])
     hidden, head = model.decoder_norm(x[:, 1:].gather(1, masked)), model.decoder_pred
     patch = conv.kernel_size[0]

@@ -29,9 +29,7 @@ from sssd_fast.weights.load import load_into
 
 
 class FinetuneTask:
-    """The Task of `fit` for a classifier; finetune.select on the validation images selects the
-    best.
-    """
+    """The Task of `fit` for a classifier. finetune.select is the metric of the best checkpoint."""
 
     name = "finetune"
 
@@ -74,9 +72,7 @@ class FinetuneTask:
         )
 
     def loss(self, module: nn.Module, batch: Batch, step: int, micro: int) -> TaskLoss:
-        """Soft-target cross-entropy after mixing and erasing, which keep uint8 images on the
-        device.
-        """
+        """Soft-target cross-entropy after mixing and erasing of uint8 images on the device."""
         s, world = self.settings, self.run.world
         random = generator(torch.device("cpu"), self.run.config.seed, step, micro, world.rank)
         targets_BC = soft_targets(batch.labels, self.num_classes, s.label_smoothing)
@@ -91,7 +87,7 @@ class FinetuneTask:
         return TaskLoss(-(targets_BC * self.class_weights * log_q_BC).sum(1).mean(), {})
 
     def update_state(self, batch_stats: Tensor, finite: Tensor) -> None:
-        """A classifier has no state besides its parameters."""
+        """A classifier has no state other than its parameters."""
 
     def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
         due = last or epoch % self.settings.validate_epochs == 0

@@ -181,9 +181,7 @@ class Blocks(nn.ModuleList):
 
 
 class PatchEmbed(nn.Module):
-    """Holds the patch projection under its usual name `proj`; mae_kernels.embed_patches computes
-    it.
-    """
+    """The parameters of the patch projection `proj`, which mae_kernels.embed_patches applies."""
 
     def __init__(self, patch_size: int, channels: int, width: int) -> None:
         super().__init__()

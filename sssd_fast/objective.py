@@ -2,13 +2,13 @@
 
     total = w * distillation + (1 - w) * reconstruction
 
-As in SD-MAE (Luo, Chen et al., arXiv 2203.16983, read off its released code): the student is
+As in SD-MAE (Luo, Chen et al., arXiv 2203.16983, and its released code): the student is
 LayerNorm(encoder), the teacher LayerNorm(decoder), both at the visible patches. Each passes its own
 projection head; the loss is the cross-entropy from the centred, sharpened teacher to the student
 (DINO, arXiv 2104.14294, eq. 1), per image.
 
 To add a loss term, add its name to LOSSES and its value to `losses` in `SSSD.compute_losses`, or do
-both in a subclass (examples/custom_loss.py): logging, validation and plots take the names from there.
+both in a subclass (examples/custom_loss.py). Logging, validation and plots use these names.
 
 Shapes: B images, K visible patches, D any width, S prototypes, F bottleneck features.
 """

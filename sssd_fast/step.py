@@ -120,7 +120,7 @@ class Step:
             # Gradients are exchanged once per step, in the backward of the last micro-batch.
             with ddp.no_sync() if ddp is not None and i < n - 1 else nullcontext():
                 with record_function("forward"), self.autocast():
-                    total, parts, batch_stats = self.loss(self.module, batch, step, i)
+                    total, terms, batch_stats = self.loss(self.module, batch, step, i)
                 with record_function("backward"):
                     scaled = total / n
                     (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
@@ -128,7 +128,7 @@ class Step:
                 # The first gradients are in the graph's memory, which the next replay overwrites.
                 for p in self.parameters:
                     p.grad = None if p.grad is None else p.grad.clone()
-            for name, value in {"loss": total, **parts}.items():
+            for name, value in {"loss": total, **terms}.items():
                 value = value.detach().float() / n
                 losses[name] = value if name not in losses else losses[name] + value
             if batch_stats is not None:

@@ -1,5 +1,4 @@
-"""The training loop: every command that trains builds a Task and calls `fit`. Read it top to
-bottom.
+"""The training loop: every command that trains builds a Task and calls `fit`.
 
 A run is a pure function of its configuration. The order of images, their augmentation, the masks
 and all random numbers of step s are derived from (seed, s). A checkpoint therefore needs no random
@@ -51,8 +50,8 @@ from sssd_fast.run.signals import SignalGuard
 from sssd_fast.step import Step, StepResult, TaskLoss
 
 COMPILING = "compiling the training step; this can take minutes, later runs use the cache"
-# Non-finite steps in a row that end a run. fp16 starts at a loss scale of 65536 and has to reduce
-# it.
+# Number of non-finite steps in a row that ends a run. fp16 starts with a loss scale of 65536, which
+# such steps reduce.
 SKIPS_ALLOWED = {"fp32": 3, "bf16": 3, "fp16": 25}
 
 
@@ -84,7 +83,7 @@ class Task(Protocol):
         ...
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides parameters, such as class names."""
+        """What a checkpoint needs in addition to parameters, such as class names."""
         ...
 
 
@@ -232,7 +231,7 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                     _save(task, step, progress, run)
                 if last:
                     break
-                # Asking the other processes costs a collective, so it is not done in every step.
+                # Checking the other processes needs a collective call: not in every step.
                 if world.size == 1 or progress.step % 10 == 0:
                     _stop_on_signal(signals, task, step, progress, run)
             _end_epoch(task, step, progress, schedule, run, bar)
@@ -276,8 +275,7 @@ def _stop_on_signal(
     _save(task, step, progress, run)
     raise Interrupted(
         f"stopped by {signal.Signals(signum).name} at step {progress.step}; a checkpoint was "
-        "saved. "
-        f"Continue with:\n  {run.resume_with}",
+        f"saved. Continue with:\n  {run.resume_with}",
         signum,
     )
 
@@ -408,11 +406,9 @@ class FiniteGuard:
         values = f" ({context})" if context else ""
         raise NumericsError(
             f"loss or gradients were not finite in {self.consecutive} steps in a row, the last was "
-            "step "
-            f"{step}{values}. None of these steps was applied: parameters and checkpoints are "
-            "intact. Try "
-            "precision=bf16 (fp32 on hardware without it), a lower base_lr, or a smaller clip_grad."
-            + self._write(step, context)
+            f"step {step}{values}. None of these steps was applied: parameters and checkpoints are "
+            "intact. Try precision=bf16 (fp32 on hardware without it), a lower base_lr, or a "
+            "smaller clip_grad." + self._write(step, context)
         )
 
     def _write(self, step: int, context: str) -> str:

@@ -1,5 +1,5 @@
-"""For every test: fixed seeds, one torch thread, no network, restored signal handlers; for the ops
-NaN in fresh memory.
+"""For every test: fixed seeds, one torch thread, no network, restored signal handlers. Tests of the
+ops get NaN in uninitialised memory.
 
 The last lines of a session list the tests that this machine cannot run.
 """
@@ -152,7 +152,7 @@ def _is_local(host: str) -> bool:
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and similar return NaN or the largest integer: unwritten memory is noticed."""
+    """torch.empty and similar return NaN or the largest integer, which shows unwritten memory."""
 
     def poisoned(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def empty(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,5 +1,4 @@
-"""Which launch of each kernel is fastest on this GPU. Changes nothing: prints a table and writes a
-file.
+"""Time launch parameters of each kernel on this GPU; print a table and write a file.
 
     python tools/tune.py [--op OP ...] [--batch N] [--minutes M] [--out DIR]
 

@@ -2,8 +2,7 @@
 
 Images are uint8 on the training device and go into the patch and loss ops unchanged. Order and
 augmentation are a pure function of (seed, epoch, record number), so a run continues exactly from
-(epoch, step). Each rank gets its own share, and the union over the ranks does not depend on their
-number.
+(epoch, step). Each rank gets its share; the union over the ranks does not depend on their number.
 
 Providers: `resident` (decoded once, kept in memory), `dali` (NVIDIA DALI), `torch` (Pillow in
     workers).
@@ -40,13 +39,13 @@ PROVIDERS = ("resident", "dali", "torch")
 
 
 class Loader(Protocol):
-    choice: LoaderChoice | None  # why this provider was taken
+    choice: LoaderChoice | None  # why this provider was chosen
 
     @property
     def steps_per_epoch(self) -> int: ...
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from `start_step` on; the same whatever ran before."""
+        """The batches of an epoch from `start_step` on; they do not depend on earlier epochs."""
         ...
 
     def describe(self) -> str:

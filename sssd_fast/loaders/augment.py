@@ -25,8 +25,8 @@ def rotate_and_jitter(images_BCHW: Tensor, jitter_B3: Tensor) -> Tensor:
     uint8 tensor.
 
     jitter_B3: float32 degrees counter-clockwise, brightness - 1, contrast - 1, on the images'
-    device. Corners become black. Pixels between the old ones are bicubic (a = -0.75, as torch's
-    grid_sample has it); rounded once, at the end.
+    device. Corners become black. Interpolation is bicubic (a = -0.75, as in
+    torch's grid_sample); pixels are rounded once, at the end.
     """
     out = torch.empty_like(images_BCHW)
     for start in range(0, len(images_BCHW), _FLOAT_IMAGES):
@@ -42,7 +42,7 @@ def rotate_and_jitter(images_BCHW: Tensor, jitter_B3: Tensor) -> Tensor:
 
 
 def _rotate(x_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
-    """An angle of 0 gives the pixels back exactly."""
+    """An angle of 0 returns the pixels exactly."""
     height, width = x_BCHW.shape[-2:]
     radians = torch.deg2rad(degrees_B)
     cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
@@ -79,10 +79,10 @@ def mix_batch(
     """Mixup (Zhang et al., arXiv 1710.09412) or CutMix (Yun et al., arXiv 1905.04899), one kind per
     batch.
 
-    images uint8 [B, C, H, W], targets float [B, num_classes]; generator on the CPU. Each image
-    meets a random partner; an alpha of 0 turns that kind off, with both on a fair coin decides.
-    Mixed pixels are rounded back to uint8 (error at most 0.5 grey level); CutMix's weight is the
-    area that was really pasted.
+    images uint8 [B, C, H, W], targets float [B, num_classes]; generator on the CPU. Each image is
+    mixed with a random partner. An alpha of 0 disables that kind; if both are enabled, each is
+    chosen with probability 1/2. Mixed pixels are rounded back to uint8 (error at most 0.5 grey
+    level); CutMix's weight is the area that was pasted.
     """
     if mixup_alpha < 0 or cutmix_alpha < 0:
         raise ConfigError(

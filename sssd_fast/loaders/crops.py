@@ -33,7 +33,7 @@ _DRAWS = 4 * CROP_TRIES + 4
 
 @dataclass(frozen=True)
 class Crops:
-    """What R images of a batch show. Indexing with an array or slice selects rows."""
+    """Crop, flip and jitter of R images. Indexing with an array or slice selects rows."""
 
     records: Ints  # [R] record numbers of the index
     boxes: Ints  # [R, 4]
@@ -74,7 +74,7 @@ def random_crop_boxes(
     """Inception crop [N, 4]: area uniform in `scale`, log aspect uniform in `ratio`, uniform
     position.
 
-    draws: [N, CROP_TRIES, 4] uniform in [0, 1). The first try that fits is taken; if none fits, the
+    draws: [N, CROP_TRIES, 4] uniform in [0, 1). The first try that fits is used; if none fits, the
     largest centred crop of an allowed aspect.
     """
     height, width = shapes[:, :1], shapes[:, 1:]
@@ -126,6 +126,6 @@ def crop_and_resize(image: ImageArray, box: Ints, flip: bool, size: tuple[int, i
 
 
 def evaluation_crop(image: ImageArray, size: tuple[int, int], fit: str) -> ImageArray:
-    """The evaluation crop of an image that belongs to no index."""
+    """The evaluation crop of an image that is not in an index."""
     box = center_boxes(np.array([image.shape[:2]], dtype=np.int64), size, fit)[0]
     return crop_and_resize(image, box, False, size)

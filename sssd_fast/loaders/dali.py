@@ -47,7 +47,10 @@ def unavailable(device: torch.device) -> str | None:
     try:
         from nvidia.dali import fn, pipeline_def  # noqa: F401
     except ModuleNotFoundError:
-        return "not installed (pip install 'sssd-fast[dali-cu13]', or dali-cu12 for drivers before r580)"
+        return (
+            "not installed (pip install 'sssd-fast[dali-cu13]', or dali-cu12 for drivers before "
+            "r580)"
+        )
     except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the run works without it
         return f"its import fails: {error!r}"
     return None
@@ -62,7 +65,7 @@ class _Read(NamedTuple):
 
 
 class DaliLoader(BaseLoader):
-    """threads: CPU threads of DALI, and as many that read files. Raises DependencyError where
+    """threads: CPU threads of DALI, and as many that read files. Raises DependencyError if
     DALI cannot run.
     """
 
@@ -90,7 +93,7 @@ class DaliLoader(BaseLoader):
     # ---- what goes in ----
 
     def _key(self, epoch: int, step: int) -> Position:
-        # All evaluation epochs are the same.
+        # All evaluation epochs are equal.
         return epoch if self.order.augment is not None else 0, step
 
     def _start_read(self) -> _Read:
@@ -202,8 +205,7 @@ class DaliLoader(BaseLoader):
                 path = self.order.index.file(int(i))
                 return DataError(
                     f"{printable(str(path))}: DALI cannot decode it, Pillow can; set "
-                    "data.loader=torch or resident "
-                    f"({reason})"
+                    f"data.loader=torch or resident ({reason})"
                 )
         return DataError(f"DALI stopped: {reason}; set data.loader to resident or torch")
 
@@ -256,7 +258,7 @@ class DaliLoader(BaseLoader):
 
 
 # A pipeline that ends in a forked child (a DataLoader's worker) would wait there for threads that
-# only the parent has: a child never lets go of those that were alive when it was made.
+# only the parent has. A child therefore keeps references to those that existed at the fork.
 _alive: WeakSet[Any] = WeakSet()
 _kept_by_children: list[Any] = []
 os.register_at_fork(

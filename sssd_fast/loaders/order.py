@@ -1,8 +1,8 @@
 """Which images each step uses on each rank, and the parts of a loader that all providers share.
 
 Epoch e visits `permutation(e)`, cut into global batches of world * batch_size; position g of a
-global batch belongs to rank g % world. Nothing depends on what ran before, so any (epoch, step) can
-be produced directly, and a run resumes from these two numbers.
+global batch belongs to rank g % world. Batches do not depend on earlier ones, so any
+(epoch, step) can be produced directly, and a run resumes from these two numbers.
 
 Shapes: R rows of this rank's batch, fewer than B = batch_size at the end of an evaluation.
 """

@@ -2,8 +2,8 @@
 a time.
 
 On a GPU a batch is one launch of mae_kernels.crop_resize. A set that exceeds its share of the GPU
-stays in host memory (the mapped cache file), and the rows that a batch needs are copied one batch
-ahead through pinned memory.
+stays in host memory (the mapped cache file); the rows of each batch are copied one batch ahead
+through pinned memory.
 
 Shapes: R rows of a batch. `places` [R, 8] int64: offset, image height, width, box top, left,
     height, width, flip.

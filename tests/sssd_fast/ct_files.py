@@ -1,4 +1,4 @@
-"""CT files as scanners write them, with a patient whose data must not appear anywhere else."""
+"""CT files as scanners write them, with patient data that must not appear in any output."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def write_nifti(
 
 
 def lung(value: float, level: float = -600, width: float = 1500) -> int:
-    """PS3.3 C.11.2.1.2.1 as printed there, for one value, rounded to 8 bits."""
+    """The formula of PS3.3 C.11.2.1.2.1 for one value, rounded to 8 bits."""
     if value <= level - 0.5 - (width - 1) / 2:
         return 0
     if value > level - 0.5 + (width - 1) / 2:

@@ -38,7 +38,7 @@ def test_package_imports_nothing_until_a_name_is_used() -> None:
         sf.pretrian  # noqa: B018
 
 
-def test_functions_train_as_the_commands_do(
+def test_api_functions_give_the_metrics_of_the_commands(
     slices: Path, trained: Path, tiny: list[str], tmp_path: Path
 ) -> None:
     """The same settings and seed give the metrics of `sssd-fast run`, bit for bit."""
@@ -67,7 +67,7 @@ def test_run_returns_the_summary_of_its_seeds(
     assert result.metrics["runs"] == ["seed-0", "seed-1"]
 
 
-def test_predict_takes_files_and_arrays(trained: Path, slices: Path) -> None:
+def test_predict_accepts_files_and_arrays(trained: Path, slices: Path) -> None:
     paths = sorted(slices.glob("*/*.png"))[:3]
     files = sf.predict(trained, paths)
     arrays = sf.predict(trained, np.stack([read(path) for path in paths]))
@@ -83,7 +83,7 @@ def test_predict_takes_files_and_arrays(trained: Path, slices: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_load_encoder_gives_the_features_of_the_model(
+def test_load_encoder_returns_the_features_of_the_model(
     trained: Path, slices: Path, stage: str
 ) -> None:
     """Against the checkpoint's weights in the model's modules, pooled by hand."""
@@ -140,7 +140,7 @@ def test_probe_is_logistic_regression_on_frozen_features(trained: Path, tmp_path
     np.testing.assert_allclose(found.scores, fitted.predict_proba((test - mean) / std), atol=2e-4)
 
 
-def test_mistakes_are_reported_before_anything_is_written(tmp_path: Path) -> None:
+def test_api_reports_bad_arguments_before_writing_anything(tmp_path: Path) -> None:
     out = tmp_path / "none"
     with pytest.raises(ConfigError, match="did you mean 'epochs'"):
         sf.pretrain("ct", out=out, settings={"pretrain.epoch": 3})

@@ -108,7 +108,7 @@ def test_bench_errors_are_one_message(checkout: Path, word: str, status: int, me
 
 
 @pytest.mark.parametrize("other", [False, True], ids=["alone", "next to another benchmarks"])
-def test_bench_without_a_checkout_names_what_to_do(checkout: Path, other: bool) -> None:
+def test_bench_without_a_checkout_gives_instructions(checkout: Path, other: bool) -> None:
     site = checkout.parent / "site"
     shutil.copytree(checkout / "sssd_fast", site / "sssd_fast")
     if other:
@@ -121,7 +121,7 @@ def test_bench_without_a_checkout_names_what_to_do(checkout: Path, other: bool) 
     assert done.stdout == ""
 
 
-def test_bench_never_runs_another_package(checkout: Path) -> None:
+def test_bench_never_runs_another_package_of_that_name(checkout: Path) -> None:
     """Ours is used if not on the path yet; if another one is found first, an error names it."""
     site, other = installed(checkout), checkout.parent / "other"
     write_package(other / "benchmarks", OTHER)

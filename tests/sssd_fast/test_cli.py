@@ -32,7 +32,7 @@ def metrics(run: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def test_predict_scores_files_as_evaluate_did(
+def test_predict_gives_the_scores_of_evaluate(
     trained: Path, slices: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     out = tmp_path / "scores.csv"
@@ -68,7 +68,7 @@ def test_predict_names_unreadable_files_and_scores_the_rest(
     assert [row["prediction"] != "" for row in rows(out)] == [True, False]
 
 
-def test_evaluate_takes_a_split_and_settings_in_any_order(
+def test_evaluate_accepts_split_and_settings_in_any_order(
     trained: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     run = tmp_path / "run"
@@ -81,13 +81,13 @@ def test_evaluate_takes_a_split_and_settings_in_any_order(
     )  # the run keeps its settings
 
 
-def test_pretraining_run_is_not_a_classifier(trained: Path, capsys: Captured) -> None:
+def test_predict_rejects_a_pretraining_run(trained: Path, capsys: Captured) -> None:
     assert main(["predict", str(trained / "pretrain"), "x.png"]) == 2
     assert main(["predict", str(trained / "pretrain"), str(trained)]) == 2
     assert "sssd-fast finetune --init" in capsys.readouterr().err
 
 
-def test_finetune_takes_the_model_of_the_run_it_starts_from(trained: Path, tmp_path: Path) -> None:
+def test_finetune_uses_the_model_of_the_run_in_init(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "again"
     init = str(trained / "pretrain")
     assert main(["finetune", "--init", init, "finetune.max_steps=1", "--out", str(out)]) == 0
@@ -184,14 +184,14 @@ def test_errors_are_one_message_and_exit_code_2(
         ("export x --format onnx", "Missing option '--out'"),
     ],
 )
-def test_wrong_words_print_the_usage_and_exit_code_2(
+def test_wrong_arguments_print_the_usage_and_exit_code_2(
     capsys: Captured, command: str, message: str
 ) -> None:
     assert main(command.split()) == 2
     assert message in "".join(capsys.readouterr())
 
 
-def test_several_values_end_at_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_with_several_values_end_at_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     from sssd_fast import api
 
     calls: list[dict[str, object]] = []
@@ -241,7 +241,7 @@ def test_configs_lists_prints_and_exports_a_schema(capsys: Captured) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_main_turns_the_end_of_a_command_into_an_exit_code(
+def test_main_maps_exceptions_to_exit_codes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Captured,
     end: BaseException | None,
@@ -308,7 +308,7 @@ def child_seconds() -> float:
     ],
     ids=["help", "help of a command", "typo"],
 )
-def test_help_and_typos_are_answered_without_slow_imports(
+def test_help_and_typos_need_no_slow_imports(
     words: list[str], absent: list[str], seconds: float
 ) -> None:
     code = (

@@ -126,7 +126,7 @@ def test_contradictions_name_what_is_needed(override: str, message: str) -> None
 
 
 @pytest.mark.parametrize("key", REMOVED)
-def test_removed_keys_name_what_to_do(key: str) -> None:
+def test_removed_keys_name_the_replacement(key: str) -> None:
     assert f"{key}: a setting of an earlier version; {REMOVED[key]}" in problems([f"{key}=1"])
 
 
@@ -149,7 +149,7 @@ def test_explicit_warmup_is_never_changed(overrides: list[str]) -> None:
     assert "needs to be below epochs" in problems(overrides)
 
 
-def test_unknown_names_and_bad_files_are_explained(tmp_path: Path) -> None:
+def test_load_config_explains_unknown_names_and_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'cpu_smoke'"):
         load_config("cpu_smok")
     with pytest.raises(ConfigError, match="does not exist"):
@@ -168,7 +168,7 @@ def test_unknown_names_and_bad_files_are_explained(tmp_path: Path) -> None:
             load_config(path)
 
 
-def test_empty_file_means_the_defaults(tmp_path: Path) -> None:
+def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("")
     assert load_config(path) == load_config() == Config()

@@ -48,7 +48,7 @@ def test_finite_guard_ends_the_run_after_three_skipped_steps_in_a_row() -> None:
 
 
 def test_finite_guard_writes_valid_json(tmp_path: Path) -> None:
-    """NaN is not JSON, and tools refuse a file that holds it."""
+    """NaN is not JSON, and tools reject a file with it."""
     guard = FiniteGuard(limit=1, folder=tmp_path)
     message = r"loss nan, lr 0\.5\).*Details: .*failure/step-12\.json"
     with pytest.raises(NumericsError, match=message):

@@ -1,6 +1,5 @@
-"""Protects the model: equal to a vision transformer written by hand for every supported geometry,
-masking that hides what it masks, attention maps that are the attention, drop path that keeps the
-expectation, and one meaning of uint8 and float images.
+"""The model against a vision transformer written by hand, for every supported geometry. Masking,
+attention maps, drop path, and equal results of uint8 and float images.
 """
 
 from __future__ import annotations
@@ -53,9 +52,7 @@ def small(**overrides: object) -> ModelConfig:
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Every parameter away from 0 and 1, positions too, so that one that is dropped or swapped
-    shows.
-    """
+    """No parameter is 0 or 1, so that a dropped or swapped one changes the result."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -67,7 +64,7 @@ def images_for(config: ModelConfig, batch: int = 2, dtype: torch.dtype = torch.f
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_classifier_equals_the_hand_written_one_on_exported_weights(name: str, pool: str) -> None:
+def test_classifier_with_exported_weights_equals_the_reference(name: str, pool: str) -> None:
     config = small(**GEOMETRIES[name])
     if pool == "cls" and not config.cls_token:
         with pytest.raises(
@@ -85,7 +82,7 @@ def test_classifier_equals_the_hand_written_one_on_exported_weights(name: str, p
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_autoencoder_equals_the_hand_written_one(name: str) -> None:
+def test_autoencoder_equals_the_reference(name: str) -> None:
     """Masked encoder, restored sequence, decoder and prediction, from weights under
     facebookresearch/mae's names.
     """
@@ -132,7 +129,7 @@ def test_autoencoder_equals_the_hand_written_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_attention_maps_are_the_last_blocks_probabilities(name: str) -> None:
+def test_attention_maps_are_the_probabilities_of_the_last_block(name: str) -> None:
     config = small(**GEOMETRIES[name])
     model = MAE(config).double().eval()
     randomize(model)
@@ -149,8 +146,8 @@ def test_attention_maps_are_the_last_blocks_probabilities(name: str) -> None:
     )  # computed in float32 by design
 
 
-def test_attention_maps_come_from_the_weights_that_mix_the_values() -> None:
-    """maps @ values, projected, is what the attention layer of the same block returns."""
+def test_attention_maps_times_values_give_the_attention_output() -> None:
+    """maps @ values, projected, equals the output of the attention layer."""
     config = small(image_size=(64, 64))
     encoder = MAE(config).encoder
     randomize(encoder)
@@ -163,9 +160,7 @@ def test_attention_maps_come_from_the_weights_that_mix_the_values() -> None:
 
 @pytest.mark.parametrize("cls_token", [True, False])
 def test_predictions_depend_on_visible_patches_only(cls_token: bool) -> None:
-    """Whatever stands in masked patches, every prediction is equal to the bit; a visible pixel
-    changes them all.
-    """
+    """Predictions are bit-equal for any content of masked patches; a visible pixel changes them all."""
     config = small(image_size=(64, 48), cls_token=cls_token)
     model = MAE(config).eval()
     randomize(model)
@@ -189,7 +184,7 @@ def test_predictions_depend_on_visible_patches_only(cls_token: bool) -> None:
     ("channels", "mean", "std"),
     [(1, (0.4,), (0.2,)), (3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), (3, (0.5,), (0.25,))],
 )
-def test_uint8_images_mean_the_same_as_normalised_floats(
+def test_uint8_images_give_the_output_of_normalised_floats(
     channels: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
     config = small(image_size=(32, 48), in_channels=channels, mean=mean, std=std)
@@ -210,7 +205,9 @@ def test_uint8_images_mean_the_same_as_normalised_floats(
     ("width", "grid"), [(24, (3, 5)), (16, (7, 2)), (192, (14, 14)), (32, (1, 6))]
 )
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_positions_equal_the_table_by_loops(width: int, grid: tuple[int, int], prefix: int) -> None:
+def test_positions_equal_a_table_computed_by_loops(
+    width: int, grid: tuple[int, int], prefix: int
+) -> None:
     want = vit_by_hand.sincos_table(width, *grid)
     got = sincos_positions(width, grid, prefix)
     assert got[:prefix].abs().sum() == 0
@@ -255,7 +252,7 @@ def test_drop_path_grows_linearly_with_depth() -> None:
     assert torch.equal(model.features(images), model.features(images))
 
 
-def test_mean_pooling_leaves_out_the_cls_token() -> None:
+def test_mean_pooling_excludes_the_cls_token() -> None:
     config = small(image_size=(32, 32))
     model = Classifier(config, 2).eval()
     randomize(model)
@@ -287,7 +284,7 @@ def test_initial_values_follow_the_published_recipes() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 32, 48), (2, 1, 48, 32)])
-def test_images_of_another_shape_are_refused_with_the_needed_one(shape: tuple[int, ...]) -> None:
+def test_images_of_another_shape_raise_an_error_with_the_needed_one(shape: tuple[int, ...]) -> None:
     model = MAE(small(image_size=(32, 32)))
     with pytest.raises(
         ValueError,
@@ -296,7 +293,7 @@ def test_images_of_another_shape_are_refused_with_the_needed_one(shape: tuple[in
         model.encoder(torch.randn(shape))
 
 
-def test_state_dict_names_are_those_that_checkpoints_and_conversions_rely_on() -> None:
+def test_state_dict_names_do_not_change() -> None:
     names = set(MAE(small(image_size=(32, 32), depth=1, decoder_depth=1)).state_dict())
     layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     blocks = {

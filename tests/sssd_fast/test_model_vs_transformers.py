@@ -1,7 +1,6 @@
-"""Protects: with the same weights and the same noise, our MAE is transformers'
-ViTMAEForPreTraining: masking, predictions, loss and the gradient of every parameter, in float64,
-through the weight conversion. A wrong pixel order, patch order, position layout, target
-normalisation or q/k/v order shows here.
+"""The MAE against transformers' ViTMAEForPreTraining with the same weights and noise, in float64:
+masking, predictions, loss and the gradient of every parameter, through the weight conversion.
+Detects a wrong pixel order, patch order, position layout, target normalisation or q/k/v order.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def our_config(case: dict, **overrides: object) -> ModelConfig:
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Biases, norms and tokens away from 0 and 1, so that a dropped or swapped one shows.
+    """No bias, norm or token is 0 or 1, so that a dropped or swapped one changes the result.
     Position tables stay.
     """
     generator = torch.Generator().manual_seed(1)
@@ -83,8 +82,8 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def with_positions(model: transformers.ViTMAEForPreTraining) -> transformers.ViTMAEForPreTraining:
-    """transformers 5.23 leaves the position tables of a model that is not from a file at zero;
-    its own initialisation fills them.
+    """transformers 5.23 leaves the position tables of a new model at zero; its initialisation
+    function fills them.
     """
     embeddings = model.vit.embeddings
     for marked in (embeddings.patch_embeddings.projection, *model.parameters()):
@@ -106,7 +105,7 @@ def hf_pretraining(case: dict) -> transformers.ViTMAEForPreTraining:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_same_noise_gives_the_same_masking_predictions_loss_and_gradients(name: str) -> None:
+def test_mae_equals_vitmae_with_the_same_weights_and_noise(name: str) -> None:
     case = CASES[name]
     theirs = hf_pretraining(case)
     ours = MAE(our_config(case)).double()
@@ -161,7 +160,7 @@ def test_same_noise_gives_the_same_masking_predictions_loss_and_gradients(name: 
 
 
 @pytest.mark.parametrize("grid", [4, 7, 14])
-def test_position_tables_equal_those_transformers_initialises(grid: int) -> None:
+def test_position_tables_equal_those_of_transformers(grid: int) -> None:
     model = with_positions(
         transformers.ViTMAEForPreTraining(hf_config(CASES["grey_norm_pix"], image_size=16 * grid))
     )
@@ -175,7 +174,7 @@ def test_position_tables_equal_those_transformers_initialises(grid: int) -> None
     )
 
 
-def test_folder_written_by_save_pretrained_loads_with_its_decoder(tmp_path: Path) -> None:
+def test_load_reads_encoder_and_decoder_of_save_pretrained(tmp_path: Path) -> None:
     """The names in files differ from those in memory, and transformers 5.x has renamed both."""
     case = CASES["colour_norm_pix"]
     theirs = hf_pretraining(case).float()
@@ -194,8 +193,8 @@ def test_folder_written_by_save_pretrained_loads_with_its_decoder(tmp_path: Path
     )
 
 
-def test_a_folder_made_with_other_heads_is_refused(tmp_path: Path) -> None:
-    """Weights have the same shapes for any number of heads; only config.json tells."""
+def test_load_rejects_a_folder_with_other_heads(tmp_path: Path) -> None:
+    """Weights have the same shapes for any number of heads; only config.json has the number."""
     case = CASES["colour_norm_pix"]
     hf_pretraining(case).save_pretrained(tmp_path)
     model = MAE(our_config(case, heads=8))
@@ -203,7 +202,7 @@ def test_a_folder_made_with_other_heads_is_refused(tmp_path: Path) -> None:
         load_into(model, tmp_path)
 
 
-def test_vit_model_loads_the_exported_encoder_and_gives_the_same_tokens(tmp_path: Path) -> None:
+def test_exported_encoder_gives_the_same_tokens_in_vit_model(tmp_path: Path) -> None:
     case = CASES["colour_norm_pix"]
     ours: MAE = MAE(our_config(case))
     randomize(ours)
@@ -220,7 +219,7 @@ def test_vit_model_loads_the_exported_encoder_and_gives_the_same_tokens(tmp_path
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_vit_for_image_classification_loads_the_exported_classifier_and_back(
+def test_exported_classifier_round_trips_through_vit_for_image_classification(
     tmp_path: Path,
 ) -> None:
     case = CASES["grey_norm_pix"]
@@ -243,7 +242,7 @@ def test_vit_for_image_classification_loads_the_exported_classifier_and_back(
         assert torch.equal(back(images), ours(images))
 
 
-def test_vit_model_gives_the_features_of_an_exported_mean_classifier(tmp_path: Path) -> None:
+def test_exported_mean_classifier_gives_the_same_features_in_vit_model(tmp_path: Path) -> None:
     """ViTForImageClassification cannot pool the mean: the encoder is exported, fc_norm as its norm."""
     config = our_config(CASES["colour_norm_pix"])
     ours = Classifier(config, 3, pool="mean").eval()
@@ -268,8 +267,8 @@ def test_vit_model_gives_the_features_of_an_exported_mean_classifier(tmp_path: P
     torch.testing.assert_close(got, (pixels / 255 - mean) / std, rtol=1e-5, atol=1e-5)
 
 
-def test_vitmae_loads_the_exported_autoencoder(tmp_path: Path) -> None:
-    """With the decoder: the released facebookresearch weights lack it, ours need not."""
+def test_exported_autoencoder_loads_in_vitmae(tmp_path: Path) -> None:
+    """With the decoder, which the released facebookresearch weights do not have."""
     case = CASES["colour_norm_pix"]
     ours = MAE(our_config(case))
     randomize(ours)

@@ -108,7 +108,7 @@ def _reference(module: SSSD, images: torch.Tensor, noise: torch.Tensor) -> dict[
         (1, ["objective.kind=smooth_l1", "objective.detach_teacher=true", "model.cls_token=false"]),
     ],
 )
-def test_loss_and_gradients_equal_the_formula(channels: int, overrides: list[str]) -> None:
+def test_sssd_loss_and_gradients_equal_the_formula(channels: int, overrides: list[str]) -> None:
     module, images, noise = _build(*overrides, channels=channels)
     module.center.uniform_(-0.1, 0.1)
     out = module(images, noise)
@@ -135,7 +135,7 @@ def test_loss_and_gradients_equal_the_formula(channels: int, overrides: list[str
             assert error < 1e-3, (name, error)
 
 
-def test_stop_gradient_switch_cuts_exactly_the_teacher() -> None:
+def test_detach_teacher_stops_only_the_gradient_of_the_teacher() -> None:
     for detach in (False, True):
         module, images, noise = _build(f"objective.detach_teacher={str(detach).lower()}")
         module(images, noise).total.backward()
@@ -148,7 +148,7 @@ def test_stop_gradient_switch_cuts_exactly_the_teacher() -> None:
         assert reached is not detach
 
 
-def test_without_distillation_there_are_no_heads_and_the_loss_is_the_reconstruction() -> None:
+def test_weight_zero_has_no_heads_and_only_the_reconstruction_loss() -> None:
     module, images, noise = _build("objective.weight=0")
     assert not [name for name, _ in module.named_parameters() if "head" in name]
     out = module(images, noise)
@@ -157,7 +157,7 @@ def test_without_distillation_there_are_no_heads_and_the_loss_is_the_reconstruct
     assert out.batch_center is None
 
 
-def test_the_centre_moves_by_its_momentum_and_is_saved() -> None:
+def test_centre_moves_by_its_momentum_and_is_saved() -> None:
     module, images, noise = _build("objective.center_momentum=0.75")
     before = module.center.clone()
     batch = module(images, noise).batch_center
@@ -167,13 +167,11 @@ def test_the_centre_moves_by_its_momentum_and_is_saved() -> None:
     torch.testing.assert_close(after, 0.75 * before + 0.25 * batch)
     module.update_center(batch * float("nan"), torch.tensor(False))
     assert torch.equal(module.center, after)
-    assert "center" in module.state_dict()  # SD-MAE's released code forgets it
+    assert "center" in module.state_dict()  # missing in SD-MAE's released code
 
 
-def test_the_centre_changes_the_teacher_not_the_student() -> None:
-    """A prototype that is always likely is pulled down by its centre: a sign error would push it
-    up.
-    """
+def test_centre_changes_the_teacher_not_the_student() -> None:
+    """The centre lowers a prototype that is always likely; a sign error would raise it."""
     module, images, noise = _build()
     first = module(images, noise).batch_center
     assert first is not None

@@ -19,7 +19,7 @@ def test_lr_scales_with_the_effective_batch() -> None:
     assert scaled_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)  # MAE: 1.5e-4 * 4096 / 256
 
 
-def test_warm_up_then_half_a_cosine() -> None:
+def test_lr_is_linear_warm_up_then_half_a_cosine() -> None:
     at = lambda step: lr_at(step, total_steps=110, warmup_steps=10, peak=1.0, minimum=0.1)  # noqa: E731
     assert [at(0), at(4), at(9)] == pytest.approx([0.1, 0.5, 1.0])
     assert at(10) == pytest.approx(1.0)
@@ -42,7 +42,7 @@ def test_layer_decay_follows_depth() -> None:
     assert layer_of("encoder.norm.weight", 12) == 13
 
 
-def test_biases_norms_and_tokens_are_not_decayed() -> None:
+def test_weight_decay_excludes_biases_norms_and_tokens() -> None:
     config = load_config("cpu_smoke", TINY)
     model = SSSD(config.model, config.objective)
     groups = parameter_groups(model, weight_decay=0.05)

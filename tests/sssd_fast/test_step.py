@@ -63,7 +63,7 @@ def test_micro_batches_equal_one_large_batch() -> None:
     torch.testing.assert_close(averaged[0], averaged[1])
 
 
-def test_the_update_is_adamw_on_the_mean_gradient() -> None:
+def test_update_is_adamw_on_the_mean_gradient() -> None:
     data, model = torch.randn(8, 6), _model()
     twin = copy.deepcopy(model)
     result = _step(model)([data], 0, 1e-2)
@@ -85,7 +85,7 @@ def test_the_update_is_adamw_on_the_mean_gradient() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1e6])
-def test_clipping_is_that_of_torch(max_norm: float) -> None:
+def test_clipping_equals_that_of_torch(max_norm: float) -> None:
     """Against clip_grad_norm_ and torch's own AdamW, where the norm is clipped and where it is
     not.
     """
@@ -114,9 +114,9 @@ def test_clipping_is_that_of_torch(max_norm: float) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("poison", ["loss", "gradient", "batch_stats"])
-def test_nothing_non_finite_is_applied(precision: str, poison: str) -> None:
+def test_step_never_applies_non_finite_values(precision: str, poison: str) -> None:
     """Weights, moments, step counts and the averaged state stay bit-equal through a poisoned
-    step, and training goes on after it.
+    step, and training continues after it.
     """
     model, state = _model(), {"center": torch.zeros(3)}
 
@@ -154,7 +154,7 @@ def test_nothing_non_finite_is_applied(precision: str, poison: str) -> None:
 
 
 class _NoWaiting(TorchDispatchMode):
-    """Refuses every operation that makes the host wait for values of the device."""
+    """Raises for every operation that makes the host wait for values of the device."""
 
     WAITING = (
         "_local_scalar_dense",
@@ -174,7 +174,7 @@ class _NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_never_waits_for_the_device(
+def test_step_never_waits_for_the_device(
     tiny: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole pre-training step, accumulation, clipping, loss scale and centre included,
@@ -184,7 +184,7 @@ def test_a_step_never_waits_for_the_device(
         if name.startswith("mae_kernels") and hasattr(ops, "check_ids"):
             monkeypatch.setattr(
                 ops, "check_ids", lambda *args, **kwargs: None
-            )  # ids are looked at on the CPU only
+            )  # ids are checked on the CPU only
     config = load_config(None, [*tiny, f"precision={precision}"])
     module = SSSD(config.model, config.objective)
     optimizer = build_optimizer(parameter_groups(module, weight_decay=0.05), (0.9, 0.95))
@@ -208,7 +208,7 @@ def test_a_step_never_waits_for_the_device(
         torch.rand(4, config.model.num_patches),
     )
     with pytest.raises(AssertionError, match="waits for the device"), _NoWaiting():
-        float(torch.ones(()))  # the mode sees what it should
+        float(torch.ones(()))  # the mode detects a wait
     with _NoWaiting():
         results = [step([batch, batch], i, 1e-3) for i in range(3)]
     flags = [bool(r.finite) for r in results]
@@ -217,8 +217,8 @@ def test_a_step_never_waits_for_the_device(
         assert flags == [True, False, True]
 
 
-def test_the_learning_rate_and_a_skip_compile_nothing_new() -> None:
-    """One graph for the update, whatever changes from step to step; the same numbers as without
+def test_compiled_update_is_not_recompiled_for_a_new_lr_or_a_skip() -> None:
+    """One graph for the update although values change in each step; the same numbers as without
     the compiler.
     """
     plain, made = _model(), _model()
@@ -237,7 +237,7 @@ def test_the_learning_rate_and_a_skip_compile_nothing_new() -> None:
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
 
 
-def test_a_checkpoint_of_torchs_adamw_goes_on_in_ours_and_back() -> None:
+def test_fused_adamw_exchanges_checkpoints_with_torch_adamw() -> None:
     data, ours, theirs = torch.randn(8, 6), _model(), _model()
     step = _step(ours)
     reference = torch.optim.AdamW(
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_torchs_adamw_goes_on_in_ours_and_back() -> None:
 
 
 @pytest.mark.slow
-def test_8bit_moments_follow_adamw_and_a_skipped_step_leaves_them_alone() -> None:
+def test_adamw8bit_follows_adamw_and_does_not_change_in_a_skipped_step() -> None:
     """torchao quantises blocks of 256 values of tensors with 4096 and more; its update is
     compiled for each shape.
     """
@@ -289,7 +289,7 @@ def test_8bit_moments_follow_adamw_and_a_skipped_step_leaves_them_alone() -> Non
     apart = (exact.weight - small.weight).norm()
     assert apart < 0.05 * moved
     state = steps[1].optimizer.state[small.weight]
-    assert state["exp_avg"].codes.dtype == torch.uint8  # 8 bits are what is stored
+    assert state["exp_avg"].codes.dtype == torch.uint8  # stored in 8 bits
     saved = steps[1].optimizer.state_dict()
     flat = [value for values in saved["state"].values() for value in values.values()]
     plain = [
@@ -317,7 +317,9 @@ def test_8bit_moments_follow_adamw_and_a_skipped_step_leaves_them_alone() -> Non
     assert float(state["step"]) == kept[2]
 
 
-def test_torchao_missing_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adamw8bit_without_torchao_raises_an_error_naming_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     adamw8bit._optimizer_class.cache_clear()
     with pytest.raises(
@@ -326,8 +328,8 @@ def test_torchao_missing_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatc
         build_optimizer(parameter_groups(_model(), weight_decay=0.0), (0.9, 0.95), "adamw8bit")
 
 
-def test_fp16_finds_its_loss_scale() -> None:
-    """From a scale that overflows, the scaler comes down and steps are applied again."""
+def test_fp16_step_finds_its_loss_scale() -> None:
+    """The scaler lowers a scale that overflows, and steps are applied again."""
     model = _model()
     step = _step(model, precision="fp16")
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)

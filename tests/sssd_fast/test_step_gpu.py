@@ -1,8 +1,8 @@
-"""The step on a CUDA device: it never waits, compiled and captured it computes the same, and it
-stays within the memory it should.
+"""The step on a CUDA device: it never waits, gives the same losses compiled and captured, and needs
+no more memory than expected.
 
-Run with `make test-gpu`. The model is small in depth and real in width, so that every kernel runs
-at its real size.
+Run with `make test-gpu`. The model has few blocks of real width, so that every kernel runs at its
+real size.
 """
 
 from __future__ import annotations
@@ -102,12 +102,14 @@ def _config(*settings: str) -> Config:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("compile_it", ["true", "false"])
-def test_no_step_waits_for_the_device(cuda: torch.device, precision: str, compile_it: str) -> None:
+def test_step_never_waits_for_the_device_on_a_gpu(
+    cuda: torch.device, precision: str, compile_it: str
+) -> None:
     config = _config(f"step.compile={compile_it}", "step.cuda_graphs=false")
     _train(config, precision, cuda, accumulate=2, steps=5, watch=True)
 
 
-def test_no_fine_tuning_loss_waits_for_the_device(cuda: torch.device) -> None:
+def test_fine_tuning_loss_never_waits_for_the_device(cuda: torch.device) -> None:
     config = load_config(
         None, [*SMALL, "finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.random_erasing=0.5"]
     )
@@ -124,7 +126,7 @@ def test_no_fine_tuning_loss_waits_for_the_device(cuda: torch.device) -> None:
     task.loss(model, batch, 0, 0).total.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for i in range(1, 8):  # mixup, cutmix and erasing all happen
+        for i in range(1, 8):  # with mixup, cutmix and erasing
             task.loss(model, batch, i, 0).total.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -133,7 +135,7 @@ def test_no_fine_tuning_loss_waits_for_the_device(cuda: torch.device) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("graphs", ["true", "false"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_compiled_and_captured_steps_learn_the_same(
+def test_compiled_and_captured_steps_give_the_same_losses(
     cuda: torch.device, precision: str, graphs: str, accumulate: int
 ) -> None:
     """Error against fp32 without the compiler at most twice that of the plain step in the same
@@ -153,7 +155,9 @@ def test_compiled_and_captured_steps_learn_the_same(
 
 @pytest.mark.parametrize("provider", ["fused", "sdpa", "eager"])
 @pytest.mark.parametrize("mlp", ["fused", "plain"])
-def test_every_provider_learns_the_same(cuda: torch.device, provider: str, mlp: str) -> None:
+def test_attention_providers_give_the_same_losses(
+    cuda: torch.device, provider: str, mlp: str
+) -> None:
     settings = [
         f"step.attention={provider}",
         f"step.decoder_attention={provider}",
@@ -178,7 +182,7 @@ def test_every_provider_learns_the_same(cuda: torch.device, provider: str, mlp: 
 @pytest.mark.parametrize(
     "setting", ["step.checkpoint=selective", "step.checkpoint=full", "step.activation_budget=0.5"]
 )
-def test_recomputation_needs_less_memory_and_learns_the_same(
+def test_recomputation_needs_less_memory_and_gives_the_same_losses(
     cuda: torch.device, setting: str
 ) -> None:
     base = "step.compile=false" if "checkpoint" in setting else "step.compile=true"
@@ -192,14 +196,14 @@ def test_recomputation_needs_less_memory_and_learns_the_same(
     torch.testing.assert_close(losses[1], losses[0], rtol=5e-3, atol=5e-3)
 
 
-def test_8bit_moments_learn_the_same(cuda: torch.device) -> None:
+def test_adamw8bit_gives_the_same_losses(cuda: torch.device) -> None:
     exact = _train(_config("step.compile=false"), "fp32", cuda)
     small = _train(_config("step.compile=false", "step.optimizer=adamw8bit"), "fp32", cuda)
     torch.testing.assert_close(small, exact, rtol=2e-2, atol=2e-2)
 
 
-def test_a_compiled_step_takes_the_state_of_a_plain_one(cuda: torch.device) -> None:
-    """The optimizer's state dict fits in both directions on the device as well."""
+def test_compiled_and_plain_steps_exchange_optimizer_states(cuda: torch.device) -> None:
+    """The optimizer's state dict can be exchanged in both directions on the device too."""
     config = _config()
     model = SSSD(config.model, config.objective).to(cuda)
     twin = copy.deepcopy(model)

@@ -1,6 +1,4 @@
-"""The loop: exact resume after a kill, signals, NaN, several processes, and a run folder that
-says everything.
-"""
+"""The loop: exact resume after a kill, signals, NaN, several processes, and the run folder."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from sssd_fast.config import load_config
 from sssd_fast.run.checkpoint import CheckpointManager, load_checkpoint
 from sssd_fast.train import Schedule
 
-# Runs the command line in a process of its own and sends it a signal right before optimizer step
+# Runs the command line in a separate process and sends it a signal right before optimizer step
 # KILL_AT.
 CHILD = """
 import os, sys
@@ -77,7 +75,7 @@ def _losses(out: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
-def test_a_killed_run_continues_bit_for_bit(task: str, tiny: list[str], tmp_path: Path) -> None:
+def test_killed_run_resumes_bit_for_bit(task: str, tiny: list[str], tmp_path: Path) -> None:
     """10 steps = 5 steps + checkpoint + two more steps + kill -9 + a new process. Drop path,
     mixup and erasing draw random numbers.
     """
@@ -100,9 +98,7 @@ def test_a_killed_run_continues_bit_for_bit(task: str, tiny: list[str], tmp_path
     assert [step for step, _ in _losses(whole)] == list(range(1, 11))
 
 
-def test_sigterm_saves_and_names_the_command_that_continues(
-    tiny: list[str], tmp_path: Path
-) -> None:
+def test_sigterm_saves_and_prints_the_command_that_resumes(tiny: list[str], tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "my runs"
     settings = [*tiny, "pretrain.max_steps=8"]
     assert main(["pretrain", "--out", str(whole), *settings]) == 0
@@ -114,7 +110,7 @@ def test_sigterm_saves_and_names_the_command_that_continues(
     _assert_same(_last(whole)["model"], _last(broken)["model"])
 
 
-def test_nan_ends_the_run_and_leaves_the_last_good_state(
+def test_nan_ends_the_run_and_keeps_the_last_finite_state(
     tiny: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -192,7 +188,7 @@ def test_schedule_counts_optimizer_steps() -> None:
     assert schedule.peak_lr == pytest.approx(1.5e-4 * 96 / 256)
 
 
-def test_an_existing_run_is_refused_until_told(
+def test_existing_run_needs_resume_or_overwrite(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -204,7 +200,7 @@ def test_an_existing_run_is_refused_until_told(
     assert main([*command, "--overwrite"]) == 0
 
 
-def test_resume_refuses_another_run(
+def test_resume_rejects_another_run(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -227,7 +223,7 @@ def test_dry_run_trains_two_steps_and_keeps_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_run_folder_says_everything(tiny: list[str], tmp_path: Path) -> None:
+def test_run_folder_contains_all_files(tiny: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert (
         main(
@@ -280,7 +276,7 @@ def test_the_run_folder_says_everything(tiny: list[str], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
-def test_validation_every_so_many_epochs_and_at_the_end(
+def test_validation_runs_at_its_interval_and_at_the_end(
     task: str, tiny: list[str], tmp_path: Path
 ) -> None:
     epochs = {}
@@ -305,7 +301,7 @@ def test_validation_every_so_many_epochs_and_at_the_end(
     assert epochs[2] == {epoch: epochs[1][epoch] for epoch in (2, 3)}
 
 
-def test_training_on_the_ops_equals_training_on_plain_torch(
+def test_training_with_the_ops_equals_training_with_plain_torch(
     tiny: list[str], tmp_path: Path
 ) -> None:
     """20 steps with the registered ops (their own backward formulas) and with

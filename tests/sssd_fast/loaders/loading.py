@@ -1,4 +1,4 @@
-"""Loaders for tests, from the settings of both the order and the provider."""
+"""Loaders for tests, from settings of the order and of the provider."""
 
 from __future__ import annotations
 

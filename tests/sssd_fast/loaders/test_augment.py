@@ -48,7 +48,7 @@ def test_rotation_is_counter_clockwise_about_the_centre_with_black_corners(chann
             difference = np.abs(out[i, c].numpy().astype(int) - np.asarray(turned).astype(int))
             assert difference[inside].max() <= 3
             assert difference.mean() < 1.5
-    assert out[1, 0, 30, 0] == 0  # 60 x 90 turned by a right angle leaves the sides empty
+    assert out[1, 0, 30, 0] == 0  # 60 x 90 rotated by 90 degrees leaves the sides empty
     assert out[0, 0, 0, 0] == 0
 
 
@@ -61,7 +61,7 @@ def test_brightness_and_contrast_are_the_stated_linear_map():
     assert (out[1] - (mean + 1.3 * (0.9 * x[1] - mean)).clamp(0, 255)).abs().max() <= 0.5 + 1e-3
 
 
-def test_rows_are_independent_of_their_batch_and_the_input_is_kept():
+def test_jitter_of_a_row_does_not_depend_on_its_batch():
     images = smooth(40, height=20, width=20)
     kept = smooth(40, height=20, width=20)
     table = torch.rand(40, 3, generator=gen()) * torch.tensor([40.0, 0.2, 0.2])
@@ -90,8 +90,8 @@ def test_soft_targets_by_hand():
 
 
 def batch(size: int = 8, height: int = 20, width: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
-    """Constant images whose level is 10 * row, with one-hot targets of their own: every mix can
-    be read off.
+    """Constant images of level 10 * row with different one-hot targets: pixels and targets show
+    every mix.
     """
     levels = (torch.arange(size, dtype=torch.uint8) * 10)[:, None, None, None]
     return levels.expand(size, 1, height, width).contiguous(), torch.eye(size)
@@ -135,7 +135,7 @@ def test_cutmix_area_agrees_with_targets():
     assert clipped > 10
 
 
-def test_mixing_chooses_fairly_is_seeded_and_leaves_its_input_alone():
+def test_mix_batch_chooses_evenly_is_seeded_and_keeps_its_input():
     images, targets = batch()
     before = images.clone(), targets.clone()
     kinds = []
@@ -154,7 +154,7 @@ def test_mixing_chooses_fairly_is_seeded_and_leaves_its_input_alone():
         mix(images, targets, -1.0, 0.0)
 
 
-def test_random_erasing_makes_one_noisy_rectangle_at_its_rate():
+def test_random_erasing_draws_one_noisy_rectangle_at_its_rate():
     images = torch.randint(60, 180, (400, 1, 24, 32), generator=gen(), dtype=torch.uint8)
     before = images.clone()
     out = random_erasing(images, 0.25, gen(5))

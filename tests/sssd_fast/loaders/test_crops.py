@@ -1,6 +1,4 @@
-"""Which part of an image a batch shows: distributions against their definition, geometry against
-Pillow and hand arithmetic.
-"""
+"""Crops: distributions against their definition, geometry against Pillow and by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ def draws(count: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (60, 90, 3)])
-def test_a_view_is_pillows_antialiased_bicubic_of_the_cut_box(shape: tuple[int, ...]):
+def test_crop_is_pillows_antialiased_bicubic_of_the_box(shape: tuple[int, ...]):
     image = RNG.integers(0, 256, shape, dtype=np.uint8)
     cut = Image.fromarray(image[10:50, 20:80])
     expected = cut.resize((15, 40), Image.Resampling.BICUBIC).resize(
@@ -42,7 +40,7 @@ def test_a_view_is_pillows_antialiased_bicubic_of_the_cut_box(shape: tuple[int, 
     )
 
 
-def test_nothing_outside_the_box_is_seen():
+def test_crop_ignores_pixels_outside_the_box():
     changed = IMAGE.copy()
     changed[:10], changed[50:], changed[:, :20], changed[:, 80:] = 0, 255, 255, 0
     box = np.array([10, 20, 40, 60])
@@ -51,7 +49,7 @@ def test_nothing_outside_the_box_is_seen():
     )
 
 
-def test_antialias_averages_fine_detail_away():
+def test_antialiasing_averages_fine_detail():
     stripes = np.tile(np.array([0, 255], np.uint8), (64, 32))
     assert (
         np.abs(
@@ -80,14 +78,14 @@ def test_crop_boxes_follow_area_and_aspect():
     assert abs(np.mean(top[small] / (400 - height[small])) - 0.5) < 0.03
 
 
-def test_one_try_by_hand():
+def test_crop_box_equals_one_computed_by_hand():
     u = np.full((1, CROP_TRIES, 4), [0.5, 0.5, 0.25, 0.999])
     # area 0.5 of 100 x 200, aspect exp(0) = 1: 100 x 100, and 101 places along the width
     box = random_crop_boxes(np.array([[100, 200]]), (0.25, 0.75), (0.5, 2.0), u)
     assert box.tolist() == [[0, 100, 100, 100]]
 
 
-def test_the_first_try_that_fits_is_taken():
+def test_crop_box_is_the_first_try_that_fits():
     u = np.zeros((1, CROP_TRIES, 4))
     u[0, 0] = [1.0, 1.0, 0, 0]  # the whole area at aspect 2: 200 wide in an image of 141
     u[0, 1] = [0.0, 0.5, 0, 0]
@@ -97,13 +95,13 @@ def test_the_first_try_that_fits_is_taken():
     ]
 
 
-def test_crop_falls_back_to_the_centre_when_nothing_fits():
+def test_crop_box_is_centred_if_no_try_fits():
     shapes = np.array([[10, 1000], [1000, 10]])
     boxes = random_crop_boxes(shapes, (0.9, 1.0), (0.5, 2.0), draws(2))
     assert boxes.tolist() == [[0, 490, 10, 20], [490, 0, 20, 10]]
 
 
-def test_views_depend_on_seed_epoch_and_record_alone():
+def test_crops_depend_only_on_seed_epoch_and_record():
     spec = AugmentConfig(rotation_deg=10, brightness=0.2, contrast=0.3)
     whole = training_crops(SHAPES, spec, 7, 3)
     part = training_crops(SHAPES[:50], spec, 7, 3)
@@ -114,7 +112,7 @@ def test_views_depend_on_seed_epoch_and_record_alone():
         assert 0.4 < (other.flips != whole.flips).mean() < 0.6
 
 
-def test_switches_do_not_move_the_crop():
+def test_crops_do_not_depend_on_other_augmentations():
     plain, turned = (
         training_crops(SHAPES, spec, 0, 0)
         for spec in (AugmentConfig(), AugmentConfig(rotation_deg=45))
@@ -124,7 +122,7 @@ def test_switches_do_not_move_the_crop():
     assert not plain.jitter.any()
 
 
-def test_flips_angles_and_factors_come_at_their_rates():
+def test_flips_angles_and_factors_have_their_distributions():
     spec = AugmentConfig(hflip=0.3, rotation_deg=30, brightness=0.2, contrast=0.4)
     crops = training_crops(SHAPES, spec, 0, 0)
     assert 0.27 < crops.flips.mean() < 0.33
@@ -141,7 +139,7 @@ def test_flips_angles_and_factors_come_at_their_rates():
     )
 
 
-def test_evaluation_view_crops_the_centre_or_keeps_the_whole():
+def test_evaluation_crop_is_the_centre_or_the_whole_image():
     wide = np.zeros((40, 80), np.uint8)
     wide[:, 20:60] = 200
     assert evaluation_crop(wide, (20, 20), "crop").min() > 180

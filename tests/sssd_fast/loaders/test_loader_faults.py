@@ -1,8 +1,7 @@
-"""Files that break after the check, and files that few programs read alike: each provider names the
-one and shows the other.
+"""Files that are damaged after the check must be named by each provider; files that programs decode
+differently must be decoded correctly.
 
-What each provider does with good files is in test_loaders.py, what the check does with bad ones in
-test_index.py.
+Good files are tested in test_loaders.py, the check of bad files in test_index.py.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ def feed(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def build(feed: str) -> Iterator[Build]:
-    """Loaders of the provider under test, or of the one named; closed at the end, and no process
-    is left.
+    """Builds loaders of the provider under test, or of `name`; closes them and checks that no
+    process remains.
     """
     made: list[Loader] = []
 
@@ -72,15 +71,13 @@ def build(feed: str) -> Iterator[Build]:
 
 
 def coarse(seed: int, shape: tuple[int, ...] = (48, 64, 3)) -> np.ndarray:
-    """A picture without fine detail, in which every way to resize and every JPEG decoder agrees
-    well.
-    """
+    """An image without fine detail, for which all resize methods and JPEG decoders agree well."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, *shape[2:]), dtype=np.uint8)
     return np.asarray(Image.fromarray(noise).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
 
 
 def write_set(root: Path, seed: int) -> DataIndex:
-    """Nine pictures: PNG, JPEG, and PNG with transparency, which DALI does not decode itself."""
+    """Nine images: PNG, JPEG, and PNG with transparency, which Pillow decodes for DALI."""
     (root / "a").mkdir(parents=True)
     for i in range(9):
         pixels = coarse(9 * seed + i)
@@ -106,18 +103,18 @@ def index(tmp_path: Path, sets: Iterator[int]) -> DataIndex:
 
 @pytest.fixture(scope="module")
 def sets() -> Iterator[int]:
-    # Resident sets with the same pictures are shared, so each set gets pictures of its own seed.
+    # Resident sets with the same images are shared, so each set gets another seed.
     return itertools.count(1)
 
 
 def by_torch(index: DataIndex, channels: int = 1) -> torch.Tensor:
-    """What the torch loader shows: [N, C, H, W] in the order of the index."""
+    """The images of the torch loader, [N, C, H, W] in the order of the index."""
     settings = {"channels": channels, "batch_size": len(index)}
     return next(loader_of(index, provider="torch", **settings).epoch(0)).images
 
 
 def count_right(loader: Loader, reference: torch.Tensor, feed: str, epoch: int = 0) -> int:
-    """The number of images in an epoch, each of which is the right picture."""
+    """The number of images in an epoch, after checking each of them."""
     count = 0
     for batch in loader.epoch(epoch):
         ids = batch.indices[batch.valid]
@@ -128,7 +125,7 @@ def count_right(loader: Loader, reference: torch.Tensor, feed: str, epoch: int =
     return count
 
 
-# ---- files that break between the check and the reading ----
+# ---- files that are damaged after the check ----
 
 
 def directory(path: Path) -> None:
@@ -156,10 +153,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ("fault", "name"),
     [*((fault, "4.jpg") for fault in FAULTS), ("truncated", "3.png"), ("truncated", "5.png")],
 )
-def test_a_file_that_breaks_after_the_check_is_named_and_never_shown(
+def test_file_damaged_after_the_check_is_named_and_never_returned(
     index: DataIndex, good: DataIndex, build: Build, feed: str, fault: str, name: str
 ):
-    """In the second of three batches."""
+    """The file is in the second of three batches."""
     reference = by_torch(index)
     spoil, reason = FAULTS[fault]
     bad = index.root / "a" / name
@@ -170,7 +167,7 @@ def test_a_file_that_breaks_after_the_check_is_named_and_never_shown(
         loader = build(index)
         count_right(loader, reference, feed)
     assert_names(error.value, bad, reason)
-    assert count_right(build(good), by_torch(good), feed) == 9  # the process is as good as before
+    assert count_right(build(good), by_torch(good), feed) == 9  # the process still works
     with pytest.raises(DataError) as error:
         count_right(loader or build(index), reference, feed)
     assert_names(error.value, bad, reason)
@@ -183,7 +180,7 @@ def test_a_file_that_breaks_after_the_check_is_named_and_never_shown(
 
 
 def assert_names(error: DataError, file: Path, reason: str) -> None:
-    """One line: the file, what is wrong, what to do."""
+    """Checks for one line with the file, the problem and what to do."""
     text = str(error)
     assert text.startswith(f"{printable(str(file))}: ")
     assert reason in text
@@ -194,9 +191,7 @@ def assert_names(error: DataError, file: Path, reason: str) -> None:
 
 
 @pytest.mark.parametrize("feed", [name for name in FEEDS if name != "resident"], indirect=True)
-def test_a_file_that_vanishes_while_training_runs_ends_it(
-    index: DataIndex, build: Build, feed: str
-):
+def test_file_deleted_during_training_ends_the_run(index: DataIndex, build: Build, feed: str):
     loader = build(index, augment=PLAIN)
     assert len(list(loader.epoch(0))) == 3
     bad = index.root / "a" / "7.jpg"
@@ -208,7 +203,7 @@ def test_a_file_that_vanishes_while_training_runs_ends_it(
     assert_names(error.value, bad, "no such file")
 
 
-def test_the_resident_set_needs_no_file_once_it_is_read(index: DataIndex):
+def test_resident_set_needs_no_file_after_decoding(index: DataIndex):
     reference = by_torch(index)
     loader = loader_of(index, batch_size=3, provider="resident")
     for i in range(9):
@@ -216,7 +211,7 @@ def test_the_resident_set_needs_no_file_once_it_is_read(index: DataIndex):
     assert count_right(loader, reference, "resident") == 9
 
 
-def test_a_file_that_can_no_longer_be_read(
+def test_unreadable_file_is_named(
     index: DataIndex, build: Build, feed: str, monkeypatch: pytest.MonkeyPatch
 ):
     real = Path.read_bytes
@@ -237,7 +232,7 @@ def test_a_file_that_can_no_longer_be_read(
 
 
 @pytest.mark.parametrize("feed", ["torch", "dali"], indirect=True)
-def test_a_package_that_allows_truncated_pictures_is_an_error_not_half_a_picture(
+def test_truncated_file_is_an_error_even_if_pillow_allows_it(
     index: DataIndex, build: Build, feed: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
@@ -248,10 +243,8 @@ def test_a_package_that_allows_truncated_pictures_is_an_error_not_half_a_picture
 
 
 @pytest.mark.parametrize("feed", ["dali"], indirect=True)
-def test_a_file_that_dali_alone_cannot_decode_is_named(tmp_path: Path, build: Build, feed: str):
-    """As some damaged ones that Pillow reads; here one that is declared good. The words of DALI
-    name no file.
-    """
+def test_file_that_only_dali_cannot_decode_is_named(tmp_path: Path, build: Build, feed: str):
+    """Pillow reads some damaged files; here one is declared good. DALI's message names no file."""
     index = write_set(tmp_path, 10**6)
     bad = index.root / "a" / "new\nline.jpg"
     index.file(4).rename(bad)
@@ -270,7 +263,7 @@ def test_a_file_that_dali_alone_cannot_decode_is_named(tmp_path: Path, build: Bu
     assert str(error.value).isprintable()
 
 
-# ---- files that few programs read alike ----
+# ---- files that programs decode differently ----
 
 
 def png(pixels: np.ndarray, colour: int, bits: int, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -294,7 +287,7 @@ def png(pixels: np.ndarray, colour: int, bits: int, *chunks: tuple[bytes, bytes]
 
 
 def save(image: np.ndarray, *, mode: str | None = None, kind: str = "PNG", **options: Any) -> bytes:
-    """mode: of Pillow, where the shape does not tell it."""
+    """mode: Pillow's mode, if the shape does not determine it."""
     picture = (
         Image.fromarray(image)
         if mode is None
@@ -315,7 +308,7 @@ RGB = coarse(1)
 GREY = coarse(2, (48, 64))
 ALPHA = coarse(3, (48, 64))
 SOLID = np.full((48, 64), 255, np.uint8)
-SHINE = ALPHA[:, :, None] / 255  # what is left of a colour over black
+SHINE = ALPHA[:, :, None] / 255  # remaining brightness of a colour over black
 FEW = (GREY // 64).astype(np.uint8)  # 0 to 3
 COLOURS = np.array([[250, 10, 20], [30, 240, 50], [60, 70, 230], [90, 200, 220]], np.uint8)
 CMYK = np.concatenate([RGB, GREY[:, :, None] // 2], 2)
@@ -336,7 +329,7 @@ def packed(values: np.ndarray, bits: int) -> np.ndarray:
     return (values.reshape(len(values), -1, 8 // bits) << shifts).sum(2).astype(np.uint8)
 
 
-# file name -> content, what a person sees of it [H, W] or [H, W, 3], and by how much a decoder may
+# file name -> content, its pixels as displayed [H, W] or [H, W, 3], and by how much a decoder may
 # differ from that
 KINDS: dict[str, tuple[bytes, np.ndarray, float]] = {
     "grey.png": (save(GREY), GREY, 0),
@@ -417,7 +410,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> DataIndex:
 @pytest.mark.parametrize(
     ("feed", "channels"), [("torch", 1), ("dali", 1), ("dali", 3)], indirect=["feed"]
 )
-def test_every_kind_of_file_is_shown_as_people_see_it(
+def test_every_kind_of_file_is_decoded_as_displayed(
     kinds: DataIndex, build: Build, feed: str, channels: int
 ):
     reference = by_torch(kinds, channels).numpy().astype(int)
@@ -455,7 +448,7 @@ ODD_NAMES = [
 
 
 @pytest.mark.parametrize("feed", ["torch", "dali"], indirect=True)
-def test_a_file_may_have_any_name_and_is_named_on_one_line(
+def test_file_may_have_any_name_and_is_named_on_one_line(
     tmp_path: Path, build: Build, feed: str, sets: Iterator[int]
 ):
     folder = tmp_path / "cl\nass 1%"
@@ -479,9 +472,9 @@ def test_a_file_may_have_any_name_and_is_named_on_one_line(
 
 
 @pytest.mark.parametrize("feed", ["dali"], indirect=True)
-def test_a_process_forked_while_dali_works_does_not_hang(good: DataIndex, feed: str):
-    """Workers of any DataLoader are such processes. The threads of a pipeline are not there after a
-    fork: one that ended in the child would wait for them for ever.
+def test_process_forked_while_dali_runs_does_not_hang(good: DataIndex, feed: str):
+    """Such as the workers of a DataLoader. A pipeline has no threads after a fork: ending it in the
+    child would wait for them for ever.
     """
     loader = loader_of(good, batch_size=3, provider="dali")
     next(loader.epoch(0))

@@ -1,5 +1,5 @@
-"""Whichever provider feeds it, a model is trained to the same loss; on real CT images the
-providers agree as documented.
+"""A model reaches the same loss with each provider; on real CT images the providers agree as
+documented.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def by_torch(tmp_path_factory: pytest.TempPathFactory, slices: Path) -> tuple[fl
 
 
 @pytest.mark.parametrize("provider", OTHERS)
-def test_a_model_ends_at_the_same_loss_with_each_provider(
+def test_model_reaches_the_same_loss_with_each_provider(
     tmp_path: Path, tiny: list[str], by_torch: tuple[float, float], provider: str
 ):
     """The distance between providers is far below that between two seeds."""
@@ -60,7 +60,7 @@ def real(request: pytest.FixtureRequest) -> DataIndex:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("augment", [None, PLAIN], ids=["evaluate", "train"])
 @pytest.mark.parametrize("provider", OTHERS)
-def test_real_images_look_the_same_through_every_provider(
+def test_real_images_are_equal_in_every_provider(
     real: DataIndex, provider: str, augment: AugmentConfig | None, channels: int
 ):
     ids = np.random.default_rng(0).permutation(len(real))[:128].tolist()

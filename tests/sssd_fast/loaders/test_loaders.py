@@ -56,8 +56,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> DataIndex:
 
 @pytest.fixture
 def make(index: DataIndex) -> Iterator[Callable[..., Loader]]:
-    """Loaders of the index, closed at the end. "staged" is the resident set as it works with a
-    GPU that it does not fit.
+    """Builds loaders of the index and closes them. "staged" is the resident set in host memory, as
+    for a GPU that is too small.
     """
     made: list[Loader] = []
 
@@ -91,7 +91,7 @@ def picture(index: DataIndex, i: int, channels: int) -> np.ndarray:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_every_training_image_is_the_stated_function_of_seed_epoch_and_record(
+def test_training_images_depend_only_on_seed_epoch_and_record(
     index: DataIndex, make: Callable[..., Loader], provider: str, channels: int
 ):
     shapes = np.array([(r.height, r.width) for r in index.records])
@@ -114,7 +114,7 @@ def test_every_training_image_is_the_stated_function_of_seed_epoch_and_record(
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("fit", ["crop", "stretch"])
-def test_every_evaluation_image_is_pillows(
+def test_evaluation_images_equal_those_of_pillow(
     index: DataIndex, make: Callable[..., Loader], provider: str, fit: str
 ):
     largest, mean = EXACTNESS[provider]
@@ -129,7 +129,7 @@ def test_every_evaluation_image_is_pillows(
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_rotation_and_light_come_on_top(
+def test_rotation_and_jitter_are_applied_after_the_crop(
     index: DataIndex, make: Callable[..., Loader], provider: str
 ):
     shapes = np.array([(r.height, r.width) for r in index.records])
@@ -150,26 +150,24 @@ def test_epochs_shuffle_and_drop_the_incomplete_batch(make: Callable[..., Loader
     assert orders[0] != torch.cat([b.indices for b in make(provider, seed=8).epoch(0)]).tolist()
 
 
-def test_dropping_is_not_always_the_same_images(index: DataIndex):
+def test_dropped_images_change_from_epoch_to_epoch(index: DataIndex):
     order = order_of(index, augment=CROPS, seed=7)
     dropped = [set(range(COUNT)) - set(order.permutation(e)[:20].tolist()) for e in range(30)]
     assert len(set.union(*dropped)) > 15
 
 
 @pytest.mark.parametrize(("provider", "workers"), [(p, 0) for p in PROVIDERS] + [("torch", 2)])
-def test_any_epoch_and_step_can_be_produced_directly(
-    make: Callable[..., Loader], provider: str, workers: int
-):
+def test_epoch_can_start_at_any_step(make: Callable[..., Loader], provider: str, workers: int):
     loader = make(provider, workers=workers)
     whole = list(loader.epoch(1))
     kept = [b.images.clone() for b in whole]
     abandoned = loader.epoch(2)
-    next(abandoned)  # left in the middle, with batches in flight
+    next(abandoned)  # abandoned while batches are prefetched
     same(whole[3:], loader.epoch(1, start_step=3))
     same(whole, loader.epoch(1))
     same(whole, make(provider).epoch(1))
     for before, batch in zip(kept, whole, strict=True):
-        assert torch.equal(before, batch.images)  # nothing handed out is written again
+        assert torch.equal(before, batch.images)  # returned batches are not overwritten
     assert list(loader.epoch(1, start_step=5)) == []
 
 
@@ -196,7 +194,7 @@ def test_ranks_tile_the_global_batch(
 
 @pytest.mark.parametrize(("batch_size", "world"), [(4, 1), (7, 3), (6, 4), (50, 4), (23, 1)])
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_evaluation_sees_every_image_once_in_order(
+def test_evaluation_returns_every_image_once_in_order(
     make: Callable[..., Loader], provider: str, batch_size: int, world: int
 ):
     seen: list[int] = []
@@ -217,7 +215,7 @@ def test_evaluation_sees_every_image_once_in_order(
         assert seen == sorted(seen)
 
 
-def test_padding_is_invisible_to_cross_entropy(make: Callable[..., Loader]):
+def test_padding_is_ignored_by_cross_entropy(make: Callable[..., Loader]):
     batch = list(make("torch", None).epoch(0))[-1]
     logits = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     assert batch.valid.sum() == 3
@@ -234,7 +232,7 @@ def test_order_does_not_depend_on_the_provider(make: Callable[..., Loader]):
         assert (a.images.int() - b.images.int()).abs().max() <= 2
 
 
-def test_a_dead_worker_process_is_an_error_with_advice(
+def test_dead_worker_process_is_an_error_with_advice(
     make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
 ):
     # Worker processes are forked, so they inherit the patch.
@@ -243,7 +241,7 @@ def test_a_dead_worker_process_is_an_error_with_advice(
         list(make("torch", workers=1).epoch(0))
 
 
-def test_too_few_images_says_which_batch_fits(make: Callable[..., Loader]):
+def test_too_few_images_give_an_error_with_the_batch_size_that_fits(make: Callable[..., Loader]):
     with pytest.raises(
         DataError, match=r"23 training images do not fill one batch of 12 on 2 .* at most 11"
     ):
@@ -252,7 +250,7 @@ def test_too_few_images_says_which_batch_fits(make: Callable[..., Loader]):
     assert make("torch", None, batch_size=100).steps_per_epoch == 1  # evaluation pads instead
 
 
-def test_settings_out_of_range_are_refused_together(make: Callable[..., Loader]):
+def test_settings_out_of_range_are_reported_together(make: Callable[..., Loader]):
     with pytest.raises(ConfigError) as error:
         make("torch", batch_size=0, channels=2, rank=3, fit="pad", image_size=(0, 4))
     for name in ("batch_size", "channels", "rank", "fit", "image_size"):
@@ -270,9 +268,7 @@ def test_settings_out_of_range_are_refused_together(make: Callable[..., Loader])
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_what_a_loader_is_and_does_with_the_last_batch_is_told(
-    make: Callable[..., Loader], provider: str
-):
+def test_describe_names_provider_and_last_batch(make: Callable[..., Loader], provider: str):
     train, evaluate = make(provider), make(provider, None)
     assert train.describe().startswith(provider.replace("staged", "resident"))
     assert "23 images, 5 steps of 4 (the incomplete last batch is dropped)" in train.describe()
@@ -287,7 +283,7 @@ def test_loaders_of_one_index_share_the_decoded_images(make: Callable[..., Loade
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_closing_ends_the_threads_and_a_half_read_epoch_does_not_hang(
+def test_close_ends_the_threads_in_the_middle_of_an_epoch(
     make: Callable[..., Loader], provider: str
 ):
     before = threading.active_count()
@@ -304,10 +300,10 @@ def test_closing_ends_the_threads_and_a_half_read_epoch_does_not_hang(
     assert threading.active_count() == before
 
 
-# ---- which provider ----
+# ---- choice of the provider ----
 
 
-def test_auto_takes_the_resident_set_where_it_fits_then_dali_then_torch(
+def test_auto_selects_resident_if_it_fits_then_dali_then_torch(
     index: DataIndex, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(dali, "unavailable", lambda device: None)
@@ -329,7 +325,7 @@ def test_auto_takes_the_resident_set_where_it_fits_then_dali_then_torch(
             choose(name, index, 1, CPU, limit_gib=1e-6)
 
 
-def test_placement_by_the_stated_shares(monkeypatch: pytest.MonkeyPatch):
+def test_placement_follows_the_documented_shares(monkeypatch: pytest.MonkeyPatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 8 * 2**30))
     monkeypatch.setattr(resident, "available_memory", lambda: 16 * 2**30)
@@ -349,14 +345,14 @@ def test_placement_by_the_stated_shares(monkeypatch: pytest.MonkeyPatch):
     assert resident.placement(9 * 2**30, CPU, None)[0] is None
 
 
-def test_dali_that_breaks_on_import_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch):
+def test_dali_whose_import_fails_is_not_available(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     reason = dali.unavailable(CPU)
     assert reason is not None and ("not installed" in reason or "import fails" in reason)
 
 
-def test_the_cache_is_one_file_that_the_next_loader_reads(
+def test_cache_is_one_file_that_the_next_loader_reads(
     index: DataIndex, make: Callable[..., Loader], tmp_path: Path
 ):
     first = list(make("resident", cache=str(tmp_path)).epoch(0))
@@ -384,7 +380,7 @@ if sys.argv[4] == "error":
     ("provider", "workers", "ending"),
     [("dali", 0, "error"), ("torch", 1, "end"), ("torch", 1, "error")],
 )
-def test_a_process_that_leaves_in_the_middle_of_an_epoch_ends(
+def test_process_that_exits_in_the_middle_of_an_epoch_ends(
     index: DataIndex, tmp_path: Path, provider: str, workers: int, ending: str
 ):
     index.save(tmp_path / "index.json")

@@ -1,5 +1,5 @@
-"""The loaders on a CUDA device: the same pictures as on the CPU, no wait for the device, nothing
-overwritten, memory bounded.
+"""The loaders on a CUDA device: the same images as on the CPU, no wait for the device, no batch
+overwritten, bounded memory.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def make(index: DataIndex) -> Iterator[Callable[..., Loader]]:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("train", [None, PLAIN], ids=["evaluate", "train"])
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_the_same_pictures_as_pillows(
+def test_images_equal_those_of_pillow_on_a_gpu(
     make: Callable[..., Loader], provider: str, train: AugmentConfig | None, channels: int
 ):
     largest, mean = EXACTNESS[provider]
@@ -85,7 +85,7 @@ def test_the_same_pictures_as_pillows(
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_resume_is_bit_equal_and_nothing_handed_out_is_overwritten(
+def test_resume_is_bit_equal_and_returned_batches_are_not_overwritten(
     make: Callable[..., Loader], provider: str
 ):
     loader = make(provider, JITTER)
@@ -101,7 +101,7 @@ def test_resume_is_bit_equal_and_nothing_handed_out_is_overwritten(
 
 
 @pytest.mark.parametrize("provider", ["resident", "staged"])
-def test_the_resident_set_never_waits_for_the_device(make: Callable[..., Loader], provider: str):
+def test_resident_set_never_waits_for_the_device(make: Callable[..., Loader], provider: str):
     loader = make(provider, JITTER)
     list(loader.epoch(0))  # compiles the kernel, grows the pinned memory
     torch.cuda.set_sync_debug_mode("error")
@@ -132,8 +132,8 @@ def test_memory_stays_flat(make: Callable[..., Loader], provider: str):
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_batches_feed_a_captured_graph(make: Callable[..., Loader], provider: str):
-    """A loader's own threads and memory must not break the capture of the training step, nor its
+def test_batches_can_be_used_by_a_captured_graph(make: Callable[..., Loader], provider: str):
+    """Threads and memory of a loader must not break the capture of the training step or its
     replays.
     """
     loader = make(provider, PLAIN)
@@ -154,7 +154,7 @@ def test_batches_feed_a_captured_graph(make: Callable[..., Loader], provider: st
 
 
 @pytest.mark.dali
-def test_a_truncated_jpeg_is_named_and_not_shown_grey(tmp_path: Path):
+def test_truncated_jpeg_is_named_and_not_returned_grey(tmp_path: Path):
     (tmp_path / "a").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     for i in range(4):
@@ -170,7 +170,7 @@ def test_a_truncated_jpeg_is_named_and_not_shown_grey(tmp_path: Path):
 
 
 @pytest.mark.dali
-def test_dali_runs_on_the_device_that_was_asked_for(make: Callable[..., Loader]):
+def test_dali_runs_on_the_requested_device(make: Callable[..., Loader]):
     assert dali.unavailable(torch.device("cuda")) is None
     last = torch.cuda.device_count() - 1
     batch = next(make("dali", None, f"cuda:{last}").epoch(0))
