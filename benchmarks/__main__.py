@@ -51,8 +51,6 @@ STAGES: tuple[tuple[str, list[str], float], ...] = (
 )
 COMMON = ("quick", "device", "provider", "samples", "threads", "out", "dtypes")
 NOT_ENOUGH_S = 10.0  # a stage with less time left does not start
-TABLES = {"memory": ("case", "dtype"), "loader": ("case", "shape", "phase")}
-USUAL_TABLES = ("case", "shape", "dtype", "phase")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -136,14 +134,14 @@ def _open(
     device = torch.device(args.device)
     dtypes = args.dtypes or [torch.bfloat16 if device.type == "cuda" else torch.float32]
     settings = {"samples": args.samples, "passes": PASSES, "flushed_bytes": cache_bytes(device)}
-    kind, more = args.kind, {"settings": settings, "ceilings": ceilings}
+    kind = args.kind
     if kind == "loader":
-        kind, more = "loader-speed", {"settings": {}, "ceilings": {}}
+        kind, settings, ceilings = "loader-speed", {}, {}
     if args.json is not None and args.json.suffix != ".json":
         raise SssdError(f"--json is {str(args.json)!r}, needs a file name that ends in .json")
     with console.announce(f"{kind}: rate of a large copy and a large product"):
-        place = {"path": args.json, "folder": args.out, "quick": args.quick}
-        return Results(kind, device, dtypes, words=words, **place, **more)
+        place = (args.json, args.out, args.quick)
+        return Results(kind, device, dtypes, words, *place, settings, ceilings)
 
 
 def _run(
@@ -172,8 +170,7 @@ def _show(console: Console, results: Results) -> None:
     head["doubts"] = doubts(results.rows)
     results.save()
     console.rule(f"{head['kind']}: {head['device']['name']}, torch {head['versions']['torch']}")
-    names = TABLES.get(head["kind"].partition("-")[0], USUAL_TABLES)
-    for table in tables(document, names, skip=("how", "n", "first call")):
+    for table in tables(document, skip=("how", "n", "first call")):
         console.table(table.title, table.columns, table.cells)
         for text in table.doubts:
             console.warn(f"doubtful verdicts: {text}")

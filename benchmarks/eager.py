@@ -12,6 +12,7 @@ width, p = 1 prefix token.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +27,15 @@ EPS, STUDENT_TEMP, TEACHER_TEMP, WEIGHT = 1e-6, 0.1, 0.04, 0.2
 def normalised(images_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 -> (x / 255 - mean) / std."""
     C = images_BCHW.shape[1]
-    mean, std = (
-        torch.tensor(n[:C], dtype=dtype, device=images_BCHW.device).view(C, 1, 1)
-        for n in (MEAN, STD)
-    )
+    mean, std = (_per_channel(n, C, dtype, images_BCHW.device) for n in (MEAN, STD))
     return (images_BCHW.to(dtype) / 255 - mean) / std
+
+
+def _per_channel(
+    numbers: tuple[float, ...], channels: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[C, 1, 1]"""
+    return torch.tensor(numbers[:channels], dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -74,34 +79,20 @@ def patchify(images_BCHW: Tensor, patch: int, order: str) -> Tensor:
     return x.reshape(B, (H // patch) * (W // patch), patch * patch * C)
 
 
-def listed_pixels(images_BCHW: Tensor, ids_BK: Tensor, s: Shape, order: str) -> Tensor:
-    """[B,K,V] uint8 of the listed patches: one advanced index reads only these."""
-    B, C, H, W = images_BCHW.shape
-    across = W // s.patch
-    x = images_BCHW.view(B, C, H // s.patch, s.patch, across, s.patch).permute(0, 2, 4, 1, 3, 5)
-    image_B1 = torch.arange(B, device=ids_BK.device)[:, None]
-    x_BKCPP = x[image_B1, ids_BK // across, ids_BK % across]
-    x_BKCPP = x_BKCPP if order == "crc" else x_BKCPP.permute(0, 1, 3, 4, 2)
-    return x_BKCPP.flatten(2)
-
-
-def _channel_stats(like_V: Tensor, s: Shape, order: str) -> tuple[Tensor, Tensor]:
-    """mean and std of each value of a patch vector, [V]."""
-    area = s.patch**2
-    numbers = (
-        torch.tensor(n[: s.channels], dtype=like_V.dtype, device=like_V.device) for n in (MEAN, STD)
-    )
-    mean, std = (n.repeat_interleave(area) if order == "crc" else n.repeat(area) for n in numbers)
-    return mean, std
-
-
 def listed_values(
     images_BCHW: Tensor, ids_BK: Tensor, s: Shape, order: str, dtype: torch.dtype
 ) -> Tensor:
     """[B,K,V] normalised values of the listed patches."""
-    x_BKV = listed_pixels(images_BCHW, ids_BK, s, order).to(wide(dtype)) / 255
-    mean_V, std_V = _channel_stats(x_BKV, s, order)
-    return (x_BKV - mean_V) / std_V
+    B, C, H, W = images_BCHW.shape
+    across = W // s.patch
+    x = images_BCHW.view(B, C, H // s.patch, s.patch, across, s.patch).permute(0, 2, 4, 1, 3, 5)
+    image_B1 = torch.arange(B, device=ids_BK.device)[:, None]
+    # one advanced index reads only the listed patches
+    x_BKCPP = x[image_B1, ids_BK // across, ids_BK % across]
+    shift, scale = (_per_channel(n, C, wide(dtype), ids_BK.device) for n in (MEAN, STD))
+    x_BKCPP = (x_BKCPP.to(wide(dtype)) / 255 - shift) / scale
+    x_BKCPP = x_BKCPP if order == "crc" else x_BKCPP.permute(0, 1, 3, 4, 2)
+    return x_BKCPP.flatten(2)
 
 
 def published_gather(images_BCHW: Tensor, ids_BK: Tensor, like: Tensor, s: Shape) -> Tensor:
@@ -212,21 +203,19 @@ def tuned_distillation(
 # ---- crops ----
 
 
-def crop_two_passes(
-    pixels_T: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, s: Shape
-) -> Tensor:
+# Arguments: pixels of all images in one tensor, offsets, shapes, boxes, flips, and the Shape.
+
+
+def crop_two_passes(*given: Any) -> Tensor:
     """Along rows first, rounded, then along columns, as Pillow does."""
-    height, width = s.image
-    crops = _crops(pixels_T, offsets, shapes, boxes, flips, s)
-    return torch.cat([_resized(_resized(x, (x.shape[2], width)), (height, width)) for x in crops])
+    height, width = given[-1].image
+    rows = (_resized(x, (x.shape[2], width)) for x in _crops(*given))
+    return torch.cat([_resized(x, (height, width)) for x in rows])
 
 
-def crop_one_pass(
-    pixels_T: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, s: Shape
-) -> Tensor:
+def crop_one_pass(*given: Any) -> Tensor:
     """As torchvision's RandomResizedCrop on tensors."""
-    crops = _crops(pixels_T, offsets, shapes, boxes, flips, s)
-    return torch.cat([_resized(x, s.image) for x in crops])
+    return torch.cat([_resized(x, given[-1].image) for x in _crops(*given)])
 
 
 def _resized(crop_1CHW: Tensor, size: tuple[int, int]) -> Tensor:
@@ -234,11 +223,10 @@ def _resized(crop_1CHW: Tensor, size: tuple[int, int]) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-def _crops(
-    pixels_T: Tensor, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor, s: Shape
-) -> Iterator[Tensor]:
+def _crops(pixels_T: Tensor, *given: Any) -> Iterator[Tensor]:
     """[1,C,h,w] of each image; flipped before resizing, which is symmetric."""
-    of_images = (t.tolist() for t in (offsets, shapes, boxes, flips))
+    *tensors, s = given
+    of_images = (t.tolist() for t in tensors)
     for offset, (height, width), (top, left, h, w), flip in zip(*of_images, strict=True):
         size = height * width * s.channels
         image_HWC = pixels_T[offset : offset + size].view(height, width, s.channels)

@@ -3,7 +3,7 @@
 An entry of OPS has inputs, the bytes that must be moved, and providers. What a provider moves
 beyond these bytes is not counted.
 
-Shapes: as in shapes.py; F = 4 D hidden width of an MLP, p = 1 prefix token.
+Shapes: as in shapes.py; 1 prefix token, and an MLP of 4 E hidden values.
 """
 
 from __future__ import annotations
@@ -24,8 +24,29 @@ from benchmarks.harness import Bench, Inputs, Op, Provider, measure_all
 from benchmarks.race import tensors
 from benchmarks.shapes import MODELS, Shape
 
-IDS, FP32 = 8, 4  # bytes
-Moved = tuple[float, float]  # bytes of the forward, and of the backward alone
+# normal inputs: size, and standard deviation if it is not 1; a weight is divided by the root of
+# its fan-in. Logits of heads with normalised features are about 1 before the temperature.
+NORMAL: dict[str, Callable[[Shape], tuple[int, ...]]] = {
+    "patch_weight": lambda s: (s.width, s.channels, s.patch, s.patch),
+    "patch_bias": lambda s: (s.width,),
+    "patch_pos": lambda s: (s.patches, s.width),
+    "visible": lambda s: (s.batch, 1 + s.keep, s.decoder),
+    "mask_token": lambda s: (s.decoder,),
+    "pos": lambda s: (1 + s.patches, s.decoder),
+    # the decoder's MLP: x is the product of its first layer without the bias
+    "x": lambda s: (s.batch, 1 + s.patches, 4 * s.decoder),
+    "bias": lambda s: (4 * s.decoder,),
+    "weight": lambda s: (s.decoder, 4 * s.decoder),
+    "out_bias": lambda s: (s.decoder,),
+    "pred": lambda s: (s.batch, s.masked, s.values),
+    "hidden": lambda s: (s.batch, s.masked, s.decoder),
+    "pred_weight": lambda s: (s.values, s.decoder),
+    "pred_bias": lambda s: (s.values,),
+    "student": lambda s: (s.batch, s.logits),
+    "teacher": lambda s: (s.batch, s.logits),
+    "center": lambda s: (s.logits,),
+}
+STD = {"student": 0.3, "teacher": 0.3, "center": 0.01}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +63,66 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
     measure_all(bench, cases, "ops")
 
 
-# ---- providers and inputs ----
+# ---- inputs ----
+
+
+def draw(names: str) -> Callable[[Shape, torch.device], Inputs]:
+    """The named inputs: those of NORMAL, "images", "noise", "ids" of a masking, "like", "crops", and
+    "<name>_all" of all patches, whose masked rows are <name>."""
+
+    def make(s: Shape, device: torch.device) -> Inputs:
+        x: Inputs = {}
+        for name in names.split():
+            if name in NORMAL:
+                size = NORMAL[name](s)
+                fan_in = math.prod(size[1:]) if name.endswith("weight") else 1
+                x[name] = torch.randn(size, device=device)
+                x[name] *= STD.get(name, fan_in**-0.5)
+            elif name == "images":
+                size = (s.batch, s.channels, *s.image)
+                x[name] = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+            elif name == "noise":
+                x[name] = noise(s, device)
+            elif name == "ids":
+                keys = ("ids_keep", "ids_restore", "ids_masked", "mask")
+                found = eager.tuned_masking(noise(s, device), s)
+                x |= {key: t.contiguous() for key, t in zip(keys, found, strict=True)}
+            elif name == "like":
+                x[name] = torch.zeros((), device=device)
+            elif name == "crops":
+                x |= crops(s, device)
+            else:
+                rows = x[name.removesuffix("_all")]
+                every = torch.randn(s.batch, s.patches, rows.shape[-1], device=device)
+                x[name] = every.scatter(1, x["ids_masked"].unsqueeze(-1).expand_as(rows), rows)
+        return x
+
+    return make
+
+
+def noise(s: Shape, device: torch.device) -> Tensor:
+    """Uniform ranks without ties, which unstable sorts would break differently."""
+    order = torch.rand(s.batch, s.patches, device=device).argsort(1)
+    return (order.float() + 0.5) / s.patches
+
+
+def crops(s: Shape, device: torch.device) -> Inputs:
+    """Images of 300 to 600 pixels a side, crops of 20 to 100 % of their area."""
+    sides = torch.randint(300, 601, (s.batch, 2))
+    scale = (0.2 + 0.8 * torch.rand(s.batch, 1)).sqrt()
+    extent = (sides * scale).long().clamp(min=1)
+    corner = ((sides - extent + 1) * torch.rand(s.batch, 2)).long()
+    sizes = sides.prod(1) * s.channels
+    # grey levels that change slowly, as in pictures: resized noise is mostly clipped
+    level = torch.arange(int(sizes.sum()), dtype=torch.float32).mul_(0.02).sin_()
+    level = level.mul_(90).add_(128) + 4 * torch.randn(level.shape)
+    x = {"pixels": level.clamp(0, 255).to(torch.uint8), "shapes": sides}
+    x["offsets"] = sizes.cumsum(0) - sizes
+    x |= {"boxes": torch.cat([corner, extent], 1), "flips": torch.rand(s.batch) < 0.5}
+    return {name: t.to(device) for name, t in x.items()}
+
+
+# ---- providers ----
 
 
 def uses(function: Callable[..., Any], names: str, **more: Any) -> Provider:
@@ -63,216 +143,260 @@ def with_compiled(**providers: Provider) -> dict[str, Provider]:
     return out
 
 
-def pixels(s: Shape, device: torch.device) -> Tensor:
-    return torch.randint(0, 256, (s.batch, s.channels, *s.image), dtype=torch.uint8, device=device)
+def on_all(function: Callable[..., Any], names: str, leaves: str) -> Provider:
+    """A published loss: of the first leaf it gets all patches, of whose gradient the masked rows
+    are compared."""
 
+    def own(x: Inputs, gradients: list[Tensor]) -> list[Tensor]:
+        return [eager.rows(gradients[0], x["ids_masked"]), *gradients[1:]]
 
-def noise(s: Shape, device: torch.device) -> Tensor:
-    """Uniform ranks without ties, which unstable sorts would break differently."""
-    order = torch.rand(s.batch, s.patches, device=device).argsort(1)
-    return (order.float() + 0.5) / s.patches
-
-
-def ids(s: Shape, device: torch.device) -> Inputs:
-    found = eager.tuned_masking(noise(s, device), s)
-    names = ("ids_keep", "ids_restore", "ids_masked", "mask")
-    return {name: t.contiguous() for name, t in zip(names, found, strict=True)}
-
-
-def normal(*shape: int, device: torch.device, fan_in: int = 1) -> Tensor:
-    return torch.randn(shape, device=device) / math.sqrt(fan_in)
+    return uses(function, names, leaves=tuple(leaves.split()), own=own)
 
 
 def stats(s: Shape) -> dict[str, Any]:
     return {"mean": list(eager.MEAN[: s.channels]), "std": list(eager.STD[: s.channels])}
 
 
-def with_all(x: Inputs, name: str, s: Shape, device: torch.device) -> Inputs:
-    """Adds `<name>_all` [B,L,..] of all patches, whose masked rows are `name`."""
-    everywhere = torch.randn(s.batch, s.patches, x[name].shape[-1], device=device)
-    index = x["ids_masked"].unsqueeze(-1).expand(-1, -1, x[name].shape[-1])
-    return {**x, f"{name}_all": everywhere.scatter(1, index, x[name])}
+def linear_loss(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of the hidden values before the last layer."""
+    return lambda hidden, weight, bias, *given: loss(F.linear(hidden, weight, bias), *given)
 
 
-def of_masked(x: Inputs, gradients: list[Tensor]) -> list[Tensor]:
-    """The first gradient is of all patches: its masked rows, and the others as they are."""
-    return [eager.rows(gradients[0], x["ids_masked"]), *gradients[1:]]
+def sssd(
+    reconstruction: Callable[..., Tensor], distillation: Callable[..., tuple[Tensor, Tensor]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """(total, reconstruction, distillation, mean of the teacher's probabilities)"""
+
+    def both(*given: Any) -> tuple[Tensor, ...]:
+        restored = reconstruction(*given[:4])
+        distilled, center = distillation(*given[4:])
+        total = eager.WEIGHT * distilled + (1 - eager.WEIGHT) * restored
+        return total, restored, distilled, center
+
+    return both
 
 
-# ---- ops on pixels and tokens ----
+def our_reconstruction(s: Shape, x: Inputs) -> Tensor:
+    more: dict[str, Any] = {"ids": x["ids_masked"], "patch_size": s.patch, **stats(s)}
+    return mk.masked_reconstruction_loss(x["pred"], x["images"], **more)
 
 
-def masking_op() -> Op:
-    return Op(
+def our_linear(hidden: Tensor, weight: Tensor, bias: Tensor, *given: Any) -> Tensor:
+    images, ids, s = given
+    more: dict[str, Any] = {"patch_size": s.patch, **stats(s)}
+    return mk.linear_reconstruction_loss(hidden, weight, bias, images, ids, **more)
+
+
+def our_sssd(s: Shape, x: Inputs) -> list[Tensor]:
+    more: dict[str, Any] = {"ids": x["ids_masked"], "center": x["center"], **stats(s)}
+    given = (x["pred"], x["images"], x["student"], x["teacher"])
+    return tensors(mk.sssd_loss(*given, weight=eager.WEIGHT, patch_size=s.patch, **more))
+
+
+def our_gather(s: Shape, x: Inputs) -> Tensor:
+    more: dict[str, Any] = {"dtype": x["like"].dtype, **stats(s)}
+    return mk.gather_patches(x["images"], x["ids_keep"], s.patch, **more)
+
+
+def our_crop(s: Shape, x: Inputs) -> Tensor:
+    given = (x["pixels"], x["offsets"], x["shapes"], x["boxes"], x["flips"])
+    return mk.crop_resize(*given, s.image, channels=s.channels)
+
+
+# ---- bytes of the forward, and of the backward alone ----
+
+Moved = tuple[float, float]
+IDS = 8  # bytes
+
+
+def size(x: Inputs, names: str) -> int:
+    return sum(x[name].nbytes for name in names.split())
+
+
+def embed_moved(s: Shape, b: int, x: Inputs) -> Moved:
+    read = s.batch * s.keep * (s.values + IDS)
+    every = read + s.batch * s.keep * s.width * b + size(x, "patch_weight patch_bias patch_pos")
+    return every, every
+
+
+def restore_moved(s: Shape, b: int, x: Inputs) -> Moved:
+    out = s.batch * (1 + s.patches) * s.decoder * b
+    once = size(x, "visible ids_restore mask_token") + out
+    return once + size(x, "pos"), once
+
+
+def gelu_moved(s: Shape, b: int, x: Inputs) -> Moved:
+    out, given = s.batch * (1 + s.patches) * s.decoder * b, size(x, "x bias weight out_bias")
+    return given + out, 2 * given + out
+
+
+def reconstruction_moved(s: Shape, b: int, x: Inputs) -> Moved:
+    read = s.batch * s.masked * (s.values + IDS)
+    return size(x, "pred") + read, 2 * size(x, "pred") + read
+
+
+def linear_moved(s: Shape, b: int, x: Inputs) -> Moved:
+    read, given = s.batch * s.masked * (s.values + IDS), size(x, "hidden pred_weight pred_bias")
+    return given + read, 2 * given + read
+
+
+def distillation_moved(s: Shape, b: int, x: Inputs) -> Moved:
+    logits, center = size(x, "student teacher"), size(x, "center")
+    return logits + 2 * center, 2 * logits + center
+
+
+def sssd_moved(s: Shape, b: int, x: Inputs) -> Moved:
+    one, two = reconstruction_moved(s, b, x), distillation_moved(s, b, x)
+    return one[0] + two[0], one[1] + two[1]
+
+
+def crop_moved(s: Shape, b: int, x: Inputs) -> Moved:
+    read = float(x["boxes"][:, 2:].prod(1).sum()) * s.channels
+    return read + s.batch * s.channels * s.image[0] * s.image[1], 0
+
+
+# ---- the ops ----
+
+EMBED = "images ids_keep patch_weight patch_bias patch_pos s"
+RESTORE = "visible ids_restore mask_token pos"
+GELU = "x bias weight out_bias"
+ALL, LISTED = "images mask s", "images ids_masked s"
+LINEAR = "pred_weight pred_bias"
+LOGITS = "student teacher center"
+CROP = "pixels offsets shapes boxes flips s"
+_OPS = [
+    Op(
         "random_masking",
-        lambda s, device: {"noise": noise(s, device)},
+        draw("noise"),
         (),
-        lambda s, b, x: (s.batch * s.patches * (FP32 + 2 * IDS + 1), 0),
+        lambda s, b, x: (size(x, "noise") + s.batch * s.patches * (2 * IDS + 1), 0),
         with_compiled(
             published=uses(eager.published_masking, "noise s"),
             tuned=uses(eager.tuned_masking, "noise s"),
             ours=Provider(lambda s, x: mk.random_masking(x["noise"], s.keep)),
         ),
         absent={"library": "the other providers call torch.argsort"},
-    )
-
-
-def gather_op() -> Op:
-    def make(s: Shape, device: torch.device) -> Inputs:
-        return {
-            "images": pixels(s, device),
-            "like": torch.zeros((), device=device),
-            **ids(s, device),
-        }
-
-    def ours(s: Shape, x: Inputs) -> Tensor:
-        dtype = x["like"].dtype
-        return mk.gather_patches(x["images"], x["ids_keep"], s.patch, dtype=dtype, **stats(s))
-
-    return Op(
+    ),
+    Op(
         "gather_patches",
-        make,
+        draw("images ids like"),
         (),
         lambda s, b, x: (s.batch * s.keep * (IDS + s.values * (1 + b)), 0),
         with_compiled(
             published=uses(eager.published_gather, "images ids_keep like s"),
             tuned=uses(eager.tuned_gather, "images ids_keep like s"),
             library=uses(eager.unfold_gather, "images ids_keep like s"),
-            ours=Provider(ours),
+            ours=Provider(our_gather),
         ),
         floats=("like",),
-    )
-
-
-def embed_op() -> Op:
-    names = "images ids_keep weight bias pos s"
-
-    def make(s: Shape, device: torch.device) -> Inputs:
-        x = {"images": pixels(s, device), **ids(s, device)}
-        x["weight"] = normal(s.width, s.channels, s.patch, s.patch, device=device, fan_in=s.values)
-        x["bias"] = normal(s.width, device=device)
-        return {**x, "pos": normal(s.patches, s.width, device=device)}
-
-    def moved(s: Shape, b: int, x: Inputs) -> Moved:
-        read = s.batch * s.keep * (s.values + IDS)
-        tokens = s.batch * s.keep * s.width * b
-        weights = (s.values + 1 + s.patches) * s.width * b
-        return read + tokens + weights, read + tokens + weights
-
-    return Op(
+    ),
+    Op(
         "embed_patches",
-        make,
-        ("weight", "bias", "pos"),
-        moved,
+        draw("images ids patch_weight patch_bias patch_pos"),
+        ("patch_weight", "patch_bias", "patch_pos"),
+        embed_moved,
         with_compiled(
-            published=uses(eager.published_embed, names),
-            tuned=uses(eager.tuned_embed, names),
-            ours=uses(lambda *given: mk.embed_patches(*given[:5], **stats(given[5])), names),
+            published=uses(eager.published_embed, EMBED),
+            tuned=uses(eager.tuned_embed, EMBED),
+            ours=uses(lambda *given: mk.embed_patches(*given[:5], **stats(given[5])), EMBED),
         ),
         absent={"library": "the published code calls F.conv2d"},
-    )
-
-
-def restore_op() -> Op:
-    names = "visible ids_restore mask_token pos"
-
-    def make(s: Shape, device: torch.device) -> Inputs:
-        return {
-            **ids(s, device),
-            "visible": normal(s.batch, 1 + s.keep, s.decoder, device=device),
-            "mask_token": normal(s.decoder, device=device),
-            "pos": normal(1 + s.patches, s.decoder, device=device),
-        }
-
-    def moved(s: Shape, b: int, x: Inputs) -> Moved:
-        visible, all_ = (s.batch * n * s.decoder * b for n in (1 + s.keep, 1 + s.patches))
-        index = s.batch * s.patches * IDS
-        mask = s.decoder * b
-        pos = (1 + s.patches) * s.decoder * b
-        return visible + index + mask + pos + all_, all_ + index + visible + mask
-
-    return Op(
+    ),
+    Op(
         "restore_tokens",
-        make,
+        draw("ids visible mask_token pos"),
         ("visible", "mask_token"),
-        moved,
+        restore_moved,
         with_compiled(
-            published=uses(eager.published_restore, names),
-            tuned=uses(eager.tuned_restore, names),
-            ours=uses(lambda *given: mk.restore_tokens(*given, prefix=1), names),
+            published=uses(eager.published_restore, RESTORE),
+            tuned=uses(eager.tuned_restore, RESTORE),
+            ours=uses(lambda *given: mk.restore_tokens(*given, prefix=1), RESTORE),
         ),
         floats=("pos",),
         absent={"library": "no library has it"},
-    )
-
-
-def gelu_op() -> Op:
-    """The decoder's MLP; x is the product of its first layer without the bias."""
-    names = "x bias weight out_bias"
-
-    def make(s: Shape, device: torch.device) -> Inputs:
-        hidden, tokens = 4 * s.decoder, 1 + s.patches
-        return {
-            "x": normal(s.batch, tokens, hidden, device=device),
-            "bias": normal(hidden, device=device),
-            "weight": normal(s.decoder, hidden, device=device, fan_in=hidden),
-            "out_bias": normal(s.decoder, device=device),
-        }
-
-    def moved(s: Shape, b: int, x: Inputs) -> Moved:
-        tokens, hidden = s.batch * (1 + s.patches), 4 * s.decoder
-        weights = (hidden + hidden * s.decoder + s.decoder) * b
-        large, small = tokens * hidden * b, tokens * s.decoder * b
-        return large + small + weights, 2 * large + small + 2 * weights
-
-    return Op(
+    ),
+    Op(
         "gelu_linear",
-        make,
+        draw(GELU),
         ("x", "bias", "weight", "out_bias"),
-        moved,
-        with_compiled(tuned=uses(eager.gelu_linear, names), ours=uses(mk.gelu_linear, names)),
+        gelu_moved,
+        with_compiled(tuned=uses(eager.gelu_linear, GELU), ours=uses(mk.gelu_linear, GELU)),
         absent={
             "published": "the published code is the same as `tuned`",
             "library": "`tuned` calls F.gelu and F.linear",
         },
-    )
-
-
-def crop_op() -> Op:
-    names = "pixels offsets shapes boxes flips s"
-
-    def make(s: Shape, device: torch.device) -> Inputs:
-        """Images of 300 to 600 pixels a side, crops of 20 to 100 % of their area."""
-        sides = torch.randint(300, 601, (s.batch, 2))
-        scale = (0.2 + 0.8 * torch.rand(s.batch, 1)).sqrt()
-        extent = (sides * scale).long().clamp(min=1)
-        corner = ((sides - extent + 1) * torch.rand(s.batch, 2)).long()
-        sizes = sides.prod(1) * s.channels
-        # grey levels that change slowly, as in pictures: resized noise is mostly clipped
-        level = torch.arange(int(sizes.sum()), dtype=torch.float32).mul_(0.02).sin_()
-        level = level.mul_(90).add_(128) + 4 * torch.randn(level.shape)
-        x = {"pixels": level.clamp(0, 255).to(torch.uint8), "shapes": sides}
-        x["offsets"] = sizes.cumsum(0) - sizes
-        x |= {"boxes": torch.cat([corner, extent], 1), "flips": torch.rand(s.batch) < 0.5}
-        return {name: t.to(device) for name, t in x.items()}
-
-    def moved(s: Shape, b: int, x: Inputs) -> Moved:
-        read = float(x["boxes"][:, 2:].prod(1).sum()) * s.channels
-        return read + s.batch * s.channels * s.image[0] * s.image[1], 0
-
-    def ours(s: Shape, x: Inputs) -> Tensor:
-        given = (x["pixels"], x["offsets"], x["shapes"], x["boxes"], x["flips"])
-        return mk.crop_resize(*given, s.image, channels=s.channels)
-
-    return Op(
+    ),
+    Op(
+        "masked_reconstruction_loss",
+        draw("images ids pred pred_all"),
+        ("pred",),
+        reconstruction_moved,
+        with_compiled(
+            published=on_all(eager.published_reconstruction, f"pred_all {ALL}", "pred_all"),
+            tuned=uses(eager.tuned_reconstruction, f"pred {LISTED}"),
+            ours=Provider(our_reconstruction),
+        ),
+        floats=("pred_all",),
+        absent={"library": "`tuned` calls F.mse_loss"},
+    ),
+    Op(
+        "linear_reconstruction_loss",
+        draw(f"images ids hidden hidden_all {LINEAR}"),
+        ("hidden", "pred_weight", "pred_bias"),
+        linear_moved,
+        with_compiled(
+            published=on_all(
+                linear_loss(eager.published_reconstruction),
+                f"hidden_all {LINEAR} {ALL}",
+                f"hidden_all {LINEAR}",
+            ),
+            tuned=uses(linear_loss(eager.tuned_reconstruction), f"hidden {LINEAR} {LISTED}"),
+            ours=uses(our_linear, f"hidden {LINEAR} {LISTED}"),
+        ),
+        floats=("hidden_all",),
+        absent={"library": "`tuned` calls F.linear and F.mse_loss"},
+    ),
+    Op(
+        "distillation_loss",
+        draw(LOGITS),
+        ("student", "teacher"),
+        distillation_moved,
+        with_compiled(
+            published=uses(eager.distillation, LOGITS),
+            tuned=uses(eager.tuned_distillation, LOGITS),
+            ours=uses(lambda *given: mk.distillation_loss(*given[:2], center=given[2]), LOGITS),
+        ),
+        absent={"library": "`tuned` calls F.cross_entropy"},
+    ),
+    Op(
+        "sssd_loss",
+        draw(f"images ids pred pred_all {LOGITS}"),
+        ("pred", "student", "teacher"),
+        sssd_moved,
+        with_compiled(
+            published=on_all(
+                sssd(eager.published_reconstruction, eager.distillation),
+                f"pred_all {ALL} {LOGITS}",
+                "pred_all student teacher",
+            ),
+            tuned=uses(
+                sssd(eager.tuned_reconstruction, eager.tuned_distillation),
+                f"pred {LISTED} {LOGITS}",
+            ),
+            ours=Provider(our_sssd),
+        ),
+        floats=("pred_all",),
+        absent={"library": "no library has both losses"},
+    ),
+    Op(
         "crop_resize",
-        make,
+        draw("crops"),
         (),
-        moved,
+        crop_moved,
         {
-            "tuned": uses(eager.crop_two_passes, names),
-            "library": uses(eager.crop_one_pass, names),
-            "ours": Provider(ours),
+            "tuned": uses(eager.crop_two_passes, CROP),
+            "library": uses(eager.crop_one_pass, CROP),
+            "ours": Provider(our_crop),
         },
         absent={
             "published": "published code resizes with Pillow on the host: see `bench loader`",
@@ -281,172 +405,6 @@ def crop_op() -> Op:
         },
         # two grey levels; the largest value is rarely 255. One or two passes round differently
         tolerance=2.5 / 255,
-    )
-
-
-# ---- losses ----
-
-
-def reconstruction_moved(s: Shape, b: int, x: Inputs) -> Moved:
-    values, index = s.batch * s.masked * s.values, s.batch * s.masked * IDS
-    return values * (b + 1) + index, values * (2 * b + 1) + index
-
-
-def distillation_moved(s: Shape, b: int, x: Inputs) -> Moved:
-    logits = 2 * s.batch * s.logits * b
-    return logits + 2 * s.logits * FP32, 2 * logits + s.logits * FP32
-
-
-def make_reconstruction(s: Shape, device: torch.device) -> Inputs:
-    x = {"images": pixels(s, device), **ids(s, device)}
-    x["pred"] = normal(s.batch, s.masked, s.values, device=device)
-    return with_all(x, "pred", s, device)
-
-
-def make_logits(s: Shape, device: torch.device) -> Inputs:
-    """Logits of heads with normalised features: about 1 before the temperature."""
-    x = {
-        name: 0.3 * torch.randn(s.batch, s.logits, device=device) for name in ("student", "teacher")
-    }
-    return {**x, "center": torch.full((s.logits,), 1 / s.logits, device=device)}
-
-
-def reconstruction_op() -> Op:
-    def ours(pred: Tensor, images: Tensor, ids_masked: Tensor, s: Shape) -> Tensor:
-        return mk.masked_reconstruction_loss(
-            pred, images, ids=ids_masked, patch_size=s.patch, **stats(s)
-        )
-
-    every: dict[str, Any] = {"leaves": ("pred_all",), "own": of_masked}
-    return Op(
-        "masked_reconstruction_loss",
-        make_reconstruction,
-        ("pred",),
-        reconstruction_moved,
-        with_compiled(
-            published=uses(eager.published_reconstruction, "pred_all images mask s", **every),
-            tuned=uses(eager.tuned_reconstruction, "pred images ids_masked s"),
-            ours=uses(ours, "pred images ids_masked s"),
-        ),
-        floats=("pred_all",),
-        absent={"library": "`tuned` calls F.mse_loss"},
-    )
-
-
-def linear_op() -> Op:
-    names = "hidden weight bias images ids_masked s"
-
-    def make(s: Shape, device: torch.device) -> Inputs:
-        x = {"images": pixels(s, device), **ids(s, device)}
-        x["hidden"] = normal(s.batch, s.masked, s.decoder, device=device)
-        x["weight"] = normal(s.values, s.decoder, device=device, fan_in=s.decoder)
-        return with_all({**x, "bias": normal(s.values, device=device)}, "hidden", s, device)
-
-    def published(hidden: Tensor, weight: Tensor, bias: Tensor, *given: Any) -> Tensor:
-        pred_BLV = F.linear(hidden, weight, bias)
-        return eager.published_reconstruction(pred_BLV, *given)
-
-    def tuned(hidden: Tensor, weight: Tensor, bias: Tensor, *given: Any) -> Tensor:
-        pred_BMV = F.linear(hidden, weight, bias)
-        return eager.tuned_reconstruction(pred_BMV, *given)
-
-    def ours(*given: Any) -> Tensor:
-        s: Shape = given[5]
-        return mk.linear_reconstruction_loss(*given[:5], patch_size=s.patch, **stats(s))
-
-    def moved(s: Shape, b: int, x: Inputs) -> Moved:
-        count = s.batch * s.masked
-        hidden, weights = count * s.decoder * b, (s.decoder + 1) * s.values * b
-        read = count * (s.values + IDS)
-        return hidden + weights + read, 2 * hidden + 2 * weights + read
-
-    every: dict[str, Any] = {"leaves": ("hidden_all", "weight", "bias"), "own": of_masked}
-    return Op(
-        "linear_reconstruction_loss",
-        make,
-        ("hidden", "weight", "bias"),
-        moved,
-        with_compiled(
-            published=uses(published, "hidden_all weight bias images mask s", **every),
-            tuned=uses(tuned, names),
-            ours=uses(ours, names),
-        ),
-        floats=("hidden_all",),
-        absent={"library": "`tuned` calls F.linear and F.mse_loss"},
-    )
-
-
-def distillation_op() -> Op:
-    names = "student teacher center"
-    return Op(
-        "distillation_loss",
-        make_logits,
-        ("student", "teacher"),
-        distillation_moved,
-        with_compiled(
-            published=uses(eager.distillation, names),
-            tuned=uses(eager.tuned_distillation, names),
-            ours=uses(lambda *given: mk.distillation_loss(*given[:2], center=given[2]), names),
-        ),
-        absent={"library": "`tuned` calls F.cross_entropy"},
-    )
-
-
-def sssd_op() -> Op:
-    w = eager.WEIGHT
-
-    def make(s: Shape, device: torch.device) -> Inputs:
-        return {**make_reconstruction(s, device), **make_logits(s, device)}
-
-    def both(reconstruction: Tensor, distilled: Tensor, center: Tensor) -> tuple[Tensor, ...]:
-        return w * distilled + (1 - w) * reconstruction, reconstruction, distilled, center
-
-    def published(*given: Any) -> tuple[Tensor, ...]:
-        loss = eager.published_reconstruction(*given[:4])
-        return both(loss, *eager.distillation(*given[4:]))
-
-    def tuned(*given: Any) -> tuple[Tensor, ...]:
-        loss = eager.tuned_reconstruction(*given[:4])
-        return both(loss, *eager.tuned_distillation(*given[4:]))
-
-    def ours(s: Shape, x: Inputs) -> list[Tensor]:
-        more: dict[str, Any] = {"ids": x["ids_masked"], "center": x["center"], **stats(s)}
-        given = (x["pred"], x["images"], x["student"], x["teacher"])
-        return tensors(mk.sssd_loss(*given, weight=w, patch_size=s.patch, **more))
-
-    def moved(s: Shape, b: int, x: Inputs) -> Moved:
-        one, two = reconstruction_moved(s, b, x), distillation_moved(s, b, x)
-        return one[0] + two[0], one[1] + two[1]
-
-    logits = "student teacher center"
-    every: dict[str, Any] = {"leaves": ("pred_all", "student", "teacher"), "own": of_masked}
-    return Op(
-        "sssd_loss",
-        make,
-        ("pred", "student", "teacher"),
-        moved,
-        with_compiled(
-            published=uses(published, f"pred_all images mask s {logits}", **every),
-            tuned=uses(tuned, f"pred images ids_masked s {logits}"),
-            ours=Provider(ours),
-        ),
-        floats=("pred_all",),
-        absent={"library": "no library has both losses"},
-    )
-
-
-OPS: dict[str, Op] = {
-    op.name: op
-    for op in (
-        masking_op(),
-        gather_op(),
-        embed_op(),
-        restore_op(),
-        gelu_op(),
-        reconstruction_op(),
-        linear_op(),
-        distillation_op(),
-        sssd_op(),
-        crop_op(),
-    )
-}
+    ),
+]
+OPS = {op.name: op for op in _OPS}

@@ -161,16 +161,7 @@ def draw_bars(groups: Sequence[Group], axes: Any) -> None:
 # ---- roofline ----
 
 
-@dataclass(frozen=True)
-class Point:
-    label: str
-    intensity: float  # FLOP per byte
-    rate: float  # FLOP/s
-    dtype: str
-    ours: bool
-
-
-def roofline(document: Document, groups: Sequence[Group]) -> list[Point]:
+def roofline(document: Document, groups: Sequence[Group]) -> list[RowDict]:
     """Ours and the fastest other provider of each group with matrix products.
 
     Empty if a provider exceeds a ceiling: then the ceiling is wrong and no picture is drawn.
@@ -178,35 +169,27 @@ def roofline(document: Document, groups: Sequence[Group]) -> list[Point]:
     products = document["ceilings"].get("matmul_flops_per_s", {})
     if wrong_ceilings(document):
         return []
-    found = []
-    for group in groups:
-        for name in (OURS, fastest_other(group)):
-            row = group.get(name or "")
-            if row and row["time"] and row["flops"] and row["bytes"] and row["dtype"] in products:
-                label = row["shape"] if document["kind"] == "attention" else row["case"]
-                rate = row["flops"] / row["time"]["median_us"] * 1e6
-                intensity = row["flops"] / row["bytes"]
-                found.append(Point(label, intensity, rate, row["dtype"], name == OURS))
-    return found
+    rows = [group[name] for group in groups for name in (OURS, fastest_other(group)) if name]
+    return [r for r in rows if r["time"] and r["flops"] and r["bytes"] and r["dtype"] in products]
 
 
-def draw_roofline(document: Document, points: Sequence[Point], axes: Any) -> None:
+def draw_roofline(document: Document, rows: Sequence[RowDict], axes: Any) -> None:
     copy = document["ceilings"]["copy_bytes_per_s"]
-    low = min(point.intensity for point in points) / 2
-    high = max(point.intensity for point in points) * 4
-    for dtype in sorted({point.dtype for point in points}):
+    intensities = [row["flops"] / row["bytes"] for row in rows]
+    for dtype in sorted({row["dtype"] for row in rows}):
         flops = document["ceilings"]["matmul_flops_per_s"][dtype]
         label = f"copy {rate_text(copy, 'B/s')}, {dtype} product {rate_text(flops, 'FLOP/s')}"
         edge = flops / copy
-        ends = [min(low, edge / 4), edge, max(high, edge * 4)]
+        ends = [min(*intensities, edge / 2) / 2, edge, max(*intensities, edge) * 4]
         axes.plot(ends, [ends[0] * copy, flops, flops], color=INK, lw=1.3, label=label)
     markers = iter("os^Dv<>pPX*hd" * 3)
-    for point in points:
-        if point.ours:
-            style = {"color": BLUE, "label": f"ours: {point.label}", "marker": next(markers)}
-        else:
-            style = {"color": GREY, "mfc": "white", "marker": "o"}
-        axes.plot(point.intensity, point.rate, ls="", ms=6, **style)
+    for row, intensity in zip(rows, intensities, strict=True):
+        style = {"color": GREY, "mfc": "white", "marker": "o"}
+        if row["provider"] == OURS:
+            name = row["shape"] if document["kind"] == "attention" else row["case"]
+            style = {"color": BLUE, "label": f"ours: {name}", "marker": next(markers)}
+        rate = row["flops"] / row["time"]["median_us"] * 1e6
+        axes.plot(intensity, rate, ls="", ms=6, **style)
     axes.plot([], [], "o", color=GREY, mfc="white", label="fastest other provider")
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_minor_formatter("")

@@ -1,15 +1,11 @@
-"""How time, memory and errors are measured; the same for every provider.
+"""How time, memory and errors are measured; the same for every provider (README.md, rules 3 to 5).
 
-- CUDA events on a GPU, perf_counter on a CPU. Every sample is one call.
-- Before each sample a buffer larger than the last-level cache is written outside the timed
-  window, so that inputs are read from memory. On a GPU this also keeps the device busy while the
-  host submits the call: launch overhead appears in the time only if it is longer than the work.
-- Host time: until the call returns, without waiting for the device. On a CPU it is the same as
-  the time.
-- Providers alternate, and each round starts with another provider, so that drift (clocks, other
-  processes) affects all of them equally.
-- Two passes. Reported times are of the first one; "gap" is the second median relative to the first.
-- The first call (compilation, allocation) and the warm-up are not part of any sample.
+CUDA events on a GPU, perf_counter on a CPU. Every sample is one call. Before each one a buffer
+larger than the last-level cache is written outside the timed window, so that inputs are read from
+memory. On a GPU this also keeps the device busy while the host submits the call: launch overhead
+appears in the time only if it is longer than the work. Each round starts with another provider, so
+that drift (clocks, other processes) affects all of them equally. Reported times are of the first
+pass; "gap" is the second median relative to it.
 """
 
 from __future__ import annotations

@@ -5,24 +5,6 @@ quick, started, seconds, finished, commit, modified, kernel_sources, device, clo
 after), versions, ops (op -> why its kernel does not run; null if it runs), ceilings, missing
 (provider -> why it is not available), skipped (cases not measured because the time was up),
 settings, rows.
-
-A row:
-
-    case          the op, the task of the step ("MAE", "SSSD"), or the data set of a loader
-    shape         in words; `sizes` has the numbers
-    dtype         "fp32", "bf16", "fp16"; of loaders "uint8"
-    phase         "forward", "forward+backward", "step", "memory", "epoch", ...
-    provider      the implementation
-    reason        why there is no result; null if there is one
-    error, allowed   against fp64, relative to the largest value; null if nothing can be compared
-    time          median_us, p20_us, p80_us, n, again_us, gap, host_us; null without a time
-    versus        time relative to ours: ratio, low, high, verdict; null for ours
-    load          share of the CPUs used by other processes during the race; null if unknown
-    first_call_s  including compilation and allocation
-    peak_bytes    beyond the inputs
-    bytes, flops  what the operation must move and compute, by formula
-    sources       hash of the sources that the result depends on
-    more          further results of the kind: images_per_s, mfu, loss, batch, cap_gb, ...
 """
 
 from __future__ import annotations
@@ -59,43 +41,32 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 KERNELS = Path(mae_kernels.__file__).parent
 TRAINER = KERNELS.parent.parent / "sssd_fast"
 # what a training step consists of, in addition to the ops
-STEP_FILES = (
-    "attention.py",
-    "model.py",
-    "objective.py",
-    "optim.py",
-    "step.py",
-    "performance/execution.py",
-)
-CLOCKS = (
-    "clocks.sm",
-    "clocks.mem",
-    "clocks.max.sm",
-    "power.draw",
-    "power.limit",
-    "temperature.gpu",
-)
+STEP_FILES = [f"{name}.py" for name in ("attention", "model", "objective", "optim", "step")]
+STEP_FILES.append("performance/execution.py")
+CLOCKS = ["clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit"]
+CLOCKS.append("temperature.gpu")
 
 
 @dataclass
 class Row:
-    case: str
-    shape: str
-    dtype: str
-    phase: str
+    case: str  # the op, the task of the step ("MAE", "SSSD"), or the data set of a loader
+    shape: str  # in words; `sizes` has the numbers
+    dtype: str  # "fp32", "bf16", "fp16"; of loaders "uint8"
+    phase: str  # "forward", "forward+backward", "step", "memory", "epoch"
     provider: str
     sizes: dict[str, Any] = field(default_factory=dict)
-    reason: str | None = None
-    error: float | None = None
+    reason: str | None = None  # why there is no result
+    error: float | None = None  # against fp64, relative to the largest value
     allowed: float | None = None
     time: Time | None = None
-    versus: Versus | None = None
-    load: float | None = None
-    first_call_s: float | None = None
-    peak_bytes: int | None = None
-    bytes: float | None = None
+    versus: Versus | None = None  # relative to ours; None for ours
+    load: float | None = None  # share of the CPUs used by other processes during the race
+    first_call_s: float | None = None  # including compilation and allocation
+    peak_bytes: int | None = None  # beyond the inputs
+    bytes: float | None = None  # that the operation must move
     flops: float | None = None
-    sources: str | None = None
+    sources: str | None = None  # hash of the sources that the result depends on
+    # further results of the kind: images_per_s, mfu, loss, batch, ...
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -107,7 +78,6 @@ class Results:
         kind: str,
         device: torch.device,
         dtypes: Sequence[torch.dtype],
-        *,
         words: Sequence[str],
         path: Path | None = None,
         folder: Path = FOLDER,
@@ -296,15 +266,12 @@ def _closure(module: str) -> set[str]:
 
 def is_stale(document: dict[str, Any], row: dict[str, Any]) -> bool:
     """Whether the sources that the row depends on have changed since it was measured."""
-    kind = document["kind"]
+    kind = document["kind"].partition("-")[0]
     if row["sources"] is None:
         return bool(document["kernel_sources"] != sources_hash())
-    if kind.startswith("loader"):
-        return bool(row["sources"] != sources_hash("crop_resize"))
-    if kind in ("step", "memory"):
-        return bool(row["sources"] != sources_hash("step"))
-    op = str(row["case"])
-    return op not in mae_kernels.__all__ or bool(row["sources"] != sources_hash(op))
+    what = {"loader": "crop_resize", "step": "step", "memory": "step"}.get(kind, row["case"])
+    known = what == "step" or what in mae_kernels.__all__
+    return not known or bool(row["sources"] != sources_hash(what))
 
 
 def slug(name: str) -> str:

@@ -389,6 +389,7 @@ def loop_step(setup: Setup, data: Data, model: nn.Module, provider: str) -> Trai
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if isinstance(model, published.SDMAE):
+            assert batch_center_S is not None
             model.update_center(batch_center_S)
         result: Tensor = loss.detach()
         return result

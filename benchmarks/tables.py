@@ -203,26 +203,20 @@ class Table(NamedTuple):
 
 
 def tables(
-    document: Document,
-    names: Sequence[str] = ("case",),
-    skip: Iterable[str] = (),
-    rows: Iterable[RowDict] | None = None,
+    document: Document, skip: Iterable[str] = (), rows: Iterable[RowDict] | None = None
 ) -> Iterator[Table]:
-    """One table for the rows that agree in `names`; columns without content are omitted.
-
-    rows: None = all of the document.
-    """
+    """One table per case; columns without content are omitted. rows: None = all of the document."""
     wrong = wrong_ceilings(document)
-    groups: dict[tuple[str, ...], list[RowDict]] = {}
+    cases: dict[str, list[RowDict]] = {}
     for row in document["rows"] if rows is None else rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    for key, members in groups.items():
+        cases.setdefault(row["case"], []).append(row)
+    for case, members in cases.items():
         lines = [cells(document, row, wrong) for row in members]
         used = [n for n in lines[0] if any(line[n] not in ("", NONE) for line in lines)]
-        title = list(key)
+        title = [case]
         for name in ("shape", "pass"):  # part of the title if all rows agree
             if len({line[name] for line in lines}) == 1:
-                title += [lines[0][name]] if len(names) == 1 else []
+                title.append(lines[0][name])
                 used.remove(name)
         columns = [name for name in used if name not in skip]
         content = [[line[name] for name in columns] for line in lines]

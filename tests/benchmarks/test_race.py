@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +26,6 @@ from benchmarks.race import (
     peak_bytes,
     race,
     summary,
-    tensors,
     versus,
 )
 
@@ -74,11 +71,6 @@ def test_race_gives_each_call_its_own_time(clock: Clock) -> None:
             assert value == pytest.approx(us)
         assert time_.n == 6 and time_.gap == pytest.approx(0)
     assert versus(found["b"], found["a"]).ratio == pytest.approx(2)
-
-
-def test_race_measures_a_real_sleep_in_seconds() -> None:
-    found = race({"a": lambda: time.sleep(0.002)}, CPU, NO_CACHE, samples=3, passes=1)
-    assert 2000 <= summary(found["a"]).p20_us < 1e6
 
 
 def test_race_excludes_first_call_and_warm_up(clock: Clock) -> None:
@@ -247,9 +239,3 @@ def test_allowed_error_is_twice_eager_plus_roundings(dtype: torch.dtype) -> None
     roundings = 32 * (2**-52 if dtype == torch.float64 else 2**-23)
     assert allowed_error(0.01, dtype) == pytest.approx(0.02 + roundings)
     assert allowed_error(float("inf"), dtype) == pytest.approx(roundings)
-
-
-def test_tensors_flattens_results() -> None:
-    a, b = torch.ones(1), torch.ones(2)
-    out: Any = (a, [b, None, (a,)])
-    assert [t is u for t, u in zip(tensors(out), (a, b, a), strict=True)] == [True] * 3

@@ -42,23 +42,11 @@ def table(found: dict[str, Any], number: int = 0) -> list[dict[str, str]]:
 # ---- numbers ----
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (time_text(12.345), "12.3 µs"),
-        (time_text(999.6), "1.00 ms"),
-        (time_text(2.5e6), "2.50 s"),
-        (size_text(1234), "1.23 kB"),
-        (size_text(5e9), "5.00 GB"),
-        (rate_text(4.3e12, "B/s"), "4.30 TB/s"),
-        (percent(0.634), "63 %"),
-        (percent(1.27), "127 %"),
-        (significant(1234.5), "1,230"),
-        (significant(0.04567), "0.0457"),
-    ],
-)
-def test_numbers_have_three_digits_and_a_unit(text: str, expected: str) -> None:
-    assert text == expected
+def test_numbers_have_three_digits_and_a_unit() -> None:
+    texts = [time_text(12.345), time_text(999.6), size_text(5e9), rate_text(4.3e12, "B/s")]
+    assert texts == ["12.3 µs", "1.00 ms", "5.00 GB", "4.30 TB/s"]
+    assert [percent(0.634), percent(1.27)] == ["63 %", "127 %"]
+    assert [significant(1234.5), significant(0.04567)] == ["1,230", "0.0457"]
 
 
 # ---- tables ----
@@ -303,12 +291,8 @@ def test_compare_command_prints_a_table_and_returns_1_for_a_regression(
     assert comparing.main(args) == 0
 
 
-@pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("0.05", 0.05), ("150 %", 1.5)])
-def test_ratio_of(text: str, value: float) -> None:
-    assert ratio_of(text) == pytest.approx(value)
-
-
 @pytest.mark.parametrize("text", ["5", "five", "-5%", "", "nan", "5%%"])
 def test_ratio_refuses_nonsense(text: str) -> None:
+    assert (ratio_of("5%"), ratio_of("0.05"), ratio_of("150 %")) == (0.05, 0.05, 1.5)
     with pytest.raises(SssdError, match="fail-over"):
         ratio_of(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import memory, step, step_models
 from benchmarks.harness import Bench
 from benchmarks.step_models import Data, Setup
+from sssd_fast.performance.estimate import LiveBytes
 from tests.benchmarks.helpers import CPU, PEAK, make_bench, tiny_config
 
 EAGER = [
@@ -34,6 +32,7 @@ EAGER = [
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr(step_models, "configuration", lambda name, device: tiny_config())
+    monkeypatch.setattr(step, "STEPS", 3)
     return make_bench("step", tmp_path, passes=2)
 
 
@@ -228,35 +227,6 @@ def test_bf16_is_compared_with_fp32(bench: Bench) -> None:
 # ---- memory ----
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations create and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._known = weakref.WeakKeyDictionary[Any, int]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is(t)}
-        out = func(*args, **(kwargs or {}))
-        for t in filter(_is, tree_leaves(out)):
-            storage = t.untyped_storage()
-            if id(storage) not in inputs and storage not in self._known:
-                self._known[storage] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
 def test_memory_peaks_are_those_of_another_count(bench: Bench) -> None:
     """Weights, tables, moments and batch by size, and every storage that a step creates."""
     bench.only = ("plain", "published")
@@ -267,10 +237,12 @@ def test_memory_peaks_are_those_of_another_count(bench: Bench) -> None:
     source, data = step_models.initial_model(setup.config), Data(setup)
     train = step_models.build("plain", setup, data, source)
     train()
-    with LiveBytes() as counted:
+    moments = [t for values in train.optimizer.state.values() for t in values.values()]
+    given = [*train.model.parameters(), *train.model.buffers(), *moments]
+    with LiveBytes([*given, data.images, data.noises]) as counted:
         train()
     fixed = sum(4 * p.numel() * (3 if p.requires_grad else 1) for p in source.parameters())
-    expected = fixed + data.images.numel() + data.noises.numel() * 4 + counted.peak
+    expected = fixed + data.images.nbytes + data.noises.nbytes + max(counted.timeline)
     row = found["plain", 24]
     assert row["peak_bytes"] == pytest.approx(expected, rel=0.03)
     slope = (row["peak_bytes"] - found["plain", 16]["peak_bytes"]) / 8 / 1e6
