@@ -98,6 +98,10 @@ class DataIndex:
         found = Counter(self.records[i].label for i in (range(len(self)) if ids is None else ids))
         return {name: found[label] for label, name in enumerate(self.classes)}
 
+    def empty_classes(self, ids: Iterable[int] | None = None) -> str:
+        """Names of the classes without an image, for an error; "" if there is none."""
+        return ", ".join(printable(name) for name, n in self.counts(ids).items() if n == 0)
+
     def fingerprint(self, ids: Iterable[int] | None = None) -> str:
         """SHA-256 over path, label and content of the records in order: equal means equal data."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
@@ -285,9 +289,9 @@ def check_data(
     listed = [str(e) for e in excluded]
     refuse_bad_files("images", listed, len(rows), max_bad_fraction, hint)
     index = DataIndex(root, classes, records, excluded, notes)
-    empty = [printable(name) for name, n in index.counts().items() if n == 0]
+    empty = index.empty_classes()
     if empty:
-        lines = [f"no usable image left in class {', '.join(empty)}; excluded:"]
+        lines = [f"no usable image left in class {empty}; excluded:"]
         raise DataError("\n".join(lines + first_lines(listed)))
     if out is not None:
         index.save(out)

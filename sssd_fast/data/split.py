@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sssd_fast.data.manifest import SPLIT_NAMES
 from sssd_fast.errors import DataError
@@ -17,14 +17,12 @@ class Split:
     val: list[int]
     test: list[int]
     protocol: str  # one sentence for the report
-    seed: int | None = None
-    unused: list[int] = field(default_factory=list)  # records that the protocol excludes
 
     def __post_init__(self) -> None:
-        every = [*self.train, *self.val, *self.test, *self.unused]
-        if len(every) != len(set(every)):
-            count = len(every) - len(set(every))
-            raise DataError(f"split {self.name}: {count} images are listed twice")
+        every = [*self.train, *self.val, *self.test]
+        twice = len(every) - len(set(every))
+        if twice:
+            raise DataError(f"split {self.name}: {twice} images are listed twice")
         if not self.train:
             raise DataError(f"split {self.name}: train is empty")
 

@@ -44,7 +44,7 @@ def split_random(index: DataIndex, test: float = 0.2, seed: int = 0, *, val: flo
     train, held_out = _cut_images(index, range(len(index)), test, seed, "test")
     train, valid = _cut_validation(index, train, val, seed, len(index))
     protocol = f"stratified random, {test:.0%} test, seed {seed}"
-    return Split("random", train, valid, held_out, protocol, seed)
+    return Split("random", train, valid, held_out, protocol)
 
 
 def split_block(index: DataIndex, test: float = 0.2, *, val: float = 0.0) -> Split:
@@ -53,18 +53,21 @@ def split_block(index: DataIndex, test: float = 0.2, *, val: float = 0.0) -> Spl
     Neighbouring file numbers are mostly slices of one patient, so patients mostly stay whole.
     """
     _check_fractions(test, val)
-    ids: dict[str, list[int]] = {name: [] for name in SPLIT_NAMES}
+    train: list[int] = []
+    valid: list[int] = []
+    held_out: list[int] = []
     for members in _by_class(index).values():
         ordered = sorted(members, key=lambda i: natural_key(index.records[i].path))
         first_test = len(ordered) - _portion(len(ordered), test)
         first_val = first_test - _portion(len(ordered), val)
-        ids["train"] += ordered[:first_val]
-        ids["val"] += ordered[first_val:first_test]
-        ids["test"] += ordered[first_test:]
-    for name in ("test", "val") if val else ("test",):
-        _need_every_class(index, ids[name], name)
+        train += ordered[:first_val]
+        valid += ordered[first_val:first_test]
+        held_out += ordered[first_test:]
+    _need_every_class(index, held_out, "test")
+    if val:
+        _need_every_class(index, valid, "val")
     protocol = f"last {test:.0%} of file numbers per class"
-    return Split("block", sorted(ids["train"]), sorted(ids["val"]), sorted(ids["test"]), protocol)
+    return Split("block", sorted(train), sorted(valid), sorted(held_out), protocol)
 
 
 def split_patient(index: DataIndex, test: float = 0.2, seed: int = 0, *, val: float = 0.0) -> Split:
@@ -79,7 +82,7 @@ def split_patient(index: DataIndex, test: float = 0.2, seed: int = 0, *, val: fl
     train, held_out = _cut_patients(index, range(len(index)), test, seed, "test")
     train, valid = _cut_validation(index, train, val, seed, len(index))
     protocol = f"by patient, about {test:.0%} test, seed {seed}"
-    return Split("patient", train, valid, held_out, protocol, seed)
+    return Split("patient", train, valid, held_out, protocol)
 
 
 def split_kfold(index: DataIndex, k: int, fold: int, seed: int = 0, *, val: float = 0.0) -> Split:
@@ -107,7 +110,7 @@ def split_kfold(index: DataIndex, k: int, fold: int, seed: int = 0, *, val: floa
     train, valid = _cut_validation(index, train, val, seed, len(index))
     unit = "patient" if by_patient else "image"
     protocol = f"fold {fold} of {k}, stratified by {unit}, seed {seed}"
-    return Split(f"fold{fold}of{k}", train, valid, held_out, protocol, seed)
+    return Split(f"fold{fold}of{k}", train, valid, held_out, protocol)
 
 
 def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
@@ -142,7 +145,7 @@ def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
             f"{where}: {len(problems)} rows do not match the index of {index.root}\n"
             + "\n".join(first_lines(problems))
         )
-    return _listed(index, split_of, Path(path).stem, f"given by {printable(Path(path).name)}")
+    return _listed(split_of, Path(path).stem, f"given by {printable(Path(path).name)}")
 
 
 def split_manifest(index: DataIndex) -> Split:
@@ -153,7 +156,7 @@ def split_manifest(index: DataIndex) -> Split:
             "the index has no split column; use a manifest path,label,split, or `sssd-fast data "
             "split`"
         )
-    return _listed(index, split_of, "manifest", "given by the manifest")
+    return _listed(split_of, "manifest", "given by the manifest")
 
 
 def carve_validation(index: DataIndex, split: Split, val: float, seed: int = 0) -> Split:
@@ -197,12 +200,11 @@ def find_leaks(index: DataIndex, split: Split) -> list[str]:
 def save_split(split: Split, path: str | os.PathLike[str], index: DataIndex) -> None:
     """Write CSV path,label,split[,patient], which `check_data` and `split_csv` read."""
     rows = []
+    patients = any(index.records[i].patient for i in split.split_of())
     for i, name in split.split_of().items():
         r = index.records[i]
         row = {"path": r.path, "label": index.classes[r.label], "split": name}
-        rows.append({**row, "patient": r.patient or ""})
-    if not any(row["patient"] for row in rows):
-        rows = [{name: row[name] for name in ("path", "label", "split")} for row in rows]
+        rows.append({**row, "patient": r.patient or ""} if patients else row)
     write_manifest(Path(path), rows)
 
 
@@ -213,18 +215,18 @@ def split_summary(split: Split, index: DataIndex) -> str:
         ids = split.ids(name)
         counts = ", ".join(f"{printable(c)} {n}" for c, n in index.counts(ids).items())
         lines.append(f"  {name}: {len(ids)} images ({counts})")
-    if split.unused:
-        lines.append(f"  not used: {len(split.unused)} images")
+    unused = len(index) - len(split.split_of())
+    if unused:
+        lines.append(f"  not used: {unused} images")
     return "\n".join(lines + [f"  leak: {leak}" for leak in find_leaks(index, split)])
 
 
 # ---- cutting ----
 
 
-def _listed(index: DataIndex, split_of: dict[int, str], name: str, protocol: str) -> Split:
-    ids = {s: [i for i in split_of if split_of[i] == s] for s in SPLIT_NAMES}
-    unused = [i for i in range(len(index)) if i not in split_of]
-    return Split(name, ids["train"], ids["val"], ids["test"], protocol, None, unused)
+def _listed(split_of: dict[int, str], name: str, protocol: str) -> Split:
+    train, val, test = ([i for i in split_of if split_of[i] == s] for s in SPLIT_NAMES)
+    return Split(name, train, val, test, protocol)
 
 
 def _check_fractions(test: float, val: float) -> None:
@@ -239,10 +241,10 @@ def _check_fractions(test: float, val: float) -> None:
 
 
 def _need_every_class(index: DataIndex, ids: Sequence[int], split: str) -> None:
-    empty = [printable(name) for name, n in index.counts(ids).items() if n == 0]
+    empty = index.empty_classes(ids)
     if empty:
         raise DataError(
-            f"{split} would have no image of class {', '.join(empty)}; the classes have "
+            f"{split} would have no image of class {empty}; the classes have "
             f"{index.counts()}: use another fraction or more images"
         )
 
