@@ -71,17 +71,13 @@ class Converted:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Per class: patients, volumes, slices."""
-        by_class: dict[str, list[Volume]] = defaultdict(list)
-        for w in self.written:
-            by_class[w.label].append(w)
-        return {
-            label: {
-                "patients": len({w.patient for w in written}),
-                "volumes": len(written),
-                "slices": sum(w.slices for w in written),
-            }
-            for label, written in sorted(by_class.items())
-        }
+        counts = {}
+        for label in sorted({w.label for w in self.written}):
+            written = [w for w in self.written if w.label == label]
+            patients = len({w.patient for w in written})
+            slices = sum(w.slices for w in written)
+            counts[label] = {"patients": patients, "volumes": len(written), "slices": slices}
+        return counts
 
     def notes(self) -> list[str]:
         return [f"{text} ({count})" for text, count in sorted(self.log.notes.items()) if count]
@@ -112,19 +108,13 @@ class Converted:
         counts = self.counts()
         total = sum(n["slices"] for n in counts.values())
         where = f"{self.patients} patients under {printable(str(self.out))}"
-        return "\n".join(
-            [
-                f"{total} slices of {len(self.written)} volumes of {where}",
-                *(
-                    f"  {printable(label)}: {n['slices']} slices, {n['volumes']} volumes, "
-                    f"{n['patients']} patients"
-                    for label, n in counts.items()
-                ),
-                f"  window: {window.name}{in_hu}",
-                *(f"  note: {note}" for note in self.notes()),
-                *_not_converted(self.log),
-            ]
-        )
+        lines = [f"{total} slices of {len(self.written)} volumes of {where}"]
+        for label, n in counts.items():
+            sizes = f"{n['slices']} slices, {n['volumes']} volumes, {n['patients']} patients"
+            lines.append(f"  {printable(label)}: {sizes}")
+        lines.append(f"  window: {window.name}{in_hu}")
+        lines += [f"  note: {note}" for note in self.notes()]
+        return "\n".join(lines + _not_converted(self.log))
 
 
 def convert_volumes(

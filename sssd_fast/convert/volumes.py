@@ -164,16 +164,14 @@ def find_volumes(
                     "NIfTI volumes without a patient, each counted as a separate patient"
                 ] += 1
             patient = file.patient or str(file.path)
-            volume = Volume(file.label, file.split, patient, path=file.path, nifti=found)
-            volumes[(file.path,)] = volume
+            volumes[file.path,] = Volume(file.label, file.split, patient, [], file.path, found)
             continue
         for frame in found:
             listed_in = classes[frame.instance, frame.index] if frame.instance else set()
-            if not is_axial(frame.orientation):
-                log.skipped.append((file.path, "coronal or sagittal"))
-                continue
-            if file.label in listed_in:
-                log.skipped.append((file.path, "copy of another slice"))
+            axial = is_axial(frame.orientation)
+            if not axial or file.label in listed_in:
+                reason = "copy of another slice" if axial else "coronal or sagittal"
+                log.skipped.append((file.path, reason))
                 continue
             if listed_in:
                 log.notes["slices that are in several classes"] += 1

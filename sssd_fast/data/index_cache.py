@@ -40,18 +40,15 @@ class IndexCache:
 
     def __init__(self, folder: Path | None, root: Path) -> None:
         self._now = time.time()
-        self._new: dict[str, list[object]] = {}
-        self._old: dict[str, object] = {}
-        self._path: Path | None = None
-        if folder is None:
-            return
+        self._changed = False
+        self._files: dict[str, object] = {}
         name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:32]
-        self._path = folder / f"{name}.checked.json"
+        self._path = folder / f"{name}.checked.json" if folder else None
         # an absent or damaged file means that every image is decoded
         with suppress(OSError, ValueError, KeyError, TypeError):
-            body = json.loads(self._path.read_text(encoding="utf-8"))
-            if body["version"] == _VERSION and isinstance(body["files"], dict):
-                self._old = body["files"]
+            body = json.loads(self._path.read_text(encoding="utf-8")) if self._path else {}
+            if body["version"] == _VERSION:
+                self._files = dict(body["files"])
 
     def get_or_compute(self, name: str, file: Path, compute: Callable[[str, Path], Facts]) -> Facts:
         """The stored facts if `file` is unchanged, else compute(name, file)."""
@@ -60,20 +57,19 @@ class IndexCache:
         except OSError:
             return compute(name, file)  # its error names the problem
         key = [status.st_size, status.st_mtime_ns]
-        entry = self._old.get(name)
+        entry = self._files.get(name)
         if isinstance(entry, list) and entry[:2] == key and len(entry) == 2 + len(Facts._fields):
             return Facts(*entry[2:])
         facts = compute(name, file)
         if self._now - status.st_mtime > _SETTLED_S:
-            self._new[name] = [*key, *facts]
+            self._files[name] = [*key, *facts]
+            self._changed = True
         return facts
 
     def save(self) -> None:
         """Does nothing if the folder cannot be written."""
-        # entries of other manifests of the same folder are kept
-        files = {**self._old, **self._new}
-        if self._path is None or files == self._old:
+        if self._path is None or not self._changed:
             return
-        text = json.dumps({"version": _VERSION, "files": files})
+        text = json.dumps({"version": _VERSION, "files": self._files})
         with suppress(OSError, SssdError):
             atomic_write_bytes(self._path, text.encode("utf-8", "surrogateescape"))

@@ -56,8 +56,9 @@ def split_block(index: DataIndex, test: float = 0.2, *, val: float = 0.0) -> Spl
     train: list[int] = []
     valid: list[int] = []
     held_out: list[int] = []
-    for members in _by_class(index).values():
-        ordered = sorted(members, key=lambda i: natural_key(index.records[i].path))
+    by_name = sorted(range(len(index)), key=lambda i: natural_key(index.records[i].path))
+    for label in range(len(index.classes)):
+        ordered = [i for i in by_name if index.records[i].label == label]
         first_test = len(ordered) - _portion(len(ordered), test)
         first_val = first_test - _portion(len(ordered), val)
         train += ordered[:first_val]
@@ -97,7 +98,8 @@ def split_kfold(index: DataIndex, k: int, fold: int, seed: int = 0, *, val: floa
     _check_fractions(1 / k, val)
     patients = [r.patient for r in index.records]
     by_patient = all(patients)
-    for name, ids in _by_class(index).items():
+    for label, name in enumerate(index.classes):
+        ids = [i for i, r in enumerate(index.records) if r.label == label]
         count = len({patients[i] for i in ids}) if by_patient else len(ids)
         if count < k:
             unit = "patients" if by_patient else "images"
@@ -247,13 +249,6 @@ def _need_every_class(index: DataIndex, ids: Sequence[int], split: str) -> None:
             f"{split} would have no image of class {empty}; the classes have "
             f"{index.counts()}: use another fraction or more images"
         )
-
-
-def _by_class(index: DataIndex) -> dict[str, list[int]]:
-    groups: dict[str, list[int]] = defaultdict(list)
-    for i, record in enumerate(index.records):
-        groups[index.classes[record.label]].append(i)
-    return groups
 
 
 def _portion(count: int, fraction: float) -> int:
