@@ -141,9 +141,7 @@ def aggregate_by_patient(
     )
 
 
-def aggregate_runs(
-    runs: Sequence[Mapping[str, Any]],
-) -> dict[str, dict[str, float | int | None]]:
+def aggregate_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
     """Mean and sample standard deviation (n - 1) of every rate over seeds or folds.
 
     `runs` are of `classification_metrics`. `n` counts the runs with a defined rate; `mean` is None

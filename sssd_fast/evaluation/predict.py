@@ -111,11 +111,7 @@ def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
 
 
 def predict_files(
-    trained: Trained,
-    inputs: Sequence[Path | NDArray[np.uint8]],
-    *,
-    batch_size: int,
-    precision: str,
+    trained: Trained, inputs: Sequence[Path | NDArray[np.uint8]], *, batch_size: int, precision: str
 ) -> tuple[NDArray[np.float64], dict[int, str]]:
     """[N, classes] scores of files or [H, W] or [H, W, 3] arrays.
 

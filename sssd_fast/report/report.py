@@ -10,10 +10,10 @@ from __future__ import annotations
 import base64
 import os
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import quote
 
@@ -68,9 +68,7 @@ def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
         "title": title,
         "summary": _summary(runs),
         "synthetic": any(run.synthetic for run in runs),
-        "leaks": list(
-            dict.fromkeys(_line(leak) for run in runs for leak in run.data.get("leaks", []))
-        ),
+        "leaks": {_line(leak) for run in runs for leak in run.data.get("leaks", [])},
         "problems": [f"{run.title}: {problem}" for run in runs for problem in run.problems],
         "expects_results": any(run.stage != "pretrain" for run in runs),
         "results": [_result(run) for run in evaluated],
@@ -231,24 +229,18 @@ def _average(runs: Sequence[RunFiles], level: str) -> dict[str, Any]:
         value = "undefined" if mean is None else f"{100 * mean:.1f} %"
         spread = "-" if deviation is None else f"{100 * deviation:.1f}"
         rows.append([RATES[rate], value, spread, str(found["n"])])
-    names = ", ".join(run.name for run in runs)
-    stage = STAGES.get(runs[0].stage, "Runs")
-    title = (
-        f"{stage} over {len(runs)} runs, per {level}: mean and sample standard deviation (points)"
-    )
-    header = ["mean", "deviation", "runs"]
-    return {"title": f"{title} over {names}", "header": header, "rows": rows}
+    title = f"{STAGES.get(runs[0].stage, 'Runs')} over {len(runs)} runs, per {level}: "
+    title += "mean and sample standard deviation (points) over "
+    title += ", ".join(run.name for run in runs)
+    return {"title": title, "header": ["mean", "deviation", "runs"], "rows": rows}
 
 
 def _training(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """Table of what training took, one column per run; empty if nothing was trained."""
     shown = {
         "Time": ("time_s", lambda values: duration(values[-1])),
-        "Images per second": ("images_per_s", lambda v: f"{statistics.median(v):,.1f} (median)"),
-        "Waiting for data": (
-            "data_wait_fraction",
-            lambda v: f"{statistics.median(v):.1%} (median)",
-        ),
+        "Images per second": ("images_per_s", lambda values: f"{median(values):,.1f} (median)"),
+        "Waiting for data": ("data_wait_fraction", lambda values: f"{median(values):.1%} (median)"),
         "Peak memory": ("memory_gib", lambda values: f"{max(values):.2f} GiB"),
         "Last loss": ("loss", lambda values: f"{values[-1]:.4f}"),
     }

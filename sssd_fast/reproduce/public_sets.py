@@ -132,13 +132,9 @@ def write_official_split(
         raise DataError(
             f"{where} names {len(missing)} images that are not in {printable(str(root))}:\n{listed}"
         )
-    write_manifest(
-        out,
-        [
-            {"path": f"{label}/{name}", "label": label, "split": split}
-            for label, name, split in rows
-        ],
-    )
+    columns = ("path", "label", "split")
+    cells = [(f"{label}/{name}", label, split) for label, name, split in rows]
+    write_manifest(out, [dict(zip(columns, row, strict=True)) for row in cells])
     return where
 
 
@@ -152,7 +148,8 @@ def _read_lists(which: PublicSet, folder: Path) -> list[tuple[str, str, str]]:
             if len(files) != 1:
                 raise DataError(
                     f"{printable(str(folder))}: {len(files) or 'no'} files called {name}, which "
-                    f"list the authors' split of {which.title}; one is needed. Or give the split as "
+                    f"list the authors' split of {which.title}; one is needed. Or give the split "
+                    "as "
                     "CSV path,label,split: --official-split FILE.csv"
                 )
             lines = files[0].read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()

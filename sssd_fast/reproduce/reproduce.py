@@ -28,7 +28,7 @@ from sssd_fast.finetune import finetune
 from sssd_fast.performance.batch_size import resolve_batch
 from sssd_fast.pretrain import pretrain
 from sssd_fast.report.report import write_report
-from sssd_fast.reproduce.nearest import NearestNeighbour
+from sssd_fast.reproduce.nearest import nearest_rates
 from sssd_fast.reproduce.plan import Plan, PlannedModel
 from sssd_fast.reproduce.public_sets import departures, image_root, write_official_split
 from sssd_fast.reproduce.table import SCHEMA, markdown, notes, picture, tables
@@ -42,11 +42,7 @@ from sssd_fast.run.metrics_log import read_metrics
 
 
 def reproduce(
-    plan: Plan,
-    out: Path,
-    *,
-    resume: bool = False,
-    minutes: float | None = None,
+    plan: Plan, out: Path, *, resume: bool = False, minutes: float | None = None
 ) -> dict[str, Any]:
     """Train what is not finished yet; returns results.json.
 
@@ -105,7 +101,7 @@ class _Runner:
         self.resume_with = f"sssd-fast reproduce --resume {shlex.quote(str(out))}"
         self.root = image_root(plan.public, plan.data).absolute()
         self.official = (out / "official.csv").absolute()
-        self.nearest = NearestNeighbour()
+        self.pixels: dict[str, Any] = {}  # of the nearest neighbour
         self.pretrained = set[Path]()  # finished in this process
         out.mkdir(parents=True, exist_ok=True)
         if here.main and plan.public.controlled == "official" and "controlled" in plan.protocols:
@@ -166,7 +162,7 @@ class _Runner:
                 **times,
                 "counts": {name: len(split.ids(name)) for name in SPLIT_NAMES},
                 "image": {k: v for k, v in result["image"].items() if k != "intervals"},
-                "nearest": self.nearest.rates(index, split, self.plan.split),
+                "nearest": nearest_rates(index, split, self.plan.split, self.pixels),
                 "departures": departures(self.plan.public, index.counts()),
                 "config": to_dict(_without_places(self.config(model))),
                 "machine": self.machine,
@@ -242,13 +238,10 @@ def _without_places(config: Config) -> Config:
     """File names only: folders may be moved between two starts."""
     data, extra = config.data, config.pretrain.extra
     names = {"source": Path(data.source).name, "split": Path(data.split).name}
-    pretrain_names = {"extra": None if extra is None else Path(extra).name}
-    return config.model_copy(
-        update={
-            "data": data.model_copy(update=names),
-            "pretrain": config.pretrain.model_copy(update=pretrain_names),
-        }
-    )
+    extra_name = {"extra": None if extra is None else Path(extra).name}
+    pretraining = config.pretrain.model_copy(update=extra_name)
+    update = {"data": data.model_copy(update=names), "pretrain": pretraining}
+    return config.model_copy(update=update)
 
 
 def _training_time(folder: Path) -> float:

@@ -57,13 +57,8 @@ def make_run(folder, *, source="ct", evaluated=True, shift=0, patients=None):
     """A run folder as the trainer leaves it, with 10 images of two classes and 3 mistakes."""
     (folder / "images").mkdir(parents=True)
     stage = next((s for s in ("pretrain", "probe") if folder.name.startswith(s)), "finetune")
-    config = {
-        "seed": 3,
-        "data": {"source": source},
-        "model": {"patch_size": 16},
-        "pretrain": {"epochs": 4},
-        "finetune": {"epochs": 2},
-    }
+    config = {"seed": 3, "data": {"source": source}, "model": {"patch_size": 16}}
+    config |= {"pretrain": {"epochs": 4}, "finetune": {"epochs": 2}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "command.txt").write_text(f"sssd-fast {stage} --out '{folder.name}'\n")
     env = {
@@ -87,28 +82,16 @@ def make_run(folder, *, source="ct", evaluated=True, shift=0, patients=None):
         "split_protocol": "by patient",
     }
     (folder / "data.json").write_text(json.dumps(data))
-    records = [
-        {
-            "kind": "train",
-            "step": s,
-            "epoch": s / 5,
-            "loss": 2 / s,
-            "lr": 0.1,
-            "images_per_s": 10.0 * s,
-            "time_s": 65.0 * s,
-        }
-        for s in range(1, 11)
-    ]
-    records += [{"kind": "val", "step": 10, "epoch": 2.0, "loss": 0.5, "accuracy": 0.7}]
+    records = [{"kind": "val", "step": 10, "epoch": 2.0, "loss": 0.5, "accuracy": 0.7}]
+    for s in range(1, 11):
+        record = {"kind": "train", "step": s, "epoch": s / 5, "loss": 2 / s}
+        records.append(record | {"images_per_s": 10.0 * s, "time_s": 65.0 * s})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    for name, grey in (
-        ("attention-e2", 20),
-        ("attention-e10", 200),
-        ("reconstruction-e2", 30),
-        ("reconstruction-e10", 210),
-    ):
-        if stage == "pretrain" or "attention" in name:
-            Image.new("L", (8, 8), grey).save(folder / "images" / f"{name}.png")
+    for kind in ("attention", "reconstruction"):
+        for epoch in (2, 10):
+            if stage == "pretrain" or kind == "attention":
+                grey = 20 * epoch + len(kind)
+                Image.new("L", (8, 8), grey).save(folder / "images" / f"{kind}-e{epoch}.png")
     if evaluated:
         key = (shift, patients is not None)
         if key not in EVALUATIONS:

@@ -254,14 +254,8 @@ def test_one_compiled_step_serves_all_models_of_a_process(covid: Path, tmp_path:
     import torch
 
     words = ["--protocols", "controlled", "--methods", "sssd"]
-    settings = [
-        *SHORT,
-        "device=cuda",
-        "step.compile=true",
-        "step.cuda_graphs=true",
-        "pretrain.max_steps=8",
-        "finetune.max_steps=8",
-    ]
+    settings = [*SHORT, "device=cuda", "step.compile=true", "step.cuda_graphs=true"]
+    settings += ["pretrain.max_steps=8", "finetune.max_steps=8"]
     reserved = []
     for seed in ("0", "1", "2"):
         out = ["--data", str(covid), "--seeds", seed, "--out", str(tmp_path / seed)]
@@ -359,15 +353,8 @@ def test_other_extra_images_are_another_run(tiny: list[str], tmp_path: Path) -> 
 
 # ---- tables ----
 
-MACHINE = {
-    "type": "cuda",
-    "device": "a card",
-    "torch": "2",
-    "python": "3",
-    "commit": "c",
-    "modified": True,
-    "date": "d",
-}
+MACHINE = {"type": "cuda", "device": "a card", "torch": "2", "python": "3"}
+MACHINE |= {"commit": "c", "modified": True, "date": "d"}
 
 
 def made_up(**changes: Any) -> dict[str, Any]:
