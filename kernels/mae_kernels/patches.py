@@ -10,10 +10,10 @@ Source: He et al., arXiv 2111.06377, section 3 (patch embedding); the order of t
 package's.
 
 On a GPU one kernel gathers, cuBLAS multiplies, one kernel adds the positions. For the backward only
-ids and the images as they came are kept: the vectors are gathered again. Each position's gradient is summed in a fixed
-order, no atomics. An image may list a patch more than once: it gives as many equal tokens, and all
-their gradients reach weight and position. A patch id out of range, which only debug_checks reports
-on a GPU, gives NaN and reads nothing.
+ids and the images as they came are kept: the vectors are gathered again. Each position's gradient
+is summed in a fixed order, no atomics. An image may list a patch more than once: it gives as many
+equal tokens, and all their gradients reach weight and position. A patch id out of range, which only
+debug_checks reports on a GPU, gives NaN and reads nothing.
 
 Shapes: B images, C channels, H x W pixels, P patch side, L patches (row-major over the grid), K
 listed, D width, V = C*P*P values per patch.

@@ -1,7 +1,9 @@
-"""One set of tests, three ways to run: the CPU op, the Triton kernels interpreted on the CPU, the kernels on a GPU.
+"""One set of tests, three ways to run: the CPU op, the Triton kernels interpreted on the CPU, the
+kernels on a GPU.
 
-Tests marked `kernel` are small enough for the interpreter. test_interpreted.py runs them again in a process with
-TRITON_INTERPRET=1 and the backend "triton"; MAE_KERNELS_TEST_DEVICE=cuda runs them on a GPU.
+Tests marked `kernel` are small enough for the interpreter. test_interpreted.py runs them again in a
+process with TRITON_INTERPRET=1 and the backend "triton"; MAE_KERNELS_TEST_DEVICE=cuda runs them on
+a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def device() -> torch.device:
 
 @pytest.fixture
 def close() -> Callable[..., None]:
-    """close(got, exact, eager): the error against fp64 is at most twice the eager reference's, plus a small atol."""
+    """close(got, exact, eager): the error against fp64 is at most twice the eager reference's,
+    plus a small atol.
+    """
 
     def check(
         got: torch.Tensor | Sequence[torch.Tensor],

@@ -1,6 +1,8 @@
-"""A test double: a masked autoencoder with the attribute names and call signatures of facebookresearch/mae, written from those.
+"""A test double: a masked autoencoder with the attribute names and call signatures of
+facebookresearch/mae, written from those.
 
-It gathers by index arithmetic, attends with einsum and measures the loss patch by patch: nothing here shares code with the ops.
+It gathers by index arithmetic, attends with einsum and measures the loss patch by patch: nothing
+here shares code with the ops.
 """
 
 from __future__ import annotations
@@ -100,7 +102,8 @@ class MaskedAutoencoderViT(nn.Module):
         batch, patches, _ = x.shape
         keep = int(patches * (1 - mask_ratio))
         noise = torch.rand(batch, patches, device=x.device)
-        # the place of a patch is the number of patches with less noise; uniform noise in these tests has no ties
+        # the place of a patch is the number of patches with less noise; uniform noise in these
+        # tests has no ties
         ids_restore = (noise[:, None, :] < noise[:, :, None]).sum(2)
         order = torch.zeros_like(ids_restore)
         order[torch.arange(batch, device=x.device)[:, None], ids_restore] = torch.arange(

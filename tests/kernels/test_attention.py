@@ -10,15 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import mae_kernels
 from mae_kernels import _runtime, attention, attention_refusal, backend, short_attention
 from mae_kernels.short_attention import BACKWARD, FORWARD, ROWS_KERNEL_TOKENS, refusal, sizes_for
+from tests.kernels.test_tracing import fake_cuda
 
 OPS = torch.ops.mae_kernels
-# what the kernels take: fp32 only where no tensor core rounds it, bf16 where the interpreter does not get it wrong
+# what the kernels take: fp32 only where no tensor core rounds it, bf16 where the interpreter does
+# not get it wrong
 ON_GPU = os.environ.get("MAE_KERNELS_TEST_DEVICE") == "cuda"
 DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
 
@@ -74,10 +75,9 @@ def test_attention_equals_einsum(tokens, width, dtype, device, close: Callable[.
 
 
 # every line of both tables: architecture, tokens with and without padding, head width
-LINES = [
-    (80, 100, 64), (80, 128, 128), (80, 224, 32), (80, 250, 32), (80, 200, 64), (90, 128, 64), (90, 70, 128),
-    (90, 197, 32), (90, 197, 64), (120, 100, 32), (120, 128, 128), (120, 197, 32),
-]  # fmt: skip
+LINES = [(80, 100, 64), (80, 128, 128), (80, 224, 32), (80, 250, 32), (80, 200, 64)]
+LINES += [(90, 128, 64), (90, 70, 128), (90, 197, 32), (90, 197, 64)]
+LINES += [(120, 100, 32), (120, 128, 128), (120, 197, 32)]
 
 
 def test_lines_are_the_whole_tables(on_architecture) -> None:
@@ -239,35 +239,11 @@ def test_gradgradcheck_of_the_registered_op() -> None:
     assert torch.autograd.gradgradcheck(lambda x: OPS.attention(x, 0.7)[0], qkv)
 
 
-@pytest.mark.parametrize("name", ["auto", "registered"])
-def test_attention_is_one_compiled_graph_for_every_batch_size(name) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda x: attention(x) * 2, fullgraph=True, dynamic=True, backend="aot_eager"
-    )
-    with backend(name), torch._dynamo.config.patch(error_on_recompile=True):
-        for batch in (7, 3, 5):
-            qkv, upstream = torch.randn(batch, 9, 3, 2, 16), torch.randn(batch, 9, 2, 16)
-            got = out_and_gradient(compiled, qkv, upstream)
-            want = out_and_gradient(lambda x: attention(x) * 2, qkv, upstream)
-            torch.testing.assert_close(got, want)
-
-
-class FakeH200:
-    """Enough of a Triton driver to analyse kernels without a GPU."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
 @pytest.mark.parametrize(("tokens", "written"), [(50, ["OUT"]), (197, ["LSE", "OUT"])])
-def test_attention_compiled_for_a_gpu_is_one_launch(tokens, written, monkeypatch) -> None:
-    """Traced with a fake CUDA tensor and dynamic sizes: the choice of kernel needs no graph break."""
-    triton = pytest.importorskip("triton", reason="the kernels need it")
-    monkeypatch.setattr(_runtime, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(triton.runtime.driver, "_active", FakeH200())
+def test_attention_compiled_for_a_gpu_is_one_launch(tokens, written) -> None:
+    """Traced with a fake CUDA tensor and dynamic sizes: the choice of kernel needs no graph
+    break.
+    """
     torch._dynamo.reset()
     launches = []
 
@@ -276,7 +252,7 @@ def test_attention_compiled_for_a_gpu_is_one_launch(tokens, written, monkeypatch
         launches.extend(sorted(n.kwargs["tensors_to_clone"]) for n in nodes)
         return graph.forward
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_cuda():
         qkv = torch.empty(8, tokens, 3, 4, 32, device="cuda", dtype=torch.bfloat16)
         torch.compile(
             attention, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=look)

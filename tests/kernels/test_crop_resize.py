@@ -1,4 +1,5 @@
-"""crop_resize against its formula in float64: dense weight matrices, loops over outputs, nothing of torch.
+"""crop_resize against its formula in float64: dense weight matrices, loops over outputs, nothing of
+torch.
 
 Shapes: B images, T values in all, C channels.
 """
@@ -101,7 +102,8 @@ def assert_near_formula(
     )  # of all: enlarged from one column, an image has few different values
 
 
-# channels, size, (image height, width), box, flip: enlarged, shrunk by 7, one pixel, one row, one column, as it is
+# channels, size, (image height, width), box, flip: enlarged, shrunk by 7, one pixel, one row, one
+# column, as it is
 Rows = list[tuple[tuple[int, int], Box, bool]]
 GREY: Rows = [
     ((40, 50), (3, 5, 30, 40), True),
@@ -131,33 +133,6 @@ def test_crop_resize_equals_the_formula(name: str, device: torch.device) -> None
     packed = pack(images, boxes, flips, device)
     got = crop_resize(*packed.tensors, size, channels=channels)
     assert_near_formula(got, packed, boxes, flips, size)
-
-
-@pytest.mark.kernel
-@pytest.mark.parametrize("channels", [1, 3])
-def test_crop_resize_at_the_size_of_the_box_is_a_crop(channels: int, device: torch.device) -> None:
-    """Top and left, the axis of the mirror, rows and columns, the order of channels: each mistake shows."""
-    images = [noise(9, 14, channels), noise(7, 11, channels, seed=1)]
-    boxes: list[Box] = [(1, 4, 6, 9), (0, 2, 6, 9)]
-    got = (
-        crop_resize(*pack(images, boxes, [False, True], device).tensors, (6, 9), channels=channels)
-        .cpu()
-        .numpy()
-    )
-    assert np.array_equal(got[0], images[0][1:7, 4:13].transpose(2, 0, 1))
-    assert np.array_equal(got[1], images[1][0:6, 2:11][:, ::-1].transpose(2, 0, 1))
-
-
-@pytest.mark.kernel
-def test_crop_resize_ignores_pixels_outside_the_box(device: torch.device) -> None:
-    boxes: list[Box] = [(3, 4, 5, 20), (2, 0, 7, 9)]
-    results = []
-    for poison in (0, 255):
-        images = [np.full((12, 30, 1), poison, np.uint8), np.full((9, 13, 1), poison, np.uint8)]
-        for image, (top, left, height, width) in zip(images, boxes, strict=True):
-            image[top : top + height, left : left + width] = noise(height, width, 1)
-        results.append(crop_resize(*pack(images, boxes, [True, False], device).tensors, (8, 7)))
-    assert torch.equal(*results)
 
 
 @pytest.mark.kernel

@@ -1,6 +1,8 @@
-"""The Triton kernels interpreted on the CPU, or on a GPU: the tests marked `kernel`, in a new process.
+"""The Triton kernels interpreted on the CPU, or on a GPU: the tests marked `kernel`, in a new
+process.
 
-The interpreter must be chosen before triton is imported. It is right for fp32 and fp16, not for bf16.
+The interpreter must be chosen before triton is imported. It is right for fp32 and fp16, not for
+bf16.
 """
 
 from __future__ import annotations

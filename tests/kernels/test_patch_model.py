@@ -180,23 +180,6 @@ def test_float16_on_this_device(
         assert (g.double() - x).norm() <= 2 * (e.double() - x).norm() + 1e-3 * x.norm() + 1e-6
 
 
-def test_methods_called_separately() -> None:
-    """As code for fine-tuning and visualisation does."""
-    model, images = make_mae(), images_for()
-    mask = (torch.rand(3, 16) < 0.5).float()
-    pred = torch.randn(3, 16, 192)
-
-    def run() -> list[Tensor]:
-        torch.manual_seed(0)
-        latent, encoder_mask, ids_restore = model.forward_encoder(images, 0.5)
-        decoded = model.forward_decoder(latent, ids_restore)
-        return [latent, encoder_mask, ids_restore, decoded, model.forward_loss(images, pred, mask)]
-
-    before = run()
-    patch_model(model)
-    assert_close(run(), before)
-
-
 def test_transformers_outputs_and_noise() -> None:
     model, images = make_hf().eval(), images_for()
     noise = torch.rand(3, 16)

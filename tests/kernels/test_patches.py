@@ -1,4 +1,6 @@
-"""gather_patches and embed_patches: which pixels, in which order, with which arithmetic, and the gradients."""
+"""gather_patches and embed_patches: which pixels, in which order, with which arithmetic, and the
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -140,18 +142,6 @@ def test_python_numbers_are_copied_to_the_device_once(monkeypatch: pytest.Monkey
     assert pixel_stats(images.float(), None, None) is None
 
 
-def test_mean_and_std_trace_as_one_graph() -> None:
-    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    ids = make_ids(2, 4, 3, torch.device("cpu"))
-    options = {"mean": [0.4, 0.5, 0.6], "std": 0.25}
-    torch._dynamo.reset()
-    for name in ("auto", "registered"):
-        with backend(name):
-            compiled = torch.compile(gather_patches, fullgraph=True, backend="aot_eager")
-            got = compiled(images, ids, 4, **options)
-            torch.testing.assert_close(got, gather_patches(images, ids, 4, **options))
-
-
 @pytest.mark.kernel
 def test_embed_patches_equals_a_convolution_in_fp64(
     device: torch.device, close: Callable[..., None]
@@ -211,7 +201,9 @@ def test_embed_patches_without_bias_and_with_an_expanded_gradient(device: torch.
 def test_embed_patches_sums_every_gradient_of_a_repeated_patch(
     batch: int, listed: int, device: torch.device
 ) -> None:
-    """Twice, four times and in one image only; a table of slots per patch would keep one of the gradients."""
+    """Twice, four times and in one image only; a table of slots per patch would keep one of the
+    gradients.
+    """
     images = torch.rand(batch, 1, 8, 12, device=device)
     ids = torch.randint(0, 6, (batch, listed), device=device)
     ids[:, -1], ids[0] = ids[:, 0], 2

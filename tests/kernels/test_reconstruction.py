@@ -1,4 +1,6 @@
-"""masked_reconstruction_loss and linear_reconstruction_loss against loops in float64 and facebookresearch/mae's formula."""
+"""masked_reconstruction_loss and linear_reconstruction_loss against loops in float64 and
+facebookresearch/mae's formula.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,9 @@ def test_strided_predictions_and_expanded_images(device) -> None:
 
 @pytest.mark.kernel
 def test_channels_more_than_two_to_the_31_elements_apart(device) -> None:
-    """As of a crop of a set stored channel by channel. On the CPU the memory between is never touched."""
+    """As of a crop of a set stored channel by channel. On the CPU the memory between is never
+    touched.
+    """
     pred, images, masking = make(1, 3, 8, 12, 4, 3, torch.uint8, torch.float32, device)
     apart = 2**30 + 7
     if device.type == "cpu":
@@ -177,7 +181,9 @@ def test_masked_reconstruction_loss_of_a_flat_patch_stays_finite(device) -> None
 
 
 def test_masked_reconstruction_loss_is_facebookresearch_formula() -> None:
-    """patchify einsum, norm_pix_loss and masked mean written as the public formula, on all patches with a float mask."""
+    """patchify einsum, norm_pix_loss and masked mean written as the public formula, on all
+    patches with a float mask.
+    """
     _, images, masking = make(2, 3, 32, 48, 16, 4, torch.float32, torch.float32, "cpu")
     full = torch.randn(2, 6, 768)
     x = images.reshape(2, 3, 2, 16, 3, 16)

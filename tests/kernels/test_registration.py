@@ -101,7 +101,9 @@ def kept_bytes(call: Callable[[], list[Tensor]], inputs: Tensors) -> int:
 
 
 def stats(tensors: Tensors) -> int:
-    """mean, std, scale and shift in fp64 per channel, one tensor for all calls with the same numbers."""
+    """mean, std, scale and shift in fp64 per channel, one tensor for all calls with the same
+    numbers.
+    """
     assert tensors["images"] is not None
     return 8 * 4 * tensors["images"].shape[1]
 
