@@ -142,7 +142,12 @@ def convert_volumes(
     `max_bad_fraction` of the files unusable.
     """
     chosen = parse_window(window)
-    _check_options(every, size, max_bad_fraction)
+    if every < 1:
+        raise ConfigError(f"every is {every}; 1 (all slices) or more is needed")
+    if size is not None and not MIN_SIDE <= size <= 8192:
+        raise ConfigError(f"size is {size}; {MIN_SIDE} to 8192 pixels are needed")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ConfigError(f"max_bad_fraction is {max_bad_fraction}; 0 to 1 is needed")
     target = Path(out)
     files, roots = list_files(Path(source), manifest)
     log = Log()
@@ -165,17 +170,6 @@ def convert_volumes(
         result = Converted(target, chosen, every, size, list(written.values()), log)
         _publish(folder, written, result.record())
     return result
-
-
-def _check_options(every: int, size: int | None, max_bad_fraction: float) -> None:
-    if every < 1:
-        raise ConfigError(f"every is {every}; 1 (all slices) or more is needed")
-    if size is not None and not MIN_SIDE <= size <= 8192:
-        raise ConfigError(f"size is {size}; {MIN_SIDE} to 8192 pixels are needed")
-    if not 0 <= max_bad_fraction <= 1:
-        raise ConfigError(
-            f"max_bad_fraction is {max_bad_fraction}; a fraction from 0 to 1 is needed"
-        )
 
 
 @contextmanager

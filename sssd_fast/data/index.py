@@ -127,7 +127,9 @@ class DataIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DataIndex:
-        """Raises DataError if the file is not an index, is damaged, or its data folder is missing."""
+        """Raises DataError if the file is not an index, is damaged, or its data folder is
+        missing.
+        """
         try:
             body = json.loads(Path(path).read_text(encoding="utf-8"))
             if (body["format"], body["version"]) != (_FORMAT, _VERSION):

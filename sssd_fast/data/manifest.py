@@ -1,4 +1,6 @@
-"""CSV manifests: path,label[,split][,patient], a row per image, paths relative to the data folder."""
+"""CSV manifests: path,label[,split][,patient], a row per image, paths relative to the data
+folder.
+"""
 
 from __future__ import annotations
 
