@@ -10,7 +10,7 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
-Norm = Literal["patch", "channel", "none"]
 
 INK, QUIET, LINE = "#1d2733", "#66727f", "#d5dbe1"
 COLORS = ("#1f6f8b", "#c8553d", "#6a8d3f", "#7a5c99", "#b08a2e", "#4d5b6a")
@@ -44,7 +43,7 @@ def reconstruction_picture(
     mask: Any,
     patch_size: int,
     *,
-    norm: Norm,
+    norm: str,
     mean: Sequence[float],
     std: Sequence[float],
     names: Sequence[str],
@@ -82,7 +81,7 @@ def unnormalise(
     pred_nLX: NDArray[Any],
     images_nCHW: Bytes,
     patch_size: int,
-    norm: Norm,
+    norm: str,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Floats:

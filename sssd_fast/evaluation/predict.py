@@ -144,14 +144,11 @@ def find_images(targets: Sequence[str]) -> list[Path]:
     """Image files, and those in folders, sorted. Raises DataError if there are none."""
     found: list[Path] = []
     for target in map(Path, targets):
-        if target.is_dir():
-            found += sorted(
-                p for p in target.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-            )
-        elif target.exists():
-            found.append(target)
-        else:
+        if not target.exists():
             raise DataError(f"{target} does not exist; give image files or folders")
+        inside = sorted(target.rglob("*")) if target.is_dir() else []
+        found += [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+        found += [] if target.is_dir() else [target]
     if not found:
         raise DataError(f"no image ({', '.join(IMAGE_SUFFIXES)}) below {', '.join(targets)}")
     return found

@@ -459,9 +459,7 @@ def test_results_page_is_that_of_the_committed_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["covid", "--data", "x"], "reproduce needs a name"),
         (["covid-ct"], "covid-ct, sars-cov-2-ct) and its folder: --data DIR"),
-        (["covid-ct", "--data", "x", "data.split=block"], "data.split=block: reproduce sets this"),
         (["covid-ct", "--data", "x", "--methods", "external"], "its folder with --external DIR"),
         (["covid-ct", "--data", "no such folder"], "no such folder is not a folder"),
         (["covid-ct", "--data", "x", "pretrain.epoch=3"], "did you mean 'epochs'"),
