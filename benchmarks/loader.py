@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,15 +68,25 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
             raise SssdError(f"--{name} is {getattr(args, name)}, needs at least 1")
     rounds = min(args.rounds, QUICK_ROUNDS) if bench.quick else args.rounds
     names = ("size", "channels", "batch", "workers")
-    bench.results.head["settings"] |= {name: getattr(args, name) for name in names}
-    bench.results.head["settings"] |= {"rounds": rounds}
+    settings = {name: getattr(args, name) for name in names}
+    bench.results.head["settings"] |= {**settings, "rounds": rounds}
     with TemporaryDirectory(prefix="sssd-fast-bench-") as folder:
-        for case in cases(args, bench, Path(folder)):
-            label = f"loader: {case.data}, {len(case.index)} images, {case.shape}"
-            if bench.time_is_up(label):
-                continue
-            with bench.console.announce(label):
-                bench.results.add(*speed(case, rounds))
+        data = args.data
+        if not data:
+            count = QUICK_IMAGES if bench.quick else SYNTHETIC
+            with bench.console.announce(f"drawing {count} synthetic slices"):
+                data = [write_synthetic_dataset(Path(folder, "synthetic"), count, (SIDE, SIDE))]
+        for source, manifest in zip(data, args.manifest or [None] * len(data), strict=True):
+            index = check_data(source, manifest, accept_wrong_extension=True)
+            if bench.quick:
+                index = replace(index, records=index.records[:QUICK_IMAGES])
+            for channels in args.channels:
+                sizes = (channels, args.size, args.batch, args.workers, bench.device)
+                case = LoaderCase(Path(source).resolve().name, index, *sizes)
+                label = f"loader: {case.data}, {len(index)} images, {case.shape}"
+                if not bench.time_is_up(label):
+                    with bench.console.announce(label):
+                        bench.results.add(*speed(case, rounds))
 
 
 @dataclass(frozen=True)
@@ -125,21 +135,6 @@ class LoaderCase:
     def reference(self) -> Loader:
         """Pillow, in this process."""
         return replace(self, device=torch.device("cpu")).loader("torch, 0 workers")
-
-
-def cases(args: argparse.Namespace, bench: Bench, folder: Path) -> Iterator[LoaderCase]:
-    """Every data set at every number of channels; synthetic slices in `folder` if none is given."""
-    data = args.data
-    if not data:
-        count = QUICK_IMAGES if bench.quick else SYNTHETIC
-        with bench.console.announce(f"drawing {count} synthetic slices"):
-            data = [write_synthetic_dataset(folder / "synthetic", count, (SIDE, SIDE))]
-    sizes = (args.size, args.batch, args.workers, bench.device)
-    for source, manifest in zip(data, args.manifest or [None] * len(data), strict=True):
-        index = check_data(source, manifest, accept_wrong_extension=True)
-        index = replace(index, records=index.records[:QUICK_IMAGES]) if bench.quick else index
-        for channels in args.channels:
-            yield LoaderCase(Path(source).resolve().name, index, channels, *sizes)
 
 
 # ---- speed ----

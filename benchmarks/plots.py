@@ -30,7 +30,7 @@ COLORS = {
     "eager attention": "#d55e00",
     "plain": "#56b4e9",
     "ops": "#f0e442",
-    "ours bf16": "#cc79a7",
+    "ops bf16": "#cc79a7",
 }
 OTHERS = "#56b4e9"
 DTYPES = ("bf16", "fp16", "fp32")  # of a GPU, most important first; on a CPU the other way round

@@ -250,17 +250,16 @@ def sources_hash(what: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _closure(module: str) -> set[str]:
+def _closure(module: str, found: frozenset[str] = frozenset()) -> frozenset[str]:
     """The module and, transitively, the modules that it imports relatively."""
-    found, left = set[str](), [module]
-    while left:
-        name = left.pop()
-        if name in found or not (KERNELS / f"{name}.py").is_file():
-            continue
-        found.add(name)
-        for node in ast.walk(ast.parse((KERNELS / f"{name}.py").read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                left += [node.module] if node.module else [alias.name for alias in node.names]
+    file = KERNELS / f"{module}.py"
+    if module in found or not file.is_file():
+        return found
+    found |= {module}
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            for name in [node.module] if node.module else [alias.name for alias in node.names]:
+                found = _closure(name, found)
     return found
 
 

@@ -169,7 +169,7 @@ def test_rows_of_a_task(bench: Bench, compiler: None) -> None:
         assert row["more"]["loss"] < row["more"]["loss_start"]
         assert row["more"]["raced"] == "together"
         assert (row["versus"] is None) == (name == "ours")
-    for name in ("ops", "ops compiled", "ours bf16", "ours lean"):
+    for name in ("ops", "ops compiled", "ops bf16", "ours lean"):
         assert "need a CUDA device" in bench.results.head["missing"][name]
 
 
