@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mae_kernels as mk
-from mae_kernels import Draw, Sample, backend
+from mae_kernels import Draw, Sample, _runtime, backend
 from mae_kernels._runtime import INTERPRET, record_launches
 
 Tensors = dict[str, Any]
@@ -208,3 +211,25 @@ def ops_of(sample: Sample, arch: int = 90) -> list[tuple[Any, tuple[Any, ...]]]:
     with backend("triton"), record_launches(arch), RecordOps() as recorded:
         results(sample, tensors, options)
     return list(recorded.ops.items())
+
+
+class StubDriver:
+    """The part of a Triton driver that is needed to analyse kernels for an H200."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def fake_cuda() -> Iterator[None]:
+    """New tensors on "cuda" are fake ones of an sm_90; needs triton, but no GPU."""
+    import triton
+
+    with (
+        mock.patch.object(_runtime, "_capability", return_value=(9, 0)),
+        mock.patch.object(triton.runtime.driver, "_active", StubDriver()),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        yield

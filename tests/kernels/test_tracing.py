@@ -6,22 +6,18 @@ A written buffer that it does not know is treated as an unchanged input: results
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_export_joint_simple
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mae_kernels as mk
-from mae_kernels import Draw, Sample, _runtime
+from mae_kernels import Draw, Sample
 from tests.kernels import calls
 
-triton = pytest.importorskip("triton", reason="the kernels need it")
+pytest.importorskip("triton", reason="the kernels need it")
 # it launches the kernels of masked_reconstruction_loss; a build of torch without CUDA cannot trace
 # its slices
 SAMPLES = [
@@ -29,25 +25,6 @@ SAMPLES = [
     for sample in calls.MODEL
     if sample.op != "linear_reconstruction_loss" or torch.version.cuda
 ]
-
-
-class StubDriver:
-    """The part of a Triton driver that is needed to analyse kernels for an H200."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-@contextmanager
-def fake_cuda() -> Iterator[None]:
-    with (
-        mock.patch.object(_runtime, "_capability", return_value=(9, 0)),
-        mock.patch.object(triton.runtime.driver, "_active", StubDriver()),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    ):
-        yield
 
 
 def traced(sample: Sample) -> list[torch.fx.Node]:
@@ -63,7 +40,7 @@ def traced(sample: Sample) -> list[torch.fx.Node]:
             out = op(*given)
             return (out,) if isinstance(out, Tensor) else tuple(out)
 
-        with fake_cuda(), mk.backend("triton"):
+        with calls.fake_cuda(), mk.backend("triton"):
             inputs = [
                 torch.empty_strided(
                     args[i].shape, args[i].stride(), dtype=args[i].dtype, device="cuda"
