@@ -2,16 +2,16 @@
 
     python tools/tune.py [--op OP ...] [--batch N] [--minutes M] [--out DIR]
 
-The first row of a table is the launch that mae_kernels selects now, the others are CANDIDATES:
+The first row of a table is the launch that mae_kernels selects now, the others are candidates:
 other tile sizes and numbers of warps. A candidate's results and gradients must pass the
 correctness check of the benchmarks; then the whole op (forward, or forward with backward) is
-timed, all candidates in turns. "keep": no candidate is faster by more than 2 % and by more than
+timed, all candidates in alternating order. "keep": no candidate is faster by more than 2 % and by more than
 noise.
 
 `choosing` is the only way to try a choice: for the duration of a `with` block it replaces the
 names by which the op's module selects (rows_per_program, TILE, FORWARD, ...) and the warps of one
 kernel. The op's own launcher then computes grid and constants as always. Ops run eagerly here,
-since compiled or captured code would keep the choice that it was traced with. num_stages is not
+since compiled or captured code would keep the choice with which it was traced. num_stages is not
 tried: the compiler makes the same code of these kernels with 1, 3 or 5.
 linear_reconstruction_loss launches the kernels of masked_reconstruction_loss and is not tried
 separately.

@@ -175,7 +175,10 @@ def test_two_processes_train_as_one(task: str, tiny: list[str], tmp_path: Path) 
         a, b = _last(one)["model"]["center"], _last(two)["model"]["center"]
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)
     else:
-        scores = [(out / "eval" / "predictions.csv").read_text().splitlines() for out in (one, two)]
+        scores = [
+            (out / "eval" / "test" / "predictions.csv").read_text().splitlines()
+            for out in (one, two)
+        ]
         assert [row.split(",")[0] for row in scores[0]] == [row.split(",")[0] for row in scores[1]]
 
 
