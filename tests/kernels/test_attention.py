@@ -296,7 +296,7 @@ def test_attention_names_a_bad_argument(args, scale, error, text: str) -> None:
         attention(*args, scale=scale)
 
 
-# -------------------------------------------------------------------------------------------------------- GPU
+# ------------------------------------------------------------ GPU
 @pytest.fixture
 def triton_backend() -> Iterator[None]:
     with backend("triton"):
