@@ -13,11 +13,12 @@ Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2 (the exact form, torch
 approximate="none").
 
 The matrix products are torch's. On a GPU one kernel makes g, and one makes dh, the sums for dbias
-and, when the forward did not keep it, g again. Both read x once, the backward reads dg once. A compiler that sees the
-pieces writes dh, then reads it again for dbias, because a sum over rows cannot join an element-wise
-kernel that tiles rows. Each program sums its own rows in fp32, and the programs' sums are added in
-a fixed order: no atomics, equal reruns. Kept for the backward are x, bias and weight (in the dtype
-of the product), and g too with recompute=False; plain torch keeps h and g.
+and, when the forward did not keep it, g again. Both read x once, the backward reads dg once. A
+compiler that sees the pieces writes dh, then reads it again for dbias, because a sum over rows
+cannot join an element-wise kernel that tiles rows. Each program sums its own rows in fp32, and the
+programs' sums are added in a fixed order: no atomics, equal reruns. Kept for the backward are x,
+bias and weight (in the dtype of the product), and g too with recompute=False; plain torch keeps h
+and g.
 
 Shapes: N rows (all leading dimensions together), F hidden width, D width.
 """
