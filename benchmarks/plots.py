@@ -82,6 +82,9 @@ def planned(document: Document) -> Iterator[Plot]:
             yield plot(
                 f"roofline-{kind}", f"{kind}: roofline", 4.6, draw_roofline, document, points
             )
+    if kind == "step" and (rates := step_rates(document)):
+        height = 0.9 + 0.22 * sum(len(one) + 1 for one in rates.values())
+        yield plot("step", "training step: images per second", height, draw_rates, rates)
     for name, lines in memory_lines(document).items():
         yield plot(f"memory-{slug(name)}", f"{name}: peak memory", 4, draw_memory, lines)
 
@@ -156,6 +159,35 @@ def draw_bars(groups: Sequence[Group], axes: Any) -> None:
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("time / time of ours (blue line); left of it the provider is faster", size=8)
+
+
+# ---- images per second of a training step ----
+
+
+def step_rates(document: Document) -> dict[str, dict[str, float]]:
+    """Case (task and shape) -> provider -> images per second of the measured providers."""
+    rates: dict[str, dict[str, float]] = {}
+    for row in document["rows"]:
+        if row["time"]:
+            rate = row["sizes"]["batch"] / row["time"]["median_us"] * 1e6
+            rates.setdefault(f"{row['case']}, {row['shape']}", {})[row["provider"]] = rate
+    return {case: one for case, one in rates.items() if OURS in one}
+
+
+def draw_rates(rates: dict[str, dict[str, float]], axes: Any) -> None:
+    y, ticks = 0.0, list[tuple[float, str]]()
+    for case, providers in rates.items():
+        y += 1
+        ticks.append((y, case))
+        for name, rate in sorted(providers.items(), key=lambda item: item[1]):
+            y += 1
+            ticks.append((y, name))
+            axes.barh(y, rate, 0.8, color=BLUE if name.startswith(OURS) else GREY)
+            axes.annotate(f"{rate:.0f}", (rate, y), (4, -3), textcoords="offset points", fontsize=7)
+    axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
+    axes.set_ylim(y + 1, 0)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("images per second (ours in blue)", size=8)
 
 
 # ---- roofline ----
