@@ -1,8 +1,9 @@
-"""`batch: auto`: the largest micro-batch that fits, found before a run starts; the effective batch stays as configured.
+"""`batch: auto`: the largest micro-batch that fits, found before a run starts; the effective batch
+stays as configured.
 
-On a CUDA device the search starts from estimate.py, and real steps on random images decide what fits. On the
-CPU, where running out of memory may end other programs, the estimate alone decides, against half of the free
-memory.
+On a CUDA device the search starts from estimate.py, and real steps on random images decide what
+fits. On the CPU, where running out of memory may end other programs, the estimate alone decides,
+against half of the free memory.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ Fits = Callable[[int], bool]
 def resolve_batch(
     config: Config, task: str, world: World, classes: int = 2, log: Log = print
 ) -> Config:
-    """`config` with batch_size and accumulate set and `batch` empty; unchanged if `batch` is not auto.
+    """`config` with batch_size and accumulate set and `batch` empty; unchanged if `batch` is not
+    auto.
 
-    task: "pretrain" or "finetune". Processes agree on the smallest. Raises ConfigError if not one image fits.
+    task: "pretrain" or "finetune". Processes agree on the smallest. Raises ConfigError if not one
+        image fits.
     """
     settings = getattr(config, task)
     if settings.batch is None:
@@ -83,13 +86,16 @@ def resolve_batch(
     )
     if batch_size is None:
         raise ConfigError(
-            f"{task}.batch is auto, and not one image fits: a micro-batch of 1 is estimated to need {peak(1) / 1e9:.2f} GB, "
-            f"{free / 1e9:.2f} GB are free on {device}. Free memory, or see `sssd-fast plan` for settings that need less"
+            f"{task}.batch is auto, and not one image fits: a micro-batch of 1 is estimated to "
+            f"need {peak(1) / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB are free on {device}. Free memory, or see `sssd-fast plan` for "
+            "settings that need less"
         )
     accumulate = own // batch_size
     how = "tried" if cuda else f"estimated, within {CPU_SHARE:.0%} of the free memory"
     log(
-        f"{task}.batch=auto: micro-batch {batch_size} x {accumulate} (effective batch {own * world.size}), {how}; "
+        f"{task}.batch=auto: micro-batch {batch_size} x {accumulate} (effective batch "
+        f"{own * world.size}), {how}; "
         f"estimated peak {peak(batch_size) / 1e9:.2f} of {free / 1e9:.2f} GB free on {device}"
     )
     fixed = {"batch_size": batch_size, "accumulate": accumulate, "batch": None}
@@ -97,7 +103,9 @@ def resolve_batch(
 
 
 def search(own: int, likely: Fits, trial: Fits, world: World) -> int | None:
-    """The largest divisor of `own` that is likely to fit and passes its trial, in every process; None if none does."""
+    """The largest divisor of `own` that is likely to fit and passes its trial, in every process;
+    None if none does.
+    """
     for images in reversed(divisors(own)):
         if world.any(not likely(images)):
             continue
@@ -128,7 +136,8 @@ def _steps_fit(
     kept: int,
     log: Log,
 ) -> bool:
-    """Whether two real steps on random images run in the free memory, with two micro-batches if there are more.
+    """Whether two real steps on random images run in the free memory, with two micro-batches if
+    there are more.
 
     kept: bytes that they must leave free, for the decoded images that the loader stores later.
     """

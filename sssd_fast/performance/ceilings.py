@@ -1,4 +1,6 @@
-"""What the machine at hand can do, measured: the rates of a large matrix product and of a large copy."""
+"""What the machine at hand can do, measured: the rates of a large matrix product and of a large
+copy.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.5) -> Ceilings:
-    """Medians over about `seconds` each, with the number of threads and the TF32 setting that torch has now."""
+    """Medians over about `seconds` each, with the number of threads and the TF32 setting that
+    torch has now.
+    """
     n, copied = (8192, 2**29) if device.type == "cuda" else (1024, 2**26)
     a, b, product = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
     matmul_s = median_seconds(partial(torch.mm, a, b, out=product), device, seconds)
@@ -31,7 +35,9 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, seconds: float
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Median time of one call after two for warming up; at least 3 and at most 200 calls. Device events on CUDA."""
+    """Median time of one call after two for warming up; at least 3 and at most 200 calls. Device
+    events on CUDA.
+    """
     cuda, times = device.type == "cuda", list[float]()
     for _ in range(2):
         work()

@@ -1,7 +1,8 @@
 """How much memory a training step takes: the real model's allocations, counted on fake tensors.
 
-Forward and backward run under torch's FakeTensorMode for two numbers of images. Both runs allocate in the
-same order, so each moment of the step is `constant + images * per_image` bytes, and so are the kept bytes.
+Forward and backward run under torch's FakeTensorMode for two numbers of images. Both runs allocate
+in the same order, so each moment of the step is `constant + images * per_image` bytes, and so are
+the kept bytes.
 
 Assumed, not counted:
 - a compiled step keeps what the eager step keeps, except that no norm casts its input to fp32;
@@ -23,23 +24,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 import mae_kernels
 from sssd_fast.config import Config
 from sssd_fast.errors import ConfigError
 from sssd_fast.performance.execution import attention_choices, block_stacks, set_execution
-from sssd_fast.performance.fake import FakeStep
+from sssd_fast.performance.fake import DirectDevice, FakeStep
 from sssd_fast.run.device import AUTOCAST, autocast
 
 CPU = torch.device("cpu")
 FP32 = 4
-# torchao keeps the moments of smaller tensors, and of tensors that are not a multiple of a block, in fp32
+# torchao keeps the moments of smaller tensors, and of tensors that are not a multiple of a block,
+# in fp32
 BLOCK_8BIT = 256
 SMALLEST_8BIT = 4096
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were allocated inside the block and are alive, except those of `given`.
+    """Bytes of the storages that were allocated inside the block and are alive, except those of
+    `given`.
 
     timeline: these bytes after each operation.
     """
@@ -75,7 +79,8 @@ class LiveBytes(TorchDispatchMode):
 def _temporary_bytes(op: Any, args: Any) -> int:
     """Bytes that an op allocates and frees again, which a dispatch mode does not see.
 
-    gelu_linear's backward holds dg and g in addition to its results, later the gradient of the weight.
+    gelu_linear's backward holds dg and g in addition to its results, later the gradient of the
+    weight.
     """
     if op is not torch.ops.mae_kernels.gelu_linear_backward.default:
         return 0
@@ -108,14 +113,18 @@ class Estimate:
         return self.parameters + self.gradients + self.optimizer
 
     def step_peak(self, images: float) -> float:
-        """Largest number of bytes during forward and backward of one micro-batch, gradients included."""
+        """Largest number of bytes during forward and backward of one micro-batch, gradients
+        included.
+        """
         return float((self.timeline_constant_T + images * self.timeline_per_image_T).max())
 
     def peak(self, images: float, *, accumulate: float = 1, gradient_copies: int = 0) -> float:
         """Bytes of everything at the worst moment of a step with `accumulate` micro-batches.
 
-        The loop fetches all micro-batches of a step first. From the second micro-batch on the gradients of
-        the first one exist. gradient_copies: of all gradients, such as the buffers for several processes.
+        The loop fetches all micro-batches of a step first. From the second micro-batch on the
+        gradients of
+        the first one exist. gradient_copies: of all gradients, such as the buffers for several
+            processes.
         """
         batch = images * accumulate * self.input_per_image
         copies = gradient_copies + (accumulate > 1)
@@ -132,13 +141,14 @@ def estimate(
     compiled: bool,
     capability: tuple[int, int] = (8, 0),
     classes: int = 2,
+    fake: FakeStep | None = None,
 ) -> Estimate:
     """The memory of a step as `config.step` requests it, on `device` or on a GPU that is not there.
 
-    task: "pretrain" or "finetune". capability: of the CUDA device.
-    Raises ConfigError if a setting cannot be carried out.
+    task: "pretrain" or "finetune". capability: of the CUDA device. fake: of this model and task, to
+    avoid building it. Raises ConfigError if a setting cannot be carried out.
     """
-    step = FakeStep(config, task, classes)
+    step = fake or FakeStep(config, task, classes)
     module = step.module
     cuda = device.type == "cuda"
     choices = attention_choices(
@@ -147,14 +157,15 @@ def estimate(
     providers = [choice.provider.replace("xformers", "sdpa") for choice in choices]
     fused_mlp = cuda and config.step.mlp != "plain"
     set_execution(module, config.step, precision, providers, fused_mlp=fused_mlp)
-    if cuda and not compiled and precision != "fp32":
-        _cast_norm_inputs(module)
+    casts = _cast_norm_inputs(module) if cuda and not compiled and precision != "fp32" else []
     few, many = 4, 8
     runs = [_run(step, precision, images, capability if cuda else None) for images in (few, many)]
-    timelines = [torch.tensor(run.timeline, dtype=torch.float64) for run in runs]
+    for cast in casts:
+        cast.remove()
+    kept, timelines = zip(*runs, strict=True)
     if len(timelines[0]) != len(timelines[1]):
         raise ConfigError(f"{task}: the step allocates differently for {few} and {many} images")
-    kept_per_image = (runs[1].kept - runs[0].kept) / (many - few)
+    kept_per_image = (kept[1] - kept[0]) / (many - few)
     per_image_T = (timelines[1] - timelines[0]) / (many - few)
     trained = [p for p in module.parameters() if p.grad is not None]
     return Estimate(
@@ -163,16 +174,18 @@ def estimate(
         trained=tuple(p.numel() for p in trained),
         optimizer_name=config.step.optimizer,
         input_per_image=sum(t.nbytes for t in step.inputs(1)),
-        kept_constant=runs[0].kept - few * kept_per_image,
+        kept_constant=kept[0] - few * kept_per_image,
         kept_per_image=kept_per_image,
         timeline_constant_T=timelines[0] - few * per_image_T,
         timeline_per_image_T=per_image_T,
     )
 
 
-def step_flops(config: Config, task: str, classes: int = 2) -> int:
-    """FLOPs of forward and backward per image, recomputation by `config.step.checkpoint` included."""
-    step = FakeStep(config, task, classes)
+def step_flops(config: Config, task: str, fake: FakeStep | None = None) -> int:
+    """FLOPs of forward and backward per image, recomputation by `config.step.checkpoint`
+    included.
+    """
+    step = fake or FakeStep(config, task)
     providers = ["sdpa"] * len(block_stacks(step.module))
     set_execution(step.module, config.step, "fp32", providers, fused_mlp=False)
     return step.flops()
@@ -183,9 +196,10 @@ def check_budget(
 ) -> None:
     """Raises ConfigError if torch.compile would silently ignore step.activation_budget.
 
-    Its partitioner (torch/_functorch/partitioners.py, choose_saved_values_set) treats every budget below 1 as 1 if the
-    kept bytes are at most those of the graph's inputs, which include the parameters. The budget counts relative to
-    these inputs, so its effect also depends on the micro-batch.
+    Its partitioner (torch/_functorch/partitioners.py, choose_saved_values_set) treats every budget
+    below 1 as 1 if the kept bytes are at most those of the graph's inputs, which include the
+    parameters. The budget counts relative to these inputs, so its effect also depends on the
+    micro-batch.
     """
     found = estimate(config, task, precision, device, compiled=True)
     kept = found.kept_constant + batch_size * found.kept_per_image
@@ -193,45 +207,45 @@ def check_budget(
         kept += found.gradients
     if kept <= found.parameters + batch_size * found.input_per_image:
         raise ConfigError(
-            f"step.activation_budget is {config.step.activation_budget:g}, which torch.compile ignores here: "
-            f"a micro-batch of {batch_size} images keeps fewer bytes than the parameters take. Raise the "
+            f"step.activation_budget is {config.step.activation_budget:g}, which torch.compile "
+            "ignores here: "
+            f"a micro-batch of {batch_size} images keeps fewer bytes than the parameters take. "
+            "Raise the "
             f"micro-batch, or set step.activation_budget=1; for less memory at small batches: "
             f"step.compile=false step.checkpoint=full"
         )
 
 
-@dataclass(frozen=True)
-class _Run:
-    kept: int
-    timeline: list[int]
-
-
-def _run(step: FakeStep, precision: str, images: int, capability: tuple[int, int] | None) -> _Run:
+def _run(
+    step: FakeStep, precision: str, images: int, capability: tuple[int, int] | None
+) -> tuple[int, Tensor]:
+    """(bytes kept at the end of the forward, bytes after each operation)."""
     inputs = step.inputs(images)
     module = step.module
     for parameter in module.parameters():
         parameter.grad = None
     gpu = nullcontext() if capability is None else mae_kernels.as_on_gpu(capability)
-    with step.mode, gpu, LiveBytes([*module.parameters(), *module.buffers(), *inputs]) as live:
+    live = LiveBytes([*module.parameters(), *module.buffers(), *inputs])
+    with step.mode, gpu, live, DirectDevice():
         with autocast(precision, CPU):
             loss = step.loss(inputs)
         kept = live.alive
         loss.backward()
-    return _Run(kept, live.timeline)
+    return kept, torch.tensor(live.timeline, dtype=torch.float64)
 
 
-def _cast_norm_inputs(module: nn.Module) -> None:
+def _cast_norm_inputs(module: nn.Module) -> list[RemovableHandle]:
     """CUDA's autocast runs LayerNorm in fp32, that of the CPU does not."""
     cast: Callable[..., Any] = lambda norm, inputs: (inputs[0].float(),)  # noqa: E731
-    for norm in module.modules():
-        if isinstance(norm, nn.LayerNorm):
-            norm.register_forward_pre_hook(cast)
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.LayerNorm)]
+    return [norm.register_forward_pre_hook(cast) for norm in norms]
 
 
 def optimizer_bytes(values: int, optimizer: str) -> float:
     """State of one parameter tensor: the step and two moments, of 4 bytes a value.
 
-    adamw8bit (torchao): of 1 byte, with an fp32 scale for each block and a table of 256 fp32 values.
+    adamw8bit (torchao): of 1 byte, with an fp32 scale for each block and a table of 256 fp32
+        values.
     """
     wide = optimizer == "adamw" or values < SMALLEST_8BIT or values % BLOCK_8BIT
     moment = FP32 * values if wide else values + FP32 * (values // BLOCK_8BIT) + FP32 * 256

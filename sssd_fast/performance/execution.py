@@ -1,8 +1,10 @@
-"""How a model runs on this machine: what the section `step` of the settings decides, each decision with its reason.
+"""How a model runs on this machine: what the section `step` of the settings decides, each decision
+with its reason.
 
-`configure_model` sets attention providers, the residual dtype and recomputation on the model and decides
-about torch.compile and CUDA graphs; `compiled` returns the compiled module. No setting changes more than
-rounding. A setting that cannot be carried out raises ConfigError; "auto" reports what was chosen.
+`configure_model` sets attention providers, the residual dtype and recomputation on the model and
+decides about torch.compile and CUDA graphs; `compiled` returns the compiled module. No setting
+changes more than rounding. A setting that cannot be carried out raises ConfigError; "auto" reports
+what was chosen.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from sssd_fast.performance.ceilings import measure_ceilings
 from sssd_fast.performance.fake import FakeStep
 from sssd_fast.run.device import AUTOCAST
 
-# Launches of a compiled step, counted in Inductor's code for ViT-B (docs/compiled-step.md). 5 us of CPU time
-# per launch are assumed.
+# Launches of a compiled step, counted in Inductor's code for ViT-B (docs/compiled-step.md). 5 us of
+# CPU time per launch are assumed.
 LAUNCHES_PER_BLOCK = 36
 OTHER_LAUNCHES = 120
 LAUNCH_S = 5e-6
@@ -49,7 +51,9 @@ class ExecutionPlan:
 def configure_model(
     model: SSSD | Classifier, config: Config, precision: str, device: torch.device, batch_size: int
 ) -> ExecutionPlan:
-    """Sets `model` up as `config.step` requests. batch_size: images of a micro-batch. Raises ConfigError."""
+    """Sets `model` up as `config.step` requests. batch_size: images of a micro-batch. Raises
+    ConfigError.
+    """
     step, dtype = config.step, AUTOCAST.get(precision, torch.float32)
     compile_it, why = pick_compile(step, device)
     _check(step, compile_it, why, precision)
@@ -75,8 +79,8 @@ def set_execution(
 ) -> None:
     """The only place that sets how the modules of `model` compute.
 
-    providers: of attention, one for each of `block_stacks(model)`. The residual dtype and recomputation follow
-    from `step` and `precision`.
+    providers: of attention, one for each of `block_stacks(model)`. The residual dtype and
+    recomputation follow from `step` and `precision`.
     """
     residual = None
     if precision != "fp32":
@@ -102,8 +106,9 @@ def block_stacks(model: SSSD | Classifier) -> list[Blocks]:
 def compiled(model: nn.Module, step: StepConfig, *, graphs: bool) -> nn.Module:
     """`model` under torch.compile: one graph, static shapes, the random numbers of eager mode.
 
-    Parameters and state dict stay those of `model`. Compiled code is cached in $TORCHINDUCTOR_CACHE_DIR (the
-    command line sets it to the user's cache folder) and found by the next run.
+    Parameters and state dict stay those of `model`. Compiled code is cached in
+    $TORCHINDUCTOR_CACHE_DIR (the command line sets it to the user's cache folder) and found by the
+    next run.
     """
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
@@ -159,8 +164,8 @@ def pick_graphs(
 ) -> tuple[bool, str]:
     """(whether to replay the compiled module as CUDA graphs, why).
 
-    auto: if launching the kernels one by one takes longer than running them: FLOPs of the micro-batch at half
-    of the matrix product rate measured on this device, against 5 us a launch.
+    auto: if launching the kernels one by one takes longer than running them: FLOPs of the
+    micro-batch at half of the matrix product rate measured on this device, against 5 us a launch.
     """
     requested = config.step.cuda_graphs
     problem = None
@@ -171,7 +176,8 @@ def pick_graphs(
     if problem is not None:
         if requested is True:
             raise ConfigError(
-                f"step.cuda_graphs is true, but {problem}; it needs step.compile=true and a CUDA device"
+                f"step.cuda_graphs is true, but {problem}; it needs step.compile=true and a CUDA "
+                "device"
             )
         return False, problem
     if requested != "auto":
@@ -216,7 +222,9 @@ def attention_choices(
     compile_it: bool,
     capability: tuple[int, int] = (0, 0),
 ) -> list[AttentionChoice]:
-    """The provider for each of `block_stacks(model)`. capability: of a CUDA device; (0, 0) = ask the device."""
+    """The provider for each of `block_stacks(model)`. capability: of a CUDA device; (0, 0) = ask
+    the device.
+    """
     mae = model if isinstance(model, Classifier) else model.mae
     config, prefix = mae.config, mae.encoder.num_prefix
     requested = [("step.attention", step.attention, config.num_patches)]
@@ -249,8 +257,10 @@ def _check(step: StepConfig, compile_it: bool, why: str, precision: str) -> None
         )
     if step.activation_budget < 1 and not compile_it:
         raise ConfigError(
-            f"step.activation_budget is {step.activation_budget:g}, which needs a compiled step, and "
-            f"compile is off: {why}. Set step.compile=true, or use step.checkpoint=selective instead"
+            f"step.activation_budget is {step.activation_budget:g}, which needs a compiled step, "
+            "and "
+            f"compile is off: {why}. Set step.compile=true, or use step.checkpoint=selective "
+            "instead"
         )
 
 

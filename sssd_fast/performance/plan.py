@@ -1,4 +1,5 @@
-"""Which micro-batch and settings fit a GPU: `sssd-fast plan`. All numbers are estimates by estimate.py.
+"""Which micro-batch and settings fit a GPU: `sssd-fast plan`. All numbers are estimates by
+estimate.py.
 
 What a real card needs in addition to tensors is assumed, not measured: see RESERVE.
 """
@@ -15,6 +16,7 @@ import torch
 from sssd_fast.config import Config, StepConfig, from_dict, to_dict
 from sssd_fast.errors import ConfigError
 from sssd_fast.performance.estimate import Estimate, estimate, step_flops
+from sssd_fast.performance.fake import FakeStep
 from sssd_fast.run.device import pick_precision
 from sssd_fast.run.log import Console
 
@@ -33,13 +35,13 @@ RESERVE = Reserve()
 OLDEST = (8, 0)  # compute capability that is assumed without a GPU
 # Below it, by arithmetic, the kernels of a ViT-B step are too short to keep a large GPU busy.
 GOOD_MICRO_BATCH = 64
-# Changes of the section `step` to try, cheapest first. step.activation_budget is not among them: torch's
-# partitioner counts it relative to the parameters, so that what it keeps cannot be told without the final batch.
+# Changes of the section `step` to try, cheapest first. step.activation_budget is not among them:
+# torch's partitioner counts it relative to the parameters, so that what it keeps cannot be told
+# without the final batch.
 TRIED: tuple[dict[str, Any], ...] = (
     {},
     {"residual": "bf16"},
     {"residual": "bf16", "optimizer": "adamw8bit"},
-    {"residual": "bf16", "compile": False, "checkpoint": "selective"},
     {"residual": "bf16", "compile": False, "checkpoint": "full"},
     {"residual": "bf16", "compile": False, "checkpoint": "full", "optimizer": "adamw8bit"},
 )
@@ -79,16 +81,17 @@ class Row:
 def plan(config: Config, task: str, memory: float, *, effective: int | None = None) -> list[Row]:
     """One row for each of TRIED that the configuration allows. memory: in bytes.
 
-    effective: batch of one optimizer step; None = as configured. Raises ConfigError for settings that cannot be
-    combined.
+    effective: batch of one optimizer step; None = as configured. Raises ConfigError for settings
+    that cannot be combined.
     """
     settings = getattr(config, task)
     effective = effective or settings.batch_size * settings.accumulate
     precision = precision_of(config)
     device = torch.device("cuda")
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else OLDEST
+    fake = FakeStep(config, task)
     estimates: dict[str, Estimate] = {}
-    flops: dict[str, int] = {}
+    recomputed = 0.0  # FLOPs without recomputation over FLOPs with checkpoint=full
     rows: list[Row] = []
     for tried in TRIED:
         changes = {k: v for k, v in tried.items() if k != "residual" or precision == "bf16"}
@@ -96,21 +99,26 @@ def plan(config: Config, task: str, memory: float, *, effective: int | None = No
             continue
         changed = _changed(config, {**START, **changes} if changes else {})
         step = changed.step
+        # settings that differ only in the optimizer share an estimate
         key = repr(step.model_copy(update={"optimizer": "adamw"}))
         if key not in estimates:
             compiled = would_compile(step)
             estimates[key] = estimate(
-                changed, task, precision, device, compiled=compiled, capability=capability
+                changed,
+                task,
+                precision,
+                device,
+                compiled=compiled,
+                capability=capability,
+                fake=fake,
             )
-        # "selective" keeps the results of all matrix products
+        # "selective", if configured, keeps the results of all matrix products
         full = step.checkpoint == "full"
-        for checkpoint in ("none", "full") if full else ():
-            if checkpoint not in flops:
-                other = _changed(config, {**START, "compile": False, "checkpoint": checkpoint})
-                flops[checkpoint] = step_flops(other, task)
-        speed = flops["none"] / flops["full"] if full else 1.0
+        if full and not recomputed:
+            plain = _changed(config, {**START, "compile": False})
+            recomputed = step_flops(plain, task, fake) / step_flops(changed, task, fake)
         found = replace(estimates[key], optimizer_name=step.optimizer)
-        rows.append(_row(found, changes, memory, effective, speed))
+        rows.append(_row(found, changes, memory, effective, recomputed if full else 1.0))
     return rows
 
 
@@ -166,11 +174,14 @@ def divisors(n: int) -> list[int]:
 
 
 def parse_memory(text: str) -> float:
-    """Bytes of "12GB" (1e9), "12GiB" (2**30), "8000MB" or "auto", the GPU of this machine. Raises ConfigError."""
+    """Bytes of "12GB" (1e9), "12GiB" (2**30), "8000MB" or "auto", the GPU of this machine.
+    Raises ConfigError.
+    """
     if text == "auto":
         if not torch.cuda.is_available():
             raise ConfigError(
-                "--memory auto needs a CUDA device, which was not found; give a size, such as --memory 12GB"
+                "--memory auto needs a CUDA device, which was not found; give a size, such as "
+                "--memory 12GB"
             )
         return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)", text.strip(), re.IGNORECASE)
@@ -186,7 +197,9 @@ def parse_memory(text: str) -> float:
 
 
 def recommended(rows: list[Row], effective: int) -> Row | None:
-    """The fastest by estimate whose micro-batch keeps a GPU busy; else the one with the largest micro-batch."""
+    """The fastest by estimate whose micro-batch keeps a GPU busy; else the one with the largest
+    micro-batch.
+    """
     fitting = [row for row in rows if row.micro_batch]
     busy = [row for row in fitting if row.micro_batch >= min(effective, GOOD_MICRO_BATCH)]
     if busy:
@@ -210,7 +223,8 @@ def plan_command(
     if best is None:
         smallest = min(row.peak_bytes for row in rows)
         raise ConfigError(
-            f"nothing fits {memory / 1e9:.1f} GB: the smallest of these needs {smallest / 1e9:.1f} GB for one image. "
+            f"nothing fits {memory / 1e9:.1f} GB: the smallest of these needs {smallest / 1e9:.1f} "
+            "GB for one image. "
             f"Choose a smaller model.name, fewer model.decoder_depth or a smaller model.image_size"
         )
 
@@ -238,12 +252,16 @@ def _print(
     console.table(title, columns, [_cells(row, effective) for row in rows])
     configured = getattr(config, task)
     lines = [
-        f"effective batch: images of one optimizer step. Configured: {task}.batch_size={configured.batch_size} x "
+        "effective batch: images of one optimizer step. Configured: "
+        f"{task}.batch_size={configured.batch_size} x "
         f"{task}.accumulate={configured.accumulate}; --batch N plans for another.",
-        "MB per image: activations kept for the backward. fixed: parameters, gradients, optimizer state. "
+        "MB per image: activations kept for the backward. fixed: parameters, gradients, optimizer "
+        "state. "
         "relative speed: by FLOPs, 1 = nothing is recomputed; element-wise work does not count.",
-        f"Estimated from the real model on fake tensors; for the CUDA context {RESERVE.context_bytes / 1e9:.1f} GB and for "
-        f"fragments {RESERVE.fragments:.0%} are added. Not measured on a GPU; {task}.batch=auto tries real steps.",
+        "Estimated from the real model on fake tensors; for the CUDA context "
+        f"{RESERVE.context_bytes / 1e9:.1f} GB and for "
+        f"fragments {RESERVE.fragments:.0%} are added. Not measured on a GPU; {task}.batch=auto "
+        "tries real steps.",
     ]
     if best is not None:
         lines.append(f"recommended, {best.name}: {' '.join(best.overrides(task))}")
