@@ -329,8 +329,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     starts = [0.0] * len(STAGES)
     for kind in _kinds(result):
         widths = [1e3 * stages[stage].get(kind, 0.0) for stage in STAGES]
-        style = {"color": COLORS[kind], "hatch": "////" if kind == IDLE else None}
-        bars = axes.barh(STAGES, widths, 0.66, starts, edgecolor="white", label=kind, **style)
+        bars = axes.barh(STAGES, widths, 0.66, starts, color=COLORS[kind], label=kind)
+        for bar in bars:
+            bar.set_edgecolor("white")
+            bar.set_hatch("////" if kind == IDLE else "")
         shares = [
             f"{width / total:.0%}" if width > 0.035 * longest else ""
             for width, total in zip(widths, totals, strict=True)
