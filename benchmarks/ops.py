@@ -67,8 +67,9 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
 
 
 def draw(names: str) -> Callable[[Shape, torch.device], Inputs]:
-    """The named inputs: those of NORMAL, "images", "noise", "ids" of a masking, "like", "crops", and
-    "<name>_all" of all patches, whose masked rows are <name>."""
+    """The named inputs: those of NORMAL, "images", "noise", "ids" of a masking, "like", "crops",
+    and "<name>_all" of all patches, whose masked rows are <name>.
+    """
 
     def make(s: Shape, device: torch.device) -> Inputs:
         x: Inputs = {}

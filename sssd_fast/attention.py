@@ -1,13 +1,14 @@
 """Self-attention behind one function, and which implementation ("provider") of it runs where.
 
-    out = softmax(q k^T * scale) v      per head; q, k, v = qkv.unbind(2); scale = d ** -0.5 by default
+    out = softmax(q k^T * scale) v   per head; q, k, v = qkv.unbind(2); scale = d ** -0.5 by default
 
-    fused     mae_kernels.attention: one program holds all keys of a head, reads qkv and writes its gradient packed
+    fused     mae_kernels.attention: a program holds all keys of a head and reads qkv packed
     xformers  xformers.ops.memory_efficient_attention
-    sdpa      torch.nn.functional.scaled_dot_product_attention, which picks among PyTorch's own kernels
+    sdpa      scaled_dot_product_attention, which chooses among PyTorch's own kernels
     eager     the matrix products of facebookresearch/mae, with the scores in memory: the baseline
 
-`choose` decides once per stack of blocks, before the model is compiled; `attend` then runs the chosen provider.
+`choose` decides once per stack of blocks, before the model is compiled; `attend` then runs the
+chosen provider.
 There is no fallback: a requested provider that cannot run raises ConfigError with the reason.
 
 Shapes: B images, N tokens of an image, H heads, d head width.
@@ -45,15 +46,17 @@ def attend(qkv_BN3Hd: Tensor, provider: str, scale: float | None = None) -> Tens
 
     Args:
         qkv_BN3Hd: floating point, any strides; a contiguous one is read without a copy.
-        provider: one of PROVIDERS, chosen by `choose`; whether it can run here is not checked again.
+        provider: one of PROVIDERS, chosen by `choose`; whether it can run here is not checked
+            again.
         scale: of the scores; default d ** -0.5.
 
-    Returns: [B, N, H, d], contiguous, in qkv's dtype under autocast too. Raises ValueError for a wrong shape or
-    provider.
+    Returns: [B, N, H, d], contiguous, in qkv's dtype under autocast too. Raises ValueError for a
+    wrong shape or provider.
 
-    What sdpa runs on a GPU (torch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): fp16 and bf16 from sm_80 on
-    its flash kernels with d <= 256, or, with a higher priority, cuDNN's on sm_9x and sm_10x; fp32, and fp16 before
-    sm_80, its memory-efficient ones with d a multiple of 8 (fp32 from sm_80 on: of 4, before: any); everything else
+    What sdpa runs on a GPU (torch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): fp16 and
+    bf16 from sm_80 on its flash kernels with d <= 256, or, with a higher priority, cuDNN's on sm_9x
+    and sm_10x; fp32, and fp16 before sm_80, its memory-efficient ones with d a multiple of 8 (fp32
+    from sm_80 on: of 4, before: any); everything else
     plain matrix products. On the CPU: a flash kernel of its own.
     """
     if qkv_BN3Hd.dim() != 5 or qkv_BN3Hd.shape[2] != 3:
@@ -67,7 +70,8 @@ def attend(qkv_BN3Hd: Tensor, provider: str, scale: float | None = None) -> Tens
         return out_BNHd.contiguous()
     if provider not in ("sdpa", "eager"):
         raise ValueError(f"provider: got {provider!r}, needs one of {', '.join(PROVIDERS)}")
-    # unbind(2) first: its backward then stacks the three gradients in the order that the qkv layer's backward reads
+    # unbind(2) first: its backward then stacks the three gradients in the order that the qkv
+    # layer's backward reads
     q_BHNd, k_BHNd, v_BHNd = (x_BNHd.transpose(1, 2) for x_BNHd in qkv_BN3Hd.unbind(2))
     with torch.autocast(qkv_BN3Hd.device.type, enabled=False):  # qkv has the right dtype already
         if provider == "sdpa":
@@ -78,7 +82,9 @@ def attend(qkv_BN3Hd: Tensor, provider: str, scale: float | None = None) -> Tens
 
 
 def _eager(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, scale: float | None) -> Tensor:
-    """timm 0.3.2's Attention, which facebookresearch/mae uses, under autocast: half precision with an fp32 softmax."""
+    """timm 0.3.2's Attention, which facebookresearch/mae uses, under autocast: half precision
+    with an fp32 softmax.
+    """
     scale = q_BHNd.shape[-1] ** -0.5 if scale is None else scale
     scores_BHNN = q_BHNd @ k_BHNd.transpose(-2, -1) * scale
     half = q_BHNd.dtype in (torch.float16, torch.bfloat16)
@@ -91,7 +97,9 @@ def _eager(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, scale: float | None) 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What attention has to compute, and where. If a CUDA device has no `capability`, the device is asked."""
+    """What attention has to compute, and where. If a CUDA device has no `capability`, the device
+    is asked.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -125,16 +133,20 @@ class AttentionChoice:
     refused: dict[str, str] = field(default_factory=dict)
 
     def line(self) -> str:
-        """For the start of a run: encoder attention (50 tokens, 12 heads of 64, bf16): fused, because ..."""
+        """For the start of a run: encoder attention (50 tokens, 12 heads of 64, bf16): fused,
+        because ...
+        """
         others = "".join(f"; not {name}: {reason}" for name, reason in self.refused.items())
         where = f"{BLOCKS[self.setting]} attention ({self.shape})"
         return f"{where}: {self.provider}, because {self.reason}{others}"
 
 
 def choose(name: str, shape: AttentionShape, setting: str = "step.attention") -> AttentionChoice:
-    """The provider for `name`, one of PROVIDERS or "auto"; `setting` is the key of the configuration.
+    """The provider for `name`, one of PROVIDERS or "auto"; `setting` is the key of the
+    configuration.
 
-    Raises ConfigError if the requested provider cannot run, with the reason and the providers that can.
+    Raises ConfigError if the requested provider cannot run, with the reason and the providers that
+    can.
     """
     if name == "auto":
         refused: dict[str, str] = {}
@@ -162,8 +174,10 @@ def refusal(
 ) -> str | None:
     """Why the provider cannot run; None if it can.
 
-    On the CPU `fused` is refused although the function works there: it would run sdpa under another name.
-    xformers_problem: returns what is wrong with the package, if known; by default it is imported, once.
+    On the CPU `fused` is refused although the function works there: it would run sdpa under another
+    name.
+    xformers_problem: returns what is wrong with the package, if known; by default it is imported,
+        once.
     """
     if provider == "fused":
         if shape.device.type != "cuda":
@@ -180,10 +194,12 @@ def refusal(
 
 
 def _xformers_refusal(shape: AttentionShape) -> str | None:
-    """By the rules of xformers 0.0.34 and 0.0.35 (ops/fmha: flash.py, cutlass.py, common.py), without importing it.
+    """By the rules of xformers 0.0.34 and 0.0.35 (ops/fmha: flash.py, cutlass.py, common.py),
+    without importing it.
 
-    It calls PyTorch's flash kernels, else PyTorch's memory-efficient ones. The former trace under fullgraph, forward
-    and backward; of the latter PyTorch cannot trace the backward (its meta function lacks an argument).
+    It calls PyTorch's flash kernels, else PyTorch's memory-efficient ones. The former trace under
+    fullgraph, forward and backward; of the latter PyTorch cannot trace the backward (its meta
+    function lacks an argument).
     """
     if shape.device.type != "cuda" or torch.version.hip is not None:
         return "its attention needs an NVIDIA GPU"
@@ -202,7 +218,7 @@ def _xformers_refusal(shape: AttentionShape) -> str | None:
     if shape.capability > (9, 0):
         return f"on {architecture} it takes only fp16 and bf16, with heads of at most 256 values"
     if shape.compiled and shape.training:
-        return "compiled it takes only fp16 and bf16 on sm_80 or newer, with heads of at most 256 values"
+        return "compiled it takes only fp16 and bf16 on sm_80 or newer, heads of at most 256 values"
     return None
 
 
@@ -213,7 +229,9 @@ _xformers: tuple[Any, str | None] | None = None
 
 
 def load_xformers() -> tuple[Any, str | None]:
-    """(the module xformers.ops, None), or (None, why it cannot be used). Imports it once, and prints nothing."""
+    """(the module xformers.ops, None), or (None, why it cannot be used). Imports it once, and
+    prints nothing.
+    """
     global _xformers
     if _xformers is None:
         _xformers = _import_xformers()

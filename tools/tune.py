@@ -3,9 +3,9 @@
     python tools/tune.py [--op OP ...] [--batch N] [--minutes M] [--out DIR]
 
 The first row of a table is the launch that mae_kernels selects now, the others are candidates:
-other tile sizes and numbers of warps. A candidate's results and gradients must pass the
-correctness check of the benchmarks; then the whole op (forward, or forward with backward) is
-timed, all candidates in alternating order. "keep": no candidate is faster by more than 2 % and by more than
+other tile sizes and numbers of warps. A candidate's results and gradients must pass the correctness
+check of the benchmarks; then the whole op (forward, or forward with backward) is timed, all
+candidates in alternating order. "keep": no candidate is faster by more than 2 % and by more than
 noise.
 
 `choosing` is the only way to try a choice: for the duration of a `with` block it replaces the

@@ -135,7 +135,8 @@ def make_loader(
     augment: AugmentConfig | None = None,
     shard: bool = True,
 ) -> Loader:
-    """The loader of this run's settings: augmented and shuffled with `augment`, else evaluation crops.
+    """The loader of this run's settings: augmented and shuffled with `augment`, else evaluation
+    crops.
 
     shard: distribute the images over all processes; without it each process sees all of them.
     """

@@ -1,4 +1,6 @@
-"""A small synthetic image set, settings of a model that trains on it in a second, and one trained run."""
+"""A small synthetic image set, settings of a model that trains on it in a second, and one
+trained run.
+"""
 
 from __future__ import annotations
 

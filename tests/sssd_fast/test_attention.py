@@ -1,6 +1,8 @@
-"""Attention providers: each equals softmax(q k^T * scale) v in fp64, forward and backward; none that cannot run is chosen.
+"""Attention providers: each equals softmax(q k^T * scale) v in fp64, forward and backward; none
+that cannot run is chosen.
 
-What needs xformers but no GPU runs in a separate process, in which its flash kernels are replaced by the formula on
+What needs xformers but no GPU runs in a separate process, in which its flash kernels are replaced
+by the formula on
 the CPU: its dispatch, its autograd function and its rules about devices are the real ones.
 """
 
@@ -268,7 +270,8 @@ def test_choose_names_the_reason_and_the_providers_that_can_run() -> None:
     with pytest.raises(ConfigError) as raised:
         choose("fused", ON_CPU, "step.decoder_attention")
     assert str(raised.value) == (
-        "step.decoder_attention is 'fused', which cannot run here (50 tokens, 12 heads of 64, fp32): "
+        "step.decoder_attention is 'fused', which cannot run here (50 tokens, 12 heads of 64, "
+        "fp32): "
         "it has no kernel for the cpu, where sdpa would compute it; set it to auto, sdpa, eager"
     )
     with pytest.raises(
@@ -296,7 +299,9 @@ def test_shape_asks_the_gpu_for_its_capability() -> None:
 
 @pytest.fixture
 def fake_xformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """fake_xformers(code of xformers, code of xformers.ops or None): what `import xformers` finds."""
+    """fake_xformers(code of xformers, code of xformers.ops or None): what `import xformers`
+    finds.
+    """
 
     def loaded() -> list[str]:
         return [name for name in sys.modules if name.partition(".")[0] == "xformers"]
@@ -408,8 +413,9 @@ def test_xformers_gets_views_of_qkv_and_the_scale(fake_xformers: Callable[..., N
     assert all(x.shape == (2, 7, 2, 16) and x.stride() == (672, 96, 16, 1) for x in seen[0])
 
 
-# Every capability, dtype and head width has a forward and a backward exactly if it is not refused; then, with
-# the flash kernels replaced on the CPU, xformers equals the formula, compiled as one graph too.
+# Every capability, dtype and head width has a forward and a backward exactly if it is not refused;
+# then, with the flash kernels replaced on the CPU, xformers equals the formula, compiled as one
+# graph too.
 REAL_XFORMERS = """
 import logging
 logging.disable(logging.WARNING)

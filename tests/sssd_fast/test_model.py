@@ -160,7 +160,9 @@ def test_attention_maps_times_values_give_the_attention_output() -> None:
 
 @pytest.mark.parametrize("cls_token", [True, False])
 def test_predictions_depend_on_visible_patches_only(cls_token: bool) -> None:
-    """Predictions are bit-equal for any content of masked patches; a visible pixel changes them all."""
+    """Predictions are bit-equal for any content of masked patches; a visible pixel changes them
+    all.
+    """
     config = small(image_size=(64, 48), cls_token=cls_token)
     model = MAE(config).eval()
     randomize(model)

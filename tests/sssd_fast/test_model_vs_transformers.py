@@ -243,7 +243,9 @@ def test_exported_classifier_round_trips_through_vit_for_image_classification(
 
 
 def test_exported_mean_classifier_gives_the_same_features_in_vit_model(tmp_path: Path) -> None:
-    """ViTForImageClassification cannot pool the mean: the encoder is exported, fc_norm as its norm."""
+    """ViTForImageClassification cannot pool the mean: the encoder is exported, fc_norm as its
+    norm.
+    """
     config = our_config(CASES["colour_norm_pix"])
     ours = Classifier(config, 3, pool="mean").eval()
     randomize(ours)

@@ -1,4 +1,5 @@
-"""A vision transformer written from the papers in plain tensor operations, without this package: the reference of the model tests.
+"""A vision transformer written from the papers in plain tensor operations, without this package:
+the reference of the model tests.
 
 Weights come as a dict under timm's names. Shapes: B images, L patches, N tokens, D width, H heads.
 """
@@ -77,7 +78,9 @@ def patch_tokens(images: Tensor, weights: dict[str, Tensor]) -> Tensor:
 def encode(
     images: Tensor, weights: dict[str, Tensor], heads: int, eps: float, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(tokens before the final norm, attention of the last block); `keep` [B, K] are the visible patches."""
+    """(tokens before the final norm, attention of the last block); `keep` [B, K] are the visible
+    patches.
+    """
     x = patch_tokens(images, weights)
     prefix = 1 if "cls_token" in weights else 0
     x = x + weights["pos_embed"].reshape(-1, x.shape[-1])[prefix:]
@@ -97,7 +100,9 @@ def encode(
 
 
 def classify(images: Tensor, weights: dict[str, Tensor], heads: int, eps: float) -> Tensor:
-    """Logits as timm's VisionTransformer: global_pool "avg" where there is fc_norm, else "token"."""
+    """Logits as timm's VisionTransformer: global_pool "avg" where there is fc_norm, else
+    "token".
+    """
     x, _ = encode(images, weights, heads, eps)
     if "fc_norm.weight" in weights:
         first = 1 if "cls_token" in weights else 0
@@ -108,7 +113,9 @@ def classify(images: Tensor, weights: dict[str, Tensor], heads: int, eps: float)
 
 
 def sincos_table(width: int, rows: int, columns: int) -> np.ndarray:
-    """[rows * columns, width]: sin and cos of the column, then of the row (the layout of facebookresearch/mae), by loops."""
+    """[rows * columns, width]: sin and cos of the column, then of the row (the layout of
+    facebookresearch/mae), by loops.
+    """
     table = np.zeros((rows * columns, width))
     quarter = width // 4
     for row in range(rows):

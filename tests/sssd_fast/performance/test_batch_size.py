@@ -1,4 +1,6 @@
-"""`batch: auto`: the largest micro-batch that fits is found, the effective batch never changes, and nothing is tried twice."""
+"""`batch: auto`: the largest micro-batch that fits is found, the effective batch never changes,
+and nothing is tried twice.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +168,9 @@ def test_a_run_stores_the_numbers_and_resumes_with_them(tiny: list[str], tmp_pat
 @pytest.mark.gpu
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 def test_on_a_gpu_the_cap_decides(task: str) -> None:
-    """ViT-S in 3 GB: less than the effective batch of 512 fits, and one step of what was found runs under the same cap."""
+    """ViT-S in 3 GB: less than the effective batch of 512 fits, and one step of what was found
+    runs under the same cap.
+    """
     device = torch.device("cuda")
     total = torch.cuda.get_device_properties(device).total_memory
     config = _config(

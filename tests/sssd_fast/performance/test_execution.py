@@ -1,4 +1,6 @@
-"""How a model is computed: what each setting does, that none changes the result, and that what cannot be done is an error."""
+"""How a model is computed: what each setting does, that none changes the result, and that what
+cannot be done is an error.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# ---- recomputation -----------------------------------------------------------------------------------------------------------
+# ---- recomputation ----
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_recomputation_repeats_what_it_says_and_changes_nothing(
             torch.testing.assert_close(p.grad, expected[name], rtol=0, atol=0, msg=name)
 
 
-# ---- what is not read is not computed ----------------------------------------------------------------------------------------
+# ---- what is not read is not computed ----
 
 
 def test_picked_patches_have_the_gradient_of_a_gather() -> None:
@@ -150,7 +152,7 @@ def test_the_classifiers_last_mlp_sees_pooled_rows_only(tiny: list[str], pool: s
     torch.testing.assert_close(features, model.fc_norm(pooled))
 
 
-# ---- one graph with all gradients --------------------------------------------------------------------------------------------
+# ---- one graph with all gradients ----
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,9 @@ def test_the_classifiers_last_mlp_sees_pooled_rows_only(tiny: list[str], pool: s
 def test_the_compiled_module_is_one_graph_with_every_gradient(
     tiny: list[str], kind: str, bf16: bool
 ) -> None:
-    """Mask token, cls token, positions and heads included; the same gradients as without the compiler."""
+    """Mask token, cls token, positions and heads included; the same gradients as without the
+    compiler.
+    """
     settings = {
         "reconstruction only": ["objective.weight=0"],
         "token pooling": ["objective.pooling=token", "objective.kind=cosine"],
@@ -200,7 +204,7 @@ def test_the_compiled_module_is_one_graph_with_every_gradient(
     assert {name for name, grad in found.items() if grad.abs().max() > 0} == wanted
 
 
-# ---- residual stream and MLP -------------------------------------------------------------------------------------------------
+# ---- residual stream and MLP ----
 
 
 @pytest.mark.parametrize("residual", ["fp32", "bf16"])
@@ -234,7 +238,7 @@ def test_the_fused_mlp_is_the_plain_one(tiny: list[str]) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-# ---- decisions ---------------------------------------------------------------------------------------------------------------
+# ---- decisions ----
 
 
 def test_auto_compiles_on_a_gpu_with_a_compiler_only(

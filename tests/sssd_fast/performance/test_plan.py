@@ -1,4 +1,6 @@
-"""The planner: what it recommends fits by its own estimate, more memory never gives less, and its words are precise."""
+"""The planner: what it recommends fits by its own estimate, more memory never gives less, and
+its words are precise.
+"""
 
 from __future__ import annotations
 
