@@ -74,7 +74,7 @@ sanitize-gpu: ## every kernel at small shapes under compute-sanitizer (of the CU
 bench-gpu: ## run all benchmarks on the GPU within MINUTES (9), most important first; every row is saved at once; installs nothing
 	PYTHONPATH=.:kernels $(if $(PYTHON),"$(PYTHON)",python3) -m benchmarks all --device cuda --minutes $(MINUTES) $(BENCH_ARGS)
 
-constraints: ## for maintainers: resolve constraints.txt anew (needs uv)
+constraints: ## for maintainers: resolve constraints.txt again (needs uv)
 	@tmp=$$(mktemp -d) && trap 'rm -r "$$tmp"' EXIT && \
 	uv pip compile pyproject.toml --extra all --universal --python-version 3.10 --no-header --no-annotate --quiet -o "$$tmp/pins" && \
 	{ sed -n '/^#/p' constraints.txt && \

@@ -130,13 +130,13 @@ class AttentionChoice:
     reason: str
     shape: AttentionShape
     setting: str  # a key of BLOCKS
-    refused: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     def line(self) -> str:
         """For the start of a run: encoder attention (50 tokens, 12 heads of 64, bf16): fused,
         because ...
         """
-        others = "".join(f"; not {name}: {reason}" for name, reason in self.refused.items())
+        others = "".join(f"; not {name}: {reason}" for name, reason in self.unavailable.items())
         where = f"{BLOCKS[self.setting]} attention ({self.shape})"
         return f"{where}: {self.provider}, because {self.reason}{others}"
 
@@ -149,12 +149,12 @@ def choose(name: str, shape: AttentionShape, setting: str = "step.attention") ->
     can.
     """
     if name == "auto":
-        refused: dict[str, str] = {}
+        unavailable: dict[str, str] = {}
         for provider, why in AUTO.items():  # sdpa, the last one, always runs
             reason = refusal(provider, shape)
             if reason is None:
-                return AttentionChoice(provider, why, shape, setting, refused)
-            refused[provider] = reason
+                return AttentionChoice(provider, why, shape, setting, unavailable)
+            unavailable[provider] = reason
     if name not in PROVIDERS:
         raise ConfigError(f"{setting} is {name!r}, needs auto or one of {', '.join(PROVIDERS)}")
     reason = refusal(name, shape)
@@ -174,8 +174,8 @@ def refusal(
 ) -> str | None:
     """Why the provider cannot run; None if it can.
 
-    On the CPU `fused` is refused although the function works there: it would run sdpa under another
-    name.
+    On the CPU `fused` is not available although the function works there: it would run sdpa under
+    another name.
     xformers_problem: returns what is wrong with the package, if known; by default it is imported,
         once.
     """
@@ -268,4 +268,4 @@ def _import_xformers() -> tuple[Any, str | None]:
         return ops, None
     while problem.__cause__ is not None:  # the innermost names the file, such as libcudart.so.12
         problem = problem.__cause__
-    return None, f"its compiled part does not load, so every GPU is refused: {problem!r}"
+    return None, f"its compiled part does not load, so no GPU can be used: {problem!r}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -42,7 +43,7 @@ VIT_SIZES = {
     "large": (1024, 24, 16),
 }
 SPLITS = ("random", "block", "patient", "kfold", "manifest")
-# Keys of earlier versions, with what to do instead. Their files and checkpoints hold them.
+# Keys of earlier versions, with what to do instead. `from_dict` accepts them in checkpoints.
 REMOVED = {
     "log_seconds": "remove it; a plain log line is written at least every 10 s",
     "data.phantom_images": "rename it to data.synthetic_images",
@@ -456,7 +457,24 @@ def changed(
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-    """A Config from plain containers, such as those in a checkpoint."""
+    """A Config from plain containers, such as those in a checkpoint.
+
+    A checkpoint of an earlier version cannot be edited: its renamed keys are renamed, and its
+    removed keys are dropped if they had no effect.
+    """
+    tree = deepcopy(tree)
+    data = tree.get("data", {})
+    for old in ("phantom_images", "phantom_seed"):
+        if old in data:
+            data[old.replace("phantom", "synthetic")] = data.pop(old)
+    if data.get("source") == "phantom":
+        data["source"] = "synthetic"
+    tree.pop("log_seconds", None)
+    tree.get("pretrain", {}).pop("num_images", None)
+    for task in ("pretrain", "finetune"):
+        augment = tree.get(task, {}).get("augment", {})
+        if augment.get("crop_ratio") == [0.75, 4 / 3]:  # the only ratio that crops have now
+            del augment["crop_ratio"]
     return _validate(tree, [])
 
 

@@ -164,7 +164,7 @@ def advice(env: dict[str, Any]) -> list[str]:
             "install the other DALI extra or a new driver."
         )
     for name, state in env["providers"].items():
-        if state["status"] == "refused" and state["version"] and gpus:
+        if state["status"] == "not usable" and state["version"] and gpus:
             version = f"{name} {state['version']}"
             lines.append(f"{version} is installed but does not work: {state['reason']}")
     if gpus and missing:
@@ -234,7 +234,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _providers(probe: bool, has_gpu: bool, timeout_s: float) -> dict[str, Any]:
-    """Per provider its version, status (absent, not probed, usable, refused) and reason."""
+    """Per provider its version, status (absent, not probed, usable, not usable) and reason."""
 
     def state(name: str) -> dict[str, Any]:
         distributions = [d for d in PROVIDERS[name][0] if _version(d)]
@@ -243,7 +243,7 @@ def _providers(probe: bool, has_gpu: bool, timeout_s: float) -> dict[str, Any]:
             # without metadata too: a folder on the path can be imported
             status, reason = _probe(PROVIDERS[name][1], timeout_s, bool(distributions))
         if name == "xformers" and status == "usable" and not has_gpu:
-            status, reason = "refused", "its attention needs a CUDA device"
+            status, reason = "not usable", "its attention needs a CUDA device"
         version = _version(distributions[0]) if distributions else None
         facts = {"version": version, "distributions": distributions}
         return {**facts, "status": status, "reason": reason}
@@ -258,15 +258,15 @@ def _probe(code: str, timeout_s: float, installed: bool) -> tuple[str, str | Non
     try:
         done = subprocess.run(command, **pipes, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
-        return "refused", f"importing it took more than {timeout_s:g} s"
+        return "not usable", f"importing it took more than {timeout_s:g} s"
     if done.returncode == 0:
         return "usable", None
     if done.returncode < 0:
-        return "refused", f"importing it ended the process with signal {-done.returncode}"
+        return "not usable", f"importing it ended the process with signal {-done.returncode}"
     lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
     if not installed and lines[-1].startswith("ModuleNotFoundError"):
         return "absent", None
-    return "refused", lines[-1].strip()
+    return "not usable", lines[-1].strip()
 
 
 def _checkout(root: Path) -> dict[str, Any]:

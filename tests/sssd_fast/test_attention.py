@@ -241,8 +241,8 @@ def test_auto_takes_fused_else_sdpa(
     monkeypatch.setattr(attention, "load_xformers", lambda: pytest.fail("it was imported"))
     choice = choose("auto", shape)
     assert choice.provider == ("sdpa" if not_fused else "fused")
-    assert choice.refused.keys() == ({"fused"} if not_fused else set())
-    assert (not_fused or "") in choice.refused.get("fused", "")
+    assert choice.unavailable.keys() == ({"fused"} if not_fused else set())
+    assert (not_fused or "") in choice.unavailable.get("fused", "")
 
 
 def test_xformers_compiled_needs_its_flash_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ ABSENT = "raise ModuleNotFoundError(\"No module named 'xformers'\", name='xforme
         ("raise SystemExit(3)", None, "its import fails: SystemExit(3)"),
         (NOISY + "    raise RuntimeError('late')", None, "its import fails: RuntimeError('late')"),
         ("", "memory_efficient_attention = None", "it has no memory_efficient_attention"),
-        (OTHER_CUDA, WORKS, "every GPU is refused: OSError('libcudart.so.12: cannot open')"),
+        (OTHER_CUDA, WORKS, "no GPU can be used: OSError('libcudart.so.12: cannot open')"),
         (ABSENT, None, "not installed (pip install 'sssd-fast[xformers]')"),
         (NOISY, WORKS, None),
     ],

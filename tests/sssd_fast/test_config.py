@@ -172,3 +172,17 @@ def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("")
     assert load_config(path) == load_config() == Config()
+
+
+def test_from_dict_accepts_the_keys_of_earlier_checkpoints() -> None:
+    old = to_dict(Config(seed=3))
+    old["data"]["phantom_seed"] = 5
+    old["data"]["source"] = "phantom"
+    old["log_seconds"] = 10.0
+    old["pretrain"]["num_images"] = 4
+    old["pretrain"]["augment"]["crop_ratio"] = [0.75, 4 / 3]
+    config = from_dict(old)
+    assert (config.seed, config.data.synthetic_seed, config.data.source) == (3, 5, "synthetic")
+    old["pretrain"]["augment"]["crop_ratio"] = [0.5, 2.0]  # changes the crops, so it is an error
+    with pytest.raises(ConfigError, match="3/4 to 4/3"):
+        from_dict(old)

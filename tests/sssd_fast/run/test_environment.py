@@ -97,7 +97,7 @@ def test_broken_provider_is_refused_with_its_reason(
 ) -> None:
     limit = 0.5 if "sleep" in code else 60.0
     state = probe(monkeypatch, tmp_path, "torchao", {"__init__.py": code}, timeout_s=limit)
-    assert (state["status"], state["reason"]) == ("refused", reason)
+    assert (state["status"], state["reason"]) == ("not usable", reason)
 
 
 def test_provider_is_usable_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_xformers_that_imports_may_still_be_refused(
 ) -> None:
     files = {"__init__.py": code, "ops.py": "def memory_efficient_attention(): pass"}
     state = probe(monkeypatch, tmp_path, "xformers", files, gpu=gpu)
-    assert (state["status"], state["reason"]) == ("refused" if reason else "usable", reason)
+    assert (state["status"], state["reason"]) == ("not usable" if reason else "usable", reason)
 
 
 def test_environment_survives_broken_kernels_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,12 +226,12 @@ def test_limits_of_the_control_group_count(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_doctor_prints_what_was_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_probe", lambda *_: ("refused", "broken here"))
+    monkeypatch.setattr(environment, "_probe", lambda *_: ("not usable", "broken here"))
     lines: list[str] = []
     path = tmp_path / "not" / "there" / "yet"
     env = print_doctor(lines.append, path=path, more=lambda env: [("more", str(env["schema"]))])
     text = "\n".join(lines)
-    parts = [__version__, torch.__version__, env["cpu"]["model"], "refused: broken here", "more "]
+    parts = [__version__, torch.__version__, env["cpu"]["model"], "not usable: broken here", "more "]
     assert [part for part in parts if part not in text] == []
     assert f"{env['disk']['free_gib']} GiB free" in text
     assert lines[-1].startswith("You can train; start with: sssd-fast run --config ")
