@@ -231,7 +231,13 @@ def test_doctor_prints_what_was_collected(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "not" / "there" / "yet"
     env = print_doctor(lines.append, path=path, more=lambda env: [("more", str(env["schema"]))])
     text = "\n".join(lines)
-    parts = [__version__, torch.__version__, env["cpu"]["model"], "not usable: broken here", "more "]
+    parts = [
+        __version__,
+        torch.__version__,
+        env["cpu"]["model"],
+        "not usable: broken here",
+        "more ",
+    ]
     assert [part for part in parts if part not in text] == []
     assert f"{env['disk']['free_gib']} GiB free" in text
     assert lines[-1].startswith("You can train; start with: sssd-fast run --config ")
