@@ -148,8 +148,9 @@ def test_report_writes_the_page_and_pictures_and_check_finds_differences(
     assert run_report(folder, root) == 0
     assert run_report(folder, root, check=True) == 0
     page = (root / report.PAGE).read_text()
-    assert len(list((root / report.FOLDER).glob("*.png"))) == 3
-    for name in ("time-ops-made-up-gpu", "roofline-ops-made-up-gpu"):
+    assert len(list((root / report.FOLDER).glob("*.png"))) == 4
+    pictures = ("time-ops-made-up-gpu", "roofline-ops-made-up-gpu")
+    for name in pictures:
         assert f"(benchmarks/{name}.png)" in page
         picture = (root / report.FOLDER / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and 5_000 < len(picture) < 300_000
