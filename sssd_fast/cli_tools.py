@@ -193,7 +193,7 @@ def doctor(json: bool = flag("--json", "Print JSON.")) -> None:
     if json:
         print(json_module.dumps(collect_environment(probe=True), indent=2))
     else:
-        print_doctor(more=_attention)
+        print_doctor(_attention)
 
 
 def _attention(env: dict[str, Any]) -> list[tuple[str, str]]:

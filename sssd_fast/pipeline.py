@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sssd_fast.config import Config, to_yaml
+from sssd_fast.config import Config
 from sssd_fast.evaluation.metrics import RATES, aggregate_runs
 from sssd_fast.evaluation.predict import evaluate_run
 from sssd_fast.finetune import finetune
@@ -104,9 +104,8 @@ def _once(
             overwrite=overwrite,
             resume_with=f"sssd-fast run --resume {shlex.quote(str(top))}",
             command=command,
+            top=top,
         ) as run:
-            if here.main:
-                atomic_write_text(top / "config.yaml", to_yaml(config))
             run.console.rule(f"{stage}: {place}")
             if stage == "pretrain":
                 pretrain(run)

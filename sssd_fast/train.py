@@ -44,7 +44,6 @@ from sssd_fast.run.checkpoint import load_checkpoint
 from sssd_fast.run.device import World, generator, peak_memory_gib
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.folder import Run
-from sssd_fast.run.log import Progress as ProgressBar
 from sssd_fast.run.log import format_metric
 from sssd_fast.run.signals import SignalGuard
 from sssd_fast.step import Step, StepResult, TaskLoss
@@ -234,14 +233,12 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                 # Checking the other processes needs a collective call: not in every step.
                 if world.size == 1 or progress.step % 10 == 0:
                     _stop_on_signal(signals, task, step, progress, run)
-            _end_epoch(task, step, progress, schedule, run, bar)
+            _end_epoch(task, step, progress, schedule, run)
     run.tracker.close()
     return progress
 
 
-def _end_epoch(
-    task: Task, step: Step, progress: Progress, schedule: Schedule, run: Run, bar: ProgressBar
-) -> None:
+def _end_epoch(task: Task, step: Step, progress: Progress, schedule: Schedule, run: Run) -> None:
     """Validation, pictures and checkpoint after an epoch, or after the last step."""
     epoch = progress.epoch_fraction(schedule)
     if progress.step_in_epoch == schedule.steps_per_epoch:
@@ -253,7 +250,7 @@ def _end_epoch(
     if metrics:
         run.tracker.log("val", progress.step, epoch=round(epoch, 4), **metrics)
         values = (format_metric(name, value) for name, value in metrics.items())
-        bar.note(f"epoch {epoch:.4g}: {', '.join(values)}")
+        run.console.info(f"epoch {epoch:.4g}: {', '.join(values)}")
     name, higher_is_better = task.best
     value = metrics.get(name, math.nan)
     improved = math.isfinite(value)

@@ -11,7 +11,6 @@ import os
 import re
 import resource
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,8 +174,7 @@ def peak_memory_gib(device: torch.device | str) -> float:
     found = re.search(r"^VmHWM:\s+(\d+)", read_text("/proc/self/status") or "", re.MULTILINE)
     if found:
         return int(found[1]) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 _OUT_OF_MEMORY = (

@@ -24,6 +24,7 @@ import torch
 
 from sssd_fast import __version__
 from sssd_fast.run.device import GIB, disk_free_gib, memory_gib, read_text
+from sssd_fast.run.log import format_metric
 
 PACKAGES = (
     "numpy torch triton pillow pydantic pyyaml rich safetensors scikit-learn matplotlib "
@@ -46,28 +47,24 @@ VARIABLES = (
     "CUDA_VISIBLE_DEVICES MAE_KERNELS_BACKEND OMP_NUM_THREADS PYTORCH_ALLOC_CONF "
     "PYTORCH_CUDA_ALLOC_CONF TRITON_INTERPRET WORLD_SIZE"
 )
+# for the import of an optional package
+TIMEOUT_S = 60.0
 # GiB of the GPU from which a shipped configuration fits, largest first; 0 = CPU
 CONFIGS = {22: "24gb", 14: "16gb", 1: "8gb", 0: "cpu_smoke"}
 
 
-def collect_environment(
-    path: str | Path = ".", *, probe: bool = False, timeout_s: float = 60.0
-) -> dict[str, Any]:
+def collect_environment(path: str | Path = ".", *, probe: bool = False) -> dict[str, Any]:
     """The environment as JSON-serialisable containers; sizes in GiB, None = unknown or absent.
 
     Args:
         path: a folder on the disk whose free space is reported; it may not exist yet.
-        probe: import the optional packages, each in a process that gets `timeout_s` seconds.
+        probe: import the optional packages, each in a process that gets TIMEOUT_S.
     """
     gpus, gpu_reason = _gpus()
     return {
-        "schema": 2,
         "sssd_fast": {"version": __version__, **_checkout(Path(__file__).resolve().parents[2])},
-        "python": {
-            "version": platform.python_version(),
-            "implementation": platform.python_implementation(),
-        },
-        "system": {"os": platform.platform(), "machine": platform.machine()},
+        "python": {"version": platform.python_version()},
+        "system": {"os": platform.platform()},
         "cpu": {
             "model": _cpu_model(),
             "cores": os.cpu_count(),
@@ -82,55 +79,43 @@ def collect_environment(
         "gpu_reason": gpu_reason,
         "build_tools": _build_tools(),
         "packages": {name: _version(name) for name in PACKAGES.split()},
-        "providers": _providers(probe, bool(gpus), timeout_s),
+        "providers": _providers(probe, bool(gpus)),
         "mae_kernels": _kernels(),
         "variables": {name: os.environ[name] for name in VARIABLES.split() if name in os.environ},
     }
 
 
-def print_doctor(
-    write: Callable[[str], Any] = print,
-    *,
-    path: str | Path = ".",
-    more: Callable[[dict[str, Any]], list[tuple[str, str]]] | None = None,
-) -> dict[str, Any]:
-    """Writes the probed environment line by line, then `more` rows of it, then `advice`."""
-    env = collect_environment(path, probe=True)
-    own, cpu, memory, found = (env[name] for name in ("sssd_fast", "cpu", "memory", "torch"))
-    commit = f", commit {own['commit'][:10]}" if own["commit"] else ""
-    changes = " with changes" if own["modified"] else ""
-    cores = f"{cpu['cores_usable']} of {cpu['cores']} cores usable"
-    limit = f", limited to {memory['limit_gib']} GiB" if memory["limit_gib"] else ""
-    free = f"{memory['available_gib']} of {memory['total_gib']} GiB free{limit}"
-    tools = (f"{name} {tool or 'not found'}" for name, tool in env["build_tools"].items())
-    rows = [
-        ("sssd_fast", own["version"] + commit + changes),
-        ("Python", env["python"]["version"]),
-        ("system", env["system"]["os"]),
-        ("CPU", f"{cpu['model']}, {cores}, torch uses {cpu['torch_threads']}"),
-        ("memory", f"{free}; /dev/shm {memory['shm_free_gib']} GiB free"),
-        ("disk", f"{env['disk']['free_gib']} GiB free"),
-        ("torch", f"{found['version']}, CUDA {found['cuda_build'] or 'not built in'}"),
-        ("driver", env["driver"]["version"] or "no NVIDIA driver"),
-    ]
-    for gpu in env["gpus"]:
-        rows.append(("GPU", "{name}, {memory_gib} GiB, sm_{capability}".format(**gpu)))
-    if not env["gpus"]:
-        rows.append(("GPU", f"none: {env['gpu_reason']}"))
-    rows.append(("build tools", ", ".join(tools).replace("_", " ")))
-    for name, state in env["providers"].items():
-        reason = f": {state['reason']}" if state["reason"] else ""
-        rows.append((name, f"{state['version'] or ''} {state['status']}{reason}".strip()))
-    rows += [("kernels", line) for line in _kernel_lines(env)]
-    rows += more(env) if more is not None else []
-    versions = (f"{name} {version or '-'}" for name, version in env["packages"].items())
-    rows += [("packages", ", ".join(versions)), *env["variables"].items()]
+def print_doctor(more: Callable[[dict[str, Any]], list[tuple[str, str]]]) -> None:
+    """Prints the probed environment line by line, then `more` rows of it, then `advice`."""
+    env = collect_environment(probe=True)
+    rows = []
+    for section, facts in env.items():
+        name = section.replace("_", " ")
+        if section == "mae_kernels":
+            rows += [("kernels", line) for line in _kernel_lines(env)]
+        elif section == "providers":
+            for provider, state in facts.items():
+                reason = f": {state['reason']}" if state["reason"] else ""
+                rows.append((provider, f"{state['version'] or ''} {state['status']}{reason}"))
+        elif section == "gpus":
+            rows += [("GPU", _facts(gpu)) for gpu in facts]
+        elif section == "gpu_reason":
+            rows += [("GPU", f"none: {facts}")] if facts else []
+        elif facts:
+            rows.append((name, _facts(facts)))
+    rows += more(env)
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        write(f"{name:<{width}}  {text}")
-    for line in advice(env):
-        write(line)
-    return env
+        print(f"{name:<{width}}  {text.strip()}")
+    print("\n".join(advice(env)))
+
+
+def _facts(section: dict[str, Any]) -> str:
+    shown = (
+        (name.removesuffix("_gib"), "-") if fact is None else (name, fact)
+        for name, fact in section.items()
+    )
+    return ", ".join(format_metric(name, fact) for name, fact in shown)
 
 
 def _kernel_lines(env: dict[str, Any]) -> list[str]:
@@ -199,8 +184,7 @@ def _gpus() -> tuple[list[dict[str, Any]], str | None]:
         {
             "name": p.name,
             "memory_gib": round(p.total_memory / GIB, 1),
-            "capability": f"{p.major}{p.minor}",
-            "multiprocessors": p.multi_processor_count,
+            "capability": f"sm_{p.major}{p.minor}",
         }
         for p in found
     ]
@@ -233,7 +217,7 @@ def _kernels() -> dict[str, Any]:
         return {"info": None, "reason": f"not usable: {_one_line(error)}"}
 
 
-def _providers(probe: bool, has_gpu: bool, timeout_s: float) -> dict[str, Any]:
+def _providers(probe: bool, has_gpu: bool) -> dict[str, Any]:
     """Per provider its version, status (absent, not probed, usable, not usable) and reason."""
 
     def state(name: str) -> dict[str, Any]:
@@ -241,7 +225,7 @@ def _providers(probe: bool, has_gpu: bool, timeout_s: float) -> dict[str, Any]:
         status, reason = ("not probed" if distributions else "absent"), None
         if probe:
             # without metadata too: a folder on the path can be imported
-            status, reason = _probe(PROVIDERS[name][1], timeout_s, bool(distributions))
+            status, reason = _probe(PROVIDERS[name][1], bool(distributions))
         if name == "xformers" and status == "usable" and not has_gpu:
             status, reason = "not usable", "its attention needs a CUDA device"
         version = _version(distributions[0]) if distributions else None
@@ -252,13 +236,13 @@ def _providers(probe: bool, has_gpu: bool, timeout_s: float) -> dict[str, Any]:
         return dict(zip(PROVIDERS, pool.map(state, PROVIDERS), strict=True))
 
 
-def _probe(code: str, timeout_s: float, installed: bool) -> tuple[str, str | None]:
+def _probe(code: str, installed: bool) -> tuple[str, str | None]:
     command = [sys.executable, "-c", code]
-    pipes: dict[str, Any] = {"capture_output": True, "text": True}
+    limits: dict[str, Any] = {"timeout": TIMEOUT_S, "check": False}
     try:
-        done = subprocess.run(command, **pipes, timeout=timeout_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, **limits)
     except subprocess.TimeoutExpired:
-        return "not usable", f"importing it took more than {timeout_s:g} s"
+        return "not usable", f"importing it took more than {TIMEOUT_S:g} s"
     if done.returncode == 0:
         return "usable", None
     if done.returncode < 0:

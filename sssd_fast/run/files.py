@@ -63,16 +63,13 @@ def temporary_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
             temporary.unlink()
 
 
-def remove_leftovers(folder: str | Path) -> list[Path]:
-    """Deletes temporary files in `folder` whose writers are dead; returns them."""
-    removed = []
-    for path in Path(folder).glob(".*.tmp"):
+def remove_leftovers(folder: Path) -> None:
+    """Deletes temporary files in `folder` whose writers are dead."""
+    for path in folder.glob(".*.tmp"):
         # fails if a living writer holds the lock, or the file is gone
         with contextlib.suppress(OSError), open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-            removed.append(path)
-    return removed
 
 
 def sync_file(target: BinaryIO | Path) -> None:

@@ -58,6 +58,20 @@ class Run:
     resume: bool = False
     resume_with: str = ""
     data_fingerprint: str = ""
+    command: str = ""
+    top: Path | None = None
+
+    def describe(self) -> None:
+        """Writes settings, command and environment, and starts train.log."""
+        self.console.hold_log = False
+        if not self.world.main:
+            return
+        for folder in filter(None, (self.out, self.top)):
+            atomic_write_text(folder / "config.yaml", to_yaml(self.config))
+        # a resumed run lists every command
+        with open(self.out / "command.txt", "a", encoding="utf-8") as file:
+            file.write(self.command + "\n")
+        self.write_json("env.json", collect_environment(self.out))
 
     def write_json(self, name: str, content: Any) -> None:
         if self.world.main:
@@ -65,7 +79,10 @@ class Run:
             atomic_write_text(self.out / name, text)
 
     def check_resumable(self, state: dict[str, Any], path: Path) -> None:
-        """Raises CheckpointError if the checkpoint `state` is of another run than this one."""
+        """Describes the resumed run in its folder, which is unchanged until then.
+
+        Raises CheckpointError if the checkpoint `state` is of another run than this one.
+        """
         problems = []
         if state["task"] != self.task:
             problems.append(f"it is a checkpoint of `{state['task']}`, not of `{self.task}`")
@@ -82,6 +99,7 @@ class Run:
                 f"{path} cannot be resumed:\n{listed}\n"
                 "Undo the change, or start a new run (weights alone: --init)."
             )
+        self.describe()
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -115,13 +133,17 @@ def open_run(
     existing: bool = False,
     resume_with: str | None = None,
     command: str = "",
+    top: Path | None = None,
 ) -> Iterator[Run]:
     """Makes or reopens the run folder `out`; writes settings and environment before the work.
+
+    A resumed training writes them, and its log, once `Run.check_resumable` has accepted it.
 
     Args:
         existing: use a finished run without changing its description (evaluate).
         resume_with: the command that continues this run if it is one stage of a larger one.
         command: what the user typed.
+        top: a folder above `out` that gets a copy of config.yaml.
 
     Raises RunExistsError for an existing run without `resume` or `overwrite`.
     """
@@ -137,8 +159,9 @@ def open_run(
         torch.set_num_threads(config.threads)
     keep_last = getattr(getattr(config, task, None), "keep_last", 2)
     writes = world.main and not existing
-    log = out / "train.log"
-    with Console(log_file=log, enabled=world.main) as console:
+    unchecked = resume and task in ("pretrain", "finetune")
+    with Console(log_file=out / "train.log", enabled=world.main) as console:
+        console.hold_log = unchecked
         run = Run(
             out=out,
             task=task,
@@ -150,13 +173,11 @@ def open_run(
             precision=pick_precision(config.precision, world.device),
             resume=resume,
             resume_with=resume_with or f"sssd-fast {task} --resume {shlex.quote(str(out))}",
+            command=command,
+            top=top,
         )
-        if writes:
-            atomic_write_text(out / "config.yaml", to_yaml(config))
-            # a resumed run lists every command
-            with open(out / "command.txt", "a", encoding="utf-8") as file:
-                file.write(command + "\n")
-            run.write_json("env.json", collect_environment(out))
+        if not (existing or unchecked):
+            run.describe()
         try:
             yield run
         finally:

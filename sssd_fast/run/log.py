@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
+# between plain progress lines
+INTERVAL_S = 10.0
 SILENCE_S = 30.0
 # the remaining time is estimated from the steps of this period
 ESTIMATE_S = 300.0
@@ -53,7 +55,6 @@ class Console:
     Args:
         interactive: True = live display, False = plain lines, None = live on a terminal.
         enabled: whether this process prints; None = on rank 0 of torchrun only.
-        interval: seconds between plain progress lines.
         stream: replaces standard output, and standard error, where plain warnings go.
     """
 
@@ -63,20 +64,22 @@ class Console:
         log_file: str | Path | None = None,
         *,
         enabled: bool | None = None,
-        interval: float = 10.0,
         stream: IO[str] | None = None,
     ) -> None:
         self.enabled = os.environ.get("RANK", "0") == "0" if enabled is None else enabled
-        self.interval = interval
         self._out = _SafeStream(stream or sys.stdout)
         self._err = _SafeStream(stream or sys.stderr)
         self._log_path = None if log_file is None else Path(log_file)
         self._log: IO[str] | None = None
+        # keeps the lines for the log file in memory until it is False
+        self.hold_log = False
+        self._unwritten = ""
         self._lock = threading.RLock()
         self._last_line = time.monotonic()
-        # outermost first; replaced, never changed in place: the display's thread reads it
+        # outermost first; replaced, never changed in place: other threads read it
         self._activities: tuple[Progress, ...] = ()
         self._rich: Any = None
+        self._bars: Any = None
         if interactive is None:
             interactive = self._out.isatty() and os.environ.get("TERM") != "dumb"
         if interactive and self.enabled:
@@ -126,41 +129,40 @@ class Console:
         with self._lock:
             if self.interactive:
                 self._rich.print(table)
-            self._emit_plain("\n".join(filter(None, lines)))
+            self._emit("\n".join(filter(None, lines)), plain=True)
 
-    def _emit(self, text: str, style: str = "", *, error: bool = False) -> None:
+    def _emit(
+        self, text: str, style: str = "", *, error: bool = False, plain: bool = False
+    ) -> None:
+        """plain: the live display shows it in another form."""
         if not self.enabled:
             return
         text = _clean(text)
         with self._lock:
             self._last_line = time.monotonic()
-            if self.interactive:
+            if not self.interactive:
+                (self._err if error else self._out).write(text + "\n")
+            elif not plain:
                 from rich.text import Text
 
                 # soft wrap: a path can be copied whole
                 self._rich.print(Text(text, style=style), soft_wrap=True)
-            else:
-                (self._err if error else self._out).write(text + "\n")
-            self._write_log(text)
-
-    def _emit_plain(self, text: str) -> None:
-        """A line that the live display shows in another form: into the log only."""
-        if not self.interactive:
-            self._emit(text)
-            return
-        with self._lock:
-            self._write_log(text)
+            self._write_log(text.strip("\n"))
 
     def _write_log(self, text: str) -> None:
-        path, text = self._log_path, text.strip("\n")
+        path = self._log_path
         if path is None:
+            return
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S  ")
+        self._unwritten += stamp + text.replace("\n", "\n" + " " * len(stamp)) + "\n"
+        if self.hold_log:
             return
         try:
             if self._log is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._log = open(path, "a", 1, encoding="utf-8", errors="replace")  # noqa: SIM115
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S  ")
-            self._log.write(stamp + text.replace("\n", "\n" + " " * len(stamp)) + "\n")
+            self._log.write(self._unwritten)
+            self._unwritten = ""
         except OSError as error:
             self._log_path = None
             self.warn(f"no more lines in {path}: {error.strerror}")
@@ -172,7 +174,7 @@ class Console:
         """A bar (or lines) from step `start` to `total`; total 0 = unknown."""
         progress = Progress(self, total, _clean(description), start)
         if not total:
-            self._emit_plain(f"{progress.description} ...")
+            self._emit(f"{progress.description} ...", plain=True)
         with self._running(progress):
             try:
                 yield progress
@@ -210,6 +212,10 @@ class Console:
         with contextlib.ExitStack() as stack:
             if self.enabled and not before:
                 stack.enter_context(self._display() if self.interactive else self._heartbeat())
+            if self._bars is not None:
+                total, fields = activity.total or None, {"activity": activity}
+                activity.bar = self._bars.add_task(activity.description, total=total, **fields)
+                stack.callback(self._bars.remove_task, activity.bar)
             try:
                 yield
             finally:
@@ -217,19 +223,28 @@ class Console:
 
     @contextlib.contextmanager
     def _display(self) -> Iterator[None]:
-        from rich.console import Group
-        from rich.live import Live
+        from rich import progress
+        from rich.text import Text
 
-        def render() -> Group:
-            # rich's thread calls it: it must not take our lock
-            now = self._activities
-            return Group(*(row for item in now for row in item.rows(item is now[-1])))
+        # read by rich's thread, which must not take our lock
+        texts = ("description", "fields[activity].steps", "fields[activity].times")
+        name, steps, times = (
+            progress.TextColumn(f"{{task.{text}}}", markup=False) for text in texts
+        )
+        columns = (name, progress.BarColumn(30), steps, times)
+
+        class Bars(progress.Progress):
+            def get_renderables(self) -> Iterator[Any]:
+                yield self.make_tasks_table(self.tasks)
+                for task in self.tasks[:1]:
+                    yield Text("  ".join(["", *task.fields["activity"].fields()]), "cyan")
 
         _own_streams.append((sys.stdout, sys.stderr))
         try:
-            with Live(get_renderable=render, console=self._rich, transient=True):
+            with Bars(*columns, console=self._rich, transient=True) as self._bars:
                 yield
         finally:
+            self._bars = None
             _own_streams.pop()
 
     @contextlib.contextmanager
@@ -270,6 +285,8 @@ class Progress:
     ) -> None:
         self.description = description
         self.doing = ""
+        # its task in the live display
+        self.bar: Any = None
         self.total = total
         self.step = start
         self.metrics: dict[str, Any] = {}
@@ -295,16 +312,14 @@ class Progress:
         self.step = step
         self._updates += 1
         self._updated = time.monotonic()
+        if self._console._bars is not None:
+            self._console._bars.update(self.bar, completed=step)
         self._samples.append((self._updated, step))
         while self._updated - self._samples[0][0] > ESTIMATE_S and len(self._samples) > 2:
             self._samples.popleft()
-        if last or self._updated - self._line_at >= self._console.interval:
+        if last or self._updated - self._line_at >= INTERVAL_S:
             self._line_at = self._updated
-            self._console._emit_plain(self.plain_line())
-
-    def note(self, text: str) -> None:
-        """A line above the bar."""
-        self._console.info(text)
+            self._console._emit(self.plain_line(), plain=True)
 
     def elapsed(self) -> float:
         return time.monotonic() - self._started
@@ -338,23 +353,16 @@ class Progress:
         since = duration(time.monotonic() - self._updated)
         return f"{self.description}: {state} at {self.position()}, {since} since the last step"
 
-    def rows(self, innermost: bool) -> list[Any]:
-        """The live display: description, bar and times, then the metrics."""
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
+    @property
+    def steps(self) -> str:
+        return f"{self.step}/{self.total}  {self.step / self.total:.0%}" if self.total else ""
 
-        elapsed = duration(self.elapsed())
-        if not self.total:
-            return [Text(f"{'|/-'[int(8 * self.elapsed()) % 3]} {self.description}  {elapsed}")]
+    @property
+    def times(self) -> str:
+        """Elapsed and remaining; the latter does not count down while the steps stand still."""
         left = self.seconds_left()
-        # the estimate does not count down while the steps stand still
         state = self.doing or ("estimating" if left is None else f"{duration(left)} left")
-        times = f"{self.step}/{self.total}  {self.step / self.total:.0%}  {elapsed}"
-        row = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=self.total, completed=self.step, width=30)
-        row.add_row(Text(self.description), bar, times, Text(state if innermost else ""))
-        return [row, Text("  " + "  ".join(self.fields()), "cyan")]
+        return "  ".join([duration(self.elapsed()), *[state] * bool(self.total)])
 
 
 class _SafeStream:

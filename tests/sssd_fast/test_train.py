@@ -209,10 +209,13 @@ def test_resume_rejects_another_run(
     out = tmp_path / "run"
     assert main(["pretrain", "--out", str(out), *tiny, "pretrain.max_steps=2"]) == 0
     capsys.readouterr()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert main(["pretrain", "--resume", str(out), "pretrain.base_lr=0.5", "data.workers=0"]) == 2
     assert "pretrain.base_lr was 0.01, is 0.5" in capsys.readouterr().err
     assert main(["finetune", "--resume", str(out)]) == 2
     assert "a checkpoint of `pretrain`, not of `finetune`" in capsys.readouterr().err
+    # not a byte of the run was changed
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert main(["pretrain", "--resume", str(tmp_path / "nothing")]) == 2
 
 

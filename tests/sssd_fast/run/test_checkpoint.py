@@ -29,7 +29,7 @@ from sssd_fast.run.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from sssd_fast.run.files import atomic_write_bytes, remove_leftovers, temporary_file
+from sssd_fast.run.files import atomic_write_bytes, temporary_file
 
 ROOT = str(Path(__file__).parents[3])
 
@@ -42,14 +42,6 @@ def flip_bit(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(bytes(data))
-
-
-def put(path: Path, content: bytes) -> Path:
-    """A file with a correct sidecar, in the format of the `sha256sum` command."""
-    path.write_bytes(content)
-    sidecar = path.with_name(path.name + ".sha256")
-    sidecar.write_text(f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
-    return path
 
 
 def names(folder: Path) -> list[str]:
@@ -112,42 +104,48 @@ def test_load_rejects_a_flipped_bit(tmp_path: Path, position: int) -> None:
         load_checkpoint(path)
 
 
-def test_load_names_a_missing_file_or_sidecar(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "other.pt", state_of(1.0))
-    with pytest.raises(CheckpointError, match=r"cannot read .*a\.pt: No such .*holds other\.pt"):
-        load_checkpoint(tmp_path / "a.pt")
-    sidecar = tmp_path / "other.pt.sha256"
-    sidecar.unlink()
-    advice = r"sha256 is missing.*sha256sum other\.pt > other\.pt\.sha256"
-    with pytest.raises(CheckpointError, match=advice):
-        load_checkpoint(tmp_path / "other.pt")
-    sidecar.write_bytes(b"\xff\x00garbage")
-    with pytest.raises(CheckpointError, match="missing or unreadable"):
-        load_checkpoint(tmp_path / "other.pt")
-
-
 class Hostile:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch HOSTILE",)
 
 
-def test_load_never_runs_pickled_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A correct checksum does not make code acceptable."""
+@pytest.mark.parametrize(
+    ("content", "sidecar", "message"),
+    [
+        (None, None, r"cannot read .*a\.pt: No such .*holds other\.pt"),
+        (state_of(1.0), "", r"sha256 is missing.*sha256sum a\.pt > a\.pt\.sha256"),
+        (state_of(1.0), "garbage", "missing or unreadable"),
+        # a correct checksum does not make code acceptable
+        ({"model": Hostile()}, None, r"a\.pt holds \S*system: rejected, .*can run code"),
+        ([1, 2], None, "holds a list, a dict is needed"),
+        (b"", None, r"a\.pt"),
+        (b"hello", None, r"a\.pt"),
+        (b"PK\x03\x04 not a zip", None, r"a\.pt"),
+    ],
+)
+def test_load_rejects_other_files_and_never_runs_code(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: Any,
+    sidecar: str | None,
+    message: str,
+) -> None:
+    """sidecar: None = correct, "" = none."""
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": Hostile()}, "a.pt")
-    path = put(tmp_path / "a.pt", Path("a.pt").read_bytes())
-    with pytest.raises(CheckpointError, match=r"a\.pt holds \S*system: rejected, .*can run code"):
+    Path("other.pt").write_bytes(b"")
+    path = tmp_path / "a.pt"
+    if not isinstance(content, bytes | None):
+        torch.save(content, path)
+        content = path.read_bytes()
+    if content is not None:
+        digest = hashlib.sha256(content).hexdigest()
+        path.write_bytes(content)
+        Path("a.pt.sha256").write_text(f"{digest}  a.pt\n" if sidecar is None else sidecar)
+    if sidecar == "":
+        Path("a.pt.sha256").unlink()
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
     assert not Path("HOSTILE").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 not a zip"])
-def test_load_rejects_other_files(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(CheckpointError, match=r"a\.pt"):
-        load_checkpoint(put(tmp_path / "a.pt", content))
-    torch.save([1, 2], tmp_path / "b.pt")
-    with pytest.raises(CheckpointError, match="holds a list, a dict is needed"):
-        load_checkpoint(put(tmp_path / "b.pt", (tmp_path / "b.pt").read_bytes()))
 
 
 WRONG = {"PosixPath": Path("x"), "SimpleNamespace": SimpleNamespace(), "numpy": np.float64(1.0)}
@@ -161,9 +159,6 @@ def test_save_rejects_what_load_would_reject(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match="holds a list, a dict is needed"):
         save_checkpoint(tmp_path / "a.pt", [1])  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == []
-
-
-def test_save_does_not_overwrite(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "a.pt", state_of(1.0))
     with pytest.raises(CheckpointError, match="it exists"):
         save_checkpoint(path, state_of(2.0))
@@ -278,7 +273,7 @@ def test_manager_removes_temporary_files_of_dead_writers_only(tmp_path: Path) ->
         CheckpointManager(tmp_path)
         assert living.exists()
         assert not dead.exists()
-    assert remove_leftovers(tmp_path) == []
+    assert not list(tmp_path.iterdir())
 
 
 # ---- which files are kept ----

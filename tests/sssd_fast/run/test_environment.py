@@ -1,11 +1,10 @@
-"""`sssd-fast doctor` and env.json: complete, serialisable, and robust to whatever is broken
-here.
-"""
+"""`sssd-fast doctor` and env.json: complete, serialisable, robust to what is broken."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -21,12 +20,13 @@ from sssd_fast.run import device, environment
 from sssd_fast.run.environment import advice, collect_environment, print_doctor
 
 PROVIDERS = environment.PROVIDERS
-GPU = {"name": "card", "memory_gib": 24.0, "capability": "86", "multiprocessors": 82}
+GPU = {"name": "card", "memory_gib": 24.0, "capability": "sm_86"}
 
 
 @pytest.fixture(scope="module")
 def collected() -> dict[str, Any]:
-    return collect_environment()
+    # a run folder that is not made yet
+    return collect_environment("not/there/yet")
 
 
 @pytest.fixture
@@ -34,23 +34,6 @@ def env(collected: dict[str, Any]) -> dict[str, Any]:
     """A copy that a test may change."""
     copy: dict[str, Any] = json.loads(json.dumps(collected, allow_nan=False))
     return copy
-
-
-def probe(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, files: dict[str, str], **options: Any
-) -> dict[str, Any]:
-    """The state of one provider whose package is made of `files`; no other is imported."""
-    (folder / name).mkdir()
-    for file, code in files.items():
-        (folder / name / file).write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-    monkeypatch.setattr(environment, "PROVIDERS", {name: PROVIDERS[name]})
-    version = None if options.get("absent") else "0.14"
-    monkeypatch.setattr(environment, "_version", lambda _: version)
-    timeout_s = options.get("timeout_s", 60.0)
-    state: dict[str, Any] = environment._providers(True, options.get("gpu", False), timeout_s)[name]
-    assert state["version"] == version
-    return state
 
 
 def test_environment_describes_this_process(collected: dict[str, Any], env: dict[str, Any]) -> None:
@@ -79,35 +62,7 @@ def test_environment_starts_no_optional_package(monkeypatch: pytest.MonkeyPatch)
     assert not [words for words in started if words[0] == sys.executable]
 
 
-CRASH = "import os; os.abort()"
-
-
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        ("raise OSError('libcudart.so.12: missing')", "OSError: libcudart.so.12: missing"),
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        (CRASH, "importing it ended the process with signal 6"),
-        ("import time; time.sleep(60)", "importing it took more than 0.5 s"),
-        ("", "ModuleNotFoundError: No module named 'torchao.optim'"),
-    ],
-)
-def test_broken_provider_is_refused_with_its_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
-) -> None:
-    limit = 0.5 if "sleep" in code else 60.0
-    state = probe(monkeypatch, tmp_path, "torchao", {"__init__.py": code}, timeout_s=limit)
-    assert (state["status"], state["reason"]) == ("not usable", reason)
-
-
-def test_provider_is_usable_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"__init__.py": "", "optim.py": "class AdamW8bit: pass"}
-    assert probe(monkeypatch, tmp_path, "torchao", files)["status"] == "usable"
-    files = {"__init__.py": "raise ModuleNotFoundError(\"No module named 'xformers'\")"}
-    state = probe(monkeypatch, tmp_path, "xformers", files, absent=True)
-    assert (state["status"], state["reason"]) == ("absent", None)
-
-
+ATTENTION = "def memory_efficient_attention(): pass"
 OTHER_CUDA = """
 class _cpp_lib:
     _cpp_library_load_exception = RuntimeError("xFormers can't load C++/CUDA extensions")
@@ -116,21 +71,47 @@ class _cpp_lib:
 
 
 @pytest.mark.parametrize(
-    ("code", "gpu", "reason"),
+    ("code", "more", "status", "reason"),
     [
-        ("", True, None),
+        ("raise OSError('lib.so: missing')", {}, "not usable", "OSError: lib.so: missing"),
+        ("import none", {}, "not usable", "ModuleNotFoundError: No module named 'none'"),
+        ("import os; os.abort()", {}, "not usable", "importing it ended the process with signal 6"),
+        ("import time; time.sleep(60)", {}, "not usable", "importing it took more than 0.5 s"),
+        ("", {}, "not usable", "ModuleNotFoundError: No module named 'torchao.optim'"),
+        ("", {"optim": "class AdamW8bit: pass"}, "usable", None),
+        ("raise ModuleNotFoundError('torchao')", {"absent": ""}, "absent", None),
+        ("", {"ops": ATTENTION, "gpu": ""}, "usable", None),
         # on the CPU the import succeeds and the call raises
-        ("", False, "its attention needs a CUDA device"),
+        ("", {"ops": ATTENTION}, "not usable", "its attention needs a CUDA device"),
         # built for another CUDA: it imports, and every call raises
-        (OTHER_CUDA, True, "its compiled part does not load: OSError('libcudart.so.12: missing')"),
+        (
+            OTHER_CUDA,
+            {"ops": ATTENTION, "gpu": ""},
+            "not usable",
+            "its compiled part does not load: OSError('libcudart.so.12: missing')",
+        ),
     ],
 )
-def test_xformers_that_imports_may_still_be_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, gpu: bool, reason: str | None
+def test_provider_is_imported_apart_and_refused_with_its_reason(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    more: dict[str, str],
+    status: str,
+    reason: str | None,
 ) -> None:
-    files = {"__init__.py": code, "ops.py": "def memory_efficient_attention(): pass"}
-    state = probe(monkeypatch, tmp_path, "xformers", files, gpu=gpu)
-    assert (state["status"], state["reason"]) == ("not usable" if reason else "usable", reason)
+    """A package made of `code` and of the modules in `more`; no other is imported."""
+    name = "xformers" if "ops" in more else "torchao"
+    (tmp_path / name).mkdir()
+    for module, text in {"__init__": code, **more}.items():
+        (tmp_path / name / f"{module}.py").write_text(text)
+    version = None if "absent" in more else "0.14"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(environment, "PROVIDERS", {name: PROVIDERS[name]})
+    monkeypatch.setattr(environment, "_version", lambda _: version)
+    monkeypatch.setattr(environment, "TIMEOUT_S", 0.5 if "sleep" in code else 60.0)
+    state = environment._providers(True, "gpu" in more)[name]
+    assert (state["version"], state["status"], state["reason"]) == (version, status, reason)
 
 
 def test_environment_survives_broken_kernels_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,28 +206,32 @@ def test_limits_of_the_control_group_count(monkeypatch: pytest.MonkeyPatch) -> N
     assert environment._usable_cores() == 8
 
 
-def test_doctor_prints_what_was_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_prints_what_was_collected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(environment, "_probe", lambda *_: ("not usable", "broken here"))
-    lines: list[str] = []
-    path = tmp_path / "not" / "there" / "yet"
-    env = print_doctor(lines.append, path=path, more=lambda env: [("more", str(env["schema"]))])
-    text = "\n".join(lines)
-    parts = [
-        __version__,
-        torch.__version__,
-        env["cpu"]["model"],
-        "not usable: broken here",
-        "more ",
-    ]
-    assert [part for part in parts if part not in text] == []
-    assert f"{env['disk']['free_gib']} GiB free" in text
-    assert lines[-1].startswith("You can train; start with: sssd-fast run --config ")
-
-
-def test_doctor_summarises_the_kernels(env: dict[str, Any]) -> None:
-    env["gpus"], env["mae_kernels"] = [], {"info": {"a": "cpu", "b": "cpu"}, "reason": None}
-    line = "PyTorch fallback for all 2 ops (no CUDA GPU)"
-    assert environment._kernel_lines(env) == [line]
-    env["gpus"], env["mae_kernels"]["info"] = [GPU], {"a": None, "b": "needs sm_80"}
-    lines = ["Triton kernels for 1 of 2 ops", "PyTorch fallback for b: needs sm_80"]
-    assert environment._kernel_lines(env) == lines
+    kernels = {"info": {"a": "cpu", "b": "cpu"}, "reason": None}
+    monkeypatch.setattr(environment, "_kernels", lambda: kernels)
+    monkeypatch.setattr(environment, "_gpus", lambda: ([], "no device"))
+    model = re.sub(" +", " ", environment._cpu_model())
+    print_doctor(lambda env: [("more", env["cpu"]["model"])])
+    text = re.sub(" +", " ", capsys.readouterr().out)
+    for line in (
+        f"sssd fast version {__version__}, ",
+        f"torch version {torch.__version__}, ",
+        f"cpu model {model}, cores {os.cpu_count()}, ",
+        f"more {model}\n",
+        "GPU none: no device\n",
+        "not usable: broken here\n",
+        "kernels PyTorch fallback for all 2 ops (no CUDA GPU)\n",
+    ):
+        assert line in text
+    assert re.search(r"disk free [\d.]+ GiB\n", text)
+    assert text.splitlines()[-1].startswith("You can train; start with: sssd-fast run --config ")
+    kernels["info"] = {"a": None, "b": "needs sm_80"}
+    monkeypatch.setattr(environment, "_gpus", lambda: ([GPU], None))
+    print_doctor(lambda env: [])
+    text = re.sub(" +", " ", capsys.readouterr().out)
+    assert "GPU name card, memory 24.0 GiB, capability sm_86\n" in text
+    ops = "kernels Triton kernels for 1 of 2 ops\nkernels PyTorch fallback for b: needs sm_80\n"
+    assert ops in text

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from sssd_fast.errors import CheckpointError, ConfigError, RunExistsError
-from sssd_fast.run import folder
 from sssd_fast.run.folder import RUN_MARKER, require_run_folder
 
 
@@ -24,6 +23,11 @@ def test_run_folder_is_made_and_marked(tmp_path: Path) -> None:
     assert require_run_folder(empty) == empty
     # nothing but the marker: a run that failed before it began
     assert require_run_folder(path) == path
+    # deleted by hand: made again, with another lock
+    (path / RUN_MARKER).unlink()
+    path.rmdir()
+    require_run_folder(path)
+    assert (path / RUN_MARKER).stat().st_size > 0
 
 
 def test_existing_run_is_an_error_that_names_both_flags(tmp_path: Path) -> None:
@@ -65,6 +69,11 @@ def test_other_folder_is_never_changed(tmp_path: Path, flags: dict[str, bool]) -
     assert [item.name for item in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(RunExistsError, match="is a file"):
         require_run_folder(tmp_path / "thesis.tex", **flags)
+    with pytest.raises(CheckpointError, match="is not a run folder"):
+        require_run_folder(tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match=r"cannot resume: .*nothing does not exist"):
+        require_run_folder(tmp_path / "nothing", resume=True)
+    assert [item.name for item in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_overwrite_rejects_the_working_directory(
@@ -75,14 +84,6 @@ def test_overwrite_rejects_the_working_directory(
     with pytest.raises(RunExistsError, match="working directory"):
         require_run_folder(tmp_path / "a", overwrite=True)
     assert (tmp_path / "a" / "notes").is_dir()
-
-
-def test_resume_needs_a_run(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot resume: .*nothing does not exist"):
-        require_run_folder(tmp_path / "nothing", resume=True)
-    assert not (tmp_path / "nothing").exists()
-    with pytest.raises(CheckpointError, match="is not a run folder"):
-        require_run_folder(tmp_path, resume=True)
 
 
 HOLDER = """
@@ -117,12 +118,3 @@ def test_run_folder_has_one_writer_and_is_free_at_once_after_a_kill(tmp_path: Pa
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         child.stdout.close()
-
-
-def test_run_folder_deleted_by_hand_can_be_made_again(tmp_path: Path) -> None:
-    path = require_run_folder(tmp_path / "a")
-    (path / RUN_MARKER).unlink()
-    path.rmdir()
-    require_run_folder(path)
-    assert (path / RUN_MARKER).stat().st_size > 0
-    assert folder._held[path / RUN_MARKER] >= 0

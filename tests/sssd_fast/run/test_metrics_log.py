@@ -120,29 +120,24 @@ def test_tracker_does_not_mix_two_runs(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path)) == 3
 
 
-def test_tracker_writes_null_and_an_event_for_non_finite_values(tmp_path: Path) -> None:
-    with tracker_of(tmp_path) as tracker:
-        tracker.log("train", 7, loss=float("nan"), grad_norm=torch.tensor(float("-inf")), lr=1e-3)
-    bad = {"loss": "nan", "grad_norm": "-inf"}
-    assert without_time(strict((tmp_path / "metrics.jsonl").read_text())) == [
-        {"kind": "train", "step": 7, "loss": None, "grad_norm": None, "lr": 1e-3},
-        {"kind": "event", "step": 7, "event": "non_finite", "values": bad},
-    ]
-
-
-def test_tracker_records_tensors_and_numpy_scalars_as_numbers(tmp_path: Path) -> None:
+def test_tracker_records_scalars_as_numbers_and_non_finite_ones_as_null(tmp_path: Path) -> None:
     plain = {"a": 2, "b": 0.5, "c": 1.5, "d": True, "e": "é", "f": None}
     special = {"a": torch.tensor(2), "b": np.float32(0.5), "c": torch.tensor([1.5])}
     with tracker_of(tmp_path) as tracker:
         tracker.log("val", np.int64(3), **{**plain, **special})
+        tracker.log("train", 7, loss=float("nan"), grad_norm=torch.tensor(float("-inf")), lr=1e-3)
         with pytest.raises(DataError, match=r"loss has more than one element \(2,\)"):
             tracker.log("train", 1, loss=torch.ones(2))
         with pytest.raises(DataError, match="path is a PosixPath"):
             tracker.log("train", 1, path=tmp_path)
         with pytest.raises(DataError, match=r"kind of step 1 is 'test', needs one of .*'val'"):
             tracker.log("test", 1)
-    (record,) = without_time(strict((tmp_path / "metrics.jsonl").read_text("utf-8")))
-    assert record == {"kind": "val", "step": 3, **plain}
+    bad = {"loss": "nan", "grad_norm": "-inf"}
+    assert without_time(strict((tmp_path / "metrics.jsonl").read_text("utf-8"))) == [
+        {"kind": "val", "step": 3, **plain},
+        {"kind": "train", "step": 7, "loss": None, "grad_norm": None, "lr": 1e-3},
+        {"kind": "event", "step": 7, "event": "non_finite", "values": bad},
+    ]
 
 
 def test_csv_holds_every_record_and_is_written_during_the_run(
@@ -186,18 +181,6 @@ def test_tensorboard_forgets_lost_steps(tmp_path: Path) -> None:
     assert losses == [(step, pytest.approx(1 / step)) for step in range(1, 6)]
 
 
-def test_tracker_without_tensorboard_says_so_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    notes: list[str] = []
-    with Tracker(tmp_path, log=notes.append) as tracker:
-        work(tracker, 1, 2)
-    (note,) = notes
-    assert 'pip install "sssd-fast[train]"' in note
-    assert len(read_metrics(tmp_path)) == 2
-
-
 def test_tracker_names_the_file_on_a_full_disk(tmp_path: Path) -> None:
     tracker = tracker_of(tmp_path)
     tracker.start(0)
@@ -208,10 +191,19 @@ def test_tracker_names_the_file_on_a_full_disk(tmp_path: Path) -> None:
         tracker.log("train", 1, loss=1.0)
 
 
-def test_tracker_of_other_ranks_writes_nothing(tmp_path: Path) -> None:
+def test_tracker_of_other_ranks_or_without_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with tracker_of(tmp_path / "run", enabled=False) as tracker:
         tracker.start(3)
         tracker.log("train", 1, loss=1.0)
     assert not (tmp_path / "run").exists()
     with pytest.raises(DataError, match="no metrics"):
         read_metrics(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    notes: list[str] = []
+    with Tracker(tmp_path, log=notes.append) as tracker:
+        work(tracker, 1, 2)
+    (note,) = notes
+    assert 'tensorboard is not installed: pip install "sssd-fast[train]"' in note
+    assert len(read_metrics(tmp_path)) == 2

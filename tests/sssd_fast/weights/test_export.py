@@ -134,16 +134,9 @@ def test_export_writes_no_program_with_other_outputs(
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"what was there before"]
 
 
-def test_export_names_the_extra_of_missing_packages(
+def test_export_rejects_wrong_requests_and_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    message = r"onnxruntime is missing: pip install 'sssd-fast\[export\]'"
-    with pytest.raises(DependencyError, match=message):
-        export_classifier(model_of("mean, grey"), tmp_path, ["onnx"])
-
-
-def test_export_rejects_wrong_requests(tmp_path: Path) -> None:
     model = model_of("mean, grey")
     with pytest.raises(WeightsError, match="2 class names were given for a model of 3 classes"):
         export_classifier(model, tmp_path, classes=["a", "b"])
@@ -151,6 +144,10 @@ def test_export_rejects_wrong_requests(tmp_path: Path) -> None:
         export_classifier(model, tmp_path, ["tflite"])  # type: ignore[list-item]
     with pytest.raises(WeightsError, match=r"is one file for 2 formats; give a folder"):
         export_classifier(model, tmp_path / "a.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    message = r"onnxruntime is missing: pip install 'sssd-fast\[export\]'"
+    with pytest.raises(DependencyError, match=message):
+        export_classifier(model, tmp_path, ["onnx"])
     assert not list(tmp_path.iterdir())
 
 
