@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,9 @@ STAGES = {
     "probe": "Linear probe",
     "evaluate": "Evaluation",
 }
-# An evaluation is in the folder of its split, most important first, or directly in eval/ (old
-# runs).
+# The first that exists is shown; old runs have one evaluation directly in eval/.
 EVALUATIONS = ("eval/test", "eval/val", "eval/train", "eval")
-EVALUATION_KEYS = [
-    "split",
-    "classes",
-    "positive_class",
-    "bootstrap",
-    "image",
-    "patient",
-    "mistakes",
-    "num_mistakes",
-    "notes",
-]
+EVALUATION_KEYS = "split classes positive_class bootstrap image patient mistakes num_mistakes notes"
 
 
 @dataclass
@@ -76,24 +66,20 @@ def read_run(folder: Path, name: str) -> RunFiles:
     run.data = _read(run, "data.json")
     for place in EVALUATIONS:
         found = _read(run, f"{place}/metrics.json")
-        lacking = sorted(set(EVALUATION_KEYS) - found.keys())
+        lacking = sorted(set(EVALUATION_KEYS.split()) - found.keys())
         if found and lacking:
             run.problems.append(f"{place}/metrics.json lacks {', '.join(lacking)}; evaluate again")
-        elif found and (
-            not run.evaluation or (found["split"] == "test" != run.evaluation["split"])
-        ):
+        elif found and not run.evaluation:
             run.evaluation = found
             run.evaluation_folder = folder / place
     run.command = _text(folder / "command.txt").strip()
-    damaged = 0
-    for line in filter(str.strip, _text(folder / "metrics.jsonl").splitlines()):
-        try:
+    lines = [line for line in _text(folder / "metrics.jsonl").splitlines() if line.strip()]
+    for line in lines:
+        with suppress(ValueError, TypeError):
             run.records.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            damaged += 1
-    if damaged:
-        lines = f"{damaged} unreadable line{'s' * (damaged > 1)}"
-        run.problems.append(f"metrics.jsonl: {lines} skipped")
+    if damaged := len(lines) - len(run.records):
+        unreadable = f"{damaged} unreadable line{'s' * (damaged > 1)}"
+        run.problems.append(f"metrics.jsonl: {unreadable} skipped")
     # by the folder's name ("finetune", "finetune-seed1"), else by the command
     words = [re.split(r"[^a-z]", folder.resolve().name.lower())[0], *run.command.split()[1:2]]
     run.stage = next((word for word in words if word in STAGES), "")

@@ -1,7 +1,6 @@
 """report.html and report.md of one or several runs, from two jinja2 templates and one context.
 
-Reads only files of the run folders: config.yaml, command.txt, env.json, data.json, metrics.jsonl,
-images/*.png, eval/. A file that is missing or unreadable is named in the report. Draws
+Reads only files of the run folders and names those that are missing or unreadable; draws
 images/curves.png. The HTML file embeds its pictures and needs neither network nor script.
 """
 
@@ -78,7 +77,7 @@ def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
         "reconstruction": [p for run in runs for p in _newest(run, "reconstruction")],
         "attention": [p for run in runs for p in _newest(run, "attention")],
         "data": _data(runs),
-        "commands": _by_command(runs),
+        "commands": _by_value(runs, [run.command for run in runs]),
         "settings": _merged(runs, [_settings(run) for run in runs]),
         "environment": _merged(runs, [_environment(run) for run in runs]),
         "events": [f"{run.title}, {line}" for run in runs for line in _events(run)],
@@ -142,12 +141,9 @@ def _result(run: RunFiles) -> dict[str, Any]:
         file = run.evaluation_folder / "mistakes" / Path(mistake["thumbnail"] or "none").name
         picture = {"path": file, "alt": mistake["path"]} if file.is_file() else None
         mistakes.append({**mistake, "picture": picture})
-    files = {name: run.evaluation_folder / f"{name}.png" for name in ("roc", "confusion")}
-    pictures = [
-        {"path": path, "alt": CAPTIONS[name], "caption": CAPTIONS[name]}
-        for name, path in files.items()
-        if path.is_file()
-    ]
+    files = [run.evaluation_folder / f"{name}.png" for name in ("roc", "confusion")]
+    captions = {path: CAPTIONS[path.stem] for path in files if path.is_file()}
+    pictures = [{"path": p, "alt": text, "caption": text} for p, text in captions.items()]
     return {
         "title": run.title,
         "scope": f"{result['split'].capitalize()} split, {image['n']} images{people}; {kind}.",
@@ -174,18 +170,14 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
             "the intervals are too narrow."
         )
     for level in ("image", "patient"):
-        intervals = {
-            rate: interval
-            for rate, interval in (result[level] or {}).get("intervals", {}).items()
-            if interval["low"] is not None
-        }
-        for rate, interval in intervals.items():
-            if interval.get("skipped"):
-                notes.append(
-                    f"{RATES[rate]} per {level} is undefined in {interval['skipped']} resamples, "
-                    "which are skipped."
-                )
-        if any(interval["low"] == interval["high"] for interval in intervals.values()):
+        found = (result[level] or {}).get("intervals", {})
+        known = {RATES[rate]: one for rate, one in found.items() if one["low"] is not None}
+        notes += [
+            f"{name} per {level} is undefined in {one['skipped']} resamples, which are skipped."
+            for name, one in known.items()
+            if one.get("skipped")
+        ]
+        if any(one["low"] == one["high"] for one in known.values()):
             notes.append(
                 f"An interval of width zero (per {level}) means that no resample could differ, not "
                 "that no error is possible."
@@ -210,9 +202,9 @@ def _comparison(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
         if known:
             title = f"Per {level}, with 95 % bootstrap intervals"
             tables.append({"title": title, "header": [r.title for r in known], "rows": rows})
-    groups: dict[tuple[str, ...], list[RunFiles]] = {}
+    groups: dict[str, list[RunFiles]] = {}
     for run in runs:
-        key = (run.stage, run.evaluation["split"], *map(str, run.evaluation["classes"]))
+        key = str([run.stage, run.evaluation["split"], run.evaluation["classes"]])
         groups.setdefault(key, []).append(run)
     for members in groups.values():
         for level in ("image", "patient"):
@@ -264,12 +256,11 @@ def _progress(run: RunFiles) -> str:
 
 def _events(run: RunFiles) -> list[str]:
     skipped = ("kind", "step", "epoch", "time_s")
-    events = []
-    for record in run.records:
-        if record.get("kind") == "event":
-            rest = {key: value for key, value in record.items() if key not in skipped}
-            events.append(f"step {record.get('step', '?')}: {_line(rest)}")
-    return events[-LISTED:]
+    return [
+        f"step {event.get('step', '?')}: {_line({k: event[k] for k in event if k not in skipped})}"
+        for event in run.records
+        if event.get("kind") == "event"
+    ][-LISTED:]
 
 
 def _curves(run: RunFiles) -> list[dict[str, Any]]:
@@ -294,29 +285,29 @@ def _newest(run: RunFiles, kind: str) -> list[dict[str, Any]]:
     return [{"path": found[-1], "alt": f"{kind.capitalize()} of sample images", "caption": caption}]
 
 
+def _by_value(runs: Sequence[RunFiles], values: Sequence[Any]) -> list[tuple[str, Any]]:
+    """(titles of the runs, value): runs of equal values are listed together."""
+    found: list[tuple[list[str], Any]] = []
+    for run, value in zip(runs, values, strict=True):
+        titles = next((titles for titles, other in found if other == value), None)
+        if titles is None:
+            found.append(([run.title], value))
+        else:
+            titles.append(run.title)
+    return [(", ".join(titles), value) for titles, value in found]
+
+
 def _data(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """data.json of each run; equal data are shown once, under the names of all their runs."""
-    sections: list[dict[str, Any]] = []
-    for run in runs:
-        same = next((one for one in sections if one["data"] == run.data), None)
-        if same is not None:
-            same["title"] += f", {run.title}"
-        else:
-            splits: Mapping[str, Mapping[str, int]] = run.data.get("counts", {})
-            names = dict.fromkeys(name for counts in splits.values() for name in counts)
-            rows = [[name, *(f"{c.get(name, 0):,}" for c in splits.values())] for name in names]
-            rows.append(["all", *(f"{sum(c.values()):,}" for c in splits.values())])
-            counts = {"header": list(splits), "rows": rows}
-            sections.append({"title": run.title, "data": run.data, "counts": counts})
+    sections = []
+    for title, data in _by_value(runs, [run.data for run in runs]):
+        splits: Mapping[str, Mapping[str, int]] = data.get("counts", {})
+        names = dict.fromkeys(name for counts in splits.values() for name in counts)
+        rows = [[name, *(f"{c.get(name, 0):,}" for c in splits.values())] for name in names]
+        rows.append(["all", *(f"{sum(c.values()):,}" for c in splits.values())])
+        counts = {"header": list(splits), "rows": rows}
+        sections.append({"title": title, "data": data, "counts": counts})
     return sections
-
-
-def _by_command(runs: Sequence[RunFiles]) -> list[tuple[str, str]]:
-    """(titles of the runs, command): stages of one command are listed together."""
-    titles: dict[str, list[str]] = {}
-    for run in runs:
-        titles.setdefault(run.command, []).append(run.title)
-    return [(", ".join(names), command) for command, names in titles.items()]
 
 
 def _settings(run: RunFiles) -> dict[str, str]:
@@ -333,13 +324,10 @@ def _merged(runs: Sequence[RunFiles], tables: Sequence[dict[str, str]]) -> list[
     """One row per key; values that differ between runs are listed with the runs' titles."""
     rows = []
     for key in dict.fromkeys(key for table in tables for key in table):
-        by_value: dict[str, list[str]] = {}
-        for run, table in zip(runs, tables, strict=True):
-            if key in table:
-                by_value.setdefault(table[key], []).append(run.title)
-        several = len(by_value) > 1
-        cells = [f"{v} ({', '.join(t)})" if several else v for v, t in by_value.items()]
-        rows.append((key, ", ".join(cells)))
+        having = [run for run, table in zip(runs, tables, strict=True) if key in table]
+        found = _by_value(having, [table[key] for table in tables if key in table])
+        several = len(found) > 1
+        rows.append((key, ", ".join(f"{v} ({names})" if several else v for names, v in found)))
     return rows
 
 

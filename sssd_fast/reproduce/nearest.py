@@ -14,7 +14,6 @@ from sssd_fast.data.images import decode_image, to_channels
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.labels import positive_class
 from sssd_fast.data.split import Split
-from sssd_fast.errors import DataError
 from sssd_fast.evaluation.metrics import classification_metrics
 from sssd_fast.loaders.crops import evaluation_crop
 
@@ -24,14 +23,12 @@ SIDE = 32
 def nearest_rates(
     index: DataIndex, split: Split, name: str, pixels: dict[str, NDArray[np.float32]]
 ) -> dict[str, Any]:
-    """Metrics on the split `name` by squared distance of pixels; the score is 0 or 1.
+    """Metrics on the split `name` by squared distance to the splits before it; scores are 0 or 1.
 
-    Known are the splits before it. `pixels` keeps the decoded images for further splits.
+    `pixels` keeps the decoded images for further splits.
     """
     known = [*split.train, *(split.val if name == "test" else [])]
     queries = split.ids(name)
-    if not queries:
-        raise DataError(f"split {split.name} has no {name} images")
     for i in (*known, *queries):
         key = index.records[i].pixel_hash
         if key not in pixels:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,15 @@ PROTOCOLS = ("random", "controlled")
 METHODS = ("sssd", "mae", "supervised", "external")
 SEEDS = (0, 1, 2, 3, 4)
 SET_HERE = (
-    "data.source",
-    "data.manifest",
-    "data.split",
-    "data.split_seed",
-    "seed",
-    "objective.weight",
-    "pretrain.extra",
+    *("data.source", "data.manifest", "data.split", "data.split_seed"),
+    *("seed", "objective.weight", "pretrain.extra"),
 )
 Overrides = tuple[str, ...]  # key=value
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Content of plan.json.
-
-    `external` is the folder of the images on which the method "external" pre-trains too, `split`
-    the one that is evaluated, `variants` the settings of each --try (several only on "val"),
-    `commands` all that were typed, oldest first.
-    """
+    """Content of plan.json: the arguments of `reproduce`, and all `commands`, oldest first."""
 
     dataset: str
     data: str
@@ -72,13 +62,8 @@ class Plan:
 
     def models(self) -> list[PlannedModel]:
         """All models, every method of the first seed first, so that a stop leaves a comparison."""
-        return [
-            PlannedModel(protocol, seed, method, variant)
-            for seed in self.seeds
-            for protocol in self.protocols
-            for method in self.methods
-            for variant in self.variants
-        ]
+        inner = itertools.product(self.seeds, self.protocols, self.methods, self.variants)
+        return [PlannedModel(protocol, seed, *rest) for seed, protocol, *rest in inner]
 
 
 @dataclass(frozen=True)
@@ -101,11 +86,10 @@ class PlannedModel:
         """The model with only the settings of pre-training, which variants share."""
         if self.method == "supervised":
             return None
-        kept = [v for v in self.variant if not v.startswith(("finetune.", "evaluate."))]
+        kept = (v for v in self.variant if not v.startswith(("finetune.", "evaluate.")))
         return replace(self, variant=tuple(kept))
 
     def config(self, plan: Plan, root: Path, official: Path) -> Config:
-        """The plan's settings, changed by protocol, seed and method."""
         config = changed(from_dict(plan.config), self.variant)
         kind = "random" if self.protocol == "random" else plan.public.controlled
         data = {"source": str(root), "manifest": None, "split_seed": self.seed, "split": kind}
@@ -123,6 +107,11 @@ class PlannedModel:
             data["accept_wrong_extension"] = True
         update["data"] = config.data.model_copy(update=data)
         return config.model_copy(update=update)
+
+
+def planned(cell: Mapping[str, Any]) -> PlannedModel:
+    """The model of an entry of results.json."""
+    return PlannedModel(cell["protocol"], cell["seed"], cell["method"], tuple(cell["variant"]))
 
 
 def variants_of(tries: Sequence[str]) -> tuple[Overrides, ...]:

@@ -7,11 +7,11 @@ stratified random 80/20. Only the abstract is public; it does not say what "exte
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from sssd_fast.data.images import SUFFIXES, printable
+from sssd_fast.data.images import printable
 from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest, write_manifest
 from sssd_fast.errors import DataError
 
@@ -79,7 +79,10 @@ def image_root(which: PublicSet, folder: str | os.PathLike[str]) -> Path:
     where, needed = printable(str(top)), " and ".join(which.classes)
     if not top.is_dir():
         raise DataError(f"{where} is not a folder; give the one with the images of {which.title}")
-    found = [place for place, inside in _folders(top) if set(which.classes) <= set(inside)]
+    first = next(iter(which.classes))
+    places = [path.parent for n in range(_DEEPEST + 1) for path in top.glob("*/" * n + first)]
+    found = [p for p in sorted(places) if all((p / name).is_dir() for name in which.classes)]
+    found = [p for p in found if not any(n.startswith(".") for n in p.relative_to(top).parts)]
     if not found:
         archives = [printable(path.name) for path in sorted(top.rglob("*.zip"))]
         hint = f"; unpack {', '.join(archives[:3])} first" if archives else ""
@@ -132,9 +135,8 @@ def write_official_split(
         raise DataError(
             f"{where} names {len(missing)} images that are not in {printable(str(root))}:\n{listed}"
         )
-    columns = ("path", "label", "split")
-    cells = [(f"{label}/{name}", label, split) for label, name, split in rows]
-    write_manifest(out, [dict(zip(columns, row, strict=True)) for row in cells])
+    cells = [{"path": f"{k}/{name}", "label": k, "split": split} for k, name, split in rows]
+    write_manifest(out, cells)
     return where
 
 
@@ -149,19 +151,8 @@ def _read_lists(which: PublicSet, folder: Path) -> list[tuple[str, str, str]]:
                 raise DataError(
                     f"{printable(str(folder))}: {len(files) or 'no'} files called {name}, which "
                     f"list the authors' split of {which.title}; one is needed. Or give the split "
-                    "as "
-                    "CSV path,label,split: --official-split FILE.csv"
+                    "as CSV path,label,split: --official-split FILE.csv"
                 )
             lines = files[0].read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
             rows += [(label, line.strip(), split) for line in lines if line.strip()]
     return rows
-
-
-def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders from `top` down with the names of their subfolders; stops at folders with images."""
-    for place, inside, files in os.walk(top):
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        yield Path(place), list(inside)
-        depth = len(Path(place).relative_to(top).parts)
-        if depth >= _DEEPEST or any(Path(name).suffix.lower() in SUFFIXES for name in files):
-            inside[:] = []

@@ -4,8 +4,9 @@ Every model has run folders of the usual kind; a finished model is never trained
 
 OUT/plan.json                              what was requested
 OUT/PROTOCOL/seed-N/pretrain-METHOD/       shared by variants that differ only in fine-tuning
-OUT/PROTOCOL/seed-N/METHOD/                fine-tuning and evaluation; cell.json when finished
-OUT/results.json  results.md  results.png  rewritten after every model
+OUT/PROTOCOL/seed-N/METHOD/                fine-tuning and evaluation
+OUT/results.json                           results of the finished models, in "cells"
+OUT/results.md  results.png                the same to read, rewritten after every model
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sssd_fast.config import Config, from_dict, load_config, to_dict
+from sssd_fast.config import from_dict, load_config
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.manifest import SPLIT_NAMES
 from sssd_fast.data.splits import split_csv
@@ -29,7 +30,7 @@ from sssd_fast.performance.batch_size import resolve_batch
 from sssd_fast.pretrain import pretrain
 from sssd_fast.report.report import write_report
 from sssd_fast.reproduce.nearest import nearest_rates
-from sssd_fast.reproduce.plan import Plan, PlannedModel
+from sssd_fast.reproduce.plan import Plan, PlannedModel, load_plan, planned
 from sssd_fast.reproduce.public_sets import departures, image_root, write_official_split
 from sssd_fast.reproduce.table import SCHEMA, markdown, notes, picture, tables
 from sssd_fast.run.checkpoint import CheckpointManager, find_checkpoint
@@ -44,10 +45,7 @@ from sssd_fast.run.metrics_log import read_metrics
 def reproduce(
     plan: Plan, out: Path, *, resume: bool = False, minutes: float | None = None
 ) -> dict[str, Any]:
-    """Train what is not finished yet; returns results.json.
-
-    After `minutes` no further model begins. Raises SssdError.
-    """
+    """Train what is not finished yet, for about `minutes`; returns results.json."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     with world(from_dict(plan.config).device) as here:
         if (out / "plan.json").exists() and not resume:
@@ -58,15 +56,12 @@ def reproduce(
         here.barrier()
         runner = _Runner(plan, out, here)
         models = plan.models()
-        # rejects a result of other settings before the plan is written
-        finished = [runner.finished(model) for model in models]
+        missing = [model for model in models if model not in runner.cells]
         here.barrier()
         if here.main:
             _write_json(out / "plan.json", asdict(plan))
-        began, trained = time.monotonic(), 0
-        for number, model in enumerate(models):
-            if finished[number]:
-                continue
+        began = time.monotonic()
+        for trained, model in enumerate(missing, start=1):
             if here.any(deadline is not None and time.monotonic() > deadline):
                 runner.log(
                     f"{minutes:g} minutes are over, so no further model begins. "
@@ -74,13 +69,13 @@ def reproduce(
                 )
                 break
             rates = runner.train(model)
-            trained += 1
             elapsed = time.monotonic() - began
-            left = elapsed / trained * finished[number + 1 :].count(False)
+            left = elapsed / trained * (len(missing) - trained)
             name = " ".join([model.method, *model.variant])
             runner.log(
-                f"model {number + 1} of {len(models)} ({model.protocol} split, seed {model.seed}, "
-                f"{name}): {rates}; {duration(elapsed)} elapsed, about {duration(left)} left"
+                f"model {models.index(model) + 1} of {len(models)} ({model.protocol} split, seed "
+                f"{model.seed}, {name}): {rates}; {duration(elapsed)} elapsed, about "
+                f"{duration(left)} left"
             )
         results = runner.write_results()
         if here.main:
@@ -103,6 +98,12 @@ class _Runner:
         self.official = (out / "official.csv").absolute()
         self.pixels: dict[str, Any] = {}  # of the nearest neighbour
         self.pretrained = set[Path]()  # finished in this process
+        self.machine = _machine(here)
+        self.results: dict[str, Any] = {"cells": [], "machines": []}
+        if (out / "plan.json").is_file() and (out / "results.json").is_file():
+            self.results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+            _check_settings(out, load_plan(out), plan, self.results)
+        self.cells = {planned(cell): cell for cell in self.results["cells"]}
         out.mkdir(parents=True, exist_ok=True)
         if here.main and plan.public.controlled == "official" and "controlled" in plan.protocols:
             where = write_official_split(
@@ -110,31 +111,10 @@ class _Runner:
             )
             self.log(f"leak-controlled split of {plan.public.title}: {where}")
         here.barrier()
-        self.machine = _machine(here)
 
     def log(self, text: str) -> None:
         with Console(log_file=self.out / "train.log", enabled=self.here.main) as console:
             console.info(text)
-
-    def config(self, model: PlannedModel) -> Config:
-        return model.config(self.plan, self.root, self.official)
-
-    def finished(self, model: PlannedModel) -> bool:
-        """Whether its result exists. Raises CheckpointError for a result of other settings."""
-        place = model.folder(self.out)
-        if not (place / "cell.json").is_file():
-            return False
-        done = json.loads((place / "cell.json").read_text(encoding="utf-8"))
-        changes = differences(from_dict(done["config"]), _without_places(self.config(model)))
-        if done["split"] != self.plan.split:
-            changes.append(f"evaluated on {done['split']}, {self.plan.split} is requested now")
-        if changes:
-            listed = "\n".join(f"  - {change}" for change in changes)
-            raise CheckpointError(
-                f"{place} is finished, but with other settings:\n{listed}\n"
-                "Undo the change, or give another --out."
-            )
-        return True
 
     def train(self, model: PlannedModel) -> str:
         """Train and evaluate one model; returns its main rates as text."""
@@ -144,30 +124,25 @@ class _Runner:
             folder = before.folder(self.out)
             folder = folder.with_name(f"pretrain-{folder.name}")
             if folder not in self.pretrained:
-                self._stage("pretrain", self.config(before), folder)
+                self._stage("pretrain", before, folder)
                 self.pretrained.add(folder)
             init = str(find_checkpoint(folder, "last"))
             times["pretrain_s"] = _training_time(folder)
-        result = self._stage("finetune", self.config(model), place, init)
+        result = self._stage("finetune", model, place, init)
         times["finetune_s"] = _training_time(place)
         if self.here.main:
             index = DataIndex.load(place / "index.json")
             split = split_csv(index, place / "split.csv")
-            facts = {
-                "protocol": model.protocol,
-                "seed": model.seed,
-                "method": model.method,
-                "variant": list(model.variant),
-                "split": self.plan.split,
+            self.cells[model] = {
+                **asdict(model),
                 **times,
                 "counts": {name: len(split.ids(name)) for name in SPLIT_NAMES},
                 "image": {k: v for k, v in result["image"].items() if k != "intervals"},
                 "nearest": nearest_rates(index, split, self.plan.split, self.pixels),
                 "departures": departures(self.plan.public, index.counts()),
-                "config": to_dict(_without_places(self.config(model))),
-                "machine": self.machine,
             }
-            _write_json(place / "cell.json", facts)
+            if self.machine not in self.results["machines"]:
+                self.results["machines"].append(self.machine)
             write_report(place)
             self.write_results()
         self.here.barrier()
@@ -175,12 +150,13 @@ class _Runner:
         return ", ".join(f"{name} {100 * v:.1f} %" for name, v in shown.items() if v is not None)
 
     def _stage(
-        self, stage: str, config: Config, place: Path, init: str | None = None
+        self, stage: str, model: PlannedModel, place: Path, init: str | None = None
     ) -> dict[str, Any]:
         """Start or continue one run to its end; returns the evaluation of a fine-tuning."""
         folder = place / "checkpoints"
         begun = folder.is_dir() and CheckpointManager(folder).latest() is not None
         self.here.barrier()
+        config = model.config(self.plan, self.root, self.official)
         if not begun:
             config = resolve_batch(config, stage, self.here, log=self.log)
         elif getattr(config, stage).batch is not None:
@@ -206,12 +182,7 @@ class _Runner:
     def write_results(self) -> dict[str, Any]:
         """results.json, results.md and results.png of all that is finished so far."""
         plan, models = self.plan, self.plan.models()
-        found = []
-        for path in (model.folder(self.out) / "cell.json" for model in models):
-            if path.is_file():
-                found.append(json.loads(path.read_text(encoding="utf-8")))
-        machines = dict.fromkeys(json.dumps(cell.pop("machine")) for cell in found)
-        results = {
+        self.results |= {
             "schema": SCHEMA,
             "dataset": plan.dataset,
             "title": plan.public.title,
@@ -219,29 +190,34 @@ class _Runner:
             "planned": len(models),
             "commands": [_without_folders(command) for command in plan.commands],
             "settings": {**plan.config, "data": {**plan.config["data"], "source": plan.dataset}},
-            "machines": [json.loads(text) for text in machines],
-            "published": {source: dict(rates) for source, rates in plan.public.published.items()},
-            "cells": [{k: v for k, v in cell.items() if k != "config"} for cell in found],
+            "published": plan.public.published,
+            "cells": [self.cells[model] for model in models if model in self.cells],
         }
         if self.here.main:
-            _write_json(self.out / "results.json", results)
-            atomic_write_text(self.out / "results.md", markdown(results))
-            picture(results, path=self.out / "results.png")
-        return results
+            _write_json(self.out / "results.json", self.results)
+            atomic_write_text(self.out / "results.md", markdown(self.results))
+            picture(self.results, path=self.out / "results.png")
+        return self.results
 
 
 def _write_json(path: Path, content: Any) -> None:
     atomic_write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def _without_places(config: Config) -> Config:
-    """File names only: folders may be moved between two starts."""
-    data, extra = config.data, config.pretrain.extra
-    names = {"source": Path(data.source).name, "split": Path(data.split).name}
-    extra_name = {"extra": None if extra is None else Path(extra).name}
-    pretraining = config.pretrain.model_copy(update=extra_name)
-    update = {"data": data.model_copy(update=names), "pretrain": pretraining}
-    return config.model_copy(update=update)
+def _check_settings(out: Path, before: Plan, now: Plan, results: dict[str, Any]) -> None:
+    """Raises CheckpointError if finished models are not those of the plan `now`."""
+    changes = differences(from_dict(before.config), from_dict(now.config))
+    if results["split"] != now.split:
+        changes.append(f"evaluated on {results['split']}, {now.split} is requested now")
+    # folders may be moved between two starts
+    if before.external and Path(before.external).name != Path(str(now.external)).name:
+        changes.append(f"external was {before.external}, is {now.external}")
+    if changes and results["cells"]:
+        listed = "\n".join(f"  - {change}" for change in changes)
+        raise CheckpointError(
+            f"{out} holds finished models of other settings:\n{listed}\n"
+            "Undo the change, or give another --out."
+        )
 
 
 def _training_time(folder: Path) -> float:

@@ -47,16 +47,12 @@ Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 def tables(results: Results) -> list[Table]:
     """One table per protocol that has a finished model."""
     found = []
-    for protocol, title in PROTOCOLS.items():
-        cells = _of_protocol(results, protocol)
-        if not cells:
-            continue
+    for protocol, cells in _by_protocol(results).items():
+        title = PROTOCOLS[protocol]
         if protocol == "controlled":
             title += f": {PUBLIC_SETS[results['dataset']].controlled_title}"
         split, counts = results["split"], cells[0]["counts"]
-        title = (
-            f"{results['title']}, {title}; {counts['train']} training and {counts[split]} {split}"
-        )
+        images = f"{counts['train']} training and {counts[split]} {split} images"
         rows = []
         for source, rates in _published(results, protocol).items():
             shown = [f"{100 * rates[rate]:.2f} %" if rate in rates else "" for rate in RATES]
@@ -70,19 +66,17 @@ def tables(results: Results) -> list[Table]:
         nearest = nearest if len({str(one["confusion"]) for one in nearest}) > 1 else nearest[:1]
         # its scores are 0 or 1, so its AUC would be one point
         rows.append([NEAREST, *_rates(nearest)[:2], "", str(len(nearest)), ""])
-        found.append((f"{title} images", ["", *RATES.values(), "runs", "minutes each"], rows))
+        header = ["", *RATES.values(), "runs", "minutes each"]
+        found.append((f"{results['title']}, {title}; {images}", header, rows))
     return found
 
 
 def notes(results: Results) -> list[str]:
     """Paired differences, departures from the published set, and what is not finished."""
     found = []
-    for protocol in PROTOCOLS:
-        accuracy = {
-            (cell["method"], cell["seed"]): cell["image"]["accuracy"]
-            for cell in _of_protocol(results, protocol)
-            if not cell["variant"]
-        }
+    for protocol, cells in _by_protocol(results).items():
+        plain = [cell for cell in cells if not cell["variant"]]
+        accuracy = {(cell["method"], cell["seed"]): cell["image"]["accuracy"] for cell in plain}
         for control in ("mae", "supervised", "external"):
             # equal seeds have equal splits
             seeds = [s for method, s in accuracy if method == control and ("sssd", s) in accuracy]
@@ -107,7 +101,6 @@ def notes(results: Results) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    """results.md."""
     title = f"# {results['title']}: the paper's experiment and its controls"
     return f"{title}\n\n{body(results)}\n\n{LEGEND}\n"
 
@@ -119,13 +112,12 @@ def body(results: Results) -> str:
         lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
         blocks += [f"**{title}**", "\n".join(lines)]
     blocks.append("\n".join(f"- {line}" for line in notes(results)))
-    sources = []
-    for machine in results["machines"]:
-        commit = str(machine["commit"])[:10] + (" (modified)" if machine["modified"] else "")
-        sources.append(
-            f"{machine['device']}, torch {machine['torch']}, python {machine['python']}, "
-            f"commit {commit}, {machine['date']}"
-        )
+    sources = [
+        f"{machine['device']}, torch {machine['torch']}, python {machine['python']}, commit "
+        f"{str(machine['commit'])[:10]}{' (modified)' if machine['modified'] else ''}, "
+        f"{machine['date']}"
+        for machine in results["machines"]
+    ]
     sources += [f"`{command}`" for command in results["commands"]]
     return "\n\n".join(filter(None, [*blocks, "; ".join(sources)]))
 
@@ -135,21 +127,19 @@ def picture(results: Results, *, path: str | Path) -> Path | None:
 
     None if no model is finished.
     """
-    panels = [protocol for protocol in PROTOCOLS if _of_protocol(results, protocol)]
-    if not panels:
-        return None
     lines = {}
-    for protocol in panels:
-        cells = _of_protocol(results, protocol)
+    for protocol, cells in _by_protocol(results).items():
         named = [
             (label.split(":")[0], [100 * cell["image"]["accuracy"] for cell in group])
             for label, group in _groups(cells)
         ]
         seeds = {cell["seed"]: 100 * cell["nearest"]["accuracy"] for cell in cells}
         lines[protocol] = [*named, ("nearest neighbour", list(seeds.values()))]
+    if not lines:
+        return None
     height = 1.6 + 0.45 * max(map(len, lines.values()))
-    figure = pictures.new_figure(4.4 * len(panels) + 2.2, height)
-    all_axes = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
+    figure = pictures.new_figure(4.4 * len(lines) + 2.2, height)
+    all_axes = figure.subplots(1, len(lines), squeeze=False, sharex=True)[0]
     for axes, (protocol, named) in zip(all_axes, lines.items(), strict=True):
         for row, (_, values) in enumerate(named):
             color = pictures.COLORS[row % len(pictures.COLORS)]
@@ -195,8 +185,10 @@ def page(text: str, found: Mapping[str, Results]) -> str:
     return "\n\n".join([before + MARKERS[0], *blocks, MARKERS[1] + after])
 
 
-def _of_protocol(results: Results, protocol: str) -> list[Mapping[str, Any]]:
-    return [cell for cell in results["cells"] if cell["protocol"] == protocol]
+def _by_protocol(results: Results) -> dict[str, list[Mapping[str, Any]]]:
+    """The finished models of each protocol that has one."""
+    cells = {p: [cell for cell in results["cells"] if cell["protocol"] == p] for p in PROTOCOLS}
+    return {protocol: found for protocol, found in cells.items() if found}
 
 
 def _published(results: Results, protocol: str) -> Mapping[str, Mapping[str, float]]:
@@ -219,7 +211,7 @@ def _groups(cells: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[
 def _rates(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = []
     summary = aggregate_runs(runs)
-    for mean, deviation in ((summary[rate]["mean"], summary[rate]["deviation"]) for rate in RATES):
+    for mean, deviation, _ in (summary[rate].values() for rate in RATES):
         spread = "" if deviation is None else f" ± {100 * deviation:.2f}"
         cells.append("undefined" if mean is None else f"{100 * mean:.2f}{spread} %")
     return cells
