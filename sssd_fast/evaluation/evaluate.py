@@ -52,8 +52,7 @@ def write_evaluation(
 
     `labels` [N] class indices, `probabilities` [N, K], `positive` the index of the positive class
     of two (else None), `load_image` reads a path as [H, W] or [H, W, 3] uint8 for thumbnails of the
-    worst mistakes. Every file is written atomically; a split of one class gets a note instead of a
-    ROC picture. Raises DataError for a split without images and unusable scores.
+    worst mistakes. Raises DataError for a split without images and unusable scores.
     """
     labels_N, scores_N, _ = check_scores(labels, probabilities)
     if len(labels_N) == 0:
@@ -77,18 +76,13 @@ def write_evaluation(
     image, patient_level = level(labels_N, scores_N, groups), None
     notes: list[str] = []
     if grouped:
-        found = aggregate_by_patient(labels_N, scores_N, patients)
-        patient_level = level(found.labels, found.scores, None)
-        if found.mixed:
+        patient_labels, patient_scores, mixed = aggregate_by_patient(labels_N, scores_N, patients)
+        patient_level = level(patient_labels, patient_scores, None)
+        if mixed:
             rule = "counted as positive" if binary else "given their most frequent label"
-            notes.append(
-                f"{found.mixed} patients have images of more than one class; they are {rule}."
-            )
-        if found.without_patient:
-            notes.append(
-                f"{found.without_patient} images name no patient; "
-                "the per-patient results exclude them."
-            )
+            notes.append(f"{mixed} patients have images of more than one class; they are {rule}.")
+        if without := len(patients) - sum(map(bool, patients)):
+            notes.append(f"{without} images name no patient; the per-patient results exclude them.")
     if image["auc"] is None:
         notes.append(f"No ROC curve: {image['undefined']['auc']}.")
 
@@ -116,11 +110,11 @@ def write_evaluation(
     # text is quoted (file names hold commas, quotes and line breaks); floats keep all digits
     writer = csv.writer(table, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     header = ["path", "label", "score", "prediction", "patient", "split"]
-    writer.writerow(header if binary else [*header, *(f"score_{name}" for name in names)])
+    writer.writerow(header + ([] if binary else [f"score_{name}" for name in names]))
     for row, path in enumerate(paths):
         label, prediction = names[labels_N[row]], names[predicted_N[row]]
         cells = [path, label, float(scores_N[row].max()), prediction, patients[row] or "", split]
-        writer.writerow(cells if binary else [*cells, *scores_N[row].tolist()])
+        writer.writerow(cells + ([] if binary else scores_N[row].tolist()))
     content = table.getvalue().encode("utf-8", "surrogateescape")
     atomic_write_bytes(out / "predictions.csv", content)
 

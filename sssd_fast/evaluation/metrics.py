@@ -10,7 +10,7 @@ reason in "undefined"; it is never reported as 0.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,15 +31,6 @@ RATES = {
 LEVEL = 0.95
 # Limits the [R, N] weight matrix of the bootstrap to 32 MB.
 _MAX_ELEMENTS = 4_000_000
-
-
-class PatientScores(NamedTuple):
-    """One row per patient, in order of first appearance."""
-
-    labels: Ints
-    scores: Floats
-    mixed: int
-    without_patient: int
 
 
 def classification_metrics(
@@ -90,10 +81,8 @@ def bootstrap_intervals(
     group_N = np.array([number_of.setdefault(g, len(number_of)) for g in groups], dtype=np.int64)
     num_groups = len(number_of)
     if num_groups < 2:
-        few = f"resampling needs at least 2 {unit}s, there is {num_groups}"
-        return dict.fromkeys(
-            RATES, _interval(np.full(n, np.nan), few if num_groups else "no images")
-        )
+        few = f"resampling needs at least 2 {unit}s, there is 1" if num_groups else "no images"
+        return dict.fromkeys(RATES, _interval(np.full(n, np.nan), few))
 
     rng = np.random.default_rng(seed)
     chunk = max(1, _MAX_ELEMENTS // len(labels_N))
@@ -105,21 +94,20 @@ def bootstrap_intervals(
         drawn_RG += num_groups * np.arange(size)[:, None]
         counts_RG = np.bincount(drawn_RG.ravel(), minlength=size * num_groups)
         weights_RN = counts_RG.reshape(size, num_groups)[:, group_N].astype(np.float64)
-        for name, values_R in _weighted_metrics(labels_N, scores_N, threshold, weights_RN)[
-            1
-        ].items():
+        _, rates = _weighted_metrics(labels_N, scores_N, threshold, weights_RN)
+        for name, values_R in rates.items():
             found[name].append(values_R)
     return {name: _interval(np.concatenate(values)) for name, values in found.items()}
 
 
 def aggregate_by_patient(
     labels: ArrayLike, scores: ArrayLike, patients: Sequence[str | None]
-) -> PatientScores:
-    """Mean score per patient. `scores` [N] or [N, K].
+) -> tuple[Ints, Floats, int]:
+    """(label, mean score) per patient, in order of first appearance, and how many are mixed.
 
-    A patient whose images have different labels is counted in `mixed` and labelled positive if any
-    image is (two classes), else by the most frequent label, the lowest of equals. Images without a
-    patient (None or "") are excluded and counted.
+    A patient whose images have different labels is mixed, and labelled positive if any image is
+    (two classes), else by the most frequent label, the lowest of equals. Images without a patient
+    (None or "") are excluded.
     """
     labels_N, scores_N, num_classes = check_scores(labels, scores)
     rows_of: dict[str, list[int]] = {}
@@ -133,21 +121,17 @@ def aggregate_by_patient(
         mixed += int(several)
         label_of.append(1 if several and num_classes == 2 else int(counts_K.argmax()))
         score_of.append(scores_N[rows].mean(axis=0))
-    return PatientScores(
-        labels=np.array(label_of, dtype=np.int64),
-        scores=np.array(score_of, dtype=np.float64).reshape(len(rows_of), *scores_N.shape[1:]),
-        mixed=mixed,
-        without_patient=len(labels_N) - sum(map(len, rows_of.values())),
-    )
+    scores = np.array(score_of, dtype=np.float64).reshape(len(rows_of), *scores_N.shape[1:])
+    return np.array(label_of, dtype=np.int64), scores, mixed
 
 
-def aggregate_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
-    """Mean and sample standard deviation (n - 1) of every rate over seeds or folds.
+def aggregate_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{rate: {mean, deviation, n}} over seeds or folds; sample standard deviation (n - 1).
 
     `runs` are of `classification_metrics`. `n` counts the runs with a defined rate; `mean` is None
     for n = 0, `deviation` for n < 2.
     """
-    summary: dict[str, dict[str, float | int | None]] = {}
+    summary = {}
     for name in RATES:
         values = [float(run[name]) for run in runs if run[name] is not None]
         summary[name] = {
@@ -195,9 +179,7 @@ def predict_classes(scores_N: Floats, threshold: float) -> Ints:
 def _weighted_metrics(
     labels_N: Ints, scores_N: Floats, threshold: float, weights_RN: Floats
 ) -> tuple[Floats, dict[str, Floats]]:
-    """Confusion matrices [R, K, K] and rates [R], NaN where undefined, of R weightings of N
-    images.
-    """
+    """Confusion matrices [R, K, K] and rates [R], NaN where undefined, of R weightings."""
     binary = scores_N.ndim == 1
     num_classes = 2 if binary else scores_N.shape[1]
     cells_NX = np.eye(num_classes**2)[labels_N * num_classes + predict_classes(scores_N, threshold)]
@@ -216,13 +198,9 @@ def _weighted_metrics(
             "f1": 2 * true_RK / (2 * true_RK + false_RK + missed_RK),
         }
     rates = {k: value[:, 1] if binary else value.mean(axis=1) for k, value in per_class.items()}
-    if binary:
-        auc = _weighted_auc(labels_N == 1, scores_N, weights_RN)
-    else:
-        each = [
-            _weighted_auc(labels_N == k, column, weights_RN) for k, column in enumerate(scores_N.T)
-        ]
-        auc = np.mean(each, axis=0)
+    columns = {1: scores_N} if binary else dict(enumerate(scores_N.T))
+    each = [_weighted_auc(labels_N == k, column, weights_RN) for k, column in columns.items()]
+    auc = np.mean(each, axis=0)
     return confusion_RKK, {"accuracy": accuracy, **rates, "auc": auc}
 
 

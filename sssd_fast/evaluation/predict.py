@@ -59,9 +59,7 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
 
 
 def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
-    """Evaluate the best checkpoint on a split of the run's data; writes eval/SPLIT/, prints a
-    table.
-    """
+    """Evaluate the best checkpoint on a split; writes eval/SPLIT/ and prints a table."""
     trained, config = load_trained(run.out, run.world.device), run.config
     index = DataIndex.load(run.out / "index.json")
     ids = split_csv(index, run.out / "split.csv").ids(split)

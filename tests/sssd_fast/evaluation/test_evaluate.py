@@ -185,14 +185,15 @@ def test_bootstrap_without_an_interval_gives_a_reason(labels, groups, reason):
 
 def test_patient_scores_are_means_and_mixed_labels_are_counted():
     """Mixed labels: positive if any image is; with more classes the most frequent label."""
-    got = aggregate_by_patient([1, 0, 1, 0, 1], [0.9, 0.2, 0.5, 0.4, 0.3], ["b", "a", "b", "a", ""])
-    assert got.scores == pytest.approx([0.7, 0.3])
-    assert (got.labels.tolist(), got.mixed, got.without_patient) == ([1, 0], 0, 1)
-    got = aggregate_by_patient([0, 0, 1, 0], [0.1, 0.2, 0.9, 0.1], ["p", "p", "p", "q"])
-    assert (got.labels.tolist(), got.mixed) == ([1, 0], 1)
-    several = aggregate_by_patient([2, 2, 1], np.eye(3)[[2, 2, 1]], ["p", "p", "p"])
-    assert (several.labels.tolist(), several.mixed) == ([2], 1)
-    assert several.scores == pytest.approx(np.array([[0, 1 / 3, 2 / 3]]))
+    binary, three = [0.9, 0.2, 0.5, 0.4, 0.3], np.eye(3)[[2, 2, 1]]
+    for labels, scores, patients, wanted, means, mixed in (
+        ([1, 0, 1, 0, 1], binary, ["b", "a", "b", "a", ""], [1, 0], [0.7, 0.3], 0),
+        ([0, 0, 1, 0], [0.1, 0.2, 0.9, 0.1], ["p", "p", "p", "q"], [1, 0], [0.4, 0.1], 1),
+        ([2, 2, 1], three, ["p", "p", "p"], [2], [[0, 1 / 3, 2 / 3]], 1),
+    ):
+        got = aggregate_by_patient(labels, scores, patients)
+        assert (got[0].tolist(), got[2]) == (wanted, mixed)
+        assert got[1] == pytest.approx(np.array(means))
 
 
 def test_runs_give_mean_and_sample_deviation():
