@@ -56,25 +56,16 @@ def reconstruction_picture(
     """
     images_nCHW, masked_nL = as_array(images), as_array(mask).astype(bool)
     values_nLX = unnormalise(as_array(pred), images_nCHW, patch_size, norm, mean, std)
-    caption = f"{masked_nL.mean():.0%} of patches masked"
-    if norm != "none":
-        caption += f"; {TARGET_STATISTICS}"
-    _sheet(
-        reconstruction_rows(images_nCHW, values_nLX, masked_nL, patch_size), names, caption, path
-    )
-
-
-def reconstruction_rows(
-    images_nCHW: Bytes, values_nLX: Floats, masked_nL: NDArray[np.bool_], patch_size: int
-) -> dict[str, Bytes]:
-    """The rows of the picture, each uint8 [n, H, W, C], from predicted pixel values."""
     predicted_nLX = np.clip(np.rint(values_nLX), 0, 255).astype(np.uint8)
     original_nLX = patchify(images_nCHW, patch_size)
     rows = {"input": images_nCHW.transpose(0, 2, 3, 1)}
     for name, filled in (("masked", np.uint8(HIDDEN)), ("reconstruction", predicted_nLX)):
         patches_nLX = np.where(masked_nL[:, :, None], filled, original_nLX)
         rows[name] = unpatchify(patches_nLX, images_nCHW.shape, patch_size)
-    return rows
+    caption = f"{masked_nL.mean():.0%} of patches masked"
+    if norm != "none":
+        caption += f"; {TARGET_STATISTICS}"
+    _sheet(rows, names, caption, path)
 
 
 def unnormalise(
@@ -295,9 +286,6 @@ def as_array(value: Any) -> NDArray[Any]:
         value = value.detach().cpu()
         value = value.float() if value.is_floating_point() else value
     return np.asarray(value)
-
-
-# ---- helpers ----
 
 
 def _rgb(image_HWC: Bytes) -> Bytes:
