@@ -62,8 +62,11 @@ class Plan:
 
     def models(self) -> list[PlannedModel]:
         """All models, every method of the first seed first, so that a stop leaves a comparison."""
-        inner = itertools.product(self.seeds, self.protocols, self.methods, self.variants)
-        return [PlannedModel(protocol, seed, *rest) for seed, protocol, *rest in inner]
+        order = itertools.product(self.seeds, self.protocols, self.methods, self.variants)
+        return [
+            PlannedModel(protocol, seed, method, variant)
+            for seed, protocol, method, variant in order
+        ]
 
 
 @dataclass(frozen=True)
