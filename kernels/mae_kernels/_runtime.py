@@ -8,6 +8,7 @@ op. Triton is optional: without it the kernels are plain functions that are neve
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +30,10 @@ try:
 except ImportError:
     HAVE_TRITON = False
     tl = None
+    # torch 2.13 warns at each registration that triton is missing; `info()` says so once.
+    logging.getLogger("torch._library.triton").addFilter(
+        lambda record: not record.getMessage().startswith("Triton not available")
+    )
 
     def jit(kernel: Callable[..., Any]) -> Any:
         return kernel
