@@ -16,12 +16,12 @@ Shapes: B images, N tokens of an image, H heads, d head width.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import warnings
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,12 +52,6 @@ def attend(qkv_BN3Hd: Tensor, provider: str, scale: float | None = None) -> Tens
 
     Returns: [B, N, H, d], contiguous, in qkv's dtype under autocast too. Raises ValueError for a
     wrong shape or provider.
-
-    What sdpa runs on a GPU (torch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): fp16 and
-    bf16 from sm_80 on its flash kernels with d <= 256, or, with a higher priority, cuDNN's on sm_9x
-    and sm_10x; fp32, and fp16 before sm_80, its memory-efficient ones with d a multiple of 8 (fp32
-    from sm_80 on: of 4, before: any); everything else
-    plain matrix products. On the CPU: a flash kernel of its own.
     """
     if qkv_BN3Hd.dim() != 5 or qkv_BN3Hd.shape[2] != 3:
         raise ValueError(f"qkv: got shape {tuple(qkv_BN3Hd.shape)}, needs [B, N, 3, H, d]")
@@ -107,7 +101,6 @@ class AttentionShape:
     heads: int
     head_width: int
     compiled: bool = False  # inside torch.compile(fullgraph=True)
-    training: bool = True  # a backward follows
     capability: tuple[int, int] = (0, 0)  # (8, 6) for sm_86; stays (0, 0) without a GPU
 
     def __post_init__(self) -> None:
@@ -115,69 +108,38 @@ class AttentionShape:
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens, {self.heads} heads of {self.head_width}, {self.precision}"
-
-    @property
-    def precision(self) -> str:
-        return DTYPES.get(self.dtype, str(self.dtype).removeprefix("torch."))
+        precision = DTYPES.get(self.dtype, str(self.dtype).removeprefix("torch."))
+        return f"{self.tokens} tokens, {self.heads} heads of {self.head_width}, {precision}"
 
 
-@dataclass(frozen=True)
-class AttentionChoice:
-    """The chosen provider and why the providers with a higher priority cannot run."""
+def choose(name: str, shape: AttentionShape, setting: str = "step.attention") -> tuple[str, str]:
+    """(provider for `name`, line for the start of a run with the reason).
 
-    provider: str
-    reason: str
-    shape: AttentionShape
-    setting: str  # a key of BLOCKS
-    unavailable: dict[str, str] = field(default_factory=dict)
-
-    def line(self) -> str:
-        """For the start of a run: encoder attention (50 tokens, 12 heads of 64, bf16): fused,
-        because ...
-        """
-        others = "".join(f"; not {name}: {reason}" for name, reason in self.unavailable.items())
-        where = f"{BLOCKS[self.setting]} attention ({self.shape})"
-        return f"{where}: {self.provider}, because {self.reason}{others}"
-
-
-def choose(name: str, shape: AttentionShape, setting: str = "step.attention") -> AttentionChoice:
-    """The provider for `name`, one of PROVIDERS or "auto"; `setting` is the key of the
-    configuration.
-
-    Raises ConfigError if the requested provider cannot run, with the reason and the providers that
-    can.
+    name: one of PROVIDERS or "auto", the value of the key `setting` of the configuration. Raises
+    ConfigError if the requested provider cannot run, with the reason and the providers that can.
     """
-    if name == "auto":
-        unavailable: dict[str, str] = {}
-        for provider, why in AUTO.items():  # sdpa, the last one, always runs
-            reason = refusal(provider, shape)
-            if reason is None:
-                return AttentionChoice(provider, why, shape, setting, unavailable)
-            unavailable[provider] = reason
-    if name not in PROVIDERS:
+    if name != "auto" and name not in PROVIDERS:
         raise ConfigError(f"{setting} is {name!r}, needs auto or one of {', '.join(PROVIDERS)}")
-    reason = refusal(name, shape)
-    if reason is None:
-        return AttentionChoice(name, f"{setting} requests it", shape, setting)
+    where = f"{BLOCKS[setting]} attention ({shape})"
+    refused = ""
+    # sdpa, the last one, always runs
+    wanted = AUTO if name == "auto" else {name: f"{setting} requests it"}
+    for provider, why in wanted.items():
+        reason = refusal(provider, shape)
+        if reason is None:
+            return provider, f"{where}: {provider}, because {why}{refused}"
+        refused += f"; not {provider}: {reason}"
     able = ", ".join(other for other in PROVIDERS if refusal(other, shape) is None)
     raise ConfigError(
         f"{setting} is {name!r}, which cannot run here ({shape}): {reason}; set it to auto, {able}"
     )
 
 
-def refusal(
-    provider: str,
-    shape: AttentionShape,
-    *,
-    xformers_problem: Callable[[], str | None] | None = None,
-) -> str | None:
+def refusal(provider: str, shape: AttentionShape) -> str | None:
     """Why the provider cannot run; None if it can.
 
     On the CPU `fused` is not available although the function works there: it would run sdpa under
     another name.
-    xformers_problem: returns what is wrong with the package, if known; by default it is imported,
-        once.
     """
     if provider == "fused":
         if shape.device.type != "cuda":
@@ -187,42 +149,38 @@ def refusal(
         size = (shape.tokens, shape.head_width)
         return reason or mae_kernels.attention_refusal(*size, shape.dtype, shape.capability)
     if provider == "xformers":
-        return _xformers_refusal(shape) or (xformers_problem or (lambda: load_xformers()[1]))()
+        if shape.device.type != "cuda" or torch.version.hip is not None:
+            return "its attention needs an NVIDIA GPU"
+        problem = load_xformers()[1]
+        return problem or (xformers_problem(shape) if torch.cuda.is_available() else None)
     if provider not in PROVIDERS:
         raise ValueError(f"provider: got {provider!r}, needs one of {', '.join(PROVIDERS)}")
     return None  # sdpa and eager support every device, dtype and shape, and trace as one graph
 
 
-def _xformers_refusal(shape: AttentionShape) -> str | None:
-    """By the rules of xformers 0.0.34 and 0.0.35 (ops/fmha: flash.py, cutlass.py, common.py),
-    without importing it.
+# ---- xformers ------------------------------------------------------------------------------------
 
-    It calls PyTorch's flash kernels, else PyTorch's memory-efficient ones. The former trace under
-    fullgraph, forward and backward; of the latter PyTorch cannot trace the backward (its meta
-    function lacks an argument).
+
+@functools.cache
+def xformers_problem(shape: AttentionShape) -> str | None:
+    """Runs xformers forward and backward on one head of `shape`; the error, None if there is none.
+
+    Which dtypes, widths and GPUs it supports differs between its versions, and PyTorch cannot trace
+    the backward of all its kernels.
     """
-    if shape.device.type != "cuda" or torch.version.hip is not None:
-        return "its attention needs an NVIDIA GPU"
-    half = shape.dtype in (torch.float16, torch.bfloat16)
-    ampere = shape.capability >= (8, 0)
-    architecture = "sm_{}{}".format(*shape.capability)
-    multiple = 8 if half else 4 if ampere else 1
-    if not half and shape.dtype != torch.float32:
-        return f"it takes fp16, bf16 and fp32, not {shape.precision}"
-    if shape.dtype == torch.bfloat16 and not ampere:
-        return f"it takes bf16 from sm_80 on, this is {architecture}"
-    if shape.head_width % multiple:
-        return f"the head width is {shape.head_width}, it needs a multiple of {multiple}"
-    if half and ampere and shape.head_width <= 256:
-        return None
-    if shape.capability > (9, 0):
-        return f"on {architecture} it takes only fp16 and bf16, with heads of at most 256 values"
-    if shape.compiled and shape.training:
-        return "compiled it takes only fp16 and bf16 on sm_80 or newer, heads of at most 256 values"
+    attention: Any = attend
+    if shape.compiled:
+        attention = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    size = (1, shape.tokens, 3, 1, shape.head_width)
+    qkv = torch.zeros(size, dtype=shape.dtype, device=shape.device, requires_grad=True)
+    try:
+        with torch.enable_grad():
+            attention(qkv, "xformers").sum().backward()
+    except Exception as error:  # noqa: BLE001 - each version raises others
+        first = next(iter(str(error).splitlines()), "")
+        return f"a test run fails: {type(error).__name__}: {first}"
     return None
 
-
-# ---- xformers ------------------------------------------------------------------------------------
 
 # (module, problem); not functools.cache: torch.compile would trace the import again
 _xformers: tuple[Any, str | None] | None = None

@@ -153,25 +153,22 @@ def plan(
     batch: int | None = option(
         None, "Effective batch of a process.", "N", show_default="as configured"
     ),
-    json: bool = flag("--json", "Print JSON."),
 ) -> None:
     """Estimate which micro-batch and settings fit a GPU."""
     named = [f"model.name={model}"] if model else []
     loaded = load(config, [*named, *(settings or ())])
     from sssd_fast.performance.plan import parse_memory, plan_command
 
-    plan_command(loaded, task, parse_memory(memory), effective=batch, as_json=json)
+    plan_command(loaded, task, parse_memory(memory), effective=batch)
 
 
 @app.command()
 def profile(
-    ctx: typer.Context,
     settings: list[str] | None = SETTINGS,
     config: str | None = CONFIG,
     steps: int = option(10, "Steps to measure.", "N"),
     warmup: int = option(3, "Steps before them.", "N"),
     out: str | None = option(None, "Write a picture.", "FILE.png"),
-    json: str | None = option(None, "Write all numbers, with versions and hardware.", "FILE.json"),
 ) -> None:
     """Measure the time of each component of a pre-training step."""
     loaded = load(config, settings)
@@ -182,7 +179,7 @@ def profile(
     def build(run: Any, *data: Any) -> Any:
         return make_step(PretrainTask(run, *data), run, run.config)
 
-    task.profile(loaded, build, steps=steps, warmup=warmup, out=out, json_out=json, command=ctx.obj)
+    task.profile(loaded, build, steps=steps, warmup=warmup, out=out)
 
 
 @app.command()
@@ -209,7 +206,7 @@ def _attention(env: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for setting, (tokens, heads, width) in sizes.items():
         shape = AttentionShape(device, dtype, tokens, heads, width, compiled=bool(env["gpus"]))
-        rows.append(("attention", choose("auto", shape, setting).line()))
+        rows.append(("attention", choose("auto", shape, setting)[1]))
     return rows
 
 

@@ -33,7 +33,6 @@ from sssd_fast.loaders import Batch, Loader
 from sssd_fast.model import Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, lr_at, scaled_lr
-from sssd_fast.performance.estimate import check_budget
 from sssd_fast.performance.execution import (
     ExecutionPlan,
     compile_summary,
@@ -142,8 +141,6 @@ def make_step(task: Task, run: Run, config: Config) -> tuple[Step, ExecutionPlan
     execution = configure_model(
         task.module, config, run.precision, world.device, settings.batch_size
     )
-    if config.step.activation_budget < 1:
-        check_budget(config, task.name, run.precision, world.device, settings.batch_size)
     for line in execution.lines:
         run.console.info(line)
     module: nn.Module = task.module

@@ -23,13 +23,12 @@ from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, parameter_groups
 from sssd_fast.performance.estimate import estimate
 from sssd_fast.performance.execution import compiled, configure_model, pick_compile
-from sssd_fast.performance.plan import RESERVE, divisors
+from sssd_fast.performance.plan import FRAGMENTS, divisors
 from sssd_fast.run.device import World, available_memory, is_out_of_memory, pick_precision
 from sssd_fast.step import Step, TaskLoss
 
-OPTIMISM = (
-    1.15  # batches are tried up to this share of the free memory: the estimate may be too high
-)
+# Batches are tried up to this share of the free memory: the estimate may be too high.
+OPTIMISM = 1.15
 CPU_SHARE = 0.5
 
 Log = Callable[[str], Any]
@@ -53,16 +52,10 @@ def resolve_batch(
     cuda = device.type == "cuda"
     precision = pick_precision(config.precision, device)
     compile_it = pick_compile(config.step, device)[0]
-    capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
-    found = estimate(
-        config,
-        task,
-        precision,
-        device,
-        compiled=compile_it,
-        capability=capability,
-        classes=classes,
-    )
+    options: dict[str, Any] = {"compiled": compile_it, "classes": classes}
+    if cuda:
+        options["capability"] = torch.cuda.get_device_capability(device)
+    found = estimate(config, task, precision, device, **options)
     kept = 0  # bytes that the loader will need
     if config.data.loader in ("auto", "resident"):
         kept = reserved(device, config.data.resident_gib)
@@ -73,33 +66,35 @@ def resolve_batch(
         return found.peak(images, accumulate=own / images, gradient_copies=copies)
 
     # The free memory does not contain the CUDA context any more.
-    limit = free / (1 + RESERVE.fragments) * OPTIMISM if cuda else CPU_SHARE * free
+    limit = free / (1 + FRAGMENTS) * OPTIMISM if cuda else CPU_SHARE * free
     # A budget keeps less than estimated: start higher, the trials decide.
     budget = config.step.activation_budget if cuda and compile_it else 1.0
 
     def trial(images: int) -> bool:
-        accumulate = own // images
-        return _steps_fit(config, task, classes, world, precision, images, accumulate, kept, log)
+        micro = {"batch_size": images, "accumulate": own // images}
+        return not cuda or steps_fit(_with(config, task, micro), task, classes, world, kept, log)
 
-    batch_size = search(
-        own, lambda n: peak(budget * n) <= limit, trial if cuda else lambda n: True, world
-    )
+    batch_size = search(own, lambda n: peak(budget * n) <= limit, trial, world)
     if batch_size is None:
         raise ConfigError(
             f"{task}.batch is auto, and not one image fits: a micro-batch of 1 is estimated to "
-            f"need {peak(1) / 1e9:.2f} GB, "
-            f"{free / 1e9:.2f} GB are free on {device}. Free memory, or see `sssd-fast plan` for "
-            "settings that need less"
+            f"need {peak(1) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on {device}. Free memory, "
+            "or see `sssd-fast plan` for settings that need less"
         )
     accumulate = own // batch_size
     how = "tried" if cuda else f"estimated, within {CPU_SHARE:.0%} of the free memory"
     log(
         f"{task}.batch=auto: micro-batch {batch_size} x {accumulate} (effective batch "
-        f"{own * world.size}), {how}; "
-        f"estimated peak {peak(batch_size) / 1e9:.2f} of {free / 1e9:.2f} GB free on {device}"
+        f"{own * world.size}), {how}; estimated peak {peak(batch_size) / 1e9:.2f} of "
+        f"{free / 1e9:.2f} GB free on {device}"
     )
     fixed = {"batch_size": batch_size, "accumulate": accumulate, "batch": None}
-    return config.model_copy(update={task: settings.model_copy(update=fixed)})
+    return _with(config, task, fixed)
+
+
+def _with(config: Config, task: str, changes: dict[str, Any]) -> Config:
+    changed = getattr(config, task).model_copy(update=changes)
+    return config.model_copy(update={task: changed})
 
 
 def search(own: int, likely: Fits, trial: Fits, world: World) -> int | None:
@@ -125,59 +120,42 @@ def _free_bytes(device: torch.device) -> float:
     return float(free)
 
 
-def _steps_fit(
-    config: Config,
-    task: str,
-    classes: int,
-    world: World,
-    precision: str,
-    images: int,
-    accumulate: int,
-    kept: int,
-    log: Log,
-) -> bool:
-    """Whether two real steps on random images run in the free memory, with two micro-batches if
-    there are more.
+def steps_fit(config: Config, task: str, classes: int, world: World, kept: int, log: Log) -> bool:
+    """Whether two real steps of `config` on random images run in the free memory.
 
     kept: bytes that they must leave free, for the decoded images that the loader stores later.
     """
-    log(f"trying a micro-batch of {images} ...")
+    what = f"trying a micro-batch of {getattr(config, task).batch_size}"
+    log(f"{what} ...")
     held: Tensor | None = None
     try:
         held = torch.empty(kept, dtype=torch.uint8, device=world.device)
-        _two_steps(config, task, classes, world.device, precision, images, accumulate)
+        _two_steps(config, task, classes, world.device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        log(f"trying a micro-batch of {images}: out of memory")
+        log(f"{what}: out of memory")
         return False
     else:
         cuda = world.device.type == "cuda"
         peak = torch.cuda.max_memory_reserved(world.device) / 1e9 if cuda else 0.0
-        log(f"trying a micro-batch of {images}: fits, {peak:.2f} GB reserved")
+        log(f"{what}: fits, {peak:.2f} GB reserved")
         return True
     finally:
         del held
         _free_trial(world.device)
 
 
-def _two_steps(
-    config: Config,
-    task: str,
-    classes: int,
-    device: torch.device,
-    precision: str,
-    images: int,
-    accumulate: int,
-) -> None:
+def _two_steps(config: Config, task: str, classes: int, device: torch.device) -> None:
     settings = getattr(config, task)
+    images = settings.batch_size
+    precision = pick_precision(config.precision, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model: SSSD | Classifier
         if task == "pretrain":
             model = SSSD(config.model, config.objective)
         else:
-            s = config.finetune
-            model = Classifier(config.model, classes, s.pool, s.drop_path)
+            model = Classifier(config.model, classes, settings.pool, settings.drop_path)
         model.to(device)
         execution = configure_model(model, config, precision, device, images)
         module: nn.Module = model
@@ -196,12 +174,12 @@ def _two_steps(
             graphs=execution.graphs,
         )
         shape = images, config.model.in_channels, *config.model.image_size
+        # A step computes two micro-batches; the others only occupy memory.
         batches = [
             torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-            for _ in range(accumulate)
+            for _ in range(settings.accumulate)
         ]
         for i in range(2):
-            # the other micro-batches of a step only occupy memory
             result = step(batches[:2], i, 0.0)
         float(result.grad_norm)  # waits for the device, where an error may still come
 

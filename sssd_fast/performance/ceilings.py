@@ -4,13 +4,12 @@ copy.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.utils.benchmark import Timer
 
 
 @dataclass(frozen=True)
@@ -26,33 +25,19 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, seconds: float
     """Medians over about `seconds` each, with the number of threads and the TF32 setting that
     torch has now.
     """
-    n, copied = (8192, 2**29) if device.type == "cuda" else (1024, 2**26)
+    cuda = device.type == "cuda"
+    n, copied = (8192, 2**29) if cuda else (1024, 2**26)
     a, b, product = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
-    matmul_s = median_seconds(partial(torch.mm, a, b, out=product), device, seconds)
     source, target = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
-    copy_s = median_seconds(partial(target.copy_, source), device, seconds)
+    # The timer waits for the current device; -1 changes nothing.
+    with torch.cuda.device(device if cuda else -1):
+        matmul_s = median_seconds(partial(torch.mm, a, b, out=product), seconds)
+        copy_s = median_seconds(partial(target.copy_, source), seconds)
     return Ceilings(2.0 * n**3 / matmul_s, 2.0 * copied / copy_s, str(dtype).removeprefix("torch."))
 
 
-def median_seconds(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Median time of one call after two for warming up; at least 3 and at most 200 calls. Device
-    events on CUDA.
-    """
-    cuda, times = device.type == "cuda", list[float]()
-    for _ in range(2):
-        work()
-    started = time.perf_counter()
-    while len(times) < 3 or (len(times) < 200 and time.perf_counter() - started < seconds):
-        if cuda:
-            with torch.cuda.device(device):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                work()
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end) / 1000)
-        else:
-            before = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - before)
-    return statistics.median(times)
+def median_seconds(work: Callable[[], object], seconds: float) -> float:
+    """Median time of one call, the work on a GPU included."""
+    threads = torch.get_num_threads()
+    timer = Timer("work()", globals={"work": work}, num_threads=threads)
+    return float(timer.blocked_autorange(min_run_time=seconds).median)

@@ -9,7 +9,7 @@ Assumed, not counted:
   step.activation_budget is not considered, so a budget below 1 needs less than estimated;
 - xformers keeps what scaled_dot_product_attention keeps;
 - temporary memory inside an operation, except of gelu_linear, the largest of them;
-- an allocator's rounding and fragments, and the CUDA context: see plan.RESERVE.
+- an allocator's rounding and fragments, and the CUDA context: see plan.py.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def estimate(
     choices = attention_choices(
         module, config.step, AUTOCAST.get(precision, torch.float32), device, compiled, capability
     )
-    providers = [choice.provider.replace("xformers", "sdpa") for choice in choices]
+    providers = [provider.replace("xformers", "sdpa") for provider, _ in choices]
     fused_mlp = cuda and config.step.mlp != "plain"
     set_execution(module, config.step, precision, providers, fused_mlp=fused_mlp)
     casts = _cast_norm_inputs(module) if cuda and not compiled and precision != "fp32" else []
@@ -189,31 +189,6 @@ def step_flops(config: Config, task: str, fake: FakeStep | None = None) -> int:
     providers = ["sdpa"] * len(block_stacks(step.module))
     set_execution(step.module, config.step, "fp32", providers, fused_mlp=False)
     return step.flops()
-
-
-def check_budget(
-    config: Config, task: str, precision: str, device: torch.device, batch_size: int
-) -> None:
-    """Raises ConfigError if torch.compile would silently ignore step.activation_budget.
-
-    Its partitioner (torch/_functorch/partitioners.py, choose_saved_values_set) treats every budget
-    below 1 as 1 if the kept bytes are at most those of the graph's inputs, which include the
-    parameters. The budget counts relative to these inputs, so its effect also depends on the
-    micro-batch.
-    """
-    found = estimate(config, task, precision, device, compiled=True)
-    kept = found.kept_constant + batch_size * found.kept_per_image
-    if precision == "fp32":  # matrix products read the parameters, which are kept as well
-        kept += found.gradients
-    if kept <= found.parameters + batch_size * found.input_per_image:
-        raise ConfigError(
-            f"step.activation_budget is {config.step.activation_budget:g}, which torch.compile "
-            "ignores here: "
-            f"a micro-batch of {batch_size} images keeps fewer bytes than the parameters take. "
-            "Raise the "
-            f"micro-batch, or set step.activation_budget=1; for less memory at small batches: "
-            f"step.compile=false step.checkpoint=full"
-        )
 
 
 def _run(

@@ -12,12 +12,12 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 )
 
 import mae_kernels
-from sssd_fast.attention import AttentionChoice, AttentionShape, choose
+from sssd_fast.attention import AttentionShape, choose
 from sssd_fast.config import Config, StepConfig
 from sssd_fast.errors import ConfigError
 from sssd_fast.model import MLP, Attention, Blocks, Classifier
@@ -39,6 +39,11 @@ from sssd_fast.run.device import AUTOCAST
 LAUNCHES_PER_BLOCK = 36
 OTHER_LAUNCHES = 120
 LAUNCH_S = 5e-6
+# Its partitioner: torch/_functorch/partitioners.py, choose_saved_values_set.
+BUDGET_RULE = (
+    "torch.compile ignores it if the micro-batch keeps fewer bytes than the parameters take: then "
+    "raise the micro-batch, or set step.compile=false step.checkpoint=full"
+)
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,15 @@ def configure_model(
     _check(step, compile_it, why, precision)
     choices = attention_choices(model, step, dtype, device, compile_it)
     fused, why_fused = pick_mlp(step.mlp, device)
-    set_execution(model, step, precision, [c.provider for c in choices], fused_mlp=fused)
+    set_execution(model, step, precision, [name for name, _ in choices], fused_mlp=fused)
     lines = [f"compile: {'on' if compile_it else 'off'}, {why}"]
-    lines += [choice.line() for choice in choices]
+    lines += [line for _, line in choices]
     lines.append(f"MLP: {'fused' if fused else 'plain'}, {why_fused}")
     graphs, why_graphs = pick_graphs(model, config, device, batch_size, dtype, compile_it)
     if compile_it:
         lines.append(f"CUDA graphs: {'on' if graphs else 'off'}, {why_graphs}")
+    if step.activation_budget < 1:
+        lines.append(f"activation budget: {step.activation_budget:g}; {BUDGET_RULE}")
     return ExecutionPlan(compile_it, graphs, tuple(lines))
 
 
@@ -168,34 +175,21 @@ def pick_graphs(
     micro-batch at half of the matrix product rate measured on this device, against 5 us a launch.
     """
     requested = config.step.cuda_graphs
-    problem = None
-    if not compile_it:
-        problem = "the step is not compiled"
-    elif device.type != "cuda":
-        problem = f"the device is {device}"
-    if problem is not None:
+    if not compile_it or device.type != "cuda":
+        problem = f"the device is {device}" if compile_it else "the step is not compiled"
         if requested is True:
-            raise ConfigError(
-                f"step.cuda_graphs is true, but {problem}; it needs step.compile=true and a CUDA "
-                "device"
-            )
+            needed = "it needs step.compile=true and a CUDA device"
+            raise ConfigError(f"step.cuda_graphs is true, but {problem}; {needed}")
         return False, problem
     if requested != "auto":
         return requested, f"step.cuda_graphs is {str(requested).lower()}"
     task = "pretrain" if isinstance(model, SSSD) else "finetune"
     flops = FakeStep(config, task).flops()
     busy_s = batch_size * flops / (0.5 * measure_ceilings(device, dtype).matmul_flops)
-    launches = expected_launches(model)
+    launches = OTHER_LAUNCHES + LAUNCHES_PER_BLOCK * sum(map(len, block_stacks(model)))
     launch_s = launches * LAUNCH_S
-    reason = (
-        f"{launches} launches are expected to take {launch_s * 1e3:.1f} ms, "
-        f"the kernels {busy_s * 1e3:.1f} ms"
-    )
-    return busy_s < launch_s, reason
-
-
-def expected_launches(model: SSSD | Classifier) -> int:
-    return OTHER_LAUNCHES + LAUNCHES_PER_BLOCK * sum(len(blocks) for blocks in block_stacks(model))
+    expected = f"{launches} launches are expected to take {launch_s * 1e3:.1f} ms"
+    return busy_s < launch_s, f"{expected}, the kernels {busy_s * 1e3:.1f} ms"
 
 
 def pick_mlp(setting: str, device: torch.device) -> tuple[bool, str]:
@@ -221,32 +215,23 @@ def attention_choices(
     device: torch.device,
     compile_it: bool,
     capability: tuple[int, int] = (0, 0),
-) -> list[AttentionChoice]:
-    """The provider for each of `block_stacks(model)`. capability: of a CUDA device; (0, 0) = ask
-    the device.
+) -> list[tuple[str, str]]:
+    """(provider, line with the reason) for each of `block_stacks(model)`. capability: of a CUDA
+    device; (0, 0) = ask the device.
     """
     mae = model if isinstance(model, Classifier) else model.mae
-    config, prefix = mae.config, mae.encoder.num_prefix
-    requested = [("step.attention", step.attention, config.num_patches)]
+    tokens = [mae.encoder.num_prefix + mae.config.num_patches]
     if isinstance(model, SSSD):
-        requested = [
-            ("step.attention", step.attention, config.num_visible),
-            ("step.decoder_attention", step.decoder_attention, config.num_patches),
-        ]
+        tokens.insert(0, mae.encoder.num_prefix + mae.config.num_visible)
     choices = []
-    for (setting, name, patches), blocks in zip(requested, block_stacks(model), strict=True):
+    settings = ("attention", "decoder_attention")
+    for setting, count, blocks in zip(settings, tokens, block_stacks(model), strict=False):
         attention = blocks[0].attn
         assert isinstance(attention, Attention)
-        shape = AttentionShape(
-            device,
-            dtype,
-            patches + prefix,
-            attention.heads,
-            attention.qkv.in_features // attention.heads,
-            compiled=compile_it,
-            capability=capability,
-        )
-        choices.append(choose(name, shape, setting))
+        heads = attention.heads
+        width = attention.qkv.in_features // heads
+        shape = AttentionShape(device, dtype, count, heads, width, compile_it, capability)
+        choices.append(choose(getattr(step, setting), shape, f"step.{setting}"))
     return choices
 
 
@@ -258,28 +243,21 @@ def _check(step: StepConfig, compile_it: bool, why: str, precision: str) -> None
     if step.activation_budget < 1 and not compile_it:
         raise ConfigError(
             f"step.activation_budget is {step.activation_budget:g}, which needs a compiled step, "
-            "and "
-            f"compile is off: {why}. Set step.compile=true, or use step.checkpoint=selective "
-            "instead"
+            f"and compile is off: {why}. Set step.compile=true, or use step.checkpoint=selective"
         )
 
 
 # ---- recomputation without the compiler ----------------------------------------------------------
 
 
-def _full(block: nn.Module, x_BND: Tensor, select: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Keeps only the input of a block (Chen et al., arXiv 1604.06174)."""
-    out: Tensor = checkpoint(block, x_BND, select, use_reentrant=False)
-    return out
+# Keeps only the input of a block (Chen et al., arXiv 1604.06174).
+_full = functools.partial(checkpoint, use_reentrant=False)
 
 
-def _selective(
-    block: nn.Module, x_BND: Tensor, select: Callable[[Tensor], Tensor] | None
-) -> Tensor:
+def _selective(block: nn.Module, *inputs: Any) -> Any:
     """Keeps the results of matrix products and attention; recomputes norms, GELU and additions."""
     contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-    out: Tensor = checkpoint(block, x_BND, select, use_reentrant=False, context_fn=contexts)
-    return out
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def _keep_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -1,15 +1,13 @@
 """Which micro-batch and settings fit a GPU: `sssd-fast plan`. All numbers are estimates by
-estimate.py.
-
-What a real card needs in addition to tensors is assumed, not measured: see RESERVE.
+estimate.py; what a real card needs in addition to tensors is assumed, not measured.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -20,18 +18,8 @@ from sssd_fast.performance.fake import FakeStep
 from sssd_fast.run.device import pick_precision
 from sssd_fast.run.log import Console
 
-
-class Reserve(NamedTuple):
-    """Assumed, on top of the bytes of tensors."""
-
-    context_bytes: float = 0.6e9  # CUDA context, loaded kernels, cuBLAS and cuDNN workspaces
-    fragments: float = 0.06  # share of all tensors, lost to rounding and fragments of the allocator
-
-    def usable(self, memory: float) -> float:
-        return max(0.0, (memory - self.context_bytes) / (1 + self.fragments))
-
-
-RESERVE = Reserve()
+CONTEXT_BYTES = 0.6e9  # CUDA context, loaded kernels, cuBLAS and cuDNN workspaces
+FRAGMENTS = 0.06  # share of all tensors, lost to rounding and fragments of the allocator
 OLDEST = (8, 0)  # compute capability that is assumed without a GPU
 # Below it, by arithmetic, the kernels of a ViT-B step are too short to keep a large GPU busy.
 GOOD_MICRO_BATCH = 64
@@ -59,23 +47,16 @@ class Row:
     """An estimate for one set of settings."""
 
     settings: dict[str, Any]  # keys of the section `step` that differ from the configuration
-    kept_bytes_per_image: float
-    fixed_bytes: float  # parameters, gradients, optimizer state
+    estimate: Estimate
     largest: int  # micro-batch that fits
     micro_batch: int  # the largest that divides the effective batch; 0 = none fits
     accumulate: int
-    peak_bytes: float  # at that micro-batch, with RESERVE
+    peak_bytes: float  # at that micro-batch, or at one image if none fits
     speed: float  # of the step by FLOPs, 1 = nothing is computed twice
 
     @property
-    def name(self) -> str:
-        changes = [f"{key}={str(value).lower()}" for key, value in self.settings.items()]
-        return " ".join(changes) or "as configured"
-
-    def overrides(self, task: str) -> list[str]:
-        """The settings as key=value."""
-        batch = [f"{task}.batch_size={self.micro_batch}", f"{task}.accumulate={self.accumulate}"]
-        return batch + [f"step.{key}={str(value).lower()}" for key, value in self.settings.items()]
+    def overrides(self) -> list[str]:
+        return [f"{key}={str(value).lower()}" for key, value in self.settings.items()]
 
 
 def plan(config: Config, task: str, memory: float, *, effective: int | None = None) -> list[Row]:
@@ -90,8 +71,7 @@ def plan(config: Config, task: str, memory: float, *, effective: int | None = No
     device = torch.device("cuda")
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else OLDEST
     fake = FakeStep(config, task)
-    estimates: dict[str, Estimate] = {}
-    recomputed = 0.0  # FLOPs without recomputation over FLOPs with checkpoint=full
+    options: dict[str, Any] = {"capability": capability, "fake": fake}
     rows: list[Row] = []
     for tried in TRIED:
         changes = {k: v for k, v in tried.items() if k != "residual" or precision == "bf16"}
@@ -99,26 +79,24 @@ def plan(config: Config, task: str, memory: float, *, effective: int | None = No
             continue
         changed = _changed(config, {**START, **changes} if changes else {})
         step = changed.step
-        # settings that differ only in the optimizer share an estimate
-        key = repr(step.model_copy(update={"optimizer": "adamw"}))
-        if key not in estimates:
+        # changes that differ only in the optimizer share an estimate
+        optimizer = {"optimizer": step.optimizer}
+        previous = [r for r in rows if r.settings and r.settings | optimizer == changes]
+        if previous:
+            found = replace(previous[0].estimate, optimizer_name=step.optimizer)
+            speed = previous[0].speed
+        else:
             compiled = would_compile(step)
-            estimates[key] = estimate(
-                changed,
-                task,
-                precision,
-                device,
-                compiled=compiled,
-                capability=capability,
-                fake=fake,
-            )
-        # "selective", if configured, keeps the results of all matrix products
-        full = step.checkpoint == "full"
-        if full and not recomputed:
-            plain = _changed(config, {**START, "compile": False})
-            recomputed = step_flops(plain, task, fake) / step_flops(changed, task, fake)
-        found = replace(estimates[key], optimizer_name=step.optimizer)
-        rows.append(_row(found, changes, memory, effective, recomputed if full else 1.0))
+            found = estimate(changed, task, precision, device, compiled=compiled, **options)
+            speed = 1.0  # "selective", if configured, keeps the results of all matrix products
+            if step.checkpoint == "full":
+                plain = _changed(config, {**START, "compile": False})
+                speed = step_flops(plain, task, fake) / step_flops(changed, task, fake)
+        largest = largest_micro_batch(found, memory, effective)
+        micro = max((n for n in divisors(effective) if n <= largest), default=0)
+        accumulate = effective // micro if micro else 0
+        peak = with_reserve(found.peak(max(micro, 1), accumulate=accumulate or effective))
+        rows.append(Row(changes, found, largest, micro, accumulate, peak, speed))
     return rows
 
 
@@ -127,33 +105,19 @@ def _changed(config: Config, changes: dict[str, Any]) -> Config:
     return from_dict({**tree, "step": {**tree["step"], **changes}})
 
 
-def _row(
-    found: Estimate, changes: dict[str, Any], memory: float, effective: int, speed: float
-) -> Row:
-    largest = largest_micro_batch(found, memory, effective)
-    micro = max((n for n in divisors(effective) if n <= largest), default=0)
-    accumulate = effective // micro if micro else 0
-    peak = found.peak(max(micro, 1), accumulate=accumulate or effective)
-    return Row(
-        settings=changes,
-        kept_bytes_per_image=found.kept_per_image,
-        fixed_bytes=found.fixed,
-        largest=largest,
-        micro_batch=micro,
-        accumulate=accumulate,
-        peak_bytes=peak * (1 + RESERVE.fragments) + RESERVE.context_bytes,
-        speed=speed,
-    )
+def with_reserve(tensors: float) -> float:
+    """Bytes of a card that are needed for these bytes of tensors."""
+    return tensors * (1 + FRAGMENTS) + CONTEXT_BYTES
 
 
 def largest_micro_batch(found: Estimate, memory: float, effective: int) -> int:
     """The largest up to four times the effective batch whose peak fits; 0 if none does."""
-    low, high = 0, 4 * effective
-    while low < high:  # the peak grows with the images
-        middle = (low + high + 1) // 2
-        peak = found.peak(middle, accumulate=-(-effective // middle))
-        low, high = (middle, high) if peak <= RESERVE.usable(memory) else (low, middle - 1)
-    return low
+
+    def too_large(images: int) -> bool:
+        return with_reserve(found.peak(images, accumulate=-(-effective // images))) > memory
+
+    # the peak grows with the images
+    return bisect_left(range(1, 4 * effective + 1), True, key=too_large)
 
 
 def precision_of(config: Config) -> str:
@@ -207,38 +171,17 @@ def recommended(rows: list[Row], effective: int) -> Row | None:
     return max(fitting, key=lambda row: row.micro_batch, default=None)
 
 
-def plan_command(
-    config: Config, task: str, memory: float, *, effective: int | None = None, as_json: bool = False
-) -> None:
+def plan_command(config: Config, task: str, memory: float, *, effective: int | None = None) -> None:
     """Prints the table and the settings to use. Raises ConfigError if nothing fits."""
     settings = getattr(config, task)
+    configured = (
+        f"{task}.batch_size={settings.batch_size} x {task}.accumulate={settings.accumulate}"
+    )
     effective = effective or settings.batch_size * settings.accumulate
     rows = plan(config, task, memory, effective=effective)
     best = recommended(rows, effective)
-    if as_json:
-        print(json.dumps(_json(config, task, memory, effective, rows, best), indent=2))
-    else:
-        with Console() as console:
-            _print(console, config, task, memory, effective, rows, best)
-    if best is None:
-        smallest = min(row.peak_bytes for row in rows)
-        raise ConfigError(
-            f"nothing fits {memory / 1e9:.1f} GB: the smallest of these needs {smallest / 1e9:.1f} "
-            "GB for one image. "
-            f"Choose a smaller model.name, fewer model.decoder_depth or a smaller model.image_size"
-        )
-
-
-def _print(
-    console: Console,
-    config: Config,
-    task: str,
-    memory: float,
-    effective: int,
-    rows: list[Row],
-    best: Row | None,
-) -> None:
-    name, size = config.model.name, "x".join(map(str, config.model.image_size))
+    size = "x".join(map(str, config.model.image_size))
+    model = f"ViT-{config.model.name}, {size}, {precision_of(config)}"
     columns = (
         "settings",
         "MB per image",
@@ -248,52 +191,46 @@ def _print(
         "peak GB",
         "relative speed",
     )
-    title = f"{task}, ViT-{name}, {size}, {precision_of(config)}, {memory / 1e9:.1f} GB: estimates"
-    console.table(title, columns, [_cells(row, effective) for row in rows])
-    configured = getattr(config, task)
     lines = [
-        "effective batch: images of one optimizer step. Configured: "
-        f"{task}.batch_size={configured.batch_size} x "
-        f"{task}.accumulate={configured.accumulate}; --batch N plans for another.",
+        f"effective batch: images of one optimizer step. Configured: {configured}; --batch N plans "
+        "for another.",
         "MB per image: activations kept for the backward. fixed: parameters, gradients, optimizer "
-        "state. "
-        "relative speed: by FLOPs, 1 = nothing is recomputed; element-wise work does not count.",
+        "state. relative speed: by FLOPs, 1 = nothing is recomputed; element-wise work does not "
+        "count.",
         "Estimated from the real model on fake tensors; for the CUDA context "
-        f"{RESERVE.context_bytes / 1e9:.1f} GB and for "
-        f"fragments {RESERVE.fragments:.0%} are added. Not measured on a GPU; {task}.batch=auto "
-        "tries real steps.",
+        f"{CONTEXT_BYTES / 1e9:.1f} GB and for fragments {FRAGMENTS:.0%} are added. Not measured "
+        f"on a GPU; {task}.batch=auto tries real steps.",
     ]
     if best is not None:
-        lines.append(f"recommended, {best.name}: {' '.join(best.overrides(task))}")
-    for line in lines:
-        console.info(line)
+        batch = f"{task}.batch_size={best.micro_batch} {task}.accumulate={best.accumulate}"
+        changes = [f"step.{change}" for change in best.overrides]
+        lines.append(f"recommended, {_name(best)}: {' '.join([batch, *changes])}")
+    with Console() as console:
+        title = f"{task}, {model}, {memory / 1e9:.1f} GB: estimates"
+        console.table(title, columns, [_cells(row, effective) for row in rows])
+        for line in lines:
+            console.info(line)
+    if best is None:
+        smallest = min(row.peak_bytes for row in rows)
+        raise ConfigError(
+            f"nothing fits {memory / 1e9:.1f} GB: the smallest of these needs {smallest / 1e9:.1f} "
+            "GB for one image. Choose a smaller model.name, fewer model.decoder_depth or a smaller "
+            "model.image_size"
+        )
+
+
+def _name(row: Row) -> str:
+    return " ".join(row.overrides) or "as configured"
 
 
 def _cells(row: Row, effective: int) -> tuple[str, ...]:
-    fits = f"{row.micro_batch} x {row.accumulate}" if row.micro_batch else "does not fit"
     largest = f"{row.largest}" if row.largest < 4 * effective else f"over {row.largest}"
     return (
-        row.name,
-        f"{row.kept_bytes_per_image / 1e6:.1f}",
-        f"{row.fixed_bytes / 1e9:.2f}",
+        _name(row),
+        f"{row.estimate.kept_per_image / 1e6:.1f}",
+        f"{row.estimate.fixed / 1e9:.2f}",
         largest if row.largest else "-",
-        fits,
+        f"{row.micro_batch} x {row.accumulate}" if row.micro_batch else "does not fit",
         f"{row.peak_bytes / 1e9:.1f}",
         f"{row.speed:.2f}",
     )
-
-
-def _json(
-    config: Config, task: str, memory: float, effective: int, rows: list[Row], best: Row | None
-) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "predicted": True,
-        "task": task,
-        "memory_bytes": memory,
-        "effective_batch": effective,
-        "reserve": RESERVE._asdict(),
-        "config": to_dict(config),
-        "rows": [asdict(row) | {"overrides": row.overrides(task)} for row in rows],
-        "recommended": None if best is None else best.overrides(task),
-    }

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profiler
 
-from sssd_fast.config import Config, to_dict
+from sssd_fast.config import Config
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.split import Split
 from sssd_fast.errors import ConfigError, DependencyError
@@ -33,10 +31,10 @@ from sssd_fast.loaders import Batch
 from sssd_fast.loaders.prepare import make_loader, prepare_data
 from sssd_fast.performance.ceilings import measure_ceilings
 from sssd_fast.performance.execution import ExecutionPlan
-from sssd_fast.performance.fake import FakeStep, standard_flops
+from sssd_fast.performance.fake import standard_flops
 from sssd_fast.run.device import AUTOCAST, world
 from sssd_fast.run.environment import collect_environment
-from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
+from sssd_fast.run.files import atomic_write_bytes
 from sssd_fast.run.folder import Run, open_run
 from sssd_fast.run.log import Console
 from sssd_fast.step import Step
@@ -44,63 +42,43 @@ from sssd_fast.step import Step
 # Makes the step of a pre-training run and reports how it is executed.
 Build = Callable[[Run, DataIndex, Split], tuple[Step, ExecutionPlan]]
 
-SCHEMA = 2
 LEARNING_RATE = 1e-5  # small, so that the weights stay ordinary numbers
 STAGES = ("data", "forward", "backward", "update")
 OTHER = "other"
 IDLE = "Python, waiting"
-# kind: (colour after Okabe and Ito, substrings of the names of its operations and kernels). The
-# first match counts.
-KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "attention": ("#0b3c6f", ("scaled_dot_product", "attention", "flash", "fmha")),
-    "matrix products": (
-        "#2f7fc1",
-        ("aten::mm", "addmm", "bmm", "matmul", "linear", "gemm", "conv"),
-    ),
-    "losses": ("#cc79a7", ("_loss", "random_masking")),
-    "patches, tokens": ("#86d3b9", ("patches", "restore_tokens", "crop_resize", "gather")),
-    "compiled kernels": ("#009e73", ("triton_", "cpp_fused", "graph", "CompiledFunction")),
-    "optimizer": ("#f0e442", ("adam", "global_norm", "_foreach")),
-    "norms": ("#8fc1ea", ("layer_norm", "normalize", "linalg_vector_norm")),
-    "GELU, additions": (
-        "#e69f00",
-        ("gelu", "add", "mul", "div", "sum", "mean", "softmax"),
-    ),
-    "copies, casts": (
-        "#f2a46f",
-        ("copy", "cat", "clone", "_to", "contiguous", "fill", "zero", "empty"),
-    ),
-    OTHER: ("#b3aaa0", ("",)),
+# kind: (colour after Okabe and Ito, parts of the names of its operations and kernels). The first
+# match counts.
+KINDS = {
+    "attention": ("#0b3c6f", "scaled_dot_product attention flash fmha"),
+    "matrix products": ("#2f7fc1", "aten::mm addmm bmm matmul linear gemm conv"),
+    "losses": ("#cc79a7", "_loss random_masking"),
+    "patches, tokens": ("#86d3b9", "patches restore_tokens crop_resize gather"),
+    "compiled kernels": ("#009e73", "triton_ cpp_fused graph CompiledFunction"),
+    "optimizer": ("#f0e442", "adam global_norm _foreach"),
+    "norms": ("#8fc1ea", "layer_norm normalize linalg_vector_norm"),
+    "GELU, additions": ("#e69f00", "gelu add mul div sum mean softmax"),
+    "copies, casts": ("#f2a46f", "copy cat clone _to contiguous fill zero empty"),
 }
-COLORS = {kind: color for kind, (color, _) in KINDS.items()} | {IDLE: "#ececec"}
+COLORS = {kind: color for kind, (color, _) in KINDS.items()}
+COLORS |= {OTHER: "#b3aaa0", IDLE: "#ececec"}
 
 
 def profile(
-    config: Config,
-    build: Build,
-    *,
-    steps: int = 10,
-    warmup: int = 3,
-    out: str | Path | None = None,
-    json_out: str | Path | None = None,
-    command: str = "",
+    config: Config, build: Build, *, steps: int = 10, warmup: int = 3, out: str | Path | None = None
 ) -> dict[str, Any]:
-    """Measures `steps` steps after `warmup` others, prints tables, draws `out` (PNG) and writes
-    `json_out`.
+    """Measures `steps` steps after `warmup` others, prints the results and draws `out` (PNG).
 
-    Trains a new model for these few steps in a temporary run folder. Returns what `json_out` holds.
-    Raises ConfigError for settings that cannot be profiled.
+    Trains a new model for these few steps in a temporary run folder. Raises ConfigError for
+    settings that cannot be profiled.
     """
-    _check(config, steps, warmup, out, json_out)
+    _check(config, steps, warmup, out)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         here = stack.enter_context(world(config.device))
         devices = [here.device] if here.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         # torch.profiler's library prints lines at every start and stop without it
-        if "KINETO_LOG_LEVEL" not in os.environ:
-            os.environ["KINETO_LOG_LEVEL"] = "6"
-            stack.callback(os.environ.pop, "KINETO_LOG_LEVEL")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sssd-fast-profile-")))
         # no more synthetic slices than the steps need
         needed = 2 * (steps + warmup) * config.pretrain.batch_size * config.pretrain.accumulate + 40
@@ -109,31 +87,23 @@ def profile(
         changed = config.model_copy(update={"data": data, "tensorboard": False})
         run = stack.enter_context(open_run("pretrain", changed, folder / "run", here))
         result = _measure(run, build, steps, warmup)
-        result["settings"] = {"steps": steps, "warmup": warmup, "config": to_dict(config)}
-        result |= {"schema": SCHEMA, "command": command, "environment": collect_environment()}
         _show(result, run.console)
         if out is not None:
             draw(result, Path(out))
             run.console.info(f"picture: {out}")
-        if json_out is not None:
-            atomic_write_text(Path(json_out), json.dumps(result, indent=2) + "\n")
-            run.console.info(f"numbers: {json_out}")
     return result
 
 
-def _check(
-    config: Config, steps: int, warmup: int, out: str | Path | None, json_out: str | Path | None
-) -> None:
+def _check(config: Config, steps: int, warmup: int, out: str | Path | None) -> None:
     problems = []
     if steps < 1:
         problems.append(f"steps is {steps}, needs at least 1")
     if warmup < 1:
         problems.append(f"warmup is {warmup}, needs at least 1: the first step allocates memory")
-    for name, path, ending in (("out", out, ".png"), ("json", json_out, ".json")):
-        if path is not None and Path(path).suffix != ending:
-            problems.append(f"{name} is {str(path)!r}, needs a file name that ends in {ending}")
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            problems.append(f"{name} is {str(path)!r}, whose folder does not exist; make it first")
+    if out is not None and Path(out).suffix != ".png":
+        problems.append(f"out is {str(out)!r}, needs a file name that ends in .png")
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        problems.append(f"out is {str(out)!r}, whose folder does not exist; make it first")
     if config.pretrain.batch is not None:
         problems.append("pretrain.batch is auto: set pretrain.batch=null and pretrain.batch_size")
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
@@ -158,22 +128,20 @@ def _measure(run: Run, build: Build, steps: int, warmup: int) -> dict[str, Any]:
         ceilings = measure_ceilings(device, AUTOCAST.get(run.precision, torch.float32))
     images = settings.batch_size * settings.accumulate
     median_s = statistics.median(times)
-    flops = standard_flops(run.config)
+    model = run.config.model
+    size = "×".join(map(str, model.image_size))
+    compiled = "compiled" if execution.compiled else "not compiled"
+    cpu = f"{collect_environment()['cpu']['model']}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(device) if cuda else cpu
     sort = "self_device_time_total" if cuda else "self_cpu_time_total"
     return {
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "precision": run.precision,
-        "execution": asdict(execution),
-        "images_per_step": images,
-        "step_s": {"median": median_s, "min": min(times), "max": max(times)},
+        "what": f"{images} images of {size}, ViT-{model.name}, {run.precision}, {compiled}",
+        "machine": f"{machine}, torch {torch.__version__}",
+        "compiled": execution.compiled,
+        "times": times,
         "images_per_s": images / median_s,
-        "mfu": flops * images / median_s / ceilings.matmul_flops,
-        "flops_per_image": {
-            "standard": flops,
-            "needed": FakeStep(run.config, "pretrain").flops(),
-        },
-        "ceilings": asdict(ceilings),
+        "mfu": standard_flops(run.config) * images / median_s / ceilings.matmul_flops,
+        "ceilings": ceilings,
         "stages": read_events(profiler.events(), steps, cuda=cuda),
         "operations": profiler.key_averages().table(sort_by=sort, row_limit=12),
     }
@@ -251,7 +219,8 @@ def read_events(events: Iterable[Any], steps: int, *, cuda: bool) -> dict[str, d
 
 def kind_of(name: str) -> str:
     """The kind of an operation by its name, e.g. aten::addmm."""
-    return next(kind for kind, (_, parts) in KINDS.items() if any(part in name for part in parts))
+    found = (k for k, (_, parts) in KINDS.items() if any(part in name for part in parts.split()))
+    return next(found, OTHER)
 
 
 # ---- showing -------------------------------------------------------------------------------------
@@ -259,16 +228,14 @@ def kind_of(name: str) -> str:
 
 def _show(result: dict[str, Any], console: Console) -> None:
     stages = result["stages"]
-    totals = {stage: sum(kinds.values()) for stage, kinds in stages.items()}
-    whole = sum(totals.values())
+    totals = [sum(kinds.values()) for kinds in stages.values()]
     rows = []
     for kind in _kinds(result):
-        seconds = [stages[stage].get(kind, 0.0) for stage in STAGES]
+        seconds = [kinds.get(kind, 0.0) for kinds in stages.values()]
         cells = [f"{s * 1e3:,.2f}" if s else "-" for s in seconds]
-        rows.append([kind, *cells, f"{sum(seconds) / whole:.1%}"])
-    rows.append(["all", *(f"{s * 1e3:,.2f}" for s in totals.values()), "100.0%"])
-    images = result["images_per_step"]
-    title = f"Step of {images} images on {hardware(result)}, ms under the profiler"
+        rows.append([kind, *cells, f"{sum(seconds) / sum(totals):.1%}"])
+    rows.append(["all", *(f"{s * 1e3:,.2f}" for s in totals), "100.0%"])
+    title = f"Step of {result['what']}, {result['machine']}: ms under the profiler"
     console.table(title, ("kind of operation", *STAGES, "share"), rows)
     console.info(result["operations"])
     for line in sentences(result):
@@ -281,36 +248,21 @@ def _kinds(result: dict[str, Any]) -> list[str]:
 
 def sentences(result: dict[str, Any]) -> list[str]:
     """What the numbers mean."""
-    step, ceilings, flops = result["step_s"], result["ceilings"], result["flops_per_image"]
+    times, ceilings = result["times"], result["ceilings"]
     lines = [
-        f"Without the profiler: {_ms(step['median'])} per step (median; {_ms(step['min'])} to "
-        f"{_ms(step['max'])}), "
-        f"{result['images_per_s']:,.4g} images/s, {result['mfu']:.1%} of the measured matrix "
-        "product rate (MFU).",
-        f"Rates measured here: {ceilings['matmul_flops'] / 1e9:,.4g} GFLOP/s matrix product "
-        f"({ceilings['dtype']}), "
-        f"{ceilings['copy_bytes'] / 1e9:,.1f} GB/s copy (read plus written).",
-        f"MFU counts {flops['standard'] / 1e9:,.3g} GFLOP per image, the convention for masked "
-        "autoencoders; this step needs "
-        f"{flops['needed'] / 1e9:,.3g}, projection heads included.",
+        f"Without the profiler: {_ms(statistics.median(times))} per step (median; "
+        f"{_ms(min(times))} to {_ms(max(times))}), {result['images_per_s']:,.4g} images/s, "
+        f"{result['mfu']:.1%} of the measured matrix product rate (MFU, by the FLOPs of a plain "
+        "masked autoencoder).",
+        f"Rates measured here: {ceilings.matmul_flops / 1e9:,.4g} GFLOP/s matrix product "
+        f"({ceilings.dtype}), {ceilings.copy_bytes / 1e9:,.1f} GB/s copy (read plus written).",
     ]
     if result["mfu"] > 1:
         lines.append(
             "MFU is above 100 %: other programs used this machine while the matrix product was "
-            "measured. "
-            "Repeat on an idle machine."
+            "measured. Repeat on an idle machine."
         )
     return lines
-
-
-def hardware(result: dict[str, Any]) -> str:
-    """The name of the device that was used."""
-    environment = result["environment"]
-    if result["device"].startswith("cuda"):
-        gpu = environment["gpus"][int(result["device"].partition(":")[2] or 0)]
-        return f"{gpu['name']} ({gpu['memory_gib']} GiB)"
-    cpu = environment["cpu"]
-    return f"{cpu['model']}, {result['threads']} of {cpu['cores']} cores"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -323,53 +275,30 @@ def draw(result: dict[str, Any], path: Path) -> None:
         raise DependencyError('pictures need matplotlib: pip install "sssd-fast[train]"') from error
     stages = result["stages"]
     totals = [1e3 * sum(stages[stage].values()) for stage in STAGES]
-    longest, whole = max(totals), sum(totals)
     figure = Figure((11, 4.8), 150, layout="constrained")
     axes = figure.subplots()
     starts = [0.0] * len(STAGES)
     for kind in _kinds(result):
         widths = [1e3 * stages[stage].get(kind, 0.0) for stage in STAGES]
-        bars = axes.barh(STAGES, widths, 0.66, starts, color=COLORS[kind], label=kind)
-        for bar in bars:
-            bar.set_edgecolor("white")
-            bar.set_hatch("////" if kind == IDLE else "")
-        shares = [
-            f"{width / total:.0%}" if width > 0.035 * longest else ""
-            for width, total in zip(widths, totals, strict=True)
-        ]
-        color = _contrast(COLORS[kind])
-        axes.bar_label(bars, shares, label_type="center", fontsize=8, color=color)
+        hatch = "////" if kind == IDLE else ""
+        style = {"color": COLORS[kind], "edgecolor": "white", "hatch": hatch, "label": kind}
+        axes.barh(STAGES, widths, 0.66, starts, **style)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     for y, total in enumerate(totals):
-        axes.text(total, y, f" {_ms(total / 1e3)}, {total / whole:.0%}", va="center", fontsize=9)
-    axes.set_xlim(0, 1.16 * longest)
+        share = f"{total / sum(totals):.0%}"
+        axes.text(total, y, f" {_ms(total / 1e3)}, {share}", va="center", fontsize=9)
+    axes.set_xlim(0, 1.16 * max(totals))
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds per step, under the profiler", fontsize=9)
-    axes.tick_params(length=0)
-    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines[["right", "top"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
-    model = result["settings"]["config"]["model"]
-    height, width = model["image_size"]
-    title = (
-        f"One pre-training step, {result['images_per_step']} images of {height}×{width}: "
-        f"{_ms(result['step_s']['median'])}, {result['images_per_s']:,.3g} images/s"
-    )
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    compiled = "compiled" if result["execution"]["compiled"] else "not compiled"
-    caption = (
-        f"ViT-{model['name']}, {result['precision']}, {compiled}; {hardware(result)}; "
-        f"torch {result['environment']['torch']['version']}"
-    )
+    step = f"{_ms(statistics.median(result['times']))}, {result['images_per_s']:,.3g} images/s"
+    figure.suptitle(f"One pre-training step: {step}", x=0.01, ha="left", fontweight="bold")
+    caption = f"{result['what']}; {result['machine']}"
     axes.set_title(caption, loc="left", fontsize=8.5, parse_math=False)
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None})
     atomic_write_bytes(path, png.getvalue())
-
-
-def _contrast(color: str) -> str:
-    """Black or white, whichever is easier to read on `color`."""
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
 
 
 def _ms(seconds: float) -> str:

@@ -23,12 +23,8 @@ CPU = World(torch.device("cpu"))
 def _config(
     tiny: list[str], batch_size: int, accumulate: int = 1, task: str = "pretrain", *more: str
 ) -> Config:
-    own = [
-        f"{task}.batch=auto",
-        f"{task}.batch_size={batch_size}",
-        f"{task}.accumulate={accumulate}",
-    ]
-    return load_config(None, [*tiny, *own, *more])
+    own = ["batch=auto", f"batch_size={batch_size}", f"accumulate={accumulate}"]
+    return load_config(None, [*tiny, *(f"{task}.{setting}" for setting in own), *more])
 
 
 @pytest.mark.parametrize("own", [1, 7, 24, 97, 256, 360])
@@ -78,19 +74,18 @@ def test_the_effective_batch_stays(
     said: list[str] = []
     found = getattr(resolve_batch(config, task, CPU, log=said.append), task)
     assert (found.batch_size, found.accumulate, found.batch) == (batch_size * accumulate, 1, None)
-    assert (
-        f"micro-batch {found.batch_size} x 1 (effective batch {batch_size * accumulate})" in said[0]
-    )
+    own = batch_size * accumulate
+    assert f"micro-batch {own} x 1 (effective batch {own})" in said[0]
     # with memory for about three images
     found = microbatch.estimate(config, task, "fp32", CPU.device, compiled=False)
-    need = found.peak(3, accumulate=max(1, batch_size * accumulate // 3))
+    need = found.peak(3, accumulate=max(1, own // 3))
     monkeypatch.setattr(microbatch, "_free_bytes", lambda device: need / microbatch.CPU_SHARE)
     small = getattr(resolve_batch(config, task, CPU, log=said.append), task)
-    assert small.batch_size * small.accumulate == batch_size * accumulate
+    assert small.batch_size * small.accumulate == own
     assert small.batch_size <= 3
     monkeypatch.setattr(microbatch, "_free_bytes", lambda device: 1000.0)
     with pytest.raises(
-        ConfigError, match=rf"{task}\.batch is auto, and not one image fits: .*sssd-fast plan"
+        ConfigError, match=rf"{task}\.batch is auto, and not one image fits: .*plan"
     ):
         resolve_batch(config, task, CPU, log=said.append)
 
@@ -106,7 +101,7 @@ def test_a_budget_and_the_loader_change_where_the_search_starts(
     found = microbatch.estimate(config, "pretrain", "bf16", device, compiled=True)
     free = found.peak(300, accumulate=4)
     monkeypatch.setattr(microbatch, "_free_bytes", lambda device: free)
-    monkeypatch.setattr(microbatch, "_steps_fit", lambda *args: True)
+    monkeypatch.setattr(microbatch, "steps_fit", lambda *args: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(microbatch, "reserved", lambda device, limit_gib: int(free / 3))
 
@@ -129,37 +124,32 @@ def test_a_number_stays_as_it_is(tiny: list[str]) -> None:
 def test_a_trial_is_a_real_step_that_leaves_nothing_behind(
     tiny: list[str], task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, said = _config(tiny, 8, 2, task), list[str]()
+    config, said = _config(tiny, 4, 2, task), list[str]()
     state = torch.random.get_rng_state()
-    assert microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, 0, said.append)
+
+    def fits() -> bool:
+        return microbatch.steps_fit(config, task, 2, CPU, 0, said.append)
+
+    assert fits()
     assert torch.equal(state, torch.random.get_rng_state())
     assert said[-1].startswith("trying a micro-batch of 4: fits")
+    errors: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory"), ValueError("another")]
 
-    def full(*args: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def fail(*args: object) -> None:
+        raise errors.pop(0)
 
-    monkeypatch.setattr(microbatch, "_two_steps", full)
-    assert not microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, 0, said.append)
+    monkeypatch.setattr(microbatch, "_two_steps", fail)
+    assert not fits()
     assert said[-1] == "trying a micro-batch of 4: out of memory"
-
-    def broken(*args: object) -> None:
-        raise ValueError("something else")
-
-    monkeypatch.setattr(microbatch, "_two_steps", broken)
-    with pytest.raises(ValueError, match="something else"):  # only a lack of memory is an answer
-        microbatch._steps_fit(config, task, 2, CPU, "fp32", 4, 2, 0, said.append)
+    with pytest.raises(ValueError, match="another"):  # only a lack of memory is an answer
+        fits()
 
 
 def test_a_run_stores_the_numbers_and_resumes_with_them(tiny: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    settings = [
-        *tiny,
-        "pretrain.batch=auto",
-        "pretrain.batch_size=2",
-        "pretrain.accumulate=4",
-        "pretrain.max_steps=4",
-    ]
-    assert main(["pretrain", "--out", str(out), *settings, "pretrain.checkpoint_steps=2"]) == 0
+    own = ["batch=auto", "batch_size=2", "accumulate=4", "max_steps=4", "checkpoint_steps=2"]
+    settings = [*tiny, *(f"pretrain.{setting}" for setting in own)]
+    assert main(["pretrain", "--out", str(out), *settings]) == 0
     stored = yaml.safe_load((out / "config.yaml").read_text())["pretrain"]
     assert (stored["batch_size"], stored["accumulate"], stored["batch"]) == (8, 1, None)
     assert main(["pretrain", "--resume", str(out)]) == 0
@@ -182,11 +172,10 @@ def test_on_a_gpu_the_cap_decides(task: str) -> None:
         found = getattr(resolve_batch(config, task, World(device), log=said.append), task)
         assert 1 <= found.batch_size < 512
         assert found.batch_size * found.accumulate == 512
-        assert any(
-            "out of memory" in line for line in said
-        )  # the free memory is that of the whole card
-        assert microbatch._steps_fit(
-            config, task, 2, World(device), "bf16", found.batch_size, 2, 0, said.append
-        )
+        # the free memory is that of the whole card
+        assert any("out of memory" in line for line in said)
+        fixed = {"batch_size": found.batch_size, "accumulate": 2}
+        resolved = config.model_copy(update={task: found.model_copy(update=fixed)})
+        assert microbatch.steps_fit(resolved, task, 2, World(device), 0, said.append)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -16,14 +16,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import mae_kernels
 from sssd_fast.config import Config, load_config
-from sssd_fast.errors import ConfigError
 from sssd_fast.model import Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import FusedAdamW, build_optimizer, clipped_update, parameter_groups
 from sssd_fast.performance.estimate import (
     Estimate,
     LiveBytes,
-    check_budget,
     estimate,
     optimizer_bytes,
     step_flops,
@@ -44,7 +42,6 @@ ODD = [
     "model.mlp_ratio=2.7",
 ]
 CASES = {
-    "default": [],
     "plain MAE": ["objective.weight=0"],
     "odd shapes": ODD,
     "cosine per token": ["objective.kind=cosine", "objective.pooling=token"],
@@ -262,51 +259,3 @@ def test_step_flops_are_those_of_the_matrix_products(tiny: list[str]) -> None:
     for checkpoint, more in (("selective", 0), ("full", recomputed)):
         other = config_of(tiny, "finetune.drop_path=0", f"step.checkpoint={checkpoint}")
         assert step_flops(other, "finetune") == expected + more
-
-
-# ---- budgets -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("images", [1, 32])
-def test_check_budget_agrees_with_the_partitioner(tiny: list[str], images: int) -> None:
-    """torch's partitioner keeps less at a budget of a half, unless it ignores it."""
-    config = config_of(tiny, "objective.weight=0", "step.activation_budget=0.5")
-    kept = [_kept_compiled(config, images, budget) for budget in (1.0, 0.5)]
-    if images == 1:
-        assert kept[0] == kept[1]
-        with pytest.raises(
-            ConfigError, match=r"activation_budget is 0\.5, which torch.compile ign"
-        ):
-            check_budget(config, "pretrain", "bf16", CPU, images)
-    else:
-        assert kept[1] < kept[0]
-        check_budget(config, "pretrain", "bf16", CPU, images)
-
-
-def _kept_compiled(config: Config, images: int, budget: float) -> int:
-    """Bytes of the activations between the compiled forward and backward."""
-    import torch._functorch.config as functorch
-    from functorch.compile import min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
-
-    torch._dynamo.reset()
-    model, _ = built(config, "pretrain")
-    pixels = torch.zeros((images, 1, *config.model.image_size), dtype=torch.uint8)
-    found: list[int] = []
-
-    def forward(graph: Any, inputs: Any) -> Any:
-        outputs = graph.graph.output_node().args[0]
-        values = [n.meta["val"] for n in outputs if n is not None and n.op != "placeholder"]
-        storages = {v.untyped_storage()._cdata: v.nbytes for v in values if isinstance(v, Tensor)}
-        found.append(sum(storages.values()))
-        return graph
-
-    backend = aot_autograd(
-        fw_compiler=forward,
-        bw_compiler=lambda graph, inputs: graph,
-        partition_fn=min_cut_rematerialization_partition,
-    )
-    with functorch.patch(activation_memory_budget=budget), autocast("bf16", CPU):
-        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
-        compiled(pixels, torch.rand(images, config.model.num_patches))
-    return found[0]
