@@ -281,7 +281,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for kind in _kinds(result):
         widths = [1e3 * stages[stage].get(kind, 0.0) for stage in STAGES]
         hatch = "////" if kind == IDLE else ""
-        style = {"color": COLORS[kind], "edgecolor": "white", "hatch": hatch, "label": kind}
+        style: dict[str, Any] = {
+            "color": COLORS[kind],
+            "edgecolor": "white",
+            "hatch": hatch,
+            "label": kind,
+        }
         axes.barh(STAGES, widths, 0.66, starts, **style)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     for y, total in enumerate(totals):
