@@ -3,8 +3,7 @@
 A row of B is a regression if it costs more than A's by more than the ratio AND by more than an
 absolute margin: a call of a few microseconds easily changes by 5 %. The cost is the median time;
 for memory the peak (margin 1 MiB), for a loader the time per image. A row that had a result in A
-and has none in B fails as well. "within noise": the 20 % to 80 % quantiles of both overlap; this is
-information and does not change the verdict.
+and has none in B fails as well.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from benchmarks import results
-from benchmarks.tables import NONE, Document, RowDict, percent, significant, size_text, time_text
+from benchmarks.tables import NONE, Document, RowDict, size_text, time_text
 from sssd_fast.errors import SssdError
 from sssd_fast.run.log import Console
 
@@ -26,28 +25,20 @@ WORSE, FAILS, BETTER, RUNS = "REGRESSION", "FAILS NOW", "better", "runs now"
 VERSIONS = ("torch", "triton", "cuda", "xformers", "transformers", "dali")
 
 
-class Cost(NamedTuple):
-    """Less is better. low, high: quantiles."""
-
-    value: float
-    text: str
-    low: float = math.nan
-    high: float = math.nan
-
-
 class Line(NamedTuple):
     name: tuple[str, ...]
-    a: str
-    b: str
-    ratio: float | None  # cost of B / cost of A
+    a: float | None  # microseconds, or bytes
+    b: float | None
     verdict: str
-    note: str
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        return self.b / self.a if self.a and self.b else None
 
 
-def compare(
-    a: Document, b: Document, fail_over: float, margin_us: float | None = None
-) -> list[Line]:
-    """The worst first. margin_us: None = MARGIN_US. Raises SssdError for unlike files."""
+def compare(a: Document, b: Document, fail_over: float) -> list[Line]:
+    """The worst first. Raises SssdError for unlike files."""
     for what in ("schema", "kind", "quick"):
         _same(what, a[what], b[what])
     _same("device", a["device"]["name"], b["device"]["name"])
@@ -55,11 +46,13 @@ def compare(
     both = [name for name in rows_a if name in rows_b]
     if not both:
         raise SssdError("cannot compare: A and B have no row in common; measure the same cases")
-    margin = _margin(a, margin_us)
+    memory = a["kind"].endswith("memory")
+    margin = MARGIN_BYTES if memory else MARGIN_US[a["device"]["type"]]
     lines = []
     for name in both:
-        _same(f"the size of {' '.join(name)}", rows_a[name]["sizes"], rows_b[name]["sizes"])
-        lines.append(_line(name, rows_a[name], rows_b[name], a["kind"], fail_over, margin))
+        row_a, row_b = rows_a[name], rows_b[name]
+        _same(f"the size of {' '.join(name)}", row_a["sizes"], row_b["sizes"])
+        lines.append(_line(name, row_a, row_b, memory, fail_over, margin))
     return sorted(lines, key=lambda one: -(one.ratio or math.inf * (one.verdict == FAILS)))
 
 
@@ -70,52 +63,38 @@ def _same(what: str, in_a: Any, in_b: Any) -> None:
         )
 
 
-def _margin(document: Document, margin_us: float | None) -> float:
-    """Microseconds, or bytes."""
-    if document["kind"].endswith("memory"):
-        return MARGIN_BYTES
-    return MARGIN_US[document["device"]["type"]] if margin_us is None else margin_us
-
-
 def _line(
-    name: tuple[str, ...], row_a: RowDict, row_b: RowDict, kind: str, over: float, margin: float
+    name: tuple[str, ...], row_a: RowDict, row_b: RowDict, memory: bool, over: float, margin: float
 ) -> Line:
-    a, b = _cost(kind, row_a), _cost(kind, row_b)
-    texts = (a.text if a else NONE, b.text if b else NONE)
+    a, b = _cost(row_a, memory), _cost(row_b, memory)
     if a is None or b is None:
         why = (row_b if b is None else row_a)["reason"] or "no result, and no reason"
-        return Line(name, *texts, None, FAILS if a else RUNS if b else "", why)
+        return Line(name, a, b, FAILS if a else RUNS if b else "", why)
     verdict = ""
-    if b.value > a.value * (1 + over) and b.value - a.value > margin:
+    if b > a * (1 + over) and b - a > margin:
         verdict = WORSE
-    elif a.value > b.value * (1 + over) and a.value - b.value > margin:
+    elif a > b * (1 + over) and a - b > margin:
         verdict = BETTER
-    note = "within noise" if a.low <= b.high and b.low <= a.high else ""
-    return Line(name, *texts, b.value / a.value, verdict, note)
+    return Line(name, a, b, verdict)
 
 
-def _cost(kind: str, row: RowDict) -> Cost | None:
-    more, time, peak = row["more"], row["time"], row["peak_bytes"]
+def _cost(row: RowDict, memory: bool) -> float | None:
+    found: float | None = None
     if row["reason"]:
         return None
-    if kind.endswith("memory"):
-        return Cost(peak, size_text(peak)) if peak else None
-    if kind == "loader-speed":
-        text = f"{significant(more['images_per_s'])} images/s"
-        return Cost(1e6 / more["images_per_s"], text, 1e6 / more["p80"], 1e6 / more["p20"])
-    if not time:
-        return None
-    median = time["median_us"]
-    return Cost(median, time_text(median), time["p20_us"], time["p80_us"])
+    if memory:
+        found = row["peak_bytes"]
+    elif row["time"]:
+        found = row["time"]["median_us"]
+    elif "images_per_s" in row["more"]:
+        found = 1e6 / row["more"]["images_per_s"]
+    return found
 
 
 def warnings(a: Document, b: Document) -> Iterator[str]:
-    """What else differs: versions, clocks, settings, and rows of one file only."""
-    clocks = [document["clocks"]["before"] or {} for document in (a, b)]
+    """What else differs: versions, settings, and rows of one file only."""
     pairs = [(name, a["versions"].get(name), b["versions"].get(name)) for name in VERSIONS]
     pairs += [(n, a["device"].get(n), b["device"].get(n)) for n in ("driver", "threads")]
-    names = ("clocks.sm", "clocks.max.sm", "power.limit")
-    pairs += [(name, clocks[0].get(name), clocks[1].get(name)) for name in names]
     pairs.append(("settings", a["settings"], b["settings"]))
     yield from (f"{name}: {in_a} in A, {in_b} in B" for name, in_a, in_b in pairs if in_a != in_b)
     for letter, document, other in (("A", a, b), ("B", b, a)):
@@ -124,8 +103,6 @@ def warnings(a: Document, b: Document) -> Iterator[str]:
         known = {results.key(row) for row in other["rows"]}
         single = [results.key(row) for row in document["rows"] if results.key(row) not in known]
         yield from (f"only in {letter}: {', '.join(name)}" for name in single)
-    if a["quick"]:
-        yield "both are quick runs with few samples"
 
 
 # ---- command line ----
@@ -141,33 +118,32 @@ def ratio_of(text: str) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("a", metavar="A.json", help="the measurement before")
-    add("b", metavar="B.json", help="the measurement after")
-    add("--fail-over", default="5%", metavar="SHARE", help="allowed increase (default 5%%)")
-    add("--margin", type=float, metavar="US", help="ignored increase (default 5 on a CPU, else 2)")
+    parser.add_argument("a", metavar="A.json", help="the measurement before")
+    parser.add_argument("b", metavar="B.json", help="the measurement after")
+    help_ = "allowed increase (default 5%%)"
+    parser.add_argument("--fail-over", default="5%", metavar="SHARE", help=help_)
 
 
 def main(args: argparse.Namespace) -> int:
     """0 = no regression, 1 = at least one; raises SssdError for files that cannot be compared."""
     fail_over = ratio_of(args.fail_over)
     a, b = results.load(args.a), results.load(args.b)
-    lines = compare(a, b, fail_over, args.margin)
-    margin = _margin(a, args.margin)
-    absolute = size_text(margin) if margin == MARGIN_BYTES else f"{margin:g} us"
+    lines = compare(a, b, fail_over)
+    form = size_text if a["kind"].endswith("memory") else time_text
     with Console() as console:
         for text in warnings(a, b):
             console.warn(text)
-        rows = [
-            [*n, in_a, in_b, NONE if ratio is None else f"{ratio:.3f}", verdict, note]
-            for n, in_a, in_b, ratio, verdict, note in lines
-        ]
+        rows = []
+        for line in lines:
+            costs = [NONE if cost is None else form(cost) for cost in (line.a, line.b)]
+            ratio = NONE if line.ratio is None else f"{line.ratio:.3f}"
+            rows.append([*line.name, *costs, ratio, line.verdict, line.note])
         title = f"{a['kind']}, {a['device']['name']}: B against A"
         console.table(title, [*results.KEY, "A", "B", "B / A", "verdict", "note"], rows)
         verdicts = [line.verdict for line in lines]
         worse, fails, better, runs = map(verdicts.count, (WORSE, FAILS, BETTER, RUNS))
         console.info(
             f"{worse} of {len(lines)} rows regressed, {fails} fail now, {better} better, "
-            f"{runs} run now (counted: more than {percent(fail_over)} and {absolute})"
+            f"{runs} run now"
         )
     return int(worse + fails > 0)

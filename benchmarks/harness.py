@@ -1,4 +1,4 @@
-"""From calls to rows: correctness first, then first call, memory and the race.
+"""From calls to rows: correctness first, then first call and the race.
 
 A provider that fails (an error, too little memory, a wrong result) keeps its row, with the reason
 and without a time.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,17 +23,15 @@ from benchmarks.race import (
     Cache,
     Call,
     Load,
-    Samples,
     allowed_error,
     error_of,
     first_call,
-    peak_bytes,
     race,
     summary,
     tensors,
     versus,
 )
-from benchmarks.results import NAMES, Results, Row, sources_hash
+from benchmarks.results import NAMES, Results, Row
 from benchmarks.shapes import Shape
 from sssd_fast.errors import SssdError
 from sssd_fast.run.log import Console
@@ -58,14 +56,11 @@ class Bench:
     only: Sequence[str] = field(default_factory=list)
 
     def time_is_up(self, case: str) -> bool:
-        """Whether the deadline has passed; `case` is then listed as skipped, else no longer."""
+        """Whether the deadline has passed; `case` is then listed as skipped."""
         up = self.deadline is not None and time.monotonic() >= self.deadline
-        skipped = self.results.head["skipped"]
-        if up and case not in skipped:
-            skipped.append(case)
+        if up:
+            self.results.head["skipped"].append(case)
             self.results.save()
-        elif not up and case in skipped:  # `bench all` measures it in a later stage
-            skipped.remove(case)
         return up
 
     def wants(self, provider: str) -> bool:
@@ -100,35 +95,25 @@ class _Failed(Exception):
 def time_rows(
     bench: Bench, rows: Mapping[str, Row], calls: Mapping[str, Call], ours: str = OURS
 ) -> None:
-    """Measures the rows that have a call and no reason: first call, memory, race."""
-    for name, call in calls.items():
-        if rows[name].reason is None:
-            attempt(rows[name], partial(_first, bench, rows[name], call))
+    """Times the rows that have a call and no reason."""
     running = {name: call for name, call in calls.items() if rows[name].reason is None}
     while running:
         watched = {name: partial(_named, name, call) for name, call in running.items()}
         load = Load()
         try:
-            found = race(
-                watched, bench.device, bench.cache, samples=bench.samples, passes=bench.passes
-            )
+            more = {"samples": bench.samples, "passes": bench.passes}
+            found = race(watched, bench.device, bench.cache, **more)
         except _Failed as failed:  # race again without it
             rows[failed.args[0]].reason = reason(failed.__cause__ or failed)
             del running[failed.args[0]]
             continue
-        set_times(rows, found, load.others(), ours)
+        others = load.others()
+        for name, samples in found.items():
+            rows[name].time = summary(samples)
+            rows[name].load = others
+            if name != ours and ours in found:
+                rows[name].versus = versus(samples, found[ours])
         return
-
-
-def set_times(
-    rows: Mapping[str, Row], found: Mapping[str, Samples], load: float | None, ours: str = OURS
-) -> None:
-    """The times of one race."""
-    for name, samples in found.items():
-        rows[name].time = summary(samples)
-        rows[name].load = load
-        if name != ours and ours in found:
-            rows[name].versus = versus(samples, found[ours])
 
 
 def _named(name: str, call: Call) -> object:
@@ -136,14 +121,6 @@ def _named(name: str, call: Call) -> object:
         return call()
     except Exception as error:
         raise _Failed(name) from error
-
-
-def _first(bench: Bench, row: Row, call: Call) -> None:
-    seconds = first_call(call, bench.device)
-    if row.first_call_s is None:  # the correctness check may have made the first call
-        row.first_call_s = seconds
-    call()
-    row.peak_bytes = peak_bytes(call, bench.device)
 
 
 def forget(device: torch.device) -> None:
@@ -200,11 +177,9 @@ class Op:
 
 
 def measure_all(bench: Bench, cases: Sequence[tuple[Op, Shape, torch.dtype]], title: str) -> None:
-    """Adds the rows of all cases that are not in the results yet."""
-    done = {(row["case"], row["shape"], row["dtype"]) for row in bench.results.rows}
-    left = [case for case in cases if (case[0].name, case[1].name, NAMES[case[2]]) not in done]
-    with bench.console.progress(len(left), title) as progress:
-        for number, (op, s, dtype) in enumerate(left):
+    """Adds the rows of all cases."""
+    with bench.console.progress(len(cases), title) as progress:
+        for number, (op, s, dtype) in enumerate(cases):
             label = f"{op.name}, {s.name}, {NAMES[dtype]}"
             if not bench.time_is_up(label):
                 bench.results.add(*run_case(bench, op, s, dtype))
@@ -220,9 +195,8 @@ def run_case(bench: Bench, op: Op, s: Shape, dtype: torch.dtype) -> list[Row]:
             for phase in op.phases:
                 rows[phase, name] = Row(
                     *(op.name, s.name, NAMES[dtype], phase, name),
-                    sizes=s.sizes(),
+                    sizes=asdict(s),
                     reason=op.absent.get(name),
-                    sources=sources_hash(op.name),
                 )
     try:
         torch.manual_seed(0)

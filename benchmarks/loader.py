@@ -1,6 +1,6 @@
 """`bench loader`: images per second of every loader with the augmentation of pre-training.
 
-    sssd-fast bench loader [DATA ...] [--manifest CSV ...]
+    sssd-fast bench loader [DATA ...]
 
 Without DATA, synthetic slices of 512 x 512 pixels. The baseline is torch with worker processes.
 A provider is timed only if its first epoch has the records and labels of the torch loader in the
@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.harness import Bench, attempt
 from benchmarks.race import wait
-from benchmarks.results import Row, sources_hash
+from benchmarks.results import Row
 from sssd_fast.config import AugmentConfig
 from sssd_fast.data.index import DataIndex, check_data
 from sssd_fast.data.synthetic import write_synthetic_dataset
@@ -41,6 +41,9 @@ from sssd_fast.loaders import Batch, Loader, SampleOrder, build_loader
 
 MAX_MEAN = 1.0  # grey levels from Pillow on average, beyond which speed is not measured
 SETTLE = 8  # batches before the clock starts: more than any provider prefetches
+WORKERS = 2
+BASELINE = f"torch, {WORKERS} workers"
+PROVIDERS = ("torch, 0 workers", BASELINE, "dali", "resident")  # the reference first
 PAUSE_S = 0.5  # in which the previous provider finishes what it started
 QUICK_IMAGES, QUICK_ROUNDS = 256, 2
 SYNTHETIC, SIDE = 600, 512  # slices, and their pixels a side
@@ -49,123 +52,85 @@ SYNTHETIC, SIDE = 600, 512  # slices, and their pixels a side
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", nargs="*", metavar="DATA", help="folder with one folder per class, or with images")
-    add("--manifest", nargs="+", default=[], metavar="CSV", help="one per DATA, in the same order")
     add("--size", type=int, default=224, help="pixels of a side (default 224)")
     add("--channels", type=int, nargs="+", choices=(1, 3), default=[1, 3])
     add("--batch", type=int, default=64, help="images (default 64)")
-    add("--workers", type=int, default=2, help="threads or processes of a loader (default 2)")
     add("--rounds", type=int, default=5, help="timed epochs of each provider (default 5)")
 
 
 def run(args: argparse.Namespace, bench: Bench) -> None:
-    if args.manifest and len(args.manifest) != len(args.data):
-        raise SssdError(
-            f"--manifest names {len(args.manifest)} files for {len(args.data)} data folders; "
-            "give one per folder, or none"
-        )
-    for name in ("size", "batch", "workers", "rounds"):
+    for name in ("size", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise SssdError(f"--{name} is {getattr(args, name)}, needs at least 1")
     rounds = min(args.rounds, QUICK_ROUNDS) if bench.quick else args.rounds
-    names = ("size", "channels", "batch", "workers")
-    settings = {name: getattr(args, name) for name in names}
-    bench.results.head["settings"] |= {**settings, "rounds": rounds}
+    settings = {name: getattr(args, name) for name in ("size", "channels", "batch")}
+    bench.results.head["settings"] |= {**settings, "workers": WORKERS, "rounds": rounds}
     with TemporaryDirectory(prefix="sssd-fast-bench-") as folder:
         data = args.data
         if not data:
             count = QUICK_IMAGES if bench.quick else SYNTHETIC
             with bench.console.announce(f"drawing {count} synthetic slices"):
                 data = [write_synthetic_dataset(Path(folder, "synthetic"), count, (SIDE, SIDE))]
-        for source, manifest in zip(data, args.manifest or [None] * len(data), strict=True):
-            index = check_data(source, manifest, accept_wrong_extension=True)
+        for source in data:
+            index = check_data(source, accept_wrong_extension=True)
             if bench.quick:
                 index = replace(index, records=index.records[:QUICK_IMAGES])
             for channels in args.channels:
-                sizes = (channels, args.size, args.batch, args.workers, bench.device)
-                case = LoaderCase(Path(source).resolve().name, index, *sizes)
-                label = f"loader: {case.data}, {len(index)} images, {case.shape}"
+                make = partial(make_loader, index, channels, args.size, args.batch)
+                shape = f"{channels} channel{'s' * (channels > 1)}"
+                case = Path(source).resolve().name
+                sizes = {"channels": channels, "size": args.size, "batch": args.batch}
+                rows = {n: Row(case, shape, "uint8", "epoch", n, sizes) for n in PROVIDERS}
+                label = f"loader: {case}, {len(index)} images, {shape}"
                 if not bench.time_is_up(label):
                     with bench.console.announce(label):
-                        bench.results.add(*speed(case, rounds))
+                        speed(rows, make, bench.device, args.batch, rounds)
+                    bench.results.add(*rows.values())
 
 
-@dataclass(frozen=True)
-class LoaderCase:
-    """One data set at one number of channels."""
-
-    data: str
-    index: DataIndex
-    channels: int
-    size: int
-    batch: int
-    workers: int
-    device: torch.device
-
-    @property
-    def shape(self) -> str:
-        return f"{self.channels} channel{'s' * (self.channels > 1)}"
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        """The reference first, then the baseline."""
-        return ("torch, 0 workers", f"torch, {self.workers} workers", "dali", "resident")
-
-    def row(self, provider: str) -> Row:
-        sizes = {"channels": self.channels, "size": self.size, "batch": self.batch}
-        row = Row(self.data, self.shape, "uint8", "epoch", provider, sizes)
-        row.sources = sources_hash("crop_resize")  # the op that loaders use
-        return row
-
-    def loader(self, name: str) -> Loader:
-        """All images of the index with the augmentation of pre-training."""
-        provider, _, workers = name.removesuffix(" workers").partition(", ")
-        order = SampleOrder(
-            self.index,
-            range(len(self.index)),
-            augment=AugmentConfig(),
-            seed=0,
-            batch_size=self.batch,
-            image_size=(self.size, self.size),
-            channels=self.channels,
-        )
-        options: dict[str, Any] = {"cache": "none", "device": str(self.device)}
-        count = int(workers or self.workers)
-        return build_loader(order, provider=provider, workers=count, **options)
-
-    def reference(self) -> Loader:
-        """Pillow, in this process."""
-        return replace(self, device=torch.device("cpu")).loader("torch, 0 workers")
+def make_loader(
+    index: DataIndex, channels: int, size: int, batch: int, name: str, device: torch.device
+) -> Loader:
+    """All images of the index with the augmentation of pre-training."""
+    provider, _, workers = name.removesuffix(" workers").partition(", ")
+    more: dict[str, Any] = {"image_size": (size, size), "channels": channels, "seed": 0}
+    order = SampleOrder(index, range(len(index)), augment=AugmentConfig(), batch_size=batch, **more)
+    options: dict[str, Any] = {"cache": "none", "device": str(device)}
+    return build_loader(order, provider=provider, workers=int(workers or WORKERS), **options)
 
 
 # ---- speed ----
 
+Make = Callable[[str, torch.device], Loader]
 
-def speed(case: LoaderCase, rounds: int) -> list[Row]:
+
+def speed(
+    rows: Mapping[str, Row], make: Make, device: torch.device, batch: int, rounds: int
+) -> None:
     """Starts every provider, compares its pixels, and times those that pass."""
-    rows = {name: case.row(name) for name in case.providers}
     loaders: dict[str, Loader] = {}
     with ExitStack() as stack:
         for row in rows.values():
-            attempt(row, partial(_start, case, row, loaders, stack))
-        rates = race(loaders, case.batch, rounds, case.device)
-    baseline = f"torch, {case.workers} workers"
+            attempt(row, partial(_start, row, make, device, loaders, stack))
+        rates = race(loaders, batch, rounds, device)
     for name, found in rates.items():
         more = rows[name].more
         more |= {"samples": found, **rate_summary(found)}
-        if baseline in rates:
-            more["x_baseline"] = more["images_per_s"] / statistics.median(rates[baseline])
-    return list(rows.values())
+        if BASELINE in rates:
+            more["x_baseline"] = more["images_per_s"] / statistics.median(rates[BASELINE])
 
 
-def _start(case: LoaderCase, row: Row, loaders: dict[str, Loader], stack: ExitStack) -> None:
+def _start(
+    row: Row, make: Make, device: torch.device, loaders: dict[str, Loader], stack: ExitStack
+) -> None:
     start = time.perf_counter()
-    loader = case.loader(row.provider)
+    loader = make(row.provider, device)
     stack.callback(loader.close)
     touch([next(batches := loader.epoch(0))])
-    wait(case.device)
+    wait(device)
     row.more |= {"start_s": time.perf_counter() - start, "how": loader.describe()}
     touch(batches)
-    found = difference(loader, case.reference())
+    found = difference(loader, make(PROVIDERS[0], torch.device("cpu")))
     row.more |= found
     if found["mean"] > MAX_MEAN:
         mean = f"{found['mean']:.2f}"

@@ -32,8 +32,6 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
     for setup in setups(args, bench):
         setup = replace(setup, step={"cuda_graphs": False})
         for name in providers(bench, setup.task):
-            if name == "ops graphs":  # without graphs it is "ops compiled"
-                continue
             over_batches(bench, setup, name, batches[:2] if bench.quick else batches)
 
 

@@ -276,7 +276,6 @@ _OPS = [
             tuned=uses(eager.tuned_masking, "noise s"),
             ours=Provider(lambda s, x: mk.random_masking(x["noise"], s.keep)),
         ),
-        absent={"library": "the other providers call torch.argsort"},
     ),
     Op(
         "gather_patches",
@@ -301,7 +300,6 @@ _OPS = [
             tuned=uses(eager.tuned_embed, EMBED),
             ours=uses(lambda *given: mk.embed_patches(*given[:5], **stats(given[5])), EMBED),
         ),
-        absent={"library": "the published code calls F.conv2d"},
     ),
     Op(
         "restore_tokens",
@@ -314,7 +312,6 @@ _OPS = [
             ours=uses(lambda *given: mk.restore_tokens(*given, prefix=1), RESTORE),
         ),
         floats=("pos",),
-        absent={"library": "no library has it"},
     ),
     Op(
         "gelu_linear",
@@ -322,10 +319,6 @@ _OPS = [
         ("x", "bias", "weight", "out_bias"),
         gelu_moved,
         with_compiled(tuned=uses(eager.gelu_linear, GELU), ours=uses(mk.gelu_linear, GELU)),
-        absent={
-            "published": "the published code is the same as `tuned`",
-            "library": "`tuned` calls F.gelu and F.linear",
-        },
     ),
     Op(
         "masked_reconstruction_loss",
@@ -338,7 +331,6 @@ _OPS = [
             ours=Provider(our_reconstruction),
         ),
         floats=("pred_all",),
-        absent={"library": "`tuned` calls F.mse_loss"},
     ),
     Op(
         "linear_reconstruction_loss",
@@ -355,7 +347,6 @@ _OPS = [
             ours=uses(our_linear, f"hidden {LINEAR} {LISTED}"),
         ),
         floats=("hidden_all",),
-        absent={"library": "`tuned` calls F.linear and F.mse_loss"},
     ),
     Op(
         "distillation_loss",
@@ -367,7 +358,6 @@ _OPS = [
             tuned=uses(eager.tuned_distillation, LOGITS),
             ours=uses(lambda *given: mk.distillation_loss(*given[:2], center=given[2]), LOGITS),
         ),
-        absent={"library": "`tuned` calls F.cross_entropy"},
     ),
     Op(
         "sssd_loss",
@@ -387,7 +377,6 @@ _OPS = [
             ours=Provider(our_sssd),
         ),
         floats=("pred_all",),
-        absent={"library": "no library has both losses"},
     ),
     Op(
         "crop_resize",
@@ -398,11 +387,6 @@ _OPS = [
             "tuned": uses(eager.crop_two_passes, CROP),
             "library": uses(eager.crop_one_pass, CROP),
             "ours": Provider(our_crop),
-        },
-        absent={
-            "published": "published code resizes with Pillow on the host: see `bench loader`",
-            "tuned compiled": "every image has another size and would be compiled again",
-            "ours compiled": "one kernel, nothing around it to fuse",
         },
         # two grey levels; the largest value is rarely 255. One or two passes round differently
         tolerance=2.5 / 255,

@@ -1,4 +1,4 @@
-"""Pictures of result files: time relative to ours, roofline, memory over the batch.
+"""Pictures of result files: time relative to ours, images per second, memory.
 
 matplotlib is imported when something is drawn. Colours are those of Okabe and Ito, which the common
 kinds of colour blindness can tell apart.
@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.harness import BOTH, OURS
 from benchmarks.results import slug
-from benchmarks.tables import Document, RowDict, device_name, rate_text, significant, wrong_ceilings
+from benchmarks.tables import Document, RowDict, device_name, significant
 from sssd_fast.errors import DependencyError
 
 INK, GREY, LINE, BLUE, GREEN = "#1d2733", "#8a939c", "#d5dbe1", "#0072b2", "#009e73"
@@ -24,13 +24,9 @@ COLORS = {
     "library": "#cc79a7",
     "ours": BLUE,
     "ours compiled": GREEN,
-    "ours lean": GREEN,
     "eager": GREY,
     "ViTMAE": "#e69f00",
-    "eager attention": "#d55e00",
     "plain": "#56b4e9",
-    "ops": "#f0e442",
-    "ops bf16": "#cc79a7",
 }
 OTHERS = "#56b4e9"
 DTYPES = ("bf16", "fp16", "fp32")  # of a GPU, most important first; on a CPU the other way round
@@ -78,10 +74,6 @@ def planned(document: Document) -> Iterator[Plot]:
         if groups:
             height = 1 + 0.17 * sum(len(group) + 1 for group in groups)
             yield plot(f"time-{kind}", f"{kind}: time relative to ours", height, draw_bars, groups)
-        if points := roofline(document, groups):
-            yield plot(
-                f"roofline-{kind}", f"{kind}: roofline", 4.6, draw_roofline, document, points
-            )
     if kind == "step" and (rates := step_rates(document)):
         height = 0.9 + 0.22 * sum(len(one) + 1 for one in rates.values())
         yield plot("step", "training step: images per second", height, draw_rates, rates)
@@ -89,19 +81,15 @@ def planned(document: Document) -> Iterator[Plot]:
         yield plot(f"memory-{slug(name)}", f"{name}: peak memory", 4, draw_memory, lines)
 
 
-def groups(document: Document, names: Sequence[str]) -> dict[tuple[str, ...], Group]:
-    """The rows that agree in `names`, by provider."""
-    found: dict[tuple[str, ...], Group] = {}
-    for row in document["rows"]:
-        found.setdefault(tuple(row[n] for n in names), {})[row["provider"]] = row
-    return found
-
-
 def representative(document: Document) -> list[Group]:
-    """One group per op (attention: per site), ViT-B at the largest batch if measured."""
+    """One race per op (attention: per site), ViT-B at the largest batch if measured."""
     dtypes = DTYPES if document["device"]["type"] == "cuda" else DTYPES[::-1]
+    races: dict[tuple[str, ...], Group] = {}
+    for row in document["rows"]:
+        name = tuple(row[n] for n in ("case", "shape", "dtype", "phase"))
+        races.setdefault(name, {})[row["provider"]] = row
     best: dict[str, tuple[tuple[Any, ...], Group]] = {}
-    for group in groups(document, ("case", "shape", "dtype", "phase")).values():
+    for group in races.values():
         if OURS not in group:
             continue
         row = group[OURS]
@@ -116,12 +104,6 @@ def representative(document: Document) -> list[Group]:
         if site not in best or rank > best[site][0]:
             best[site] = (rank, group)
     return [group for _, group in best.values()]
-
-
-def fastest_other(group: Group) -> str | None:
-    """The fastest provider that is not ours."""
-    others = {n: row["time"] for n, row in group.items() if not n.startswith(OURS) and row["time"]}
-    return min(others, key=lambda name: others[name]["median_us"], default=None)
 
 
 # ---- time relative to ours ----
@@ -155,10 +137,7 @@ def draw_bars(groups: Sequence[Group], axes: Any) -> None:
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.xaxis.set_minor_formatter("{x:g}×")
     axes.set_xlim(right=largest * 1.6)
-    axes.set_ylim(y + 1, 0.5)
-    axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("time / time of ours (blue line); left of it the provider is faster", size=8)
+    _label(axes, ticks, "time / time of ours (blue line); left of it the provider is faster")
 
 
 # ---- images per second of a training step ----
@@ -184,56 +163,15 @@ def draw_rates(rates: dict[str, dict[str, float]], axes: Any) -> None:
             ticks.append((y, name))
             axes.barh(y, rate, 0.8, color=BLUE if name.startswith(OURS) else GREY)
             axes.annotate(f"{rate:.0f}", (rate, y), (4, -3), textcoords="offset points", fontsize=7)
+    _label(axes, ticks, "images per second (ours in blue)")
+
+
+def _label(axes: Any, ticks: Sequence[tuple[float, str]], x: str) -> None:
+    """Names the bars, the first one on top."""
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
-    axes.set_ylim(y + 1, 0)
+    axes.set_ylim(ticks[-1][0] + 1, 0)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("images per second (ours in blue)", size=8)
-
-
-# ---- roofline ----
-
-
-def roofline(document: Document, groups: Sequence[Group]) -> list[RowDict]:
-    """Ours and the fastest other provider of each group with matrix products.
-
-    Empty if a provider exceeds a ceiling: then the ceiling is wrong and no picture is drawn.
-    """
-    products = document["ceilings"].get("matmul_flops_per_s", {})
-    if wrong_ceilings(document):
-        return []
-    rows = [group[name] for group in groups for name in (OURS, fastest_other(group)) if name]
-    return [r for r in rows if r["time"] and r["flops"] and r["bytes"] and r["dtype"] in products]
-
-
-def draw_roofline(document: Document, rows: Sequence[RowDict], axes: Any) -> None:
-    copy = document["ceilings"]["copy_bytes_per_s"]
-    intensities = [row["flops"] / row["bytes"] for row in rows]
-    for dtype in sorted({row["dtype"] for row in rows}):
-        flops = document["ceilings"]["matmul_flops_per_s"][dtype]
-        label = f"copy {rate_text(copy, 'B/s')}, {dtype} product {rate_text(flops, 'FLOP/s')}"
-        edge = flops / copy
-        ends = [min(*intensities, edge / 2) / 2, edge, max(*intensities, edge) * 4]
-        axes.plot(ends, [ends[0] * copy, flops, flops], color=INK, lw=1.3, label=label)
-    markers = iter("os^Dv<>pPX*hd" * 3)
-    for row, intensity in zip(rows, intensities, strict=True):
-        style = {"color": GREY, "mfc": "white", "marker": "o"}
-        if row["provider"] == OURS:
-            name = row["shape"] if document["kind"] == "attention" else row["case"]
-            style = {"color": BLUE, "label": f"ours: {name}", "marker": next(markers)}
-        rate = row["flops"] / row["time"]["median_us"] * 1e6
-        axes.plot(intensity, rate, ls="", ms=6, **style)
-    axes.plot([], [], "o", color=GREY, mfc="white", label="fastest other provider")
-    axes.set(xscale="log", yscale="log")
-    axes.xaxis.set_minor_formatter("")
-    axes.yaxis.set_minor_formatter("")
-    _finish(axes, "FLOP per byte that the operation needs", "FLOP/s")
-
-
-def _finish(axes: Any, x: str, y: str) -> None:
-    axes.grid(color=LINE, lw=0.5)
-    axes.set_xlabel(x, fontsize=8)
-    axes.set_ylabel(y, fontsize=8)
-    axes.legend(fontsize=7, frameon=False)
+    axes.set_xlabel(x, size=8)
 
 
 # ---- memory over the batch ----
@@ -262,4 +200,7 @@ def draw_memory(lines: Series, axes: Any) -> None:
         x, y = zip(*sorted(line), strict=True)
         axes.plot(x, y, style, color=color, marker="o", ms=3.5, label=provider)
     axes.set_ylim(bottom=0)
-    _finish(axes, "images per batch", "peak, MB")
+    axes.grid(color=LINE, lw=0.5)
+    axes.set_xlabel("images per batch", fontsize=8)
+    axes.set_ylabel("peak, MB", fontsize=8)
+    axes.legend(fontsize=7, frameon=False)

@@ -27,7 +27,7 @@ SAMPLES, PASSES = 50, 2
 WARM_UP_CALLS, WARM_UP_S = 3, 0.03
 SAME = 0.02  # medians closer than this are reported as the same
 BOOTSTRAPS = 1000
-UNKNOWN_CACHE, LARGEST_FLUSH = 64 << 20, 256 << 20  # bytes
+LARGEST_FLUSH = 256 << 20  # bytes
 BUSY = 0.1  # share of the usable CPUs used by other processes, from which on verdicts are doubtful
 SPREAD = 1.5  # p80 / p20, from which on verdicts are doubtful
 
@@ -75,18 +75,11 @@ class Cache:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Twice the last-level cache of the device, at least 8 MiB and at most 256 MiB."""
+    """Twice the last-level cache of a GPU, 8 to 256 MiB; 256 MiB on a CPU."""
     if device.type == "cuda":
         size = int(torch.cuda.get_device_properties(device).L2_cache_size)
-    else:
-        folder = Path("/sys/devices/system/cpu/cpu0/cache")
-        size = max((_kib(path) for path in folder.glob("index*/size")), default=0) << 10
-    return min(max(2 * size, 8 << 20), LARGEST_FLUSH) if size else UNKNOWN_CACHE
-
-
-def _kib(path: Path) -> int:
-    text = path.read_text().strip()
-    return int(text[:-1]) * {"K": 1, "M": 1024}.get(text[-1:], 1) if text[:-1].isdigit() else 0
+        return min(max(2 * size, 8 << 20), LARGEST_FLUSH)
+    return LARGEST_FLUSH
 
 
 def first_call(call: Call, device: torch.device) -> float:

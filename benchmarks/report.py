@@ -11,25 +11,19 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import plots, results
-from benchmarks.harness import BOTH, FORWARD, OURS
+from benchmarks.harness import OURS
 from benchmarks.results import is_stale
-from benchmarks.tables import (
-    STALE,
-    Document,
-    ceiling_text,
-    device_name,
-    markdown,
-    significant,
-    tables,
-)
+from benchmarks.tables import Document, ceiling_text, device_name, markdown, significant, tables
 from sssd_fast.errors import SssdError
 from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
 from sssd_fast.run.log import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FOLDER = "docs/benchmarks.md", "docs/benchmarks"
+STALE = "†"
 SECTIONS = {
     "Ops": ("ops",),
     "Attention": ("attention",),
@@ -38,14 +32,6 @@ SECTIONS = {
     "Loading": ("loader-speed", "loader-parity", "loader-memory"),
 }
 KINDS = [kind for kinds in SECTIONS.values() for kind in kinds]
-NOT_SHOWN = {"ops": ("how",), "attention": ("how",), "memory": ("how",)}  # columns, by kind
-# providers that the overview compares ours with; None = the fastest other provider
-OVERVIEW: dict[str, Sequence[str | None]] = {
-    "ops": ("published", "tuned compiled", "library", None),
-    "attention": ("eager compiled", "sdpa auto", None),
-    "step": ("published", "ViTMAE", "plain compiled", None),
-    "memory": ("published", "plain compiled"),
-}
 
 
 def find(folder: Path) -> tuple[list[Document], list[str]]:
@@ -75,7 +61,7 @@ INTRODUCTION = f"""\
 # Benchmarks
 
 Written by `sssd-fast bench report` from the files in `benchmarks/results`; do not edit it by hand.
-[benchmarks/README.md](../benchmarks/README.md) has the rules of all measurements.
+[benchmarks/README.md](../benchmarks/README.md) has the rules; each section names its command.
 
 - Times are medians of single calls, with 20 % and 80 % quantiles and the number of calls. Providers
   alternate, the last-level cache is flushed before every call, compilation and warm-up are not
@@ -86,16 +72,8 @@ Written by `sssd-fast bench report` from the files in `benchmarks/results`; do n
   gap of either provider. "slower" and "faster" refer to the provider.
 - "error / allowed": largest error against fp64, relative to the largest value, and the limit:
   twice that of eager PyTorch in the same dtype, plus 32 fp32 roundings for sums in another order.
-- "peak" is the largest memory of a call beyond its inputs.
-- {STALE}: measured before the sources that it depends on changed."""
-
-AGAIN = """\
-## How to measure again
-
-Each section names its command. `sssd-fast bench ops`, `attention`, `step`, `memory` and `loader`
-write one file each to `benchmarks/results`, rewritten after every row.
-`sssd-fast bench compare A.json B.json --fail-over 5%` compares two files of one device, and
-`sssd-fast bench report` writes this page."""
+- A share of a ceiling above 100 % means that other processes disturbed the ceiling's measurement.
+- {STALE}: mae_kernels or the benchmarks have changed since the measurement."""
 
 
 def page(documents: Sequence[Document]) -> str:
@@ -107,14 +85,15 @@ def page(documents: Sequence[Document]) -> str:
         blocks += [f"## {title}", *(f"{name}: not measured." for name in missing)]
         for document in mine:
             blocks += section(document)
-    return "\n\n".join([*blocks, AGAIN]) + "\n"
+    return "\n\n".join(blocks) + "\n"
 
 
 def section(document: Document) -> list[str]:
-    """Pictures, caption, ceilings and rows; of the ops those of one shape, since all are many."""
+    """Pictures, caption, ceilings and tables; of the ops those of one shape."""
     kind = document["kind"]
     rest = kind.partition("-")[2]
-    blocks = [f"### {device_name(document)}{': ' * bool(rest)}{rest}"]
+    stale = f" {STALE}" * is_stale(document)
+    blocks = [f"### {device_name(document)}{': ' * bool(rest)}{rest}{stale}"]
     blocks += [f"![{plot.title}](benchmarks/{plot.file})" for plot in plots.planned(document)]
     blocks.append(caption(document))
     if kind in ("ops", "attention", "step") and document["ceilings"]:
@@ -125,7 +104,7 @@ def section(document: Document) -> list[str]:
         shown = {(row["case"], row["shape"], row["dtype"]) for row in chosen}
         rows = [row for row in rows if (row["case"], row["shape"], row["dtype"]) in shown]
         blocks.append(f"{len(rows)} of the {len(document['rows'])} rows; the file has all shapes.")
-    for table in tables(document, skip=NOT_SHOWN.get(kind, ()), rows=rows):
+    for table in tables({**document, "rows": rows}):
         blocks += [f"#### {table.title}", markdown(table.columns, table.cells)]
         if table.doubts:
             lines = "\n".join(f"- {text}" for text in table.doubts)
@@ -156,52 +135,29 @@ def caption(document: Document) -> str:
     if document["missing"]:
         reasons = [f"{name} ({why})" for name, why in sorted(document["missing"].items())]
         texts.append(f"Not available: {'; '.join(reasons)}.")
-    if any(is_stale(document, row) for row in document["rows"]):
-        texts.append(f"{STALE} measured before the sources changed.")
     return " ".join(texts)
 
 
 def overview(documents: Sequence[Document]) -> list[str]:
-    """Geometric mean of the ratios per kind, device and provider, and how often ours loses."""
+    """Geometric mean of time / time of ours per provider, and in how many rows ours is slower."""
     lines = []
     for document in documents:
-        for other in OVERVIEW.get(document["kind"], ()):
-            lines += _overview_line(document, other)
-    columns = ["what", "hardware", "relative to", "ours is better by", "worst to best", "rows"]
+        providers: dict[str, list[dict[str, Any]]] = {}
+        for row in document["rows"]:
+            if row["versus"]:
+                providers.setdefault(row["provider"], []).append(row["versus"])
+        for provider, found in providers.items():
+            ratios = [one["ratio"] for one in found]
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            ends = f"{significant(min(ratios))} to {significant(max(ratios))}"
+            slower = sum(one["verdict"] == "faster" for one in found)
+            head = [document["kind"], device_name(document), provider, f"{significant(mean)}×"]
+            lines.append([*head, ends, str(len(found)), str(slower)])
     if not lines:
         return ["Nothing is measured."]
-    return [
-        markdown([*columns, "ours slower or larger in"], lines),
-        "Time (memory: peak) of the other provider divided by ours: geometric mean over all shapes "
-        "and dtypes, forward with backward if an op has one.",
-    ]
-
-
-def _overview_line(document: Document, other: str | None) -> list[list[str]]:
-    ratios, lost, stale = list[float](), 0, False
-    by_work = plots.groups(document, ("case", "shape", "dtype", "phase"))
-    for (*work, phase), group in by_work.items():
-        if phase == FORWARD and (*work, BOTH) in by_work:
-            continue
-        name = plots.fastest_other(group) if other is None else other
-        row, ours = group.get(name or ""), group.get(OURS)
-        if row is None or ours is None:
-            continue
-        if document["kind"] == "memory" and row["peak_bytes"] and ours["peak_bytes"]:
-            ratios.append(row["peak_bytes"] / ours["peak_bytes"])
-            lost += ratios[-1] < 1
-        elif row["versus"]:
-            ratios.append(row["versus"]["ratio"])
-            lost += row["versus"]["verdict"] == "faster"
-        else:
-            continue
-        stale = stale or is_stale(document, row) or is_stale(document, ours)
-    if not ratios:
-        return []
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    ends = f"{significant(min(ratios))} to {significant(max(ratios))}"
-    head = [document["kind"] + STALE * stale, device_name(document), other or "the fastest other"]
-    return [[*head, f"{significant(mean)}×", ends, str(len(ratios)), str(lost)]]
+    columns = ["what", "hardware", "relative to", "time / ours", "range", "rows"]
+    text = "Geometric mean over all rows of the file: shapes, dtypes and passes."
+    return [markdown([*columns, "ours slower in"], lines), text]
 
 
 # ---- command line ----

@@ -1,15 +1,14 @@
 """One JSON file per run, rewritten after every row, so that a run that is stopped loses nothing.
 
 Head: schema, kind (ops, attention, step, memory, loader, loader-parity, loader-memory), command,
-quick, started, seconds, finished, commit, modified, kernel_sources, device, clocks (before,
-after), versions, ops (op -> why its kernel does not run; null if it runs), ceilings, missing
+quick, started, seconds, finished, commit, modified, sources, device, clocks (before, after),
+versions, ops (op -> why its kernel does not run; null if it runs), ceilings, missing
 (provider -> why it is not available), skipped (cases not measured because the time was up),
 settings, rows.
 """
 
 from __future__ import annotations
 
-import ast
 import datetime
 import hashlib
 import json
@@ -39,10 +38,6 @@ KEY = ("case", "shape", "dtype", "phase", "provider")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 KERNELS = Path(mae_kernels.__file__).parent
-TRAINER = KERNELS.parent.parent / "sssd_fast"
-# what a training step consists of, in addition to the ops
-STEP_FILES = [f"{name}.py" for name in ("attention", "model", "objective", "optim", "step")]
-STEP_FILES.append("performance/execution.py")
 CLOCKS = ["clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit"]
 CLOCKS.append("temperature.gpu")
 
@@ -65,7 +60,6 @@ class Row:
     peak_bytes: int | None = None  # beyond the inputs
     bytes: float | None = None  # that the operation must move
     flops: float | None = None
-    sources: str | None = None  # hash of the sources that the result depends on
     # further results of the kind: images_per_s, mfu, loss, batch, ...
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -199,7 +193,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {
         "commit": env["sssd_fast"]["commit"],
         "modified": env["sssd_fast"]["modified"],
-        "kernel_sources": sources_hash(),
+        "sources": sources_hash(),
         "device": found,
         "versions": versions,
         "ops": mae_kernels.info(),
@@ -232,45 +226,18 @@ def measured_ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> di
 
 
 @cache
-def sources_hash(what: str | None = None) -> str:
-    """SHA-256 of the sources that a result depends on.
-
-    what: None = all of mae_kernels; an op = its file and what that imports from the package;
-    "step" = all of mae_kernels and STEP_FILES.
-    """
-    if what is None or what == "step":
-        files = sorted(KERNELS.glob("*.py"))
-        files += [TRAINER / name for name in STEP_FILES] if what == "step" else []
-    else:
-        module = str(getattr(mae_kernels, what).__module__).rpartition(".")[2]
-        files = sorted(KERNELS / f"{name}.py" for name in _closure(module))
+def sources_hash() -> str:
+    """SHA-256 of mae_kernels and of the benchmarks."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
+    for folder in (KERNELS, FOLDER.parent):
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def _closure(module: str, found: frozenset[str] = frozenset()) -> frozenset[str]:
-    """The module and, transitively, the modules that it imports relatively."""
-    file = KERNELS / f"{module}.py"
-    if module in found or not file.is_file():
-        return found
-    found |= {module}
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            for name in [node.module] if node.module else [alias.name for alias in node.names]:
-                found = _closure(name, found)
-    return found
-
-
-def is_stale(document: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether the sources that the row depends on have changed since it was measured."""
-    kind = document["kind"].partition("-")[0]
-    if row["sources"] is None:
-        return bool(document["kernel_sources"] != sources_hash())
-    what = {"loader": "crop_resize", "step": "step", "memory": "step"}.get(kind, row["case"])
-    known = what == "step" or what in mae_kernels.__all__
-    return not known or bool(row["sources"] != sources_hash(what))
+def is_stale(document: dict[str, Any]) -> bool:
+    """Whether mae_kernels or the benchmarks have changed since the run."""
+    return bool(document.get("sources") != sources_hash())
 
 
 def slug(name: str) -> str:

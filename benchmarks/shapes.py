@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -58,14 +57,6 @@ class Shape:
     def at(self, batch: int) -> Shape:
         return replace(self, batch=batch)
 
-    def sizes(self) -> dict[str, Any]:
-        """As written to a result file."""
-        if self.tokens:
-            names: tuple[str, ...] = ("batch", "tokens", "heads", "head_width")
-            return {name: getattr(self, name) for name in names}
-        names = ("batch", "width", "heads", "decoder", "patch", "channels", "mask_ratio", "logits")
-        return {**{name: getattr(self, name) for name in names}, "image": list(self.image)}
-
 
 # The usual model, the large one, the one for small data sets (decoder of SD-MAE), one-channel CT.
 MODELS = {
@@ -84,18 +75,11 @@ def sequence(model: str, block: str) -> Shape:
     return Shape(f"{model} {block}", 1, width, heads, tokens=tokens)
 
 
-SEQUENCES = {
-    f"{model} {block}": sequence(model, block)
-    for model, block in (
-        ("ViT-B", "encoder"),
-        ("ViT-B", "decoder"),
-        ("ViT-S", "encoder"),
-        ("ViT-S", "decoder"),
-        ("ViT-L", "encoder"),
-        ("ViT-B", "classifier"),
-    )
-}
-BATCHES = {"cuda": (256, 64, 1024, 8), "cpu": (8,)}  # most important first
+BLOCKS = (
+    "ViT-B encoder, ViT-B decoder, ViT-S encoder, ViT-S decoder, ViT-L encoder, ViT-B classifier"
+)
+SEQUENCES = {name: sequence(*name.split()) for name in BLOCKS.split(", ")}
+BATCHES = {"cuda": 256, "cpu": 8}
 QUICK = {"cuda": 64, "cpu": 2}
 
 
@@ -112,10 +96,8 @@ def chosen(
     """In the order in which they are measured; on a CPU usually the first two models."""
     usual = list(known)
     if device.type == "cpu":
-        usual = [
-            name for name in known if known[name].model.partition(" ")[0] in ("ViT-B", "ViT-S")
-        ]
+        usual = [name for name in known if name.startswith(("ViT-B", "ViT-S")) and "CT" not in name]
     if args.quick:
         usual = usual[:1]
-    batches = args.batch or ([QUICK[device.type]] if args.quick else BATCHES[device.type])
+    batches = args.batch or [(QUICK if args.quick else BATCHES)[device.type]]
     return [known[name].at(batch) for batch in batches for name in args.shape or usual]

@@ -2,7 +2,8 @@
 
     "published", "published compiled"    published.py, eager and under torch.compile
     "ViTMAE", "ViTMAE compiled"          transformers' ViTMAEForPreTraining; task MAE only
-    RECIPES                              our model; each entry says how it is computed
+    "plain", "plain compiled"            our model in plain torch with SDPA
+    "ours"                               our model as the configuration selects on this device
 
 The tasks are MAE, and SSSD, for which "published" is SD-MAE.
 
@@ -26,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -47,34 +48,16 @@ NOISES = 32  # draws of the masking noise; step i uses number i modulo this
 TASKS = ("SSSD", "MAE")
 
 
-class Recipe(NamedTuple):
-    """How our model is computed."""
-
-    ops: str  # "reference" = plain torch, "auto" = as available, "kernels" = required
-    step: Mapping[str, Any] | None  # settings of StepConfig; None = as configured
-
-
 _PLAIN = {"attention": "sdpa", "decoder_attention": "sdpa", "mlp": "plain", "compile": False}
-_EAGER = {**_PLAIN, "attention": "eager", "decoder_attention": "eager"}
-_OPS = {"mlp": "plain", "compile": False}
-_GRAPHS = {"mlp": "plain", "compile": True, "cuda_graphs": True}
-# From masked rows with eager attention to all optimisations, with one change at a time; "ours" is
-# what the configuration selects on this device.
-RECIPES = {
-    "eager attention": Recipe("reference", _EAGER),
-    "plain": Recipe("reference", _PLAIN),
-    "plain compiled": Recipe("reference", {**_PLAIN, "compile": True}),
-    "ops": Recipe("kernels", _OPS),
-    "ops compiled": Recipe("kernels", {**_GRAPHS, "cuda_graphs": False}),
-    "ops graphs": Recipe("kernels", _GRAPHS),
-    "ops bf16": Recipe("kernels", {**_GRAPHS, "residual": "bf16"}),
-    "ops fused MLP": Recipe("kernels", {**_GRAPHS, "residual": "bf16", "mlp": "fused"}),
-    "ours": Recipe("auto", None),
-    "ours lean": Recipe("kernels", {"residual": "bf16", "mlp": "fused", "activation_budget": 0.8}),
+# settings of StepConfig; None = as configured
+OWN: dict[str, dict[str, Any] | None] = {
+    "plain": _PLAIN,
+    "plain compiled": {**_PLAIN, "compile": True},
+    "ours": None,
 }
 PUBLISHED = ("published", "published compiled")
 VITMAE = ("ViTMAE", "ViTMAE compiled")
-PROVIDERS = {"MAE": (*PUBLISHED, *VITMAE, *RECIPES), "SSSD": (*PUBLISHED, *RECIPES)}
+PROVIDERS = {"MAE": (*PUBLISHED, *VITMAE, *OWN), "SSSD": (*PUBLISHED, *OWN)}
 
 
 # ---- what all providers share ----
@@ -82,7 +65,7 @@ PROVIDERS = {"MAE": (*PUBLISHED, *VITMAE, *RECIPES), "SSSD": (*PUBLISHED, *RECIP
 
 @dataclass(frozen=True)
 class Setup:
-    """step: further settings of StepConfig for our recipes, such as {"cuda_graphs": False}."""
+    """step: further settings of StepConfig for our model, such as {"cuda_graphs": False}."""
 
     config: Config  # of the task: objective.weight is 0 for "MAE"
     task: str
@@ -105,19 +88,7 @@ class Setup:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        model = self.config.model
-        width, depth, heads = model.encoder_shape
-        names = ("mask_ratio", "decoder_width", "decoder_depth", "decoder_heads")
-        return {
-            "batch": self.batch,
-            "image": list(model.image_size),
-            "patch": model.patch_size,
-            "channels": model.in_channels,
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            **{name: getattr(model, name) for name in names},
-        }
+        return {"batch": self.batch, **self.config.model.model_dump(mode="json")}
 
     def adamw(self) -> tuple[float, tuple[float, float], float]:
         """(learning rate, betas, weight decay)"""
@@ -244,21 +215,11 @@ def reference_losses(
 # ---- providers ----
 
 
-def missing(provider: str, device: torch.device) -> str | None:
+def missing(provider: str) -> str | None:
     """Why the provider is not available on this machine; None if it is."""
     needed = ["pydantic"] + ["transformers"] * (provider in VITMAE)
     absent = [name for name in needed if find_spec(name) is None]
-    if absent:
-        return f"{' and '.join(absent)} not installed"
-    needs_kernels = provider in RECIPES and RECIPES[provider].ops == "kernels"
-    return kernels_reason(device) if needs_kernels else None
-
-
-def kernels_reason(device: torch.device) -> str | None:
-    """Why the kernels of the ops do not run on the device; None if they do."""
-    if device.type != "cuda":
-        return f"the kernels need a CUDA device, this is {device}"
-    return mae_kernels.info()["embed_patches"]
+    return f"{' and '.join(absent)} not installed" if absent else None
 
 
 @dataclass
@@ -285,14 +246,14 @@ class Training:
 
 def build(provider: str, setup: Setup, data: Data, source: SSSD) -> Training:
     """Raises SssdError if this device, dtype or model cannot run it."""
-    if provider in RECIPES:
-        return own_step(setup, data, RECIPES[provider], source)
+    if provider in OWN:
+        return own_step(setup, data, provider, source)
     if provider in VITMAE:
         return loop_step(setup, data, vitmae(setup, source), provider)
     return loop_step(setup, data, published_model(setup, source), provider)
 
 
-def own_step(setup: Setup, data: Data, recipe: Recipe, source: SSSD) -> Training:
+def own_step(setup: Setup, data: Data, provider: str, source: SSSD) -> Training:
     """Our model in sssd_fast.step.Step."""
     import torch._functorch.config as functorch
 
@@ -303,7 +264,7 @@ def own_step(setup: Setup, data: Data, recipe: Recipe, source: SSSD) -> Training
     from sssd_fast.run.device import World
     from sssd_fast.step import Step, TaskLoss
 
-    settings = setup.config.step.model_dump() if recipe.step is None else dict(recipe.step)
+    settings = OWN[provider] or setup.config.step.model_dump()
     step = StepConfig.model_validate({**settings, **setup.step})
     config = setup.config.model_copy(update={"step": step})
     model = SSSD(config.model, config.objective)
@@ -315,7 +276,7 @@ def own_step(setup: Setup, data: Data, recipe: Recipe, source: SSSD) -> Training
     def selected() -> Iterator[None]:
         """Limits to this provider the settings that `compiled` would leave in torch."""
         budget = {"activation_memory_budget": step.activation_budget}
-        ops = mae_kernels.backend("reference" if recipe.ops == "reference" else "auto")
+        ops = mae_kernels.backend("auto" if provider == "ours" else "reference")
         with ops, functorch.patch({**budget, "is_non_builtin_to_include": True}):
             yield
 
@@ -348,10 +309,8 @@ def own_step(setup: Setup, data: Data, recipe: Recipe, source: SSSD) -> Training
         with selected():
             return train([data.images], number, lr).losses["loss"]
 
-    problem = kernels_reason(setup.device)
-    text = f"kernels off, {problem}" if problem else "kernels"
-    text = "reference, plain torch" if recipe.ops == "reference" else text
-    return Training(model, optimizer, run, "; ".join([f"ops: {text}", *execution.lines]))
+    ops = "auto" if provider == "ours" else "reference, plain torch"
+    return Training(model, optimizer, run, "; ".join([f"ops: {ops}", *execution.lines]))
 
 
 def _own_code(model: nn.Module) -> None:

@@ -1,8 +1,7 @@
 """Rows as tables, the same on the terminal and in docs/benchmarks.md.
 
 Numbers have three significant digits and no exponent. Sizes are decimal (1 MB = 1e6 bytes).
-Providers that are slower, fail or run out of memory are listed. A dagger marks what was measured
-before the sources that it depends on changed.
+Providers that are slower, fail or run out of memory are listed.
 """
 
 from __future__ import annotations
@@ -12,13 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.race import Time, doubt
-from benchmarks.results import is_stale
 
 Document = dict[str, Any]
 RowDict = dict[str, Any]
 NONE = "-"
-STALE = "†"
-EXCEEDED = 1.02  # of a ceiling, beyond which it is wrong; noise of its measurement is allowed
 EPOCHS_SHOWN = (1, 10, 50)
 
 
@@ -77,41 +73,19 @@ def device_name(document: Document) -> str:
 # ---- ceilings ----
 
 
-class Share(NamedTuple):
-    """What a row reaches of a ceiling: bytes/s of "copy", or FLOP/s of "matmul fp32"."""
-
-    share: float
-    per_s: float
-    ceiling: str
-
-
-def shares(document: Document, row: RowDict) -> list[Share]:
-    """Of the ceilings that were measured, the largest share first."""
-    if not row["time"]:
-        return []
+def share_text(document: Document, row: RowDict) -> str:
+    """The larger share of a ceiling: bytes/s of a copy, or FLOP/s of a matrix product."""
     ceilings, products = document["ceilings"], document["ceilings"].get("matmul_flops_per_s", {})
     found = []
-    for amount, ceiling, name in (
-        (row["bytes"], ceilings.get("copy_bytes_per_s"), "copy"),
-        (row["flops"], products.get(row["dtype"]), f"matmul {row['dtype']}"),
+    for amount, ceiling, unit, name in (
+        (row["bytes"], ceilings.get("copy_bytes_per_s"), "B/s", "copy"),
+        (row["flops"], products.get(row["dtype"]), "FLOP/s", "matmul"),
     ):
-        if amount and ceiling:
+        if row["time"] and amount and ceiling:
             per_s = amount / row["time"]["median_us"] * 1e6
-            found.append(Share(per_s / ceiling, per_s, name))
-    return sorted(found, key=lambda one: -one.share)
-
-
-def wrong_ceilings(document: Document) -> dict[str, float]:
-    """Ceilings that a provider exceeds, with the largest share: their measurement was disturbed.
-
-    Nothing is reported relative to them.
-    """
-    found: dict[str, float] = {}
-    for row in document["rows"]:
-        for share, _, name in shares(document, row):
-            if share > EXCEEDED:
-                found[name] = max(found.get(name, 0.0), share)
-    return found
+            text = f"{rate_text(per_s, unit)}, {percent(per_s / ceiling)} {name}"
+            found.append((per_s / ceiling, text))
+    return max(found)[1] if found else NONE
 
 
 def ceiling_text(document: Document) -> str:
@@ -119,20 +93,14 @@ def ceiling_text(document: Document) -> str:
     parts = [f"copy {rate_text(found['copy_bytes_per_s'], 'B/s')} (read plus written)"]
     products = found["matmul_flops_per_s"].items()
     parts += [f"matrix product {rate_text(flops, 'FLOP/s')} ({dtype})" for dtype, flops in products]
-    text = f"Ceilings measured on this device in the same run: {', '.join(parts)}."
-    for name, share in wrong_ceilings(document).items():
-        text += (
-            f" The ceiling of {name} is not used: a provider reached {percent(share)} of it, so "
-            "its measurement was disturbed."
-        )
-    return text
+    return f"Ceilings measured on this device in the same run: {', '.join(parts)}."
 
 
 # ---- tables ----
 
 
-def cells(document: Document, row: RowDict, wrong: Iterable[str] = ()) -> dict[str, str]:
-    """All columns of a row, in their order. wrong: ceilings that are not used."""
+def cells(document: Document, row: RowDict) -> dict[str, str]:
+    """All columns of a row, in their order."""
     time, more, versus = row["time"] or {}, row["more"], row["versus"]
 
     def text(value: Any, form: Callable[[Any], str] = significant) -> str:
@@ -151,12 +119,8 @@ def cells(document: Document, row: RowDict, wrong: Iterable[str] = ()) -> dict[s
         compared = f"{significant(versus['ratio'])} ({low} to {high}) {versus['verdict']}"
     if row["error"] is not None:
         error = f"{row['error']:.1e} / {row['allowed']:.1e}"
-    matmul = f"matmul {row['dtype']}"
-    reached = [] if {"copy", matmul} & set(wrong) else shares(document, row)
-    if reached and document["kind"] not in ("step", "memory"):
-        share, per_s, name = reached[0]
-        rate = rate_text(per_s, "B/s" if name == "copy" else "FLOP/s")
-        ceiling = f"{rate}, {percent(share)} {name.split()[0]}"
+    if document["kind"] != "step":
+        ceiling = share_text(document, row)
     if more.get("loss") is not None:
         losses = ", ".join(significant(more[end], 4) for end in ("loss_start", "loss"))
     memory = more.get("epochs", [])
@@ -165,7 +129,7 @@ def cells(document: Document, row: RowDict, wrong: Iterable[str] = ()) -> dict[s
     return {
         "shape": f"{row['shape']}, {row['dtype']}",
         "pass": row["phase"],
-        "provider": row["provider"] + STALE * is_stale(document, row),
+        "provider": row["provider"],
         "median": text(time.get("median_us"), time_text),
         "p20 to p80": quantiles,
         "images/s": text(more.get("images_per_s")),
@@ -177,7 +141,7 @@ def cells(document: Document, row: RowDict, wrong: Iterable[str] = ()) -> dict[s
         "x baseline": text(more.get("x_baseline")),
         "error / allowed": error,
         "rate, of ceiling": ceiling,
-        "MFU": text(None if matmul in wrong else more.get("mfu"), percent),
+        "MFU": text(more.get("mfu"), percent),
         "peak": text(row["peak_bytes"], size_text),
         "MB per image": text(more.get("mb_per_image")),
         "per further image": text(more.get("mb_per_further_image")),
@@ -190,7 +154,6 @@ def cells(document: Document, row: RowDict, wrong: Iterable[str] = ()) -> dict[s
         "flat": text(more.get("flat"), lambda flat: "yes" if flat else "no"),
         "start": text(more.get("start_s"), seconds),
         "first call": text(row["first_call_s"], seconds),
-        "how": text(more.get("how"), str),
         "note": row["reason"] or "",
     }
 
@@ -202,23 +165,19 @@ class Table(NamedTuple):
     doubts: list[str]
 
 
-def tables(
-    document: Document, skip: Iterable[str] = (), rows: Iterable[RowDict] | None = None
-) -> Iterator[Table]:
-    """One table per case; columns without content are omitted. rows: None = all of the document."""
-    wrong = wrong_ceilings(document)
+def tables(document: Document) -> Iterator[Table]:
+    """One table per case; columns without content are omitted."""
     cases: dict[str, list[RowDict]] = {}
-    for row in document["rows"] if rows is None else rows:
+    for row in document["rows"]:
         cases.setdefault(row["case"], []).append(row)
     for case, members in cases.items():
-        lines = [cells(document, row, wrong) for row in members]
-        used = [n for n in lines[0] if any(line[n] not in ("", NONE) for line in lines)]
+        lines = [cells(document, row) for row in members]
+        columns = [n for n in lines[0] if any(line[n] not in ("", NONE) for line in lines)]
         title = [case]
         for name in ("shape", "pass"):  # part of the title if all rows agree
             if len({line[name] for line in lines}) == 1:
                 title.append(lines[0][name])
-                used.remove(name)
-        columns = [name for name in used if name not in skip]
+                columns.remove(name)
         content = [[line[name] for name in columns] for line in lines]
         yield Table(", ".join(title), columns, content, doubts(members))
 

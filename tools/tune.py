@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +53,7 @@ from benchmarks.harness import (  # noqa: E402  # noqa: E402
 )
 from benchmarks.ops import OPS  # noqa: E402
 from benchmarks.race import LARGEST_FLUSH, Cache, allowed_error  # noqa: E402
-from benchmarks.results import NAMES, Results, Row, slug, sources_hash  # noqa: E402
+from benchmarks.results import NAMES, Results, Row, slug  # noqa: E402
 from benchmarks.shapes import MODELS, Shape  # noqa: E402
 from benchmarks.tables import tables  # noqa: E402
 from mae_kernels import backend  # noqa: E402
@@ -257,8 +257,7 @@ def measure(bench: Bench, tuned: TunedKernel, dtype: torch.dtype) -> None:
     rows: dict[str, Row] = {}
     timed = {}
     for number, candidate in enumerate((AS_IS, *tuned.candidates)):
-        row = Row(tuned.op, s.name, NAMES[dtype], tuned.phase, f"candidate {number}", s.sizes())
-        row.sources = sources_hash(tuned.op)
+        row = Row(tuned.op, s.name, NAMES[dtype], tuned.phase, f"candidate {number}", asdict(s))
         row.more = {"kernel": tuned.kernel, "current": candidate is AS_IS}
 
         def check(candidate: Candidate = candidate, row: Row = row) -> None:
@@ -334,7 +333,7 @@ def show(bench: Bench, tuned: TunedKernel, dtype: torch.dtype) -> None:
         bench.console.error(f"{tuned.name}: {error}")
         return
     rows = bench.results.rows[before:]
-    for table in tables({**bench.results.head, "rows": rows}, skip=("x baseline", "first call")):
+    for table in tables({**bench.results.head, "rows": rows}):
         bench.console.table(tuned.name, table.columns, table.cells)
     bench.console.info(f"{tuned.name}: {rows[0]['more'].get('verdict', 'nothing was timed')}")
     forget(bench.device)

@@ -46,7 +46,6 @@ def row(case: str, provider: str, us: float | None, ours: float | None = None, *
         ratio = us / ours
         verdict = "same" if abs(ratio - 1) < 0.02 else "slower" if ratio > 1 else "faster"
         fields["versus"] = Versus(ratio, 0.97 * ratio, 1.03 * ratio, verdict)
-    fields.setdefault("sources", results.sources_hash())
     return asdict(Row(case, provider=provider, **fields))
 
 
@@ -63,7 +62,7 @@ def document(kind: str, rows: list[Any], device: str = "cpu", **more: Any) -> di
         "finished": True,
         "commit": "0123456789abcdef",
         "modified": False,
-        "kernel_sources": results.sources_hash(),
+        "sources": results.sources_hash(),
         "device": gpu if device == "cuda" else cpu,
         "clocks": {"before": None, "after": None},
         "versions": {"torch": "2.13.0", "python": "3.11.7"},

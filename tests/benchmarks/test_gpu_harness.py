@@ -60,7 +60,7 @@ def test_op_passes_its_gate(name: str, model: str, bench: Bench) -> None:
     for row in run_case(bench, OPS[name], MODELS[model].at(5), torch.bfloat16):
         if row.provider in OPS[name].providers:
             assert row.reason is None, f"{row.provider}, {row.phase}: {row.reason}"
-            assert row.time is not None and row.peak_bytes is not None
+            assert row.time is not None
 
 
 @pytest.mark.parametrize("name", ["ViT-B encoder", "ViT-B decoder", "ViT-S decoder"])

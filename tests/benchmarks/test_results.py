@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,39 +27,21 @@ def new(path: Path | None, *words: str, **more: Any) -> Results:
 def test_results_are_complete_after_every_row(tmp_path: Path) -> None:
     path = tmp_path / "a" / "rows.json"
     with new(path) as found:
-        found.add(Row("op", "s", "fp32", "forward", "ours", error=1 / 3))
+        found.add(Row("op", "s", "fp32", "forward", "ours", error=1 / 3, load=math.nan))
         document = load(path)
         assert [one["provider"] for one in document["rows"]] == ["ours"]
-        assert document["rows"][0]["error"] == 0.33333
+        assert document["rows"][0]["error"] == 0.33333 and document["rows"][0]["load"] is None
         assert not document["finished"]
     assert load(path)["finished"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_results_of_a_stopped_run_are_kept_as_unfinished(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
+def test_results_of_a_stopped_run_are_kept_as_unfinished(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-
-    def stopped() -> None:
-        with new(path) as found:
-            found.add(Row("op", "s", "fp32", "forward", "ours"))
-            raise error
-
-    with pytest.raises(error):
-        stopped()
+    with suppress(KeyboardInterrupt), new(path) as found:
+        found.add(Row("op", "s", "fp32", "forward", "ours"))
+        raise KeyboardInterrupt
     document = load(path)
     assert len(document["rows"]) == 1 and not document["finished"]
-
-
-def test_results_have_one_line_per_row_and_no_nan(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    with new(path) as found:
-        rows = [Row("op", "s", "fp32", "forward", name, error=math.nan) for name in "abc"]
-        found.add(*rows)
-    lines = path.read_text().splitlines()
-    assert sum('"case": "op"' in line for line in lines) == 3
-    assert [one["error"] for one in load(path)["rows"]] == [None] * 3
 
 
 def test_results_contain_no_folder_and_no_host_name(tmp_path: Path) -> None:
@@ -98,57 +81,20 @@ def test_committed_results_can_be_read() -> None:
     assert len(files) >= 7
     for file in files:
         for one in load(file)["rows"]:
-            assert set(one) == set(row("op", "ours", 1.0)), file.name
+            assert set(one) >= set(row("op", "ours", 1.0)), file.name
             assert one["reason"] or one["time"] or one["peak_bytes"] or one["more"], file.name
 
 
-# ---- sources ----
-
-
-@pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, text in {
-        "masking.py": "from ._runtime import launch",
-        "_runtime.py": "from . import _deep",
-        "_deep.py": "",
-        "restore.py": "from ._runtime import launch",
-    }.items():
-        (tmp_path / name).write_text(text)
+def test_file_is_stale_if_the_sources_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = document("ops", [])
+    assert not is_stale(found)
+    (tmp_path / "restore.py").write_text("changed = 1")
     monkeypatch.setattr(results, "KERNELS", tmp_path)
     sources_hash.cache_clear()
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("file", "changes"),
-    [("masking", True), ("_runtime", True), ("_deep", True), ("restore", False)],
-)
-def test_hash_of_an_op_covers_its_file_and_what_it_imports(
-    sources: Path, file: str, changes: bool
-) -> None:
-    before, everything = sources_hash("random_masking"), sources_hash()
-    (sources / f"{file}.py").write_text("changed = 1\n" + (sources / f"{file}.py").read_text())
+    assert is_stale(found)
     sources_hash.cache_clear()
-    assert (sources_hash("random_masking") != before) == changes
-    assert sources_hash() != everything
-    sources_hash.cache_clear()
-
-
-def test_hash_of_a_step_covers_the_trainer() -> None:
-    assert all((results.TRAINER / name).is_file() for name in results.STEP_FILES)
-    assert len({sources_hash(), sources_hash("step"), sources_hash("sssd_loss")}) == 3
-
-
-def test_rows_are_stale_if_their_own_sources_changed() -> None:
-    for kind, case, what in (
-        ("ops", "sssd_loss", "sssd_loss"),
-        ("step", "SSSD", "step"),
-        ("loader-speed", "covid-ct", "crop_resize"),
-    ):
-        fresh = row(case, "ours", 1.0, sources=sources_hash(what))
-        assert not is_stale(document(kind, []), fresh)
-        assert is_stale(document(kind, []), {**fresh, "sources": "0"})
-    assert is_stale(document("ops", []), row("an op that was removed", "ours", 1.0))
 
 
 # ---- clocks ----

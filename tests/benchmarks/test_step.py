@@ -23,7 +23,7 @@ EAGER = [
     for task in step_models.TASKS
     for name in step_models.PROVIDERS[task]
     if name != "plain"
-    and step_models.missing(name, CPU) is None
+    and step_models.missing(name) is None
     # the compiled SSSD contains the MAE
     and (task, name) not in (("MAE", "published compiled"), ("MAE", "plain compiled"))
 ]
@@ -159,18 +159,14 @@ def test_non_finite_loss_is_wrong() -> None:
 def test_rows_of_a_task(bench: Bench, compiler: None) -> None:
     run(step, bench, "--task", "SSSD", "--batch", "4")
     found = rows(bench, "SSSD")
-    expected = ["eager attention", "plain", "plain compiled", "ours"]
-    assert list(found) == ["published", "published compiled", *expected]
+    assert list(found) == ["published", "published compiled", "plain", "plain compiled", "ours"]
     for name, row in found.items():
         assert row["reason"] is None and row["error"] <= row["allowed"]
         seconds = row["time"]["median_us"] / 1e6
         assert row["more"]["images_per_s"] == pytest.approx(4 / seconds)
         assert row["more"]["mfu"] == pytest.approx(row["flops"] / seconds / PEAK)
         assert row["more"]["loss"] < row["more"]["loss_start"]
-        assert row["more"]["raced"] == "together"
         assert (row["versus"] is None) == (name == "ours")
-    for name in ("ops", "ops compiled", "ops bf16", "ours lean"):
-        assert "need a CUDA device" in bench.results.head["missing"][name]
 
 
 def test_step_that_is_stopped_keeps_what_was_checked(
@@ -186,17 +182,6 @@ def test_step_that_is_stopped_keeps_what_was_checked(
     assert rows(bench, "MAE")["ours"]["peak_bytes"] > 0
 
 
-def test_providers_that_do_not_fit_together_are_raced_one_after_another(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(step.Contest, "_is_tight", lambda self: len(self.alive) > 1)
-    bench.only = ("plain", "published", "ours")
-    run(step, bench, "--task", "MAE", "--batch", "4")
-    for row in rows(bench, "MAE").values():
-        assert row["time"]["n"] == 3 and row["time"]["again_us"]
-        assert row["more"]["raced"] == "one after another, twice"
-
-
 def test_provider_out_of_memory_is_a_row_with_the_reason(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +191,7 @@ def test_provider_out_of_memory_is_a_row_with_the_reason(
     change(monkeypatch, "ours", fail)
     bench.only = ("plain", "ours")
     run(step, bench, "--task", "MAE", "--batch", "4")
-    assert rows(bench, "MAE")["ours"]["reason"] == "out of memory"
+    assert str(rows(bench, "MAE")["ours"]["reason"]).startswith("out of memory")
     assert rows(bench, "MAE")["plain"]["time"]
 
 
