@@ -109,35 +109,33 @@ def speed(
 ) -> None:
     """Starts every provider, compares its pixels, and times those that pass."""
     loaders: dict[str, Loader] = {}
+
+    def start(row: Row) -> None:
+        begin = time.perf_counter()
+        loader = make(row.provider, device)
+        stack.callback(loader.close)
+        touch([next(batches := loader.epoch(0))])
+        wait(device)
+        row.more |= {"start_s": time.perf_counter() - begin, "how": loader.describe()}
+        touch(batches)
+        found = difference(loader, make(PROVIDERS[0], torch.device("cpu")))
+        row.more |= found
+        if found["mean"] > MAX_MEAN:
+            raise SssdError(
+                f"wrong: {found['mean']:.2f} grey levels from Pillow on average, "
+                f"allowed are {MAX_MEAN:g}"
+            )
+        loaders[row.provider] = loader
+
     with ExitStack() as stack:
         for row in rows.values():
-            attempt(row, partial(_start, row, make, device, loaders, stack))
+            attempt(row, partial(start, row))
         rates = race(loaders, batch, rounds, device)
     for name, found in rates.items():
         more = rows[name].more
         more |= {"samples": found, **rate_summary(found)}
         if BASELINE in rates:
             more["x_baseline"] = more["images_per_s"] / statistics.median(rates[BASELINE])
-
-
-def _start(
-    row: Row, make: Make, device: torch.device, loaders: dict[str, Loader], stack: ExitStack
-) -> None:
-    start = time.perf_counter()
-    loader = make(row.provider, device)
-    stack.callback(loader.close)
-    touch([next(batches := loader.epoch(0))])
-    wait(device)
-    row.more |= {"start_s": time.perf_counter() - start, "how": loader.describe()}
-    touch(batches)
-    found = difference(loader, make(PROVIDERS[0], torch.device("cpu")))
-    row.more |= found
-    if found["mean"] > MAX_MEAN:
-        mean = f"{found['mean']:.2f}"
-        raise SssdError(
-            f"wrong: {mean} grey levels from Pillow on average, allowed are {MAX_MEAN:g}"
-        )
-    loaders[row.provider] = loader
 
 
 def race(
