@@ -103,7 +103,8 @@ def _measure(
     dtypes = args.dtypes or [torch.bfloat16 if device.type == "cuda" else torch.float32]
     cache = Cache(device)
     settings = {"samples": args.samples, "passes": PASSES, "flushed_bytes": cache.bytes}
-    kind, ceilings = args.kind, None
+    kind = args.kind
+    ceilings: dict[str, Any] | None = None  # measure them
     if kind == "loader":
         kind, settings, ceilings = "loader-speed", {}, {}
     with console.announce(f"{kind}: rate of a large copy and a large product"):
