@@ -100,10 +100,18 @@ class _Runner:
         self.pretrained = set[Path]()  # finished in this process
         self.machine = _machine(here)
         self.results: dict[str, Any] = {"cells": [], "machines": []}
-        if (out / "plan.json").is_file() and (out / "results.json").is_file():
-            self.results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        self.cells: dict[PlannedModel, Any] = {}
+        earlier = out / "results.json"
+        if (out / "plan.json").is_file() and earlier.is_file():
+            try:
+                self.results = json.loads(earlier.read_text(encoding="utf-8"))
+                self.cells = {planned(cell): cell for cell in self.results["cells"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{earlier} is damaged ({error}); delete it: finished models are evaluated "
+                    "again, not trained"
+                ) from None
             _check_settings(out, load_plan(out), plan, self.results)
-        self.cells = {planned(cell): cell for cell in self.results["cells"]}
         out.mkdir(parents=True, exist_ok=True)
         if here.main and plan.public.controlled == "official" and "controlled" in plan.protocols:
             where = write_official_split(

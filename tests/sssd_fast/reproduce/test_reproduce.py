@@ -184,6 +184,19 @@ def test_resume_computes_only_what_is_missing(
     assert "6 of 12 models are not trained yet" in (out / "results.md").read_text()
 
 
+def test_deleted_results_are_evaluated_again(done: Path, capsys: Any) -> None:
+    path, before = done / "results.json", checkpoints(done)
+    first = read(path)["cells"]
+    path.write_text('{"cells": [')
+    assert resume(done) == 2
+    assert "results.json is damaged" in capsys.readouterr().err
+    path.unlink()
+    assert resume(done) == 0
+    for key in ("method", "image", "counts", "nearest"):
+        assert [cell[key] for cell in read(path)["cells"]] == [cell[key] for cell in first]
+    assert checkpoints(done) == before
+
+
 def test_resume_rejects_other_settings(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert resume(done, "finetune.base_lr=0.5") == 2
     assert "finetune.base_lr was 0.001, is 0.5" in capsys.readouterr().err
