@@ -48,18 +48,9 @@ def read(name: str) -> str:
 
 def tracked() -> list[Path]:
     """Files that git tracks or would track; in an unpacked sdist every file."""
-    command = [
-        "git",
-        "-C",
-        str(ROOT),
-        "ls-files",
-        "-z",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-    ]
     if (ROOT / ".git").exists():
-        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         return [ROOT / name for name in names.split("\0") if name and (ROOT / name).is_file()]
     hidden = {".venv", "runs"}
     return [path for path in ROOT.rglob("*") if path.is_file() and not hidden & set(path.parts)]
@@ -74,30 +65,27 @@ def test_import_order_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lint_imports(config_filename="pyproject.toml", no_cache=True, is_debug_mode=False) == 0
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: path.name
-)
-def test_ops_import_torch_triton_and_the_standard_library(path: Path) -> None:
-    allowed = {"torch", "triton", *sys.stdlib_module_names}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        modules: list[str] = []
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            modules = [str(node.module)]
-        assert {module.partition(".")[0] for module in modules} <= allowed
+def imported(folder: str) -> set[str]:
+    """`a.b` for `import a.b`, `from a import b` and `a.b` of a module a, in all files."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "mae_kernels":
+                found.add(f"mae_kernels.{node.attr}")
+    return found
+
+
+def test_ops_import_torch_triton_and_the_standard_library() -> None:
+    found = {name.partition(".")[0] for name in imported("kernels")}
+    assert {"torch", "triton"} <= found <= {"torch", "triton", *sys.stdlib_module_names}
 
 
 def test_trainer_uses_only_public_names_of_the_ops() -> None:
-    used = set()
-    for path in (ROOT / "sssd_fast").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mae_kernels"):
-                used |= {f"{node.module}.{alias.name}" for alias in node.names}
-            elif isinstance(node, ast.Import):
-                used |= {a.name for a in node.names if a.name.startswith("mae_kernels.")}
-            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "mae_kernels":
-                used.add(f"mae_kernels.{node.attr}")
+    used = {name for name in imported("sssd_fast") if name.startswith("mae_kernels.")}
     assert used
     assert used <= {f"mae_kernels.{name}" for name in mae_kernels.__all__}
 
@@ -134,8 +122,8 @@ print(json.dumps([*steps, loaded()]))
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A wheel, an sdist, and a wheel built from the unpacked sdist, all from a copy of the tree."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from the unpacked sdist of a copy of the tree."""
     folder = tmp_path_factory.mktemp("build")
     copy, unpacked = folder / "copy", folder / "unpacked"
     for name in ("sssd_fast", "kernels"):
@@ -145,22 +133,20 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         shutil.copy(ROOT / name, copy / name)
     code = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
 
-    def build(kind: str, where: Path, out: str) -> Path:
-        command = [sys.executable, "-c", code, f"build_{kind}", str(folder / out)]
+    def build(kind: str, where: Path) -> Path:
+        command = [sys.executable, "-c", code, f"build_{kind}", str(folder / "dist")]
         done = subprocess.run(command, cwd=where, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return folder / out / done.stdout.splitlines()[-1]
+        return folder / "dist" / done.stdout.splitlines()[-1]
 
-    sdist = build("sdist", copy, "first")
     safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-    with tarfile.open(sdist) as archive:
+    with tarfile.open(build("sdist", copy)) as archive:
         archive.extractall(unpacked, **safe)
-    again = build("wheel", next(unpacked.iterdir()), "second")
-    return {"wheel": build("wheel", copy, "first"), "sdist": sdist, "again": again}
+    return zipfile.ZipFile(build("wheel", next(unpacked.iterdir())))
 
 
-def test_wheel_holds_every_module_and_nothing_else(built: dict[str, Path]) -> None:
-    names = set(zipfile.ZipFile(built["wheel"]).namelist())
+def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
     packaged = {name for name in names if ".dist-info/" not in name}
     kept = (".py", ".yaml", ".j2", ".typed")
     files = {path.relative_to(ROOT) for path in tracked() if path.suffix in kept}
@@ -168,23 +154,20 @@ def test_wheel_holds_every_module_and_nothing_else(built: dict[str, Path]) -> No
     ops = {str(path.relative_to("kernels")) for path in files if path.parts[0] == "kernels"}
     assert packaged == trainer | ops
     assert {"sssd_fast/py.typed", "mae_kernels/py.typed", "sssd_fast/configs/8gb.yaml"} <= packaged
-    assert set(zipfile.ZipFile(built["again"]).namelist()) == names
     # as a package it would overwrite Hugging Face's package of that name
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_wheel_metadata_is_that_of_pyproject(built: dict[str, Path]) -> None:
-    archive = zipfile.ZipFile(built["wheel"])
-    info = next(name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name)
-    meta = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
+def test_wheel_metadata_is_that_of_pyproject(wheel: zipfile.ZipFile) -> None:
+    info = next(name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" in name)
+    meta = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
     assert meta["Version"] == sssd_fast.__version__
     assert meta["License-Expression"] == "MIT"
     needed = [Requirement(text) for text in meta.get_all("Requires-Dist") if "extra ==" not in text]
     assert sorted(requirement.name for requirement in needed) == ["numpy", "torch"]
-    assert (
-        "sssd-fast = sssd_fast.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()
-    )
-    assert f"{info}/licenses/LICENSE" in archive.namelist()
+    scripts = wheel.read(f"{info}/entry_points.txt").decode()
+    assert "sssd-fast = sssd_fast.__main__:main" in scripts
+    assert f"{info}/licenses/LICENSE" in wheel.namelist()
 
 
 def test_version_is_the_newest_in_the_changelog() -> None:

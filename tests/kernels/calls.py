@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -66,6 +66,50 @@ def results(
         upstream = torch.ones_like(out[0]) if upstream is None else upstream.to(out[0].dtype)
         gradients = torch.autograd.grad(out[0], leaves, upstream)
     return [*(t.detach() for t in out), *gradients]
+
+
+def run(
+    op: Callable[..., Any], leaves: Sequence[Tensor | None], upstream: Tensor | None = None
+) -> list[Tensor]:
+    """The outputs of op(*leaves), and the gradients of the first one times `upstream` (3)."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
+    out = op(*leaves)
+    outs = [out] if isinstance(out, Tensor) else [t for t in out if t is not None]
+    upstream = torch.tensor(3.0) if upstream is None else upstream
+    upstream = upstream.to(outs[0]).expand_as(outs[0])
+    given = [t for t in leaves if t is not None]
+    gradients = torch.autograd.grad(outs[0], given, upstream, materialize_grads=True)
+    return [*(t.detach() for t in outs), *gradients]
+
+
+def assert_close(
+    got: list[Tensor], exact: list[Tensor], eager: list[Tensor], atol: float = 1e-6
+) -> None:
+    """The error against fp64 is at most twice the eager reference's, plus a small atol."""
+    for i, (g, x, e) in enumerate(zip(got, exact, eager, strict=True)):
+        assert (g.shape, g.dtype) == (x.shape, e.dtype), f"result {i}"
+        if x.numel():
+            error, allowed = ((t.double() - x.to(t.device)).abs().max().item() for t in (g, e))
+            limit = 2 * allowed + atol * max(1.0, x.abs().max().item())
+            assert error <= limit, f"result {i}: error {error:.3e} against fp64, limit {limit:.3e}"
+
+
+def assert_equals_reference(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    leaves: Sequence[Tensor | None],
+    upstream: Tensor | None = None,
+    atol: float = 1e-6,
+) -> list[Tensor]:
+    """Outputs and gradients, which are returned, against a reference in fp64; inputs unchanged."""
+    before = [None if t is None else t.clone() for t in leaves]
+    got = run(op, leaves, upstream)
+    wide = [None if t is None else t.double() for t in leaves]
+    exact, eager = run(reference, wide, upstream), run(reference, leaves, upstream)
+    assert_close(got, exact, eager, atol)
+    for old, now in zip(before, leaves, strict=True):
+        assert old is None or torch.equal(old, now), "an input was changed"
+    return got
 
 
 def upstream_of(sample: Sample, tensors: Tensors, options: dict[str, Any]) -> Tensor:
@@ -159,8 +203,12 @@ def check_accuracy(
     check_close(sample, got, eager, exact, lambda i: absolute_term(sample, tensors, i, exact))
 
 
-def check_autocast(sample: Sample, device: torch.device | str = "cpu", batch: int = 3) -> None:
-    """fp32 leaves under bf16 autocast: dtypes of the reference, and values as close to fp64."""
+def check_autocast(
+    sample: Sample, device: torch.device | str = "cpu", batch: int = 3
+) -> list[Tensor]:
+    """The results for fp32 leaves under bf16 autocast: dtypes of the reference, and values as close
+    to fp64.
+    """
     device = torch.device(device)
     tensors, options = made(sample, device, torch.float32, batch)
     found = []
@@ -170,6 +218,7 @@ def check_autocast(sample: Sample, device: torch.device | str = "cpu", batch: in
     with backend("reference"):
         exact = results(sample, *in_fp64(tensors, options))
     check_close(sample, *found, exact, lambda i: 2e-5 * exact[i].abs().max().item())
+    return found[0]
 
 
 def check_compiled(

@@ -9,7 +9,6 @@ a GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -32,32 +31,3 @@ def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device(DEVICE)
-
-
-@pytest.fixture
-def close() -> Callable[..., None]:
-    """close(got, exact, eager): the error against fp64 is at most twice the eager reference's,
-    plus a small atol.
-    """
-
-    def check(
-        got: torch.Tensor | Sequence[torch.Tensor],
-        exact: torch.Tensor | Sequence[torch.Tensor],
-        eager: torch.Tensor | Sequence[torch.Tensor],
-        atol: float = 1e-6,
-    ) -> None:
-        if isinstance(got, torch.Tensor):
-            got, exact, eager = [got], [exact], [eager]  # type: ignore[list-item]
-        assert len(got) == len(exact) == len(eager)
-        for i, (g, x, e) in enumerate(zip(got, exact, eager, strict=True)):
-            assert (g.shape, g.dtype) == (x.shape, e.dtype), f"result {i}"
-            if x.numel() == 0:
-                continue
-            error = (g.double().cpu() - x.double().cpu()).abs().max().item()
-            allowed = 2 * (e.double().cpu() - x.double().cpu()).abs().max().item()
-            allowed += atol * max(1.0, x.abs().max().item())
-            assert error <= allowed, (
-                f"result {i}: error {error:.3e} against fp64, allowed {allowed:.3e}"
-            )
-
-    return check

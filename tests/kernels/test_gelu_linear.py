@@ -7,14 +7,14 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from mae_kernels import GeluMLP, backend, gelu_linear
+from tests.kernels.calls import assert_close, run
 
 # the name in the package is the function's
 MODULE = importlib.import_module("mae_kernels.gelu_linear")
@@ -75,14 +75,6 @@ def make(lead, hidden, width, device="cpu", dtype=torch.float32, biases="both"):
     return x, bias, weight, out_bias
 
 
-def run(op: Callable[..., Tensor], tensors, upstream: Tensor) -> list[Tensor]:
-    """out and the gradients of those tensors that are there."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    out = op(*leaves)
-    present = [t for t in leaves if t is not None]
-    return [out.detach(), *torch.autograd.grad(out, present, upstream.to(out.dtype).expand_as(out))]
-
-
 CASES = [  # leading sizes, F, D, biases
     ((2, 5), 24, 10, "both"),
     ((7,), 33, 5, "bias"),
@@ -96,9 +88,7 @@ CASES = [  # leading sizes, F, D, biases
 @pytest.mark.kernel
 @pytest.mark.parametrize(("lead", "hidden", "width", "biases"), CASES)
 @pytest.mark.parametrize("half", [False, True])
-def test_gelu_linear_equals_a_loop(
-    lead, hidden, width, biases, half, device, close: Callable[..., None]
-) -> None:
+def test_gelu_linear_equals_a_loop(lead, hidden, width, biases, half, device) -> None:
     dtype = torch.float16 if half else torch.float32
     tensors = make(lead, hidden, width, device, dtype, biases)
     upstream = torch.randn(*lead, width, device=device).to(dtype)
@@ -107,7 +97,7 @@ def test_gelu_linear_equals_a_loop(
         run(lambda *t, r=r: gelu_linear(*t, recompute=r), tensors, upstream)
         for r in (True, True, False)
     ]
-    close(runs[0], by_hand(*tensors, upstream), run(in_torch, tensors, upstream))
+    assert_close(runs[0], by_hand(*tensors, upstream), run(in_torch, tensors, upstream))
     for other in runs[1:]:  # a rerun, and the same with g kept
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
     for old, now in zip(before, (*tensors, upstream), strict=True):
@@ -155,76 +145,14 @@ def test_gelu_linear_keeps_an_overflow_visible(value, device) -> None:
     assert out[1].isfinite() and dx[1].isfinite()
 
 
-@pytest.mark.kernel
-@pytest.mark.parametrize(
-    ("lead", "shape", "part"),
-    [  # rows at one distance, which the kernel takes as they are; the others are copied
-        ((2, 5), (2, 5, 40), lambda wide: wide[..., 3:27]),
-        ((2, 5), (2, 9, 40), lambda wide: wide[:, 2:7, :24]),
-        ((2, 5), (2, 24, 9), lambda wide: wide[..., :5].mT),
-        ((10,), (24, 12), lambda wide: wide[:, 1:11].t()),
-    ],
-    ids=["columns", "rows", "transposed", "columns of a matrix"],
-)
-def test_gelu_linear_of_views_with_nan_around_them(lead, shape, part, device) -> None:
-    x, bias, weight, out_bias = make(lead, 24, 6, device)
-    wide = torch.full(shape, math.nan, device=device)
-    view = part(wide)
-    view.copy_(x)
-    around = torch.full((24, 2), math.nan, device=device)
-    around[:, 0] = bias
-    tensors = (view, around[:, 0], weight.t().contiguous().t(), out_bias)
-    upstream = torch.tensor(0.5, device=device)
-    got = run(gelu_linear, tensors, upstream)
-    want = run(gelu_linear, (x, bias, weight, out_bias), upstream.expand(*lead, 6).contiguous())
-    for result, plain in zip(got, want, strict=True):
-        torch.testing.assert_close(result, plain, rtol=1e-5, atol=1e-6)
-    assert view.isfinite().all() and wide.isnan().any()
-
-
-@pytest.mark.kernel
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gelu_linear_of_no_rows(recompute, device) -> None:
-    tensors = make((0, 3), 24, 6, device)
-    got = run(
-        lambda *t: gelu_linear(*t, recompute=recompute), tensors, torch.ones(0, 3, 6, device=device)
-    )
-    assert got[0].shape == (0, 3, 6) and got[1].shape == (0, 3, 24)
-    assert all(t.numel() and (t == 0).all() for t in got[2:])
-
-
-@pytest.mark.parametrize("name", ["reference", "registered"])
-def test_autocast_gives_the_dtypes_of_two_layers(name, close: Callable[..., None]) -> None:
-    """Products in the autocast dtype, gradients in the parameters'."""
-    tokens, first = torch.randn(4, 9, 20), nn.Linear(20, 24)
-    _, _, weight, out_bias = make((), 24, 6)
-    upstream = torch.randn(4, 9, 6)
-
-    def ours(x, w, b, w2, b2):
-        return gelu_linear(F.linear(x, w), b, w2, b2)
-
-    def layers(x, w, b, w2, b2):
-        return F.linear(F.gelu(F.linear(x, w, b)), w2, b2)
-
-    tensors = (tokens, first.weight, first.bias, weight, out_bias)
-    exact = run(layers, [t.double() for t in tensors], upstream.double())
-    with torch.autocast("cpu", torch.bfloat16), backend(name):
-        got, eager = run(ours, tensors, upstream), run(layers, tensors, upstream)
-    assert [t.dtype for t in got] == [torch.bfloat16, *[torch.float32] * 5]
-    # the bias is added to a rounded product: one rounding more than in the layers
-    close(got, exact, eager, atol=1e-3)
-
-
 @pytest.mark.parametrize("name", ["reference", "registered"])
 def test_parameters_take_the_dtype_of_x(name) -> None:
-    x, bias, weight, out_bias = make((3,), 24, 6)
+    x, *parameters = make((3,), 24, 6)
     with backend(name):
-        got = run(gelu_linear, (x.bfloat16(), bias, weight, out_bias), torch.ones(3, 6))
+        got = run(gelu_linear, (x.bfloat16(), *parameters))
     assert [t.dtype for t in got] == [torch.bfloat16, torch.bfloat16, *[torch.float32] * 3]
-    wide = [t.double() for t in (x, bias, weight, out_bias)]
-    exact = run(in_torch, wide, torch.ones(3, 6).double())
-    for result, want in zip(got, exact, strict=True):
-        assert (result.double() - want).abs().max() <= 0.02 * want.abs().max()
+    for result, want in zip(got, run(in_torch, (x, *parameters)), strict=True):
+        assert (result - want).abs().max() <= 0.02 * want.abs().max()
 
 
 @pytest.mark.parametrize("recompute", [True, False])

@@ -56,16 +56,6 @@ def test_random_masking_sorts_nan_last(device: torch.device) -> None:
     assert random_masking(noise, 3).ids_keep.tolist() == [[3, 1, 2]]
 
 
-@pytest.mark.kernel
-def test_random_masking_of_strided_noise(device: torch.device) -> None:
-    noise = torch.rand(37, 4, device=device).t()
-    before = noise.clone()
-    first = random_masking(noise, 9)
-    second = random_masking(noise.contiguous(), 9)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert torch.equal(noise, before)
-
-
 def test_random_masking_of_4096_patches_in_fp64_is_a_permutation() -> None:
     noise = torch.rand(2, 4096, dtype=torch.float64)
     got = random_masking(noise, 1000)

@@ -117,17 +117,6 @@ def test_run_over_folds_reports_mean_and_deviation(
     assert "resuming from step-0000002.pt" in capsys.readouterr().out
 
 
-def test_dry_run_keeps_nothing_and_names_no_deleted_file(
-    tiny: list[str], tmp_path: Path, capsys: Captured
-) -> None:
-    out = tmp_path / "runs" / "new"
-    assert main(["pretrain", "--dry-run", "--out", str(out), *tiny]) == 0
-    assert list(out.parent.iterdir()) == []
-    printed = capsys.readouterr().out
-    assert "nothing was kept" in printed
-    assert "report:" not in printed
-
-
 def test_data_check_and_split(slices: Path, tmp_path: Path, capsys: Captured) -> None:
     index, out = tmp_path / "index.json", tmp_path / "split.csv"
     assert main(["data", "check", str(slices), "--out", str(index)]) == 0

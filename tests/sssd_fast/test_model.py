@@ -14,41 +14,20 @@ from sssd_fast.model import MAE, Block, Classifier, sincos_positions
 from sssd_fast.weights.formats import export_state
 from tests.sssd_fast import vit_by_hand
 
+KEYS = ("image_size", "patch_size", "in_channels", "cls_token", "mlp_ratio")
 GEOMETRIES = {
-    "square grey patch 16": {"image_size": (64, 64), "patch_size": 16, "in_channels": 1},
-    "wide colour patch 8": {"image_size": (24, 40), "patch_size": 8, "in_channels": 3},
-    "tall grey patch 14 without cls": {
-        "image_size": (70, 42),
-        "patch_size": 14,
-        "in_channels": 1,
-        "cls_token": False,
-    },
-    "wide colour patch 16 without cls": {
-        "image_size": (32, 80),
-        "patch_size": 16,
-        "in_channels": 3,
-        "cls_token": False,
-    },
-    "tall grey patch 8, odd mlp": {
-        "image_size": (40, 16),
-        "patch_size": 8,
-        "in_channels": 1,
-        "mlp_ratio": 1.5,
-    },
+    "square grey patch 16": dict(zip(KEYS, ((64, 64), 16, 1), strict=False)),
+    "wide colour patch 8": dict(zip(KEYS, ((24, 40), 8, 3), strict=False)),
+    "tall grey patch 14 without cls": dict(zip(KEYS, ((70, 42), 14, 1, False), strict=False)),
+    "wide colour patch 16 without cls": dict(zip(KEYS, ((32, 80), 16, 3, False), strict=False)),
+    "tall grey patch 8, odd mlp": dict(zip(KEYS, ((40, 16), 8, 1, True, 1.5), strict=False)),
 }
 
 
 def small(**overrides: object) -> ModelConfig:
-    sizes = {
-        "width": 24,
-        "depth": 3,
-        "heads": 3,
-        "decoder_width": 16,
-        "decoder_depth": 2,
-        "decoder_heads": 2,
-        "norm_eps": 1e-5,
-    }
-    return ModelConfig(**sizes | overrides)
+    encoder = {"width": 24, "depth": 3, "heads": 3, "norm_eps": 1e-5}
+    decoder = {"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2}
+    return ModelConfig(**encoder | decoder | overrides)
 
 
 def randomize(model: torch.nn.Module) -> None:
@@ -141,9 +120,8 @@ def test_attention_maps_are_the_probabilities_of_the_last_block(name: str) -> No
     tokens = config.num_patches + int(config.cls_token)
     assert maps.shape == (2, config.encoder_shape[2], tokens, tokens)
     torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps.sum(-1)), rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        maps.double(), want, rtol=1e-5, atol=1e-7
-    )  # computed in float32 by design
+    # computed in float32 by design
+    torch.testing.assert_close(maps.double(), want, rtol=1e-5, atol=1e-7)
 
 
 def test_attention_maps_times_values_give_the_attention_output() -> None:
@@ -214,9 +192,8 @@ def test_positions_equal_a_table_computed_by_loops(
     got = sincos_positions(width, grid, prefix)
     assert got[:prefix].abs().sum() == 0
     np.testing.assert_allclose(got[prefix:].numpy(), want, rtol=0, atol=1e-7)
-    assert (
-        len(np.unique(want.round(6), axis=0)) == grid[0] * grid[1]
-    )  # every place has its own code
+    # every place has its own code
+    assert len(np.unique(want.round(6), axis=0)) == grid[0] * grid[1]
 
 
 def test_positions_are_fixed_in_pre_training_and_trained_in_fine_tuning() -> None:
@@ -237,9 +214,8 @@ def test_drop_path_is_the_identity_in_evaluation_and_keeps_the_expectation_in_tr
     dropped = block.train()._branch(branch)
     kept = dropped[:, 0, 0] != 0
     assert kept.float().mean().item() == pytest.approx(0.7, abs=0.02)  # 6 standard deviations
-    torch.testing.assert_close(
-        dropped[kept], branch[kept] / 0.7
-    )  # so that the mean over draws is the branch
+    # so that the mean over draws is the branch
+    torch.testing.assert_close(dropped[kept], branch[kept] / 0.7)
     assert bool((dropped == 0).flatten(1).all(1).eq(~kept).all())  # a whole image at a time
 
 
@@ -298,21 +274,8 @@ def test_images_of_another_shape_raise_an_error_with_the_needed_one(shape: tuple
 def test_state_dict_names_do_not_change() -> None:
     names = set(MAE(small(image_size=(32, 32), depth=1, decoder_depth=1)).state_dict())
     layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    blocks = {
-        f"{part}.blocks.0.{layer}.{kind}"
-        for part in ("encoder", "decoder")
-        for layer in layers
-        for kind in ("weight", "bias")
-    }
-    ends = (
-        "encoder.patch_embed.proj",
-        "encoder.norm",
-        "decoder.embed",
-        "decoder.norm",
-        "decoder.pred",
-    )
+    ends = ["encoder.patch_embed.proj", "encoder.norm"]
+    ends += ["decoder.embed", "decoder.norm", "decoder.pred"]
+    ends += [f"{part}.blocks.0.{layer}" for part in ("encoder", "decoder") for layer in layers]
     single = {"encoder.cls_token", "encoder.pos_embed", "decoder.mask_token", "decoder.pos_embed"}
-    assert (
-        names
-        == blocks | {f"{layer}.{kind}" for layer in ends for kind in ("weight", "bias")} | single
-    )
+    assert names == single | {f"{layer}.{kind}" for layer in ends for kind in ("weight", "bias")}

@@ -104,6 +104,16 @@ def hf_pretraining(case: dict) -> transformers.ViTMAEForPreTraining:
     return model
 
 
+def loaded(name: str, folder: Path, **options: object) -> torch.nn.Module:
+    """The model of transformers, which finds all its weights and no others in the folder."""
+    load = getattr(transformers, name).from_pretrained
+    model, info = load(folder, output_loading_info=True, **options)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_mae_equals_vitmae_with_the_same_weights_and_noise(name: str) -> None:
     case = CASES[name]
@@ -151,11 +161,7 @@ def test_mae_equals_vitmae_with_the_same_weights_and_noise(name: str) -> None:
             # the gradient passes the float32 loss
             tolerance = 2e-6 * want.abs().max().item()
             torch.testing.assert_close(
-                parameter.grad,
-                want,
-                rtol=2e-6,
-                atol=tolerance,
-                msg=lambda m, n=parameter_name: f"{n}: {m}",
+                parameter.grad, want, rtol=2e-6, atol=tolerance, msg=parameter_name
             )
 
 
@@ -207,15 +213,10 @@ def test_exported_encoder_gives_the_same_tokens_in_vit_model(tmp_path: Path) -> 
     ours: MAE = MAE(our_config(case))
     randomize(ours)
     save_huggingface(tmp_path, ours)
-    theirs, info = transformers.ViTModel.from_pretrained(
-        tmp_path, add_pooling_layer=False, output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert not info["mismatched_keys"]
+    theirs = loaded("ViTModel", tmp_path, add_pooling_layer=False)
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
-        got, want = ours.encoder(images), theirs.eval()(images).last_hidden_state
+        got, want = ours.encoder(images), theirs(images).last_hidden_state
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -227,14 +228,10 @@ def test_exported_classifier_round_trips_through_vit_for_image_classification(
     ours = Classifier(config, 3, pool="cls").eval()
     randomize(ours)
     save_huggingface(tmp_path, ours)
-    theirs, info = transformers.ViTForImageClassification.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    theirs = loaded("ViTForImageClassification", tmp_path)
     images = torch.randn(2, 1, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs.eval()(images).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(images), theirs(images).logits, rtol=1e-4, atol=1e-5)
     back = Classifier(config, 3, pool="cls").eval()
     theirs.save_pretrained(tmp_path / "again")
     assert not load_into(back, tmp_path / "again").rows("missing")
@@ -250,14 +247,10 @@ def test_exported_mean_classifier_gives_the_same_features_in_vit_model(tmp_path:
     ours = Classifier(config, 3, pool="mean").eval()
     randomize(ours)
     save_huggingface(tmp_path, ours)
-    theirs, info = transformers.ViTModel.from_pretrained(
-        tmp_path, add_pooling_layer=False, output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    theirs = loaded("ViTModel", tmp_path, add_pooling_layer=False)
     images = torch.randn(2, config.in_channels, *config.image_size)
     with torch.no_grad():
-        hidden = theirs.eval()(images, output_hidden_states=True).hidden_states[-1]
+        hidden = theirs(images, output_hidden_states=True).hidden_states[-1]
         features = theirs.layernorm(hidden[:, 1:].mean(1))
         torch.testing.assert_close(ours.features(images), features, rtol=1e-4, atol=1e-5)
     # pixels as the model scales them: uint8 -> resize -> (x / 255 - mean) / std
@@ -275,14 +268,10 @@ def test_exported_autoencoder_loads_in_vitmae(tmp_path: Path) -> None:
     ours = MAE(our_config(case))
     randomize(ours)
     save_huggingface(tmp_path, ours, decoder=True)
-    theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    theirs = loaded("ViTMAEForPreTraining", tmp_path)
     images, noise = torch.randn(2, 3, 48, 48), torch.rand(2, 36)
     with torch.no_grad():
-        want = theirs.eval()(images, noise=noise)
+        want = theirs(images, noise=noise)
     torch.testing.assert_close(
         ours.reconstruct(images, noise)[0], want.logits, rtol=1e-4, atol=1e-5
     )

@@ -48,6 +48,20 @@ def _weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+def _adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
+    """torch's own."""
+    groups = parameter_groups(model, weight_decay=0.05)
+    return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), **options)
+
+
+def _assert_close(a: nn.Module, b: nn.Module, rtol: float = 1e-5, atol: float = 1e-7) -> None:
+    torch.testing.assert_close(_weights(a), _weights(b), rtol=rtol, atol=atol)
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def test_micro_batches_equal_one_large_batch() -> None:
     data = torch.randn(32, 6)
     once, parts = _model(), _model()
@@ -56,8 +70,7 @@ def test_micro_batches_equal_one_large_batch() -> None:
     b = _step(parts, update_state=lambda stats, finite: averaged.append(stats))(
         list(data.chunk(4)), 0, 1e-2
     )
-    for x, y in zip(_weights(once), _weights(parts), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    _assert_close(once, parts, 1e-5, 1e-6)
     torch.testing.assert_close(a.losses["loss"], b.losses["loss"])
     torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(averaged[0], averaged[1])
@@ -69,19 +82,11 @@ def test_update_is_adamw_on_the_mean_gradient() -> None:
     result = _step(model)([data], 0, 1e-2)
     loss = _loss(twin, data, 0, 0).total
     loss.backward()
-    norm = torch.sqrt(
-        sum(
-            (p.grad.square().sum() for p in twin.parameters() if p.grad is not None),
-            torch.tensor(0.0),
-        )
-    )
+    norm = torch.cat([p.grad.flatten() for p in twin.parameters()]).square().sum().sqrt()
     torch.testing.assert_close(result.grad_norm, norm)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(twin, weight_decay=0.05), lr=1e-2, betas=(0.9, 0.95)
-    )
+    optimizer = _adamw(twin)
     optimizer.step()
-    for x, y in zip(_weights(model), _weights(twin), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+    _assert_close(model, twin)
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1e6])
@@ -96,20 +101,14 @@ def test_clipping_equals_that_of_torch(max_norm: float) -> None:
     _loss(twin, data, 0, 0).total.backward()
     norm = nn.utils.clip_grad_norm_(twin.parameters(), max_norm)
     torch.testing.assert_close(result.grad_norm, norm)  # the norm before clipping is what is logged
-    optimizer = torch.optim.AdamW(
-        parameter_groups(twin, weight_decay=0.05), lr=1e-2, betas=(0.9, 0.95)
-    )
+    optimizer = _adamw(twin)
     optimizer.step()
+    _assert_close(model, twin)
+    # Adam's first step hides the gradient's size, the moments do not
     for x, y in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
-        for name in (
-            "exp_avg",
-            "exp_avg_sq",
-            "step",
-        ):  # Adam's first step hides the gradient's size, the moments do not
-            torch.testing.assert_close(
-                step.optimizer.state[x][name], optimizer.state[y][name], rtol=1e-5, atol=0
-            )
+        ours, theirs = step.optimizer.state[x], optimizer.state[y]
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -143,13 +142,13 @@ def test_step_never_applies_non_finite_values(precision: str, poison: str) -> No
     weights, center = _weights(model), state["center"].clone()
     moments = copy.deepcopy(step.optimizer.state_dict())
     assert not bool(step([data], 1, 1e-2).finite)
-    assert all(torch.equal(x, y) for x, y in zip(weights, _weights(model), strict=True))
+    assert _equal(weights, _weights(model))
     assert torch.equal(center, state["center"])
     for number, values in step.optimizer.state_dict()["state"].items():
         for name, value in values.items():
             assert torch.equal(value, moments["state"][number][name]), name
     assert bool(step([data], 2, 1e-2).finite)
-    assert not all(torch.equal(x, y) for x, y in zip(weights, _weights(model), strict=True))
+    assert not _equal(weights, _weights(model))
     assert all(bool(torch.isfinite(w).all()) for w in _weights(model))
 
 
@@ -233,16 +232,13 @@ def test_compiled_update_is_not_recompiled_for_a_new_lr_or_a_skip() -> None:
                 step([data], i, 1e-2 * (i + 1))
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    for x, y in zip(_weights(plain), _weights(made), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+    _assert_close(plain, made, 1e-6, 1e-7)
 
 
 def test_fused_adamw_exchanges_checkpoints_with_torch_adamw() -> None:
     data, ours, theirs = torch.randn(8, 6), _model(), _model()
     step = _step(ours)
-    reference = torch.optim.AdamW(
-        parameter_groups(theirs, weight_decay=0.05), lr=1e-2, betas=(0.9, 0.95), fused=True
-    )
+    reference = _adamw(theirs, fused=True)
 
     def train_theirs() -> None:
         reference.zero_grad()
@@ -256,14 +252,12 @@ def test_fused_adamw_exchanges_checkpoints_with_torch_adamw() -> None:
     for _ in range(2):
         step([data], 0, 1e-2)
         train_theirs()
-    for x, y in zip(_weights(ours), _weights(theirs), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+    _assert_close(ours, theirs)
     theirs.load_state_dict(ours.state_dict())
     reference.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
     step([data], 0, 1e-2)
     train_theirs()
-    for x, y in zip(_weights(ours), _weights(theirs), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+    _assert_close(ours, theirs)
 
 
 @pytest.mark.slow
@@ -308,11 +302,11 @@ def test_adamw8bit_follows_adamw_and_does_not_change_in_a_skipped_step() -> None
     data = torch.randn(16, 64)
     for step in (straight, resumed):
         step([data], 5, 2e-3)
-    assert all(torch.equal(x, y) for x, y in zip(_weights(small), _weights(again), strict=True))
+    assert _equal(_weights(small), _weights(again))
 
     kept = _weights(small), state["exp_avg"].codes.clone(), float(state["step"])
     assert not bool(steps[1]([torch.full((16, 64), float("nan"))], 5, 1e-3).finite)
-    assert all(torch.equal(x, y) for x, y in zip(kept[0], _weights(small), strict=True))
+    assert _equal(kept[0], _weights(small))
     assert torch.equal(kept[1], state["exp_avg"].codes)
     assert float(state["step"]) == kept[2]
 

@@ -44,6 +44,10 @@ def _child(arguments: list[str], kill_at: int, kill_with: int) -> subprocess.Com
     )
 
 
+def _train(task: str, out: Path, *settings: str) -> None:
+    assert main([task, "--out", str(out), *settings]) == 0
+
+
 def _last(out: Path) -> dict[str, Any]:
     path = CheckpointManager(out / "checkpoints").latest()
     assert path is not None
@@ -85,7 +89,7 @@ def test_killed_run_resumes_bit_for_bit(task: str, tiny: list[str], tmp_path: Pa
     else:
         settings += ["pretrain.accumulate=2", "pretrain.batch_size=4", "pretrain.epochs=5"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main([task, "--out", str(whole), *settings]) == 0
+    _train(task, whole, *settings)
     killed = _child([task, "--out", str(broken), *settings], 7, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert _last(broken)["progress"]["step"] == 5
@@ -101,7 +105,7 @@ def test_killed_run_resumes_bit_for_bit(task: str, tiny: list[str], tmp_path: Pa
 def test_sigterm_saves_and_prints_the_command_that_resumes(tiny: list[str], tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "my runs"
     settings = [*tiny, "pretrain.max_steps=8"]
-    assert main(["pretrain", "--out", str(whole), *settings]) == 0
+    _train("pretrain", whole, *settings)
     stopped = _child(["pretrain", "--out", str(broken), *settings], 3, signal.SIGTERM)
     assert stopped.returncode == 143, stopped.stderr
     assert f"sssd-fast pretrain --resume '{broken}'" in stopped.stderr
@@ -158,7 +162,7 @@ def test_two_processes_train_as_one(task: str, tiny: list[str], tmp_path: Path) 
     settings = [*tiny, f"{task}.max_steps=6", "finetune.drop_path=0"]
     settings += ["objective.center_momentum=0.5"]
     one, two = tmp_path / "one", tmp_path / "two"
-    assert main([task, "--out", str(one), *settings, f"{task}.batch_size=8"]) == 0
+    _train(task, one, *settings, f"{task}.batch_size=8")
     run = _torchrun(2, [task, "--out", str(two), *settings, f"{task}.batch_size=4"])
     assert run.returncode == 0, run.stderr[-3000:]
     records = [_records(out) for out in (one, two)]
@@ -175,11 +179,9 @@ def test_two_processes_train_as_one(task: str, tiny: list[str], tmp_path: Path) 
         a, b = _last(one)["model"]["center"], _last(two)["model"]["center"]
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)
     else:
-        scores = [
-            (out / "eval" / "test" / "predictions.csv").read_text().splitlines()
-            for out in (one, two)
-        ]
-        assert [row.split(",")[0] for row in scores[0]] == [row.split(",")[0] for row in scores[1]]
+        files = [out / "eval" / "test" / "predictions.csv" for out in (one, two)]
+        paths = [[row.split(",")[0] for row in f.read_text().splitlines()] for f in files]
+        assert paths[0] == paths[1]
 
 
 def test_schedule_counts_optimizer_steps() -> None:
@@ -207,7 +209,7 @@ def test_resume_rejects_another_run(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert main(["pretrain", "--out", str(out), *tiny, "pretrain.max_steps=2"]) == 0
+    _train("pretrain", out, *tiny, "pretrain.max_steps=2")
     capsys.readouterr()
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert main(["pretrain", "--resume", str(out), "pretrain.base_lr=0.5", "data.workers=0"]) == 2
@@ -224,59 +226,29 @@ def test_dry_run_trains_two_steps_and_keeps_nothing(
 ) -> None:
     for task in ("pretrain", "finetune", "run"):
         assert main([task, "--dry-run", "--out", str(tmp_path / "run"), *tiny]) == 0
-        assert "dry run:" in (text := capsys.readouterr().out)
+        text = capsys.readouterr().out
+        assert "dry run:" in text
         assert "2/2" in text
+        assert "nothing was kept" in text
+        # the files it would name are deleted
+        assert "report:" not in text
     assert list(tmp_path.iterdir()) == []
 
 
 def test_run_folder_contains_all_files(tiny: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert (
-        main(
-            [
-                "pretrain",
-                "--out",
-                str(out),
-                *tiny,
-                "pretrain.max_steps=4",
-                "pretrain.image_epochs=1",
-            ]
-        )
-        == 0
-    )
+    _train("pretrain", out, *tiny, "pretrain.max_steps=4", "pretrain.image_epochs=1")
     names = {path.name for path in out.iterdir()}
-    assert {
-        "config.yaml",
-        "command.txt",
-        "env.json",
-        "data.json",
-        "index.json",
-        "split.csv",
-        "train.log",
-    } <= names
-    assert {
-        "metrics.jsonl",
-        "metrics.csv",
-        "checkpoints",
-        "images",
-        "report.md",
-        "report.html",
-    } <= names
+    files = "config.yaml command.txt env.json data.json index.json split.csv train.log"
+    results = "metrics.jsonl metrics.csv checkpoints images report.md report.html"
+    assert {*files.split(), *results.split()} <= names
     assert "pretrain" in (out / "command.txt").read_text()
     assert load_config(out / "config.yaml").pretrain.max_steps == 4
     facts = json.loads((out / "data.json").read_text())
     assert facts["classes"] == ["synthetic_covid", "synthetic_normal"]
     assert sum(sum(part.values()) for part in facts["counts"].values()) == 48
-    record = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
-    assert {
-        "loss",
-        "loss_reconstruction",
-        "loss_distillation",
-        "lr",
-        "images_per_s",
-        "data_wait_fraction",
-        "grad_norm",
-    } <= set(record)
+    keys = "loss loss_reconstruction loss_distillation lr images_per_s data_wait_fraction grad_norm"
+    assert set(keys.split()) <= set(_records(out)[0])
     assert len(list((out / "images").glob("reconstruction-*.png"))) >= 1
     assert json.loads((out / "env.json").read_text())["python"]
 
@@ -288,21 +260,8 @@ def test_validation_runs_at_its_interval_and_at_the_end(
     epochs = {}
     for every in (1, 2):
         out = tmp_path / str(every)
-        assert (
-            main(
-                [
-                    task,
-                    "--out",
-                    str(out),
-                    *tiny,
-                    f"{task}.epochs=3",
-                    f"{task}.validate_epochs={every}",
-                ]
-            )
-            == 0
-        )
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        epochs[every] = {r["epoch"]: r["loss"] for r in records if r["kind"] == "val"}
+        _train(task, out, *tiny, f"{task}.epochs=3", f"{task}.validate_epochs={every}")
+        epochs[every] = {r["epoch"]: r["loss"] for r in _records(out) if r["kind"] == "val"}
     assert list(epochs[1]) == [1, 2, 3]
     assert epochs[2] == {epoch: epochs[1][epoch] for epoch in (2, 3)}
 
@@ -319,19 +278,7 @@ def test_training_with_the_ops_equals_training_with_plain_torch(
     for backend in ("auto", "reference"):
         out = tmp_path / backend
         with mae_kernels.backend(backend):
-            assert (
-                main(
-                    [
-                        "pretrain",
-                        "--out",
-                        str(out),
-                        *tiny,
-                        "pretrain.max_steps=20",
-                        "pretrain.epochs=5",
-                    ]
-                )
-                == 0
-            )
+            _train("pretrain", out, *tiny, "pretrain.max_steps=20", "pretrain.epochs=5")
         losses.append([loss for _, loss in _losses(out)])
     assert len(losses[0]) == 20
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

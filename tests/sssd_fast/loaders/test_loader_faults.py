@@ -7,7 +7,6 @@ Good files are tested in test_loaders.py, the check of bad files in test_index.p
 from __future__ import annotations
 
 import dataclasses
-import errno
 import gc
 import hashlib
 import io
@@ -31,7 +30,7 @@ from sssd_fast.data.images import printable
 from sssd_fast.data.index import DataIndex, check_data
 from sssd_fast.errors import DataError
 from sssd_fast.loaders import Loader
-from tests.sssd_fast.loaders.loading import PLAIN, loader_of
+from tests.sssd_fast.loaders.loading import PLAIN, Make, loader_of
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -45,7 +44,6 @@ FEEDS: dict[str, dict[str, Any]] = {
 # JPEG in its own way
 EXACTNESS = {"torch": 0, "torch with a worker": 0, "resident": 2, "dali": 40}
 SIZE = (24, 32)
-Build = Callable[..., Loader]
 
 
 @pytest.fixture(params=FEEDS)
@@ -54,7 +52,7 @@ def feed(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def build(feed: str) -> Iterator[Build]:
+def build(feed: str) -> Iterator[Make]:
     """Builds loaders of the provider under test, or of `name`; closes them and checks that no
     process remains.
     """
@@ -154,7 +152,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     [*((fault, "4.jpg") for fault in FAULTS), ("truncated", "3.png"), ("truncated", "5.png")],
 )
 def test_file_damaged_after_the_check_is_named_and_never_returned(
-    index: DataIndex, good: DataIndex, build: Build, feed: str, fault: str, name: str
+    index: DataIndex, good: DataIndex, build: Make, feed: str, fault: str, name: str
 ):
     """The file is in the second of three batches."""
     reference = by_torch(index)
@@ -191,7 +189,7 @@ def assert_names(error: DataError, file: Path, reason: str) -> None:
 
 
 @pytest.mark.parametrize("feed", [name for name in FEEDS if name != "resident"], indirect=True)
-def test_file_deleted_during_training_ends_the_run(index: DataIndex, build: Build, feed: str):
+def test_file_deleted_during_training_ends_the_run(index: DataIndex, build: Make, feed: str):
     loader = build(index, augment=PLAIN)
     assert len(list(loader.epoch(0))) == 3
     bad = index.root / "a" / "7.jpg"
@@ -211,29 +209,9 @@ def test_resident_set_needs_no_file_after_decoding(index: DataIndex):
     assert count_right(loader, reference, "resident") == 9
 
 
-def test_unreadable_file_is_named(
-    index: DataIndex, build: Build, feed: str, monkeypatch: pytest.MonkeyPatch
-):
-    real = Path.read_bytes
-    reference, bad = by_torch(index), index.root / "a" / "5.png"
-
-    def read_bytes(path: Path) -> bytes:
-        if path == bad:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return real(path)
-
-    # Worker processes are forked, so they inherit the patch.
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    with pytest.raises(DataError) as error:
-        count_right(build(index), reference, feed)
-    assert_names(error.value, bad, f"cannot be read ({os.strerror(errno.EIO)})")
-    monkeypatch.undo()
-    assert count_right(build(index), reference, feed) == 9
-
-
 @pytest.mark.parametrize("feed", ["torch", "dali"], indirect=True)
 def test_truncated_file_is_an_error_even_if_pillow_allows_it(
-    index: DataIndex, build: Build, feed: str, monkeypatch: pytest.MonkeyPatch
+    index: DataIndex, build: Make, feed: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(
@@ -243,7 +221,7 @@ def test_truncated_file_is_an_error_even_if_pillow_allows_it(
 
 
 @pytest.mark.parametrize("feed", ["dali"], indirect=True)
-def test_file_that_only_dali_cannot_decode_is_named(tmp_path: Path, build: Build, feed: str):
+def test_file_that_only_dali_cannot_decode_is_named(tmp_path: Path, build: Make, feed: str):
     """Pillow reads some damaged files; here one is declared good. DALI's message names no file."""
     index = write_set(tmp_path, 10**6)
     bad = index.root / "a" / "new\nline.jpg"
@@ -411,7 +389,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> DataIndex:
     ("feed", "channels"), [("torch", 1), ("dali", 1), ("dali", 3)], indirect=["feed"]
 )
 def test_every_kind_of_file_is_decoded_as_displayed(
-    kinds: DataIndex, build: Build, feed: str, channels: int
+    kinds: DataIndex, build: Make, feed: str, channels: int
 ):
     reference = by_torch(kinds, channels).numpy().astype(int)
     (batch,) = build(kinds, channels=channels, batch_size=len(kinds)).epoch(0)
@@ -449,7 +427,7 @@ ODD_NAMES = [
 
 @pytest.mark.parametrize("feed", ["torch", "dali"], indirect=True)
 def test_file_may_have_any_name_and_is_named_on_one_line(
-    tmp_path: Path, build: Build, feed: str, sets: Iterator[int]
+    tmp_path: Path, build: Make, feed: str, sets: Iterator[int]
 ):
     folder = tmp_path / "cl\nass 1%"
     folder.mkdir()

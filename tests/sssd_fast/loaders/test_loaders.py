@@ -26,10 +26,9 @@ from sssd_fast.errors import ConfigError, DataError
 from sssd_fast.loaders import PAD_INDEX, PAD_LABEL, Batch, Loader, choose, dali, pillow, resident
 from sssd_fast.loaders.augment import rotate_and_jitter
 from sssd_fast.loaders.crops import crop_and_resize, evaluation_crop, training_crops
-from tests.sssd_fast.loaders.loading import loader_of, order_of
+from tests.sssd_fast.loaders.loading import JITTER, Make, assert_near, loader_of, order_of
 
 COUNT = 23
-JITTER = AugmentConfig(rotation_deg=10, brightness=0.1, contrast=0.1)
 CROPS = AugmentConfig(hflip=0.5)
 SETTINGS: dict[str, Any] = {"channels": 1, "seed": 7}
 # largest difference to Pillow, mean difference: torch has 16-bit weights, DALI does not round
@@ -55,22 +54,13 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> DataIndex:
 
 
 @pytest.fixture
-def make(index: DataIndex) -> Iterator[Callable[..., Loader]]:
-    """Builds loaders of the index and closes them. "staged" is the resident set in host memory, as
-    for a GPU that is too small.
-    """
+def make(index: DataIndex) -> Iterator[Make]:
+    """Builds loaders of the index and closes them."""
     made: list[Loader] = []
 
     def build(provider: str, augment: AugmentConfig | None = CROPS, **changes: Any) -> Loader:
-        settings = {**SETTINGS, "augment": augment, **changes}
-        if provider == "staged":
-            settings = {k: v for k, v in settings.items() if k != "workers"}
-            images = resident.resident_set(index, settings["channels"], CPU, "host", None)
-            loader: Loader = resident.ResidentLoader(order_of(index, **settings), CPU, images)
-        else:
-            loader = loader_of(index, provider=provider, **settings)
-        made.append(loader)
-        return loader
+        made.append(loader_of(index, provider=provider, augment=augment, **{**SETTINGS, **changes}))
+        return made[-1]
 
     yield build
     for loader in made:
@@ -85,52 +75,48 @@ def same(first: Iterable[Batch], second: Iterable[Batch]) -> None:
             assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-def picture(index: DataIndex, i: int, channels: int) -> np.ndarray:
-    return to_channels(decode_image(index.file(i)), channels)
+def assert_images(
+    batches: Iterable[Batch], index: DataIndex, provider: str, crop: Callable[..., np.ndarray]
+) -> None:
+    """Each image against crop(pixels of the file, its record number), by Pillow."""
+    for batch in batches:
+        for image, i in zip(batch.images, batch.indices.tolist(), strict=True):
+            if i != PAD_INDEX:
+                pixels = to_channels(decode_image(index.file(i)), len(image))
+                expected = torch.from_numpy(crop(pixels, i).reshape(24, 32, -1).copy())
+                assert_near(image, expected.permute(2, 0, 1), *EXACTNESS[provider])
+        labels = [index.records[i].label for i in batch.indices[batch.valid].tolist()]
+        assert batch.labels[batch.valid].tolist() == labels
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_training_images_depend_only_on_seed_epoch_and_record(
-    index: DataIndex, make: Callable[..., Loader], provider: str, channels: int
+    index: DataIndex, make: Make, provider: str, channels: int
 ):
     shapes = np.array([(r.height, r.width) for r in index.records])
     crops = training_crops(shapes, CROPS, 7, 3)
-    largest, mean = EXACTNESS[provider]
-    for batch in make(provider, channels=channels).epoch(3):
-        assert batch.images.dtype == torch.uint8
-        assert batch.images.shape == (4, channels, 24, 32)
-        for image, label, i in zip(
-            batch.images, batch.labels.tolist(), batch.indices.tolist(), strict=True
-        ):
-            box, flip = crops.boxes[i], bool(crops.flips[i])
-            expected = crop_and_resize(picture(index, i, channels), box, flip, (24, 32))
-            got = image.permute(1, 2, 0).numpy().reshape(expected.shape)
-            difference = np.abs(got.astype(int) - expected.astype(int))
-            assert difference.max() <= largest
-            assert difference.mean() <= mean
-            assert label == index.records[i].label
+
+    def crop(pixels: np.ndarray, i: int) -> np.ndarray:
+        return crop_and_resize(pixels, crops.boxes[i], bool(crops.flips[i]), (24, 32))
+
+    assert_images(make(provider, channels=channels).epoch(3), index, provider, crop)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("fit", ["crop", "stretch"])
 def test_evaluation_images_equal_those_of_pillow(
-    index: DataIndex, make: Callable[..., Loader], provider: str, fit: str
+    index: DataIndex, make: Make, provider: str, fit: str
 ):
-    largest, mean = EXACTNESS[provider]
-    for batch in make(provider, None, channels=3, fit=fit).epoch(0):
-        for image, i in zip(
-            batch.images[batch.valid], batch.indices[batch.valid].tolist(), strict=True
-        ):
-            expected = evaluation_crop(picture(index, i, 3), (24, 32), fit)
-            difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected.astype(int))
-            assert difference.max() <= largest
-            assert difference.mean() <= mean
+    def crop(pixels: np.ndarray, i: int) -> np.ndarray:
+        return evaluation_crop(pixels, (24, 32), fit)
+
+    assert_images(make(provider, None, channels=3, fit=fit).epoch(0), index, provider, crop)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_rotation_and_jitter_are_applied_after_the_crop(
-    index: DataIndex, make: Callable[..., Loader], provider: str
+    index: DataIndex, make: Make, provider: str
 ):
     shapes = np.array([(r.height, r.width) for r in index.records])
     crops = training_crops(shapes, JITTER, 7, 1)
@@ -140,7 +126,7 @@ def test_rotation_and_jitter_are_applied_after_the_crop(
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_epochs_shuffle_and_drop_the_incomplete_batch(make: Callable[..., Loader], provider: str):
+def test_epochs_shuffle_and_drop_the_incomplete_batch(make: Make, provider: str):
     loader = make(provider)
     orders = [torch.cat([b.indices for b in loader.epoch(e)]).tolist() for e in range(3)]
     assert loader.steps_per_epoch == 5
@@ -157,7 +143,7 @@ def test_dropped_images_change_from_epoch_to_epoch(index: DataIndex):
 
 
 @pytest.mark.parametrize(("provider", "workers"), [(p, 0) for p in PROVIDERS] + [("torch", 2)])
-def test_epoch_can_start_at_any_step(make: Callable[..., Loader], provider: str, workers: int):
+def test_epoch_can_start_at_any_step(make: Make, provider: str, workers: int):
     loader = make(provider, workers=workers)
     whole = list(loader.epoch(1))
     kept = [b.images.clone() for b in whole]
@@ -175,7 +161,7 @@ def test_epoch_can_start_at_any_step(make: Callable[..., Loader], provider: str,
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_ranks_tile_the_global_batch(
-    make: Callable[..., Loader], provider: str, train: AugmentConfig | None, world: int
+    make: Make, provider: str, train: AugmentConfig | None, world: int
 ):
     """N ranks of batch b are one rank of batch N*b: position g belongs to rank g % N."""
     one = list(make(provider, train, batch_size=2 * world).epoch(1))
@@ -195,7 +181,7 @@ def test_ranks_tile_the_global_batch(
 @pytest.mark.parametrize(("batch_size", "world"), [(4, 1), (7, 3), (6, 4), (50, 4), (23, 1)])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_evaluation_returns_every_image_once_in_order(
-    make: Callable[..., Loader], provider: str, batch_size: int, world: int
+    make: Make, provider: str, batch_size: int, world: int
 ):
     seen: list[int] = []
     for rank in range(world):
@@ -215,7 +201,7 @@ def test_evaluation_returns_every_image_once_in_order(
         assert seen == sorted(seen)
 
 
-def test_padding_is_ignored_by_cross_entropy(make: Callable[..., Loader]):
+def test_padding_is_ignored_by_cross_entropy(make: Make):
     batch = list(make("torch", None).epoch(0))[-1]
     logits = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     assert batch.valid.sum() == 3
@@ -225,23 +211,21 @@ def test_padding_is_ignored_by_cross_entropy(make: Callable[..., Loader]):
     )
 
 
-def test_order_does_not_depend_on_the_provider(make: Callable[..., Loader]):
+def test_order_does_not_depend_on_the_provider(make: Make):
     pairs = zip(make("resident").epoch(1, 2), make("torch").epoch(1, 2), strict=True)
     for a, b in pairs:
         assert torch.equal(a.indices, b.indices)
         assert (a.images.int() - b.images.int()).abs().max() <= 2
 
 
-def test_dead_worker_process_is_an_error_with_advice(
-    make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
-):
+def test_dead_worker_process_is_an_error_with_advice(make: Make, monkeypatch: pytest.MonkeyPatch):
     # Worker processes are forked, so they inherit the patch.
     monkeypatch.setattr(pillow, "decode_record", lambda *args: os._exit(9))
     with pytest.raises(DataError, match=r"a loader process died.*fewer workers"):
         list(make("torch", workers=1).epoch(0))
 
 
-def test_too_few_images_give_an_error_with_the_batch_size_that_fits(make: Callable[..., Loader]):
+def test_too_few_images_give_an_error_with_the_batch_size_that_fits(make: Make):
     with pytest.raises(
         DataError, match=r"23 training images do not fill one batch of 12 on 2 .* at most 11"
     ):
@@ -250,7 +234,7 @@ def test_too_few_images_give_an_error_with_the_batch_size_that_fits(make: Callab
     assert make("torch", None, batch_size=100).steps_per_epoch == 1  # evaluation pads instead
 
 
-def test_settings_out_of_range_are_reported_together(make: Callable[..., Loader]):
+def test_settings_out_of_range_are_reported_together(make: Make):
     with pytest.raises(ConfigError) as error:
         make("torch", batch_size=0, channels=2, rank=3, fit="pad", image_size=(0, 4))
     for name in ("batch_size", "channels", "rank", "fit", "image_size"):
@@ -268,7 +252,7 @@ def test_settings_out_of_range_are_reported_together(make: Callable[..., Loader]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_describe_names_provider_and_last_batch(make: Callable[..., Loader], provider: str):
+def test_describe_names_provider_and_last_batch(make: Make, provider: str):
     train, evaluate = make(provider), make(provider, None)
     assert train.describe().startswith(provider.replace("staged", "resident"))
     assert "23 images, 5 steps of 4 (the incomplete last batch is dropped)" in train.describe()
@@ -276,16 +260,14 @@ def test_describe_names_provider_and_last_batch(make: Callable[..., Loader], pro
     assert "rank 1 of 2" in make(provider, batch_size=2, rank=1, world=2).describe()
 
 
-def test_loaders_of_one_index_share_the_decoded_images(make: Callable[..., Loader]):
+def test_loaders_of_one_index_share_the_decoded_images(make: Make):
     train, evaluate = make("resident"), make("resident", None)
     assert train._set is evaluate._set  # type: ignore[attr-defined]
     assert make("resident", channels=3)._set is not train._set  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_close_ends_the_threads_in_the_middle_of_an_epoch(
-    make: Callable[..., Loader], provider: str
-):
+def test_close_ends_the_threads_in_the_middle_of_an_epoch(make: Make, provider: str):
     before = threading.active_count()
     for _ in range(2):
         loader = make(provider)
@@ -352,9 +334,7 @@ def test_dali_whose_import_fails_is_not_available(monkeypatch: pytest.MonkeyPatc
     assert reason is not None and ("not installed" in reason or "import fails" in reason)
 
 
-def test_cache_is_one_file_that_the_next_loader_reads(
-    index: DataIndex, make: Callable[..., Loader], tmp_path: Path
-):
+def test_cache_is_one_file_that_the_next_loader_reads(index: DataIndex, make: Make, tmp_path: Path):
     first = list(make("resident", cache=str(tmp_path)).epoch(0))
     assert [p.suffix for p in sorted(tmp_path.iterdir())] == [".lock", ".pixels"]
     assert "read from the cache" in open_store(index, 1, tmp_path).origin
