@@ -71,7 +71,7 @@ test-gpu: ## run the tests marked gpu with the torch of PYTHON (python3 if not g
 sanitize-gpu: ## every kernel at small shapes under compute-sanitizer (of the CUDA toolkit); installs nothing
 	$(if $(PYTHON),"$(PYTHON)",python3) tools/sanitize.py $(SANITIZE_ARGS)
 
-bench-gpu: ## run all benchmarks on the GPU within MINUTES (9), most important first; every row is saved at once; installs nothing
+bench-gpu: ## run all benchmarks on the GPU within MINUTES (9); every row is saved at once; installs nothing
 	PYTHONPATH=.:kernels $(if $(PYTHON),"$(PYTHON)",python3) -m benchmarks all --device cuda --minutes $(MINUTES) $(BENCH_ARGS)
 
 constraints: ## for maintainers: resolve constraints.txt again (needs uv)
