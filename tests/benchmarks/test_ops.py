@@ -157,7 +157,7 @@ def test_case_has_a_row_for_every_provider_and_phase(bench: Bench) -> None:
     for (_, provider), row in rows.items():
         assert row.reason is None and row.time is not None and row.first_call_s is not None
         assert row.time.n == 3 and row.time.median_us > 0
-        assert row.time.host_us == pytest.approx(row.time.median_us, rel=1)
+        assert row.time.host_us is not None and row.time.host_us > 0
         assert row.error is not None and row.allowed is not None and row.error <= row.allowed
         assert (row.versus is None) == (provider == "ours")
 
