@@ -315,12 +315,12 @@ def reproduce(
                 f"--resume {resume} continues {fields['dataset']} with its settings; omit the name "
                 f"and --config, or start a new folder with --out"
             )
-        config = changed(from_dict(fields["config"]), words, _log)
+        config = changed(from_dict(fields["config"]), words)
     else:
         if dataset not in PUBLIC_SETS or data is None:
             names = ", ".join(PUBLIC_SETS)
             raise ConfigError(f"reproduce needs a name ({names}) and its folder: --data DIR")
-        config = load_config(start.get("config") or PUBLIC_SETS[dataset].config, words, _log)
+        config = load_config(start.get("config") or PUBLIC_SETS[dataset].config, words)
         default = plans.METHODS if external else plans.METHODS[:3]
         fields = {"dataset": dataset, "methods": default}
     given = {"data": data, "external": external, "official_split": official_split, "split": split}
@@ -376,7 +376,7 @@ def _config(start: Start, data: PathLike | None = None, *folders: PathLike | Non
     for folder in (resume, *folders):
         if source is None and folder is not None and Path(folder, "config.yaml").is_file():
             source = Path(folder, "config.yaml")
-    return load_config(source, _words(start.get("settings"), data), _log)
+    return load_config(source, _words(start.get("settings"), data))
 
 
 def _limited(config: Config, start: Start) -> Config:

@@ -57,4 +57,4 @@ def load(config: str | None, settings: Sequence[str] | None) -> Config:
     """The checked settings of a command that opens no run folder."""
     from sssd_fast.config import load_config
 
-    return load_config(config, settings or (), print)
+    return load_config(config, settings or ())

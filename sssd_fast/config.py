@@ -10,14 +10,21 @@ configs NAME` prints the descriptions.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from yaml import YAMLError, safe_dump
 
@@ -34,7 +41,7 @@ Index = Annotated[int, Field(ge=0)]
 AttentionProvider = Literal["auto", "fused", "xformers", "sdpa", "eager"]
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-# name: (width, depth, heads), Dosovitskiy et al. 2021 (arXiv 2010.11929), Touvron et al. 2021
+# (width, depth, heads): Dosovitskiy et al. 2021 (arXiv 2010.11929), Touvron et al. 2021
 # (arXiv 2012.12877)
 VIT_SIZES = {
     "tiny": (192, 12, 3),
@@ -43,7 +50,7 @@ VIT_SIZES = {
     "large": (1024, 24, 16),
 }
 SPLITS = ("random", "block", "patient", "kfold", "manifest")
-# Keys of earlier versions, with what to do instead. `from_dict` accepts them in checkpoints.
+# Keys of earlier versions, with what to do instead.
 REMOVED = {
     "log_seconds": "remove it; a plain log line is written at least every 10 s",
     "data.phantom_images": "rename it to data.synthetic_images",
@@ -52,8 +59,6 @@ REMOVED = {
     "pretrain.augment.crop_ratio": "remove it; random crops have a ratio of 3/4 to 4/3",
     "finetune.augment.crop_ratio": "remove it; random crops have a ratio of 3/4 to 4/3",
 }
-
-
 SectionT = TypeVar("SectionT", bound="Section")
 
 
@@ -75,8 +80,7 @@ class DataConfig(Section):
 
     source: str = Field(
         "synthetic",
-        description="Folder with one folder per class, or root of the manifest's paths; "
-        "synthetic = generated CT-like slices.",
+        description="Folder with a folder per class, or of the manifest; synthetic = generated.",
     )
     manifest: str | None = Field(None, description="CSV path,label[,split][,patient] below source.")
     synthetic_images: int = Field(1600, ge=40, description="Number of synthetic slices.")
@@ -87,52 +91,35 @@ class DataConfig(Section):
     folds: int = Field(5, ge=2, description="Number of folds of split=kfold.")
     fold: Index = Field(0, description="Fold to test on, from 0.")
     split_seed: Index = Field(0, description="Seed of the split.")
-    positive: str | None = Field(
-        None, description="Positive class of AUC and sensitivity; null = by its name."
-    )
+    positive: str | None = Field(None, description="Class that counts as positive; null = by name.")
     max_bad_fraction: Fraction = Field(0.01, description="Allowed fraction of unusable files.")
     accept_wrong_extension: bool = Field(False, description="Keep images named as another format.")
     fit: Literal["crop", "stretch"] = Field(
-        "crop",
-        description="How evaluation fits an image: largest centred crop of the model's aspect, or "
-        "the whole image stretched.",
+        "crop", description="Evaluate the largest centred crop, or the whole image stretched."
     )
     loader: Literal["auto", "resident", "dali", "torch"] = Field(
-        "auto",
-        description="auto = resident (images decoded once and kept) if they fit, else dali, else "
-        "torch.",
+        "auto", description="auto = resident (decoded once and kept) if it fits, else dali, torch."
     )
     workers: Index = Field(0, description="Processes (torch) or threads of the loader.")
     cache: str = Field(
-        "auto",
-        description="Folder of the file with decoded images; auto = the user's cache, none = no "
-        "file.",
+        "auto", description="Folder for decoded images; auto = the user's cache, none = no file."
     )
     resident_gib: Positive | None = Field(
-        None,
-        description="Limit for decoded images in GiB; null = a tenth of the GPU, half of the free "
-        "host memory.",
+        None, description="Limit of decoded images; null = GPU / 10, half of the free host memory."
     )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         problems = []
-        if self.source == "phantom":
-            problems.append("source is 'phantom', which is called 'synthetic' now")
         if self.fold >= self.folds:
             problems.append(f"fold is {self.fold}, needs to be below folds ({self.folds})")
         if self.split not in SPLITS and not self.split.endswith(".csv"):
             problems.append(f"split is {self.split!r}, needs {', '.join(SPLITS)} or a .csv file")
         # A mistyped word must not become a folder.
         if self.cache not in ("auto", "none") and "/" not in self.cache:
-            problems.append(
-                f"cache is {self.cache!r}, needs auto, none, or a folder with a slash in it, such "
-                f"as ./pixels"
-            )
+            problems.append(f"cache is {self.cache!r}, needs auto, none or a folder like ./pixels")
         if self.split == "manifest" and self.manifest is None:
-            problems.append(
-                "split is 'manifest', which needs data.manifest=FILE.csv with a split column"
-            )
+            problems.append("split is 'manifest', which needs data.manifest=FILE.csv with splits")
         return _raise(self, problems)
 
 
@@ -140,9 +127,7 @@ class ModelConfig(Section):
     """Encoder (vision transformer) and decoder of the masked autoencoder."""
 
     name: Literal["tiny", "small", "base", "large"] = Field("base", description="Size of the ViT.")
-    image_size: tuple[Count, Count] = Field(
-        (224, 224), description="Height, width in pixels; or one number."
-    )
+    image_size: tuple[Count, Count] = Field((224, 224), description="Height, width; or one number.")
     patch_size: Literal[8, 14, 16] = Field(16, description="Side of a patch in pixels.")
     in_channels: Literal[1, 3] = Field(1, description="Image channels: 1 = grey, 3 = RGB.")
     width: Count | None = Field(None, description="Encoder width; null = by name.")
@@ -155,21 +140,14 @@ class ModelConfig(Section):
     decoder_depth: Count = Field(8, description="Decoder blocks.")
     decoder_heads: Count = Field(16, description="Decoder attention heads.")
     mask_ratio: OpenFraction = Field(0.75, description="Fraction of the patches to mask.")
-    mean: tuple[float, ...] = Field(
-        (0.5,), description="Mean of pixel / 255, of each channel or all."
-    )
+    mean: tuple[float, ...] = Field((0.5,), description="Mean of pixel / 255, by channel.")
     std: tuple[Positive, ...] = Field((0.25,), description="Deviation of pixel / 255, by channel.")
 
-    @field_validator("image_size", mode="before")
+    @field_validator("image_size", "mean", "std", mode="before")
     @classmethod
-    def _square(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    @field_validator("mean", "std", mode="before")
-    @classmethod
-    def _one(cls, value: Any) -> Any:
+    def _one_number(cls, value: Any, info: ValidationInfo) -> Any:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return (value,) if number else value
+        return (value,) * (2 if info.field_name == "image_size" else 1) if number else value
 
     @property
     def encoder_shape(self) -> tuple[int, int, int]:
@@ -194,13 +172,12 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         problems = []
-        for side, size in zip(("height", "width"), self.image_size, strict=True):
-            if size % self.patch_size:
-                near = max(1, round(size / self.patch_size)) * self.patch_size
-                problems.append(
-                    f"image_size {side} is {size}, needs a multiple of patch_size "
-                    f"{self.patch_size} (nearest: {near})"
-                )
+        patch, channels = self.patch_size, self.in_channels
+        for size in dict.fromkeys(self.image_size):
+            if size % patch:
+                near = max(1, round(size / patch)) * patch
+                what = f"needs a multiple of patch_size {patch} (nearest: {near})"
+                problems.append(f"image_size is {size}, {what}")
         width, _, heads = self.encoder_shape
         decoder = ("decoder_", self.decoder_width, self.decoder_heads)
         for what, w, h in (("", width, heads), decoder):
@@ -208,17 +185,14 @@ class ModelConfig(Section):
                 problems.append(f"{what}width is {w}, needs a multiple of {what}heads ({h})")
             if w % 4:
                 problems.append(f"{what}width is {w}, needs a multiple of 4 for 2-D positions")
-        if not problems and not 0 < self.num_visible < self.num_patches:
-            problems.append(
-                f"mask_ratio is {self.mask_ratio} with {self.num_patches} patches, which leaves "
-                f"{self.num_visible} visible; needs at least 1 visible and 1 masked"
-            )
+        visible, patches = self.num_visible, self.num_patches
+        if not problems and not 0 < visible < patches:
+            what = f"mask_ratio is {self.mask_ratio}, which leaves {visible} of {patches} patches"
+            problems.append(f"{what} visible; needs at least 1 visible and 1 masked")
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, self.in_channels):
-                problems.append(
-                    f"{name} has {len(values)} values, needs 1 or one per channel (in_channels is "
-                    f"{self.in_channels})"
-                )
+            if len(values) not in (1, channels):
+                what = f"needs 1 or one per channel (in_channels is {channels})"
+                problems.append(f"{name} has {len(values)} values, {what}")
         return _raise(self, problems)
 
 
@@ -226,17 +200,11 @@ class ObjectiveConfig(Section):
     """Pre-training loss: reconstruction and self-distillation, as SD-MAE (arXiv 2203.16983)."""
 
     weight: Fraction = Field(0.2, description="w: w * distillation + (1 - w) * reconstruction.")
-    norm: Literal["patch", "channel", "none"] = Field(
-        "patch", description="Normalisation of the target."
-    )
-    kind: Literal["dino", "cosine", "mse", "smooth_l1"] = Field(
-        "dino", description="Distillation loss."
-    )
+    norm: Literal["patch", "channel", "none"] = Field("patch", description="Scaling of the target.")
+    kind: Literal["dino", "cosine", "mse", "smooth_l1"] = Field("dino", description="Distillation.")
     detach_teacher: bool = Field(False, description="Stop the gradient to the teacher (decoder).")
     pooling: Literal["image", "token"] = Field("image", description="image = mean of its tokens.")
-    center: Literal["prob", "logit"] = Field(
-        "prob", description="Centre of probabilities or logits."
-    )
+    center: Literal["prob", "logit"] = Field("prob", description="Centre probabilities or logits.")
     center_momentum: BelowOne = Field(0.9, description="Momentum of the centre per step.")
     student_temp: Positive = Field(0.1, description="Temperature of the student's softmax.")
     teacher_temp: Positive = Field(0.04, description="Temperature of the teacher's softmax.")
@@ -248,9 +216,7 @@ class ObjectiveConfig(Section):
 class AugmentConfig(Section):
     """Augmentation per image, on uint8 pixels; with everything off, resize and centre crop."""
 
-    crop_scale: tuple[Area, Area] = Field(
-        (0.2, 1.0), description="Area of the random crop, from, to."
-    )
+    crop_scale: tuple[Area, Area] = Field((0.2, 1.0), description="Area of the crop, from, to.")
     hflip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
     rotation_deg: float = Field(0.0, ge=0, le=180, description="Largest rotation in degrees.")
     brightness: BelowOne = Field(0.0, description="Largest relative change of the brightness.")
@@ -258,24 +224,20 @@ class AugmentConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> AugmentConfig:
-        low, high = self.crop_scale
-        problem = f"crop_scale is ({low}, {high}), needs the smaller number first"
-        return _raise(self, [problem] if low > high else [])
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale is {self.crop_scale}, needs the smaller number first")
+        return self
 
 
 class TrainConfig(Section):
     """Training. Effective batch = batch_size * accumulate * processes."""
 
     epochs: Count = Field(100, description="Passes over the training images.")
-    max_steps: Count | None = Field(
-        None, description="Stop after N steps; null = after the epochs."
-    )
+    max_steps: Count | None = Field(None, description="Stop after N steps; null = the epochs.")
     batch_size: Count = Field(64, description="Images per process and micro-step.")
     accumulate: Count = Field(1, description="Micro-steps per optimizer step.")
     batch: Literal["auto"] | None = Field(
-        None,
-        description="auto = the largest micro-batch that fits, with the effective batch of "
-        "batch_size and accumulate.",
+        None, description="auto = the largest batch_size that fits, at the same effective batch."
     )
     base_lr: Positive = Field(1.5e-4, description="lr = base_lr * effective batch / 256.")
     min_lr: NonNegative = Field(0.0, description="Final learning rate for 256 images.")
@@ -283,9 +245,7 @@ class TrainConfig(Section):
     weight_decay: NonNegative = Field(0.05, description="Weight decay of AdamW.")
     beta1: BelowOne = Field(0.9, description="First momentum of AdamW.")
     beta2: BelowOne = Field(0.95, description="Second momentum of AdamW.")
-    clip_grad: Positive | None = Field(
-        None, description="Largest gradient norm; null = no clipping."
-    )
+    clip_grad: Positive | None = Field(None, description="Largest gradient norm; null = no limit.")
     augment: AugmentConfig = AugmentConfig()
     validate_epochs: Count = Field(1, description="Epochs between validations.")
     checkpoint_epochs: Count = Field(1, description="Epochs between checkpoints.")
@@ -294,11 +254,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_train(self) -> TrainConfig:
-        wrong = self.warmup_epochs >= self.epochs and self.max_steps is None
-        problem = (
-            f"warmup_epochs is {self.warmup_epochs:g}, needs to be below epochs ({self.epochs})"
-        )
-        return _raise(self, [problem] if wrong else [])
+        if self.warmup_epochs >= self.epochs and self.max_steps is None:
+            needed = f"needs to be below epochs ({self.epochs}); set both"
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs:g}, {needed}")
+        return self
 
 
 class PretrainConfig(TrainConfig):
@@ -321,7 +280,7 @@ class FinetuneConfig(TrainConfig):
     random_erasing: Fraction = Field(0.0, description="Probability per image (MAE: 0.25).")
     pool: Literal["mean", "cls"] = Field("mean", description="Mean of patch tokens, or cls.")
     class_weights: Literal["none", "balanced"] = Field(
-        "none", description="balanced = weight the loss by inverse class frequency."
+        "none", description="balanced = by inverse class frequency."
     )
     select: Literal["auc", "accuracy", "loss", "last"] = Field(
         "auc", description="Metric of the best checkpoint."
@@ -362,16 +321,12 @@ class StepConfig(Section):
         "fp32", description="Dtype between the blocks with precision bf16; statistics stay fp32."
     )
     activation_budget: Area = Field(
-        1.0,
-        description="Compiled only: fraction of the activations to keep for the backward; the rest "
-        "is recomputed.",
+        1.0, description="Compiled only: fraction of the activations to keep, not to recompute."
     )
     checkpoint: Literal["none", "selective", "full"] = Field(
         "none", description="Not compiled only: recompute norms and GELU, or whole blocks."
     )
-    optimizer: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="adamw8bit needs torchao."
-    )
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8-bit needs torchao.")
 
     @model_validator(mode="after")
     def _check(self) -> StepConfig:
@@ -380,14 +335,10 @@ class StepConfig(Section):
             problems.append("cuda_graphs is true with compile false; needs compile true or auto")
         if self.compile is False and self.activation_budget < 1:
             problems.append(
-                f"activation_budget is {self.activation_budget:g} with compile false, which has no "
-                f"effect; set checkpoint to selective or full instead"
+                "activation_budget is below 1 with compile false; set checkpoint instead"
             )
         if self.compile is True and self.checkpoint != "none":
-            problems.append(
-                f"checkpoint is {self.checkpoint!r} with compile true; lower activation_budget "
-                f"instead"
-            )
+            problems.append("checkpoint is set with compile true; lower activation_budget instead")
         return _raise(self, problems)
 
 
@@ -424,58 +375,28 @@ def shipped_configs() -> dict[str, str]:
     return {path.stem: path.read_text("utf-8").partition("\n")[0].lstrip("# ") for path in paths}
 
 
-def load_config(
-    source: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    log: Callable[[str], None] = lambda line: None,
-) -> Config:
+def load_config(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Reads and checks settings.
-
-    A run that is shortened below its warm-up (`epochs` is given, `warmup_epochs` is not) keeps the
-    fraction of the warm-up.
 
     Args:
         source: name of a shipped configuration, or path of a YAML file; None = the defaults.
         overrides: settings as "key=value" with dotted keys; the value is read as YAML.
-        log: receives one line for each warm-up that was scaled.
 
     Raises:
         ConfigError: names every unknown key, with the nearest known one, and every bad value.
     """
-    problems: list[str] = []
-    layers = [] if source is None else [_read(_find(str(source)))]
-    tree = _merge(to_dict(Config()), [*layers, _parse(overrides, problems)], log)
-    return _validate(tree, problems, "" if source is None else f" in {source}")
+    tree = {} if source is None else _read(_find(str(source)))
+    return _validate(tree, overrides, "" if source is None else f" in {source}")
 
 
-def changed(
-    config: Config, overrides: Sequence[str], log: Callable[[str], None] = lambda line: None
-) -> Config:
-    """`config` with settings as "key=value"; arguments and errors as in `load_config`."""
-    problems: list[str] = []
-    return _validate(_merge(to_dict(config), [_parse(overrides, problems)], log), problems)
+def changed(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with settings as "key=value"; errors as in `load_config`."""
+    return _validate(to_dict(config), overrides)
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-    """A Config from plain containers, such as those in a checkpoint.
-
-    A checkpoint of an earlier version cannot be edited: its renamed keys are renamed, and its
-    removed keys are dropped if they had no effect.
-    """
-    tree = deepcopy(tree)
-    data = tree.get("data", {})
-    for old in ("phantom_images", "phantom_seed"):
-        if old in data:
-            data[old.replace("phantom", "synthetic")] = data.pop(old)
-    if data.get("source") == "phantom":
-        data["source"] = "synthetic"
-    tree.pop("log_seconds", None)
-    tree.get("pretrain", {}).pop("num_images", None)
-    for task in ("pretrain", "finetune"):
-        augment = tree.get(task, {}).get("augment", {})
-        if augment.get("crop_ratio") == [0.75, 4 / 3]:  # the only ratio that crops have now
-            del augment["crop_ratio"]
-    return _validate(tree, [])
+    """A Config from plain containers, such as those in a checkpoint."""
+    return _validate(tree)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -502,11 +423,14 @@ def _yaml_lines(section: Section, indent: str) -> Iterator[str]:
             yield f"{indent}# {field.description}\n{indent}{name}: {text}\n"
 
 
-def _validate(tree: dict[str, Any], problems: list[str], where: str = "") -> Config:
+def _validate(tree: Any, overrides: Sequence[str] = (), where: str = "") -> Config:
+    problems: list[str] = []
+    if overrides:
+        tree = OmegaConf.to_container(OmegaConf.merge(tree, _parse(overrides, problems)))
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems = problems + [_explain(detail) for detail in error.errors()]
+        problems += [_explain(detail) for detail in error.errors()]
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         lines = "".join(f"\n  - {problem}" for problem in problems)
@@ -517,18 +441,14 @@ def _validate(tree: dict[str, Any], problems: list[str], where: str = "") -> Con
 def _find(name: str) -> Path:
     path, shipped = Path(name), shipped_configs()
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        if path.is_file():
-            return path
-        raise ConfigError(
-            f"configuration file {name!r} does not exist; give a path to a YAML file or one of: "
-            f"{', '.join(shipped)}"
-        )
-    if name in shipped:
-        return CONFIG_DIR / f"{name}.yaml"
-    raise ConfigError(
-        f"no configuration is called {name!r}{_suggest(name, shipped)}; shipped: "
-        f"{', '.join(shipped)}"
-    )
+        if not path.is_file():
+            raise ConfigError(f"configuration file {name!r} does not exist")
+        return path
+    if name not in shipped:
+        near = "".join(f"; did you mean {word!r}?" for word in _nearest(name, shipped))
+        known = f"shipped: {', '.join(shipped)}; or give the path of a YAML file"
+        raise ConfigError(f"no configuration is called {name!r}{near}; {known}")
+    return CONFIG_DIR / f"{name}.yaml"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -541,7 +461,7 @@ def _read(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _parse(overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
+def _parse(overrides: Sequence[str], problems: list[str]) -> Any:
     """The tree of settings given as key=value."""
     tree = OmegaConf.create()
     for text in overrides:
@@ -559,30 +479,6 @@ def _parse(overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
             OmegaConf.update(tree, key, value)
         except OmegaConfBaseException as error:
             problems.append(f"{text!r}: {str(error).splitlines()[0]}")
-    return dict(OmegaConf.to_container(tree))  # type: ignore[arg-type]
-
-
-def _merge(
-    tree: dict[str, Any], layers: Sequence[dict[str, Any]], log: Callable[[str], None]
-) -> dict[str, Any]:
-    """`tree` with the settings of each layer, in order."""
-    for layer in layers:
-        merged: Any = OmegaConf.to_container(OmegaConf.merge(tree, layer))
-        for stage in ("pretrain", "finetune"):
-            new, before, after = layer.get(stage), tree[stage], merged[stage]
-            if not isinstance(new, dict) or "epochs" not in new or "warmup_epochs" in new:
-                continue
-            numbers = (before["epochs"], before["warmup_epochs"], after["epochs"])
-            if not all(isinstance(number, int | float) for number in numbers):
-                continue  # reported by the check
-            if after["warmup_epochs"] >= after["epochs"] > 0:
-                fraction = before["warmup_epochs"] / before["epochs"]
-                after["warmup_epochs"] = fraction * after["epochs"]
-                log(
-                    f"{stage}.warmup_epochs is {after['warmup_epochs']:g} instead of "
-                    f"{before['warmup_epochs']:g}: {fraction:.0%} of {after['epochs']} epochs"
-                )
-        tree = merged
     return tree
 
 
@@ -595,14 +491,9 @@ def _keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _nearest(name: str, known: Iterable[str]) -> list[str]:
-    known = list(known)
+def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> list[str]:
     starts = [word for word in known if word.startswith(name)]
     return starts[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    return "".join(f"; did you mean {near!r}?" for near in _nearest(name, known))
 
 
 def _explain(detail: ErrorDetails) -> str:
@@ -612,18 +503,11 @@ def _explain(detail: ErrorDetails) -> str:
         return f"{key}: a setting of an earlier version; {REMOVED[key]}"
     if detail["type"] == "extra_forbidden":
         section, _, leaf = key.rpartition(".")
-        prefix = f"{section}." if section else ""
-        here = {k[len(prefix) :].split(".")[0] for k in _keys() if k.startswith(prefix)}
-        elsewhere = _nearest(leaf, {k.rpartition(".")[2] for k in _keys()})
-        full = [
-            k for k in _keys() if k.rpartition(".")[2] in elsewhere
-        ]  # right name, wrong section
-        hint = _suggest(leaf, sorted(here)) or (
-            f"; did you mean {' or '.join(full[:3])}?"
-            if full
-            else f"; known here: {', '.join(here)}"
-        )
-        return f"{key}: unknown key{hint}"
+        # of two keys with the same last word, the one in this section
+        known = sorted(_keys(), key=lambda k: k.rpartition(".")[0] == section)
+        names = {k: k for k in Config.model_fields} | {k.rpartition(".")[2]: k for k in known}
+        near = [f"did you mean {names[name]!r}?" for name in _nearest(leaf, names)]
+        return f"{key}: unknown key; {near[0] if near else '`sssd-fast configs NAME` lists all'}"
     if detail["type"] == "value_error":
         return f"{key}: {detail['ctx']['error']}" if key else str(detail["ctx"]["error"])
     text = detail["msg"].replace("Input should", "needs to").replace("Value should", "needs to")

@@ -136,7 +136,7 @@ def test_data_check_and_split(slices: Path, tmp_path: Path, capsys: Captured) ->
     ("command", "message"),
     [
         ("pretrain --out OUT/a data.source=/no/such/folder", "no such file or folder"),
-        ("pretrain pretrain.epoch=1", "did you mean 'epochs'"),
+        ("pretrain pretrain.epoch=1", "did you mean 'pretrain.epochs'"),
         ("pretrain --config cpu_smok", "did you mean 'cpu_smoke'"),
         ("pretrain --resume OUT", "config.yaml is missing"),
         ("pretrain device=cuda:99 --out OUT/b", "cuda:99"),
