@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -59,7 +59,6 @@ REMOVED = {
     "pretrain.augment.crop_ratio": "remove it; random crops have a ratio of 3/4 to 4/3",
     "finetune.augment.crop_ratio": "remove it; random crops have a ratio of 3/4 to 4/3",
 }
-SectionT = TypeVar("SectionT", bound="Section")
 
 
 class Section(BaseModel):
@@ -67,12 +66,15 @@ class Section(BaseModel):
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
     )
 
+    def _problems(self) -> Iterator[str]:
+        """What contradicts each other."""
+        yield from ()
 
-def _raise(section: SectionT, problems: list[str]) -> SectionT:
-    """`section` if a validator found no problems; pydantic collects the error."""
-    if problems:
-        raise ValueError("; ".join(problems))
-    return section
+    @model_validator(mode="after")
+    def _check(self) -> Section:
+        if problems := list(self._problems()):
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class DataConfig(Section):
@@ -108,19 +110,16 @@ class DataConfig(Section):
         None, description="Limit of decoded images; null = GPU / 10, half of the free host memory."
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        problems = []
+    def _problems(self) -> Iterator[str]:
         if self.fold >= self.folds:
-            problems.append(f"fold is {self.fold}, needs to be below folds ({self.folds})")
+            yield f"fold is {self.fold}, needs to be below folds ({self.folds})"
         if self.split not in SPLITS and not self.split.endswith(".csv"):
-            problems.append(f"split is {self.split!r}, needs {', '.join(SPLITS)} or a .csv file")
+            yield f"split is {self.split!r}, needs {', '.join(SPLITS)} or a .csv file"
         # A mistyped word must not become a folder.
         if self.cache not in ("auto", "none") and "/" not in self.cache:
-            problems.append(f"cache is {self.cache!r}, needs auto, none or a folder like ./pixels")
+            yield f"cache is {self.cache!r}, needs auto, none or a folder like ./pixels"
         if self.split == "manifest" and self.manifest is None:
-            problems.append("split is 'manifest', which needs data.manifest=FILE.csv with splits")
-        return _raise(self, problems)
+            yield "split is 'manifest', which needs data.manifest=FILE.csv with splits"
 
 
 class ModelConfig(Section):
@@ -169,31 +168,28 @@ class ModelConfig(Section):
         """K = int(L * (1 - mask_ratio)), rounded as in facebookresearch/mae."""
         return int(self.num_patches * (1 - self.mask_ratio))
 
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        problems = []
+    def _problems(self) -> Iterator[str]:
         patch, channels = self.patch_size, self.in_channels
         for size in dict.fromkeys(self.image_size):
             if size % patch:
                 near = max(1, round(size / patch)) * patch
                 what = f"needs a multiple of patch_size {patch} (nearest: {near})"
-                problems.append(f"image_size is {size}, {what}")
+                yield f"image_size is {size}, {what}"
         width, _, heads = self.encoder_shape
         decoder = ("decoder_", self.decoder_width, self.decoder_heads)
         for what, w, h in (("", width, heads), decoder):
             if w % h:
-                problems.append(f"{what}width is {w}, needs a multiple of {what}heads ({h})")
+                yield f"{what}width is {w}, needs a multiple of {what}heads ({h})"
             if w % 4:
-                problems.append(f"{what}width is {w}, needs a multiple of 4 for 2-D positions")
+                yield f"{what}width is {w}, needs a multiple of 4 for 2-D positions"
         visible, patches = self.num_visible, self.num_patches
-        if not problems and not 0 < visible < patches:
+        if not 0 < visible < patches:
             what = f"mask_ratio is {self.mask_ratio}, which leaves {visible} of {patches} patches"
-            problems.append(f"{what} visible; needs at least 1 visible and 1 masked")
+            yield f"{what} visible; needs at least 1 visible and 1 masked"
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 what = f"needs 1 or one per channel (in_channels is {channels})"
-                problems.append(f"{name} has {len(values)} values, {what}")
-        return _raise(self, problems)
+                yield f"{name} has {len(values)} values, {what}"
 
 
 class ObjectiveConfig(Section):
@@ -222,11 +218,9 @@ class AugmentConfig(Section):
     brightness: BelowOne = Field(0.0, description="Largest relative change of the brightness.")
     contrast: BelowOne = Field(0.0, description="Largest relative change of the contrast.")
 
-    @model_validator(mode="after")
-    def _check(self) -> AugmentConfig:
+    def _problems(self) -> Iterator[str]:
         if self.crop_scale[0] > self.crop_scale[1]:
-            raise ValueError(f"crop_scale is {self.crop_scale}, needs the smaller number first")
-        return self
+            yield f"crop_scale is {self.crop_scale}, needs the smaller number first"
 
 
 class TrainConfig(Section):
@@ -252,12 +246,10 @@ class TrainConfig(Section):
     checkpoint_steps: Count | None = Field(None, description="Additional ones every N steps.")
     keep_last: Count = Field(2, description="Number of newest checkpoints to keep.")
 
-    @model_validator(mode="after")
-    def _check_train(self) -> TrainConfig:
+    def _problems(self) -> Iterator[str]:
         if self.warmup_epochs >= self.epochs and self.max_steps is None:
             needed = f"needs to be below epochs ({self.epochs}); set both"
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs:g}, {needed}")
-        return self
+            yield f"warmup_epochs is {self.warmup_epochs:g}, {needed}"
 
 
 class PretrainConfig(TrainConfig):
@@ -328,18 +320,13 @@ class StepConfig(Section):
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8-bit needs torchao.")
 
-    @model_validator(mode="after")
-    def _check(self) -> StepConfig:
-        problems = []
+    def _problems(self) -> Iterator[str]:
         if self.compile is False and self.cuda_graphs is True:
-            problems.append("cuda_graphs is true with compile false; needs compile true or auto")
+            yield "cuda_graphs is true with compile false; needs compile true or auto"
         if self.compile is False and self.activation_budget < 1:
-            problems.append(
-                "activation_budget is below 1 with compile false; set checkpoint instead"
-            )
+            yield "activation_budget is below 1 with compile false; use checkpoint"
         if self.compile is True and self.checkpoint != "none":
-            problems.append("checkpoint is set with compile true; lower activation_budget instead")
-        return _raise(self, problems)
+            yield "checkpoint is set with compile true; lower activation_budget instead"
 
 
 class Config(Section):
@@ -361,12 +348,10 @@ class Config(Section):
     probe: ProbeConfig = ProbeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
-    @model_validator(mode="after")
-    def _check_pool(self) -> Config:
+    def _problems(self) -> Iterator[str]:
         for section in ("finetune", "probe"):
             if getattr(self, section).pool == "cls" and not self.model.cls_token:
-                raise ValueError(f"{section}.pool is 'cls', which needs model.cls_token=true")
-        return self
+                yield f"{section}.pool is 'cls', which needs model.cls_token=true"
 
 
 def shipped_configs() -> dict[str, str]:
