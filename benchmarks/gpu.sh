@@ -44,8 +44,7 @@ run() {
       'nvidia-smi; "$0" -m mae_kernels; "$0" -m torch.utils.collect_env' "$python" ;;
     tests) stage tests 38 "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" -m gpu \
       --junitxml="$out/tests.xml" tests ;;
-    sanitize) stage sanitize 14 "$python" tools/sanitize.py \
-      --seconds "$(share 13)" --json "$out/sanitize.json" ;;
+    sanitize) stage sanitize 14 "$python" tools/sanitize.py --seconds "$(share 13)" ;;
     bench) stage bench 30 "$python" -m benchmarks all --device cuda --out "$out" \
       --minutes "$(awk -v s="$(share 28)" 'BEGIN { print s / 60 }')" ;;
     tune) stage tune 8 "$python" tools/tune.py --out "$out" \

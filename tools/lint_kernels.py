@@ -21,34 +21,28 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 import mae_kernels as mk
-from mae_kernels._runtime import INTERPRET, Launch, record_launches, triton_module
+from mae_kernels._runtime import INTERPRET, Launch, record_launches
 
 # sm: KiB of shared memory that one block may use (CUDA C++ Programming Guide, compute capabilities)
 SHARED_LIMITS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 ARCHITECTURES = tuple(SHARED_LIMITS)
 # before sm_80 Triton multiplies matrices without tensor cores
 TENSOR_CORES_FROM = 80
-# kernels that scatter small integers: no layout allows 16-byte accesses
-SCATTERS = ("invert_kernel", "masking_kernel")
 # images per call; a kernel's specialisation does not depend on it, if it is a multiple of 16
 BATCH = 64
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.uint8: "u8",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.bool: "i1",
-}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
 
 
 class Row(NamedTuple):
@@ -67,10 +61,8 @@ class Row(NamedTuple):
 def lint(arch: int, select: Callable[[mk.Sample], bool] = lambda sample: True) -> list[Row]:
     """Compile what the selected "model" samples launch on sm_<arch>, each kernel variant once.
 
-    Raises RuntimeError under the interpreter, without triton, or if a sample launches no kernel.
+    Raises RuntimeError if a sample launches no kernel.
     """
-    if INTERPRET:
-        raise RuntimeError("lint: got TRITON_INTERPRET=1, needs the compiler (unset it)")
     rows, seen = [], set()
     for sample in mk.samples():
         runs_here = sample.min_arch <= arch <= sample.max_arch
@@ -126,10 +118,6 @@ def specialise(launch: Launch) -> Specialised:
 
 def judge(sample: str, launch: Launch, arch: int, wide: bool = True) -> Row:
     """Compile one launch for sm_<arch>, check the rules; `wide`: 16-byte accesses are possible."""
-    triton = triton_module()
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     signature, constants, attributes, options = specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -138,16 +126,16 @@ def judge(sample: str, launch: Launch, arch: int, wide: bool = True) -> Row:
     kernel = launch.kernel.fn.__name__.strip("_")
     vectors = re.findall(r"(?:ld|st)\.global\S*\.v(\d)\.b32", ptx)
     widest = max([4 * int(n) for n in vectors], default=4)
-    has_dot = "tt.dot" in built.asm["ttir"] and arch >= TENSOR_CORES_FROM
+    needs_mma = "tt.dot" in built.asm["ttir"] and arch >= TENSOR_CORES_FROM
+    has_mma = re.search(r"mma\.sync|wgmma|tcgen05\.mma", ptx)
     limit = SHARED_LIMITS[arch]
     rules = {
         f"{stack} bytes of stack": stack or "st.local" in ptx,
         f"{shared} bytes of shared memory, limit {limit} KiB": shared > limit * 1024,
         "fp64 arithmetic": re.search(r"\.f64\b", ptx),
         "a trap instead of the kernel": "trap;" in ptx,
-        "a dot without tensor cores": has_dot
-        and not re.search(r"mma\.sync|wgmma|tcgen05\.mma", ptx),
-        f"no access of 16 bytes, widest {widest}": wide and widest < 16 and kernel not in SCATTERS,
+        "a dot without tensor cores": needs_mma and not has_mma,
+        f"no access of 16 bytes, widest {widest}": wide and widest < 16,
     }
     problems = tuple(problem for problem, broken in rules.items() if broken)
     return Row(sample, kernel, arch, registers, stack, shared, widest, problems)
@@ -155,7 +143,7 @@ def judge(sample: str, launch: Launch, arch: int, wide: bool = True) -> Row:
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of stack, from the cuobjdump that comes with triton."""
-    folder = Path(triton_module().__file__).parent / "backends" / "nvidia" / "bin"
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -165,16 +153,6 @@ def resources(cubin: bytes) -> tuple[int, int]:
     if found is None:
         raise RuntimeError(f"lint: cuobjdump reported no resources: {printed[-300:]}")
     return int(found[1]), int(found[2]) + int(found[3])
-
-
-def table(rows: Collection[Row]) -> str:
-    """The rows as a Markdown table."""
-    names = ("sample", "kernel", "sm", "registers", "stack B", "shared B", "widest access B")
-    lines = ["| " + " | ".join((*names, "problems")) + " |", "|---" * 8 + "|"]
-    for row in rows:
-        problems = "; ".join(row.problems) or "none"
-        lines.append("| " + " | ".join(map(str, (*row[:-1], problems))) + " |")
-    return "\n".join(lines)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -187,8 +165,13 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="NAME")
     args = parser.parse_args(words)
+    if INTERPRET:
+        parser.error("got TRITON_INTERPRET=1, needs the compiler (unset it)")
     rows = [row for arch in args.arch for row in lint(arch, lambda s: s.op in args.op)]
-    print(table(rows))
+    names = ("sample", "kernel", "sm", "registers", "stack B", "shared B", "widest access B")
+    print("| " + " | ".join((*names, "problems")) + " |", "|---" * 8 + "|", sep="\n")
+    for row in rows:
+        print("| " + " | ".join(map(str, (*row[:-1], "; ".join(row.problems) or "none"))) + " |")
     return 1 if any(row.problems for row in rows) else 0
 
 

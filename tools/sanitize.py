@@ -20,7 +20,6 @@ Exit codes: 0 no errors, 1 errors found, failed or not run, 2 bad arguments or n
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -28,9 +27,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernels"))
@@ -161,95 +160,7 @@ def run_case(case: Case, device: torch.device) -> str:
     return "ok" if finite or case.spoiled else "a result is not finite"
 
 
-# ---------------------------------------------------------------------- the checker's output
-class Output(NamedTuple):
-    """Reports as (case, text), the result that each case printed, errors in the summaries."""
-
-    reports: list[tuple[str | None, str]]
-    ended: dict[str, str]
-    totals: list[int]
-
-
-PREFIX = re.compile(r"=========(\s*)(.*)")
-SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) ")
-# lines that belong to the report above them; not every version indents them
-DETAILS = (
-    r"(at|by thread|Address|Access to|and is|and (Read|Write) access|Saved host|Host Frame|"
-    r"Device Frame|in|Read Thread|Write Thread|Current Value)\b"
-)
-# that the program failed is known from its own lines and its exit code
-IGNORED = (
-    "COMPUTE-SANITIZER|LEAK SUMMARY|Error: process didn't terminate successfully|"
-    "Target application returned an error"
-)
-
-
-def parse(text: str) -> Output:
-    """Every line of the checker that is not known to be something else counts as a report."""
-    out = Output([], {}, [])
-    case: str | None = None
-    place_follows = False
-    for line in text.splitlines():
-        found = PREFIX.fullmatch(line)
-        if line.startswith(BEGIN):
-            case = line.removeprefix(BEGIN)
-        elif line.startswith(END):
-            name, _, out.ended[name] = line.removeprefix(END).partition(": ")
-            case = None
-        elif found is None or not found[2] or re.match(IGNORED, found[2]):
-            continue
-        elif summary := SUMMARY.match(found[2]):
-            out.totals.append(int(summary[1]))
-        elif len(found[1]) <= 1 and not re.match(DETAILS, found[2]):
-            out.reports.append((case, found[2]))
-            place_follows = True
-        elif place_follows:
-            # the first detail names the kernel and its line
-            out.reports[-1] = (out.reports[-1][0], f"{out.reports[-1][1]} {found[2]}")
-            place_follows = False
-    return out
-
-
-class Row(NamedTuple):
-    """A line of the table: the first report, or why there is no result."""
-
-    tool: str
-    op: str
-    errors: int
-    text: str
-    ok: bool
-
-
-def rows(tool: str, out: Output, ended: str, case_ops: dict[str, str]) -> Iterator[Row]:
-    """One row per op, and one for the rest. `ended`: how the process ended, "" if as it should."""
-    for op in dict.fromkeys(case_ops.values()):
-        names = [name for name, its_op in case_ops.items() if its_op == op]
-        problems = [f"{case}: {text}" for case, text in out.reports if case in names]
-        errors = len(problems)
-        for name in names:
-            result = out.ended.get(name, f"not run: {ended or 'the process ended before'}")
-            problems += [] if result.startswith("ok") else [f"{name}: {result}"]
-        yield Row(tool, op, errors, (problems or [f"ok, {len(names)} cases"])[0], not problems)
-    problems = [text for case, text in out.reports if case not in case_ops]
-    errors = len(problems)
-    missing = sum(out.totals) - len(out.reports)
-    if missing > 0:
-        problems.append(f"{missing} more in its summary than were understood; read its output")
-    if ended or not out.totals:
-        problems.append(ended or "no summary: the checker did not finish")
-    if problems:
-        yield Row(tool, "(all)", errors + max(missing, 0), problems[0], False)
-
-
 # ------------------------------------------------------------------------------ run the tools
-def find_sanitizer(root: Path = Path("/usr/local")) -> str | None:
-    """In PATH, in <root>/cuda/bin, or in the newest <root>/cuda-*/bin."""
-    versions = sorted(root.glob("cuda-*"), key=lambda p: list(map(int, re.findall(r"\d+", p.name))))
-    folders = [str(folder / "bin") for folder in (root / "cuda", *reversed(versions))]
-    path = os.pathsep.join([os.environ.get("PATH", ""), *folders])
-    return shutil.which("compute-sanitizer", path=path)
-
-
 def command(sanitizer: str, tool: str, *words: str) -> list[str]:
     """Only the package's kernels are checked, except by initcheck, which must see who writes."""
     source = "".join(file.read_text() for file in (ROOT / "kernels/mae_kernels").glob("*.py"))
@@ -265,67 +176,78 @@ def run(words: Sequence[str], limit_s: float) -> tuple[str, str]:
     # every tensor in its own allocation, so that the checker knows its bounds
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
     env |= {"TRITON_INTERPRET": "0", "MAE_KERNELS_BACKEND": "auto"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    out = subprocess.PIPE
     process = subprocess.Popen(
-        words, env=env, start_new_session=True, text=True, errors="replace", **pipes
+        words, env=env, start_new_session=True, stdout=out, stderr=subprocess.STDOUT
     )
+    ended = ""
     try:
         printed, _ = process.communicate(timeout=max(limit_s, 1))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        return process.communicate()[0], f"stopped after {limit_s:.0f} s"
+        printed, ended = process.communicate()[0], f"stopped after {limit_s:.0f} s"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return printed, "" if process.returncode in (0, FOUND) else f"exit code {process.returncode}"
+    if not ended and process.returncode not in (0, FOUND):
+        ended = f"exit code {process.returncode}"
+    return printed.decode(errors="replace"), ended
 
 
-def check(sanitizer: str, tool: str, ops: Sequence[str], limit_s: float) -> list[Row]:
-    """The row of the self-test and, unless the tool is blind, one per op."""
+def verdict(printed: str, ended: str, cases: int) -> str:
+    """ "ok, ..." only if the checker and all cases finished and reported nothing."""
+    results = re.findall(rf"^{END}(.*?): (.*)$", printed, re.M)
+    reported = re.findall(rf"^{BEGIN}(.*)\n=========", printed, re.M)
+    failed = [f"{name}: {result}" for name, result in results if result != "ok"]
+    if failed:
+        return failed[0]
+    if reported:
+        return f"errors in {', '.join(reported)}"
+    if ended or len(results) < cases:
+        return ended or f"{cases - len(results)} cases were not run"
+    if not re.search(r"^=+ \w+ SUMMARY: 0 ", printed, re.M):
+        return "errors, or no summary of the checker; read its output"
+    return f"ok, {cases} cases"
+
+
+def check(sanitizer: str, tool: str, ops: Sequence[str], limit_s: float) -> str:
+    """The verdict, BLIND if the tool does not report the deliberate fault."""
     start, expected = time.monotonic(), TOOLS[tool][1]
     printed, ended = run(command(sanitizer, tool, "fault", "--tool", tool), limit_s)
-    seen = next((text for _, text in parse(printed).reports if expected in text), None)
-    if seen is None:
-        print(printed[-3000:], flush=True)
+    if expected not in printed:
         why = ended or f"no report {expected!r} of the deliberate fault"
-        return [Row(tool, "self-test", 0, f"BLIND: {why}; its cases were not run", False)]
-    found = [Row(tool, "self-test", 1, f"ok, the fault is reported: {seen}", True)]
-    words = command(sanitizer, tool, "cases", "--op", *ops)
-    printed, ended = run(words, limit_s - (time.monotonic() - start))
-    case_ops = {name: case.sample.op for name, case in cases(ops).items()}
-    found += rows(tool, parse(printed), ended, case_ops)
-    if not all(row.ok for row in found):
-        print("\n".join(printed.splitlines()[:60]), flush=True)
+        found = f"BLIND: {why}; its cases were not run"
+    else:
+        words = command(sanitizer, tool, "cases", "--op", *ops)
+        printed, ended = run(words, limit_s - (time.monotonic() - start))
+        found = verdict(printed, ended, len(cases(ops)))
+    if not found.startswith("ok"):
+        print(printed[:20000], flush=True)
     return found
 
 
 def check_all(args: argparse.Namespace) -> int:
-    sanitizer = find_sanitizer()
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    sanitizer = shutil.which("compute-sanitizer", path=path)
     if sanitizer is None:
         print(
-            "error: compute-sanitizer is not in PATH or /usr/local/cuda*/bin. It is part of the "
+            "error: compute-sanitizer is not in PATH or /usr/local/cuda/bin. It is part of the "
             "CUDA toolkit: install the toolkit or its package cuda-sanitizer-X-Y (X-Y = the "
             "toolkit's version, as in 13-0), or add its folder to PATH",
             file=sys.stderr,
         )
         return 2
-    end, found, todo = time.monotonic() + args.seconds, list[Row](), list(args.tool)
+    end, found = time.monotonic() + args.seconds, dict.fromkeys(args.tool, "interrupted")
     try:
-        while todo:
-            limit_s = (end - time.monotonic()) / len(todo)
-            print(f"{todo[0]}: at most {limit_s:.0f} s", flush=True)
-            found += check(sanitizer, todo[0], args.op, limit_s)
-            del todo[0]
+        for i, tool in enumerate(found):
+            limit_s = (end - time.monotonic()) / (len(found) - i)
+            print(f"{tool}: at most {limit_s:.0f} s", flush=True)
+            found[tool] = check(sanitizer, tool, args.op, limit_s)
     except KeyboardInterrupt:
-        found += [Row(tool, "(all)", 0, "interrupted", False) for tool in todo]
-    if args.json:
-        args.json.write_text(json.dumps([row._asdict() for row in found], indent=1) + "\n")
-    for row in found:
-        print(f"{row.tool:10} {row.op:28} {row.errors:6}  {row.text}")
-    good = sum(row.ok for row in found)
-    print(f"{good} of {len(found)} rows ok")
-    return 0 if good == len(found) else 1
+        pass
+    for tool, text in found.items():
+        print(f"{tool:10} {text}")
+    return 0 if all(text.startswith("ok") for text in found.values()) else 1
 
 
 def run_cases(args: argparse.Namespace) -> int:
@@ -337,7 +259,7 @@ def run_cases(args: argparse.Namespace) -> int:
         print(f"{BEGIN}{name}", flush=True)
         results.append(run_case(case, torch.device(args.device)))
         print(f"{END}{name}: {results[-1]}", flush=True)
-    return 0 if all(result.startswith("ok") for result in results) else 1
+    return 0 if set(results) <= {"ok"} else 1
 
 
 def run_fault(args: argparse.Namespace) -> int:
@@ -357,7 +279,6 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="NAME")
     parser.add_argument("--seconds", type=float, default=300.0, help="for all tools together")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="of `cases`")
     args = parser.parse_args(words)
     if args.action != "check" and args.device == "cuda" and not torch.cuda.is_available():

@@ -150,21 +150,21 @@ def tuned_kernels(s: Shape) -> list[TunedKernel]:
         place = importlib.import_module(f"mae_kernels.{module}")
         found.append(TunedKernel(op, phase, kernel, place, s, tuple(tried)))
 
+    losses, forward, backward = "_loss_kernels", "losses_kernel", "losses_backward_kernel"
     op = "masked_reconstruction_loss"
     tried = tiles((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4), (4, 8))
-    add(op, "reconstruction", FORWARD, "loss_kernel", tried)
-    add(op, "reconstruction", BOTH, "loss_backward_kernel", tried)
+    add(op, losses, FORWARD, forward, tried)
+    add(op, losses, BOTH, backward, tried)
 
     op = "distillation_loss"
     groups = ((128, 4), (128, 8), (128, 16), (64, 8), (256, 4), (256, 8))
     tried = [Candidate({"FORWARD_GROUPS": count}, warps) for count, warps in groups]
-    add(op, "distillation", FORWARD, "distillation_kernel", tried)
-    tried = [Candidate(warps=warps) for warps in (4, 8, 16)]
-    add(op, "distillation", BOTH, "distillation_backward_kernel", tried)
+    add(op, losses, FORWARD, forward, tried)
+    add(op, losses, BOTH, backward, [Candidate(warps=warps) for warps in (4, 8, 16)])
 
     tried = [_merged(*one) for one in ((2, 4), (4, 4), (2, 8), (4, 8), (8, 8), (4, 16), (8, 16))]
-    add("sssd_loss", "sssd", FORWARD, "sssd_kernel", tried)
-    add("sssd_loss", "sssd", BOTH, "sssd_backward_kernel", tried)
+    add("sssd_loss", losses, FORWARD, forward, tried)
+    add("sssd_loss", losses, BOTH, backward, tried)
 
     rows: tuple[tuple[int, ...], ...] = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 4), (8, 4), (8, 8))
     add("restore_tokens", "restore", FORWARD, "restore_kernel", tiles(*rows, (16, 8), block=512))
@@ -176,9 +176,6 @@ def tuned_kernels(s: Shape) -> list[TunedKernel]:
     add("gather_patches", "patches", FORWARD, "gather_kernel", tried)
     tried = tiles((2, 1), (4, 2), (4, 4), (8, 2), (8, 4), (8, 8), (16, 8), block=256)
     add("embed_patches", "patches", FORWARD, "add_positions_kernel", tried)
-    tried = tiles((8, 2), (16, 4), (32, 8), block=256) + tiles((8, 4), (16, 4), block=128)
-    tried += tiles((32, 4), block=64)
-    add("embed_patches", "patches", BOTH, "sum_positions_kernel", tried)
 
     rows = ((1, 1), (2, 2), (2, 4), (4, 2), (4, 8), (8, 4))
     tried = tiles(*rows, block=512) + tiles((1, 2), block=1024)
@@ -212,7 +209,7 @@ def _tile(block: int | None, rows: int, warps: int, programs: int | None = None)
 
 
 def _merged(rows: int, warps: int) -> Candidate:
-    """The SSSD kernels get the constants of two others."""
+    """The kernels of sssd_loss get the constants of both losses."""
     own = {"num_warps": warps, "ROWS": rows}
     return Candidate({"_constants": lambda pixels, logits: {**pixels, **logits, **own}})
 

@@ -38,11 +38,10 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, needs a torch.Tensor")
 
 
-def check_dtype(name: str, x: object, dtype: torch.dtype) -> None:
+def check_dtype(name: str, x: Tensor, dtype: torch.dtype, hint: str = "") -> None:
     check_tensor(name, x)
-    assert isinstance(x, Tensor)
     if x.dtype != dtype:
-        raise TypeError(f"{name}: got dtype {x.dtype}, needs {dtype}")
+        raise TypeError(f"{name}: got dtype {x.dtype}, needs {dtype}{hint}")
 
 
 def check_floating(name: str, x: Tensor) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ._runtime import jit, tl
 
 # What the public functions take as mean and std: one number for all channels, or one per channel
-Numbers = float | Sequence[float] | Tensor | None
+Numbers = float | Sequence[float] | None
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
@@ -40,84 +40,43 @@ def pixel_stats(images: Tensor, mean: Numbers, std: Numbers) -> Tensor | None:
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     if mean is None and std is None and unit == 1:
         return None
-    channels = int(images.shape[1])
-    mean = 0.0 if mean is None else mean
-    std = 1.0 if std is None else std
-    dtype = torch.float64 if images.device.type == "cpu" else torch.float32
-    if isinstance(mean, Tensor) or isinstance(std, Tensor):
-        m = _tensor_per_channel("mean", mean, channels, images, dtype)
-        s = _tensor_per_channel("std", std, channels, images, dtype)
-        return torch.stack([m, s, 1 / (unit * s), -m / s])
-    means = _numbers_per_channel("mean", mean, channels)
-    stds = _numbers_per_channel("std", std, channels)
+    means = _per_channel("mean", 0.0 if mean is None else mean, images)
+    stds = _per_channel("std", 1.0 if std is None else std, images)
     if not all(s > 0 for s in stds):
         raise ValueError(f"std: got {stds}, needs positive numbers")
+    shifts = tuple(-m / s for m, s in zip(means, stds, strict=True))
+    rows = (means, stds, tuple(1 / (unit * s) for s in stds), shifts)
+    device = images.device
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
     plain = type(images) is Tensor and not torch.compiler.is_compiling()
     if plain and not (images.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return _kept_stats(means, stds, unit, images.device, dtype)
+        return _kept_stats(rows, device, dtype)
     # in a trace, on fake tensors and in a CUDA graph's capture: fills on the device, which a
     # compiler joins to one kernel
-    rows = _rows(means, stds, unit)
-    fills = [torch.full((1,), x, dtype=dtype, device=images.device) for row in rows for x in row]
-    return torch.cat(fills).view(4, channels)
-
-
-def _rows(
-    means: tuple[float, ...], stds: tuple[float, ...], unit: float
-) -> tuple[Sequence[float], ...]:
-    scales = [1 / (unit * s) for s in stds]
-    shifts = [-m / s for m, s in zip(means, stds, strict=True)]
-    return means, stds, scales, shifts
+    fills = [torch.full((1,), x, dtype=dtype, device=device) for row in rows for x in row]
+    return torch.cat(fills).view(4, len(means))
 
 
 @functools.lru_cache(maxsize=256)
 def _kept_stats(
-    means: tuple[float, ...],
-    stds: tuple[float, ...],
-    unit: float,
-    device: torch.device,
-    dtype: torch.dtype,
+    rows: tuple[tuple[float, ...], ...], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Copied to the device once per set of numbers: a copy per call would wait for the host."""
-    with torch.inference_mode(
-        False
-    ):  # a tensor made in inference mode could not be saved for a backward
-        return torch.tensor(_rows(means, stds, unit), dtype=dtype, device=device)
+    # a tensor made in inference mode could not be saved for a backward
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=dtype, device=device)
 
 
-def _numbers_per_channel(
-    name: str, value: float | Sequence[float], channels: int
-) -> tuple[float, ...]:
-    if isinstance(value, (int, float)):
-        return (float(value),) * channels
-    values = tuple(float(v) for v in value)
+def _per_channel(name: str, value: float | Sequence[float], images: Tensor) -> tuple[float, ...]:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: got a tensor, needs Python numbers (use .tolist())")
+    values = (value,) if isinstance(value, (int, float)) else tuple(value)
+    channels = int(images.shape[1])
     if len(values) not in (1, channels):
-        raise ValueError(_wrong_number(name, len(values), channels))
-    return values if len(values) == channels else values * channels
-
-
-def _tensor_per_channel(
-    name: str,
-    value: float | Sequence[float] | Tensor,
-    channels: int,
-    images: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The values of a tensor are not checked: that would wait for the GPU."""
-    if not isinstance(value, Tensor):
-        numbers = _numbers_per_channel(name, value, channels)
-        return torch.cat([torch.full((1,), v, dtype=dtype, device=images.device) for v in numbers])
-    if value.numel() not in (1, channels):
-        raise ValueError(_wrong_number(name, value.numel(), channels))
-    if value.device != images.device:
         raise ValueError(
-            f"{name}: got device {value.device}, needs the device of images, {images.device}"
+            f"{name}: got {len(values)} numbers, needs one, or one per image channel = {channels}"
         )
-    return value.detach().to(dtype).flatten().expand(channels)
-
-
-def _wrong_number(name: str, got: int, channels: int) -> str:
-    return f"{name}: got {got} numbers, needs one, or one per image channel = {channels}"
+    return tuple(float(v) for v in values) * (channels // len(values))
 
 
 def listed_pixels(
@@ -133,9 +92,8 @@ def listed_pixels(
     """
     grid_cols = images_BCHW.shape[3] // patch_size
     # a view for any strides: unflatten only splits dimensions
-    x = torch.unflatten(
-        torch.unflatten(images_BCHW, 3, (grid_cols, patch_size)), 2, (-1, patch_size)
-    )  # B C gr P gc P
+    x = torch.unflatten(images_BCHW, 3, (grid_cols, patch_size))
+    x = torch.unflatten(x, 2, (-1, patch_size))  # B C gr P gc P
     x = x.permute(0, 2, 4, 1, 3, 5) if order == "crp" else x.permute(0, 2, 4, 3, 5, 1)
     if ids_BK is None:
         x = x.flatten(1, 2)

@@ -8,11 +8,13 @@ op. Triton is optional: without it the kernels are plain functions that are neve
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -39,31 +41,19 @@ except ImportError:
         return kernel
 
 
-def triton_module() -> Any:
-    """The triton package. Raises RuntimeError when it is not installed."""
-    if not HAVE_TRITON:
-        raise RuntimeError(
-            "triton: not installed; the CUDA builds of torch bring it, "
-            "for others `pip install triton`"
-        )
-    return triton
-
-
 # TRITON_INTERPRET=1 makes Triton run kernels in Python on CPU tensors: for tests, with the backend
 # "triton"
 INTERPRET = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 BACKENDS = ("auto", "triton", "reference", "registered")
-OLDEST_ARCHITECTURE = 75
 
 
-def _from_environment() -> str:
-    name = os.environ.get("MAE_KERNELS_BACKEND", "auto")
+def _checked(source: str, name: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"MAE_KERNELS_BACKEND: got {name!r}, needs one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}: got {name!r}, needs one of {', '.join(BACKENDS)}")
     return name
 
 
-_backend = _from_environment()
+_backend = _checked("MAE_KERNELS_BACKEND", os.environ.get("MAE_KERNELS_BACKEND", "auto"))
 _recording: tuple[int, list[Launch] | None] | None = None
 _pretending = False  # inside `as_on_gpu`
 
@@ -81,9 +71,7 @@ def backend(name: str) -> Iterator[None]:
     force when it was traced. Raises ValueError for any other name.
     """
     global _backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, needs one of {', '.join(BACKENDS)}")
-    before, _backend = _backend, name
+    before, _backend = _backend, _checked("backend", name)
     try:
         yield
     finally:
@@ -131,15 +119,14 @@ def why_not_triton(op: str, device: torch.device, *dtypes: torch.dtype) -> str |
         return "the tensors are on the CPU"
     if device.type == "cuda" and torch.version.hip is not None:
         return "the kernels are checked for NVIDIA GPUs only"
-    if device.type == "cuda" and architecture(device) < OLDEST_ARCHITECTURE:
-        return f"the GPU is sm_{architecture(device)}, older than sm_{OLDEST_ARCHITECTURE}"
-    if device.type == "cuda" and architecture(device) < OPS[op].oldest:
-        return (
-            f"Triton has no tensor cores on sm_{architecture(device)}, before sm_{OPS[op].oldest}"
-        )
+    arch, oldest = architecture(device), OPS[op].oldest
+    if device.type == "cuda" and arch < 75:
+        return f"the GPU is sm_{arch}, older than sm_75"
+    if device.type == "cuda" and arch < oldest:
+        return f"Triton has no tensor cores on sm_{arch}, before sm_{oldest}"
     if device.type not in ("cpu", "cuda") and _recording is None:
         return f"the tensors are on a {device.type} device"
-    wide = [d for d in dtypes if d == torch.float64]
+    wide = torch.float64 in dtypes
     return "the kernels compute in fp32 and the tensors are fp64" if wide else None
 
 
@@ -205,24 +192,40 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constan
             _recording[1].append(Launch(kernel, args, constants))
     elif INTERPRET:
         kernel[grid](*args, **constants)
-    elif (
-        on.is_cuda
-        and torch.cuda.is_initialized()
-        and on.device.index != torch.cuda.current_device()
-    ):
-        with torch.cuda.device(on.device):
-            wrap_triton(kernel)[grid](*args, **constants)
     else:
-        wrap_triton(kernel)[grid](*args, **constants)
+        here = not (on.is_cuda and torch.cuda.is_initialized())
+        here = here or on.device.index == torch.cuda.current_device()
+        with nullcontext() if here else torch.cuda.device(on.device):
+            wrap_triton(kernel)[grid](*args, **constants)
+
+
+def flat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with each NamedTuple among its parameters replaced by the fields of that tuple:
+    torch.library registers functions of tensors and numbers only.
+    """
+    kinds = get_type_hints(function)
+    returned = kinds.pop("return")
+    fields = [get_type_hints(t) if hasattr(t, "_fields") else {n: t} for n, t in kinds.items()]
+
+    def flattened(*args: Any) -> Any:
+        rest, grouped = iter(args), []
+        for kind, own in zip(kinds.values(), fields, strict=True):
+            values = list(islice(rest, len(own)))
+            grouped.append(kind(*values) if hasattr(kind, "_fields") else values[0])
+        return function(*grouped)
+
+    named = [(name, kind) for own in fields for name, kind in own.items()]
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, either, annotation=kind) for name, kind in named]
+    signature = inspect.Signature(parameters, return_annotation=returned)
+    flattened.__signature__ = signature  # type: ignore[attr-defined]
+    return flattened
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """For matrix products whose dtype has been chosen already."""
-    return (
-        torch.autocast(device.type, enabled=False)
-        if device.type in ("cpu", "cuda")
-        else nullcontext()
-    )
+    on = device.type in ("cpu", "cuda")
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def product_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
@@ -236,22 +239,16 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-# Tiles of the memory-bound kernels, by (oldest architecture, widest tile row): (elements per
-# program, warps). The first line that fits holds. Chosen from the 16 bytes a thread loads at once;
-# not tuned on any GPU yet.
-TILES: tuple[tuple[int, int, int, int], ...] = (
-    (75, 1024, 2048, 4),
-    (75, 4096, 4096, 8),
-    (75, 16384, 16384, 16),
-)
-MAX_TILE_WIDTH = TILES[-1][1]
+# Tiles of the memory-bound kernels: (widest tile row, elements per program, warps). The first line
+# that fits holds. Chosen from the 16 bytes a thread loads at once; not tuned on any GPU yet.
+TILES = ((1024, 2048, 4), (4096, 4096, 8), (16384, 16384, 16))
+MAX_TILE_WIDTH = TILES[-1][0]
 
 
 def rows_per_program(device: torch.device, width: int) -> tuple[int, int]:
     """Rows of `width` values (a power of two) that one program handles, and its warps."""
-    arch = architecture(device)
-    for oldest, widest, elements, warps in TILES:
-        if arch >= oldest and width <= widest:
+    for widest, elements, warps in TILES:
+        if width <= widest:
             return max(1, min(elements // width, 64)), warps
     raise ValueError(f"width: got a tile row of {width} values, needs at most {MAX_TILE_WIDTH}")
 
@@ -271,17 +268,12 @@ def info() -> dict[str, str | None]:
     A single call can still be refused, because of its sizes or dtype; the backend "triton" raises
     the reason then.
     """
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    reasons = {}
-    for op in OPS:
-        reason = why_not_triton(op, device)
-        if _backend == "reference":
-            reason = "the backend is set to 'reference'"
-        if reason is None and device.type == "cpu" and _backend != "triton":
-            reason = "the tensors are on the CPU"
-        reasons[op] = reason
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    reasons = {op: why_not_triton(op, device) for op in OPS}
+    if _backend == "reference":
+        return dict.fromkeys(OPS, "the backend is set to 'reference'")
+    if device.type == "cpu" and _backend != "triton":
+        return {op: reason or "the tensors are on the CPU" for op, reason in reasons.items()}
     return reasons

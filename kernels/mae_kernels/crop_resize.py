@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.library import custom_op, triton_op
 
 from ._checks import can_look, check_dtype, check_int, check_same_device, check_shape
-from ._runtime import jit, launch, next_power_of_2, tl, use_triton, wants_reference
+from ._runtime import flat, jit, launch, next_power_of_2, tl, use_triton, wants_reference
 from ._samples import Draw, Made, Sample, Size, declares
 
 MAX_SIDE = 2**17  # of an image, and
@@ -62,31 +62,15 @@ class Images(NamedTuple):
 
 
 # ---- reference ----
-def _resize(crop_HWC: Tensor, h: int, w: int) -> Tensor:
-    """[C, h, w] uint8. torch has the two-pass uint8 resize on the CPU only; elsewhere it is two
-    float resizes.
-    """
-    # channels-last memory, which torch resizes without a copy
-    crop_1CHW = crop_HWC.permute(2, 0, 1)[None]
-    if crop_HWC.device.type == "cpu":
-        return F.interpolate(crop_1CHW, (h, w), mode="bicubic", antialias=True)[0]
-    return two_float_passes(crop_1CHW, h, w)[0]
-
-
-def two_float_passes(crop_1CHW: Tensor, h: int, w: int) -> Tensor:
-    x = crop_1CHW.float().contiguous()
-    for size in ((crop_1CHW.shape[2], w), (h, w)):
-        x = (F.interpolate(x, size, mode="bicubic", antialias=True) + 0.5).floor().clamp(0, 255)
-    return x.to(torch.uint8)
-
-
 def reference(x: Images, h: int, w: int, channels: int) -> Tensor:
-    """One image after the other, on the CPU in as many threads as torch uses (the resize itself
-    takes one).
+    """One image after the other, on the CPU, where torch has a resize of uint8 in two passes, in as
+    many threads as torch uses (the resize itself takes one).
     """
+    device = x.pixels.device
+    x = Images(*(t.cpu() for t in x))
     check_ranges(x, channels)
     batch = x.offsets.shape[0]
-    out_BChw = torch.empty((batch, channels, h, w), dtype=torch.uint8, device=x.pixels.device)
+    out_BChw = torch.empty((batch, channels, h, w), dtype=torch.uint8)
     starts, shapes, boxes, flips = (t.tolist() for t in x[1:])
     inference = torch.is_inference_mode_enabled()  # threads do not inherit it
 
@@ -96,18 +80,20 @@ def reference(x: Images, h: int, w: int, channels: int) -> Tensor:
                 (height, width), (top, left, rows, columns) = shapes[b], boxes[b]
                 image_T = x.pixels[starts[b] : starts[b] + height * width * channels]
                 image_HWC = image_T.view(height, width, channels)
-                resized_Chw = _resize(image_HWC[top : top + rows, left : left + columns], h, w)
+                crop_HWC = image_HWC[top : top + rows, left : left + columns]
+                # channels-last memory, which torch resizes without a copy
+                crop_1CHW = crop_HWC.permute(2, 0, 1)[None]
+                resized_Chw = F.interpolate(crop_1CHW, (h, w), mode="bicubic", antialias=True)[0]
                 out_BChw[b].copy_(resized_Chw.flip(2) if flips[b] else resized_Chw)
 
-    threads = min(torch.get_num_threads(), batch) if x.pixels.device.type == "cpu" else 1
+    threads = min(torch.get_num_threads(), batch)
     if threads <= 1:
         work(range(batch))
-        return out_BChw
-    # made for each call: 0.1 ms, and no thread that a fork would lose
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, range(t, batch, threads)) for t in range(threads)]:
-            done.result()
-    return out_BChw
+    else:
+        # made for each call: 0.1 ms, and no thread that a fork would lose
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, [range(t, batch, threads) for t in range(threads)]))
+    return out_BChw.to(device)
 
 
 # ---- kernel ----
@@ -197,9 +183,8 @@ def _crop_resize_kernel(
     i = tile // TILES_W * BLOCK_H + tl.arange(0, BLOCK_H)
     row = tl.minimum(i, H - 1)
     first_y = _first(tile // TILES_W * BLOCK_H, H, box_h)
-    last_y = _first(tl.minimum(tile // TILES_W * BLOCK_H + BLOCK_H, H) - 1, H, box_h) + _taps(
-        H, box_h
-    )
+    last_y = _first(tl.minimum(tile // TILES_W * BLOCK_H + BLOCK_H, H) - 1, H, box_h)
+    last_y += _taps(H, box_h)
     last_y = tl.where(valid, tl.minimum(last_y, box_h), first_y)
     place_y, step_y = _place(first_y, row, H, box_h), _step(H, box_h)
     r = tl.arange(0, ROWS)
@@ -247,18 +232,11 @@ def _launch(x: Images, h: int, w: int, channels: int) -> Tensor:
 
 # ---- registration ----
 @custom_op("mae_kernels::crop_resize_reference", mutates_args=())
-def _reference_op(
-    pixels: Tensor,
-    offsets: Tensor,
-    shapes: Tensor,
-    boxes: Tensor,
-    flips: Tensor,
-    size: list[int],
-    channels: int,
-) -> Tensor:
+@flat
+def _reference_op(x: Images, size: list[int], channels: int) -> Tensor:
     """A node that is not traced into: the reference depends on the values of the boxes."""
     h, w = size
-    return reference(Images(pixels, offsets, shapes, boxes, flips), h, w, channels)
+    return reference(x, h, w, channels)
 
 
 @_reference_op.register_fake
@@ -267,49 +245,37 @@ def _(pixels, offsets, shapes, boxes, flips, size, channels):
 
 
 @triton_op("mae_kernels::crop_resize", mutates_args=())
-def _crop_resize_op(
-    pixels: Tensor,
-    offsets: Tensor,
-    shapes: Tensor,
-    boxes: Tensor,
-    flips: Tensor,
-    size: list[int],
-    channels: int,
-) -> Tensor:
-    if use_triton("crop_resize", pixels.device):
+@flat
+def _crop_resize_op(x: Images, size: list[int], channels: int) -> Tensor:
+    if use_triton("crop_resize", x.pixels.device):
         h, w = (int(n) for n in size)
-        return _launch(Images(pixels, offsets, shapes, boxes, flips), h, w, channels)
-    return _reference_op(pixels, offsets, shapes, boxes, flips, size, channels)
+        return _launch(x, h, w, channels)
+    return _reference_op(*x, size, channels)
 
 
 # ---- checks ----
 def check_ranges(x: Images, channels: int) -> None:
     """Images inside `pixels`, boxes inside their images; waits for the device."""
-    (height, width) = x.shapes.unbind(1)
-    (top, left, rows, columns) = x.boxes.unbind(1)
+    height, width = x.shapes.unbind(1)
+    top, left, rows, columns = x.boxes.unbind(1)
     big = ((x.shapes < 1) | (x.shapes > MAX_SIDE)).any(1)
     out = (x.offsets < 0) | (x.offsets > x.pixels.shape[0] - height * width * channels)
     cut = (top < 0) | (left < 0) | (rows < 1) | (columns < 1)
     cut |= (top > height - rows) | (left > width - columns)
-    if not bool((big | out | cut).any()):
-        return
-    b = int((big | out | cut).nonzero()[0, 0])
-    (at,), (height, width), box = (t[b].reshape(-1).tolist() for t in x[1:4])
-    which = f"for image {b}"
-    if big[b]:
-        needs = f"needs sides from 1 to {MAX_SIDE}"
-        raise ValueError(f"shapes: got {height} x {width} {which}, {needs}")
-    if out[b]:
-        last = at + height * width * channels
+    for b in (big | out | cut).nonzero()[:1, 0].tolist():
+        (at,), (h, w), box = (t[b].reshape(-1).tolist() for t in x[1:4])
+        which = f"for image {b}"
+        if big[b]:
+            raise ValueError(f"shapes: got {h} x {w} {which}, needs sides from 1 to {MAX_SIDE}")
+        if out[b]:
+            raise ValueError(
+                f"offsets: got {at} {which}, which ends at {at + h * w * channels}, "
+                f"needs it inside the {x.pixels.shape[0]} of pixels"
+            )
         raise ValueError(
-            f"offsets: got {at} {which}, which ends at {last}, "
-            f"needs it inside the {x.pixels.shape[0]} of pixels"
+            f"boxes: got (top, left, height, width) = {tuple(box)} {which}, "
+            f"needs at least one pixel, all inside the image's {h} x {w}"
         )
-    raise ValueError(
-        f"boxes: got (top, left, height, width) = {tuple(box)} {which}, "
-        f"needs at least one pixel, all inside the image's "
-        f"{height} x {width}"
-    )
 
 
 def _check_arguments(x: Images, size: Sequence[int], channels: int) -> tuple[int, int]:
@@ -317,25 +283,20 @@ def _check_arguments(x: Images, size: Sequence[int], channels: int) -> tuple[int
     check_shape("pixels", x.pixels, (None,), "[T]")
     if not x.pixels.is_contiguous():
         raise ValueError(f"pixels: got stride {x.pixels.stride(0)}, needs contiguous memory")
-    check_dtype("offsets", x.offsets, torch.int64)
-    check_shape("offsets", x.offsets, (None,), "[B]")
-    batch = x.offsets.shape[0]
-    for name, t, dtype, shape, meaning in (
-        ("shapes", x.shapes, torch.int64, (batch, 2), "[B, 2]"),
-        ("boxes", x.boxes, torch.int64, (batch, 4), "[B, 4]"),
-        ("flips", x.flips, torch.bool, (batch,), "[B]"),
+    for name, t, more, meaning in (
+        ("offsets", x.offsets, (), "[B]"),
+        ("shapes", x.shapes, (2,), "[B, 2]"),
+        ("boxes", x.boxes, (4,), "[B, 4]"),
+        ("flips", x.flips, (), "[B]"),
     ):
-        check_dtype(name, t, dtype)
-        check_shape(name, t, shape, meaning)
-    for name, t in zip(x._fields, x, strict=True):
+        check_dtype(name, t, torch.bool if name == "flips" else torch.int64)
+        batch = None if name == "offsets" else x.offsets.shape[0]
+        check_shape(name, t, (batch, *more), meaning)
         check_same_device(name, t, "pixels", x.pixels)
     if not isinstance(size, Sequence) or len(size) != 2:
         raise ValueError(f"size: got {size!r}, needs two ints (h, w)")
-    for name, n, most in (
-        ("size", size[0], MAX_RESULT),
-        ("size", size[1], MAX_RESULT),
-        ("channels", channels, MAX_CHANNELS),
-    ):
+    limits = (("size", MAX_RESULT), ("size", MAX_RESULT), ("channels", MAX_CHANNELS))
+    for (name, most), n in zip(limits, (*size, channels), strict=True):
         check_int(name, n, 1)
         if n > most:
             raise ValueError(f"{name}: got {n}, needs at most {most}")
@@ -388,11 +349,9 @@ def _sample(
     """
 
     def make(draw: Draw) -> Made:
-        ends = [*itertools.accumulate(place[0] * place[1] * channels for place in places)]
-        rows = [
-            [end - place[0] * place[1] * channels, *place]
-            for end, place in zip(ends, places, strict=True)
-        ]
+        sizes = [place[0] * place[1] * channels for place in places]
+        ends = [*itertools.accumulate(sizes, initial=0)]
+        rows = [[start, *place] for start, place in zip(ends, places, strict=False)]
         # columns of one tensor: the op takes them with any strides
         chosen = [rows[b % len(rows)] for b in range(draw.batch)]
         table = torch.tensor(chosen, device=draw.device).reshape(draw.batch, 7)

@@ -32,18 +32,11 @@ from ._checks import (
     check_shape,
     check_vector,
 )
+from ._loss_kernels import Scalars, Target, launch_losses, launch_losses_backward, target_refusal
 from ._pixels import Numbers, accumulate_dtype
-from ._runtime import no_autocast, product_dtype, use_triton, wants_reference
+from ._runtime import flat, no_autocast, product_dtype, use_triton, wants_reference
 from ._samples import CT_16, RGB_16, Case, Draw, Made, Sample, Size, declares
-from .reconstruction import (
-    Norm,
-    Target,
-    check_target,
-    difference,
-    launch_loss_backward,
-    launch_loss_rows,
-    refusal,
-)
+from .reconstruction import Norm, check_target, difference
 from .reconstruction import reference as loss_reference
 
 CHUNKS = 8
@@ -67,103 +60,85 @@ def _predict(hidden_BMD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Te
 
 # ---- registration ----
 @triton_op("mae_kernels::linear_reconstruction_loss", mutates_args=())
+@flat
 def _linear_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    images: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    stats: Tensor | None,
-    patch_size: int,
-    norm: str,
-    eps: float,
+    target: Target,
     dtype: torch.dtype,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, and the gradients of hidden, weight and bias up to a factor (empty when not needed);
-    mask is None.
+    the target has ids.
     """
-    op = "linear_reconstruction_loss"
-    refused = refusal(weight.shape[0], images.shape[1], norm)
-    triton = use_triton(
-        op, hidden.device, hidden.dtype, weight.dtype, images.dtype, dtype, refused=refused
-    )
-    acc = accumulate_dtype(hidden, weight, images)
+    ids, device = target.ids, hidden.device
+    assert ids is not None
+    dtypes = (hidden.dtype, weight.dtype, target.images.dtype, dtype)
+    refused = target_refusal(target)
+    triton = use_triton("linear_reconstruction_loss", device, *dtypes, refused=refused)
+    acc = accumulate_dtype(hidden, weight, target.images)
     w_VD, b_V = weight.to(dtype), None if bias is None else bias.to(dtype)
-    unit = torch.ones((), dtype=acc, device=hidden.device)
+    unit = torch.ones((), dtype=acc, device=device)
     # the backward of the loss multiplies by 2 grad / (V count)
-    grad = torch.full((), KEPT_SCALE * weight.shape[0] / 2, dtype=acc, device=hidden.device)
+    grad = torch.full((), KEPT_SCALE * weight.shape[0] / 2, dtype=acc, device=device)
+    scalars = Scalars(grad, grad, grad, unit)
     losses = []
-    dhidden_BMD = torch.empty(
-        hidden.shape if needs_grad else (0,), dtype=hidden.dtype, device=hidden.device
-    )
-    dweight_VD = torch.zeros(weight.shape if needs_grad else (0,), dtype=acc, device=hidden.device)
-    dbias_V = torch.zeros(weight.shape[:1] if needs_grad else (0,), dtype=acc, device=hidden.device)
+    shapes = [hidden.shape, weight.shape, weight.shape[:1]] if needs_grad else [(0,)] * 3
+    dhidden_BMD = torch.empty(shapes[0], dtype=hidden.dtype, device=device)
+    dweight_VD, dbias_V = (torch.zeros(shape, dtype=acc, device=device) for shape in shapes[1:])
     masked = ids.shape[1]
     chunks = max(1, min(CHUNKS, masked))
     for i in range(chunks):
         first, last = masked * i // chunks, masked * (i + 1) // chunks
         h_BMD = hidden.narrow(1, first, last - first).to(dtype)
         pred_BMV = _predict(h_BMD, w_VD, b_V)
-        ids_part = ids.narrow(1, first, last - first)
-        target = Target(images, ids_part, mask, stats, patch_size, norm, eps)
+        chunk = target._replace(ids=ids.narrow(1, first, last - first))
         if triton:
-            losses.append(launch_loss_rows(pred_BMV, target))
-            dpred_BMV = launch_loss_backward(grad, unit, pred_BMV, target) if needs_grad else None
+            losses.append(launch_losses(pred_BMV, chunk)[0])
+            dpred_BMV = None
+            if needs_grad:
+                dpred_BMV = launch_losses_backward(scalars, pred_BMV, chunk)[0]
         else:
-            d_BMV = difference(pred_BMV, target)
+            d_BMV = difference(pred_BMV, chunk)
             losses.append(d_BMV.square().mean(2))
             dpred_BMV = (KEPT_SCALE * d_BMV).to(dtype) if needs_grad else None
         if dpred_BMV is not None:
-            with no_autocast(hidden.device):
+            with no_autocast(device):
                 dhidden_BMD.narrow(1, first, last - first).copy_(dpred_BMV @ w_VD)
                 dweight_VD = dweight_VD + dpred_BMV.flatten(0, 1).t() @ h_BMD.flatten(0, 1)
             dbias_V = dbias_V + dpred_BMV.sum((0, 1), dtype=acc)
         del pred_BMV, dpred_BMV  # before the next part's are made
-    loss = torch.cat(losses, 1).sum() / max(ids.shape[0] * ids.shape[1], 1)
+    loss = torch.cat(losses, 1).sum() / max(ids.numel(), 1)
     return loss, dhidden_BMD, dweight_VD, dbias_V
 
 
 @triton_op("mae_kernels::linear_reconstruction_loss_backward", mutates_args=())
 def _linear_backward_op(
-    grad: Tensor,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    masked: int,
-    weight_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
+    grad: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, masked: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kept gradients times what was missing: 2 grad / (KEPT_SCALE * V * number of masked
-    patches).
+    patches); autograd casts them.
     """
     factor = (grad * (2 / KEPT_SCALE) / (dweight.shape[0] * max(masked, 1))).reshape(1)
     # with `out` a GPU multiplies in fp32 and writes hidden's dtype, and no fp32 copy of the
     # gradient exists
     scaled = torch.mul(dhidden, factor, out=torch.empty_like(dhidden))
-    return scaled, (dweight * factor).to(weight_dtype), (dbias * factor).to(bias_dtype)
+    return scaled, dweight * factor, dbias * factor
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight, bias, _, ids, *_ = inputs
+    ids = inputs[4]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
     ctx.masked = ids.shape[0] * ids.shape[1]
-    ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
-    ctx.needs = inputs[-1]
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 12
-    if not ctx.needs:
-        raise RuntimeError(
-            "mae_kernels::linear_reconstruction_loss: called with needs_grad=False, "
-            "needs True to differentiate"
-        )
-    dhidden, dweight, dbias = _linear_backward_op(grad, *ctx.saved_tensors, ctx.masked, *ctx.dtypes)
+    dhidden, dweight, dbias = _linear_backward_op(grad, *ctx.saved_tensors, ctx.masked)
     return dhidden, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 9
 
 

@@ -134,22 +134,12 @@ def random_masking(noise: Tensor, num_keep: int) -> Masking:
     """
     check_floating("noise", noise)
     check_shape("noise", noise, (None, None), "[B, L]")
-    patches = noise.shape[1]
-    if isinstance(num_keep, float) and 0 < num_keep < 1:
-        raise TypeError(
-            f"num_keep: got {num_keep}, needs an int, the number of visible patches; "
-            f"for a mask ratio of {num_keep} it is int(L * {1 - num_keep:g}) = "
-            f"{int(patches * (1 - num_keep))}"
-        )
     check_int("num_keep", num_keep, 1)
-    if num_keep > patches:
-        raise ValueError(
-            f"num_keep: got {num_keep}, needs at most the number of patches L = {patches}"
-        )
+    if num_keep > (patches := noise.shape[1]):
+        limit = f"at most the number of patches L = {patches}"
+        raise ValueError(f"num_keep: got {num_keep}, needs {limit}")
     noise = noise.detach()
-    return Masking(
-        *(reference(noise, num_keep) if wants_reference(noise) else _masking_op(noise, num_keep))
-    )
+    return Masking(*(reference if wants_reference(noise) else _masking_op)(noise, num_keep))
 
 
 # ---- samples ----
@@ -158,7 +148,9 @@ def _sample(size: Size, patches: int) -> Sample:
         noise = draw.uniform(draw.batch, patches)
         return {"noise": noise}, {"num_keep": patches // 4}
 
-    return Sample("random_masking", f"{patches} patches", random_masking, make, size=size)
+    name = f"{patches} patches"
+    # its stores are scattered
+    return Sample("random_masking", name, random_masking, make, size=size, wide=False)
 
 
 @declares("random_masking")

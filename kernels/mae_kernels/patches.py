@@ -10,10 +10,11 @@ Source: He et al., arXiv 2111.06377, section 3 (patch embedding); the order of t
 package's.
 
 On a GPU one kernel gathers, cuBLAS multiplies, one kernel adds the positions. For the backward only
-ids and the images as they came are kept: the vectors are gathered again. Each position's gradient
-is summed in a fixed order, no atomics. An image may list a patch more than once: it gives as many
-equal tokens, and all their gradients reach weight and position. A patch id out of range, which only
-debug_checks reports on a GPU, gives NaN and reads nothing.
+ids and the images as they came are kept: the vectors are gathered again. The gradients of the
+positions are a product with zeros and ones, so their sums have a fixed order. An image may list a
+patch more than once: it gives as many equal tokens, and all their gradients reach weight and
+position. A patch id out of range, which only debug_checks reports on a GPU, gives NaN and reads
+nothing.
 
 Shapes: B images, C channels, H x W pixels, P patch side, L patches (row-major over the grid), K
 listed, D width, V = C*P*P values per patch.
@@ -108,16 +109,10 @@ def _gather_kernel(
     patch = tl.load(IDS + row, mask=in_rows, other=0)
     valid = (patch >= 0) & (patch < patches)
     channel = value // (P * P)
-    corner = (
-        (row // listed) * stride_b
-        + (patch // grid_cols) * P * stride_h
-        + (patch % grid_cols) * P * stride_w
-    )
-    inside = (
-        channel.to(tl.int64) * stride_c
-        + (value // P % P).to(tl.int64) * stride_h
-        + (value % P) * stride_w
-    )
+    corner = (row // listed) * stride_b + (patch // grid_cols) * P * stride_h
+    corner += (patch % grid_cols) * P * stride_w
+    inside = channel.to(tl.int64) * stride_c + (value // P % P).to(tl.int64) * stride_h
+    inside += (value % P) * stride_w
     wanted = in_rows[:, None] & (value < V)[None, :]
     x = tl.load(IMAGES + (corner[:, None] + inside[None, :]), mask=wanted & valid[:, None], other=0)
     if HAS_STATS:
@@ -145,67 +140,6 @@ def _add_positions_kernel(
     )
     out = tl.load(TOKENS + at, mask=wanted, other=0.0).to(tl.float32) + pos.to(tl.float32)
     tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=wanted)
-
-
-@jit
-def _invert_kernel(IDS, FIRST, NEXT, listed, patches, BLOCK: tl.constexpr):
-    """Where each patch is in its image's list, so that its gradients can be summed without atomics.
-
-    FIRST[b, l] = 2 k + r, where k is the first token on patch l and r = 1 if there are more; FIRST
-    starts as -2. NEXT[b, k] = the next token on the patch of token k, -1 after the last.
-    """
-    image = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    patch = tl.load(IDS + image * listed + k, mask=k < listed, other=-1)
-    in_range = (patch >= 0) & (patch < patches)
-    before = tl.zeros([BLOCK], tl.int32)
-    after = tl.zeros([BLOCK], tl.int32) + listed
-    for start in range(0, listed, 16):
-        j = start + tl.arange(0, 16)
-        other = tl.load(IDS + image * listed + j, mask=j < listed, other=-1)
-        same = patch[:, None] == other[None, :]
-        before = tl.maximum(before, tl.max((same & (j[None, :] < k[:, None])).to(tl.int32), 1))
-        after = tl.minimum(
-            after, tl.min(tl.where(same & (j[None, :] > k[:, None]), j[None, :], listed), 1)
-        )
-    more = after < listed
-    tl.store(
-        FIRST + image * patches + patch, 2 * k + more.to(tl.int32), mask=in_range & (before == 0)
-    )
-    tl.store(NEXT + image * listed + k, tl.where(more, after, -1), mask=in_range)
-
-
-@jit
-def _sum_positions_kernel(
-    GRAD, FIRST, NEXT, DPOS, batch, listed, patches, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """DPOS[l] = sum of the gradients of the tokens on patch l: the first of each image in order,
-    then the repeated.
-    """
-    patch = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    more = tl.zeros([ROWS], tl.int32)
-    for start in range(0, batch, ROWS):
-        image = (start + tl.arange(0, ROWS)).to(tl.int64)
-        slot = tl.load(FIRST + image * patches + patch, mask=image < batch, other=-2)
-        more = tl.maximum(more, slot & 1)
-        slot = slot >> 1
-        at = (image * listed + slot)[:, None] * D + col[None, :]
-        grad = tl.load(GRAD + at, mask=(slot >= 0)[:, None] & (col < D)[None, :], other=0.0)
-        total += tl.sum(grad.to(tl.float32), 0)
-    if tl.max(more, 0) > 0:  # in a masked autoencoder no patch is listed twice, and this never runs
-        for start in range(0, batch, ROWS):
-            image = (start + tl.arange(0, ROWS)).to(tl.int64)
-            slot = tl.load(FIRST + image * patches + patch, mask=image < batch, other=-2)
-            slot = tl.load(NEXT + image * listed + (slot >> 1), mask=(slot & 1) == 1, other=-1)
-            while tl.max(slot, 0) >= 0:
-                at = (image * listed + slot)[:, None] * D + col[None, :]
-                grad = tl.load(GRAD + at, mask=(slot >= 0)[:, None] & (col < D)[None, :], other=0.0)
-                total += tl.sum(grad.to(tl.float32), 0)
-                slot = tl.load(NEXT + image * listed + slot, mask=slot >= 0, other=-1)
-    tl.store(DPOS + patch * D + col, total.to(DPOS.dtype.element_ty), mask=col < D)
 
 
 # ---- launchers ----
@@ -250,25 +184,6 @@ def _launch_add_positions(
     return out_BKD
 
 
-def _launch_sum_positions(
-    grad_BKD: Tensor, ids_BK: Tensor, patches: int, dtype: torch.dtype
-) -> Tensor:
-    grad_BKD, ids_BK = grad_BKD.contiguous(), ids_BK.contiguous()
-    batch, listed, width = grad_BKD.shape
-    first_BL = torch.full((batch, patches), -2, dtype=torch.int32, device=grad_BKD.device)
-    next_BK = torch.empty((batch, listed), dtype=torch.int32, device=grad_BKD.device)
-    grid = (batch, -(-listed // 64))
-    launch(_invert_kernel, grid, grad_BKD, ids_BK, first_BL, next_BK, listed, patches, BLOCK=64)
-    dpos_LD = torch.empty((patches, width), dtype=dtype, device=grad_BKD.device)
-    block = column_block(width)
-    rows, warps = rows_per_program(grad_BKD.device, block)
-    args = (grad_BKD, first_BL, next_BK, dpos_LD, batch, listed, patches)
-    grid = (patches, -(-width // block))
-    constants = {"D": width, "BLOCK_D": block, "ROWS": rows, "num_warps": warps}
-    launch(_sum_positions_kernel, grid, grad_BKD, *args, **constants)
-    return dpos_LD
-
-
 # ---- registration ----
 @triton_op("mae_kernels::gather_patches", mutates_args=())
 def _gather_op(
@@ -307,50 +222,40 @@ def _embed_backward_op(
     patch_size: int,
     patches: int,
     dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-    pos_dtype: torch.dtype,
-    needs_weight: bool,
-    needs_bias: bool,
-    needs_pos: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight [D,C*P*P], bias [D] and pos_embed [L,D]; an empty tensor for one that is
-    not needed.
+    """Gradients of weight [D,V], bias [D] and pos_embed [L,D], empty if not needed; autograd casts
+    them.
     """
-    triton = use_triton(
-        "embed_patches", images.device, images.dtype, grad.dtype, dtype, weight_dtype, pos_dtype
-    )
-    width = grad.shape[2]
-    acc = accumulate_dtype(grad)
+    triton = use_triton("embed_patches", images.device, images.dtype, grad.dtype, dtype)
+    grad_ND = grad.reshape(-1, grad.shape[2])
     # outputs of a functional op must not share memory
     dweight, dbias, dpos = (grad.new_empty(0) for _ in range(3))
-    if needs_weight:
+    if needs[0]:
         gather = _launch_gather if triton else gather_reference
         x_NV = gather(images, ids, stats, patch_size, dtype).flatten(0, 1)
         with no_autocast(grad.device):
-            dweight = (grad.to(dtype).reshape(-1, width).t() @ x_NV).to(weight_dtype)
-    if needs_bias:
-        dbias = grad.sum((0, 1), dtype=acc).to(bias_dtype)
-    if needs_pos and triton:
-        dpos = _launch_sum_positions(grad, ids, patches, pos_dtype)
-    elif needs_pos:
-        zeros_LD = torch.zeros((patches, width), dtype=acc, device=grad.device)
-        dpos = zeros_LD.index_add(0, ids.flatten(), grad.reshape(-1, width).to(acc)).to(pos_dtype)
+            dweight = grad_ND.to(dtype).t() @ x_NV
+    if needs[1]:
+        dbias = grad_ND.sum(0, dtype=accumulate_dtype(grad))
+    if needs[2]:
+        # a product with zeros and ones sums in a fixed order; an id out of range selects nothing
+        chosen_NL = ids.reshape(-1, 1) == torch.arange(patches, device=ids.device)
+        with no_autocast(grad.device):
+            dpos = chosen_NL.to(grad.dtype).t() @ grad_ND
     return dweight, dbias, dpos
 
 
 def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, ids, weight, bias, pos_embed, stats, ctx.dtype = inputs
+    images, ids, weight, _, pos_embed, stats, ctx.dtype = inputs
     ctx.save_for_backward(images, ids, stats)
-    ctx.weight_shape = weight.shape
-    ctx.patches = pos_embed.shape[0]
-    ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype, pos_embed.dtype
+    ctx.weight_shape, ctx.patches = weight.shape, pos_embed.shape[0]
 
 
 def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    needs = ctx.needs_input_grad[2:5]
+    needs = list(ctx.needs_input_grad[2:5])
     sizes = (ctx.weight_shape[-1], ctx.patches)
-    gradients = _embed_backward_op(grad, *ctx.saved_tensors, *sizes, ctx.dtype, *ctx.dtypes, *needs)
+    gradients = _embed_backward_op(grad, *ctx.saved_tensors, *sizes, ctx.dtype, needs)
     dweight, dbias, dpos = (g if need else None for g, need in zip(gradients, needs, strict=True))
     dweight = None if dweight is None else dweight.view(ctx.weight_shape)
     return None, None, dweight, dbias, dpos, None, None
@@ -377,7 +282,7 @@ def gather_patches(
         ids: [B, K] int64 patch numbers, row-major over the (H/P, W/P) grid, in any order, repeats
         included.
         patch_size: P; H and W must be divisible by it.
-        mean, std: a number or one per channel, also as a tensor; applied to x / 255 for uint8
+        mean, std: a number or one per channel; applied to x / 255 for uint8
         images, to x itself for float images.
         dtype: of the result; default the images' dtype, or torch's default dtype for uint8.
 

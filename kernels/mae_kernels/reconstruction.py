@@ -17,13 +17,9 @@ on a GPU, gives NaN and reads nothing.
 Shapes: B images, C channels, P patch side, L patches, M masked patches, V = P*P*C values per patch.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (Triton types the arguments of kernels)
-
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,43 +27,27 @@ from torch.library import triton_op
 
 from ._checks import (
     check_choice,
+    check_dtype,
     check_floating,
     check_ids,
     check_images,
     check_positive,
     check_same_device,
     check_shape,
-    check_tensor,
 )
-from ._pixels import (
-    Numbers,
-    accumulate_dtype,
-    kernel_stats,
-    listed_pixels,
-    pixel_stats,
-    scale_pixels,
+from ._loss_kernels import (
+    Scalars,
+    Target,
+    launch_losses,
+    launch_losses_backward,
+    target_refusal,
 )
-from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, tl, use_triton, wants_reference
+from ._pixels import Numbers, accumulate_dtype, listed_pixels, pixel_stats
+from ._runtime import flat, use_triton, wants_reference
 from ._samples import CT_16, RGB_16, Case, Draw, Made, Sample, Size, declares
 
 Norm = Literal["patch", "channel", None]
 NORMS = get_args(Norm)
-NORM_CODES = {"none": 0, "patch": 1, "channel": 2}
-MAX_NORM_CHANNELS = 16
-
-
-class Target(NamedTuple):
-    """What predictions are compared with, as the ops take it: norm is "patch", "channel" or "none",
-    stats is pixel_stats; of ids and mask one is None.
-    """
-
-    images: Tensor
-    ids: Tensor | None
-    mask: Tensor | None
-    stats: Tensor | None
-    patch_size: int
-    norm: str
-    eps: float
 
 
 # ---- reference ----
@@ -101,186 +81,6 @@ def reference(pred_BMV: Tensor, target: Target) -> Tensor:
     return d_BMV.square().sum() / (target.mask.sum().clamp(min=1) * d_BMV.shape[2])
 
 
-# ---- kernels ----
-@jit
-def masked_difference(
-    PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
-    pred_stride_m, stride_b, stride_c, stride_h, stride_w, C: tl.constexpr, P: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, NORM: tl.constexpr, HAS_MASK: tl.constexpr,
-    WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
-):  # fmt: skip
-    """pred - target of some rows, fp32 [ROWS, BLOCK_P, BLOCK_W]; zeros for visible patches and
-    beyond the ends.
-
-    A patch is P lines of P*C values: what a value of a line is (channel, column) is worked out once
-    for all lines and rows. SELECT holds patch ids, or with HAS_MASK the mask. NORM: 0 none, 1
-    patch, 2 channel. WIDE: a patch spans 2^31 elements.
-    """
-    PADDED: tl.constexpr = BLOCK_P != P or BLOCK_W != P * C
-    line, place = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
-    channel = place % C
-    real = ((line < P)[:, None] & (place < P * C)[None, :])[None, :, :]
-    chosen = row < num_rows
-    image, place_of_row = row // listed, row % listed
-    if HAS_MASK:
-        patch = place_of_row
-        in_range = chosen
-        chosen = chosen & (tl.load(SELECT + row, mask=chosen, other=0) != 0)
-    else:
-        patch_id = tl.load(SELECT + row, mask=chosen, other=0)
-        in_range = (patch_id >= 0) & (patch_id < patches)
-        patch = tl.where(in_range, patch_id, 0).to(tl.int32)
-    corner = image.to(tl.int64) * stride_b + (patch // grid_cols * P).to(tl.int64) * stride_h
-    corner += (patch % grid_cols * P).to(tl.int64) * stride_w
-    if WIDE:
-        line_at = line.to(tl.int64) * stride_h
-        place_at = channel.to(tl.int64) * stride_c + (place // C).to(tl.int64) * stride_w
-    else:
-        line_at = line * stride_h
-        place_at = channel * stride_c + place // C * stride_w
-    pointers = (IMAGES + corner)[:, None, None] + (line_at[:, None] + place_at[None, :])[None, :, :]
-    x = tl.load(pointers, mask=(chosen & in_range)[:, None, None] & real, other=0)
-    x = scale_pixels(x, STATS, channel[None, None, :], C, HAS_STATS)
-    if PADDED:
-        x = tl.where(real, x, 0.0)
-    # by row: the gradient and loss of a visible patch are exactly 0, those of an id out of range
-    # NaN
-    keep = tl.where(chosen, tl.where(in_range, 1.0, float("nan")), 0.0)
-    if NORM == 0:
-        x = tl.where(chosen[:, None, None], x, 0.0) + (keep - keep)[:, None, None]
-    if NORM == 1:
-        x = x - (sum_patch(x) / (P * P * C))[:, None, None]
-        if PADDED:
-            x = tl.where(real, x, 0.0)
-        x = x * (keep / tl.sqrt(sum_patch(x * x) / (P * P * C - 1) + EPS))[:, None, None]
-    if NORM == 2:
-        for c in tl.static_range(C):
-            own = real & (channel == c)[None, None, :]
-            x = tl.where(own, x - (sum_patch(tl.where(own, x, 0.0)) / (P * P))[:, None, None], x)
-            variance = sum_patch(tl.where(own, x * x, 0.0)) / (P * P - 1)
-            x = tl.where(own, x * (keep / tl.sqrt(variance + EPS))[:, None, None], x)
-    at = image.to(tl.int64) * pred_stride_b + place_of_row.to(tl.int64) * pred_stride_m
-    inside = line[:, None] * (P * C) + place[None, :]
-    pred = tl.load(
-        (PRED + at)[:, None, None] + inside[None, :, :],
-        mask=chosen[:, None, None] & real,
-        other=0.0,
-    )
-    return pred.to(tl.float32) - x
-
-
-@jit
-def sum_patch(x):
-    """[ROWS]: the sum of each row of [ROWS, BLOCK_P, BLOCK_W]."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] * x.shape[2]]), 1)
-
-
-@jit
-def _loss_kernel(
-    PRED, IMAGES, SELECT, STATS, LOSSES, num_rows, listed, patches, grid_cols, pred_stride_b,
-    pred_stride_m, stride_b, stride_c, stride_h, stride_w, C: tl.constexpr, P: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
-):  # fmt: skip
-    """LOSSES[row] = mean squared difference of the patch; 0 for a visible one."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = masked_difference(
-        PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
-        pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM,
-        HAS_MASK, WIDE, EPS, HAS_STATS,
-    )  # fmt: skip
-    tl.store(LOSSES + row, sum_patch(d * d) / (P * P * C), mask=row < num_rows)
-
-
-@jit
-def _loss_backward_kernel(
-    GRAD, COUNT, PRED, IMAGES, SELECT, STATS, DPRED, num_rows, listed, patches, grid_cols,
-    pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w, C: tl.constexpr,
-    P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
-    NORM: tl.constexpr, HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr,
-    HAS_STATS: tl.constexpr,
-):  # fmt: skip
-    """DPRED = GRAD * 2 (pred - target) / (V * number of masked patches); the target is read from
-    the images again.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = masked_difference(
-        PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
-        pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM,
-        HAS_MASK, WIDE, EPS, HAS_STATS,
-    )  # fmt: skip
-    factor = tl.load(GRAD) * (2.0 / (P * P * C)) / tl.load(COUNT)
-    store_gradient(DPRED, d * factor, row, num_rows, C, P, BLOCK_P, BLOCK_W)
-
-
-@jit
-def store_gradient(
-    DPRED, d, row, num_rows, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """Rows of [ROWS, BLOCK_P, BLOCK_W] to the contiguous DPRED [B,M,V]."""
-    line, place = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
-    real = (line < P)[:, None] & (place < P * C)[None, :]
-    inside = line[:, None] * (P * C) + place[None, :]
-    pointers = (DPRED + row.to(tl.int64) * (P * P * C))[:, None, None] + inside[None, :, :]
-    tl.store(
-        pointers,
-        d.to(DPRED.dtype.element_ty),
-        mask=(row < num_rows)[:, None, None] & real[None, :, :],
-    )
-
-
-# ---- launchers ----
-def kernel_arguments(
-    pred_BMV: Tensor, target: Target
-) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
-    """(pred, images, select, stats), the integers, and the constants of the kernels above,
-    num_warps included.
-    """
-    images, side = target.images, target.patch_size
-    stats, has_stats = kernel_stats(images, target.stats)
-    channels, height, width = images.shape[1:]
-    grid_cols = width // side
-    patches = height // side * grid_cols
-    if pred_BMV.stride(2) != 1:
-        pred_BMV = pred_BMV.contiguous()
-    select = target.mask if target.ids is None else target.ids
-    assert select is not None
-    batch, listed = pred_BMV.shape[:2]
-    block_p, block_w = tile_of(side, channels)
-    rows, warps = rows_per_program(pred_BMV.device, block_p * block_w)
-    if target.norm == "channel":
-        # one channel at a time needs more registers: half as many values a thread
-        rows, warps = (rows // 2, warps) if rows > 1 else (1, min(2 * warps, 16))
-    _, stride_c, stride_h, stride_w = images.stride()
-    span = (channels - 1) * stride_c + (side - 1) * (stride_h + stride_w)
-    sizes = (batch * listed, listed, patches, grid_cols)
-    constants: dict[str, Any] = {"C": channels, "P": side, "BLOCK_P": block_p, "BLOCK_W": block_w}
-    constants |= {"ROWS": rows, "NORM": NORM_CODES[target.norm], "HAS_MASK": target.ids is None}
-    constants |= {"WIDE": span >= 2**31, "EPS": target.eps, "HAS_STATS": has_stats}
-    constants |= {"num_warps": warps}
-    tensors = (pred_BMV, images, select.contiguous(), stats)
-    return tensors, (*sizes, *pred_BMV.stride()[:2], *images.stride()), constants
-
-
-def tile_of(patch_size: int, channels: int) -> tuple[int, int]:
-    """Lines and values of a line that the kernels hold of a patch: powers of two."""
-    return next_power_of_2(patch_size), next_power_of_2(patch_size * channels)
-
-
-VALUES_PER_WARP = 1024
-
-
-def rows_per_program(device: torch.device, width: int) -> tuple[int, int]:
-    """Patches of `width` values (padding counts) that one program handles, and its warps.
-
-    32 values a thread share what a thread works out about its columns, and up to 1024 values need
-    no barrier: by the instructions counted for sm_90, 55 % of those of 16 values a thread in four
-    warps.
-    """
-    return max(1, VALUES_PER_WARP // width), max(1, min(width // VALUES_PER_WARP, 16))
-
-
 def finish(losses_BM: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean over the masked patches of their losses, and their number as fp32; both scalars on the
     device.
@@ -292,77 +92,26 @@ def finish(losses_BM: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
     return losses_BM.sum() / count, count
 
 
-def launch_loss_rows(pred_BMV: Tensor, target: Target) -> Tensor:
-    """The loss of each patch, fp32 [B,M]."""
-    tensors, integers, constants = kernel_arguments(pred_BMV, target)
-    losses_BM = torch.empty(pred_BMV.shape[:2], dtype=torch.float32, device=pred_BMV.device)
-    grid = (-(-integers[0] // constants["ROWS"]),)
-    launch(_loss_kernel, grid, losses_BM, *tensors, losses_BM, *integers, **constants)
-    return losses_BM
-
-
-def launch_loss_backward(grad: Tensor, count: Tensor, pred_BMV: Tensor, target: Target) -> Tensor:
-    tensors, integers, constants = kernel_arguments(pred_BMV, target)
-    dpred_BMV = torch.empty(pred_BMV.shape, dtype=pred_BMV.dtype, device=pred_BMV.device)
-    grid = (-(-integers[0] // constants["ROWS"]),)
-    arguments = (grad, count, *tensors, dpred_BMV, *integers)
-    launch(_loss_backward_kernel, grid, dpred_BMV, *arguments, **constants)
-    return dpred_BMV
-
-
 # ---- registration ----
-def refusal(values: int, channels: int, norm: str) -> str | None:
-    """Why the kernels cannot take patches of so many values and channels; None when they can."""
-    lines, places = tile_of(math.isqrt(values // channels), channels)
-    if lines * places > MAX_TILE_WIDTH:
-        return (
-            f"a patch has {values} values, {lines * places} with padding, "
-            f"and the kernel holds at most {MAX_TILE_WIDTH}"
-        )
-    if norm == "channel" and channels > MAX_NORM_CHANNELS:
-        return f"norm 'channel' is compiled for up to {MAX_NORM_CHANNELS} channels"
-    return None
-
-
-def _use_triton(pred: Tensor, images: Tensor, norm: str) -> bool:
-    op, refused = "masked_reconstruction_loss", refusal(pred.shape[2], images.shape[1], norm)
-    return use_triton(op, pred.device, pred.dtype, images.dtype, refused=refused)
+def _use_triton(pred: Tensor, target: Target) -> bool:
+    op, dtypes = "masked_reconstruction_loss", (pred.dtype, target.images.dtype)
+    return use_triton(op, pred.device, *dtypes, refused=target_refusal(target))
 
 
 @triton_op("mae_kernels::masked_reconstruction_loss", mutates_args=())
-def _loss_op(
-    pred: Tensor,
-    images: Tensor,
-    ids: Tensor | None,
-    mask: Tensor | None,
-    stats: Tensor | None,
-    patch_size: int,
-    norm: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+@flat
+def _loss_op(pred: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """(loss, number of masked patches), both scalars."""
-    target = Target(images, ids, mask, stats, patch_size, norm, eps)
-    if _use_triton(pred, images, norm):
-        return finish(launch_loss_rows(pred, target), mask)
-    return finish(difference(pred, target).square().mean(2), mask)
+    if _use_triton(pred, target):
+        return finish(launch_losses(pred, target)[0], target.mask)
+    return finish(difference(pred, target).square().mean(2), target.mask)
 
 
 @triton_op("mae_kernels::masked_reconstruction_loss_backward", mutates_args=())
-def _loss_backward_op(
-    grad: Tensor,
-    count: Tensor,
-    pred: Tensor,
-    images: Tensor,
-    ids: Tensor | None,
-    mask: Tensor | None,
-    stats: Tensor | None,
-    patch_size: int,
-    norm: str,
-    eps: float,
-) -> Tensor:
-    target = Target(images, ids, mask, stats, patch_size, norm, eps)
-    if _use_triton(pred, images, norm):
-        return launch_loss_backward(grad, count, pred, target)
+@flat
+def _loss_backward_op(grad: Tensor, count: Tensor, pred: Tensor, target: Target) -> Tensor:
+    if _use_triton(pred, target):
+        return launch_losses_backward(Scalars(grad, grad, grad, count), pred, target)[0]
     d_BMV = difference(pred, target)
     return (d_BMV * (grad * 2 / (count * d_BMV.shape[2]))).to(pred.dtype)
 
@@ -411,7 +160,7 @@ def masked_reconstruction_loss(
         patch_size: P.
         norm: "patch", "channel" or None.
         eps: added to the variance, inside the root.
-        mean, std: a number or one per channel, also as a tensor; applied to x / 255 for uint8
+        mean, std: a number or one per channel; applied to x / 255 for uint8
             images, to x itself for float images.
 
     Returns: scalar fp32 (fp64 when pred or images is fp64); 0 when no patch is masked. The gradient
@@ -444,27 +193,19 @@ def check_target(
     grid_rows, grid_cols = check_images(images, patch_size)
     check_choice("norm", norm, NORMS)
     check_positive("eps", eps)
-    batch, channels = images.shape[:2]
-    values = patch_size * patch_size * (channels if norm == "patch" else 1)
-    if norm is not None and values < 2:
-        raise ValueError(
-            f"norm: got {norm!r} over 1 value, needs at least 2 for a variance "
-            f"(patch_size, channels)"
-        )
+    (batch, channels), patches = images.shape[:2], grid_rows * grid_cols
+    if norm is not None and patch_size * patch_size * (channels if norm == "patch" else 1) < 2:
+        needs = "needs at least 2 for a variance (patch_size, channels)"
+        raise ValueError(f"norm: got {norm!r} over 1 value, {needs}")
     if (ids is None) == (mask is None):
         got = "neither" if ids is None else "both"
         raise ValueError(f"ids, mask: got {got}, needs exactly one of them")
     if ids is not None:
-        check_ids("ids", ids, batch, grid_rows * grid_cols)
+        check_ids("ids", ids, batch, patches)
         check_same_device("ids", ids, "images", images)
     if mask is not None:
-        check_tensor("mask", mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(
-                f"mask: got dtype {mask.dtype}, needs torch.bool with True = masked "
-                "(use mask.bool())"
-            )
-        check_shape("mask", mask, (batch, grid_rows * grid_cols), "[B, L]")
+        check_dtype("mask", mask, torch.bool, " with True = masked (use mask.bool())")
+        check_shape("mask", mask, (batch, patches), "[B, L]")
         check_same_device("mask", mask, "images", images)
     stats = pixel_stats(images, mean, std)
     return Target(images, ids, mask, stats, patch_size, norm or "none", float(eps))
@@ -487,11 +228,11 @@ def _sample(size: Size, norm: Norm, case: Case, wide: bool = True) -> Sample:
         tensors["pred"] = draw.normal(draw.batch, listed, case.values)
         return tensors, options | {"norm": norm}
 
-    op, bad = "masked_reconstruction_loss", case.out_of_range
     color = "ct" if case.channels == 1 else "rgb"
     name = f"{norm} {color} {case.patch} {case.layout} {case.select}"
-    call = masked_reconstruction_loss
-    return Sample(op, name, call, make, ("pred",), size, wide=wide, out_of_range=bad)
+    more: dict[str, Any] = {"wide": wide, "out_of_range": case.out_of_range}
+    op = masked_reconstruction_loss
+    return Sample(op.__name__, name, op, make, ("pred",), size, **more)
 
 
 @declares("masked_reconstruction_loss")

@@ -42,20 +42,19 @@ def reference(
 ) -> Tensor:
     dtype = _result_dtype(visible_BTD, mask_token_D, pos_embed_ND)
     num_visible = visible_BTD.shape[1] - prefix
+    batch = visible_BTD.shape[0]
     # one extra row, the mask token, is read for every masked patch
-    table = torch.cat(
-        [visible_BTD.to(dtype), mask_token_D.to(dtype).expand(visible_BTD.shape[0], 1, -1)], 1
-    )
+    token_B1D = mask_token_D.to(dtype).expand(batch, 1, -1)
+    table = torch.cat([visible_BTD.to(dtype), token_B1D], 1)
     rows_BL = ids_restore_BL.clamp(max=num_visible) + prefix
-    rows_BN = torch.cat(
-        [torch.arange(prefix, device=rows_BL.device).expand(rows_BL.shape[0], -1), rows_BL], 1
-    )
+    first_BP = torch.arange(prefix, device=rows_BL.device).expand(batch, -1)
+    rows_BN = torch.cat([first_BP, rows_BL], 1)
     return table.gather(1, rows_BN[..., None].expand(-1, -1, table.shape[2])) + pos_embed_ND
 
 
 def _result_dtype(visible: Tensor, mask_token: Tensor, pos_embed: Tensor) -> torch.dtype:
     return torch.promote_types(
-        torch.promote_types(visible.dtype, mask_token.dtype), pos_embed.dtype
+        visible.dtype, torch.promote_types(mask_token.dtype, pos_embed.dtype)
     )
 
 
@@ -133,12 +132,8 @@ def _launch_restore(
 ) -> Tensor:
     if visible_BTD.stride(2) != 1:
         visible_BTD = visible_BTD.contiguous()
-    tensors = (
-        visible_BTD,
-        ids_restore_BL.contiguous(),
-        mask_token_D.contiguous(),
-        pos_embed_ND.contiguous(),
-    )
+    others = (t.contiguous() for t in (ids_restore_BL, mask_token_D, pos_embed_ND))
+    tensors = (visible_BTD, *others)
     (batch, patches), width = ids_restore_BL.shape, visible_BTD.shape[2]
     dtype = _result_dtype(visible_BTD, mask_token_D, pos_embed_ND)
     out_BND = torch.empty((batch, prefix + patches, width), dtype=dtype, device=visible_BTD.device)
@@ -164,10 +159,9 @@ def _launch_restore_backward(
     rows, warps = rows_per_program(grad_BND.device, block)
     steps = -(-num_rows // (rows * BACKWARD_PROGRAMS))
     programs = -(-num_rows // (rows * max(steps, 1)))
-    dvisible_BTD = torch.empty(
-        (batch, num_tokens, width), dtype=visible_dtype, device=grad_BND.device
-    )
-    partial_SD = torch.empty((programs, width), dtype=torch.float32, device=grad_BND.device)
+    shape, device = (batch, num_tokens, width), grad_BND.device
+    dvisible_BTD = torch.empty(shape, dtype=visible_dtype, device=device)
+    partial_SD = torch.empty((programs, width), dtype=torch.float32, device=device)
     grid = (programs, -(-width // block))
     integers = (num_rows, patches, num_tokens - prefix, steps)
     constants = {"PREFIX": prefix, "D": width, "BLOCK_D": block, "ROWS": rows, "num_warps": warps}
@@ -181,60 +175,39 @@ def _launch_restore_backward(
 def _restore_op(
     visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, prefix: int
 ) -> Tensor:
-    if use_triton(
-        "restore_tokens", visible.device, visible.dtype, mask_token.dtype, pos_embed.dtype
-    ):
+    dtype = _result_dtype(visible, mask_token, pos_embed)
+    if use_triton("restore_tokens", visible.device, dtype):
         return _launch_restore(visible, ids_restore, mask_token, pos_embed, prefix)
     return reference(visible, ids_restore, mask_token, pos_embed, prefix)
 
 
 @triton_op("mae_kernels::restore_tokens_backward", mutates_args=())
 def _restore_backward_op(
-    grad: Tensor,
-    ids_restore: Tensor,
-    num_tokens: int,
-    prefix: int,
-    visible_dtype: torch.dtype,
-    mask_dtype: torch.dtype,
-    pos_dtype: torch.dtype,
-    needs_pos: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of visible [B,p+K,D], mask_token [D], pos_embed [p+L,D] (or empty)."""
-    acc = accumulate_dtype(grad)
-    dpos = grad.sum(0, dtype=acc).to(pos_dtype) if needs_pos else grad.new_empty(0, dtype=pos_dtype)
-    if use_triton("restore_tokens", grad.device, grad.dtype, visible_dtype, mask_dtype, pos_dtype):
-        dvisible, dmask = _launch_restore_backward(
-            grad, ids_restore, num_tokens, prefix, visible_dtype
-        )
-        return dvisible, dmask.to(mask_dtype), dpos
-    keep = num_tokens - prefix
-    patches_BLD = grad[:, prefix:]
+    grad: Tensor, ids_restore: Tensor, num_tokens: int, prefix: int, visible_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of visible [B,p+K,D] and mask_token [D], which autograd casts."""
+    if use_triton("restore_tokens", grad.device, grad.dtype):
+        return _launch_restore_backward(grad, ids_restore, num_tokens, prefix, visible_dtype)
+    keep, patches_BLD = num_tokens - prefix, grad[:, prefix:]
     places_BK = torch.argsort(ids_restore, dim=1)[:, :keep]
-    dvisible = torch.cat(
-        [
-            grad[:, :prefix],
-            patches_BLD.gather(1, places_BK[..., None].expand(-1, -1, grad.shape[2])),
-        ],
-        1,
-    )
-    dmask = torch.where((ids_restore >= keep)[..., None], patches_BLD, 0.0).sum((0, 1), dtype=acc)
-    return dvisible.to(visible_dtype), dmask.to(mask_dtype), dpos
+    at_BKD = places_BK[..., None].expand(-1, -1, grad.shape[2])
+    dvisible = torch.cat([grad[:, :prefix], patches_BLD.gather(1, at_BKD)], 1)
+    masked_BLD = torch.where((ids_restore >= keep)[..., None], patches_BLD, 0.0)
+    return dvisible.to(visible_dtype), masked_BLD.sum((0, 1), dtype=accumulate_dtype(grad))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    visible, ids_restore, mask_token, pos_embed, ctx.prefix = inputs
+    visible, ids_restore, _, _, ctx.prefix = inputs
     ctx.save_for_backward(ids_restore)
-    ctx.num_tokens = visible.shape[1]
-    ctx.dtypes = visible.dtype, mask_token.dtype, pos_embed.dtype
+    ctx.num_tokens, ctx.dtype = visible.shape[1], visible.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (ids_restore,) = ctx.saved_tensors
-    needs_pos = ctx.needs_input_grad[3]
-    dvisible, dmask, dpos = _restore_backward_op(
-        grad, ids_restore, ctx.num_tokens, ctx.prefix, *ctx.dtypes, needs_pos
-    )
-    return dvisible, None, dmask, dpos if needs_pos else None, None
+    dvisible, dmask = _restore_backward_op(grad, ids_restore, ctx.num_tokens, ctx.prefix, ctx.dtype)
+    # in fp32, or fp64; a plain sum, which a compiler fuses
+    dpos = grad.sum(0, dtype=accumulate_dtype(grad)) if ctx.needs_input_grad[3] else None
+    return dvisible, None, dmask, dpos, None
 
 
 _restore_op.register_autograd(_backward, setup_context=_setup)
@@ -264,11 +237,8 @@ def restore_tokens(
         >>> restore_tokens(visible, ids_restore, token, pos, prefix=1).shape
         torch.Size([8, 197, 512])
     """
-    for name, tensor in (
-        ("visible", visible),
-        ("mask_token", mask_token),
-        ("pos_embed", pos_embed),
-    ):
+    floating = {"visible": visible, "mask_token": mask_token, "pos_embed": pos_embed}
+    for name, tensor in floating.items():
         check_floating(name, tensor)
         check_same_device(name, tensor, "visible", visible)
     check_shape("visible", visible, (None, None, None), "[B, p+K, D]")

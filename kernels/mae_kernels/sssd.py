@@ -13,8 +13,6 @@ backward.
 
 Shapes: B images, M masked patches, V = P*P*C values per patch, R rows of K logits.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (Triton types the arguments of kernels)
 
 from __future__ import annotations
 
@@ -27,210 +25,62 @@ from torch.library import triton_op
 from . import distillation as _distillation
 from . import reconstruction as _reconstruction
 from ._checks import check_floating, check_same_device
-from ._pixels import Numbers
-from ._runtime import jit, launch, tl, use_triton, wants_reference
-from ._samples import CT_16, RGB_16, Case, Draw, Made, Sample, Size, declares
-from .distillation import (
-    CenterMode,
-    Kind,
+from ._loss_kernels import (
     Logits,
-    distillation_gradient_row,
-    distillation_group,
-    distillation_loss,
-)
-from .reconstruction import (
-    Norm,
+    Scalars,
     Target,
-    masked_difference,
-    masked_reconstruction_loss,
-    store_gradient,
-    sum_patch,
+    launch_losses,
+    launch_losses_backward,
+    logits_refusal,
+    target_refusal,
 )
+from ._pixels import Numbers
+from ._runtime import flat, use_triton, wants_reference
+from ._samples import CT_16, RGB_16, Case, Draw, Made, Sample, Size, declares
+from .distillation import CenterMode, Kind, distillation_loss
+from .reconstruction import Norm, masked_reconstruction_loss
 
 
-# ---- kernels ----
-@jit
-def _sssd_kernel(
-    STUDENT, TEACHER, CENTER, LOGIT_LOSSES, PARTIAL, PRED, IMAGES, SELECT, STATS, PATCH_LOSSES,
-    num_logit_rows, group_rows, groups, stride_s, stride_t, num_rows, listed, patches, grid_cols,
-    pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w, K: tl.constexpr,
-    BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
-    TAU_S: tl.constexpr, TAU_T: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    if program < groups:
-        distillation_group(
-            STUDENT, TEACHER, CENTER, LOGIT_LOSSES, PARTIAL, program, num_logit_rows, group_rows,
-            stride_s, stride_t, K, BLOCK_K, HAS_CENTER, LOGIT, TAU_S, TAU_T,
-        )  # fmt: skip
-    else:
-        row = (program - groups) * ROWS + tl.arange(0, ROWS)
-        d = masked_difference(
-            PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
-            pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM,
-            HAS_MASK, WIDE, EPS, HAS_STATS,
-        )  # fmt: skip
-        tl.store(PATCH_LOSSES + row, sum_patch(d * d) / (P * P * C), mask=row < num_rows)
+# ---- registration ----
+def _use_triton(pred: Tensor, target: Target, logits: Logits) -> bool:
+    refused = target_refusal(target) or logits_refusal(logits)
+    dtypes = (pred.dtype, target.images.dtype, logits.student.dtype, logits.teacher.dtype)
+    return use_triton("sssd_loss", pred.device, *dtypes, refused=refused)
 
 
-@jit
-def _sssd_backward_kernel(
-    GRAD_TOTAL, GRAD_RECONSTRUCTION, GRAD_DISTILLATION, COUNT, STUDENT, TEACHER, CENTER, DSTUDENT,
-    DTEACHER, PRED, IMAGES, SELECT, STATS, DPRED, num_logit_rows, stride_s, stride_t, num_rows,
-    listed, patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h,
-    stride_w, WEIGHT: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_CENTER: tl.constexpr, NEEDS_TEACHER: tl.constexpr, TAU_S: tl.constexpr,
-    TAU_T: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, HAS_MASK: tl.constexpr,
-    WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    total = tl.load(GRAD_TOTAL)
-    if program < num_logit_rows:
-        factor = (tl.load(GRAD_DISTILLATION) + total * WEIGHT) / num_logit_rows
-        distillation_gradient_row(
-            factor, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, program.to(tl.int64), stride_s,
-            stride_t, K, BLOCK_K, HAS_CENTER, NEEDS_TEACHER, TAU_S, TAU_T,
-        )  # fmt: skip
-    else:
-        row = (program - num_logit_rows) * ROWS + tl.arange(0, ROWS)
-        d = masked_difference(
-            PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
-            pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM,
-            HAS_MASK, WIDE, EPS, HAS_STATS,
-        )  # fmt: skip
-        factor = (
-            (tl.load(GRAD_RECONSTRUCTION) + total * (1.0 - WEIGHT))
-            * (2.0 / (P * P * C))
-            / tl.load(COUNT)
-        )
-        store_gradient(DPRED, d * factor, row, num_rows, C, P, BLOCK_P, BLOCK_W)
-
-
-# ---- launchers ----
-def _constants(pixels: dict[str, Any], logits: dict[str, Any]) -> dict[str, Any]:
-    """Both kernels' constants; the wider of the two picks the warps, and a program takes as many
-    patches as fill them.
-    """
-    warps = max(pixels["num_warps"], _distillation.warps_for(logits["BLOCK_K"]))
-    rows = pixels["ROWS"] * warps // pixels["num_warps"]
-    return {**pixels, **logits, "num_warps": warps, "ROWS": rows}
-
-
-def _launch(
+@triton_op("mae_kernels::sssd_loss", mutates_args=())
+@flat
+def _sssd_op(
     pred: Tensor, target: Target, logits: Logits, logit: bool, weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, integers, pixel_constants = _reconstruction.kernel_arguments(pred, target)
-    inputs, rows, strides, logit_constants = _distillation.logit_arguments(logits)
-    groups, group_rows, losses_R, partial_GK = _distillation.empty_partial(logits, rows)
-    constants = _constants(pixel_constants, {**logit_constants, "LOGIT": logit})
-    losses_BM = torch.empty(pred.shape[:2], dtype=torch.float32, device=pred.device)
-    grid = (groups + -(-integers[0] // constants["ROWS"]),)
-    buffers = (*inputs, losses_R, partial_GK, *tensors, losses_BM)
-    integers = (rows, group_rows, groups, *strides, *integers)
-    launch(_sssd_kernel, grid, pred, *buffers, *integers, **constants)
+    """Kind "dino": (total, reconstruction, distillation, batch_center, masked patches)."""
+    if _use_triton(pred, target, logits):
+        losses_BM, *rest = launch_losses(pred, target, logits, logit)
+        loss, batch_center = _distillation.finish(*rest)
+    else:
+        losses_BM = _reconstruction.difference(pred, target).square().mean(2)
+        loss, batch_center = _distillation.dino_reference(logits, logit)
     reconstruction, count = _reconstruction.finish(losses_BM, target.mask)
-    loss = losses_R.sum() / max(rows, 1)
-    batch_center = partial_GK.sum(0) / max(rows, 1)
     return weight * loss + (1 - weight) * reconstruction, reconstruction, loss, batch_center, count
 
 
-def _launch_backward(
-    scalars: tuple[Tensor, Tensor, Tensor, Tensor],
+@triton_op("mae_kernels::sssd_loss_backward", mutates_args=())
+@flat
+def _sssd_backward_op(
+    scalars: Scalars,
     pred: Tensor,
     target: Target,
     logits: Logits,
     weight: float,
     needs_teacher: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """scalars: the gradients of total, reconstruction and distillation, and the number of masked
-    patches.
-    """
-    tensors, integers, pixel_constants = _reconstruction.kernel_arguments(pred, target)
-    inputs, rows, strides, logit_constants = _distillation.logit_arguments(logits)
-    logit_constants |= {"NEEDS_TEACHER": needs_teacher, "WEIGHT": weight}
-    constants = _constants(pixel_constants, logit_constants)
-    dpred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
-    dlogits = _distillation.empty_gradients(logits, needs_teacher)
-    grid = (rows + -(-integers[0] // constants["ROWS"]),)
-    buffers = (*scalars, *inputs, *dlogits, *tensors, dpred)
-    launch(_sssd_backward_kernel, grid, pred, *buffers, rows, *strides, *integers, **constants)
-    return dpred, *dlogits
-
-
-# ---- registration ----
-def _use_triton(pred: Tensor, target: Target, logits: Logits) -> bool:
-    student, teacher = logits[:2]
-    channels = target.images.shape[1]
-    refused = _reconstruction.refusal(pred.shape[2], channels, target.norm)
-    refused = refused or _distillation.refusal(student.shape[-1])
-    dtypes = (pred.dtype, target.images.dtype, student.dtype, teacher.dtype)
-    return use_triton("sssd_loss", pred.device, *dtypes, refused=refused)
-
-
-@triton_op("mae_kernels::sssd_loss", mutates_args=())
-def _sssd_op(
-    pred: Tensor,
-    images: Tensor,
-    ids: Tensor | None,
-    mask: Tensor | None,
-    stats: Tensor | None,
-    patch_size: int,
-    norm: str,
-    eps: float,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_temp: float,
-    teacher_temp: float,
-    logit: bool,
-    weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Kind "dino": (total, reconstruction, distillation, batch_center, masked patches)."""
-    target = Target(images, ids, mask, stats, patch_size, norm, eps)
-    logits = Logits(student, teacher, center, student_temp, teacher_temp)
-    if _use_triton(pred, target, logits):
-        return _launch(pred, target, logits, logit, weight)
-    losses_BM = _reconstruction.difference(pred, target).square().mean(2)
-    reconstruction, count = _reconstruction.finish(losses_BM, mask)
-    loss, batch_center = _distillation.dino_reference(logits, logit)
-    return weight * loss + (1 - weight) * reconstruction, reconstruction, loss, batch_center, count
-
-
-@triton_op("mae_kernels::sssd_loss_backward", mutates_args=())
-def _sssd_backward_op(
-    grad_total: Tensor,
-    grad_reconstruction: Tensor,
-    grad_distillation: Tensor,
-    count: Tensor,
-    pred: Tensor,
-    images: Tensor,
-    ids: Tensor | None,
-    mask: Tensor | None,
-    stats: Tensor | None,
-    patch_size: int,
-    norm: str,
-    eps: float,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_temp: float,
-    teacher_temp: float,
-    weight: float,
-    needs_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of pred, student and teacher; the teacher's is empty when not needed."""
-    target = Target(images, ids, mask, stats, patch_size, norm, eps)
-    logits = Logits(student, teacher, center, student_temp, teacher_temp)
     if _use_triton(pred, target, logits):
-        scalars = (grad_total, grad_reconstruction, grad_distillation, count)
-        return _launch_backward(scalars, pred, target, logits, weight, needs_teacher)
+        return launch_losses_backward(scalars, pred, target, logits, weight, needs_teacher)
     d_BMV = _reconstruction.difference(pred, target)
-    factor = (grad_reconstruction + grad_total * (1 - weight)) * 2 / (count * d_BMV.shape[2])
-    dpred = (d_BMV * factor).to(pred.dtype)
-    grad = grad_distillation + grad_total * weight
+    factor = scalars.reconstruction + scalars.total * (1 - weight)
+    dpred = (d_BMV * (factor * 2 / (scalars.count * d_BMV.shape[2]))).to(pred.dtype)
+    grad = scalars.distillation + scalars.total * weight
     dstudent, dteacher = _distillation.gradients(grad, logits)
     return dpred, dstudent, dteacher if needs_teacher else dteacher.new_empty(0)
 
@@ -322,9 +172,8 @@ def sssd_loss(
     reconstruction = masked_reconstruction_loss(pred, images, ids=ids, mask=mask, **pixels)
     options: dict[str, Any] = {"kind": kind, "center": center, "center_mode": center_mode}
     options |= {"student_temp": student_temp, "teacher_temp": teacher_temp}
-    distillation, batch_center = distillation_loss(
-        student, teacher, detach_teacher=detach_teacher, **options
-    )
+    options["detach_teacher"] = detach_teacher
+    distillation, batch_center = distillation_loss(student, teacher, **options)
     total = weight * distillation + (1 - weight) * reconstruction
     return SSSDLoss(total, reconstruction, distillation, batch_center)
 

@@ -7,7 +7,7 @@ Shapes: B images, T values in all, C channels.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mae_kernels import crop_resize
 from mae_kernels._runtime import INTERPRET
-from mae_kernels.crop_resize import two_float_passes
 
 Array = np.ndarray[Any, Any]
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -26,7 +25,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 class Packed(NamedTuple):
     """The tensors of crop_resize, and the images they hold."""
 
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    tensors: list[Tensor]
     images: list[Array]  # [H, W, C]
     channels: int
 
@@ -37,16 +36,9 @@ def pack(
     """The images back to back, after 3 bytes that belong to none; in the order of the boxes."""
     starts = 3 + np.cumsum([0, *(x.size for x in images)])[:-1]
     pixels = np.concatenate([np.full(3, 77, np.uint8), *(x.reshape(-1) for x in images)])
-    shapes = torch.tensor([x.shape[:2] for x in images]).reshape(-1, 2)
-    tensors = (
-        torch.from_numpy(pixels),
-        torch.from_numpy(starts),
-        shapes,
-        torch.tensor(boxes, dtype=torch.int64).reshape(-1, 4),
-        torch.tensor(flips, dtype=torch.bool),
-    )
-    a, b, c, d, e = (x.to(device) for x in tensors)
-    return Packed((a, b, c, d, e), images, images[0].shape[2] if images else 1)
+    shapes = [x.shape[:2] for x in images]
+    tensors = [torch.as_tensor(x, device=device) for x in (pixels, starts, shapes, boxes, flips)]
+    return Packed(tensors, images, images[0].shape[2])
 
 
 def noise(*shape: int, seed: int = 0) -> Array:
@@ -82,21 +74,6 @@ def by_formula(image: Array, box: Box, flip: bool, size: tuple[int, int]) -> Arr
     return out[:, :, ::-1] if flip else out
 
 
-def assert_near_formula(
-    got: Tensor, packed: Packed, boxes: Sequence[Box], flips: Sequence[bool], size: Any
-) -> None:
-    assert (got.shape, got.dtype) == ((len(boxes), packed.channels, *size), torch.uint8)
-    assert got.is_contiguous()
-    means = []
-    for b, image in enumerate(packed.images):
-        want = by_formula(image, boxes[b], flips[b], size)
-        difference = np.abs(got[b].cpu().numpy().astype(np.float64) - want)
-        assert difference.max() <= 1, f"image {b}"
-        means.append(difference.mean())
-    # of all: enlarged from one column, an image has few different values
-    assert np.mean(means) < 0.02
-
-
 # channels, size, (image height, width), box, flip: enlarged, shrunk by 7, one pixel, one row, one
 # column, as it is
 Rows = list[tuple[tuple[int, int], Box, bool]]
@@ -127,7 +104,16 @@ def test_crop_resize_equals_the_formula(name: str, device: torch.device) -> None
     images = [noise(*shape, channels, seed=i) for i, (shape, _, _) in enumerate(rows)]
     packed = pack(images, boxes, flips, device)
     got = crop_resize(*packed.tensors, size, channels=channels)
-    assert_near_formula(got, packed, boxes, flips, size)
+    assert (got.shape, got.dtype) == ((len(boxes), channels, *size), torch.uint8)
+    assert got.is_contiguous()
+    means = []
+    for b, image in enumerate(packed.images):
+        want = by_formula(image, boxes[b], flips[b], size)
+        difference = np.abs(got[b].cpu().numpy().astype(np.float64) - want)
+        assert difference.max() <= 1, f"image {b}"
+        means.append(difference.mean())
+    # of all: enlarged from one column, an image has few different values
+    assert np.mean(means) < 0.02
 
 
 @pytest.mark.kernel
@@ -168,39 +154,32 @@ def test_crop_resize_out_of_range_beyond_the_checks(device: torch.device) -> Non
     assert not got[1:].any()
 
 
-def test_float_passes_of_other_devices_equal_the_formula() -> None:
-    for shape, size in (((40, 9, 3), (13, 17)), ((5, 70, 1), (9, 10))):
-        image = noise(*shape)
-        got = two_float_passes(torch.from_numpy(image).permute(2, 0, 1)[None], *size)[0]
-        places: Any = ([(0, 0, *shape[:2])], [False])
-        packed = pack([image], *places, torch.device("cpu"))
-        assert_near_formula(got[None], packed, *places, size)
-
-
-def some() -> tuple[Tensor, ...]:
+def some() -> list[Tensor]:
     images = [noise(9, 14 + i, 1, seed=i) for i in range(7)]
-    return pack(
-        images, [(1, 4, 6, 9)] * 7, [i % 2 == 0 for i in range(7)], torch.device("cpu")
-    ).tensors
+    flips = [i % 2 == 0 for i in range(7)]
+    return pack(images, [(1, 4, 6, 9)] * 7, flips, torch.device("cpu")).tensors
 
 
-def test_crop_resize_is_equal_with_threads_and_in_inference_mode() -> None:
+@pytest.fixture
+def threads() -> Iterator[None]:
     before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_crop_resize_is_equal_with_threads_and_in_inference_mode() -> None:
     results = []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(crop_resize(*some(), (8, 8)))
+        with torch.inference_mode():
             results.append(crop_resize(*some(), (8, 8)))
-            with torch.inference_mode():
-                results.append(crop_resize(*some(), (8, 8)))
-        torch.set_num_threads(3)
-        pixels, offsets, *rest = some()
-        # from a thread or before it: not lost
-        with pytest.raises(ValueError, match="offsets: got 9999 for image 6"):
-            crop_resize(pixels, torch.cat([offsets[:-1], torch.tensor([9999])]), *rest, (8, 8))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(results[0], x) for x in results[1:])
+    pixels, offsets, *rest = some()
+    # from a thread or before it: not lost
+    with pytest.raises(ValueError, match="offsets: got 9999 for image 6"):
+        crop_resize(pixels, torch.cat([offsets[:-1], torch.tensor([9999])]), *rest, (8, 8))
 
 
 def _in_a_child(threads: int, queue: Any) -> None:
@@ -208,22 +187,19 @@ def _in_a_child(threads: int, queue: Any) -> None:
     queue.put(crop_resize(*some(), (8, 8)).numpy())
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_crop_resize_works_in_a_forked_child() -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        want = crop_resize(*some(), (8, 8)).numpy()
-        context = multiprocessing.get_context("fork")
-        for threads in (1, 2):
-            queue = context.Queue()
-            child = context.Process(target=_in_a_child, args=(threads, queue))
-            child.start()
-            got = queue.get(timeout=60)
-            child.join(60)
-            assert child.exitcode == 0 and np.array_equal(got, want)
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("count", [1, 2])
+def test_crop_resize_works_in_a_forked_child(count: int) -> None:
+    torch.set_num_threads(2)
+    want = crop_resize(*some(), (8, 8)).numpy()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_a_child, args=(count, queue))
+    child.start()
+    got = queue.get(timeout=60)
+    child.join(60)
+    assert child.exitcode == 0 and np.array_equal(got, want)
 
 
 def test_crop_resize_compiled_checks_ranges() -> None:
@@ -236,17 +212,15 @@ def test_crop_resize_compiled_checks_ranges() -> None:
         compiled(pixels, offsets + 10000, *rest)
 
 
+U8, BOOL = torch.uint8, torch.bool
 GOOD: dict[str, Any] = {
-    "pixels": torch.zeros(200, dtype=torch.uint8),
+    "pixels": torch.zeros(200, dtype=U8),
     "offsets": torch.tensor([0, 100]),
     "shapes": torch.tensor([[10, 10], [5, 20]]),
     "boxes": torch.tensor([[0, 0, 10, 10], [1, 2, 4, 18]]),
     "flips": torch.zeros(2, dtype=torch.bool),
     "size": (8, 8),
 }
-
-
-U8, BOOL = torch.uint8, torch.bool
 BAD_BOXES = torch.tensor([[0, 0, 10, 10], [2, 1, 4, 18]])
 
 

@@ -93,13 +93,11 @@ def test_gather_patches_equals_slicing(
     assert torch.equal(plain, gather_patches(images, ids, patch))
 
 
-def test_mean_and_std_are_one_number_or_one_per_channel_or_a_tensor() -> None:
+def test_mean_and_std_are_one_number_or_one_per_channel() -> None:
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     ids = make_ids(2, 4, 3, torch.device("cpu"))
     same, each = ([0.5] * 3, [0.25] * 3), ([0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
-    forms = [(0.5, 0.25, same), ([0.5], (0.25,), same), (*map(torch.tensor, each), each)]
-    forms += [(torch.tensor(0.5), 0.25, same), (*each, each)]
-    for mean, std, want in forms:
+    for mean, std, want in [(0.5, 0.25, same), ([0.5], (0.25,), same), (*each, each)]:
         got = gather_patches(images, ids, 4, mean=mean, std=std)
         torch.testing.assert_close(got.double(), by_hand(images, ids, 4, *want), rtol=0, atol=2e-6)
         with backend("registered"):
@@ -219,8 +217,7 @@ IDS = torch.zeros(2, 1, dtype=torch.int64)
         ({"ids": IDS + 4}, ValueError, "ids: got ids from 4 to 4, needs ids from 0 to 3"),
         ({"ids": IDS - 1}, ValueError, "ids: got ids from -1 to -1, needs ids from 0 to 3"),
         ({"mean": [0.5, 0.4]}, ValueError, "mean: got 2 numbers, needs one, .* per .*channel = 3"),
-        ({"std": torch.ones(4)}, ValueError, "std: got 4 numbers, needs one, or one per image cha"),
-        ({"std": torch.ones(3).to("meta")}, ValueError, "std: got device meta, needs the device"),
+        ({"std": torch.ones(3)}, TypeError, "std: got a tensor, needs Python numbers"),
         ({"std": [1, 1, 0]}, ValueError, "std: got .* needs positive"),
         ({"dtype": torch.int8}, TypeError, "dtype: got torch.int8, needs a floating"),
     ],

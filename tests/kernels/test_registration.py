@@ -1,4 +1,4 @@
-"""The registered ops on the CPU: opcheck, gradcheck, one compiled graph, bytes kept.
+"""The registered ops on the CPU: opcheck, gradcheck, one compiled graph.
 
 The public functions use torch's own autograd on the CPU; the backend "registered" makes them call
 the registered op and its own backward.
@@ -6,7 +6,6 @@ the registered op and its own backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -81,51 +80,3 @@ def test_one_compiled_graph_for_every_batch_size(sample: Sample) -> None:
                 if leaves:
                     found[-1] += torch.autograd.grad(out.square().sum(), leaves)
             torch.testing.assert_close(*found)
-
-
-def kept_bytes(call: Callable[[], list[Tensor]], inputs: Tensors) -> int:
-    """Bytes of the tensors that autograd keeps for the backward and that are not inputs."""
-    given = {t.untyped_storage().data_ptr() for t in inputs.values() if t is not None}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = call()
-    assert out[0].requires_grad
-    return sum(kept.values())
-
-
-def stats(tensors: Tensors) -> int:
-    """mean, std, scale and shift in fp64 per channel, one tensor for all calls with the same
-    numbers.
-    """
-    assert tensors["images"] is not None
-    return 8 * 4 * tensors["images"].shape[1]
-
-
-# what an op keeps beyond its inputs; nothing, unless it is listed here
-KEPT: dict[str, Callable[[Tensors, dict[str, Any]], int]] = {
-    # gelu(x + bias)
-    "gelu_linear": lambda t, o: 0 if o["recompute"] else t["x"].nbytes,
-    "embed_patches": lambda t, o: stats(t),
-    # the number of masked patches, in fp32
-    "masked_reconstruction_loss": lambda t, o: 4 + stats(t),
-    "sssd_loss": lambda t, o: 4 + stats(t),
-    # the gradients; that of the bias in any case
-    "linear_reconstruction_loss": lambda t, o: (
-        t["hidden"].nbytes + t["weight"].nbytes + 4 * len(t["weight"])
-    ),
-}
-
-
-@DIFFERENTIABLE
-def test_bytes_kept_for_the_backward(sample: Sample) -> None:
-    tensors, options = made(sample)
-    tensors, _ = with_leaves(sample, tensors)
-    expected = KEPT.get(sample.op, lambda t, o: 0)(tensors, options)
-    assert kept_bytes(lambda: calls.outputs(sample, tensors, options), tensors) == expected

@@ -24,7 +24,7 @@ from tests.kernels import calls
 pytestmark = pytest.mark.kernel
 Addresses = np.ndarray[Any, Any]
 # parameters that stay in the cache and may be read by every program; single numbers may too
-CACHED = {"POS", "MASK_TOKEN", "CENTER", "BIAS", "STATS", "IDS", "FIRST", "NEXT"}
+CACHED = {"POS", "MASK_TOKEN", "CENTER", "BIAS", "STATS", "IDS"}
 # of crop_resize: a pixel is read for each output that it contributes to
 CACHED |= {"PIXELS", "OFFSETS", "SHAPES", "BOXES", "FLIPS"}
 
