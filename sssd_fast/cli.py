@@ -301,8 +301,7 @@ def export(
         print(export_encoder(model, Path(out), format))
         return
     trained = load_trained(model, torch.device("cpu"))
-    lines = export_classifier(trained.model, Path(out), [format], classes=trained.classes)
-    print("\n".join(lines))
+    print(export_classifier(trained.model, Path(out), format, trained.classes))
 
 
 @app.command()

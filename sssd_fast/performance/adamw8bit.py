@@ -13,6 +13,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from sssd_fast.errors import DependencyError
 
@@ -20,11 +21,9 @@ from sssd_fast.errors import DependencyError
 QUANTISED = {"codes", "scale", "signed"}
 
 
-def build_adamw8bit(
-    groups: list[dict[str, Any]], betas: tuple[float, float]
-) -> torch.optim.Optimizer:
+def build_adamw8bit(groups: list[dict[str, Any]], betas: tuple[float, float]) -> Optimizer:
     """torchao's optimizer. Raises DependencyError if torchao cannot be imported."""
-    optimizer: torch.optim.Optimizer = _optimizer_class()(groups, lr=0.0, betas=betas)
+    optimizer: Optimizer = _optimizer_class()(groups, lr=0.0, betas=betas)
     return optimizer
 
 
@@ -74,8 +73,6 @@ def _optimizer_class() -> Any:
 
 def _mapped(state_dict: dict[str, Any], change: Any) -> dict[str, Any]:
     """A copy of the dict with `change` applied to the values of `state`."""
-    state = {
-        key: {name: change(value) for name, value in values.items()}
-        for key, values in state_dict["state"].items()
-    }
+    states = state_dict["state"].items()
+    state = {key: {n: change(value) for n, value in values.items()} for key, values in states}
     return {**state_dict, "state": state}

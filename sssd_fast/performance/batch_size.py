@@ -1,5 +1,4 @@
-"""`batch: auto`: the largest micro-batch that fits, found before a run starts; the effective batch
-stays as configured.
+"""`batch: auto`: the largest micro-batch that fits; the effective batch stays as configured.
 
 On a CUDA device the search starts from estimate.py, and real steps on random images decide what
 fits. On the CPU, where running out of memory may end other programs, the estimate alone decides,
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 from sssd_fast.config import Config
 from sssd_fast.errors import ConfigError
 from sssd_fast.loaders.resident import reserved
-from sssd_fast.model import Classifier
-from sssd_fast.objective import SSSD
+from sssd_fast.objective import SSSDOutput
 from sssd_fast.optim import build_optimizer, parameter_groups
 from sssd_fast.performance.estimate import estimate
 from sssd_fast.performance.execution import compiled, configure_model, pick_compile
+from sssd_fast.performance.fake import make_model, random_inputs
 from sssd_fast.performance.plan import FRAGMENTS, divisors
 from sssd_fast.run.device import World, available_memory, is_out_of_memory, pick_precision
 from sssd_fast.step import Step, TaskLoss
@@ -38,11 +37,8 @@ Fits = Callable[[int], bool]
 def resolve_batch(
     config: Config, task: str, world: World, classes: int = 2, log: Log = print
 ) -> Config:
-    """`config` with batch_size and accumulate set and `batch` empty; unchanged if `batch` is not
-    auto.
-
-    task: "pretrain" or "finetune". Processes agree on the smallest. Raises ConfigError if not one
-        image fits.
+    """`config` with batch_size and accumulate set and `batch` empty, or as it is if batch is not
+    auto. Processes agree on the smallest. Raises ConfigError if not one image fits.
     """
     settings = getattr(config, task)
     if settings.batch is None:
@@ -50,61 +46,50 @@ def resolve_batch(
     own = settings.batch_size * settings.accumulate  # images per step of this process
     device = world.device
     cuda = device.type == "cuda"
-    precision = pick_precision(config.precision, device)
     compile_it = pick_compile(config.step, device)[0]
     options: dict[str, Any] = {"compiled": compile_it, "classes": classes}
     if cuda:
         options["capability"] = torch.cuda.get_device_capability(device)
-    found = estimate(config, task, precision, device, **options)
+    found = estimate(config, task, pick_precision(config.precision, device), device, **options)
     kept = 0  # bytes that the loader will need
     if config.data.loader in ("auto", "resident"):
         kept = reserved(device, config.data.resident_gib)
     free = _free_bytes(device) - kept
-
-    def peak(images: float) -> float:
-        copies = int(world.size > 1)
-        return found.peak(images, accumulate=own / images, gradient_copies=copies)
-
     # The free memory does not contain the CUDA context any more.
     limit = free / (1 + FRAGMENTS) * OPTIMISM if cuda else CPU_SHARE * free
     # A budget keeps less than estimated: start higher, the trials decide.
     budget = config.step.activation_budget if cuda and compile_it else 1.0
 
-    def trial(images: int) -> bool:
-        micro = {"batch_size": images, "accumulate": own // images}
-        return not cuda or steps_fit(_with(config, task, micro), task, classes, world, kept, log)
+    def peak(images: float) -> float:
+        return found.peak(images, accumulate=own / images, gradient_copies=int(world.size > 1))
 
-    batch_size = search(own, lambda n: peak(budget * n) <= limit, trial, world)
+    def resolved(images: int) -> Config:
+        fixed = {"batch_size": images, "accumulate": own // images, "batch": None}
+        return config.model_copy(update={task: settings.model_copy(update=fixed)})
+
+    def fits(images: int) -> bool:
+        return not cuda or steps_fit(resolved(images), task, classes, world, kept, log)
+
+    batch_size = search(own, lambda images: peak(budget * images) <= limit, fits, world)
     if batch_size is None:
         raise ConfigError(
             f"{task}.batch is auto, and not one image fits: a micro-batch of 1 is estimated to "
             f"need {peak(1) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on {device}. Free memory, "
             "or see `sssd-fast plan` for settings that need less"
         )
-    accumulate = own // batch_size
     how = "tried" if cuda else f"estimated, within {CPU_SHARE:.0%} of the free memory"
     log(
-        f"{task}.batch=auto: micro-batch {batch_size} x {accumulate} (effective batch "
+        f"{task}.batch=auto: micro-batch {batch_size} x {own // batch_size} (effective batch "
         f"{own * world.size}), {how}; estimated peak {peak(batch_size) / 1e9:.2f} of "
         f"{free / 1e9:.2f} GB free on {device}"
     )
-    fixed = {"batch_size": batch_size, "accumulate": accumulate, "batch": None}
-    return _with(config, task, fixed)
+    return resolved(batch_size)
 
 
-def _with(config: Config, task: str, changes: dict[str, Any]) -> Config:
-    changed = getattr(config, task).model_copy(update=changes)
-    return config.model_copy(update={task: changed})
-
-
-def search(own: int, likely: Fits, trial: Fits, world: World) -> int | None:
-    """The largest divisor of `own` that is likely to fit and passes its trial, in every process;
-    None if none does.
-    """
+def search(own: int, likely: Fits, fits: Fits, world: World) -> int | None:
+    """The largest divisor of `own` that is likely to fit and fits, in every process, or None."""
     for images in reversed(divisors(own)):
-        if world.any(not likely(images)):
-            continue
-        if not world.any(not trial(images)):
+        if not world.any(not likely(images)) and not world.any(not fits(images)):
             return images
     return None
 
@@ -127,23 +112,27 @@ def steps_fit(config: Config, task: str, classes: int, world: World, kept: int, 
     """
     what = f"trying a micro-batch of {getattr(config, task).batch_size}"
     log(f"{what} ...")
+    device = world.device
     held: Tensor | None = None
     try:
-        held = torch.empty(kept, dtype=torch.uint8, device=world.device)
-        _two_steps(config, task, classes, world.device)
+        held = torch.empty(kept, dtype=torch.uint8, device=device)
+        _two_steps(config, task, classes, device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         log(f"{what}: out of memory")
         return False
-    else:
-        cuda = world.device.type == "cuda"
-        peak = torch.cuda.max_memory_reserved(world.device) / 1e9 if cuda else 0.0
-        log(f"{what}: fits, {peak:.2f} GB reserved")
-        return True
     finally:
+        # the next trial, and the run, start like the first
         del held
-        _free_trial(world.device)
+        torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    log(f"{what}: fits")
+    return True
 
 
 def _two_steps(config: Config, task: str, classes: int, device: torch.device) -> None:
@@ -151,12 +140,7 @@ def _two_steps(config: Config, task: str, classes: int, device: torch.device) ->
     images = settings.batch_size
     precision = pick_precision(config.precision, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model: SSSD | Classifier
-        if task == "pretrain":
-            model = SSSD(config.model, config.objective)
-        else:
-            model = Classifier(config.model, classes, settings.pool, settings.drop_path)
-        model.to(device)
+        model = make_model(config, task, classes).to(device)
         execution = configure_model(model, config, precision, device, images)
         module: nn.Module = model
         if execution.compiled:
@@ -166,38 +150,22 @@ def _two_steps(config: Config, task: str, classes: int, device: torch.device) ->
         step = Step(
             module,
             build_optimizer(groups, betas, config.step.optimizer),
-            _random_loss,
+            _loss,
             world=World(device),  # alone: the other processes may still be at another size
             precision=precision,
             clip_grad=settings.clip_grad,
             compiled=execution.compiled,
             graphs=execution.graphs,
         )
-        shape = images, config.model.in_channels, *config.model.image_size
         # A step computes two micro-batches; the others only occupy memory.
-        batches = [
-            torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-            for _ in range(settings.accumulate)
-        ]
+        batches = [random_inputs(config, task, images, device) for _ in range(settings.accumulate)]
         for i in range(2):
             result = step(batches[:2], i, 0.0)
         float(result.grad_norm)  # waits for the device, where an error may still come
 
 
-def _random_loss(module: nn.Module, images_BCHW: Tensor, step: int, micro: int) -> TaskLoss:
-    model = getattr(module, "_orig_mod", module)
-    if isinstance(model, SSSD):
-        patches = model.mae.config.num_patches
-        out = module(images_BCHW, torch.rand(len(images_BCHW), patches, device=images_BCHW.device))
+def _loss(module: nn.Module, batch: list[Tensor], step: int, micro: int) -> TaskLoss:
+    out = module(*batch)
+    if isinstance(out, SSSDOutput):
         return TaskLoss(out.total, {}, out.batch_center)
-    return TaskLoss(module(images_BCHW).float().square().mean(), {})
-
-
-def _free_trial(device: torch.device) -> None:
-    """Frees what a trial allocated, so that the next one, and the run, start like the first."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    return TaskLoss(out.float().square().mean(), {})

@@ -15,7 +15,7 @@ Assumed, not counted:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,28 +24,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 import mae_kernels
 from sssd_fast.config import Config
 from sssd_fast.errors import ConfigError
-from sssd_fast.performance.execution import attention_choices, block_stacks, set_execution
+from sssd_fast.performance.execution import attention_choices, set_execution
 from sssd_fast.performance.fake import DirectDevice, FakeStep
 from sssd_fast.run.device import AUTOCAST, autocast
 
 CPU = torch.device("cpu")
 FP32 = 4
-# torchao keeps the moments of smaller tensors, and of tensors that are not a multiple of a block,
-# in fp32
+# torchao keeps the moments of smaller tensors and of incomplete blocks in fp32
 BLOCK_8BIT = 256
 SMALLEST_8BIT = 4096
 
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that were allocated inside the block and are alive, except those of
-    `given`.
-
-    timeline: these bytes after each operation.
+    `given`; timeline: these bytes after each operation.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
@@ -77,10 +73,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _temporary_bytes(op: Any, args: Any) -> int:
-    """Bytes that an op allocates and frees again, which a dispatch mode does not see.
-
-    gelu_linear's backward holds dg and g in addition to its results, later the gradient of the
-    weight.
+    """Bytes that an op allocates and frees again: gelu_linear's backward holds dg and g in addition
+    to its results, later the gradient of the weight.
     """
     if op is not torch.ops.mae_kernels.gelu_linear_backward.default:
         return 0
@@ -97,10 +91,9 @@ class Estimate:
     trained: tuple[int, ...]  # number of values of each tensor with a gradient
     optimizer_name: str  # adamw or adamw8bit
     input_per_image: float
-    kept_constant: float  # alive at the end of the forward, whatever the number of images
+    kept_constant: float  # alive at the end of the forward
     kept_per_image: float  # activations
-    # each moment of forward and backward
-    timeline_constant_T: Tensor
+    timeline_constant_T: Tensor  # each moment of forward and backward
     timeline_per_image_T: Tensor
 
     @property
@@ -113,22 +106,17 @@ class Estimate:
         return self.parameters + self.gradients + self.optimizer
 
     def step_peak(self, images: float) -> float:
-        """Largest number of bytes during forward and backward of one micro-batch, gradients
-        included.
-        """
+        """The peak in forward and backward of one micro-batch, gradients included."""
         return float((self.timeline_constant_T + images * self.timeline_per_image_T).max())
 
     def peak(self, images: float, *, accumulate: float = 1, gradient_copies: int = 0) -> float:
         """Bytes of everything at the worst moment of a step with `accumulate` micro-batches.
 
         The loop fetches all micro-batches of a step first. From the second micro-batch on the
-        gradients of
-        the first one exist. gradient_copies: of all gradients, such as the buffers for several
-            processes.
+        gradients of the first one exist. gradient_copies: such as buffers for several processes.
         """
         batch = images * accumulate * self.input_per_image
-        copies = gradient_copies + (accumulate > 1)
-        gradients = copies * self.gradients
+        gradients = (gradient_copies + (accumulate > 1)) * self.gradients
         return self.parameters + self.optimizer + batch + gradients + self.step_peak(images)
 
 
@@ -141,14 +129,13 @@ def estimate(
     compiled: bool,
     capability: tuple[int, int] = (8, 0),
     classes: int = 2,
-    fake: FakeStep | None = None,
 ) -> Estimate:
     """The memory of a step as `config.step` requests it, on `device` or on a GPU that is not there.
 
-    task: "pretrain" or "finetune". capability: of the CUDA device. fake: of this model and task, to
-    avoid building it. Raises ConfigError if a setting cannot be carried out.
+    task: "pretrain" or "finetune". capability: of the CUDA device. Raises ConfigError if a setting
+    cannot be carried out.
     """
-    step = fake or FakeStep(config, task, classes)
+    step = FakeStep(config, task, classes)
     module = step.module
     cuda = device.type == "cuda"
     choices = attention_choices(
@@ -157,11 +144,12 @@ def estimate(
     providers = [provider.replace("xformers", "sdpa") for provider, _ in choices]
     fused_mlp = cuda and config.step.mlp != "plain"
     set_execution(module, config.step, precision, providers, fused_mlp=fused_mlp)
-    casts = _cast_norm_inputs(module) if cuda and not compiled and precision != "fp32" else []
+    if cuda and not compiled and precision != "fp32":
+        # CUDA's autocast runs LayerNorm in fp32, that of the CPU does not
+        for norm in [m for m in module.modules() if isinstance(m, nn.LayerNorm)]:
+            norm.register_forward_pre_hook(lambda norm, inputs: (inputs[0].float(),))
     few, many = 4, 8
     runs = [_run(step, precision, images, capability if cuda else None) for images in (few, many)]
-    for cast in casts:
-        cast.remove()
     kept, timelines = zip(*runs, strict=True)
     if len(timelines[0]) != len(timelines[1]):
         raise ConfigError(f"{task}: the step allocates differently for {few} and {many} images")
@@ -181,24 +169,12 @@ def estimate(
     )
 
 
-def step_flops(config: Config, task: str, fake: FakeStep | None = None) -> int:
-    """FLOPs of forward and backward per image, recomputation by `config.step.checkpoint`
-    included.
-    """
-    step = fake or FakeStep(config, task)
-    providers = ["sdpa"] * len(block_stacks(step.module))
-    set_execution(step.module, config.step, "fp32", providers, fused_mlp=False)
-    return step.flops()
-
-
 def _run(
     step: FakeStep, precision: str, images: int, capability: tuple[int, int] | None
 ) -> tuple[int, Tensor]:
     """(bytes kept at the end of the forward, bytes after each operation)."""
-    inputs = step.inputs(images)
-    module = step.module
-    for parameter in module.parameters():
-        parameter.grad = None
+    inputs, module = step.inputs(images), step.module
+    module.zero_grad()
     gpu = nullcontext() if capability is None else mae_kernels.as_on_gpu(capability)
     live = LiveBytes([*module.parameters(), *module.buffers(), *inputs])
     with step.mode, gpu, live, DirectDevice():
@@ -209,18 +185,9 @@ def _run(
     return kept, torch.tensor(live.timeline, dtype=torch.float64)
 
 
-def _cast_norm_inputs(module: nn.Module) -> list[RemovableHandle]:
-    """CUDA's autocast runs LayerNorm in fp32, that of the CPU does not."""
-    cast: Callable[..., Any] = lambda norm, inputs: (inputs[0].float(),)  # noqa: E731
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.LayerNorm)]
-    return [norm.register_forward_pre_hook(cast) for norm in norms]
-
-
 def optimizer_bytes(values: int, optimizer: str) -> float:
-    """State of one parameter tensor: the step and two moments, of 4 bytes a value.
-
-    adamw8bit (torchao): of 1 byte, with an fp32 scale for each block and a table of 256 fp32
-        values.
+    """State of one parameter tensor: the step and two moments, of 4 bytes a value; for adamw8bit
+    of 1 byte, with an fp32 scale for each block and a table of 256 fp32 values.
     """
     wide = optimizer == "adamw" or values < SMALLEST_8BIT or values % BLOCK_8BIT
     moment = FP32 * values if wide else values + FP32 * (values // BLOCK_8BIT) + FP32 * 256

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,10 +24,8 @@ from sssd_fast.objective import SSSD
 
 
 class DirectDevice(TorchDispatchMode):
-    """Answers where a fake tensor is. Autograd asks so often that this is half of the time of a
-    fake step.
-
-    Must be the last mode entered.
+    """Answers where a fake tensor is; must be the last mode entered. Autograd asks so often that
+    this is half of the time of a fake step.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,42 +34,45 @@ class DirectDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def make_model(config: Config, task: str, classes: int) -> SSSD | Classifier:
+    if task == "pretrain":
+        return SSSD(config.model, config.objective)
+    return Classifier(config.model, classes, config.finetune.pool, config.finetune.drop_path)
+
+
+def random_inputs(config: Config, task: str, images: int, device: torch.device) -> list[Tensor]:
+    """uint8 images and, for pre-training, the noise that orders the patches."""
+    model = config.model
+    shape = images, model.in_channels, *model.image_size
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    if task != "pretrain":
+        return [pixels]
+    return [pixels, torch.rand(images, model.num_patches, device=device)]
+
+
 class FakeStep:
     """Forward and backward of `task` ("pretrain" or "finetune") on tensors that take no memory."""
 
     def __init__(self, config: Config, task: str, classes: int = 2) -> None:
         self.config = config
+        self.task = task
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.module: SSSD | Classifier
         with torch.device("meta"):
-            if task == "pretrain":
-                self.module = SSSD(config.model, config.objective)
-            else:
-                s = config.finetune
-                self.module = Classifier(config.model, classes, s.pool, s.drop_path)
+            self.module = make_model(config, task, classes)
         with self.mode:
             self.module.to_empty(device="cpu")
 
     def inputs(self, images: int) -> list[Tensor]:
-        """uint8 images and, for pre-training, the noise that orders the patches."""
-        model = self.config.model
         with self.mode:
-            pixels = torch.empty((images, model.in_channels, *model.image_size), dtype=torch.uint8)
-            if isinstance(self.module, Classifier):
-                return [pixels]
-            return [pixels, torch.empty(images, model.num_patches)]
+            return random_inputs(self.config, self.task, images, torch.device("cpu"))
 
     def loss(self, inputs: list[Tensor]) -> Tensor:
         out = self.module(*inputs)
-        if isinstance(self.module, Classifier):
-            return -F.log_softmax(out.float(), 1).mean()
-        total: Tensor = out.total
+        total: Tensor = out.total if self.task == "pretrain" else -out.float().log_softmax(1).mean()
         return total
 
     def flops(self) -> int:
-        """FLOPs of forward and backward per image: matrix products and attention, 2 per
-        multiply-add.
-        """
+        """Of forward and backward per image: products and attention, 2 per multiply-add."""
         inputs = self.inputs(1)
         with self.counting() as counter:
             self.loss(inputs).backward()

@@ -19,28 +19,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profiler
 
 from sssd_fast.config import Config
-from sssd_fast.data.index import DataIndex
-from sssd_fast.data.split import Split
-from sssd_fast.errors import ConfigError, DependencyError
-from sssd_fast.loaders import Batch
+from sssd_fast.errors import ConfigError
 from sssd_fast.loaders.prepare import make_loader, prepare_data
-from sssd_fast.performance.ceilings import measure_ceilings
 from sssd_fast.performance.execution import ExecutionPlan
-from sssd_fast.performance.fake import standard_flops
-from sssd_fast.run.device import AUTOCAST, world
+from sssd_fast.run.device import world
 from sssd_fast.run.environment import collect_environment
 from sssd_fast.run.files import atomic_write_bytes
 from sssd_fast.run.folder import Run, open_run
 from sssd_fast.run.log import Console
 from sssd_fast.step import Step
 
-# Makes the step of a pre-training run and reports how it is executed.
-Build = Callable[[Run, DataIndex, Split], tuple[Step, ExecutionPlan]]
+# (run, index, split) -> the step of pre-training and how it is executed
+Build = Callable[[Run, Any, Any], tuple[Step, ExecutionPlan]]
 
 LEARNING_RATE = 1e-5  # small, so that the weights stay ordinary numbers
 STAGES = ("data", "forward", "backward", "update")
@@ -66,10 +62,8 @@ COLORS |= {OTHER: "#b3aaa0", IDLE: "#ececec"}
 def profile(
     config: Config, build: Build, *, steps: int = 10, warmup: int = 3, out: str | Path | None = None
 ) -> dict[str, Any]:
-    """Measures `steps` steps after `warmup` others, prints the results and draws `out` (PNG).
-
-    Trains a new model for these few steps in a temporary run folder. Raises ConfigError for
-    settings that cannot be profiled.
+    """Trains a new model for `warmup` and `steps` steps in a temporary run folder, prints the times
+    of the latter and draws `out` (PNG). Raises ConfigError for settings that cannot be profiled.
     """
     _check(config, steps, warmup, out)
     with ExitStack() as stack:
@@ -80,12 +74,8 @@ def profile(
         # torch.profiler's library prints lines at every start and stop without it
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sssd-fast-profile-")))
-        # no more synthetic slices than the steps need
-        needed = 2 * (steps + warmup) * config.pretrain.batch_size * config.pretrain.accumulate + 40
-        fewer = {"synthetic_images": min(config.data.synthetic_images, needed)}
-        data = config.data.model_copy(update=fewer)
-        changed = config.model_copy(update={"data": data, "tensorboard": False})
-        run = stack.enter_context(open_run("pretrain", changed, folder / "run", here))
+        config = config.model_copy(update={"tensorboard": False})
+        run = stack.enter_context(open_run("pretrain", config, folder / "run", here))
         result = _measure(run, build, steps, warmup)
         _show(result, run.console)
         if out is not None:
@@ -95,28 +85,25 @@ def profile(
 
 
 def _check(config: Config, steps: int, warmup: int, out: str | Path | None) -> None:
-    problems = []
-    if steps < 1:
-        problems.append(f"steps is {steps}, needs at least 1")
-    if warmup < 1:
-        problems.append(f"warmup is {warmup}, needs at least 1: the first step allocates memory")
-    if out is not None and Path(out).suffix != ".png":
-        problems.append(f"out is {str(out)!r}, needs a file name that ends in .png")
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        problems.append(f"out is {str(out)!r}, whose folder does not exist; make it first")
-    if config.pretrain.batch is not None:
-        problems.append("pretrain.batch is auto: set pretrain.batch=null and pretrain.batch_size")
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        problems.append(f"{processes} processes were started, needs one: run it without torchrun")
-    if problems:
-        raise ConfigError("profile: " + "; ".join(problems))
+    path = Path(out or "step.png").absolute()
+    processes = os.environ.get("WORLD_SIZE", "1")
+    problems = {
+        f"steps is {steps}, warmup is {warmup}: both need at least 1": min(steps, warmup) < 1,
+        f"out is {str(out)!r}, needs a file name that ends in .png": path.suffix != ".png",
+        f"the folder of {str(out)!r} does not exist; make it first": not path.parent.is_dir(),
+        "pretrain.batch is auto: set pretrain.batch=null": config.pretrain.batch is not None,
+        f"{processes} processes were started, needs one: no torchrun": processes != "1",
+    }
+    found = [problem for problem, present in problems.items() if present]
+    if found:
+        raise ConfigError("profile: " + "; ".join(found))
 
 
 # ---- measuring -----------------------------------------------------------------------------------
 
 
 def _measure(run: Run, build: Build, steps: int, warmup: int) -> dict[str, Any]:
-    settings, device = run.config.pretrain, run.world.device
+    settings, model, device = run.config.pretrain, run.config.model, run.world.device
     cuda = device.type == "cuda"
     step, batches, execution = prepare(run, build, steps + warmup)
     with run.console.announce(f"{warmup} + {steps} steps, then {steps} under the profiler"):
@@ -124,43 +111,33 @@ def _measure(run: Run, build: Build, steps: int, warmup: int) -> dict[str, Any]:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with torch_profiler(activities=activities) as profiler:
             time_steps(step, batches, steps, 0, device)
-    with run.console.announce("measuring the ceilings: one large matrix product, one large copy"):
-        ceilings = measure_ceilings(device, AUTOCAST.get(run.precision, torch.float32))
     images = settings.batch_size * settings.accumulate
-    median_s = statistics.median(times)
-    model = run.config.model
     size = "×".join(map(str, model.image_size))
     compiled = "compiled" if execution.compiled else "not compiled"
     cpu = f"{collect_environment()['cpu']['model']}, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name(device) if cuda else cpu
-    sort = "self_device_time_total" if cuda else "self_cpu_time_total"
     return {
         "what": f"{images} images of {size}, ViT-{model.name}, {run.precision}, {compiled}",
         "machine": f"{machine}, torch {torch.__version__}",
         "compiled": execution.compiled,
         "times": times,
-        "images_per_s": images / median_s,
-        "mfu": standard_flops(run.config) * images / median_s / ceilings.matmul_flops,
-        "ceilings": ceilings,
+        "images_per_s": images / statistics.median(times),
         "stages": read_events(profiler.events(), steps, cuda=cuda),
-        "operations": profiler.key_averages().table(sort_by=sort, row_limit=12),
     }
 
 
-def prepare(
-    run: Run, build: Build, needed: int
-) -> tuple[Step, Iterator[list[Batch]], ExecutionPlan]:
+def prepare(run: Run, build: Build, needed: int) -> tuple[Step, Iterator[Any], ExecutionPlan]:
     """(step, micro-batches of one step after another, execution) of a pre-training run."""
     settings = run.config.pretrain
     index, split = prepare_data(run)
-    augment = settings.augment
-    loader = make_loader(run, index, split.train, batch_size=settings.batch_size, augment=augment)
+    options = {"batch_size": settings.batch_size, "augment": settings.augment}
+    loader = make_loader(run, index, split.train, **options)
     # A loader that stores decoded images has them after its first epoch.
     for _ in itertools.islice(loader.epoch(0), needed * settings.accumulate):
         pass
     step, execution = build(run, index, split)
 
-    def batches() -> Iterator[list[Batch]]:
+    def batches() -> Iterator[Any]:
         for epoch in itertools.count():
             micro_batches = loader.epoch(epoch)
             for _ in range(loader.steps_per_epoch // settings.accumulate):
@@ -170,7 +147,7 @@ def prepare(
 
 
 def time_steps(
-    step: Step, batches: Iterator[list[Batch]], steps: int, warmup: int, device: torch.device
+    step: Step, batches: Iterator[Any], steps: int, warmup: int, device: torch.device
 ) -> list[float]:
     """Seconds of each step with its data; on CUDA each waits for the device."""
     times = []
@@ -227,7 +204,7 @@ def kind_of(name: str) -> str:
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
-    stages = result["stages"]
+    stages, times = result["stages"], result["times"]
     totals = [sum(kinds.values()) for kinds in stages.values()]
     rows = []
     for kind in _kinds(result):
@@ -237,58 +214,29 @@ def _show(result: dict[str, Any], console: Console) -> None:
     rows.append(["all", *(f"{s * 1e3:,.2f}" for s in totals), "100.0%"])
     title = f"Step of {result['what']}, {result['machine']}: ms under the profiler"
     console.table(title, ("kind of operation", *STAGES, "share"), rows)
-    console.info(result["operations"])
-    for line in sentences(result):
-        console.info(line)
+    console.info(
+        f"Without the profiler: {_ms(statistics.median(times))} per step (median; "
+        f"{_ms(min(times))} to {_ms(max(times))}), {result['images_per_s']:,.4g} images/s."
+    )
 
 
 def _kinds(result: dict[str, Any]) -> list[str]:
     return [kind for kind in COLORS if any(kind in found for found in result["stages"].values())]
 
 
-def sentences(result: dict[str, Any]) -> list[str]:
-    """What the numbers mean."""
-    times, ceilings = result["times"], result["ceilings"]
-    lines = [
-        f"Without the profiler: {_ms(statistics.median(times))} per step (median; "
-        f"{_ms(min(times))} to {_ms(max(times))}), {result['images_per_s']:,.4g} images/s, "
-        f"{result['mfu']:.1%} of the measured matrix product rate (MFU, by the FLOPs of a plain "
-        "masked autoencoder).",
-        f"Rates measured here: {ceilings.matmul_flops / 1e9:,.4g} GFLOP/s matrix product "
-        f"({ceilings.dtype}), {ceilings.copy_bytes / 1e9:,.1f} GB/s copy (read plus written).",
-    ]
-    if result["mfu"] > 1:
-        lines.append(
-            "MFU is above 100 %: other programs used this machine while the matrix product was "
-            "measured. Repeat on an idle machine."
-        )
-    return lines
-
-
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A bar for each stage, divided by kind of operation; raises DependencyError without
-    matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError('pictures need matplotlib: pip install "sssd-fast[train]"') from error
+    """A bar for each stage, divided by kind of operation."""
+    from matplotlib.figure import Figure
+
     stages = result["stages"]
     totals = [1e3 * sum(stages[stage].values()) for stage in STAGES]
     figure = Figure((11, 4.8), 150, layout="constrained")
     axes = figure.subplots()
-    starts = [0.0] * len(STAGES)
+    starts = np.zeros(len(STAGES))
     for kind in _kinds(result):
-        widths = [1e3 * stages[stage].get(kind, 0.0) for stage in STAGES]
-        hatch = "////" if kind == IDLE else ""
-        style: dict[str, Any] = {
-            "color": COLORS[kind],
-            "edgecolor": "white",
-            "hatch": hatch,
-            "label": kind,
-        }
-        axes.barh(STAGES, widths, 0.66, starts, **style)
-        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+        widths = np.array([1e3 * stages[stage].get(kind, 0.0) for stage in STAGES])
+        axes.barh(STAGES, widths, 0.66, starts, color=COLORS[kind], edgecolor="white", label=kind)
+        starts += widths
     for y, total in enumerate(totals):
         share = f"{total / sum(totals):.0%}"
         axes.text(total, y, f" {_ms(total / 1e3)}, {share}", va="center", fontsize=9)

@@ -37,33 +37,22 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("mean", torch.tensor(encoder.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(encoder.std).view(-1, 1, 1), persistent=False)
 
-    def tokens(self, images_BCHW: Tensor) -> Tensor:
-        """[B, p+L, D] tokens of the last block, with its norm if the encoder has one.
-
-        p = 1 cls token, or 0; L patches in row-major order. Images as in `forward`.
-        """
-        if images_BCHW.is_floating_point():
-            images_BCHW = (images_BCHW - self.mean) / self.std
-        out: Tensor = self.encoder(images_BCHW)
-        return out
-
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """[B, D] features: the mean of the patch tokens, or the cls token if tuned with pool "cls".
 
-        Images are uint8 from 0 to 255 or floats from 0 to 1, of size `image_size`. Raises
-        ValueError for a wrong shape.
+        Images [B, C, *image_size] are uint8 from 0 to 255 or floats from 0 to 1. Raises ValueError.
         """
-        x_BND = self.tokens(images_BCHW)
+        if images_BCHW.is_floating_point():
+            images_BCHW = (images_BCHW - self.mean) / self.std
+        x_BND = self.encoder(images_BCHW)
         p = self.encoder.num_prefix
         out: Tensor = self.norm(x_BND[:, 0] if self.pool == "cls" else x_BND[:, p:].mean(1))
         return out
 
 
 def load_model(path: str | Path) -> tuple[MAE | Classifier, Path]:
-    """(model in eval mode, its checkpoint) of a run folder or checkpoint.
-
-    An MAE of `pretrain`, a Classifier of `finetune` or `probe`. Raises CheckpointError for a
-    missing, damaged or other checkpoint.
+    """(model in eval mode, its checkpoint) of a run folder or checkpoint: an MAE of `pretrain`, a
+    Classifier of `finetune` or `probe`. Raises CheckpointError.
     """
     path = find_checkpoint(path)
     state = load_checkpoint(path)
@@ -73,8 +62,7 @@ def load_model(path: str | Path) -> tuple[MAE | Classifier, Path]:
         model = Classifier(config, len(state["classes"]), state["pool"])
     else:
         model = MAE(config)
-        own = {name: w for name, w in weights.items() if name.startswith("mae.")}
-        weights = {name.removeprefix("mae."): w for name, w in own.items()}
+        weights = {name[4:]: w for name, w in weights.items() if name.startswith("mae.")}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -83,10 +71,7 @@ def load_model(path: str | Path) -> tuple[MAE | Classifier, Path]:
 
 
 def load_encoder(path: str | Path) -> FeatureExtractor:
-    """The encoder of a run folder or checkpoint of `pretrain`, `finetune` or `probe`, in eval mode.
-
-    Raises CheckpointError for a missing or damaged checkpoint.
-    """
+    """The encoder of a run folder or checkpoint in eval mode; raises CheckpointError."""
     model, _ = load_model(path)
     if isinstance(model, Classifier):
         return FeatureExtractor(model.encoder, model.fc_norm, model.pool).eval()

@@ -1,6 +1,6 @@
 """Trained models as files that run without this package.
 
-`export_classifier`: torch.export (.pt2) or ONNX (.onnx) of the same forward pass in plain torch:
+`export_classifier`: torch.export (.pt2) or ONNX (.onnx) of the forward pass in plain torch:
 
     images uint8 [B, C, H, W], any B >= 1
     -> logits float32 [B, classes], scores float32 [B, classes] (softmax of the logits)
@@ -8,8 +8,6 @@
 Pixels are scaled by the model's mean and std inside; the caller decodes and resizes.
 `export_encoder`: weights under timm's or Hugging Face's names. Every file is read back and compared
 with the model before it replaces anything at its path.
-
-Shapes: B images, C channels, L patches, p prefix tokens, N = p + L, D width, H heads.
 """
 
 from __future__ import annotations
@@ -19,20 +17,22 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.export import ExportedProgram
 
-from sssd_fast.errors import DependencyError, SssdError, WeightsError
-from sssd_fast.model import Block, Classifier
-from sssd_fast.run.files import atomic_write_bytes
+import mae_kernels
+from sssd_fast.errors import DependencyError, SssdError
+from sssd_fast.model import Classifier
+from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
 from sssd_fast.weights.encoder import load_model
-from sssd_fast.weights.files import read_weights, save_huggingface, save_safetensors
-from sssd_fast.weights.formats import Model, export_state, huggingface_class
+from sssd_fast.weights.files import read_source
+from sssd_fast.weights.formats import Model, export_state, huggingface_class, huggingface_config
 
 # largest difference from the model, relative to its largest output; float32 sums give about 1e-6
 TOLERANCE = 1e-4
@@ -44,55 +44,23 @@ LOADING = {
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class PortableClassifier(nn.Module):
-    """The classifier's forward pass in operators of torch, which every exporter knows."""
-
-    mean_C11: Tensor
-    std_C11: Tensor
-
+class _LogitsAndScores(nn.Module):
     def __init__(self, model: Classifier) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean_C11", torch.tensor(model.encoder.mean).view(-1, 1, 1))
-        self.register_buffer("std_C11", torch.tensor(model.encoder.std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        encoder, p = self.model.encoder, self.model.encoder.num_prefix
-        pixels_BCHW = (images.float() / 255 - self.mean_C11) / self.std_C11
-        proj = encoder.patch_embed.proj
-        x_BDhw = F.conv2d(pixels_BCHW, proj.weight, proj.bias, stride=encoder.patch_size)
-        x_BND = x_BDhw.flatten(2).transpose(1, 2) + encoder.pos_embed[p:]
-        if encoder.cls_token is not None:
-            cls_B1D = (encoder.cls_token + encoder.pos_embed[:p]).expand(x_BND.shape[0], -1, -1)
-            x_BND = torch.cat([cls_B1D, x_BND], 1)
-        for block in encoder.blocks:
-            assert isinstance(block, Block)
-            x_BND = x_BND + _attention(block, block.norm1(x_BND))
-            x_BND = x_BND + block.mlp(block.norm2(x_BND))
-        x_BND = encoder.norm(x_BND)
-        pooled_BD = x_BND[:, 0] if self.model.pool == "cls" else x_BND[:, p:].mean(1)
-        logits = self.model.head(self.model.fc_norm(pooled_BD))
+        logits = self.model(images)
         return logits, logits.softmax(-1)
 
 
-def _attention(block: Block, x_BND: Tensor) -> Tensor:
-    qkv = block.attn.qkv(x_BND).unflatten(-1, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
-    mixed_BHNd = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-    out: Tensor = block.attn.proj(mixed_BHNd.transpose(1, 2).flatten(2))
-    return out
-
-
 def export_classifier(
-    model: Classifier,
-    out: str | Path,
-    formats: Sequence[Literal["torch", "onnx"]] = ("torch", "onnx"),
-    *,
-    classes: Sequence[str] | None = None,
-) -> list[str]:
-    """Writes `model` in each format; returns for each what was written and the call that loads it.
+    model: Classifier, out: str | Path, format: Literal["torch", "onnx"], classes: Sequence[str]
+) -> str:
+    """Writes `model`; returns what was written and the call that loads it.
 
     Args:
-        out: a file with the format's ending (.pt2, .onnx), or a folder for classifier.pt2 and
+        out: a file with the format's ending (.pt2, .onnx), or a folder for classifier.pt2 or
             classifier.onnx.
         classes: names stored in the file: `classes.json` in a .pt2, the metadata property
             "classes" (JSON) in ONNX.
@@ -100,59 +68,47 @@ def export_classifier(
     Raises DependencyError without the export extra, SssdError if outputs differ by more than
     TOLERANCE (nothing is written).
     """
-    names = list(classes) if classes is not None else [str(i) for i in range(model.num_classes)]
-    if len(names) != model.num_classes:
-        raise WeightsError(
-            f"{len(names)} class names were given for a model of {model.num_classes} classes"
-        )
-    unknown = [name for name in formats if name not in ENDINGS]
-    if unknown:
-        raise WeightsError(f"export format is {unknown[0]!r}, needs one of {', '.join(ENDINGS)}")
-    out = Path(out)
-    if len(formats) > 1 and out.suffix in ENDINGS.values():
-        raise WeightsError(f"{out} is one file for {len(formats)} formats; give a folder")
     # a copy in float32 on the CPU: the program must not depend on how the model was trained
     copy = Classifier(model.config, model.num_classes, model.pool)
     copy.load_state_dict(model.state_dict())
     copy.eval().requires_grad_(False)
-    lines = []
-    for name in formats:
-        path = out if out.suffix == ENDINGS[name] else out / f"classifier{ENDINGS[name]}"
-        program = _torch_program if name == "torch" else _onnx_program
-        with _quiet():
-            content, run = program(PortableClassifier(copy).eval(), names)
-            difference, limit = _compare(copy, run, path)
-        atomic_write_bytes(path, content)
-        shape = ", ".join(["batch", *map(str, _image_shape(copy))])
-        lines.append(
-            f"{path}: {len(content) / 1e6:.1f} MB, uint8 [{shape}] -> logits, scores; outputs "
-            f"within {difference:.1e} of the model's (limit {limit:.1e})\nload it with: "
-            + LOADING[name].format(str(path))
-        )
-    return lines
-
-
-def _image_shape(model: Classifier) -> tuple[int, int, int]:
-    return (model.encoder.in_channels, *model.encoder.image_size)
+    path, ending = Path(out), ENDINGS[format]
+    path = path if path.suffix == ending else path / f"classifier{ending}"
+    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+    # the exporters print deprecation warnings and progress lines
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        # the references of mae_kernels are plain torch, which every exporter knows
+        with mae_kernels.backend("reference"):
+            module, example = _LogitsAndScores(copy).eval(), (_example(copy, 3),)
+            program = torch.export.export(module, example, dynamic_shapes=shapes)
+        write = _torch_file if format == "torch" else _onnx_file
+        content, run = write(program, json.dumps(list(classes)))
+        difference = _compare(copy, run, path)
+    atomic_write_bytes(path, content)
+    shape = ", ".join(map(str, _example(copy, 1).shape[1:]))
+    return (
+        f"{path}: {len(content) / 1e6:.1f} MB, uint8 [batch, {shape}] -> logits, scores; outputs "
+        f"within {difference:.1e} of the model's\nload it with: {LOADING[format].format(str(path))}"
+    )
 
 
 def _example(model: Classifier, batch: int) -> Tensor:
     seeded = torch.Generator().manual_seed(0)
-    shape = (batch, *_image_shape(model))
+    shape = (batch, model.encoder.in_channels, *model.encoder.image_size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded)
 
 
-def _torch_program(module: PortableClassifier, classes: list[str]) -> tuple[bytes, Run]:
-    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
-    program = torch.export.export(module, (_example(module.model, 3),), dynamic_shapes=shapes)
+def _torch_file(program: ExportedProgram, classes: str) -> tuple[bytes, Run]:
     file = io.BytesIO()
-    torch.export.save(program, file, extra_files={"classes.json": json.dumps(classes)})
+    torch.export.save(program, file, extra_files={"classes.json": classes})
     file.seek(0)
     loaded = torch.export.load(file).module()
     return file.getvalue(), lambda images: loaded(images)
 
 
-def _onnx_program(module: PortableClassifier, classes: list[str]) -> tuple[bytes, Run]:
+def _onnx_file(program: ExportedProgram, classes: str) -> tuple[bytes, Run]:
     try:
         import onnx
         import onnxruntime
@@ -162,64 +118,42 @@ def _onnx_program(module: PortableClassifier, classes: list[str]) -> tuple[bytes
             f"ONNX export needs onnx, onnxscript and onnxruntime, and {error.name} is missing: "
             "pip install 'sssd-fast[export]'"
         ) from None
-    program = torch.onnx.export(
-        module,
-        (_example(module.model, 3),),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        output_names=["logits", "scores"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
-    )
-    assert program is not None
-    proto = program.model_proto
-    onnx.helper.set_model_props(proto, {"classes": json.dumps(classes)})
+    names = ["logits", "scores"]
+    exported = torch.onnx.export(program, dynamo=True, verbose=False, output_names=names)
+    assert exported is not None
+    proto = exported.model_proto
+    onnx.helper.set_model_props(proto, {"classes": classes})
     content: bytes = proto.SerializeToString()
     onnx.checker.check_model(content)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
-        logits, scores = session.run(["logits", "scores"], {"images": images.numpy()})
+        logits, scores = session.run(names, {"images": images.numpy()})
         return torch.from_numpy(logits), torch.from_numpy(scores)
 
     return content, run
 
 
 @torch.no_grad()
-def _compare(model: Classifier, run: Run, path: Path) -> tuple[float, float]:
-    """(largest difference, limit) over batches of 5 and 1 images, one black and one white."""
+def _compare(model: Classifier, run: Run, path: Path) -> float:
+    """Largest difference over batches of 5 and 1 images, one black and one white."""
     images = _example(model, 5)
     images[0], images[1] = 0, 255
-    worst, limit = 0.0, 0.0
+    worst = 0.0
     for batch in (images, images[4:]):
         logits = model(batch)
-        wanted = {"logits": logits, "scores": logits.softmax(-1)}
-        for (name, want), got in zip(wanted.items(), run(batch), strict=True):
+        for want, got in zip((logits, logits.softmax(-1)), run(batch), strict=True):
             allowed = TOLERANCE * want.abs().max().item() + 1e-6
             same_shape = got.shape == want.shape
             difference = (want - got).abs().max().item() if same_shape else float("inf")
             if not difference <= allowed:
                 raise SssdError(
-                    f"{path} was not written: {name} of the exported program differ by "
+                    f"{path} was not written: outputs of the exported program differ by "
                     f"{difference:.2e} from the model's at batch {len(batch)}, the limit is "
                     f"{allowed:.2e}; the installed torch or onnxruntime has a faulty operator"
                 )
-            worst, limit = max(worst, difference), max(limit, allowed)
-    return worst, limit
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the exporters' deprecation warnings and progress lines; errors still raise."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+            worst = max(worst, difference)
+    return worst
 
 
 # ---- encoders under foreign names ----
@@ -244,25 +178,48 @@ def export_encoder(
     else:
         written = written if written.suffix == ".safetensors" else written / "model.safetensors"
         save_safetensors(written, model, format)
-    want, got = export_state(model, format), read_weights(written)
+    want, got = export_state(model, format), read_source(written).state
     for name, tensor in want.items():
         if not torch.equal(tensor, got[name]):
             raise SssdError(
                 f"{written}: {name} differs from {path}; the file system may be damaged"
             )
-    lines = [f"{written}: {len(want)} tensors of {path} under {format} names, read back equal"]
+    text = f"{written}: {len(want)} tensors of {path} under {format} names, read back equal\n"
     if format == "timm":
-        return "\n".join([*lines, f"load it with: {_timm_call(model, written)}"])
-    name = huggingface_class(model)
-    if isinstance(model, Classifier) and name == "ViTModel":
-        lines.append(
-            "note: the head is not included, because ViTForImageClassification classifies from the "
-            "cls token and this model from the mean of the patch tokens; its features are "
-            "model.layernorm(out.hidden_states[-1][:, 1:].mean(1)) with output_hidden_states=True"
-        )
-    options = ", add_pooling_layer=False" if name == "ViTModel" else ""
-    call = f"transformers.{name}.from_pretrained({str(written)!r}{options})"
-    return "\n".join([*lines, f"load it with: {call}"])
+        return f"{text}load it with: {_timm_call(model, written)}"
+    name, options = huggingface_class(model), ""
+    if name == "ViTModel":
+        options = ", add_pooling_layer=False"
+        if isinstance(model, Classifier):
+            text += (
+                "note: without the head, which classifies the mean of the patch tokens, not the "
+                "cls token; docs/weights.md has the features\n"
+            )
+    return f"{text}load it with: transformers.{name}.from_pretrained({str(written)!r}{options})"
+
+
+def save_safetensors(path: Path, model: Model, format: Literal["timm", "huggingface"]) -> None:
+    """`export_state` as one file; its metadata holds the naming and the configuration as JSON."""
+    config = json.dumps(model.config.model_dump(mode="json"))
+    # transformers requires format = pt
+    metadata = {"format": "pt", "names": format, "config": config}
+    atomic_write_bytes(path, save(export_state(model, format), metadata))
+
+
+def save_huggingface(folder: Path, model: Model) -> None:
+    """The folder for transformers' from_pretrained: weights, configuration, pixel statistics."""
+    save_safetensors(folder / "model.safetensors", model, "huggingface")
+    height, width = model.config.image_size
+    pixels = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": height, "width": width},
+        "resample": 3,
+        "image_mean": list(model.encoder.mean),
+        "image_std": list(model.encoder.std),
+    }
+    trees = {"config": huggingface_config(model), "preprocessor_config": pixels}
+    for name, tree in trees.items():
+        atomic_write_text(folder / f"{name}.json", json.dumps(tree, indent=2) + "\n")
 
 
 def _timm_call(model: Model, path: Path) -> str:

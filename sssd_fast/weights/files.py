@@ -1,4 +1,4 @@
-"""Weight files of other projects, read without running code; safetensors written atomically."""
+"""Weight files of this and other projects, read without running code from them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import safetensors
 import torch
 from torch import Tensor
 
 from sssd_fast.config import ModelConfig
-from sssd_fast.errors import DependencyError, WeightsError
+from sssd_fast.errors import WeightsError
 from sssd_fast.run.checkpoint import find_checkpoint, verify_checkpoint
-from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
-from sssd_fast.weights.formats import Model, export_state, huggingface_config, strip_wrappers
+from sssd_fast.weights.formats import strip_wrappers
 
 # (mean, std) of x / 255, one value or one per channel
 Norm = tuple[Sequence[float], Sequence[float]]
+Read = tuple[dict[str, Tensor], dict[str, Any]]
 _ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
+_ACCEPTED = f"{', '.join(_ENDINGS)} or .safetensors file, or a Hugging Face folder"
 # what torch.load and safetensors raise for damaged files
 _DAMAGED = (EOFError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
 _UNREADABLE = (*_DAMAGED, RuntimeError, LookupError, OSError)
@@ -37,24 +38,18 @@ class Source(NamedTuple):
     grid: tuple[int, int] | None = None
     heads: int | None = None
     decoder_heads: int | None = None
-    norm_eps: float | None = None
     norm: Norm | None = None
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_source(path: str | Path | Mapping[str, Tensor]) -> Source:
     """The tensors of a weight file, a Hugging Face folder or a run folder, on the CPU.
 
-    Files: .pth, .pt, .bin, .ckpt, .safetensors; folders may be sharded. Torch files are read with
-    weights_only=True; the only class that is accepted is argparse.Namespace, plain data that
-    facebookresearch/mae saves with the weights. Unwraps {"model"}, {"state_dict"}, {"module"} and
-    removes `module.` and `_orig_mod.`. Raises WeightsError if anything is missing, damaged, without
-    tensors, not finite, or would have to run code; CheckpointError if a checksum does not fit.
+    Torch files are read with weights_only=True; the only class that is accepted is
+    argparse.Namespace, plain data that facebookresearch/mae saves with the weights. Unwraps
+    {"model"}, {"state_dict"}, {"module"} and removes `module.` and `_orig_mod.`. Raises
+    WeightsError if anything is missing, damaged, without tensors, not finite, or would have to run
+    code; CheckpointError if a checksum does not fit.
     """
-    return read_source(path).state
-
-
-def read_source(path: str | Path | Mapping[str, Tensor]) -> Source:
-    """`read_weights`, with what a config in or beside the file says about the model."""
     if isinstance(path, Mapping):
         return Source(strip_wrappers(path), "the state dict")
     path = Path(path)
@@ -64,13 +59,13 @@ def read_source(path: str | Path | Mapping[str, Tensor]) -> Source:
     if path.is_dir():
         tensors, facts = _read_folder(path)
     elif not path.is_file():
-        raise WeightsError(f"weights {path} do not exist; give a {_accepted()}")
+        raise WeightsError(f"weights {path} do not exist; give a {_ACCEPTED}")
     elif path.suffix == ".safetensors":
         tensors, facts = _read_safetensors(path)
     elif path.suffix in _ENDINGS:
         tensors, facts = _read_torch(path)
     else:
-        raise WeightsError(f"weights {path} end in {path.suffix!r}; needs a {_accepted()}")
+        raise WeightsError(f"weights {path} end in {path.suffix!r}; needs a {_ACCEPTED}")
     broken = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
     if broken:
         raise WeightsError(
@@ -79,11 +74,7 @@ def read_source(path: str | Path | Mapping[str, Tensor]) -> Source:
     return Source(strip_wrappers(tensors), str(path), **facts)
 
 
-def _accepted() -> str:
-    return f"{', '.join(_ENDINGS)} or .safetensors file, or a Hugging Face folder"
-
-
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_torch(path: Path) -> Read:
     # a checkpoint of this package
     if path.with_name(path.name + ".sha256").is_file():
         verify_checkpoint(path)
@@ -97,16 +88,12 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = content.get("config") if isinstance(content, Mapping) else None
     while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
         wrapper = next((key for key in ("model", "state_dict", "module") if key in content), None)
-        if wrapper is None:
-            keys = listed([str(key) for key in content])
-            raise WeightsError(
-                f"weights {path} hold no tensors but {keys}; needs a state dict, or one under "
-                "'model', 'state_dict' or 'module'"
-            )
-        content = content[wrapper]
+        content = content[wrapper] if wrapper else listed([*map(str, content)])
     if not isinstance(content, Mapping):
+        what = content if isinstance(content, str) else f"a {type(content).__name__}"
         raise WeightsError(
-            f"weights {path} hold a {type(content).__name__}, needs a state dict (name -> tensor)"
+            f"weights {path} hold {what}, needs a state dict (name -> tensor), or one under "
+            "'model', 'state_dict' or 'module'"
         )
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     return tensors, _own_facts(config.get("model")) if isinstance(config, dict) else {}
@@ -124,15 +111,12 @@ def _refused(path: Path, message: str) -> str:
         )
     return (
         f"weights {path} hold {found[1]}, which cannot be read without running code from the file: "
-        "refused. If you trust its origin, convert it once (this does run that code):\n"
-        f'  python -c "import torch; '
-        f"c = torch.load('{path.name}', map_location='cpu', weights_only=False); "
-        f"torch.save({{'model': c['model']}}, 'converted.pth')\""
+        "refused. If you trust its origin, load it with torch.load(weights_only=False) in a script "
+        "of your own and save its state dict alone"
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    safetensors = _import_safetensors(path)
+def _read_safetensors(path: Path) -> Read:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -143,50 +127,21 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, _own_facts(config)
 
 
-def _import_safetensors(path: str | Path) -> ModuleType:
-    try:
-        import safetensors.torch
-    except ImportError:
-        install = "pip install 'sssd-fast[train]'"
-        raise DependencyError(f"{path} needs safetensors: {install}") from None
-    return safetensors
-
-
-def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    index = folder / "model.safetensors.index.json"
-    tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
+def _read_folder(folder: Path) -> Read:
     if (folder / "model.safetensors").is_file():
         tensors, facts = _read_safetensors(folder / "model.safetensors")
-    elif index.is_file():
-        shards = sorted({str(shard) for shard in _json(index).get("weight_map", {}).values()})
-        for shard in shards:
-            named = f"{index} names the shard {shard!r}"
-            if Path(shard).name != shard:
-                raise WeightsError(f"{named}, which is outside its folder: refused")
-            if not (folder / shard).is_file():
-                raise WeightsError(f"{named}, which is missing; copy all {len(shards)}")
-            tensors |= _read_safetensors(folder / shard)[0]
     elif (folder / "pytorch_model.bin").is_file():
-        tensors, _ = _read_torch(folder / "pytorch_model.bin")
+        tensors, facts = _read_torch(folder / "pytorch_model.bin")
     else:
-        raise WeightsError(
-            f"folder {folder} holds no model.safetensors, model.safetensors.index.json, "
-            "pytorch_model.bin or checkpoints/"
-        )
-    if (folder / "config.json").is_file():
-        facts |= _huggingface_facts(_json(folder / "config.json"))
+        needed = "model.safetensors, pytorch_model.bin or checkpoints/"
+        raise WeightsError(f"folder {folder} holds no {needed}")
+    config = folder / "config.json"
+    if config.is_file():
+        try:
+            facts |= _huggingface_facts(json.loads(config.read_text(encoding="utf-8")))
+        except (ValueError, OSError, AttributeError) as error:
+            raise WeightsError(_damaged(config, error)) from error
     return tensors, facts
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise WeightsError(_damaged(path, error)) from error
-    if not isinstance(tree, dict):
-        raise WeightsError(f"{path} holds a {type(tree).__name__}, needs an object")
-    return tree
 
 
 def _own_facts(tree: Any) -> dict[str, Any]:
@@ -199,56 +154,19 @@ def _own_facts(tree: Any) -> dict[str, Any]:
         "grid": config.grid,
         "heads": config.encoder_shape[2],
         "decoder_heads": config.decoder_heads,
-        "norm_eps": config.norm_eps,
         "norm": (config.mean, config.std),
     }
 
 
 def _huggingface_facts(tree: dict[str, Any]) -> dict[str, Any]:
-    def pair(value: Any) -> list[Any]:
-        return value if isinstance(value, list) else [value, value]
-
-    sizes, patches = pair(tree.get("image_size")), pair(tree.get("patch_size"))
-    known = all(isinstance(n, int) and n > 0 for n in (*sizes, *patches))
-    return {
-        "grid": (sizes[0] // patches[0], sizes[1] // patches[1]) if known else None,
+    facts = {
         "heads": tree.get("num_attention_heads"),
         "decoder_heads": tree.get("decoder_num_attention_heads"),
-        "norm_eps": tree.get("layer_norm_eps"),
     }
-
-
-def save_safetensors(
-    path: str | Path, model: Model, format: Literal["timm", "huggingface"], *, decoder: bool = False
-) -> None:
-    """`export_state` as one file; its metadata holds the naming and the configuration as JSON."""
-    torch_format = _import_safetensors(path).torch
-    config = json.dumps(model.config.model_dump(mode="json"))
-    # transformers requires format = pt
-    metadata = {"format": "pt", "names": format, "config": config}
-    state = export_state(model, format, decoder=decoder)
-    atomic_write_bytes(path, torch_format.save(state, metadata=metadata))
-
-
-def save_huggingface(folder: str | Path, model: Model, *, decoder: bool = False) -> None:
-    """The folder for transformers' from_pretrained: weights, configuration, pixel statistics."""
-    folder = Path(folder)
-    save_safetensors(folder / "model.safetensors", model, "huggingface", decoder=decoder)
-    tree = huggingface_config(model, decoder=decoder)
-    height, width = model.config.image_size
-    pixels = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(model.encoder.mean),
-        "image_std": list(model.encoder.std),
-    }
-    for name, content in (("config", tree), ("preprocessor_config", pixels)):
-        atomic_write_text(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
+    size, patch = tree.get("image_size"), tree.get("patch_size")
+    if isinstance(size, int) and isinstance(patch, int) and patch > 0:
+        facts["grid"] = (size // patch, size // patch)
+    return facts
 
 
 def listed(items: Sequence[str], limit: int = 8) -> str:

@@ -1,12 +1,9 @@
 """Names and layouts of ViT weights in other projects, to and from this package's.
 
 sssd_fast    this package's MAE, Classifier and SSSD: encoder.*, decoder.*, fc_norm.*, head.*
-mae          facebookresearch/mae with its decoder: blocks.i.attn.qkv, decoder_blocks.i
-timm         VisionTransformer, and facebookresearch/mae's released encoders: blocks.i.attn.qkv
+timm         VisionTransformer, and facebookresearch/mae: blocks.i.attn.qkv, decoder_blocks.i
 huggingface  ViTMAE*, ViTModel, ViTFor*: [vit.]encoder.layer.i in files, layers.i in memory since
              transformers 5.0
-
-Shapes: D encoder width, L patches, p prefix tokens, P patch side, C channels.
 """
 
 from __future__ import annotations
@@ -21,10 +18,44 @@ from torch import Tensor
 from sssd_fast.errors import WeightsError
 from sssd_fast.model import MAE, Classifier
 
-Format = Literal["sssd_fast", "mae", "timm", "huggingface"]
+Format = Literal["sssd_fast", "timm", "huggingface"]
 Model = MAE | Classifier
-# (pattern, replacement), applied in this order
-Rules = tuple[tuple[str, str], ...]
+
+# (here, in files of transformers), applied in this order in both directions
+HUGGINGFACE = (
+    ("encoder.blocks.", "encoder.layer."),
+    ("encoder.norm.", "layernorm."),
+    ("encoder.pos_embed", "embeddings.position_embeddings"),
+    ("encoder.cls_token", "embeddings.cls_token"),
+    ("encoder.patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("decoder.blocks.", "decoder.decoder_layers."),
+    ("decoder.embed.", "decoder.decoder_embed."),
+    ("decoder.norm.", "decoder.decoder_norm."),
+    ("decoder.pred.", "decoder.decoder_pred."),
+    ("decoder.pos_embed", "decoder.decoder_pos_embed"),
+    ("head.", "classifier."),
+    (".attn.q.", ".attention.attention.query."),
+    (".attn.k.", ".attention.attention.key."),
+    (".attn.v.", ".attention.attention.value."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+)
+# names in memory since transformers 5, which also writes decoder_layers as decoder_encoder.layer
+TRANSFORMERS_5 = (
+    (r"^vit\.", ""),
+    (r"^layers\.", "encoder.layer."),
+    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+)
+TIMM = (
+    (r"^decoder_", "decoder."),
+    (r"^mask_token$", "decoder.mask_token"),
+    (r"^(cls_token$|pos_embed$|patch_embed\.|blocks\.|norm\.)", r"encoder.\1"),
+)
 
 
 class Converted(NamedTuple):
@@ -32,56 +63,20 @@ class Converted(NamedTuple):
     # name in the file
     source: str
     # what was done to the values; "" = only renamed
-    how: str
+    how: str = ""
 
 
 # by this package's names
 Named = dict[str, Converted]
 
-_MAE_NAMES = (
-    (r"^decoder_(embed|blocks|norm|pred)\.", r"decoder.\1."),
-    (r"^decoder_pos_embed$", "decoder.pos_embed"),
-    (r"^mask_token$", "decoder.mask_token"),
-    (r"^(cls_token$|pos_embed$|patch_embed\.proj\.|blocks\.\d+\.|norm\.)", r"encoder.\1"),
-)
-_HUGGINGFACE_NAMES = (
-    (r"^vit\.", ""),
-    # transformers 5 writes decoder_layers back as decoder_encoder.layer in save_pretrained
-    (r"^decoder\.decoder_(?:layers|encoder\.layer)\.(\d+)\.", r"decoder.blocks.\1."),
-    (r"^decoder\.decoder_(embed|norm|pred)\.", r"decoder.\1."),
-    (r"^decoder\.decoder_pos_embed$", "decoder.pos_embed"),
-    (r"^embeddings\.cls_token$", "encoder.cls_token"),
-    (r"^embeddings\.position_embeddings$", "encoder.pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
-    (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"encoder.blocks.\1."),
-    (r"^layernorm\.", "encoder.norm."),
-    (r"^classifier\.", "head."),
-    (r"(blocks\.\d+)\.attention\.(?:attention\.)?(q|k|v)(?:uery|ey|alue|_proj)\.", r"\1.attn.\2."),
-    (r"(blocks\.\d+)\.attention\.(?:output\.dense|o_proj)\.", r"\1.attn.proj."),
-    (r"(blocks\.\d+)\.intermediate\.dense\.", r"\1.mlp.fc1."),
-    (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-    (r"(blocks\.\d+)\.layernorm_before\.", r"\1.norm1."),
-    (r"(blocks\.\d+)\.layernorm_after\.", r"\1.norm2."),
-)
-_NAMES: dict[str, Rules] = {
-    "sssd_fast": ((r"^mae\.", ""),),
-    "mae": _MAE_NAMES,
-    "timm": _MAE_NAMES,
-    "huggingface": _HUGGINGFACE_NAMES,
-}
-
 
 def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Removes the `_orig_mod.` of torch.compile and the `module.` of DistributedDataParallel."""
-    stripped: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        short = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
-        if short in stripped:
-            raise WeightsError(
-                f"two tensors are called {short!r} without 'module.' and '_orig_mod.'; keep one"
-            )
-        stripped[short] = tensor
-    return stripped
+    wrappers = ("_orig_mod", "module")
+    return {
+        ".".join(part for part in name.split(".") if part not in wrappers): tensor
+        for name, tensor in state.items()
+    }
 
 
 def detect_format(state: Mapping[str, Tensor]) -> Format:
@@ -92,7 +87,7 @@ def detect_format(state: Mapping[str, Tensor]) -> Format:
         if name.endswith("embeddings.patch_embeddings.projection.weight"):
             return "huggingface"
         if name == "patch_embed.proj.weight":
-            return "mae" if "decoder_embed.weight" in state else "timm"
+            return "timm"
     raise WeightsError(
         f"not the weights of a ViT under known names: none of {len(state)} tensors is "
         "patch_embed.proj.weight (timm, facebookresearch/mae), "
@@ -105,69 +100,33 @@ def detect_format(state: Mapping[str, Tensor]) -> Format:
 def to_own_names(state: Mapping[str, Tensor]) -> tuple[Format, Named]:
     """Names and layouts of this package, still in the source's sizes; unknown names are kept.
 
-    Joins q, k, v; gives attention without qkv bias a zero bias and folds LayerScale into the layer
-    before it (both exact); drops the batch axis of position tables.
+    Joins q, k, v and drops the batch axis of position tables.
     """
     format_ = detect_format(state)
     named: Named = {}
     for source, tensor in state.items():
-        name = _rename(source, _NAMES[format_])
+        name = _own_name(source, format_)
         if name in ("encoder.pos_embed", "decoder.pos_embed") and tensor.ndim == 3:
             tensor = tensor.squeeze(0)
-        named[name] = Converted(tensor, source, "")
+        named[name] = Converted(tensor, source)
     for name in [n for n in named if n.endswith((".attn.q.weight", ".attn.q.bias"))]:
-        stem, kind = name[: name.rindex(".q.")], name.rsplit(".", 1)[1]
-        parts = [f"{stem}.{x}.{kind}" for x in "qkv"]
+        parts = [name.replace(".attn.q.", f".attn.{x}.") for x in "qkv"]
         if all(part in named for part in parts):
             q, k, v = (named.pop(part) for part in parts)
             joined = torch.cat([q.tensor, k.tensor, v.tensor])
-            named[f"{stem}.qkv.{kind}"] = Converted(joined, q.source, "q, k, v joined")
-    for part in ("encoder", "decoder"):
-        qkv = [n for n in named if re.fullmatch(rf"{part}\.blocks\.\d+\.attn\.qkv\.weight", n)]
-        biases = [name.replace("weight", "bias") for name in qkv]
-        if not named.keys() & set(biases):
-            for name, bias in zip(qkv, biases, strict=True):
-                zeros = named[name].tensor.new_zeros(len(named[name].tensor))
-                named[bias] = Converted(zeros, "(none)", "no qkv bias in the source: zeros")
-    for name in [n for n in named if n.endswith((".ls1.gamma", ".ls2.gamma"))]:
-        stem, which, _ = name.rsplit(".", 2)
-        layer = f"{stem}.attn.proj" if which == "ls1" else f"{stem}.mlp.fc2"
-        if {f"{layer}.weight", f"{layer}.bias"} <= named.keys():
-            gamma = named.pop(name).tensor
-            for kind, scale in (("weight", gamma[:, None]), ("bias", gamma)):
-                old = named[f"{layer}.{kind}"]
-                folded = Converted(scale * old.tensor, old.source, "LayerScale folded in")
-                named[f"{layer}.{kind}"] = folded
+            whole = name.replace(".attn.q.", ".attn.qkv.")
+            named[whole] = Converted(joined, q.source, "q, k, v joined")
     return format_, named
 
 
-def _rename(name: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
+def _own_name(name: str, format_: Format) -> str:
+    if format_ == "sssd_fast":
+        return name.removeprefix("mae.")
+    for pattern, replacement in TIMM if format_ == "timm" else TRANSFORMERS_5:
         name = re.sub(pattern, replacement, name)
+    for ours, theirs in HUGGINGFACE if format_ == "huggingface" else ():
+        name = name.replace(theirs, ours)
     return name
-
-
-_TO_TIMM = (
-    (r"^encoder\.", ""),
-    (r"^decoder\.mask_token$", "mask_token"),
-    (r"^decoder\.", "decoder_"),
-)
-_TO_HUGGINGFACE = (
-    (r"^encoder\.blocks\.", "vit.encoder.layer."),
-    (r"^encoder\.norm\.", "vit.layernorm."),
-    (r"^encoder\.pos_embed$", "vit.embeddings.position_embeddings"),
-    (r"^encoder\.patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
-    (r"^encoder\.cls_token$", "vit.embeddings.cls_token"),
-    (r"^head\.", "classifier."),
-    (r"^decoder\.blocks\.", "decoder.decoder_layers."),
-    (r"^decoder\.(embed\.|norm\.|pred\.|pos_embed$)", r"decoder.decoder_\1"),
-    (r"(\.\d+)\.attn\.(query|key|value)\.", r"\1.attention.attention.\2."),
-    (r"(\.\d+)\.attn\.proj\.", r"\1.attention.output.dense."),
-    (r"(\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),
-    (r"(\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
-    (r"(\.\d+)\.norm1\.", r"\1.layernorm_before."),
-    (r"(\.\d+)\.norm2\.", r"\1.layernorm_after."),
-)
 
 
 def export_state(
@@ -180,37 +139,40 @@ def export_state(
     transformers 4 and 5 for `huggingface_class`, which from_pretrained renames. Raises WeightsError
     for what the other side cannot express.
     """
-    if decoder and not isinstance(model, MAE):
-        raise WeightsError(
-            f"decoder=True needs an MAE, got a {type(model).__name__}, which has no decoder"
-        )
-    if format not in ("timm", "huggingface"):
-        raise WeightsError(f"weights format is {format!r}, needs 'timm' or 'huggingface'")
     own = {
         name: t.detach().cpu().unsqueeze(0) if name.endswith("pos_embed") else t.detach().cpu()
         for name, t in model.state_dict().items()
         if decoder or not name.startswith("decoder.")
     }
-    rules: Rules = _TO_TIMM
-    if format == "huggingface":
-        rules = _TO_HUGGINGFACE
+    if format == "timm":
+        names = {name: _timm_name(name) for name in own}
+    else:
         if model.encoder.cls_token is None:
             raise WeightsError(
                 "Hugging Face ViT always has a cls token, this model has none; export it as 'timm'"
             )
-        if isinstance(model, Classifier) and model.pool == "mean":
-            # a ViTModel without head, whose last norm holds fc_norm
+        kind = huggingface_class(model, decoder=decoder)
+        if kind == "ViTModel":
+            # without the head of a classifier, whose fc_norm becomes the last norm
             own = {name.replace("fc_norm.", "encoder.norm."): t for name, t in own.items()}
             own = {name: t for name, t in own.items() if name.startswith("encoder.")}
         for name in [n for n in own if ".attn.qkv." in n]:
-            parts = zip(("query", "key", "value"), own.pop(name).chunk(3), strict=True)
-            own |= {name.replace("qkv", part): piece for part, piece in parts}
-        if huggingface_class(model, decoder=decoder) == "ViTModel":
-            rules = (*rules, (r"^vit\.", ""))
-    return {
-        _rename(name, rules): t.clone(memory_format=torch.contiguous_format)
-        for name, t in own.items()
-    }
+            for part, piece in zip("qkv", own.pop(name).chunk(3), strict=True):
+                own[name.replace("qkv", part)] = piece
+        names = {name: _huggingface_name(name, prefix=kind != "ViTModel") for name in own}
+    return {names[name]: t.clone(memory_format=torch.contiguous_format) for name, t in own.items()}
+
+
+def _timm_name(name: str) -> str:
+    name = name.removeprefix("encoder.")
+    return name.replace("decoder.", "" if name == "decoder.mask_token" else "decoder_")
+
+
+def _huggingface_name(name: str, *, prefix: bool) -> str:
+    vit = "vit." if prefix and name.startswith("encoder.") else ""
+    for ours, theirs in HUGGINGFACE:
+        name = name.replace(ours, theirs)
+    return vit + name
 
 
 def huggingface_class(model: Model, *, decoder: bool = False) -> str:
@@ -242,10 +204,6 @@ def huggingface_config(model: Model, *, decoder: bool = False) -> dict[str, Any]
         "patch_size": config.patch_size,
         "num_channels": config.in_channels,
         "layer_norm_eps": config.norm_eps,
-        "hidden_act": "gelu",
-        "qkv_bias": True,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
     }
     if isinstance(model, Classifier) and model.pool == "cls":
         tree["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_classes)}
@@ -257,6 +215,5 @@ def huggingface_config(model: Model, *, decoder: bool = False) -> dict[str, Any]
             "decoder_num_attention_heads": config.decoder_heads,
             "decoder_intermediate_size": int(config.decoder_width * config.mlp_ratio),
             "mask_ratio": config.mask_ratio,
-            "norm_pix_loss": True,
         }
     return tree

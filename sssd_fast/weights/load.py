@@ -3,15 +3,13 @@
     report = load_into(model, "mae_pretrain_vit_base.pth", source_norm=IMAGENET)
     print(report.table())
 
-A source that does not fit the model is an error, never a partial load: the report lists every
-tensor of the model and of the source.
+A source that does not fit the model is an error, never a partial load.
 
-Pixel normalisation. A patch projection fits the (mean, std) its images were scaled with. Between 3
-and 1 channels its weights are summed (3 -> 1) or divided by 3 (1 -> 3), which keeps the tokens of a
-grey image if both models scale every channel by the same mean and std. If they differ, give
-`source_norm`: the change of scale is then folded into weight and bias, which is exact. The
-decoder's prediction of a patch, in the order (row, column, channel), is averaged over channels
-(3 -> 1) or repeated (1 -> 3).
+Pixel normalisation. A patch projection fits the (mean, std) its images were scaled with. For a grey
+model, the weights of the channels are summed, which keeps the tokens of a grey image if both models
+scale every channel by the same mean and std. If they differ, give `source_norm`: the change of
+scale is then folded into weight and bias, which is exact. The decoder's prediction of a patch, in
+the order (row, column, channel), is averaged over channels.
 
 Shapes: D encoder width, L patches, p prefix tokens, P patch side, C channels.
 """
@@ -24,7 +22,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,14 +33,14 @@ from sssd_fast.model import MAE, Classifier
 from sssd_fast.weights.files import Norm, Source, listed, read_source
 from sssd_fast.weights.formats import Format, Model, Named, to_own_names
 
-_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 # What facebookresearch/mae and Hugging Face's ViTMAE were trained with
 IMAGENET: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # smallest fraction of the model's encoder tensors that must be loaded, and of the source's used
 MIN_MATCHED = 0.9
-# what became of a tensor: loaded (as it is, or converted); in the model but not in the source (an
-# error, or new by design); in the source but not in the model (an error, or by design)
+# of a tensor: loaded; only in the model (an error, or new by design); only in the source
 STATUSES = ("matched", "converted", "missing", "new", "unexpected", "not used")
+PROJECTION = "encoder.patch_embed.proj"
+HEADS = ("head.", "fc_norm.")
 
 
 class Row(NamedTuple):
@@ -70,7 +68,7 @@ class LoadReport:
 
     @property
     def summary(self) -> str:
-        n = {status: len(self.rows(status)) for status in STATUSES}
+        n = Counter(row.status for row in self.tensors)
         return (
             f"{n['matched'] + n['converted']} tensors loaded from {self.path} ({self.format}), "
             f"{n['converted']} of them converted; {n['missing']} missing, {n['new']} new by "
@@ -79,44 +77,31 @@ class LoadReport:
 
     def table(self) -> str:
         """The summary, then one line per kind of tensor, for all blocks with the same result."""
-        lines = [self.summary, *(f"note: {note}" for note in self.notes)]
-        by_part = Counter((row.status, row.name.split(".")[0], row.how) for row in self.tensors)
-        groups: dict[tuple[str, str, str, str], list[int]] = {}
+        kinds: Counter[Row] = Counter()
         for row in sorted(self.tensors, key=lambda row: STATUSES.index(row.status)):
-            part = row.name.split(".")[0]
-            count = by_part[row.status, part, row.how]
-            if row.status in ("new", "not used") and count > 4:
-                # a whole decoder or head
-                groups[row.status, f"{part}.* ({count} tensors)", "", row.how] = []
-                continue
-            block = _BLOCK.search(row.name)
-            name, source = (_BLOCK.sub("*", text, count=1) for text in (row.name, row.source))
-            members = groups.setdefault((row.status, name, source, row.how), [])
-            members += [int(block[0])] if block else []
-        for (status, name, source, how), blocks in groups.items():
+            if row.status in ("new", "not used") and row.name.startswith("decoder."):
+                row = row._replace(name="decoder.*", source="")
+            elif row.status not in ("missing", "unexpected"):
+                name, source = (re.sub(r"\.\d+\.", ".*.", text) for text in (row.name, row.source))
+                row = row._replace(name=name, source=source)
+            kinds[row] += 1
+        lines = [self.summary, *(f"note: {note}" for note in self.notes)]
+        for (status, name, source, how), count in kinds.items():
             arrow = f" <- {source}" if source not in ("", name) else ""
-            numbers = ",".join(map(str, sorted(blocks)))
-            if len(blocks) > 1 and max(blocks) - min(blocks) == len(blocks) - 1:
-                numbers = f"{min(blocks)}-{max(blocks)}"
-            shown = name.replace("*", numbers, 1) if blocks else name
-            lines.append(f"{status:<10} {shown}{arrow}" + (f" [{how}]" if how else ""))
+            times = f" ({count} tensors)" if count > 1 else ""
+            lines.append(f"{status:<10} {name}{arrow}{times}" + (f" [{how}]" if how else ""))
         return "\n".join(lines)
 
 
 def load_into(
-    model: Model,
-    source: str | Path | Mapping[str, Tensor],
-    *,
-    part: Literal["auto", "encoder"] = "auto",
-    source_norm: Norm | None = None,
+    model: Model, source: str | Path | Mapping[str, Tensor], *, source_norm: Norm | None = None
 ) -> LoadReport:
     """Copies weights into `model` in place, all or nothing.
 
     Args:
-        source: a path (see `read_weights`) or a state dict in any known naming. Position tables are
+        source: a path (see `read_source`) or a state dict in any known naming. Position tables are
             interpolated to the model's grid (bicubic with antialiasing, prefix rows kept); a source
             without a config is assumed to be square.
-        part: "auto" loads what model and source share; "encoder" leaves decoder, fc_norm and head.
         source_norm: (mean, std) of x / 255 that the source was trained with; None = the model's.
 
     Raises WeightsError, with names, if too little fits, a shape cannot be converted, or the number
@@ -128,52 +113,53 @@ def load_into(
     except WeightsError as error:
         raise WeightsError(f"{given.path}: {error}") from None
     report = LoadReport(given.path, format_)
-    _check_heads(model, given, named)
     if source_norm is not None:
         _fold_norm(named, model, source_norm)
-    report.notes += _notes(model, given, folded=source_norm is not None)
-    _drop_other_head(named, model, report)
+    elif given.norm is not None:
+        own = (tuple(model.encoder.mean), tuple(model.encoder.std))
+        theirs = tuple(tuple(x) * max(1, len(own[0]) // len(x)) for x in given.norm)
+        were = f"pixels of the source were scaled with mean, std {theirs}"
+        report.notes += [f"{were}, here with {own}"] * (theirs != own)
 
     target = model.state_dict()
-    fresh = ("head.", "fc_norm.") if _has_decoder(named) else ("head.", "fc_norm.", "decoder.")
+    fresh = HEADS if _has_decoder(named) else (*HEADS, "decoder.")
     fitted: dict[str, Tensor] = {}
     misfits: list[str] = []
     for name, tensor in target.items():
-        if part == "encoder" and not name.startswith("encoder."):
-            report.add("new", name, "", "part='encoder'")
-        elif name not in named:
+        if name not in named:
             status = "new" if name.startswith(fresh) else "missing"
             report.add(status, name, "", "not in the source: keeps its initial value")
+            continue
+        found = named[name]
+        fit, how = _fit(name, found.tensor, model, given, named, format_)
+        if name.startswith("head.") and len(found.tensor) != len(tensor):
+            how = f"head of {len(found.tensor)} classes, this model has {len(tensor)}"
+            report.add("new", name, "", how)
+        elif fit is None or fit.shape != tensor.shape:
+            sizes = f"{list(found.tensor.shape)}, needs {list(tensor.shape)}"
+            misfits.append(f"{name} is {sizes}{how and f' ({how})'}")
         else:
-            found = named[name]
-            fit, how = _fit(name, found.tensor, model, given, named, format_)
-            if fit is None or fit.shape != tensor.shape:
-                sizes = f"{list(found.tensor.shape)}, needs {list(tensor.shape)}"
-                misfits.append(f"{name} is {sizes}{how and f' ({how})'}")
-                continue
             how = "; ".join(filter(None, [found.how, how]))
             report.add("converted" if how else "matched", name, found.source, how)
             fitted[name] = fit
     for name, found in named.items():
-        if name not in target or (part == "encoder" and not name.startswith("encoder.")):
-            why = _unused(name, model, part)
+        if name not in target:
+            why = _unused(name, model)
             status, shown = ("not used", name) if why else ("unexpected", found.source)
             report.add(status, shown, found.source, why)
 
-    _require_fit(report, misfits, named, model, part)
+    _require_fit(report, misfits, given, named, model)
     with torch.no_grad():
         for name, tensor in fitted.items():
             target[name].copy_(tensor)
     return report
 
 
-def _unused(name: str, model: Model, part: str) -> str:
+def _unused(name: str, model: Model) -> str:
     """Why a tensor of the source is not used by design; "" if it is unexpected."""
-    if name.startswith(("decoder.", "fc_norm.", "head.")) and part == "encoder":
-        return "part='encoder'"
     if name.startswith("decoder.") and isinstance(model, Classifier):
         return "a classifier has no decoder"
-    if name.startswith(("head.", "fc_norm.")):
+    if name.startswith(HEADS):
         return "this model has none"
     if name.startswith("encoder.norm."):
         return "mean pooling has its own fc_norm after the pooling"
@@ -184,31 +170,6 @@ def _unused(name: str, model: Model, part: str) -> str:
     return "pooler of Hugging Face's ViT" if name.startswith("pooler.") else ""
 
 
-def _drop_other_head(named: Named, model: Model, report: LoadReport) -> None:
-    """A head for another number of classes is not used."""
-    head = named.get("head.weight")
-    if not isinstance(model, Classifier) or head is None or len(head.tensor) == model.num_classes:
-        return
-    for name in ("head.weight", "head.bias"):
-        if name in named:
-            how = f"head of {len(head.tensor)} classes, this model has {model.num_classes}"
-            report.add("not used", name, named.pop(name).source, how)
-
-
-def _notes(model: Model, given: Source, *, folded: bool) -> list[str]:
-    config, notes = model.config, []
-    own = (tuple(model.encoder.mean), tuple(model.encoder.std))
-    if given.norm is not None and not folded:
-        theirs = tuple(tuple(x) * (config.in_channels // len(x)) for x in given.norm)
-        if theirs != own:
-            were = f"pixels of the source were scaled with mean, std {theirs}"
-            notes.append(f"{were}, here with {own}")
-    eps = given.norm_eps
-    if eps not in (None, config.norm_eps):
-        notes.append(f"norm_eps of the source is {eps:g}, this model's is {config.norm_eps:g}")
-    return notes
-
-
 def _fit(
     name: str, tensor: Tensor, model: Model, given: Source, named: Named, format_: Format
 ) -> tuple[Tensor | None, str]:
@@ -217,38 +178,38 @@ def _fit(
     if tensor.dtype not in (torch.float32, torch.float64):
         how.append(f"from {str(tensor.dtype).removeprefix('torch.')}")
         tensor = tensor.float()
-    channels, pixels = model.config.in_channels, model.config.patch_size**2
+    grey, pixels = model.config.in_channels == 1, model.config.patch_size**2
+    fit: Tensor | None = tensor
     if name.endswith("pos_embed") and tensor.ndim == 2:
-        fit, done = _fit_positions(tensor, model, given, named, format_)
-        return fit, "; ".join(filter(None, [*how, done]))
-    if name == "encoder.patch_embed.proj.weight" and tensor.ndim == 4:
-        if tensor.shape[1] != channels == 1:
-            how.append(f"{tensor.shape[1]} -> 1 channel: summed")
-            tensor = tensor.sum(1, keepdim=True)
-        elif tensor.shape[1] == 1 != channels:
-            how.append(f"1 -> {channels} channels: divided by {channels}")
-            tensor = (tensor / channels).expand(-1, channels, -1, -1)
-    elif name.startswith("decoder.pred.") and len(tensor) % pixels == 0:
-        by_pixel = tensor.reshape(pixels, -1, *tensor.shape[1:])
-        if by_pixel.shape[1] != channels == 1:
-            how.append(f"{by_pixel.shape[1]} -> 1 channel: averaged")
-            tensor = by_pixel.mean(1)
-        elif by_pixel.shape[1] == 1 != channels:
-            how.append(f"1 -> {channels} channels: repeated")
-            tensor = by_pixel.repeat_interleave(channels, 1).flatten(0, 1)
-    return tensor, "; ".join(how)
+        has_cls, own = "encoder.cls_token" in named, format_ == "sssd_fast"
+        fit, done = _fit_positions(tensor, model, given, has_cls=has_cls, own=own)
+        how += [done] if done else []
+    elif grey and name == f"{PROJECTION}.weight" and tensor.ndim == 4 and tensor.shape[1] > 1:
+        how.append(f"{tensor.shape[1]} -> 1 channel: summed")
+        fit = tensor.sum(1, keepdim=True)
+    elif grey and name.startswith("decoder.pred.") and len(tensor) == 3 * pixels:
+        how.append("3 -> 1 channel: averaged")
+        fit = tensor.unflatten(0, (pixels, 3)).mean(1)
+    return fit, "; ".join(how)
 
 
 def _fit_positions(
-    pos_ND: Tensor, model: Model, given: Source, named: Named, format_: Format
+    pos_ND: Tensor, model: Model, given: Source, *, has_cls: bool, own: bool
 ) -> tuple[Tensor | None, str]:
+    """The source may have a row for its cls token, or none. own: its names are this package's."""
     grid, p = model.encoder.grid, model.encoder.num_prefix
-    tokens = sum(name in named for name in ("encoder.cls_token", "dist_token"))
-    tokens += named["reg_token"].tensor.shape[1] if "reg_token" in named else 0
-    sizes = _source_grid(len(pos_ND), tokens, grid, given.grid, own=format_ == "sssd_fast")
-    if sizes is None:
+    for prefix in (int(has_cls), 0):
+        patches = len(pos_ND) - prefix
+        side = math.isqrt(max(patches, 0))
+        # 16 rows can be 4 x 4 or 2 x 8: of our grid if the names are ours, else square
+        guesses = [grid, (side, side)] if own else [(side, side), grid]
+        guesses = guesses if given.grid is None else [given.grid]
+        found = [guess for guess in guesses if math.prod(guess) == patches > 0]
+        if found:
+            break
+    else:
         return None, f"{len(pos_ND)} rows are neither {grid[0]} x {grid[1]} nor a square of patches"
-    (rows, columns), prefix = sizes
+    rows, columns = found[0]
     how = []
     table_LD = pos_ND[prefix:]
     if (rows, columns) != grid:
@@ -263,41 +224,17 @@ def _fit_positions(
     return torch.cat([prefix_rows, table_LD]), "; ".join(how)
 
 
-def _source_grid(
-    rows: int, tokens: int, grid: tuple[int, int], known: tuple[int, int] | None, *, own: bool
-) -> tuple[tuple[int, int], int] | None:
-    """(grid of the source's position table, its prefix rows: one per prefix token, or none)."""
-    if known is not None:
-        prefix = rows - known[0] * known[1]
-        return (known, prefix) if prefix in (0, tokens) else None
-    for prefix in (tokens, 0):
-        side = math.isqrt(max(rows - prefix, 0))
-        square = side > 0 and side * side == rows - prefix
-        # 16 rows can be 4 x 4 or 2 x 8: of our grid if the names are ours, else square
-        if rows - prefix == grid[0] * grid[1] and (own or not square):
-            return grid, prefix
-        if square:
-            return (side, side), prefix
-    return None
-
-
 def _fold_norm(named: Named, model: Model, source_norm: Norm) -> None:
     """Turns a projection of (x - m_s) / s_s into the equal one of (x - m_t) / s_t.
 
     w_t = w_s * s_t / s_s and b_t = b_s + sum over pixels of w_s * (m_t - m_s) / s_s, per channel.
     """
-    key = "encoder.patch_embed.proj"
-    weight, bias = named.get(f"{key}.weight"), named.get(f"{key}.bias")
+    weight, bias = named.get(f"{PROJECTION}.weight"), named.get(f"{PROJECTION}.bias")
     if weight is None or bias is None or weight.tensor.ndim != 4:
         # reported as missing or misfitting
         return
     config = model.config
-    channels: int = config.in_channels
-    how = [f"scaled for mean {config.mean}, std {config.std}"]
     w_DCPP = weight.tensor.double()
-    if w_DCPP.shape[1] == 1 < channels:
-        how.insert(0, f"1 -> {channels} channels: divided by {channels}")
-        w_DCPP = (w_DCPP / channels).expand(-1, channels, -1, -1)
     channels = w_DCPP.shape[1]
     values = [torch.tensor(x, dtype=torch.float64) for x in (config.mean, config.std, *source_norm)]
     mean_t, std_t, mean_s, std_s = values
@@ -310,28 +247,13 @@ def _fold_norm(named: Named, model: Model, source_norm: Norm) -> None:
     shift_C = ((mean_t - mean_s) / std_s).expand(channels)
     b_D = bias.tensor.double() + w_DCPP.sum((2, 3)) @ shift_C
     w_DCPP = w_DCPP * (std_t / std_s).expand(channels)[:, None, None]
-    done = "; ".join(how)
-    named[f"{key}.weight"] = weight._replace(tensor=w_DCPP.to(weight.tensor.dtype), how=done)
-    named[f"{key}.bias"] = bias._replace(tensor=b_D.to(bias.tensor.dtype), how=how[-1])
-
-
-def _check_heads(model: Model, given: Source, named: Named) -> None:
-    """Weights do not show the number of heads, and a wrong one gives wrong tokens silently."""
-    config = model.config
-    needed = [("heads", given.heads, config.encoder_shape[2])]
-    if isinstance(model, MAE) and _has_decoder(named):
-        needed.append(("decoder_heads", given.decoder_heads, config.decoder_heads))
-    for name, theirs, ours in needed:
-        if theirs not in (None, ours):
-            way = ", or load part='encoder'" if name == "decoder_heads" else ""
-            raise WeightsError(
-                f"{given.path} was made with {name} {theirs}, the model has {ours}; set "
-                f"model.{name}={theirs}{way}"
-            )
+    how = f"scaled for mean {config.mean}, std {config.std}"
+    for name, old, new in (("weight", weight, w_DCPP), ("bias", bias, b_D)):
+        named[f"{PROJECTION}.{name}"] = old._replace(tensor=new.to(old.tensor.dtype), how=how)
 
 
 def _require_fit(
-    report: LoadReport, misfits: list[str], named: Named, model: Model, part: str
+    report: LoadReport, misfits: list[str], given: Source, named: Named, model: Model
 ) -> None:
     """Raises WeightsError with every reason why the source does not fit the model."""
     used = sum(row.name.startswith("encoder.") for row in report.rows("matched", "converted"))
@@ -341,52 +263,40 @@ def _require_fit(
     unexpected = [row.name for row in report.rows("unexpected")]
     wanted = used + len(missing) + sum(text.startswith("encoder.") for text in misfits)
     config = model.config
-    width, depth, _ = config.encoder_shape
-    depths = {"encoder": depth}
-    ours = f"width {width}, patch {config.patch_size}, {config.in_channels} channels"
-    advice = "Set model.* to the source's sizes, or use other weights"
-    if isinstance(model, MAE) and part == "auto" and _has_decoder(named):
-        depths["decoder"] = config.decoder_depth
-        ours += f", decoder width {config.decoder_width}"
-        advice += "; part='encoder' leaves the decoder at its initial values"
-    problems = [
-        f"the source's {name} has {_depth(name, named)} blocks, the model's {blocks}"
-        for name, blocks in depths.items()
-        if _depth(name, named) != blocks
-    ]
-    shapes = f"{len(misfits)} tensors have shapes that cannot be converted: {listed(misfits)}"
-    few = (
-        f"{used} of the model's {wanted} encoder tensors fit, needs {MIN_MATCHED:.0%}; "
-        f"missing: {listed(missing)}"
-    )
-    foreign = f"{len(unexpected)} tensors of the source are not in the model: {listed(unexpected)}"
-    without = f"{len(missing_decoder)} decoder tensors are missing: {listed(missing_decoder)}"
-    problems += [shapes] * bool(misfits)
-    problems += [few] * (used < MIN_MATCHED * wanted)
-    problems += [foreign] * (used < MIN_MATCHED * (used + len(unexpected)))
-    problems += [without] * bool(missing_decoder)
+    _, depth, heads = config.encoder_shape
+    stacks = [("encoder", depth, "heads", heads, given.heads)]
+    if isinstance(model, MAE) and _has_decoder(named):
+        sizes = (config.decoder_depth, "decoder_heads", config.decoder_heads)
+        stacks.append(("decoder", *sizes, given.decoder_heads))
+    problems = []
+    for part, blocks, setting, ours, theirs in stacks:
+        numbers = (re.match(rf"{part}\.blocks\.(\d+)\.", name) for name in named)
+        found = len({match[1] for match in numbers if match})
+        if found != blocks:
+            problems.append(f"the source's {part} has {found} blocks, the model's {blocks}")
+        # weights do not show the number of heads, and a wrong one gives wrong tokens silently
+        if theirs not in (None, ours):
+            made = f"it was made with {setting} {theirs}, the model has {ours}"
+            problems.append(f"{made}; set model.{setting}={theirs}")
+    if misfits:
+        shapes = f"{len(misfits)} tensors have shapes that cannot be converted"
+        problems.append(f"{shapes}: {listed(misfits)}")
+    if used < MIN_MATCHED * wanted:
+        few = f"{used} of the model's {wanted} encoder tensors fit, needs {MIN_MATCHED:.0%}"
+        problems.append(f"{few}; missing: {listed(missing)}")
+    if used < MIN_MATCHED * (used + len(unexpected)):
+        foreign = f"{len(unexpected)} tensors of the source are not in the model"
+        problems.append(f"{foreign}: {listed(unexpected)}")
+    if missing_decoder:
+        without = f"{len(missing_decoder)} decoder tensors are missing"
+        problems.append(f"{without}: {listed(missing_decoder)}")
     if problems:
         raise WeightsError(
             f"{report.path} ({report.format}) does not fit the model; nothing was loaded:\n"
             + "\n".join(f"  - {problem}" for problem in problems)
-            + f"\nThe source has {_sizes(named)}; the model has {ours}. {advice}."
+            + "\nSet model.width, patch_size and the others to the source's, or use other weights."
         )
 
 
 def _has_decoder(named: Named) -> bool:
     return any(name.startswith("decoder.") for name in named)
-
-
-def _depth(part: str, named: Named) -> int:
-    found = (re.match(rf"{part}\.blocks\.(\d+)\.", name) for name in named)
-    return len({match[1] for match in found if match})
-
-
-def _sizes(named: Named) -> str:
-    text = "no patch projection"
-    proj = named.get("encoder.patch_embed.proj.weight")
-    embed = named.get("decoder.embed.weight")
-    if proj is not None and proj.tensor.ndim == 4:
-        width, channels, patch, _ = proj.tensor.shape
-        text = f"width {width}, patch {patch}, {channels} channels"
-    return text + (f", decoder width {len(embed.tensor)}" if embed is not None else "")

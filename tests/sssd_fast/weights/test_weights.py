@@ -4,7 +4,6 @@ rejected as a whole with its reason, and no file can run code."""
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 from collections.abc import Callable
@@ -23,10 +22,10 @@ from sssd_fast.errors import WeightsError
 from sssd_fast.model import MAE, Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.run.checkpoint import CheckpointManager
-from sssd_fast.weights.files import Norm, read_weights, save_safetensors
+from sssd_fast.weights.export import save_safetensors
+from sssd_fast.weights.files import Norm, read_source
 from sssd_fast.weights.formats import Model, export_state
 from sssd_fast.weights.load import IMAGENET, load_into
-from tests.sssd_fast import vit_by_hand
 
 
 def small(**overrides: object) -> ModelConfig:
@@ -65,6 +64,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    return read_source(path).state
+
+
 def grey_image() -> Tensor:
     return torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
 
@@ -94,7 +97,7 @@ def named(model: MAE, naming: str) -> dict[str, Tensor]:
         return own
     if naming == "sssd":
         return {f"mae.{name}": t for name, t in own.items()} | {"center": torch.zeros(4)}
-    if naming == "mae":
+    if naming == "timm":
         return timm(model, decoder=True)
     state = export_state(model, "huggingface", decoder=True)
     for old, new in TRANSFORMERS_5.items() if naming == "huggingface_5" else ():
@@ -102,8 +105,8 @@ def named(model: MAE, naming: str) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("naming", ["sssd_fast", "sssd", "mae", "huggingface", "huggingface_5"])
+@pytest.mark.parametrize("wrapper", ["", "module._orig_mod."])
+@pytest.mark.parametrize("naming", ["sssd_fast", "sssd", "timm", "huggingface", "huggingface_5"])
 def test_load_into_accepts_every_naming_of_an_autoencoder(naming: str, wrapper: str) -> None:
     source, target = mae(), mae()
     state = {wrapper + name: tensor for name, tensor in named(source, naming).items()}
@@ -144,23 +147,9 @@ def test_export_state_has_the_names_of_timm() -> None:
     assert timm(mae())["pos_embed"].shape == (1, 17, 24)
 
 
-@pytest.mark.parametrize(
-    ("model", "options", "message"),
-    [
-        (
-            mae(cls_token=False),
-            {"format": "huggingface"},
-            "this model has none; export it as 'timm'",
-        ),
-        (classifier(), {"format": "timm", "decoder": True}, "has no decoder"),
-        (mae(), {"format": "onnx"}, "'onnx', needs 'timm' or 'huggingface'"),
-    ],
-)
-def test_export_state_rejects_what_would_change_the_model(
-    model: Model, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(WeightsError, match=message):
-        export_state(model, **options)
+def test_export_state_for_hugging_face_needs_a_cls_token() -> None:
+    with pytest.raises(WeightsError, match="this model has none; export it as 'timm'"):
+        export_state(mae(cls_token=False), "huggingface")
 
 
 @pytest.mark.parametrize("format_", ["timm", "huggingface"])
@@ -215,16 +204,6 @@ def test_load_into_gives_a_classifier_the_encoder_of_an_autoencoder(
     torch.testing.assert_close(tokens, source.encoder(images))
 
 
-@pytest.mark.parametrize(
-    ("source", "target"), [(mae(decoder_width=32), mae()), (classifier(), classifier())]
-)
-def test_part_encoder_keeps_decoder_norm_and_head(source: Model, target: Model) -> None:
-    before = snapshot(target)
-    report = load_into(target, source.state_dict(), part="encoder")
-    assert loaded_by_prefix(target, source, before, "encoder.")
-    assert {row.how for row in report.rows("not used", "new")} == {"part='encoder'"}
-
-
 def test_pretraining_checkpoint_loads_into_a_classifier(tmp_path: Path) -> None:
     sizes = {"prototypes": 8, "head_hidden": 8, "head_bottleneck": 4}
     config = Config.model_validate({"model": small().model_dump(), "objective": sizes})
@@ -257,31 +236,6 @@ def test_cls_token_may_be_missing_in_source_or_model() -> None:
     assert "0 -> 1 prefix rows" in report.table()
 
 
-def test_layer_scale_and_missing_qkv_bias_are_folded_exactly() -> None:
-    source, target = classifier(), classifier()
-    state = timm(source)
-    for i in range(3):
-        state[f"blocks.{i}.ls1.gamma"] = torch.randn(24)
-        state[f"blocks.{i}.ls2.gamma"] = torch.randn(24)
-        del state[f"blocks.{i}.attn.qkv.bias"]
-    report = load_into(target, state)
-    assert not report.rows("missing", "unexpected")
-    plain = {n: t for n, t in state.items() if ".ls" not in n}
-    plain |= {f"blocks.{i}.attn.qkv.bias": torch.zeros(72) for i in range(3)}
-    x = torch.randn(1, 5, 24)
-    got, want = x, x
-    for i, block in enumerate(target.encoder.blocks):
-        got = block(got)
-        norm = vit_by_hand.layer_norm(want, plain, f"blocks.{i}.norm1", 1e-6)
-        mixed = vit_by_hand.attention(norm, plain, f"blocks.{i}.attn", 3)[0]
-        want = want + state[f"blocks.{i}.ls1.gamma"] * mixed
-        norm = vit_by_hand.layer_norm(want, plain, f"blocks.{i}.norm2", 1e-6)
-        hidden = vit_by_hand.gelu(vit_by_hand.linear(norm, plain, f"blocks.{i}.mlp.fc1"))
-        out = vit_by_hand.linear(hidden, plain, f"blocks.{i}.mlp.fc2")
-        want = want + state[f"blocks.{i}.ls2.gamma"] * out
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
 # ---- channels and pixel normalisation ----
 
 
@@ -301,25 +255,13 @@ def test_three_to_one_channel_keeps_the_tokens_of_a_grey_image(patch: int) -> No
     assert "3 -> 1 channel: averaged" in report.table()
 
 
-def test_one_to_three_channels_keeps_the_tokens_of_a_grey_image() -> None:
-    grey, colour = mae(), mae(in_channels=3)
-    load_into(colour, export_state(grey, "huggingface", decoder=True))
-    image = grey_image()
-    image_3 = image.expand(-1, 3, -1, -1)
-    assert_close(colour.encoder(image_3), grey.encoder(image))
-    noise = torch.rand(2, 16)
-    # (row, column, channel): each pixel three times
-    want = grey.reconstruct(image, noise)[0].repeat_interleave(3, -1)
-    assert_close(colour.reconstruct(image_3, noise)[0], want)
-
-
 @pytest.mark.parametrize(
     ("norm", "channels", "mean", "std"),
     [
         (IMAGENET, 1, (0.4,), (0.3,)),
         (IMAGENET, 3, (0.5,), (0.25,)),
         (IMAGENET, 3, (0.1, 0.2, 0.3), (0.4, 0.3, 0.2)),
-        (((0.4,), (0.2,)), 3, *IMAGENET),
+        (((0.4,), (0.2,)), 1, (0.5,), (0.25,)),
     ],
 )
 def test_source_norm_makes_the_change_of_pixel_scale_exact(
@@ -341,10 +283,9 @@ def test_source_norm_makes_the_change_of_pixel_scale_exact(
 
 
 def test_load_into_notes_another_pixel_scale(tmp_path: Path) -> None:
-    save_safetensors(tmp_path / "a.safetensors", mae(mean=(0.3,), norm_eps=1e-5), "timm")
-    scale, eps = load_into(mae(), tmp_path / "a.safetensors").notes
+    save_safetensors(tmp_path / "a.safetensors", mae(mean=(0.3,)), "timm")
+    (scale,) = load_into(mae(), tmp_path / "a.safetensors").notes
     assert "scaled with mean, std ((0.3,), (0.25,)), here with ((0.5,), (0.25,))" in scale
-    assert eps == "norm_eps of the source is 1e-05, this model's is 1e-06"
 
 
 # ---- positions ----
@@ -388,19 +329,13 @@ def test_positions_of_a_square_grid_are_not_read_as_a_flat_one(tmp_path: Path) -
     assert "2 x 8 -> 4 x 4 patches: bicubic" in report.table()
 
 
-def test_positions_may_lack_rows_for_prefix_tokens() -> None:
-    """timm's no_embed_class, and its register tokens, whose rows are dropped."""
+def test_positions_may_lack_a_row_for_the_cls_token() -> None:
+    """timm's no_embed_class."""
     old, new = mae(), mae()
     state = timm(old)
-    cls, patches = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
-    load_into(new, {**state, "pos_embed": patches})
+    load_into(new, {**state, "pos_embed": state["pos_embed"][:, 1:]})
     assert torch.equal(new.encoder.pos_embed[1:], old.encoder.pos_embed[1:])
     assert new.encoder.pos_embed[0].abs().max() == 0
-    with_registers = torch.cat([cls, torch.randn(1, 4, 24), patches], 1)
-    state |= {"reg_token": torch.randn(1, 4, 24), "pos_embed": with_registers}
-    report = load_into(new, state)
-    assert torch.equal(new.encoder.pos_embed, old.encoder.pos_embed)
-    assert [row.name for row in report.rows("unexpected")] == ["reg_token"]
 
 
 # ---- what is rejected ----
@@ -424,9 +359,7 @@ UNKNOWN = {f"layer{i}.0.conv1.weight": torch.ones(3) for i in range(9)}
                 "does not fit the model; nothing was loaded",
                 "encoder.cls_token is [1, 1, 48], needs [1, 1, 24]",
                 " more\n",
-                "The source has width 48, patch 16, 1 channels; the model has width 24, patch 16, "
-                "1 ",
-                "Set model.* to the source's sizes",
+                "Set model.width, patch_size and the others to the source's",
             ],
         ),
         (timm(mae(depth=2)), ["the source's encoder has 2 blocks, the model's 3"]),
@@ -438,11 +371,7 @@ UNKNOWN = {f"layer{i}.0.conv1.weight": torch.ones(3) for i in range(9)}
         ),
         (
             mae(decoder_width=32).state_dict(),
-            [
-                "decoder.embed.weight is [32, 24], needs [16, 24]",
-                "decoder width 32; the model has",
-                "part='encoder' leaves the decoder at its initial values",
-            ],
+            ["decoder.embed.weight is [32, 24], needs [16, 24]"],
         ),
         (mae(decoder_depth=4).state_dict(), ["source's decoder has 4 blocks, the model's 2"]),
         (
@@ -483,17 +412,16 @@ def test_table_groups_blocks_and_lists_conversions() -> None:
     assert torch.equal(target.head.weight, head)
     assert lines[0].startswith(
         "41 tensors loaded from the state dict (timm), 1 of them converted; 1 missing, "
-        "2 new by design, 1 unexpected, 2 not used"
+        "2 new by design, 1 unexpected, 0 not used"
     )
     assert set(lines) >= {
-        "matched    encoder.blocks.0-2.attn.qkv.weight <- blocks.*.attn.qkv.weight",
-        "matched    encoder.blocks.0,2.norm2.bias <- blocks.*.norm2.bias",
+        "matched    encoder.blocks.*.attn.qkv.weight <- blocks.*.attn.qkv.weight (3 tensors)",
+        "matched    encoder.blocks.*.norm2.bias <- blocks.*.norm2.bias (2 tensors)",
         "converted  encoder.patch_embed.proj.weight <- patch_embed.proj.weight "
         "[3 -> 1 channel: summed]",
         "missing    encoder.blocks.1.norm2.bias [not in the source: keeps its initial value]",
-        "new        head.weight [not in the source: keeps its initial value]",
+        "new        head.weight [head of 1000 classes, this model has 2]",
         "unexpected odd.weight",
-        "not used   head.weight [head of 1000 classes, this model has 2]",
     }
     state = export_state(mae(), "huggingface", decoder=True)
     lines = load_into(classifier(), state).table().splitlines()
@@ -529,23 +457,6 @@ def test_half_precision_weights_load_as_float32(tmp_path: Path) -> None:
     assert {row.how for row in report.rows("converted")} == {"from bfloat16"}
 
 
-def test_read_weights_reads_all_shards_or_none(tmp_path: Path) -> None:
-    state = export_state(mae(), "huggingface")
-    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
-    shards = {name: first if i < 20 else second for i, name in enumerate(state)}
-    for shard in (first, second):
-        save_file({name: state[name] for name in state if shards[name] == shard}, tmp_path / shard)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": shards}))
-    assert same(read_weights(tmp_path), state)
-    (tmp_path / second).unlink()
-    with pytest.raises(WeightsError, match=rf"shard '{second}', which is missing; copy all 2"):
-        read_weights(tmp_path)
-    index.write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
-    with pytest.raises(WeightsError, match="is outside its folder: refused"):
-        read_weights(tmp_path)
-
-
 class Evil:
     def __init__(self, function: Callable[..., object], *arguments: str) -> None:
         self.call = function, arguments
@@ -557,13 +468,13 @@ class Evil:
 EVIL = {
     Evil(os.mkdir, "evil"): r"call posix.mkdir when read, which no weights need: refused",
     Evil(exec, "open('evil', 'w')"): r"(?s)hold exec, which cannot be read without running "
-    r"code from the file: refused.*convert it once \(this does run.*weights_only=False",
+    r"code from the file: refused\. If you trust its origin",
 }
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", ["zip", "legacy", 2, 5])
-@pytest.mark.parametrize("ending", ["pth", "pt", "bin", "ckpt"])
+@pytest.mark.parametrize("ending", ["pth", "bin"])
 def test_read_weights_never_runs_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | int, ending: str
 ) -> None:
@@ -577,10 +488,8 @@ def test_read_weights_never_runs_code(
         else:
             state = {"model": timm(mae()), "x": evil}
             torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
-        with pytest.raises(WeightsError, match=message) as error:
+        with pytest.raises(WeightsError, match=message):
             read_weights(path)
-        # torch's own message advises to switch the protection off
-        assert kind != 5 or "weights_only" not in str(error.value)
     assert not (tmp_path / "evil").exists()
 
 
