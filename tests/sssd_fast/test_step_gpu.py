@@ -1,8 +1,5 @@
 """The step on a CUDA device: it never waits, gives the same losses compiled and captured, and needs
-no more memory than expected.
-
-Run with `make test-gpu`. The model has few blocks of real width, so that every kernel runs at its
-real size.
+no more memory than expected. Few blocks of real width, so that every kernel runs at its real size.
 """
 
 from __future__ import annotations
@@ -21,17 +18,14 @@ from sssd_fast.model import Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, parameter_groups
 from sssd_fast.performance.execution import compiled, configure_model
+from sssd_fast.performance.fake import random_inputs
 from sssd_fast.run.device import World
 from sssd_fast.step import Step, TaskLoss
 
 pytestmark = pytest.mark.gpu
 
-SMALL = [
-    "model.depth=2",
-    "model.decoder_depth=2",
-    "objective.prototypes=512",
-    "objective.head_hidden=256",
-]
+SMALL = ["model.depth=2", "model.decoder_depth=2"]
+SMALL += ["objective.prototypes=512", "objective.head_hidden=256"]
 BATCH, STEPS = 32, 20
 PRECISIONS = ["fp32", "fp16", "bf16"]
 
@@ -42,7 +36,7 @@ def cuda() -> torch.device:
     return torch.device("cuda")
 
 
-def _loss(module: nn.Module, batch: tuple[Tensor, Tensor], step: int, micro: int) -> TaskLoss:
+def _loss(module: nn.Module, batch: list[Tensor], step: int, micro: int) -> TaskLoss:
     out = module(*batch)
     return TaskLoss(out.total, {"reconstruction": out.losses["reconstruction"]}, out.batch_center)
 
@@ -59,41 +53,38 @@ def _train(
     """Losses of `steps` steps; `watch`: after the first two, a wait for the device is an error."""
     torch.manual_seed(0)
     model = SSSD(config.model, config.objective).to(device)
+    batches = [
+        [random_inputs(config, "pretrain", BATCH, device) for _ in range(accumulate)]
+        for _ in range(steps)
+    ]
     execution = configure_model(model, config, precision, device, BATCH)
     module = compiled(model, config.step, graphs=execution.graphs) if execution.compiled else model
-    optimizer = build_optimizer(
-        parameter_groups(model, weight_decay=0.05), (0.9, 0.95), config.step.optimizer
-    )
-    options: dict[str, Any] = {"compiled": execution.compiled, "graphs": execution.graphs}
+    groups = parameter_groups(model, weight_decay=0.05)
     step = Step(
         module,
-        optimizer,
+        build_optimizer(groups, (0.9, 0.95), config.step.optimizer),
         _loss,
         world=World(device),
         precision=precision,
         clip_grad=1.0,
         update_state=model.update_center,
-        **options,
+        compiled=execution.compiled,
+        graphs=execution.graphs,
     )
-    g = torch.Generator(device).manual_seed(1)
-    height, width = config.model.image_size
     losses = []
-    for i in range(steps):
-        batches = [
-            (
-                torch.randint(
-                    0, 256, (BATCH, 1, height, width), dtype=torch.uint8, device=device, generator=g
-                ),
-                torch.rand(BATCH, config.model.num_patches, device=device, generator=g),
-            )
-            for _ in range(accumulate)
-        ]
+    for i, batch in enumerate(batches):
         torch.cuda.set_sync_debug_mode("error" if watch and i >= 2 else "default")
         try:
-            losses.append(step(batches, i, 1e-4 * (i + 1)).losses["loss"])
+            losses.append(step(batch, i, 1e-4 * (i + 1)).losses["loss"])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return torch.stack(losses).cpu()
+
+
+def _same(found: Tensor, plain: Tensor, exact: Tensor) -> bool:
+    """Whether the error is at most twice that of the plain step in the same precision."""
+    largest = 2e-3 * exact.abs().max()
+    return bool((found - exact).abs().max() <= 2 * (plain - exact).abs().max() + largest)
 
 
 def _config(*settings: str) -> Config:
@@ -110,9 +101,8 @@ def test_step_never_waits_for_the_device_on_a_gpu(
 
 
 def test_fine_tuning_loss_never_waits_for_the_device(cuda: torch.device) -> None:
-    config = load_config(
-        None, [*SMALL, "finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.random_erasing=0.5"]
-    )
+    mixing = ["finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.random_erasing=0.5"]
+    config = _config(*mixing)
     task = FinetuneTask.__new__(FinetuneTask)  # the loss alone: no run folder, no data
     task.settings = config.finetune
     task.num_classes = 2
@@ -138,19 +128,13 @@ def test_fine_tuning_loss_never_waits_for_the_device(cuda: torch.device) -> None
 def test_compiled_and_captured_steps_give_the_same_losses(
     cuda: torch.device, precision: str, graphs: str, accumulate: int
 ) -> None:
-    """Error against fp32 without the compiler at most twice that of the plain step in the same
-    precision.
-    """
-    exact = _train(_config("step.compile=false"), "fp32", cuda, accumulate=accumulate)
-    plain = _train(_config("step.compile=false"), precision, cuda, accumulate=accumulate)
-    fast = _train(
-        _config("step.compile=true", f"step.cuda_graphs={graphs}"),
-        precision,
-        cuda,
-        accumulate=accumulate,
-    )
+    options: dict[str, Any] = {"device": cuda, "accumulate": accumulate}
+    exact = _train(_config("step.compile=false"), "fp32", **options)
+    plain = _train(_config("step.compile=false"), precision, **options)
+    settings = ["step.compile=true", f"step.cuda_graphs={graphs}"]
+    fast = _train(_config(*settings), precision, **options)
     assert exact[-1] < exact[0]
-    assert (fast - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2e-3 * exact.abs().max()
+    assert _same(fast, plain, exact)
 
 
 @pytest.mark.parametrize("provider", ["fused", "sdpa", "eager"])
@@ -158,25 +142,13 @@ def test_compiled_and_captured_steps_give_the_same_losses(
 def test_attention_providers_give_the_same_losses(
     cuda: torch.device, provider: str, mlp: str
 ) -> None:
-    settings = [
-        f"step.attention={provider}",
-        f"step.decoder_attention={provider}",
-        f"step.mlp={mlp}",
-        "step.compile=false",
-    ]
-    exact = _train(_config("step.compile=false"), "fp32", cuda)
-    plain = _train(
-        _config(
-            "step.compile=false",
-            "step.attention=eager",
-            "step.decoder_attention=eager",
-            "step.mlp=plain",
-        ),
-        "bf16",
-        cuda,
-    )
-    found = _train(_config(*settings), "bf16", cuda)
-    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2e-3 * exact.abs().max()
+    def losses(provider: str, mlp: str, precision: str) -> Tensor:
+        settings = {"attention": provider, "decoder_attention": provider, "mlp": mlp}
+        words = [f"step.{name}={value}" for name, value in settings.items()]
+        return _train(_config("step.compile=false", *words), precision, cuda)
+
+    exact, plain = (losses("eager", "plain", precision) for precision in ("fp32", "bf16"))
+    assert _same(losses(provider, mlp, "bf16"), plain, exact)
 
 
 @pytest.mark.parametrize(
@@ -207,10 +179,9 @@ def test_compiled_and_plain_steps_exchange_optimizer_states(cuda: torch.device) 
     config = _config()
     model = SSSD(config.model, config.objective).to(cuda)
     twin = copy.deepcopy(model)
-    ours = build_optimizer(parameter_groups(model, weight_decay=0.05), (0.9, 0.95))
-    theirs = torch.optim.AdamW(
-        parameter_groups(twin, weight_decay=0.05), lr=1e-3, betas=(0.9, 0.95), fused=True
-    )
+    groups, others = (parameter_groups(m, weight_decay=0.05) for m in (model, twin))
+    ours = build_optimizer(groups, (0.9, 0.95))
+    theirs = torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.95), fused=True)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         if p.requires_grad:
             p.grad = torch.randn_like(p)

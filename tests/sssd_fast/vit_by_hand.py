@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# output, attention probabilities
+Maps = tuple[Tensor, Tensor]
+
 
 def linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -27,20 +30,14 @@ def gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def attention(
-    x: Tensor, weights: dict[str, Tensor], name: str, heads: int
-) -> tuple[Tensor, Tensor]:
+def attention(x: Tensor, weights: dict[str, Tensor], name: str, heads: int) -> Maps:
     """(output [B, N, D], probabilities [B, H, N, N]), one image and one head at a time."""
-    width = x.shape[-1]
-    d = width // heads
-    qkv = linear(x, weights, f"{name}.qkv")
+    d = x.shape[-1] // heads
     outs, maps = [], []
-    for image in qkv:
+    for image in linear(x, weights, f"{name}.qkv"):
         columns, rows = [], []
         for h in range(heads):
-            q, k, v = (
-                image[:, part * width + h * d : part * width + (h + 1) * d] for part in range(3)
-            )
+            q, k, v = (part[:, h * d : (h + 1) * d] for part in image.chunk(3, 1))
             scores = torch.exp(q @ k.T / math.sqrt(d))
             p = scores / scores.sum(1, keepdim=True)
             rows.append(p)
@@ -50,12 +47,9 @@ def attention(
     return linear(torch.stack(outs), weights, f"{name}.proj"), torch.stack(maps)
 
 
-def block(
-    x: Tensor, weights: dict[str, Tensor], name: str, heads: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    mixed, maps = attention(
-        layer_norm(x, weights, f"{name}.norm1", eps), weights, f"{name}.attn", heads
-    )
+def block(x: Tensor, weights: dict[str, Tensor], name: str, heads: int, eps: float) -> Maps:
+    norm = layer_norm(x, weights, f"{name}.norm1", eps)
+    mixed, maps = attention(norm, weights, f"{name}.attn", heads)
     x = x + mixed
     hidden = gelu(linear(layer_norm(x, weights, f"{name}.norm2", eps), weights, f"{name}.mlp.fc1"))
     return x + linear(hidden, weights, f"{name}.mlp.fc2"), maps
@@ -63,34 +57,29 @@ def block(
 
 def patch_tokens(images: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """[B, L, D] by a sum over pixels of each patch, row by row of the image."""
-    kernel = weights["patch_embed.proj.weight"]
+    kernel, bias = weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"]
     side = kernel.shape[-1]
     tokens = []
     for top in range(0, images.shape[2], side):
         for left in range(0, images.shape[3], side):
             patch = images[:, :, top : top + side, left : left + side]
-            tokens.append(
-                torch.einsum("bcij,dcij->bd", patch, kernel) + weights["patch_embed.proj.bias"]
-            )
+            tokens.append(torch.einsum("bcij,dcij->bd", patch, kernel) + bias)
     return torch.stack(tokens, 1)
 
 
 def encode(
     images: Tensor, weights: dict[str, Tensor], heads: int, eps: float, keep: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Maps:
     """(tokens before the final norm, attention of the last block); `keep` [B, K] are the visible
-    patches.
-    """
+    patches."""
     x = patch_tokens(images, weights)
     prefix = 1 if "cls_token" in weights else 0
-    x = x + weights["pos_embed"].reshape(-1, x.shape[-1])[prefix:]
+    positions = weights["pos_embed"].reshape(-1, x.shape[-1])
+    x = x + positions[prefix:]
     if keep is not None:
         x = torch.stack([tokens[ids] for tokens, ids in zip(x, keep, strict=True)])
     if prefix:
-        cls = (
-            weights["cls_token"].reshape(1, 1, -1)
-            + weights["pos_embed"].reshape(-1, x.shape[-1])[:1]
-        )
+        cls = weights["cls_token"].reshape(1, 1, -1) + positions[:1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     maps = torch.empty(0)
@@ -100,9 +89,7 @@ def encode(
 
 
 def classify(images: Tensor, weights: dict[str, Tensor], heads: int, eps: float) -> Tensor:
-    """Logits as timm's VisionTransformer: global_pool "avg" where there is fc_norm, else
-    "token".
-    """
+    """Logits as timm's VisionTransformer: global_pool "avg" with fc_norm, else "token"."""
     x, _ = encode(images, weights, heads, eps)
     if "fc_norm.weight" in weights:
         first = 1 if "cls_token" in weights else 0
@@ -114,20 +101,14 @@ def classify(images: Tensor, weights: dict[str, Tensor], heads: int, eps: float)
 
 def sincos_table(width: int, rows: int, columns: int) -> np.ndarray:
     """[rows * columns, width]: sin and cos of the column, then of the row (the layout of
-    facebookresearch/mae), by loops.
-    """
+    facebookresearch/mae), by loops."""
     table = np.zeros((rows * columns, width))
     quarter = width // 4
     for row in range(rows):
         for column in range(columns):
             for i in range(quarter):
                 frequency = 10000.0 ** (-i / quarter)
-                table[
-                    row * columns + column, [i, quarter + i, 2 * quarter + i, 3 * quarter + i]
-                ] = (
-                    np.sin(column * frequency),
-                    np.cos(column * frequency),
-                    np.sin(row * frequency),
-                    np.cos(row * frequency),
-                )
+                x, y = column * frequency, row * frequency
+                values = np.sin(x), np.cos(x), np.sin(y), np.cos(y)
+                table[row * columns + column, i::quarter] = values
     return table

@@ -1,6 +1,4 @@
-"""Estimates on fake tensors against real runs, formulas written by hand, real optimizers and
-published numbers.
-"""
+"""Estimates on fake tensors against real runs, formulas written by hand and real optimizers."""
 
 from __future__ import annotations
 
@@ -19,28 +17,14 @@ from sssd_fast.config import Config, load_config
 from sssd_fast.model import Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import FusedAdamW, build_optimizer, clipped_update, parameter_groups
-from sssd_fast.performance.estimate import (
-    Estimate,
-    LiveBytes,
-    estimate,
-    optimizer_bytes,
-    step_flops,
-)
+from sssd_fast.performance.estimate import Estimate, LiveBytes, estimate, optimizer_bytes
 from sssd_fast.performance.execution import set_execution
-from sssd_fast.performance.fake import standard_flops
+from sssd_fast.performance.fake import FakeStep, make_model, random_inputs, standard_flops
 from sssd_fast.run.device import autocast
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-ODD = [
-    "model.image_size=[56,40]",
-    "model.patch_size=8",
-    "model.width=40",
-    "model.heads=5",
-    "model.decoder_heads=1",
-    "model.cls_token=false",
-    "model.in_channels=3",
-    "model.mlp_ratio=2.7",
-]
+SIZES = "image_size=[56,40] patch_size=8 width=40 heads=5 decoder_heads=1 in_channels=3"
+ODD = [f"model.{size}" for size in [*SIZES.split(), "cls_token=false", "mlp_ratio=2.7"]]
 CASES = {
     "plain MAE": ["objective.weight=0"],
     "odd shapes": ODD,
@@ -56,12 +40,7 @@ def config_of(tiny: list[str], *settings: str) -> Config:
 
 def built(config: Config, task: str) -> tuple[SSSD | Classifier, list[Tensor]]:
     """The real model on the CPU with three images."""
-    model = config.model
-    pixels = torch.randint(0, 256, (3, model.in_channels, *model.image_size), dtype=torch.uint8)
-    if task == "finetune":
-        s = config.finetune
-        return Classifier(model, 2, s.pool, s.drop_path), [pixels]
-    return SSSD(model, config.objective), [pixels, torch.rand(3, model.num_patches)]
+    return make_model(config, task, 2), random_inputs(config, task, 3, CPU)
 
 
 def loss_of(module: nn.Module, inputs: list[Tensor], precision: str) -> Tensor:
@@ -240,22 +219,13 @@ def products(shapes: Iterable[tuple[int, int, int]]) -> int:
     return sum(3 * 2 * rows * fan_in * fan_out for rows, fan_in, fan_out in shapes)
 
 
-def test_step_flops_are_those_of_the_matrix_products(tiny: list[str]) -> None:
+def test_flops_are_those_of_the_matrix_products(tiny: list[str]) -> None:
     """A classifier of two blocks: 17 tokens of width 32, after the last attention the 16 patches
-    only.
-    """
-    config = config_of(tiny, "finetune.drop_path=0")
+    only."""
     attention = [(17, 32, 96), (17, 32, 32)] * 2
     scores = 2 * 2 * products([(17, 16, 17)]) * 2  # q k^T and P v, two heads, two blocks
     mlp = [(17, 32, 128), (17, 128, 32), (16, 32, 128), (16, 128, 32)]
     patches = 2 * 2 * 16 * 64 * 32  # the images need no gradient
     head = [(1, 32, 2)]
     expected = products([*attention, *mlp, *head]) + scores + patches
-    assert step_flops(config, "finetune") == expected
-    # recomputed: everything in the blocks but the last product, whose result the backward does not
-    # need
-    again = [*attention, (17, 32, 128), (16, 32, 128)]
-    recomputed = (products(again) + scores) // 3
-    for checkpoint, more in (("selective", 0), ("full", recomputed)):
-        other = config_of(tiny, "finetune.drop_path=0", f"step.checkpoint={checkpoint}")
-        assert step_flops(other, "finetune") == expected + more
+    assert FakeStep(config_of(tiny, "finetune.drop_path=0"), "finetune").flops() == expected

