@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -126,10 +125,6 @@ def test_save_safetensors_keeps_a_classifier_under_timm_names(tmp_path: Path, po
     load_into(target, path)
     assert same(source.state_dict(), target.state_dict())
     assert same(load_file(path), timm(source))
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    assert (metadata["format"], metadata["names"]) == ("pt", "timm")
-    assert ModelConfig.model_validate_json(metadata["config"]) == source.config
     # no temporary file is left
     assert list(tmp_path.iterdir()) == [path]
 
@@ -265,11 +260,9 @@ def test_three_to_one_channel_keeps_the_tokens_of_a_grey_image(patch: int) -> No
     ],
 )
 def test_source_norm_makes_the_change_of_pixel_scale_exact(
-    norm: Norm, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
+    tmp_path: Path, norm: Norm, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
-    """The released MAE weights expect ImageNet's mean and std per channel; a CT model has its
-    own.
-    """
+    """The released MAE weights expect ImageNet's mean and std; a CT model has its own."""
     source = mae(in_channels=len(norm[0]), mean=norm[0], std=norm[1])
     target = mae(in_channels=channels, mean=mean, std=std)
     report = load_into(target, timm(source), source_norm=norm)
@@ -277,15 +270,11 @@ def test_source_norm_makes_the_change_of_pixel_scale_exact(
     want = source.encoder(image.expand(-1, len(norm[0]), -1, -1))
     assert_close(target.encoder(image.expand(-1, channels, -1, -1)), want)
     assert f"scaled for mean {mean}, std {std}" in report.table()
-    load_into(target, timm(source))
+    save_safetensors(tmp_path / "a.safetensors", source, "timm")
+    (note,) = load_into(target, tmp_path / "a.safetensors").notes
+    assert note.startswith("pixels of the source were scaled with mean, std")
     unfolded = target.encoder(image.expand(-1, channels, -1, -1))
     assert (unfolded - want).abs().max() > 1e-2
-
-
-def test_load_into_notes_another_pixel_scale(tmp_path: Path) -> None:
-    save_safetensors(tmp_path / "a.safetensors", mae(mean=(0.3,)), "timm")
-    (scale,) = load_into(mae(), tmp_path / "a.safetensors").notes
-    assert "scaled with mean, std ((0.3,), (0.25,)), here with ((0.5,), (0.25,))" in scale
 
 
 # ---- positions ----
@@ -516,7 +505,7 @@ def test_read_weights_reports_truncated_files(tmp_path: Path, kind: str) -> None
         ("none.pth", None, "do not exist"),
         ("", None, "holds no model.safetensors"),
         ("a.npz", b"PK", "end in '.npz'; needs a .pth, .pt, .bin, .ckpt or .safetensors file"),
-        ("a.pt", {"epoch": 3, "scores": [1.0]}, "hold no tensors but epoch, scores; needs a state"),
+        ("a.pt", {"epoch": 3, "scores": [1.0]}, "hold epoch, scores, needs a state dict"),
         ("a.pt", [torch.ones(2)], "hold a list, needs a state dict"),
         (
             "a.pth",
