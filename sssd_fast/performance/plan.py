@@ -36,7 +36,6 @@ START: dict[str, Any] = {
     "compile": "auto",
     "cuda_graphs": "auto",
 }
-COLUMNS = ("settings", "MB per image", "fixed GB", "max micro-batch")
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,8 @@ def plan_command(config: Config, task: str, memory: float, *, effective: int | N
         f"{task}, ViT-{config.model.name}, {size}, {precision_of(config)}, {memory / 1e9:.1f} GB: "
         "estimates"
     )
-    columns = (*COLUMNS, f"batch x accumulate (effective {effective})", "peak GB")
+    columns = ["settings", "MB per image", "fixed GB", "max micro-batch"]
+    columns += [f"batch x accumulate (effective {effective})", "peak GB"]
     with Console() as console:
         console.table(title, columns, [_cells(row, effective) for row in rows])
         console.info(

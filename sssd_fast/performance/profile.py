@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,9 +55,9 @@ KINDS = {
     "norms": ("#8fc1ea", "layer_norm normalize linalg_vector_norm"),
     "GELU, additions": ("#e69f00", "gelu add mul div sum mean softmax"),
     "copies, casts": ("#f2a46f", "copy cat clone _to contiguous fill zero empty"),
+    OTHER: ("#b3aaa0", ""),
+    IDLE: ("#ececec", ""),
 }
-COLORS = {kind: color for kind, (color, _) in KINDS.items()}
-COLORS |= {OTHER: "#b3aaa0", IDLE: "#ececec"}
 
 
 def profile(
@@ -67,10 +68,7 @@ def profile(
     """
     _check(config, steps, warmup, out)
     with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
         here = stack.enter_context(world(config.device))
-        devices = [here.device] if here.device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices=devices))
         # torch.profiler's library prints lines at every start and stop without it
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sssd-fast-profile-")))
@@ -168,28 +166,23 @@ def read_events(events: Iterable[Any], steps: int, *, cuda: bool) -> dict[str, d
     IDLE is the time of the stage on the host's clock in which no operation ran; on CUDA, where the
     host runs ahead of the device, it is the excess over the kernels.
     """
-    events = list(events)
-    ranges = [e for e in events if e.name in STAGES and e.device_type.name == "CPU"]
-    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in ranges)
+    on_host = [e for e in events if e.device_type.name == "CPU"]
+    ranges = sorted((e for e in on_host if e.name in STAGES), key=lambda e: e.time_range.start)
+    starts = [e.time_range.start for e in ranges]
     stages: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
-    span = 0
-    for e in sorted(events, key=lambda e: e.time_range.start):
+    for e in on_host:
         # On the CPU the step runs in one thread, the loader may run in others.
-        if e.name in STAGES or e.device_type.name != "CPU":
+        before = bisect_right(starts, e.time_range.start)
+        if before == 0 or e.name in STAGES or not (cuda or e.thread == ranges[0].thread):
             continue
-        if not cuda and e.thread != ranges[0].thread:
-            continue
-        while span < len(spans) and e.time_range.start > spans[span][1]:
-            span += 1
-        if span == len(spans):
-            break
-        start, _, stage = spans[span]
+        within = ranges[before - 1]
         busy = e.self_device_time_total if cuda else e.self_cpu_time_total
-        if e.time_range.start >= start and busy > 0:
-            kind = kind_of(e.name)
-            stages[stage][kind] = stages[stage].get(kind, 0.0) + busy / steps / 1e6
+        if e.time_range.start <= within.time_range.end and busy > 0:
+            kinds, kind = stages[within.name], kind_of(e.name)
+            kinds[kind] = kinds.get(kind, 0.0) + busy / steps / 1e6
     for stage, kinds in stages.items():
-        wall = sum(end - start for start, end, name in spans if name == stage) / steps / 1e6
+        spans = [e.time_range for e in ranges if e.name == stage]
+        wall = sum(span.end - span.start for span in spans) / steps / 1e6
         kinds[IDLE] = max(0.0, wall - sum(kinds.values()))
     return stages
 
@@ -221,7 +214,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
 
 
 def _kinds(result: dict[str, Any]) -> list[str]:
-    return [kind for kind in COLORS if any(kind in found for found in result["stages"].values())]
+    return [kind for kind in KINDS if any(kind in found for found in result["stages"].values())]
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -235,7 +228,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     starts = np.zeros(len(STAGES))
     for kind in _kinds(result):
         widths = np.array([1e3 * stages[stage].get(kind, 0.0) for stage in STAGES])
-        axes.barh(STAGES, widths, 0.66, starts, color=COLORS[kind], edgecolor="white", label=kind)
+        axes.barh(STAGES, widths, 0.66, starts, color=KINDS[kind][0], edgecolor="white", label=kind)
         starts += widths
     for y, total in enumerate(totals):
         share = f"{total / sum(totals):.0%}"

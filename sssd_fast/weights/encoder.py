@@ -16,11 +16,8 @@ from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
 class FeatureExtractor(nn.Module):
     """A vision transformer that maps images to features; it normalises the images itself.
 
-    Attributes:
-        width: D, the number of features.
-        image_size: (height, width) of the images in pixels.
-        in_channels: C.
-        mean, std: [C, 1, 1] buffers, statistics of pixel / 255.
+    width: D, the number of features. image_size: (height, width) in pixels. in_channels: C.
+    mean, std: [C, 1, 1] buffers, statistics of pixel / 255.
     """
 
     mean: Tensor

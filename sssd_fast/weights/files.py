@@ -104,15 +104,9 @@ def _refused(path: Path, message: str) -> str:
     found = re.search(r"GLOBAL (\S+)", message)
     if not found:
         return _damaged(path, message.rpartition("WeightsUnpickler error:")[2])
-    if "is blocked" in message:
-        return (
-            f"weights {path} call {found[1]} when read, which no weights need: refused. Do not "
-            "open this file elsewhere"
-        )
     return (
         f"weights {path} hold {found[1]}, which cannot be read without running code from the file: "
-        "refused. If you trust its origin, load it with torch.load(weights_only=False) in a script "
-        "of your own and save its state dict alone"
+        "refused. Weights need no code: if you trust its origin, save its state dict alone"
     )
 
 

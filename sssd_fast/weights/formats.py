@@ -90,10 +90,9 @@ def detect_format(state: Mapping[str, Tensor]) -> Format:
             return "timm"
     raise WeightsError(
         f"not the weights of a ViT under known names: none of {len(state)} tensors is "
-        "patch_embed.proj.weight (timm, facebookresearch/mae), "
-        "embeddings.patch_embeddings.projection.weight (Hugging Face) or "
-        f"encoder.patch_embed.proj.weight (sssd_fast); the first are {', '.join(list(state)[:5])}. "
-        "Rename them to one of these forms"
+        "patch_embed.proj.weight (timm, facebookresearch/mae), encoder.patch_embed.proj.weight or "
+        "embeddings.patch_embeddings.projection.weight (Hugging Face); the first are "
+        + ", ".join(list(state)[:5])
     )
 
 
@@ -136,8 +135,7 @@ def export_state(
 
     "timm": names of VisionTransformer (global_pool "avg" with fc_norm for pool "mean", else
     "token"); with `decoder`, those of facebookresearch/mae. "huggingface": the names in files of
-    transformers 4 and 5 for `huggingface_class`, which from_pretrained renames. Raises WeightsError
-    for what the other side cannot express.
+    transformers for `huggingface_class`. Raises WeightsError without a cls token.
     """
     own = {
         name: t.detach().cpu().unsqueeze(0) if name.endswith("pos_embed") else t.detach().cpu()
@@ -176,11 +174,8 @@ def _huggingface_name(name: str, *, prefix: bool) -> str:
 
 
 def huggingface_class(model: Model, *, decoder: bool = False) -> str:
-    """The class of transformers that the exported weights fit.
-
-    ViTForImageClassification classifies from the cls token. Of a Classifier that pools the mean of
-    the patch tokens, the encoder is exported without its head, and fc_norm as the last norm:
-    features are layernorm(hidden_states[-1][:, 1:].mean(1)).
+    """The class of transformers that the exported weights fit. None classifies the mean of the patch
+    tokens: such an encoder is exported without its head, and with fc_norm as the last norm.
     """
     if decoder:
         return "ViTMAEForPreTraining"

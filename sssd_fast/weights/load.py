@@ -100,8 +100,7 @@ def load_into(
 
     Args:
         source: a path (see `read_source`) or a state dict in any known naming. Position tables are
-            interpolated to the model's grid (bicubic with antialiasing, prefix rows kept); a source
-            without a config is assumed to be square.
+            interpolated to the model's grid; without a config they are assumed to be square.
         source_norm: (mean, std) of x / 255 that the source was trained with; None = the model's.
 
     Raises WeightsError, with names, if too little fits, a shape cannot be converted, or the number

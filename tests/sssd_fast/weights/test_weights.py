@@ -455,9 +455,8 @@ class Evil:
 
 
 EVIL = {
-    Evil(os.mkdir, "evil"): r"call posix.mkdir when read, which no weights need: refused",
-    Evil(exec, "open('evil', 'w')"): r"(?s)hold exec, which cannot be read without running "
-    r"code from the file: refused\. If you trust its origin",
+    Evil(os.mkdir, "evil"): "hold posix.mkdir, which cannot be read without running code",
+    Evil(exec, "open('evil', 'w')"): "hold exec, which cannot be read without running code",
 }
 
 
