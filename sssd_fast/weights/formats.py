@@ -174,8 +174,8 @@ def _huggingface_name(name: str, *, prefix: bool) -> str:
 
 
 def huggingface_class(model: Model, *, decoder: bool = False) -> str:
-    """The class of transformers that the exported weights fit. None classifies the mean of the patch
-    tokens: such an encoder is exported without its head, and with fc_norm as the last norm.
+    """The class of transformers that the exported weights fit. None classifies the mean of the
+    patch tokens: such an encoder is exported without its head, and with fc_norm as the last norm.
     """
     if decoder:
         return "ViTMAEForPreTraining"
