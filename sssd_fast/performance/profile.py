@@ -128,7 +128,7 @@ def prepare(run: Run, build: Build, needed: int) -> tuple[Step, Iterator[Any], E
     """(step, micro-batches of one step after another, execution) of a pre-training run."""
     settings = run.config.pretrain
     index, split = prepare_data(run)
-    options = {"batch_size": settings.batch_size, "augment": settings.augment}
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "augment": settings.augment}
     loader = make_loader(run, index, split.train, **options)
     # A loader that stores decoded images has them after its first epoch.
     for _ in itertools.islice(loader.epoch(0), needed * settings.accumulate):
