@@ -6,6 +6,7 @@
     result = sf.finetune("ct/", init="runs/pre", out="runs/fine")
     print(result.metrics["image"]["auc"])
     scores = sf.predict("runs/fine", ["a.png", "b.png"]).scores
+    features = sf.load_encoder("runs/pre")(images)  # uint8, or floats from 0 to 1
 
 Settings are checked before torch is imported: a mistake is reported at once.
 """
@@ -94,20 +95,15 @@ def pretrain(
         objective: subclass of `sssd_fast.objective.SSSD`, as in examples/custom_loss.py.
         start: see `Start`.
 
-    Returns:
-        The run folder; its checkpoints are in checkpoints/.
-
     Raises:
         SssdError: bad settings, data or files; NumericsError: the loss is not finite.
 
-    Example:
-        >>> sf.pretrain("ct/", out="runs/pre", config="cpu_ct", settings={"pretrain.epochs": 30})
     """
     with _opened("pretrain", start, data, init) as run:
         from sssd_fast.objective import SSSD
         from sssd_fast.pretrain import pretrain as train
 
-        train(run, _weights(init), _norm(init_norm), objective or SSSD)
+        train(run, _text(init), _norm(init_norm), objective or SSSD)
         return _finish(run, start)
 
 
@@ -119,18 +115,12 @@ def finetune(
     split: Split = "test",
     **start: Unpack[Start],
 ) -> Result:
-    """Fine-tunes a classifier and evaluates it on `split`.
-
-    Other arguments and errors as in `pretrain`.
-
-    Example:
-        >>> sf.finetune("ct/", init="runs/pre", out="runs/fine").metrics["image"]["auc"]
-    """
+    """Fine-tunes a classifier and evaluates it on `split`; arguments as in `pretrain`."""
     with _opened("finetune", start, data, init) as run:
         from sssd_fast.evaluation.predict import evaluate_run
         from sssd_fast.finetune import finetune as train
 
-        train(run, _weights(init), _norm(init_norm))
+        train(run, _text(init), _norm(init_norm))
         return _finish(run, start, evaluate_run(run, split))
 
 
@@ -142,15 +132,12 @@ def probe(
     split: Split = "test",
     **start: Unpack[Start],
 ) -> Result:
-    """Fits logistic regression on the frozen encoder in `init` and evaluates it on `split`.
-
-    Other arguments and errors as in `pretrain`.
-    """
+    """Fits logistic regression on the frozen encoder in `init` and evaluates it on `split`."""
     with _opened("probe", start, data, init) as run:
         from sssd_fast.evaluation.predict import evaluate_run
         from sssd_fast.probe import probe as train
 
-        train(run, str(_weights(init)), _norm(init_norm))
+        train(run, str(init), _norm(init_norm))
         return _finish(run, start, evaluate_run(run, split))
 
 
@@ -164,18 +151,14 @@ def run(
 ) -> Result:
     """Pre-trains, fine-tunes, evaluates and writes a report; once, or for several seeds or folds.
 
+    The metrics of several seeds or folds are mean and deviation (summary.json).
+
     Args:
         data: folder of images, instead of data.source.
         seeds: repeat with these seeds for training and split.
         folds: repeat for every fold of data.folds.
         from_scratch: skip pre-training: the supervised control.
         start: see `Start`.
-
-    Returns:
-        The folder and the metrics; of several seeds or folds, mean and deviation (summary.json).
-
-    Example:
-        >>> sf.run("ct/", out="runs/ct", config="cpu_ct", seeds=[0, 1, 2])
     """
     if seeds and folds:
         raise ConfigError("seeds and folds exclude each other; give one of them")
@@ -203,11 +186,8 @@ def evaluate(
     settings: Settings | None = None,
     command: str = "sssd_fast.evaluate",
 ) -> Result:
-    """Evaluates the best checkpoint of a fine-tuned run on a split of its data; writes
+    """Evaluates the best checkpoint of a fine-tuned run on a split of its data, in
     RUN/eval/SPLIT/.
-
-    Example:
-        >>> sf.evaluate("runs/fine", split="val").metrics
     """
     start: Start = {"settings": settings, "command": command}
     stage = Path(run, "finetune")  # of a folder of `run`
@@ -234,14 +214,6 @@ def predict(
             arrays [H, W] (grey) or [H, W, 3] (RGB) of any size; [N, H, W] counts as N images.
         device: cpu, cuda, cuda:N or auto.
         precision: as the setting of that name.
-        batch_size: images per forward pass.
-
-    Raises:
-        CheckpointError: `model` holds no classifier.
-        DataError: an array has another dtype or shape.
-
-    Example:
-        >>> sf.predict("runs/fine", "slice.png").scores
     """
     import numpy as np
 
@@ -254,12 +226,10 @@ def predict(
     inputs = [image if isinstance(image, np.ndarray) else Path(image) for image in many]
     for row, image in enumerate(inputs):
         if isinstance(image, np.ndarray):
-            grey_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
-            if image.dtype != np.uint8 or not grey_or_rgb:
-                raise DataError(
-                    f"image {row} is {image.dtype} {list(image.shape)}, needs uint8 [H, W] "
-                    "or [H, W, 3]"
-                )
+            rgb = image.ndim == 3 and image.shape[2] == 3
+            if image.dtype != np.uint8 or not (image.ndim == 2 or rgb):
+                found = f"{image.dtype} {list(image.shape)}"
+                raise DataError(f"image {row} is {found}, needs uint8 [H, W] or [H, W, 3]")
     trained = load_trained(model, pick_device(device))
     scores, bad = predict_files(trained, inputs, batch_size=batch_size, precision=precision)
     return Predictions(trained.classes, scores, bad, trained.path)
@@ -268,18 +238,8 @@ def predict(
 def load_encoder(path: PathLike, *, device: str = "cpu") -> FeatureExtractor:
     """The encoder of a run as an nn.Module: images [B, C, H, W] in, features [B, D] out.
 
-    Mean and std of the run are applied inside. See `sssd_fast.weights.encoder.FeatureExtractor`.
-
-    Args:
-        path: run folder or checkpoint of `pretrain`, `finetune` or `probe`.
-        device: device of the module.
-
-    Raises:
-        CheckpointError: no checkpoint, or a damaged one.
-
-    Example:
-        >>> encoder = sf.load_encoder("runs/pre")
-        >>> features = encoder(images)  # uint8, or floats from 0 to 1
+    Mean and std of the run are applied inside. `path` is a run folder or a checkpoint of
+    `pretrain`, `finetune` or `probe`.
     """
     from sssd_fast.run.device import pick_device
     from sssd_fast.weights.encoder import load_encoder as load
@@ -308,39 +268,34 @@ def reproduce(
     words, resume = _words(start.get("settings")), start.get("resume")
     plans.check_overrides(words)
     out = Path(resume or start.get("out") or f"runs/{dataset}")
+    lists: dict[str, Sequence[Any]] = {"protocols": protocols, "methods": methods, "seeds": seeds}
+    for name, known in (("protocols", plans.PROTOCOLS), ("methods", plans.METHODS)):
+        if not set(lists[name]) <= set(known):
+            chosen = ", ".join(lists[name])
+            raise ConfigError(f"{name} is {chosen}, needs some of {', '.join(known)}")
+    fields: dict[str, Any]
     if resume is not None:
-        fields: dict[str, Any] = dict(vars(plans.load_plan(out)))
+        fields = dict(vars(plans.load_plan(out)))
         if dataset not in (None, fields["dataset"]) or start.get("config") is not None:
             raise ConfigError(
                 f"--resume {resume} continues {fields['dataset']} with its settings; omit the name "
                 f"and --config, or start a new folder with --out"
             )
         config = changed(from_dict(fields["config"]), words)
+        # added to those of the earlier commands
+        lists = {name: (*fields[name], *values) for name, values in lists.items()}
     else:
         if dataset not in PUBLIC_SETS or data is None:
             names = ", ".join(PUBLIC_SETS)
             raise ConfigError(f"reproduce needs a name ({names}) and its folder: --data DIR")
         config = load_config(start.get("config") or PUBLIC_SETS[dataset].config, words)
-        default = plans.METHODS if external else plans.METHODS[:3]
-        fields = {"dataset": dataset, "methods": default}
+        fields = {"dataset": dataset, "methods": plans.METHODS if external else plans.METHODS[:3]}
     given = {"data": data, "external": external, "official_split": official_split, "split": split}
-    choices: tuple[tuple[str, Sequence[str], Sequence[str]], ...] = (
-        ("protocols", protocols, plans.PROTOCOLS),
-        ("methods", methods, plans.METHODS),
-    )
-    for option, chosen, known in choices:
-        if not set(chosen) <= set(known):
-            raise ConfigError(f"{option} is {', '.join(chosen)}, needs some of {', '.join(known)}")
     fields |= {name: str(value) for name, value in given.items() if value is not None}
-    lists: dict[str, Sequence[Any]] = {"protocols": protocols, "methods": methods, "seeds": seeds}
-    for name, values in lists.items():
-        if values:  # when resuming, they are added to those of the earlier commands
-            before = fields.get(name, ()) if resume is not None else ()
-            fields[name] = tuple(dict.fromkeys([*before, *values]))
+    lists["commands"] = [*fields.get("commands", ()), start.get("command", "sssd_fast.reproduce")]
+    fields |= {name: tuple(dict.fromkeys(values)) for name, values in lists.items() if values}
     if tries:
         fields["variants"] = plans.variants_of(tries)
-    commands = [*fields.get("commands", ()), start.get("command", "sssd_fast.reproduce")]
-    fields["commands"] = tuple(dict.fromkeys(commands))
     with _folder(out, start) as place:
         from sssd_fast.reproduce.reproduce import reproduce as run_plan
 
@@ -398,10 +353,7 @@ def _folder(out: Path, start: Start) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix=".dry-run-", dir=out.absolute().parent))
     try:
         yield place / "run"
-        _log(
-            f"dry run: configuration, data, two steps, checkpoint and evaluation worked; nothing "
-            f"was kept ({out} is untouched)"
-        )
+        _log(f"dry run: all stages worked for two steps; nothing was kept ({out} is untouched)")
     finally:
         shutil.rmtree(place)
 
@@ -451,16 +403,8 @@ def _finish(run: Run, start: Start, metrics: dict[str, Any] | None = None) -> Re
     return Result(run.out, metrics or {})
 
 
-def _weights(path: PathLike | None) -> str | None:
-    """Weights to start from: the newest checkpoint of a run folder, or the file itself."""
-    from sssd_fast.run.checkpoint import find_checkpoint
-
-    stages = ("pretrain", "finetune")
-    if path is None:
-        return None
-    if any(Path(path, stage, "checkpoints").is_dir() for stage in ("", *stages)):
-        return str(find_checkpoint(path, "last", stages=stages))
-    return str(path)
+def _text(path: PathLike | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _norm(init_norm: InitNorm) -> Any:

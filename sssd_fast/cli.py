@@ -1,42 +1,39 @@
-"""Command line: one function per command. Errors become one message and an exit code.
+"""Command line. Errors become one message and an exit code. Slow imports are in the functions.
 
 Exit codes: 0 done, 2 bad settings, data or files, 3 numerics, 130/143 interrupted after a
 checkpoint, 141 broken pipe. Training commands pass their options on to the function of the same
-name in api.py. Slow imports are in the functions.
+name in api.py.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import typer
 
 from sssd_fast import __version__, cli_tools
 from sssd_fast.cli_options import (
     CONFIG,
-    DRY_RUN,
     INIT,
-    INIT_NORM,
-    OUT,
-    OVERWRITE,
-    RESUME,
     SEEDS,
     SETTINGS,
     SPLIT,
-    InitNorm,
+    Options,
     Split,
+    add_training,
     argument,
     flag,
     load,
     names_first,
     option,
+    several,
+    text,
 )
 from sssd_fast.errors import DataError, SssdError
 
@@ -62,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache, "sssd_fast", "inductor")))
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == ["bench"]:  # the benchmarks parse every word themselves, --help too
-            return _bench(words[1:])
         command = typer.main.get_command(app)
         line = shlex.join(["sssd-fast", *words])
         with command.make_context("sssd-fast", _repeat(words), obj=line) as context:
@@ -111,124 +106,35 @@ def _repeat(words: Sequence[str]) -> list[str]:
 
 # ---- training --------------------------------------------------------------------------------
 
-
-@app.command()
-def run(
-    ctx: typer.Context,
-    settings: list[str] | None = SETTINGS,
-    config: str | None = CONFIG,
-    seeds: list[int] | None = SEEDS,
-    folds: bool = flag("--folds", "Repeat for each fold of data.folds."),
-    from_scratch: bool = flag("--from-scratch", "Skip pre-training: the supervised control."),
-    out: str | None = OUT,
-    resume: str | None = RESUME,
-    overwrite: bool = OVERWRITE,
-    dry_run: bool = DRY_RUN,
-) -> None:
-    """Pre-train, fine-tune, evaluate and write a report."""
-    _call(ctx)
-
-
-@app.command()
-def pretrain(
-    ctx: typer.Context,
-    settings: list[str] | None = SETTINGS,
-    init: str | None = INIT,
-    init_norm: InitNorm = INIT_NORM,
-    config: str | None = CONFIG,
-    out: str | None = OUT,
-    resume: str | None = RESUME,
-    overwrite: bool = OVERWRITE,
-    dry_run: bool = DRY_RUN,
-) -> None:
-    """Pre-train SSSD without labels."""
-    _call(ctx)
-
-
-@app.command()
-def finetune(
-    ctx: typer.Context,
-    settings: list[str] | None = SETTINGS,
-    init: str | None = INIT,
-    init_norm: InitNorm = INIT_NORM,
-    split: Split = SPLIT,
-    config: str | None = CONFIG,
-    out: str | None = OUT,
-    resume: str | None = RESUME,
-    overwrite: bool = OVERWRITE,
-    dry_run: bool = DRY_RUN,
-) -> None:
-    """Fine-tune a classifier and evaluate it."""
-    _call(ctx)
-
-
-@app.command()
-def probe(
-    ctx: typer.Context,
-    init: str = option(..., "Run or weights to probe.", "RUN|WEIGHTS"),
-    settings: list[str] | None = SETTINGS,
-    init_norm: InitNorm = INIT_NORM,
-    split: Split = SPLIT,
-    config: str | None = CONFIG,
-    out: str | None = OUT,
-    resume: str | None = RESUME,
-    overwrite: bool = OVERWRITE,
-    dry_run: bool = DRY_RUN,
-) -> None:
-    """Fit a linear probe on a frozen encoder and evaluate it."""
-    _call(ctx)
-
-
-@app.command()
-def reproduce(
-    ctx: typer.Context,
-    dataset: str | None = argument("NAME", "covid-ct or sars-cov-2-ct.", None),
-    settings: list[str] | None = SETTINGS,
-    data: str | None = option(None, "Folder of the images, in class folders at any depth.", "DIR"),
-    protocols: list[str] | None = option(
-        None, "Splits: random (the paper's), controlled; default both.", "NAME..."
-    ),
-    methods: list[str] | None = option(
-        None,
-        "sssd, mae, supervised, external; default all, external only with --external.",
-        "NAME...",
-    ),
-    seeds: list[int] | None = SEEDS,
-    external: str | None = option(
-        None, "Additional images to pre-train on, without labels.", "DIR"
-    ),
-    official_split: str | None = option(
-        None, "path,label,split of COVID-CT, if not in DIR.", "CSV"
-    ),
-    split: Literal["test", "val"] | None = option(
-        None, "Split to evaluate on: test, or val to compare settings.", show_default="test"
-    ),
-    tries: list[str] | None = option(
-        None,
-        "With --split val: compare settings in all combinations; may be repeated.",
-        "KEY=[A, B]",
-        name="--try",
-    ),
-    minutes: float | None = option(None, "Do not start another model after M minutes.", "M"),
-    config: str | None = CONFIG,
-    out: str | None = OUT,
-    resume: str | None = option(
-        None, "Continue in this folder; seeds, methods and protocols may be added.", "DIR"
-    ),
-    dry_run: bool = DRY_RUN,
-) -> None:
-    """Run the paper's experiment on a public CT set, with controls."""
-    words = names_first(dataset, *(settings or ()))
-    name = words.pop(0) if words and "=" not in words[0] else None
-    _call(ctx, dataset=name, settings=words)
-
-
-def _call(ctx: typer.Context, **changed: Any) -> None:
-    """Calls the function of this name in api.py; its parameters have the options' names."""
-    from sssd_fast import api
-
-    given = {name: value for name, value in (ctx.params | changed).items() if value is not None}
-    getattr(api, str(ctx.info_name))(**given, command=ctx.obj)
+TRIES = "With --split val: compare settings in all combinations; may be repeated."
+METHODS = "sssd, mae, supervised, external; default all, external only with --external."
+WHICH = "Split to evaluate on: test, or val to compare settings."
+SPLITS: Options = {"split": (Split, SPLIT)}
+RUN = SEEDS | {
+    "folds": (bool, flag("--folds", "Repeat for each fold of data.folds.")),
+    "from_scratch": (bool, flag("--from-scratch", "Skip pre-training: the supervised control.")),
+}
+PROBE = INIT | SPLITS | {"init": (str, option(..., "Run or weights to probe.", "RUN|WEIGHTS"))}
+REPRODUCE: Options = {
+    "dataset": (str | None, argument("NAME", "covid-ct or sars-cov-2-ct.", None)),
+    "data": text("DIR", "Folder of the images, in class folders at any depth."),
+    "protocols": several(str, "Splits: random (the paper's), controlled; default both."),
+    "methods": several(str, METHODS),
+    **SEEDS,
+    "external": text("DIR", "Additional images to pre-train on, without labels."),
+    "official_split": text("CSV", "path,label,split of COVID-CT, if not in DIR."),
+    "split": (Literal["test", "val"] | None, option(None, WHICH, show_default="test")),
+    "tries": several(str, TRIES, "KEY=[A, B]", "--try"),
+    "minutes": (float | None, option(None, "Do not start another model after M minutes.", "M")),
+}
+for name, help, options in (
+    ("run", "Pre-train, fine-tune, evaluate and write a report.", RUN),
+    ("pretrain", "Pre-train SSSD without labels.", INIT),
+    ("finetune", "Fine-tune a classifier and evaluate it.", INIT | SPLITS),
+    ("probe", "Fit a linear probe on a frozen encoder and evaluate it.", PROBE),
+    ("reproduce", "Run the paper's experiment on a public CT set, with controls.", REPRODUCE),
+):
+    add_training(app, name, help, options)
 
 
 # ---- use of a model --------------------------------------------------------------------------
@@ -242,8 +148,10 @@ def evaluate(
     split: Split = SPLIT,
 ) -> None:
     """Evaluate a fine-tuned model on a split."""
+    from sssd_fast import api
+
     run, *words = names_first(run, *(settings or ()))
-    _call(ctx, run=run, settings=words)
+    api.evaluate(run, split=split, settings=words, command=ctx.obj)
 
 
 @app.command()
@@ -267,11 +175,10 @@ def predict(
     paths = find_images(images)
     found = api.predict(model, paths, device=device, precision=precision, batch_size=batch_size)
     write_predictions(Path(out), found.classes, paths, found.scores)
-    for row, label in list(enumerate(found.labels))[:20]:
+    for path, label, row in list(zip(paths, found.labels, found.scores, strict=True))[:20]:
         if label is not None:
-            scores = zip(found.classes, found.scores[row], strict=True)
-            text = ", ".join(f"{name} {score:.3f}" for name, score in scores)
-            print(f"{paths[row]}: {label} ({text})")
+            named = zip(found.classes, row, strict=True)
+            print(f"{path}: {label} ({', '.join(f'{name} {score:.3f}' for name, score in named)})")
     scored = len(paths) - len(found.failed)
     print(f"{scored} images scored with {found.checkpoint}; written to {out}")
     for row, reason in found.failed.items():
@@ -313,11 +220,10 @@ def weights(
     """Show how weights match the model of a configuration."""
     path, *words = names_first(path, *(settings or ()))
     loaded = load(config, words)
-    from sssd_fast.api import _weights
     from sssd_fast.model import MAE
     from sssd_fast.weights.load import load_into
 
-    print(load_into(MAE(loaded.model), str(_weights(path))).table())
+    print(load_into(MAE(loaded.model), path).table())
 
 
 @app.command()
@@ -330,36 +236,22 @@ def report(run: str = argument("RUN", "Run folder.")) -> None:
     print("\n".join(str(path) for path in paths))
 
 
-@app.command()
+# The benchmarks parse every word themselves, --help too.
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
 def bench(
-    words: list[str] = argument(None, "See sssd-fast bench --help."),
+    words: list[str] = argument("WORD", "See sssd-fast bench --help.", []),
 ) -> None:
     """Run the benchmarks; needs a checkout."""
-    raise NotImplementedError("main calls _bench")
-
-
-def _bench(words: list[str]) -> int:
-    """Passes the words on to the benchmarks next to this package in a checkout."""
     root = Path(__file__).resolve().parent.parent
-    # Another installed package may also be called benchmarks; a checkout has the ops' folder too.
-    own = Path(root, "benchmarks", "__main__.py")
-    if not (own.is_file() and Path(root, "kernels", "mae_kernels").is_dir()):
+    # A checkout has the ops' folder too.
+    if not (Path(root, "benchmarks").is_dir() and Path(root, "kernels", "mae_kernels").is_dir()):
         raise SssdError(
             "bench needs a checkout of the repository: the benchmarks are not part of the "
             f"installed package in {root}; clone the repository, and in it run `make setup` and "
             "`.venv/bin/sssd-fast bench ...`"
         )
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    found = importlib.util.find_spec("benchmarks")
-    where = found.origin if found is not None else None
-    if where is None or Path(where).resolve().parent != root / "benchmarks":
-        raise SssdError(
-            f"bench needs the package benchmarks in {root}, but Python finds another one of that "
-            f"name ({where or 'no file'}); remove its folder from PYTHONPATH, or run `python -m "
-            f"benchmarks ...` in {root}"
-        )
-    return int(importlib.import_module("benchmarks.__main__").main(words))
+    sys.path.insert(0, str(root))  # first: another installed package may have the same name
+    raise typer.Exit(importlib.import_module("benchmarks.__main__").main(words))
 
 
 @app.callback(invoke_without_command=True)

@@ -184,30 +184,14 @@ def profile(
 
 @app.command()
 def doctor(json: bool = flag("--json", "Print JSON.")) -> None:
-    """Show hardware, packages and selected implementations."""
+    """Show hardware, packages, kernels and what is missing."""
     from sssd_fast.run.environment import collect_environment, print_doctor
 
+    env = collect_environment(probe=True)
     if json:
-        print(json_module.dumps(collect_environment(probe=True), indent=2))
+        print(json_module.dumps(env, indent=2))
     else:
-        print_doctor(_attention)
-
-
-def _attention(env: dict[str, Any]) -> list[tuple[str, str]]:
-    """The attention that `auto` chooses for a ViT-B/16 at 224 pixels, on the first GPU if any."""
-    import torch
-
-    from sssd_fast.attention import AttentionShape, choose
-    from sssd_fast.run.device import AUTOCAST, pick_precision
-
-    device = torch.device("cuda" if env["gpus"] else "cpu")
-    dtype = AUTOCAST.get(pick_precision("auto", device), torch.float32)
-    sizes = {"step.attention": (50, 12, 64), "step.decoder_attention": (197, 16, 32)}
-    rows = []
-    for setting, (tokens, heads, width) in sizes.items():
-        shape = AttentionShape(device, dtype, tokens, heads, width, compiled=bool(env["gpus"]))
-        rows.append(("attention", choose("auto", shape, setting)[1]))
-    return rows
+        print_doctor(env)
 
 
 @app.command()

@@ -80,10 +80,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Images, labels, split and loader."""
 
-    source: str = Field(
-        "synthetic",
-        description="Folder with a folder per class, or of the manifest; synthetic = generated.",
-    )
+    source: str = Field("synthetic", description="Folder of images; synthetic = generated slices.")
     manifest: str | None = Field(None, description="CSV path,label[,split][,patient] below source.")
     synthetic_images: int = Field(1600, ge=40, description="Number of synthetic slices.")
     synthetic_seed: Index = Field(0, description="Seed of the synthetic slices.")
@@ -271,12 +268,8 @@ class FinetuneConfig(TrainConfig):
     label_smoothing: BelowOne = Field(0.1, description="Label smoothing.")
     random_erasing: Fraction = Field(0.0, description="Probability per image (MAE: 0.25).")
     pool: Literal["mean", "cls"] = Field("mean", description="Mean of patch tokens, or cls.")
-    class_weights: Literal["none", "balanced"] = Field(
-        "none", description="balanced = by inverse class frequency."
-    )
-    select: Literal["auc", "accuracy", "loss", "last"] = Field(
-        "auc", description="Metric of the best checkpoint."
-    )
+    class_weights: Literal["none", "balanced"] = Field("none", description="balanced = by class.")
+    select: Literal["auc", "accuracy", "loss", "last"] = Field("auc", description="What is best.")
 
 
 class ProbeConfig(Section):

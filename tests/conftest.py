@@ -12,7 +12,6 @@ import random
 import signal
 import socket
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,8 +36,6 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-NO_PARAMETERS = SimpleNamespace(params={})
-SKIPPED = pytest.StashKey[Counter[str]]()
 # A machine with only torch and triton still tests the ops.
 TRAINER_NEEDS = [
     name
@@ -48,63 +45,35 @@ TRAINER_NEEDS = [
 collect_ignore_glob = (
     ["sssd_fast/*", "benchmarks/test_[!g]*.py", "test_layout.py"] if TRAINER_NEEDS else []
 )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SKIPPED] = Counter()
+NO_PARAMETERS = SimpleNamespace(params={})
+# marker: why this machine cannot run its tests
+REASONS = {}
+if not torch.cuda.is_available():
+    REASONS["gpu"] = "no CUDA device"
+if not os.environ.get("SSSD_FAST_DATA"):
+    REASONS["realdata"] = "SSSD_FAST_DATA does not name a folder with the CT data sets"
+if not (find_spec("nvidia") and find_spec("nvidia.dali")):
+    REASONS["dali"] = "NVIDIA DALI is not installed"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what this machine cannot run; `pytest_terminal_summary` prints how many and why."""
-    reasons = {}
-    if not torch.cuda.is_available():
-        reasons["gpu"] = "no CUDA device"
-    if not os.environ.get("SSSD_FAST_DATA"):
-        reasons["realdata"] = "SSSD_FAST_DATA does not name a folder with the CT data sets"
-    if not (find_spec("nvidia") and find_spec("nvidia.dali")):
-        reasons["dali"] = "NVIDIA DALI is not installed"
-    for item in items:
-        if any(
-            value == "dali"
-            for value in getattr(item, "callspec", NO_PARAMETERS).params.values()
-            if isinstance(value, str)
-        ):
-            item.add_marker("dali")
+    """Deselects what this machine cannot run; `pytest_terminal_summary` prints why."""
     kept, skipped = [], []
     for item in items:
-        marker = next((name for name in reasons if item.get_closest_marker(name)), None)
-        (kept if marker is None else skipped).append(item)
-        if marker is not None:
-            config.stash[SKIPPED][f"marked {marker}: {reasons[marker]}"] += 1
-    if skipped:
-        config.hook.pytest_deselected(items=skipped)
-        items[:] = kept
+        values = getattr(item, "callspec", NO_PARAMETERS).params.values()
+        if any(value == "dali" for value in values if isinstance(value, str)):
+            item.add_marker("dali")
+        (skipped if any(map(item.get_closest_marker, REASONS)) else kept).append(item)
+    config.hook.pytest_deselected(items=skipped)
+    items[:] = kept
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(
-        session.config, "workeroutput"
-    ):  # a process of pytest-xdist: only its parent can print
-        session.config.workeroutput["skipped"] = dict(session.config.stash[SKIPPED])
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any, error: Any) -> None:
-    found = getattr(node, "workeroutput", {}).get("skipped", {})
-    node.config.stash[SKIPPED] |= Counter(
-        found
-    )  # every process collects all tests: the largest count, not the sum
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = [f"skipped: tests marked {marker}: {reason}" for marker, reason in REASONS.items()]
     if TRAINER_NEEDS:
-        terminalreporter.write_line(
-            f"skipped: all tests of the trainer, which needs {', '.join(TRAINER_NEEDS)}"
-        )
-    for reason, count in sorted(config.stash[SKIPPED].items()):
-        terminalreporter.write_line(f"skipped: {count} tests {reason}")
+        lines.append(f"skipped: tests of the trainer, which needs {', '.join(TRAINER_NEEDS)}")
+    for line in lines:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +99,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def guarded(real: Callable[..., Any]) -> Callable[..., Any]:
         def connect(self: socket.socket, address: Any) -> Any:
             if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_local(address[0]):
-                raise RuntimeError(
-                    f"a test tried to connect to {address[0]!r}: tests must not need the network"
-                )
+                raise RuntimeError(f"tests must not need the network, but use {address[0]!r}")
             return real(self, address)
 
         return connect
@@ -163,14 +130,10 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return empty
 
-    for owner, name in (
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "empty_strided"),
-        (torch.Tensor, "new_empty"),
-        (torch.Tensor, "new_empty_strided"),
-    ):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    names = {torch: "empty empty_like empty_strided", torch.Tensor: "new_empty new_empty_strided"}
+    for owner, listed in names.items():
+        for name in listed.split():
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ that crashes, hangs or prints warnings does no harm.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -14,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -35,13 +35,11 @@ XFORMERS = """import xformers; from xformers.ops import memory_efficient_attenti
 problem = getattr(getattr(xformers, "_cpp_lib", None), "_cpp_library_load_exception", None)
 while getattr(problem, "__cause__", None): problem = problem.__cause__
 raise SystemExit(problem and f"its compiled part does not load: {problem!r}")"""
-# distribution: oldest driver branch
-DALI_DRIVER = {"nvidia-dali-cuda130": 580, "nvidia-dali-cuda120": 525}
 # provider: (distributions that can contain it, code that must run)
 PROVIDERS = {
-    "xformers": (["xformers"], XFORMERS),
-    "dali": (list(DALI_DRIVER), "from nvidia.dali import pipeline_def, fn"),
-    "torchao": (["torchao"], "from torchao.optim import AdamW8bit"),
+    "xformers": ("xformers", XFORMERS),
+    "dali": ("nvidia-dali-cuda130 nvidia-dali-cuda120", "from nvidia.dali import pipeline_def, fn"),
+    "torchao": ("torchao", "from torchao.optim import AdamW8bit"),
 }
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES MAE_KERNELS_BACKEND OMP_NUM_THREADS PYTORCH_ALLOC_CONF "
@@ -65,12 +63,7 @@ def collect_environment(path: str | Path = ".", *, probe: bool = False) -> dict[
         "sssd_fast": {"version": __version__, **_checkout(Path(__file__).resolve().parents[2])},
         "python": {"version": platform.python_version()},
         "system": {"os": platform.platform()},
-        "cpu": {
-            "model": _cpu_model(),
-            "cores": os.cpu_count(),
-            "cores_usable": _usable_cores(),
-            "torch_threads": torch.get_num_threads(),
-        },
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), **_usable()},
         "memory": memory_gib(),
         "disk": {"free_gib": disk_free_gib(Path(path))},
         "torch": {"version": torch.__version__, "cuda_build": torch.version.cuda},
@@ -85,88 +78,58 @@ def collect_environment(path: str | Path = ".", *, probe: bool = False) -> dict[
     }
 
 
-def print_doctor(more: Callable[[dict[str, Any]], list[tuple[str, str]]]) -> None:
-    """Prints the probed environment line by line, then `more` rows of it, then `advice`."""
-    env = collect_environment(probe=True)
+def print_doctor(env: dict[str, Any]) -> None:
+    """Prints a collected environment line by line, then `advice`."""
     rows = []
     for section, facts in env.items():
-        name = section.replace("_", " ")
         if section == "mae_kernels":
-            rows += [("kernels", line) for line in _kernel_lines(env)]
+            rows += [("kernels", line) for line in _kernel_lines(**facts)]
         elif section == "providers":
-            for provider, state in facts.items():
-                reason = f": {state['reason']}" if state["reason"] else ""
-                rows.append((provider, f"{state['version'] or ''} {state['status']}{reason}"))
+            rows += [(provider, _facts(state)) for provider, state in facts.items()]
         elif section == "gpus":
-            rows += [("GPU", _facts(gpu)) for gpu in facts]
-        elif section == "gpu_reason":
-            rows += [("GPU", f"none: {facts}")] if facts else []
-        elif facts:
-            rows.append((name, _facts(facts)))
-    rows += more(env)
-    width = max(len(name) for name, _ in rows)
+            rows += [("GPU", _facts(gpu)) for gpu in facts or [{"none": env["gpu_reason"]}]]
+        elif facts and section != "gpu_reason":
+            rows.append((section.replace("_", " "), _facts(facts)))
     for name, text in rows:
-        print(f"{name:<{width}}  {text.strip()}")
+        print(f"{name:<11}  {text}")
     print("\n".join(advice(env)))
 
 
 def _facts(section: dict[str, Any]) -> str:
-    shown = (
-        (name.removesuffix("_gib"), "-") if fact is None else (name, fact)
-        for name, fact in section.items()
-    )
-    return ", ".join(format_metric(name, fact) for name, fact in shown)
+    known = [(name, fact) for name, fact in section.items() if fact is not None]
+    return ", ".join(format_metric(name, fact) for name, fact in known)
 
 
-def _kernel_lines(env: dict[str, Any]) -> list[str]:
-    info, reason = env["mae_kernels"]["info"], env["mae_kernels"]["reason"]
-    if info is None:
-        return [reason]
-    fallback = {op: why for op, why in info.items() if why is not None}
-    if fallback and not env["gpus"]:
-        return [f"PyTorch fallback for all {len(info)} ops (no CUDA GPU)"]
-    lines = [f"Triton kernels for {len(info) - len(fallback)} of {len(info)} ops"]
-    return lines + [f"PyTorch fallback for {op}: {why}" for op, why in fallback.items()]
+def _kernel_lines(info: dict[str, str | None] | None, reason: str | None) -> list[str]:
+    groups: dict[str | None, list[str]] = {}
+    for op, why in (info or {}).items():
+        groups.setdefault(why, []).append(op)
+    lines = []
+    for why, ops in groups.items():
+        what = "Triton" if why is None else f"PyTorch fallback ({why})"
+        lines.append(f"{what} for {len(ops)} ops: {', '.join(ops)}")
+    return lines if reason is None else [reason]
 
 
 def advice(env: dict[str, Any]) -> list[str]:
     """Problems of a collected environment, one line each; the last line says how to start."""
     lines = []
     driver, gpus, disk = env["driver"]["version"], env["gpus"], env["disk"]["free_gib"]
-    installed = env["providers"]["dali"]["distributions"]
     missing = [name for name, tool in env["build_tools"].items() if not tool]
     if driver and not gpus:
-        reason = env["gpu_reason"]
-        lines.append(f"NVIDIA driver {driver} is installed, but torch has no GPU: {reason}")
-    if len(installed) > 1:
-        lines.append(
-            "Both DALI packages are installed and overwrite each other's files: uninstall both, "
-            "then install one."
-        )
-    elif driver and installed and int(driver.split(".")[0]) < DALI_DRIVER[installed[0]]:
-        lines.append(
-            f"{installed[0]} needs driver {DALI_DRIVER[installed[0]]} or newer, found {driver}: "
-            "install the other DALI extra or a new driver."
-        )
+        lines.append(f"NVIDIA driver {driver} is installed, but torch has no GPU")
     for name, state in env["providers"].items():
         if state["status"] == "not usable" and state["version"] and gpus:
-            version = f"{name} {state['version']}"
-            lines.append(f"{version} is installed but does not work: {state['reason']}")
+            lines.append(f"{name} {state['version']} does not work: {state['reason']}")
     if gpus and missing:
-        what = " and ".join(missing).replace("_", " ")
-        lines.append(
-            f"No {what} found: Triton builds its launchers with them. On Debian or Ubuntu: "
-            "apt install gcc python3-dev."
-        )
+        what = f"No {' and '.join(missing).replace('_', ' ')} found"
+        lines.append(f"{what}: Triton needs them. On Debian or Ubuntu: apt install gcc python3-dev")
     if disk is not None and disk < 2:
-        lines.append(f"Only {disk} GiB of disk are free; a ViT-B checkpoint takes about 1.3 GiB.")
-    lines = [f"! {line}" for line in lines]
-    if env["packages"]["rich"] is None or env["packages"]["pydantic"] is None:
-        install = "pip install 'sssd-fast[train]'"
-        return [*lines, f"Only the fused ops are installed; for training: {install}"]
+        lines.append(f"Only {disk} GiB of disk are free; a ViT-B checkpoint takes about 1.3 GiB")
     memory = gpus[0]["memory_gib"] if gpus else 0
     config = next(name for gib, name in CONFIGS.items() if memory >= gib)
-    return [*lines, f"You can train; start with: sssd-fast run --config {config}"]
+    start = f"You can train; start with: sssd-fast run --config {config}"
+    return [*(f"! {line}" for line in lines), start]
 
 
 def _gpus() -> tuple[list[dict[str, Any]], str | None]:
@@ -180,14 +143,10 @@ def _gpus() -> tuple[list[dict[str, Any]], str | None]:
         found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     except Exception as error:  # noqa: BLE001 - drivers fail in many ways
         return [], _one_line(error)
-    gpus = [
-        {
-            "name": p.name,
-            "memory_gib": round(p.total_memory / GIB, 1),
-            "capability": f"sm_{p.major}{p.minor}",
-        }
-        for p in found
-    ]
+    gpus = []
+    for gpu in found:
+        facts = {"memory_gib": round(gpu.total_memory / GIB, 1)}
+        gpus.append({"name": gpu.name, **facts, "capability": f"sm_{gpu.major}{gpu.minor}"})
     return gpus, None if gpus else "no device is visible"
 
 
@@ -200,12 +159,9 @@ def _driver() -> str | None:
 def _build_tools() -> dict[str, str | None]:
     """What Triton needs on the first use of a kernel: a C compiler, and Python's headers."""
     names = (os.environ.get("CC", "gcc"), "gcc", "clang", "cc")
-    compiler = next((name for name in names if shutil.which(name)), None)
+    compiler = next((Path(name).name for name in names if shutil.which(name)), None)
     header = Path(sysconfig.get_path("include"), "Python.h")
-    return {
-        "compiler": Path(compiler).name if compiler else None,
-        "python_headers": header.name if header.is_file() else None,
-    }
+    return {"compiler": compiler, "python_headers": header.name if header.is_file() else None}
 
 
 def _kernels() -> dict[str, Any]:
@@ -221,16 +177,15 @@ def _providers(probe: bool, has_gpu: bool) -> dict[str, Any]:
     """Per provider its version, status (absent, not probed, usable, not usable) and reason."""
 
     def state(name: str) -> dict[str, Any]:
-        distributions = [d for d in PROVIDERS[name][0] if _version(d)]
-        status, reason = ("not probed" if distributions else "absent"), None
+        distributions, code = PROVIDERS[name]
+        version = next(filter(None, map(_version, distributions.split())), None)
+        status, reason = ("not probed" if version else "absent"), None
         if probe:
             # without metadata too: a folder on the path can be imported
-            status, reason = _probe(PROVIDERS[name][1], bool(distributions))
+            status, reason = _probe(code, version is not None)
         if name == "xformers" and status == "usable" and not has_gpu:
             status, reason = "not usable", "its attention needs a CUDA device"
-        version = _version(distributions[0]) if distributions else None
-        facts = {"version": version, "distributions": distributions}
-        return {**facts, "status": status, "reason": reason}
+        return {"version": version, "status": status, "reason": reason}
 
     with ThreadPoolExecutor(len(PROVIDERS)) as pool:
         return dict(zip(PROVIDERS, pool.map(state, PROVIDERS), strict=True))
@@ -238,9 +193,8 @@ def _providers(probe: bool, has_gpu: bool) -> dict[str, Any]:
 
 def _probe(code: str, installed: bool) -> tuple[str, str | None]:
     command = [sys.executable, "-c", code]
-    limits: dict[str, Any] = {"timeout": TIMEOUT_S, "check": False}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, **limits)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return "not usable", f"importing it took more than {TIMEOUT_S:g} s"
     if done.returncode == 0:
@@ -255,27 +209,25 @@ def _probe(code: str, installed: bool) -> tuple[str, str | None]:
 
 def _checkout(root: Path) -> dict[str, Any]:
     """The commit, and whether tracked files differ, if this package is in its own git checkout."""
-    nothing = {"commit": None, "modified": None}
-    if not ((root / ".git").exists() and (root / "pyproject.toml").is_file()):
-        # installed; a repository further up is another project's
-        return nothing
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10)
-
-    try:
-        status = git("status", "--porcelain", "--untracked-files=no")
-        return {"commit": git("rev-parse", "HEAD").strip(), "modified": bool(status)}
-    except (OSError, subprocess.SubprocessError):
-        return nothing
+    text = ""
+    # installed in another project's repository: that one's commit is not ours
+    if (root / ".git").exists() and (root / "pyproject.toml").is_file():
+        words = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(root), *words]
+            text = subprocess.check_output(
+                command, stderr=subprocess.DEVNULL, text=True, timeout=10
+            ).strip()
+    commit, _, dirty = text.partition("-")
+    return {"commit": commit or None, "modified": bool(dirty) if commit else None}
 
 
-def _usable_cores() -> int:
-    """The affinity mask of this process, or the quota of its control group if smaller."""
+def _usable() -> dict[str, int]:
+    """Cores: the affinity mask of this process, or the quota of its control group if smaller."""
     cores = len(os.sched_getaffinity(0))
     quota, _, period = (read_text("/sys/fs/cgroup/cpu.max") or "max").partition(" ")
-    return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
+    cores = max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
+    return {"cores_usable": cores, "torch_threads": torch.get_num_threads()}
 
 
 def _cpu_model() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -15,17 +14,37 @@ from typing import BinaryIO
 from sssd_fast.errors import SssdError
 
 
-def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Replaces `path` by `data` atomically and durably.
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """An open, hidden file that replaces `path` durably at the end; an exception removes it.
 
-    Raises SssdError naming the path and the free space if it cannot be written; the old file is
-    then intact.
+    Raises SssdError naming the path and the free space if it cannot be written; an old file is then
+    intact.
     """
     path = Path(path)
+    # in the same folder: a rename is atomic only within a file system
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
-        replace_file(path, data)
-    except OSError as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch.save turns an OSError into a RuntimeError about positions
         raise SssdError(cannot_write(path, error)) from error
+    finally:
+        # renamed, or a folder that became read-only: the error that matters is already raised
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Replaces `path` by `data`; errors as in `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -33,52 +52,9 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """`atomic_write_bytes` that raises OSError."""
-    with temporary_file(path) as (temporary, file):
-        file.write(data)
-        sync_file(file)
-        os.replace(temporary, path)
-        sync_file(path.parent)
-
-
-@contextlib.contextmanager
-def temporary_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """An open, locked, hidden file in the folder of `path`; removed at the end unless renamed.
-
-    A rename is atomic only within a file system, hence the folder. The lock tells
-    `remove_leftovers` of another process that the writer is alive.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            # on a file system without locks, leftovers are kept
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            yield temporary, file
-    finally:
-        # renamed, or a folder that became read-only: the error that matters is already raised
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Deletes temporary files in `folder` whose writers are dead."""
-    for path in folder.glob(".*.tmp"):
-        # fails if a living writer holds the lock, or the file is gone
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-
-
-def sync_file(target: BinaryIO | Path) -> None:
-    """Makes the writes to an open file, or the renames in a folder, durable."""
-    if not isinstance(target, Path):
-        target.flush()
-        os.fsync(target.fileno())
-        return
-    descriptor = os.open(target, os.O_RDONLY)
+def _sync_folder(folder: Path) -> None:
+    """Makes the renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

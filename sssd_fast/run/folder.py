@@ -1,7 +1,7 @@
 """The run folder: settings, machine and data of a run, and everything it writes.
 
 config.yaml  command.txt  env.json  data.json  index.json  split.csv  train.log  metrics.jsonl
-metrics.csv  tensorboard/  checkpoints/  images/  eval/  report.md  report.html
+tensorboard/  checkpoints/  images/  eval/  report.md  report.html
 """
 
 from __future__ import annotations
@@ -28,19 +28,15 @@ from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.log import Console
 from sssd_fast.run.metrics_log import Tracker
 
-# Settings that do not change what is computed: a run can be resumed with other values.
-FREE_KEYS = (
-    "device threads tensorboard data.loader data.workers data.cache data.resident_gib "
-    "step.compile step.cuda_graphs step.attention step.decoder_attention step.mlp "
-    "step.activation_budget step.checkpoint"
-)
+# Settings that do not change what is computed: a run can be resumed with other values. So can all
+# of the section step but two.
+FREE = "device threads tensorboard data.loader data.workers data.cache data.resident_gib"
 FREE_ENDINGS = (".checkpoint_epochs", ".checkpoint_steps", ".keep_last", ".image_epochs")
+FIXED = ("step.residual", "step.optimizer")
 RUN_MARKER = ".sssd-fast-run"
-_MARKER_TEXT = (
-    "This is a run folder of sssd-fast. With --overwrite, everything in it may be deleted.\n"
-)
-# markers that this process has locked, with their descriptors
-_held: dict[Path, int] = {}
+_MARKER_TEXT = b"A run folder of sssd-fast. With --overwrite, everything in it may be deleted.\n"
+# descriptors of the markers that this process has locked
+_held: list[int] = []
 
 
 @dataclass
@@ -87,9 +83,8 @@ class Run:
         if state["task"] != self.task:
             problems.append(f"it is a checkpoint of `{state['task']}`, not of `{self.task}`")
         if state["processes"] != self.world.size:
-            problems.append(
-                f"it was written by {state['processes']} processes, this run has {self.world.size}"
-            )
+            wrote = f"it was written by {state['processes']} processes"
+            problems.append(f"{wrote}, this run has {self.world.size}")
         if state["data"] != self.data_fingerprint:
             problems.append("the images or their split changed (see data.json and split.csv)")
         problems += differences(from_dict(state["config"]), self.config)
@@ -105,7 +100,7 @@ class Run:
 def differences(old: Config, new: Config) -> list[str]:
     """One line per setting that changes what a run computes."""
     before, after = _flat(to_dict(old)), _flat(to_dict(new))
-    free = FREE_KEYS.split()
+    free = [key for key in before if key.startswith("step.") and key not in FIXED] + FREE.split()
     return [
         f"{key} was {before[key]!r}, is {after[key]!r}"
         for key in before
@@ -141,17 +136,14 @@ def open_run(
 
     Args:
         existing: use a finished run without changing its description (evaluate).
-        resume_with: the command that continues this run if it is one stage of a larger one.
-        command: what the user typed.
+        resume_with: the command that continues this run, if not that of `task`.
         top: a folder above `out` that gets a copy of config.yaml.
 
     Raises RunExistsError for an existing run without `resume` or `overwrite`.
     """
     out = Path(out)
     if existing and not (out / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{out} is not a run folder (config.yaml is missing); give the folder of a finished run"
-        )
+        raise CheckpointError(f"{out} is not the folder of a run: config.yaml is missing")
     if world.main and not existing:
         require_run_folder(out, resume=resume, overwrite=overwrite)
     world.barrier()
@@ -191,29 +183,22 @@ def require_run_folder(path: str | Path, *, resume: bool = False, overwrite: boo
     that ended before its first checkpoint can be started again without `overwrite`. The marker is
     locked until the process ends, so that two processes cannot write to one run. Call it on rank 0.
 
-    Returns the absolute path. Raises RunExistsError if the folder is not empty and neither flag was
-    given, is not a run folder, or is in use; CheckpointError if there is nothing to resume;
-    ConfigError for both flags.
+    Raises RunExistsError if the folder holds a run and neither flag was given, is not a run folder,
+    or is in use; CheckpointError if there is nothing to resume; ConfigError for both flags.
     """
     path = Path(path).absolute()
     marker = path / RUN_MARKER
     if resume and overwrite:
-        raise ConfigError(
-            "--resume and --overwrite exclude each other: continue the run, or delete it"
-        )
+        raise ConfigError("--resume and --overwrite exclude each other; give one of them")
     if path.exists() and not path.is_dir():
         raise RunExistsError(f"{path} is a file; choose another folder for the run")
     if resume and not marker.is_file():
         what = "is not a run folder" if path.exists() else "does not exist"
-        raise CheckpointError(
-            f"cannot resume: {path} {what}. Check the path, or start a new run without --resume"
-        )
+        raise CheckpointError(f"cannot resume: {path} {what}; start a new run without --resume")
     if path.is_dir() and any(item.name != RUN_MARKER for item in path.iterdir()) and not resume:
         if not marker.is_file():
-            raise RunExistsError(
-                f"{path} is not empty and not a run folder of sssd-fast (it lacks {RUN_MARKER}), "
-                "so nothing in it was changed. Choose another folder"
-            )
+            what = f"not empty and not a run folder of sssd-fast (it lacks {RUN_MARKER})"
+            raise RunExistsError(f"{path} is {what}; choose another folder")
         # without a checkpoint, nothing is lost by starting again
         overwrite = overwrite or not any((path / "checkpoints").glob("*.pt"))
         if not overwrite:
@@ -234,34 +219,26 @@ def _hold(marker: Path) -> None:
     A record lock, not flock: forked workers that outlive a killed parent by seconds do not inherit
     it, so that the run can be resumed at once.
     """
-    held = _held.get(marker)
-    if held is not None and marker.exists() and os.path.samestat(os.fstat(held), os.stat(marker)):
-        return
     # stays open: closing any descriptor of the file would drop the lock
     descriptor = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
+    _held.append(descriptor)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        os.close(descriptor)
-        raise RunExistsError(
-            f"another process is writing to the run in {marker.parent}; wait for it to end, or "
-            "choose another folder"
-        ) from error
+        problem = f"another process is writing to the run in {marker.parent}"
+        raise RunExistsError(f"{problem}; wait for it, or choose another folder") from error
     except OSError:
         # a file system without locks
         pass
     if os.fstat(descriptor).st_size == 0:
-        os.write(descriptor, _MARKER_TEXT.encode())
-    _held[marker] = descriptor
+        os.write(descriptor, _MARKER_TEXT)
 
 
 def _empty(path: Path) -> None:
     """Deletes everything but the marker, so that an interrupted deletion can be repeated."""
     working = Path.cwd()
     if path.resolve() in (working, *working.parents, Path.home()):
-        raise RunExistsError(
-            f"cannot empty {path}: it contains the working directory or is your home"
-        )
+        raise RunExistsError(f"cannot empty {path}: it holds the working directory or is your home")
     for item in path.iterdir():
         if item.is_dir() and not item.is_symlink():
             shutil.rmtree(item)

@@ -49,7 +49,7 @@ class SignalGuard:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            self._handle_in_child(signum)
+            # A forked loader worker: one that died would cost the parent its last step.
             return
         now = time.monotonic()
         if self.requested is not None:
@@ -61,14 +61,6 @@ class SignalGuard:
         previous = self._previous.get(signum)
         if callable(previous) and previous is not signal.default_int_handler:
             previous(signum, frame)
-
-    def _handle_in_child(self, signum: int) -> None:
-        """Forked loader workers inherit handlers. Ctrl-C reaches the whole process group: a worker
-        that died of it would cost the parent its last step. Other signals act as by default.
-        """
-        if signum != signal.SIGINT:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
 
     def _exit_at_once(self, signum: int) -> None:
         # a live progress display hides the cursor

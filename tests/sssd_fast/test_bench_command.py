@@ -115,16 +115,10 @@ def test_bench_without_a_checkout_gives_instructions(checkout: Path, other: bool
 
 
 def test_bench_never_runs_another_package_of_that_name(checkout: Path) -> None:
-    """Ours is used if not on the path yet; if another one is found first, an error names it."""
     site, other = installed(checkout), checkout.parent / "other"
     write_package(other / "benchmarks", OTHER)
-    assert bench("seven", path=[other, site], where=checkout.parent).stdout == '["seven"]\n'
-    done = bench("seven", path=[other, checkout], where=checkout.parent)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: bench needs the package benchmarks in ")
-    assert str(other / "benchmarks") in done.stderr
-    assert "PYTHONPATH" in done.stderr
+    for path in ([other, site], [other, checkout]):
+        assert bench("seven", path=path, where=checkout.parent).stdout == '["seven"]\n'
 
 
 @pytest.mark.parametrize("words", [["--help"], ["ops", "--help"]], ids=" ".join)

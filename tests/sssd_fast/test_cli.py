@@ -196,7 +196,6 @@ def test_options_with_several_values_end_at_a_setting(monkeypatch: pytest.Monkey
         "seeds": [0, 1],
         "methods": ["sssd", "mae"],
         "data": "d",
-        "protocols": (),
         "tries": ["a=[1]", "b=[2]"],
         "dry_run": False,
         "command": f"sssd-fast {line}".replace("a=[1]", "'a=[1]'").replace("b=[2]", "'b=[2]'"),

@@ -131,22 +131,6 @@ def test_environment_survives_broken_kernels_and_cuda(monkeypatch: pytest.Monkey
     assert env["gpu_reason"] == text
 
 
-def test_advice_names_problems_and_the_way_to_start(env: dict[str, Any]) -> None:
-    dali = env["providers"]["dali"]
-    env["driver"]["version"], env["gpus"] = "550.54.15", []
-    env["gpu_reason"] = "this torch is built without CUDA"
-    dali["distributions"] = ["nvidia-dali-cuda130"]
-    text = "\n".join(advice(env))
-    assert "driver 550.54.15 is installed, but torch has no GPU: this torch is built" in text
-    assert "nvidia-dali-cuda130 needs driver 580 or newer, found 550.54.15" in text
-    env["driver"]["version"] = "580.65.06"
-    assert "needs driver" not in "\n".join(advice(env))
-    dali["distributions"] = ["nvidia-dali-cuda130", "nvidia-dali-cuda120"]
-    assert "overwrite each other" in "\n".join(advice(env))
-    env["packages"]["rich"] = None
-    assert "pip install 'sssd-fast[train]'" in advice(env)[-1]
-
-
 @pytest.mark.parametrize(
     ("memory", "config"),
     [(None, "cpu_smoke"), (7.6, "8gb"), (15.7, "16gb"), (23.5, "24gb"), (139.8, "24gb")],
@@ -155,6 +139,9 @@ def test_advice_starts_with_a_configuration_that_fits(
     env: dict[str, Any], memory: float | None, config: str
 ) -> None:
     env["gpus"] = [] if memory is None else [{**GPU, "memory_gib": memory}]
+    env["driver"]["version"] = "580.65.06"
+    no_gpu = "! NVIDIA driver 580.65.06 is installed, but torch has no GPU"
+    assert (no_gpu in advice(env)) is (memory is None)
     assert advice(env)[-1].endswith(f"sssd-fast run --config {config}")
     assert config in shipped_configs()
 
@@ -198,40 +185,36 @@ def test_limits_of_the_control_group_count(monkeypatch: pytest.MonkeyPatch) -> N
     for module in (environment, device):
         monkeypatch.setattr(module, "read_text", lambda path: files.get(path, memory))
     monkeypatch.setattr(environment.os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert environment._usable_cores() == 1
+    assert environment._usable()["cores_usable"] == 1
     assert device.memory_gib()["limit_gib"] == 8.0
     assert device.memory_gib()["total_gib"] == 16.0
     assert device.available_memory() == 8 * 2**30
     files["/sys/fs/cgroup/cpu.max"] = "max 100000\n"
-    assert environment._usable_cores() == 8
+    assert environment._usable()["cores_usable"] == 8
 
 
 def test_doctor_prints_what_was_collected(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    env: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(environment, "_probe", lambda *_: ("not usable", "broken here"))
-    kernels = {"info": {"a": "cpu", "b": "cpu"}, "reason": None}
-    monkeypatch.setattr(environment, "_kernels", lambda: kernels)
-    monkeypatch.setattr(environment, "_gpus", lambda: ([], "no device"))
-    model = re.sub(" +", " ", environment._cpu_model())
-    print_doctor(lambda env: [("more", env["cpu"]["model"])])
+    env["gpus"] = []
+    env["gpu_reason"] = "no device"
+    env["mae_kernels"] = {"info": {"a": None, "b": "cpu", "c": "cpu"}, "reason": None}
+    env["providers"]["dali"] = {"version": "2.0", "status": "not usable", "reason": "broken here"}
+    print_doctor(env)
     text = re.sub(" +", " ", capsys.readouterr().out)
     for line in (
-        f"sssd fast version {__version__}, ",
-        f"torch version {torch.__version__}, ",
-        f"cpu model {model}, cores {os.cpu_count()}, ",
-        f"more {model}\n",
-        "GPU none: no device\n",
-        "not usable: broken here\n",
-        "kernels PyTorch fallback for all 2 ops (no CUDA GPU)\n",
+        f"sssd fast version {__version__}",
+        f"torch version {torch.__version__}",
+        f"cpu model {re.sub(' +', ' ', env['cpu']['model'])}, cores {os.cpu_count()}, ",
+        "GPU none no device\n",
+        "dali version 2.0, status not usable, reason broken here\n",
+        "kernels Triton for 1 ops: a\nkernels PyTorch fallback (cpu) for 2 ops: b, c\n",
     ):
         assert line in text
     assert re.search(r"disk free [\d.]+ GiB\n", text)
     assert text.splitlines()[-1].startswith("You can train; start with: sssd-fast run --config ")
-    kernels["info"] = {"a": None, "b": "needs sm_80"}
-    monkeypatch.setattr(environment, "_gpus", lambda: ([GPU], None))
-    print_doctor(lambda env: [])
+    env["gpus"] = [GPU]
+    print_doctor(env)
     text = re.sub(" +", " ", capsys.readouterr().out)
     assert "GPU name card, memory 24.0 GiB, capability sm_86\n" in text
-    ops = "kernels Triton kernels for 1 of 2 ops\nkernels PyTorch fallback for b: needs sm_80\n"
-    assert ops in text
+    assert "! dali 2.0 does not work: broken here\n" in text
