@@ -73,7 +73,7 @@ def bench(*words: str, path: list[Path], where: Path) -> subprocess.CompletedPro
         [
             "kernels",
             "a b",
-            *["--help", "--version", "key=value", "--only", "--", "-x", "--y=z", "seven"],
+            *["--help", "--version", "key=value", "--only", "-x", "--y=z", "seven"],
         ],
     ],
     ids=["no word", "words"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import resource
 import shutil
 import signal
 import subprocess
@@ -280,29 +279,19 @@ def test_every_option_has_a_help_text() -> None:
     assert parameters(typer.main.get_command(app), "sssd-fast") == []
 
 
-def child_seconds() -> float:
-    """CPU seconds of the ended child processes: other programs do not change them."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 @pytest.mark.parametrize(
-    ("words", "absent", "seconds"),
+    ("words", "absent"),
     [
-        (["--help"], ["torch", "pydantic", "numpy"], 1.0),
-        (["pretrain", "--help"], ["torch", "numpy"], 1.0),
-        (["pretrain", "pretrain.epoch=3"], ["torch", "numpy"], 2.0),
+        (["--help"], ["torch", "pydantic", "numpy"]),
+        (["pretrain", "--help"], ["torch", "numpy"]),
+        (["pretrain", "pretrain.epoch=3"], ["torch", "numpy"]),
     ],
     ids=["help", "help of a command", "typo"],
 )
-def test_help_and_typos_need_no_slow_imports(
-    words: list[str], absent: list[str], seconds: float
-) -> None:
+def test_help_and_typos_need_no_slow_imports(words: list[str], absent: list[str]) -> None:
     code = (
         "import sys; from sssd_fast.cli import main; main(sys.argv[1:]); "
         f"loaded = [name for name in {absent} if name in sys.modules]; sys.exit(loaded or 0)"
     )
-    start = child_seconds()
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert child_seconds() - start < seconds

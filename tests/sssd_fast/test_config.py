@@ -70,19 +70,9 @@ def test_overrides_reach_nested_keys_with_yaml_types() -> None:
 
 
 def test_every_problem_is_reported_at_once() -> None:
-    text = problems(
-        [
-            "pretrain.epoch=3",
-            "model.mask=0.5",
-            "model.patch_size=10",
-            "finetune.mixup=-1",
-            "objective.kind=dono",
-            "pretrain.batch_size=1.5",
-            "layer_decay=0.5",
-            "nonsense",
-            "a..b=1",
-        ]
-    )
+    wrong = """pretrain.epoch=3 model.mask=0.5 model.patch_size=10 finetune.mixup=-1
+        objective.kind=dono pretrain.batch_size=1.5 layer_decay=0.5 nonsense a..b=1"""
+    text = problems(wrong.split())
     assert text.startswith("9 problems in the configuration in cpu_smoke")
     for line in (
         "pretrain.epoch: unknown key; did you mean 'pretrain.epochs'?",

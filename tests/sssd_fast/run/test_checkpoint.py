@@ -144,14 +144,12 @@ def test_load_rejects_other_files_and_never_runs_code(
     assert not Path("HOSTILE").exists()
 
 
-WRONG = {"PosixPath": Path("x"), "SimpleNamespace": SimpleNamespace(), "numpy": np.float64(1.0)}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_save_rejects_what_load_would_reject(tmp_path: Path, name: str) -> None:
+def test_save_rejects_what_load_would_reject(tmp_path: Path) -> None:
     """On resume it would be hours too late."""
-    with pytest.raises(CheckpointError, match=rf"a\.pt holds .*{name}.*: rejected"):
-        save_checkpoint(tmp_path / "a.pt", {"config": [1, {"out": WRONG[name]}]})
+    wrong = {"PosixPath": Path("x"), "SimpleNamespace": SimpleNamespace(), "numpy": np.float64(1.0)}
+    for name, value in wrong.items():
+        with pytest.raises(CheckpointError, match=rf"a\.pt holds .*{name}.*: rejected"):
+            save_checkpoint(tmp_path / "a.pt", {"config": [1, {"out": value}]})
     with pytest.raises(CheckpointError, match="holds a list, a dict is needed"):
         save_checkpoint(tmp_path / "a.pt", [1])  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == []

@@ -197,13 +197,13 @@ def test_console_leaves_a_real_terminal_as_it_was() -> None:
     assert child.wait() == 0, raw.decode()
     assert raw.count(b"\x1b[?25l") == raw.count(b"\x1b[?25h") == 1
     text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", raw.decode())
-    assert re.search(r"pretrain +━.*20/50 +0:00:0\d", text)
+    assert re.search(r"pretrain +━.*20/50 +0:0\d:\d\d", text)
     assert re.search(r"validating +━", text)
     assert re.search(r"compiling +━", text)
-    assert re.search(r"compiling: done in 0\.\d s\r", text)
+    assert re.search(r"compiling: done in [\d.]+ s\r", text)
     assert "a stray print" in text
     assert "worker: TextIOWrapper TextIOWrapper" in text
-    assert re.search(r"pretrain: 50 steps in 0\.\d s\r\n", text)
+    assert re.search(r"pretrain: 50 steps in [\d.]+ s\r\n", text)
     assert text.endswith("streams: TextIOWrapper\r\n")
 
 
