@@ -1,8 +1,6 @@
 """AdamW with 8-bit moments (Dettmers et al., arXiv 2110.02861) from torchao, with a state dict of
-plain tensors.
-
-torchao quantises the moments of tensors with at least 4096 values in blocks of 256; the others stay
-fp32. Its update is compiled once for each shape of parameter.
+plain tensors. Moments of tensors with at least 4096 values are quantised in blocks of 256; the
+others stay fp32. Its update is compiled once for each shape of parameter.
 """
 
 from __future__ import annotations

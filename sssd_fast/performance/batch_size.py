@@ -95,9 +95,7 @@ def search(own: int, likely: Fits, fits: Fits, world: World) -> int | None:
 
 
 def _free_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    free = available_memory()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if free is None:
         raise ConfigError(
             "batch is auto, but this system does not report how much memory is free; set batch_size"

@@ -132,8 +132,7 @@ def estimate(
 ) -> Estimate:
     """The memory of a step as `config.step` requests it, on `device` or on a GPU that is not there.
 
-    task: "pretrain" or "finetune". capability: of the CUDA device. Raises ConfigError if a setting
-    cannot be carried out.
+    capability: of the CUDA device. Raises ConfigError if a setting cannot be carried out.
     """
     step = FakeStep(config, task, classes)
     module = step.module

@@ -6,8 +6,7 @@ new loss or layer is therefore counted without a line of code here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mae_kernels
 from sssd_fast.config import Config
-from sssd_fast.model import MAE, Classifier
+from sssd_fast.model import Classifier
 from sssd_fast.objective import SSSD
 
 
@@ -72,20 +71,17 @@ class FakeStep:
         return total
 
     def flops(self) -> int:
-        """Of forward and backward per image: products and attention, 2 per multiply-add."""
-        inputs = self.inputs(1)
-        with self.counting() as counter:
-            self.loss(inputs).backward()
-        self.module.zero_grad()
-        return counter.get_total_flops()
+        """Of forward and backward per image."""
+        return self.count(lambda *inputs: self.loss([*inputs]).backward())
 
-    @contextmanager
-    def counting(self) -> Iterator[FlopCounterMode]:
-        counter = FlopCounterMode(display=False)
+    def count(self, work: Callable[..., object]) -> int:
+        """FLOPs of `work` on one image: matrix products and attention, 2 per multiply-add."""
+        inputs, counter = self.inputs(1), FlopCounterMode(display=False)
         # plain torch and its math attention: torch has no formula for the ops of mae_kernels
-        plain = mae_kernels.backend("reference"), sdpa_kernel(SDPBackend.MATH)
-        with self.mode, plain[0], plain[1], counter, DirectDevice():
-            yield counter
+        plain, math = mae_kernels.backend("reference"), sdpa_kernel(SDPBackend.MATH)
+        with self.mode, plain, math, counter, DirectDevice():
+            work(*inputs)
+        return counter.get_total_flops()
 
 
 def standard_flops(config: Config) -> int:
@@ -96,8 +92,4 @@ def standard_flops(config: Config) -> int:
     """
     step = FakeStep(config, "pretrain")
     assert isinstance(step.module, SSSD)
-    mae: MAE = step.module.mae
-    inputs = step.inputs(1)
-    with step.counting() as counter:
-        mae.reconstruct(*inputs)
-    return 3 * counter.get_total_flops()
+    return 3 * step.count(step.module.mae.reconstruct)

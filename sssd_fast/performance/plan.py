@@ -42,22 +42,16 @@ START: dict[str, Any] = {
 class Row:
     """An estimate for one set of settings."""
 
-    settings: dict[str, Any]  # keys of the section `step` that differ from the configuration
+    overrides: str  # key=value of the section `step`; "" = as configured
     estimate: Estimate
     largest: int  # micro-batch that fits
     micro_batch: int  # the largest that divides the effective batch; 0 = none fits
     peak_bytes: float  # at that micro-batch, or at one image if none fits
 
-    @property
-    def overrides(self) -> str:
-        return " ".join(f"{key}={str(value).lower()}" for key, value in self.settings.items())
-
 
 def plan(config: Config, task: str, memory: float, *, effective: int) -> list[Row]:
-    """One row for each of TRIED and each optimizer that the configuration allows.
-
-    memory: in bytes. effective: batch of one optimizer step. Raises ConfigError for settings that
-    cannot be combined.
+    """One row for each of TRIED and each optimizer that the configuration allows. memory: in bytes.
+    effective: batch of one optimizer step. Raises ConfigError.
     """
     precision = precision_of(config)
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else OLDEST
@@ -90,7 +84,8 @@ def _row(changes: dict[str, Any], found: Estimate, memory: float, effective: int
     micro = max((n for n in divisors(effective) if n <= largest), default=0)
     images = max(micro, 1)
     peak = with_reserve(found.peak(images, accumulate=effective // images))
-    return Row(changes, found, largest, micro, peak)
+    overrides = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+    return Row(overrides, found, largest, micro, peak)
 
 
 def with_reserve(tensors: float) -> float:
@@ -137,10 +132,8 @@ def plan_command(config: Config, task: str, memory: float, *, effective: int | N
     effective = effective or settings.batch_size * settings.accumulate
     rows = plan(config, task, memory, effective=effective)
     size = "x".join(map(str, config.model.image_size))
-    title = (
-        f"{task}, ViT-{config.model.name}, {size}, {precision_of(config)}, {memory / 1e9:.1f} GB: "
-        "estimates"
-    )
+    model = f"ViT-{config.model.name}, {size}, {precision_of(config)}"
+    title = f"{task}, {model}, {memory / 1e9:.1f} GB: estimates"
     columns = ["settings", "MB per image", "fixed GB", "max micro-batch"]
     columns += [f"batch x accumulate (effective {effective})", "peak GB"]
     with Console() as console:

@@ -43,8 +43,7 @@ LEARNING_RATE = 1e-5  # small, so that the weights stay ordinary numbers
 STAGES = ("data", "forward", "backward", "update")
 OTHER = "other"
 IDLE = "Python, waiting"
-# kind: (colour after Okabe and Ito, parts of the names of its operations and kernels). The first
-# match counts.
+# kind: (colour, parts of the names of its operations and kernels); the first match counts
 KINDS = {
     "attention": ("#0b3c6f", "scaled_dot_product attention flash fmha"),
     "matrix products": ("#2f7fc1", "aten::mm addmm bmm matmul linear gemm conv"),

@@ -60,10 +60,8 @@ def export_classifier(
     """Writes `model`; returns what was written and the call that loads it.
 
     Args:
-        out: a file with the format's ending (.pt2, .onnx), or a folder for classifier.pt2 or
-            classifier.onnx.
-        classes: names stored in the file: `classes.json` in a .pt2, the metadata property
-            "classes" (JSON) in ONNX.
+        out: a file with the format's ending (.pt2, .onnx), or a folder for classifier.ENDING.
+        classes: stored as `classes.json` in a .pt2, as the metadata "classes" (JSON) in ONNX.
 
     Raises DependencyError without the export extra, SssdError if outputs differ by more than
     TOLERANCE (nothing is written).

@@ -37,13 +37,13 @@ from sssd_fast.weights.formats import Format, Model, Named, to_own_names
 IMAGENET: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # smallest fraction of the model's encoder tensors that must be loaded, and of the source's used
 MIN_MATCHED = 0.9
-# of a tensor: loaded; only in the model (an error, or new by design); only in the source
 STATUSES = ("matched", "converted", "missing", "new", "unexpected", "not used")
 PROJECTION = "encoder.patch_embed.proj"
 HEADS = ("head.", "fc_norm.")
 
 
 class Row(NamedTuple):
+    # loaded (two kinds); only in the model (an error, or new by design); only in the source (both)
     status: str
     # in this package, or in the source if it has no counterpart
     name: str

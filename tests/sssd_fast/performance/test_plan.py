@@ -75,7 +75,7 @@ def test_recommended_prefers_the_first_that_keeps_a_gpu_busy_then_size() -> None
     found: Any = None
 
     def best(*micro_batches: int, effective: int = 256) -> int | None:
-        rows = [Row({}, found, micro, micro, 1e9) for micro in micro_batches]
+        rows = [Row("", found, micro, micro, 1e9) for micro in micro_batches]
         row = recommended(rows, effective)
         return row and row.micro_batch
 
