@@ -350,14 +350,15 @@ def _constants(pixels: dict[str, Any], logits: dict[str, Any]) -> dict[str, Any]
     return {**pixels, **logits, "num_warps": warps, "ROWS": rows}
 
 
-NO_LOGITS = {"K": 0, "BLOCK_K": 1, "TAU_S": 1.0, "TAU_T": 1.0, "HAS_CENTER": False, "num_warps": 1}
-NO_PATCHES = {"C": 1, "P": 0, "BLOCK_P": 1, "BLOCK_W": 1, "ROWS": 1, "NORM": 0, "HAS_MASK": False}
-NO_PATCHES |= {"WIDE": False, "EPS": 0.0, "HAS_STATS": False, "num_warps": 1}
+NO_LOGITS: dict[str, Any] = {"K": 0, "BLOCK_K": 1, "TAU_S": 1.0, "TAU_T": 1.0}
+NO_LOGITS |= {"HAS_CENTER": False, "num_warps": 1}
+NO_PATCHES: dict[str, Any] = {"C": 1, "P": 0, "BLOCK_P": 1, "BLOCK_W": 1, "ROWS": 1, "NORM": 0}
+NO_PATCHES |= {"HAS_MASK": False, "WIDE": False, "EPS": 0.0, "HAS_STATS": False, "num_warps": 1}
 
 
 def _arguments(
     pred: Tensor | None, target: Target | None, logits: Logits | None
-) -> tuple[Any, ...]:
+) -> tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
     """(student, teacher, center), R and the row strides; (pred, images, select, stats), integers;
     constants. Instead of absent tensors a kernel gets one of the others, and does not access it.
     """
@@ -369,7 +370,7 @@ def _arguments(
         inputs, rows, strides, of_logits = (tensors[0],) * 3, 0, (0, 0), NO_LOGITS
     if pred is None:
         tensors, integers, of_pixels = (inputs[0],) * 4, (0,) * 10, NO_PATCHES
-    return inputs, (rows, *strides), tensors, integers, _constants(of_pixels, of_logits)
+    return inputs, [rows, *strides], tensors, integers, _constants(of_pixels, of_logits)
 
 
 def launch_losses(
@@ -404,7 +405,7 @@ class Scalars(NamedTuple):
     total: Tensor
     reconstruction: Tensor
     distillation: Tensor
-    count: Tensor
+    masked: Tensor
 
 
 def launch_losses_backward(

@@ -379,7 +379,7 @@ def samples() -> list[Sample]:
     slices = [(512, 512, 31, 70, 300, 411), (400, 350, 0, 0, 400, 350), (256, 300, 10, 90, 97, 131)]
     return [
         _sample("small", "grey", 1, (9, 37), odd),
-        _sample("small", "rgb", 3, (8, 140), odd),
+        _sample("small", "rgb", 3, (5, 130), odd[:2]),
         _sample("model", "ct", 1, (224, 224), slices),
         _sample("model", "rgb", 3, (224, 224), slices),
     ]

@@ -158,5 +158,5 @@ def samples() -> list[Sample]:
     """One warp and several; the 14 x 14 and 16 x 16 grids of ViTs at 224; as many patches as one
     program sorts.
     """
-    small = [_sample("small", patches) for patches in (37, 300)]
+    small = [_sample("small", patches) for patches in (37, 130)]
     return small + [_sample("model", patches) for patches in (196, 256, 1024, MAX_PATCHES)]

@@ -281,13 +281,10 @@ def _sample(size: Size, name: str, patches: int, keep: int, width: int, prefix: 
 
 @declares("restore_tokens")
 def samples() -> list[Sample]:
-    """Padded and whole blocks, a backward of more than one step for each program; MAE's decoders at
-    224.
-    """
+    """Padded and whole blocks; MAE's decoders at 224."""
     return [
         _sample("small", "33", 35, 9, 33, 1),
         _sample("small", "192", 21, 5, 192, 0),
-        _sample("small", "two steps", 4 * BACKWARD_PROGRAMS // 3 + 20, 80, 512, 1),
         _sample("model", "decoder 512", 196, 49, 512, 1),
         _sample("model", "decoder 192 without class token", 256, 64, 192, 0),
     ]

@@ -79,7 +79,7 @@ def _sssd_backward_op(
         return launch_losses_backward(scalars, pred, target, logits, weight, needs_teacher)
     d_BMV = _reconstruction.difference(pred, target)
     factor = scalars.reconstruction + scalars.total * (1 - weight)
-    dpred = (d_BMV * (factor * 2 / (scalars.count * d_BMV.shape[2]))).to(pred.dtype)
+    dpred = (d_BMV * (factor * 2 / (scalars.masked * d_BMV.shape[2]))).to(pred.dtype)
     grad = scalars.distillation + scalars.total * weight
     dstudent, dteacher = _distillation.gradients(grad, logits)
     return dpred, dstudent, dteacher if needs_teacher else dteacher.new_empty(0)

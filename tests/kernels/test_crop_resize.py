@@ -6,8 +6,7 @@ Shapes: B images, T values in all, C channels.
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +79,7 @@ Rows = list[tuple[tuple[int, int], Box, bool]]
 GREY: Rows = [
     ((40, 50), (3, 5, 30, 40), True),
     ((9, 11), (0, 0, 9, 11), False),
-    ((97, 263), (2, 1, 91, 259), True),
+    ((50, 150), (2, 1, 47, 146), True),
     ((1, 1), (0, 0, 1, 1), True),
     ((5, 70), (4, 3, 1, 67), False),
     ((30, 4), (1, 3, 29, 1), False),
@@ -89,8 +88,8 @@ GREY: Rows = [
 RGB: Rows = [((24, 17), (1, 2, 20, 15), True), ((7, 80), (0, 9, 7, 70), False)]
 TWO: Rows = [((6, 9), (2, 1, 4, 8), True), ((3, 2), (0, 0, 3, 2), False)]
 CASES: dict[str, tuple[int, tuple[int, int], Rows]] = {
-    "grey": (1, (13, 37), GREY),
-    "rgb": (3, (21, 10), RGB),
+    "grey": (1, (7, 21), GREY),
+    "rgb": (3, (9, 10), RGB),
     "four channels, more than a tile wide": (4, (3, 131), TWO[:1]),
     "two channels, one pixel out": (2, (1, 1), TWO),
 }
@@ -120,7 +119,7 @@ def test_crop_resize_equals_the_formula(name: str, device: torch.device) -> None
 def test_crop_resize_keeps_constant_images(device: torch.device) -> None:
     """The weights sum to one at every place, edges included, and sums of 255 do not wrap."""
     images = [np.full((5, 8, 1), level, np.uint8) for level in (0, 1, 254, 255)]
-    got = crop_resize(*pack(images, [(0, 0, 5, 8)] * 4, [False] * 4, device).tensors, (17, 3))
+    got = crop_resize(*pack(images, [(0, 0, 5, 8)] * 4, [False] * 4, device).tensors, (9, 3))
     assert [x.unique().tolist() for x in got] == [[0], [1], [254], [255]]
 
 
@@ -160,46 +159,17 @@ def some() -> list[Tensor]:
     return pack(images, [(1, 4, 6, 9)] * 7, flips, torch.device("cpu")).tensors
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
 def test_crop_resize_is_equal_with_threads_and_in_inference_mode() -> None:
-    results = []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        results.append(crop_resize(*some(), (8, 8)))
-        with torch.inference_mode():
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
             results.append(crop_resize(*some(), (8, 8)))
+            with torch.inference_mode():
+                results.append(crop_resize(*some(), (8, 8)))
+    finally:
+        torch.set_num_threads(before)
     assert all(torch.equal(results[0], x) for x in results[1:])
-    pixels, offsets, *rest = some()
-    # from a thread or before it: not lost
-    with pytest.raises(ValueError, match="offsets: got 9999 for image 6"):
-        crop_resize(pixels, torch.cat([offsets[:-1], torch.tensor([9999])]), *rest, (8, 8))
-
-
-def _in_a_child(threads: int, queue: Any) -> None:
-    torch.set_num_threads(threads)
-    queue.put(crop_resize(*some(), (8, 8)).numpy())
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.parametrize("count", [1, 2])
-def test_crop_resize_works_in_a_forked_child(count: int) -> None:
-    torch.set_num_threads(2)
-    want = crop_resize(*some(), (8, 8)).numpy()
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_in_a_child, args=(count, queue))
-    child.start()
-    got = queue.get(timeout=60)
-    child.join(60)
-    assert child.exitcode == 0 and np.array_equal(got, want)
 
 
 def test_crop_resize_compiled_checks_ranges() -> None:
@@ -230,27 +200,18 @@ BAD_BOXES = torch.tensor([[0, 0, 10, 10], [2, 1, 4, 18]])
     [
         ("pixels", [0], TypeError, "pixels: got list, needs a torch.Tensor"),
         ("pixels", torch.zeros(200), TypeError, "pixels: got dtype torch.float32, needs torch.u"),
-        ("pixels", torch.zeros(2, 9, dtype=U8), ValueError, r"pixels: got .*needs \[T\]"),
         ("pixels", torch.zeros(400, dtype=U8)[::2], ValueError, "pixels: got stride 2, needs con"),
         ("offsets", torch.zeros(2).int(), TypeError, "offsets: got dtype torch.int32, needs torc"),
-        ("offsets", torch.zeros(2, 1).long(), ValueError, r"offsets: got .*needs \[B\]"),
-        ("shapes", torch.zeros(2, 2), TypeError, "shapes: got dtype torch.float32, needs torch.i"),
         ("shapes", torch.ones(3, 2).long(), ValueError, r"shapes: got .*\[B, 2\] = \(2, 2\)"),
-        ("boxes", torch.zeros(2, 4), TypeError, "boxes: got dtype torch.float32, needs torch.int"),
-        ("boxes", torch.ones(2, 2).long(), ValueError, r"boxes: got .*\[B, 4\] = \(2, 4\)"),
         ("flips", torch.zeros(2).long(), TypeError, "flips: got dtype torch.int64, needs torch.b"),
-        ("flips", torch.zeros(1, dtype=BOOL), ValueError, r"flips: got .*\[B\] = \(2\)"),
         ("flips", GOOD["flips"].to("meta"), ValueError, "flips: got device meta, needs the devi"),
         ("size", 8, ValueError, r"size: got 8, needs two ints \(h, w\)"),
-        ("size", (8, 8, 8), ValueError, r"size: got \(8, 8, 8\), needs two ints \(h, w\)"),
         ("size", (8, 8.0), TypeError, "size: got float, needs an int"),
         ("size", (0, 8), ValueError, "size: got 0, needs at least 1"),
         ("size", (8, 4097), ValueError, "size: got 4097, needs at most 4096"),
         ("channels", 5, ValueError, "channels: got 5, needs at most 4"),
-        ("channels", True, TypeError, "channels: got bool, needs an int"),
         ("channels", 3, ValueError, "offsets: got 0 for image 0, which ends at 300, needs it ins"),
         ("offsets", torch.tensor([0, 101]), ValueError, "offsets: got 101 for image 1, .* at 201"),
-        ("offsets", torch.tensor([-1, 0]), ValueError, "offsets: got -1 for image 0, .* at 99, "),
         ("shapes", torch.tensor([[0, 9], [5, 20]]), ValueError, "shapes: got 0 x 9 for image 0, "),
         ("boxes", BAD_BOXES, ValueError, r"boxes: got .* = \(2, 1, 4, 18\) for image 1, .* 5 x 20"),
     ],

@@ -29,9 +29,8 @@ def by_hand(pred, images, ids, patch, norm, eps=1e-6, mean=None, std=None, dtype
     for b, row in enumerate(ids.tolist()):
         for m, i in enumerate(row):
             top, left = i // columns * patch, i % columns * patch
-            t = x[b, :, top : top + patch, left : left + patch].permute(
-                1, 2, 0
-            )  # row, column, channel
+            # row, column, channel
+            t = x[b, :, top : top + patch, left : left + patch].permute(1, 2, 0)
             if norm is not None:
                 dims = (0, 1, 2) if norm == "patch" else (0, 1)
                 n = patch * patch * (channels if norm == "patch" else 1)
@@ -46,9 +45,7 @@ def make(
     batch, channels, height, width, patch, masked, image_dtype, pred_dtype, device, layout="nchw"
 ):
     images = torch.randint(0, 256, (batch, channels, height, width), device=device)
-    images = (
-        images.to(torch.uint8) if image_dtype == torch.uint8 else (images / 100 - 1).to(image_dtype)
-    )
+    images = images.byte() if image_dtype == torch.uint8 else (images / 100 - 1).to(image_dtype)
     if layout == "nhwc":
         images = images.to(memory_format=torch.channels_last)
     if layout == "expanded":
@@ -122,11 +119,11 @@ def test_channels_more_than_two_to_the_31_elements_apart(device) -> None:
     far = memory.as_strided(images.shape, (0, apart, 12, 1))
     far.copy_(images)
     options = {"ids": masking.ids_masked, "patch_size": 4, "mean": MEAN[:3], "std": STD[:3]}
-    got, want = (
+    results = [
         run(lambda p, x=x: masked_reconstruction_loss(p, x, **options), [pred])
         for x in (far, images)
-    )
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.kernel
@@ -146,12 +143,9 @@ def test_masked_reconstruction_loss_of_nothing_is_zero(device) -> None:
 @pytest.mark.kernel
 def test_masked_reconstruction_loss_of_a_flat_patch_stays_finite(device) -> None:
     """A constant patch has variance 0: eps inside the root keeps the target at 0."""
-    pred = torch.ones(1, 4, 16, device=device)
-    ids = torch.arange(4, device=device)[None]
-    loss = masked_reconstruction_loss(
-        pred, torch.full((1, 1, 8, 8), 0.25, device=device), ids=ids, patch_size=4
-    )
-    assert loss.item() == 1.0
+    pred, ids = torch.ones(1, 4, 16, device=device), torch.arange(4, device=device)[None]
+    images = torch.full((1, 1, 8, 8), 0.25, device=device)
+    assert masked_reconstruction_loss(pred, images, ids=ids, patch_size=4).item() == 1.0
 
 
 def test_masked_reconstruction_loss_is_facebookresearch_formula() -> None:
@@ -165,9 +159,8 @@ def test_masked_reconstruction_loss_is_facebookresearch_formula() -> None:
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
     mask = masking.mask.float()
     want = (((full - target) ** 2).mean(-1) * mask).sum() / mask.sum()
-    torch.testing.assert_close(
-        masked_reconstruction_loss(full, images, mask=masking.mask, patch_size=16), want
-    )
+    got = masked_reconstruction_loss(full, images, mask=masking.mask, patch_size=16)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.kernel
@@ -200,11 +193,7 @@ GOOD = {"pred": PRED, "images": torch.zeros(2, 3, 8, 8), "ids": IDS, "patch_size
         ({"ids": None}, ValueError, "ids, mask: got neither, needs exactly one"),
         ({"mask": MASK}, ValueError, "ids, mask: got both"),
         ({"ids": None, "mask": MASK}, ValueError, r"needs \[B, L, P\*P\*C\] = \(2, 4, 48\)"),
-        (
-            {"ids": None, "mask": MASK.float()},
-            TypeError,
-            r"mask: got .*needs torch.bool .*bool\(\)",
-        ),
+        ({"ids": None, "mask": MASK.float()}, TypeError, r"mask: got .* torch.bool .*bool\(\)"),
         ({"pred": PRED[..., 1:]}, ValueError, "pred: got shape"),
         ({"pred": PRED.long()}, TypeError, "pred: got dtype torch.int64"),
         ({"ids": IDS + 2}, ValueError, "ids: got ids from 2 to 4, needs ids from 0 to 3"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -46,6 +48,13 @@ def test_restore_tokens_equals_a_loop(batch, patches, keep, prefix, width, half,
         return by_hand(v, ids, m, p, prefix)
 
     assert_equals_reference(ours, loop, (visible, mask_token, pos), upstream)
+
+
+@pytest.mark.kernel
+def test_restore_tokens_in_several_steps_of_each_program(device, monkeypatch) -> None:
+    # the function hides its module
+    monkeypatch.setattr(sys.modules["mae_kernels.restore"], "BACKWARD_PROGRAMS", 2)
+    test_restore_tokens_equals_a_loop(3, 12, 3, 1, 512, False, device)
 
 
 IDS = torch.arange(6).expand(2, 6)
