@@ -205,18 +205,18 @@ def flat(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     kinds = get_type_hints(function)
     returned = kinds.pop("return")
-    fields = [get_type_hints(t) if hasattr(t, "_fields") else {n: t} for n, t in kinds.items()]
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters: list[inspect.Parameter] = []
+    makers: list[tuple[Callable[..., Any], int]] = []
+    for name, kind in kinds.items():
+        fields = get_type_hints(kind) if hasattr(kind, "_fields") else {name: kind}
+        parameters += [inspect.Parameter(n, either, annotation=t) for n, t in fields.items()]
+        makers.append((kind if hasattr(kind, "_fields") else lambda x: x, len(fields)))
 
     def flattened(*args: Any) -> Any:
-        rest, grouped = iter(args), []
-        for kind, own in zip(kinds.values(), fields, strict=True):
-            values = list(islice(rest, len(own)))
-            grouped.append(kind(*values) if hasattr(kind, "_fields") else values[0])
-        return function(*grouped)
+        rest = iter(args)
+        return function(*(make(*islice(rest, count)) for make, count in makers))
 
-    named = [(name, kind) for own in fields for name, kind in own.items()]
-    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, either, annotation=kind) for name, kind in named]
     signature = inspect.Signature(parameters, return_annotation=returned)
     flattened.__signature__ = signature  # type: ignore[attr-defined]
     return flattened

@@ -25,13 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from ._checks import (
-    check_floating,
-    check_floating_dtype,
-    check_same_device,
-    check_shape,
-    check_vector,
-)
+from ._checks import check_floating, check_same_device, check_shape, check_vector
 from ._loss_kernels import Scalars, Target, launch_losses, launch_losses_backward, target_refusal
 from ._pixels import Numbers, accumulate_dtype
 from ._runtime import flat, no_autocast, product_dtype, use_triton, wants_reference
@@ -158,18 +152,15 @@ def linear_reconstruction_loss(
     eps: float = 1e-6,
     mean: Numbers = None,
     std: Numbers = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """masked_reconstruction_loss(hidden weight^T + bias, images, ids=ids), without the predictions
-    in memory.
+    in memory. The product is in the autocast dtype under autocast, else in hidden's.
 
     Args:
         hidden: [B, M, D] decoder tokens of the masked patches.
         weight: [V, D] and bias: [V] or None, the prediction head; V = P*P*C, (row, column,
         channel).
         images, ids, patch_size, norm, eps, mean, std: as in masked_reconstruction_loss.
-        dtype: of the matrix product; default the autocast dtype under autocast, else hidden's
-            dtype.
 
     Returns: scalar fp32 (fp64 for fp64 input); 0 when M = 0. Gradients reach hidden, weight and
     bias.
@@ -186,9 +177,7 @@ def linear_reconstruction_loss(
     for name, tensor in (("images", images), ("weight", weight)):
         check_same_device(name, tensor, "hidden", hidden)
     check_vector("bias", bias, values, "[P*P*C]", "hidden", hidden)
-    if dtype is None:
-        dtype = product_dtype(hidden.device, hidden.dtype)
-    check_floating_dtype(dtype)
+    dtype = product_dtype(hidden.device, hidden.dtype)
     if wants_reference(hidden):
         return reference(hidden, weight, bias, target, dtype)
     needs_grad = torch.is_grad_enabled() and any(

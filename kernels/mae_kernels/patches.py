@@ -312,9 +312,10 @@ def embed_patches(
     *,
     mean: Numbers = None,
     std: Numbers = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """out[b, k] = weight . patch ids[b, k] + bias + pos_embed[ids[b, k]].
+
+    The product is in the autocast dtype under autocast, else in the weight's.
 
     Args:
         images: [B, C, H, W] uint8 or floating point, any strides.
@@ -323,8 +324,6 @@ def embed_patches(
         bias: [D] or None.
         pos_embed: [L, D], or [1, L, D], positions of the L patches (without a class token's row).
         mean, std: as in gather_patches.
-        dtype: of the matrix product; default the autocast dtype under autocast, else the weight's
-            dtype.
 
     Returns: [B, K, D] in the wider of the product's and pos_embed's dtypes, as `conv(x) +
     pos_embed` would be. Gradients reach weight, bias, pos_embed, and float images that require one
@@ -360,9 +359,7 @@ def embed_patches(
     for name, tensor in (("ids", ids), ("weight", weight), ("pos_embed", pos_embed)):
         check_same_device(name, tensor, "images", images)
     check_vector("bias", bias, width, "[D]", "images", images)
-    if dtype is None:
-        dtype = product_dtype(images.device, weight.dtype)
-    check_floating_dtype(dtype)
+    dtype = product_dtype(images.device, weight.dtype)
     stats = pixel_stats(images, mean, std)
     if wants_reference(images) or images.requires_grad:
         return embed_reference(images, ids, weight, bias, pos_embed, stats, dtype)
