@@ -43,7 +43,7 @@ InitNorm = Literal["model", "imagenet", "half"]
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of a command: `out` is its folder, `metrics` the content of its metrics.json."""
+    """Folder of a command, and the content of its metrics.json."""
 
     out: Path
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -87,23 +87,21 @@ def pretrain(
 ) -> Result:
     """Pre-trains SSSD without labels.
 
-    Args:
+    Args (of all functions that train, with those in `Start`):
         data: folder of images, instead of data.source.
         init: a run, a checkpoint, or other weights (MAE, timm, Hugging Face) to start from.
-        init_norm: pixel mean and std that the weights in `init` were trained with; a difference to
-            this model's is folded into the patch projection, exactly.
+        init_norm: pixel mean and std of the weights in `init`; a difference to this model's is
+            folded into the patch projection, exactly.
         objective: subclass of `sssd_fast.objective.SSSD`, as in examples/custom_loss.py.
-        start: see `Start`.
 
     Raises:
         SssdError: bad settings, data or files; NumericsError: the loss is not finite.
-
     """
     with _opened("pretrain", start, data, init) as run:
         from sssd_fast.objective import SSSD
         from sssd_fast.pretrain import pretrain as train
 
-        train(run, _text(init), _norm(init_norm), objective or SSSD)
+        train(run, str(init) if init else None, _norm(init_norm), objective or SSSD)
         return _finish(run, start)
 
 
@@ -120,7 +118,7 @@ def finetune(
         from sssd_fast.evaluation.predict import evaluate_run
         from sssd_fast.finetune import finetune as train
 
-        train(run, _text(init), _norm(init_norm))
+        train(run, str(init) if init else None, _norm(init_norm))
         return _finish(run, start, evaluate_run(run, split))
 
 
@@ -154,11 +152,9 @@ def run(
     The metrics of several seeds or folds are mean and deviation (summary.json).
 
     Args:
-        data: folder of images, instead of data.source.
         seeds: repeat with these seeds for training and split.
         folds: repeat for every fold of data.folds.
         from_scratch: skip pre-training: the supervised control.
-        start: see `Start`.
     """
     if seeds and folds:
         raise ConfigError("seeds and folds exclude each other; give one of them")
@@ -186,9 +182,7 @@ def evaluate(
     settings: Settings | None = None,
     command: str = "sssd_fast.evaluate",
 ) -> Result:
-    """Evaluates the best checkpoint of a fine-tuned run on a split of its data, in
-    RUN/eval/SPLIT/.
-    """
+    """Evaluates the best checkpoint of a fine-tuned run; writes RUN/eval/SPLIT/."""
     start: Start = {"settings": settings, "command": command}
     stage = Path(run, "finetune")  # of a folder of `run`
     existing = stage if (stage / "config.yaml").is_file() else Path(run)
@@ -212,8 +206,6 @@ def predict(
         model: run folder or checkpoint of `finetune` or `probe`.
         images: one image or several: files (folders only on the command line), or uint8
             arrays [H, W] (grey) or [H, W, 3] (RGB) of any size; [N, H, W] counts as N images.
-        device: cpu, cuda, cuda:N or auto.
-        precision: as the setting of that name.
     """
     import numpy as np
 
@@ -236,10 +228,9 @@ def predict(
 
 
 def load_encoder(path: PathLike, *, device: str = "cpu") -> FeatureExtractor:
-    """The encoder of a run as an nn.Module: images [B, C, H, W] in, features [B, D] out.
+    """The encoder of a run or checkpoint: images [B, C, H, W] in, features [B, D] out.
 
-    Mean and std of the run are applied inside. `path` is a run folder or a checkpoint of
-    `pretrain`, `finetune` or `probe`.
+    Mean and std of the run are applied inside.
     """
     from sssd_fast.run.device import pick_device
     from sssd_fast.weights.encoder import load_encoder as load
@@ -277,10 +268,8 @@ def reproduce(
     if resume is not None:
         fields = dict(vars(plans.load_plan(out)))
         if dataset not in (None, fields["dataset"]) or start.get("config") is not None:
-            raise ConfigError(
-                f"--resume {resume} continues {fields['dataset']} with its settings; omit the name "
-                f"and --config, or start a new folder with --out"
-            )
+            what = f"--resume {resume} continues {fields['dataset']} with its settings"
+            raise ConfigError(f"{what}; omit the name and --config, or use another --out")
         config = changed(from_dict(fields["config"]), words)
         # added to those of the earlier commands
         lists = {name: (*fields[name], *values) for name, values in lists.items()}
@@ -336,11 +325,8 @@ def _config(start: Start, data: PathLike | None = None, *folders: PathLike | Non
 
 def _limited(config: Config, start: Start) -> Config:
     """`config` with two steps per stage for a dry run."""
-    if not start.get("dry_run"):
-        return config
-    stages = ("pretrain", "finetune")
-    two = {name: getattr(config, name).model_copy(update={"max_steps": 2}) for name in stages}
-    return config.model_copy(update=two)
+    two = ["pretrain.max_steps=2", "finetune.max_steps=2"]
+    return changed(config, two) if start.get("dry_run") else config
 
 
 @contextmanager
@@ -401,10 +387,6 @@ def _finish(run: Run, start: Start, metrics: dict[str, Any] | None = None) -> Re
         if not start.get("dry_run"):
             run.console.info(f"report: {path}")
     return Result(run.out, metrics or {})
-
-
-def _text(path: PathLike | None) -> str | None:
-    return None if path is None else str(path)
 
 
 def _norm(init_norm: InitNorm) -> Any:

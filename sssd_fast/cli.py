@@ -83,11 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not is_out_of_memory(error):
             raise
-        print(
-            f"error: out of memory ({str(error).splitlines()[0]}). Lower batch_size and raise "
-            "accumulate by the same factor: the effective batch and learning rate stay the same.",
-            file=sys.stderr,
-        )
+        print(f"error: out of memory ({str(error).splitlines()[0]})", file=sys.stderr)
+        hint = "the effective batch and the learning rate stay the same"
+        print(f"Lower batch_size and raise accumulate by a factor: {hint}", file=sys.stderr)
         return 2
 
 
@@ -184,10 +182,8 @@ def predict(
     for row, reason in found.failed.items():
         print(f"not scored: {paths[row]}: {reason}", file=sys.stderr)
     if found.failed:
-        raise DataError(
-            f"{len(found.failed)} of {len(paths)} files cannot be read; their rows in {out} are "
-            "empty"
-        )
+        problem = f"{len(found.failed)} of {len(paths)} files cannot be read"
+        raise DataError(f"{problem}; their rows in {out} are empty")
 
 
 @app.command()
@@ -245,11 +241,8 @@ def bench(
     root = Path(__file__).resolve().parent.parent
     # A checkout has the ops' folder too.
     if not (Path(root, "benchmarks").is_dir() and Path(root, "kernels", "mae_kernels").is_dir()):
-        raise SssdError(
-            "bench needs a checkout of the repository: the benchmarks are not part of the "
-            f"installed package in {root}; clone the repository, and in it run `make setup` and "
-            "`.venv/bin/sssd-fast bench ...`"
-        )
+        problem = f"bench needs a checkout of the repository: there are no benchmarks in {root}"
+        raise SssdError(f"{problem}; clone the repository, and in it run `make setup`")
     sys.path.insert(0, str(root))  # first: another installed package may have the same name
     raise typer.Exit(importlib.import_module("benchmarks.__main__").main(words))
 

@@ -23,7 +23,7 @@ from sssd_fast.cli_options import (
 )
 
 app = typer.Typer()
-data_app = typer.Typer(help="Check, split, convert or generate image sets.", rich_markup_mode=None)
+data_app = typer.Typer(help="Check, split or convert image sets.", rich_markup_mode=None)
 app.add_typer(data_app, name="data", no_args_is_help=True)
 
 
@@ -60,21 +60,11 @@ def data_check(
 @data_app.command("split")
 def data_split(
     source: str = argument("DIR|CSV|INDEX.json", "Images, manifest or index."),
-    protocol: str = option("random", "random, block, patient, kfold, manifest or a CSV file."),
-    out: str = option("split.csv", "File to write.", "FILE.csv"),
-    test: float = option(0.2, "Test images, as a fraction of all.", "F"),
-    val: float = option(0.1, "Validation images, as a fraction of all; 0 = none.", "F"),
-    seed: int = option(0, "Seed of the split.", "N"),
-    folds: int = option(5, "Number of folds of kfold.", "N"),
-    fold: int | None = option(None, "Fold of kfold, from 0.", "N", show_default="all"),
-    manifest: str | None = MANIFEST,
-    accept_wrong_extension: bool = WRONG_EXTENSION,
+    settings: list[str] | None = SETTINGS,
+    out: str = option("split.csv", "File to write; split=kfold: one per fold.", "FILE.csv"),
 ) -> None:
-    """Write a split as CSV path,label,split."""
-    options = {"split": protocol, "test_fraction": test, "val_fraction": val, "split_seed": seed}
-    options |= {"source": source, "manifest": manifest, "folds": folds, "fold": fold or 0}
-    words = [f"data.{key}={json_module.dumps(value)}" for key, value in options.items()]
-    config = load(None, words)
+    """Write a split as CSV path,label,split; settings: data.split, data.test_fraction, ..."""
+    config = load(None, [f"data.source={json_module.dumps(source)}", *(settings or ())]).data
     from sssd_fast.data.index import DataIndex, check_data
     from sssd_fast.data.splits import save_split, split_summary
     from sssd_fast.loaders.prepare import make_split
@@ -82,27 +72,14 @@ def data_split(
     if source.endswith(".json"):
         index = DataIndex.load(source)
     else:
-        index = check_data(source, manifest, accept_wrong_extension=accept_wrong_extension)
-    every = protocol == "kfold" and fold is None
-    for number in range(folds) if every else [fold or 0]:
-        split = make_split(config.data.model_copy(update={"fold": number}), index)
+        accept = config.accept_wrong_extension
+        index = check_data(source, config.manifest, accept_wrong_extension=accept)
+    every = config.split == "kfold"
+    for number in range(config.folds) if every else [config.fold]:
+        split = make_split(config.model_copy(update={"fold": number}), index)
         path = Path(out).with_suffix(f".fold{number}.csv") if every else Path(out)
         save_split(split, path, index)
         print(f"{split_summary(split, index)}\nwritten to {path}")
-
-
-@data_app.command("synthetic")
-def data_synthetic(
-    out: str = argument("DIR", "Folder to make."),
-    count: int = option(1600, "Number of slices.", "N"),
-    size: int = option(96, "Height and width.", "PIXELS"),
-    seed: int = option(0, "Seed of the slices.", "N"),
-) -> None:
-    """Generate synthetic chest-CT-like slices."""
-    from sssd_fast.data.synthetic import write_synthetic_dataset
-
-    write_synthetic_dataset(Path(out), count, (size, size), seed=seed)
-    print(f"{count} synthetic chest-CT-like slices of {size}x{size} written to {out}")
 
 
 @data_app.command("convert")

@@ -93,19 +93,13 @@ class DataConfig(Section):
     positive: str | None = Field(None, description="Class that counts as positive; null = by name.")
     max_bad_fraction: Fraction = Field(0.01, description="Allowed fraction of unusable files.")
     accept_wrong_extension: bool = Field(False, description="Keep images named as another format.")
-    fit: Literal["crop", "stretch"] = Field(
-        "crop", description="Evaluate the largest centred crop, or the whole image stretched."
-    )
+    fit: Literal["crop", "stretch"] = Field("crop", description="Centred crop, or all stretched.")
     loader: Literal["auto", "resident", "dali", "torch"] = Field(
         "auto", description="auto = resident (decoded once and kept) if it fits, else dali, torch."
     )
     workers: Index = Field(0, description="Processes (torch) or threads of the loader.")
-    cache: str = Field(
-        "auto", description="Folder for decoded images; auto = the user's cache, none = no file."
-    )
-    resident_gib: Positive | None = Field(
-        None, description="Limit of decoded images; null = GPU / 10, half of the free host memory."
-    )
+    cache: str = Field("auto", description="Folder for decoded images; auto = the user's, none.")
+    resident_gib: Positive | None = Field(None, description="Limit of decoded images; null = auto.")
 
     def _problems(self) -> Iterator[str]:
         if self.fold >= self.folds:
@@ -227,9 +221,7 @@ class TrainConfig(Section):
     max_steps: Count | None = Field(None, description="Stop after N steps; null = the epochs.")
     batch_size: Count = Field(64, description="Images per process and micro-step.")
     accumulate: Count = Field(1, description="Micro-steps per optimizer step.")
-    batch: Literal["auto"] | None = Field(
-        None, description="auto = the largest batch_size that fits, at the same effective batch."
-    )
+    batch: Literal["auto"] | None = Field(None, description="auto = largest batch_size that fits.")
     base_lr: Positive = Field(1.5e-4, description="lr = base_lr * effective batch / 256.")
     min_lr: NonNegative = Field(0.0, description="Final learning rate for 256 images.")
     warmup_epochs: NonNegative = Field(5.0, description="Epochs of linear warm-up.")
@@ -382,23 +374,20 @@ def to_dict(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(section: Section, indent: str = "") -> str:
     """YAML with the description of each setting as a comment."""
-    return "".join(_yaml_lines(config, ""))
-
-
-def _yaml_lines(section: Section, indent: str) -> Iterator[str]:
+    lines = []
     plain = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
-            text = (type(value).__doc__ or "").splitlines()[0]
-            yield f"\n{indent}# {text}\n{indent}{name}:\n"
-            yield from _yaml_lines(value, indent + "  ")
+            about = (type(value).__doc__ or "").splitlines()[0]
+            lines.append(f"\n{indent}# {about}\n{indent}{name}:\n{to_yaml(value, indent + '  ')}")
         else:
             text = safe_dump(plain[name], default_flow_style=True, width=10**6)
             text = text.removesuffix("\n").removesuffix("\n...")  # the marker after a single value
-            yield f"{indent}# {field.description}\n{indent}{name}: {text}\n"
+            lines.append(f"{indent}# {field.description}\n{indent}{name}: {text}\n")
+    return "".join(lines)
 
 
 def _validate(tree: Any, overrides: Sequence[str] = (), where: str = "") -> Config:

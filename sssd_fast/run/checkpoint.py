@@ -26,9 +26,8 @@ from sssd_fast.run.files import atomic_file, atomic_write_text
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> Path:
     """Writes `state` to the new file `path` atomically and durably, with its sidecar.
 
-    Raises SssdError if `path` exists, if `load_checkpoint` would not accept the state (only
-    tensors, plain containers, numbers, strings, None, torch dtypes and devices), or if the disk
-    fails (naming the free space); nothing is published then.
+    Raises SssdError, publishing nothing, if `path` exists, if `load_checkpoint` would not accept
+    the state (only tensors, plain containers and values, torch dtypes), or if the disk fails.
     """
     path = Path(path)
     if path.exists():
@@ -71,8 +70,7 @@ def _load(file: BinaryIO | str, path: Path, **options: Any) -> dict[str, Any]:
         what = f"holds {found[1]}" if found else "is not a plain torch file"
         raise CheckpointError(
             f"{path} {what}: rejected, because loading anything but tensors and plain containers "
-            "can run code. Save a state dict of tensors; convert other values first, such as "
-            "str(path), value.item(), torch.from_numpy(array)."
+            "can run code. Convert it first: str(path), value.item(), torch.from_numpy(array)."
         ) from error
     except Exception as error:
         # the bytes are as written: not a checkpoint, or not loadable on map_location
@@ -99,9 +97,8 @@ def _open_verified(path: Path) -> BinaryIO:
     file.close()
     if written is None:
         raise CheckpointError(
-            f"{path} cannot be verified: {sidecar.name} is missing or unreadable. Copy it along "
-            f"with the checkpoint; or, if you trust the file, run in its folder: "
-            f"sha256sum {path.name} > {sidecar.name}"
+            f"{path} cannot be verified: {sidecar.name} is missing or unreadable. Copy it too; or, "
+            f"if you trust the file, run in its folder: sha256sum {path.name} > {sidecar.name}"
         )
     raise CheckpointError(
         f"{path} is damaged: its content changed after it was written (checksum {sha256[:12]}..., "
@@ -187,8 +184,8 @@ class CheckpointManager:
     def latest(self) -> Path | None:
         """The newest checkpoint that verifies; damaged ones are reported and skipped.
 
-        None if the folder holds no checkpoint. Raises CheckpointError if it holds some and none is
-        intact: whether to start again is for the user to decide.
+        None if the folder holds no checkpoint. Raises CheckpointError if none is intact: whether to
+        start again is for the user to decide.
         """
         candidates = self._files()[::-1]
         for path in candidates:
@@ -198,9 +195,8 @@ class CheckpointManager:
                 self.log(f"skipping {path.name}: {error}")
         if candidates:
             names = ", ".join(path.name for path in candidates)
-            raise CheckpointError(
-                f"no checkpoint in {self.folder} is intact ({names}); restore one or start again"
-            )
+            problem = f"no checkpoint in {self.folder} is intact ({names})"
+            raise CheckpointError(f"{problem}; restore one or start again")
         return None
 
 

@@ -1,8 +1,7 @@
 """What this machine has: `sssd-fast doctor`, and env.json of every run.
 
-`collect_environment` does not raise if something on the machine is broken: the entry holds the
-reason. It imports no optional package. `probe=True` imports each in a separate process, so that one
-that crashes, hangs or prints warnings does no harm.
+What is broken on the machine raises no error: the entry holds the reason. Optional packages are
+imported only to probe them, each in a separate process: one may crash or hang.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -54,9 +52,7 @@ CONFIGS = {22: "24gb", 14: "16gb", 1: "8gb", 0: "cpu_smoke"}
 def collect_environment(path: str | Path = ".", *, probe: bool = False) -> dict[str, Any]:
     """The environment as JSON-serialisable containers; sizes in GiB, None = unknown or absent.
 
-    Args:
-        path: a folder on the disk whose free space is reported; it may not exist yet.
-        probe: import the optional packages, each in a process that gets TIMEOUT_S.
+    `path` is on the disk whose free space is reported; `probe` imports the optional packages.
     """
     gpus, gpu_reason = _gpus()
     return {
@@ -70,7 +66,6 @@ def collect_environment(path: str | Path = ".", *, probe: bool = False) -> dict[
         "driver": {"version": _driver()},
         "gpus": gpus,
         "gpu_reason": gpu_reason,
-        "build_tools": _build_tools(),
         "packages": {name: _version(name) for name in PACKAGES.split()},
         "providers": _providers(probe, bool(gpus)),
         "mae_kernels": _kernels(),
@@ -115,15 +110,13 @@ def advice(env: dict[str, Any]) -> list[str]:
     """Problems of a collected environment, one line each; the last line says how to start."""
     lines = []
     driver, gpus, disk = env["driver"]["version"], env["gpus"], env["disk"]["free_gib"]
-    missing = [name for name, tool in env["build_tools"].items() if not tool]
     if driver and not gpus:
         lines.append(f"NVIDIA driver {driver} is installed, but torch has no GPU")
     for name, state in env["providers"].items():
         if state["status"] == "not usable" and state["version"] and gpus:
             lines.append(f"{name} {state['version']} does not work: {state['reason']}")
-    if gpus and missing:
-        what = f"No {' and '.join(missing).replace('_', ' ')} found"
-        lines.append(f"{what}: Triton needs them. On Debian or Ubuntu: apt install gcc python3-dev")
+    if gpus and not shutil.which(os.environ.get("CC", "gcc")):
+        lines.append("No C compiler found, which Triton needs: apt install gcc python3-dev")
     if disk is not None and disk < 2:
         lines.append(f"Only {disk} GiB of disk are free; a ViT-B checkpoint takes about 1.3 GiB")
     memory = gpus[0]["memory_gib"] if gpus else 0
@@ -154,14 +147,6 @@ def _driver() -> str | None:
     from torch.utils import collect_env
 
     return str(collect_env.get_nvidia_driver_version(collect_env.run) or "") or None
-
-
-def _build_tools() -> dict[str, str | None]:
-    """What Triton needs on the first use of a kernel: a C compiler, and Python's headers."""
-    names = (os.environ.get("CC", "gcc"), "gcc", "clang", "cc")
-    compiler = next((Path(name).name for name in names if shutil.which(name)), None)
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    return {"compiler": compiler, "python_headers": header.name if header.is_file() else None}
 
 
 def _kernels() -> dict[str, Any]:

@@ -179,9 +179,9 @@ def open_run(
 def require_run_folder(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Makes a new run folder, or reopens (resume) or empties (overwrite) an old one.
 
-    A run folder is recognised by a marker file; nothing is deleted in a folder without it. A run
-    that ended before its first checkpoint can be started again without `overwrite`. The marker is
-    locked until the process ends, so that two processes cannot write to one run. Call it on rank 0.
+    Nothing is deleted in a folder without the marker file. A run that ended before its first
+    checkpoint can be started again without `overwrite`. The marker is locked until the process
+    ends, so that two processes cannot write to one run. Call it on rank 0.
 
     Raises RunExistsError if the folder holds a run and neither flag was given, is not a run folder,
     or is in use; CheckpointError if there is nothing to resume; ConfigError for both flags.

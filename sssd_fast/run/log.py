@@ -32,8 +32,8 @@ _FORMATS = {
 
 
 def _restore_streams_in_child() -> None:
-    """A forked loader worker has the display's streams without its thread: if that thread held a
-    lock at the fork, the first warning that the worker prints would wait for it forever."""
+    """A forked loader worker has the display's streams without its thread, whose lock may be held
+    forever."""
     sys.stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
     sys.stderr = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
@@ -100,7 +100,7 @@ class Console:
         self._emit(f"\n---- {title} ----", "bold")
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Cells are folded on a narrow screen, never cut. Columns of numbers are aligned right."""
+        """Cells are folded on a narrow screen, never cut."""
         from rich import box
         from rich.console import Console as RichConsole
         from rich.table import Table

@@ -68,8 +68,7 @@ class Tracker:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            reason = "no TensorBoard events, because tensorboard is not installed"
-            self._note(f'{reason}: pip install "sssd-fast[train]"')
+            self._note('tensorboard is not installed: pip install "sssd-fast[train]"')
             return
         # TensorBoard hides what earlier files hold from purge_step on
         purge = step + 1 if step else None
@@ -130,7 +129,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
     """(records, number of unreadable lines). A kill can cut a line within a character.
 
-    A validation that a resumed run repeated, because its checkpoint is older, is read once.
+    A validation that a resumed run repeated is read once.
     """
     records: dict[Any, dict[str, Any]] = {}
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]

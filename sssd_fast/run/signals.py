@@ -14,13 +14,10 @@ from typing import Any
 class SignalGuard:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag, so that the loop can save and stop.
 
-    with SignalGuard() as guard: ... if guard.requested: save; raise Interrupted(...)
-
-    A second signal ends the process at once with status 128 + number; checkpoints are atomic, so
-    that is safe. Signals less than REPEAT_AFTER_S after the first count as the same request:
-    Ctrl-C under torchrun, and `timeout`, deliver two. Earlier handlers are called too and restored
-    at the end; ignored signals (nohup, background jobs) stay ignored. Outside the main thread,
-    where Python cannot install handlers, it does nothing.
+    A second signal ends the process at once with status 128 + number; checkpoints are atomic.
+    Signals less than REPEAT_AFTER_S after the first count as the same request: Ctrl-C under
+    torchrun, and `timeout`, deliver two. Earlier handlers are called too and restored at the end;
+    ignored signals (nohup, background jobs) stay ignored. Does nothing outside the main thread.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -74,8 +71,8 @@ class SignalGuard:
 def ignore_signals_in_worker(worker_id: int) -> None:
     """A `worker_init_fn` for torch's DataLoader.
 
-    Batch systems signal the whole process group; if a worker dies of it, the parent's next batch
-    fails before the parent can save. Workers still end when the parent does.
+    Batch systems signal the whole process group; a worker that dies fails the parent's next batch.
+    Workers still end when the parent does.
     """
     for signum in SignalGuard.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

@@ -121,13 +121,13 @@ def test_data_check_and_split(slices: Path, tmp_path: Path, capsys: Captured) ->
     assert main(["data", "check", str(slices), "--out", str(index)]) == 0
     assert "48 images in 2 classes" in capsys.readouterr().out
     split = ["data", "split", str(index), "--out", str(out)]
-    assert main([*split, "--protocol", "block", "--val", "0"]) == 0
+    assert main([*split, "data.split=block", "data.val_fraction=0"]) == 0
     covid = [r for r in rows(out) if r["label"] == "synthetic_covid"]
     tested = sorted(r["path"] for r in covid if r["split"] == "test")
     assert tested == sorted(r["path"] for r in covid)[-4:]  # the last 20 % of 24
-    assert main([*split, "--protocol", "kfold", "--folds", "3"]) == 0
+    assert main([*split, "data.split=kfold", "data.folds=3"]) == 0
     assert all((tmp_path / f"split.fold{k}.csv").exists() for k in range(3))
-    assert main([*split, "--test", "1.5"]) == 2
+    assert main([*split, "data.test_fraction=1.5"]) == 2
     assert "data.test_fraction: got 1.5, needs to be less than 1" in capsys.readouterr().err
 
 
