@@ -40,7 +40,7 @@ def data_check(
 ) -> None:
     """Decode every image once; list bad files, duplicates and leakage between splits."""
     from sssd_fast.data.index import check_data
-    from sssd_fast.data.splits import find_leaks, split_manifest, split_summary
+    from sssd_fast.data.split import find_leaks, split_manifest, split_summary
 
     index = check_data(
         source,
@@ -66,8 +66,7 @@ def data_split(
     """Write a split as CSV path,label,split; settings: data.split, data.test_fraction, ..."""
     config = load(None, [f"data.source={json_module.dumps(source)}", *(settings or ())]).data
     from sssd_fast.data.index import DataIndex, check_data
-    from sssd_fast.data.splits import save_split, split_summary
-    from sssd_fast.loaders.prepare import make_split
+    from sssd_fast.data.split import make_split, save_split, split_summary
 
     if source.endswith(".json"):
         index = DataIndex.load(source)

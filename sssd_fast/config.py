@@ -97,7 +97,7 @@ class DataConfig(Section):
     loader: Literal["auto", "resident", "dali", "torch"] = Field(
         "auto", description="auto = resident (decoded once and kept) if it fits, else dali, torch."
     )
-    workers: Index = Field(0, description="Processes (torch) or threads of the loader.")
+    workers: Index = Field(0, description="Threads that decode images.")
     cache: str = Field("auto", description="Folder for decoded images; auto = the user's, none.")
     resident_gib: Positive | None = Field(None, description="Limit of decoded images; null = auto.")
 

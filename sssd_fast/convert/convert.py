@@ -4,8 +4,7 @@
     OUT/manifest.csv                               path,label,patient[,split]
     OUT/convert.json                               window, counts, reasons of exclusion, versions
 
-volumes.py finds the volumes, dicom.py and nifti.py read them, orientation.py turns them, window.py
-makes them grey.
+volumes.py finds the volumes, dicom.py and nifti.py read them, window.py makes them grey.
 
 Patient data. No name, identifier, date or path of a source file is written to OUT: patients and
 volumes get numbers (p0001, p0001-1), PNG files have no metadata, all files have one time, and
@@ -30,13 +29,13 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,75 +44,34 @@ from sssd_fast import __version__
 from sssd_fast.convert.dicom import BURNED_IN
 from sssd_fast.convert.volumes import Log, Volume, find_volumes, list_files, read_volume
 from sssd_fast.convert.window import Unusable, Window, parse_window, to_grey
-from sssd_fast.data.folders import new_folder
 from sssd_fast.data.images import MIN_SIDE, ImageArray, printable
-from sssd_fast.data.manifest import first_lines, refuse_bad_files, write_manifest
+from sssd_fast.data.manifest import first_lines, new_folder, refuse_bad_files, write_manifest
 from sssd_fast.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from sssd_fast.run.log import Console
+from sssd_fast.run.log import Console
 
 
 @dataclass(frozen=True)
 class Converted:
-    """The result. `summary` is for the terminal, `record` for convert.json."""
+    """The result."""
 
     out: Path
-    window: Window
-    every: int
-    size: int | None
+    record: dict[str, Any]  # convert.json
     written: list[Volume]
     log: Log
 
-    @property
-    def patients(self) -> int:
-        return len({w.patient for w in self.written})
-
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Per class: patients, volumes, slices."""
-        counts = {}
-        for label in sorted({w.label for w in self.written}):
-            written = [w for w in self.written if w.label == label]
-            patients = len({w.patient for w in written})
-            slices = sum(w.slices for w in written)
-            counts[label] = {"patients": patients, "volumes": len(written), "slices": slices}
-        return counts
-
-    def notes(self) -> list[str]:
-        return [f"{text} ({count})" for text, count in sorted(self.log.notes.items()) if count]
-
-    def record(self) -> dict[str, Any]:
-        def by_reason(entries: list[tuple[Path, str]]) -> dict[str, int]:
-            return dict(sorted(Counter(reason for _, reason in entries).items()))
-
-        window = self.window
-        return {
-            "format": "sssd_fast.convert",
-            "version": 1,
-            "window": {"name": window.name, "level_hu": window.level, "width_hu": window.width},
-            "every": self.every,
-            "shorter_side_px": self.size,
-            "classes": self.counts(),
-            "patients": self.patients,
-            "excluded": by_reason(self.log.excluded),
-            "skipped": by_reason(self.log.skipped),
-            "other_files": dict(sorted(self.log.ignored.items())),
-            "notes": self.notes(),
-            "versions": _versions(),
-        }
-
     def summary(self) -> str:
-        window = self.window
-        in_hu = f" (level {window.level:g}, width {window.width:g} HU)" if window.hounsfield else ""
-        counts = self.counts()
-        total = sum(n["slices"] for n in counts.values())
-        where = f"{self.patients} patients under {printable(str(self.out))}"
+        """Several lines for the terminal, which name files."""
+        window = self.record["window"]
+        classes = self.record["classes"]
+        total = sum(n["slices"] for n in classes.values())
+        where = f"{self.record['patients']} patients under {printable(str(self.out))}"
         lines = [f"{total} slices of {len(self.written)} volumes of {where}"]
-        for label, n in counts.items():
+        for label, n in classes.items():
             sizes = f"{n['slices']} slices, {n['volumes']} volumes, {n['patients']} patients"
             lines.append(f"  {printable(label)}: {sizes}")
-        lines.append(f"  window: {window.name}{in_hu}")
-        lines += [f"  note: {note}" for note in self.notes()]
+        in_hu = f" (level {window['level_hu']:g}, width {window['width_hu']:g} HU)"
+        lines.append(f"  window: {window['name']}{in_hu if window['width_hu'] else ''}")
+        lines += [f"  note: {note}" for note in self.record["notes"]]
         return "\n".join(lines + _not_converted(self.log))
 
 
@@ -149,36 +107,31 @@ def convert_volumes(
     if not 0 <= max_bad_fraction <= 1:
         raise ConfigError(f"max_bad_fraction is {max_bad_fraction}; 0 to 1 is needed")
     target = Path(out)
-    files, roots = list_files(Path(source), manifest)
+    files = list_files(Path(source), manifest)
     log = Log()
-    if any(target.resolve().is_relative_to(root.resolve()) for root in roots):
+    console = console or Console(enabled=False)
+    root = Path(source) if Path(source).is_dir() else Path(source).parent
+    if target.resolve().is_relative_to(root.resolve()):
         place = printable(str(target))
         raise DataError(f"{place} is in the source, which is only read; name another folder")
     with new_folder(target) as folder:
-        with _progress(console, len(files), "reading headers") as progress:
-            volumes = find_volumes(files, chosen, log, progress)
+        with console.progress(len(files), "reading headers") as bar:
+            volumes = find_volumes(files, chosen, log, bar.update)
         _check_result({volume.label for volume in volumes}, log, max_bad_fraction)
-        with _progress(console, len(volumes), "converting volumes") as progress:
+        written = {}
+        with console.progress(len(volumes), "converting volumes") as bar:
             for i, volume in enumerate(volumes):
-                # a hidden name, which no class has
-                _write_volume(volume, folder / f".{i}", chosen, every, size, log)
-                progress(i + 1)
-        written = {folder / f".{i}": volume for i, volume in enumerate(volumes) if volume.slices}
+                hidden = folder / f".{i}"  # a name that no class has
+                if _write_volume(volume, hidden, chosen, every, size, log):
+                    written[hidden] = volume
+                bar.update(i + 1)
         _check_result({volume.label for volume in written.values()}, log, max_bad_fraction)
         _number(written.values())
         _add_notes(written.values(), log)
-        result = Converted(target, chosen, every, size, list(written.values()), log)
-        _publish(folder, written, result.record())
-    return result
-
-
-@contextmanager
-def _progress(console: Console | None, total: int, what: str) -> Iterator[Callable[[int], None]]:
-    if console is None:
-        yield lambda done: None
-        return
-    with console.progress(total, what) as bar:
-        yield bar.update
+        settings = {"every": every, "shorter_side_px": size}
+        record = _record(chosen, settings, written.values(), log)
+        _publish(folder, written, record)
+    return Converted(target, record, list(written.values()), log)
 
 
 # ---- one volume ----
@@ -186,13 +139,16 @@ def _progress(console: Console | None, total: int, what: str) -> Iterator[Callab
 
 def _write_volume(
     volume: Volume, folder: Path, window: Window, every: int, size: int | None, log: Log
-) -> None:
-    """Writes folder/0000.png, ...: the number counts all slices of the volume, before `every`."""
+) -> int:
+    """Writes folder/0000.png, ... and returns how many; the names count all slices of the volume,
+    before `every`.
+    """
     folder.mkdir()
     limits = None
     if window.name == "minmax":
-        found = [picture.limits() for _, _, picture in read_volume(volume, window, every, Log())]
-        ends = [end for limit in found if limit is not None for end in limit]
+        slices = read_volume(volume, window, every, Log())
+        inside = (picture.inside() for _, _, picture in slices)
+        ends = [end for values in inside if values.size for end in (values.min(), values.max())]
         limits = (min(ends), max(ends)) if ends else None
     digests = {}
     for path, number, picture in read_volume(volume, window, every, log):
@@ -203,11 +159,12 @@ def _write_volume(
             continue
         Image.fromarray(_resized(grey, size)).save(folder / f"{number:04d}.png")
         digests[number] = hashlib.blake2b(np.ascontiguousarray(picture.values_HW).data).digest()
-    joined = hashlib.blake2b(b"".join(digests[number] for number in sorted(digests)))
     if not digests:
         folder.rmdir()
     volume.slices = len(digests)
-    volume.digest = joined.hexdigest()
+    ordered = [digests[number] for number in sorted(digests)]
+    volume.digest = hashlib.blake2b(b"".join(ordered)).digest()
+    return volume.slices
 
 
 def _resized(grey: ImageArray, size: int | None) -> ImageArray:
@@ -221,7 +178,7 @@ def _resized(grey: ImageArray, size: int | None) -> ImageArray:
 # ---- names and files ----
 
 
-def _number(written: Iterable[Volume]) -> None:
+def _number(written: Collection[Volume]) -> None:
     """Number patients and volumes by the hash of their values (see the top of this file)."""
     by_patient: dict[str, list[Volume]] = defaultdict(list)
     for w in sorted(written, key=lambda w: w.digest):
@@ -237,14 +194,44 @@ def _add_notes(written: Collection[Volume], log: Log) -> None:
     burned = [w.name for w in written if any(BURNED_IN in frame.notes for frame in w.frames)]
     if burned:
         log.notes[f"{BURNED_IN}: {', '.join(sorted(burned))}"] = log.notes.pop(BURNED_IN)
-    modalities = {frame.modality for w in written for frame in w.frames}
-    if len(modalities) > 1:
-        log.notes[f"several modalities: {', '.join(sorted(modalities))}"] = len(modalities)
     if len(written) > 1 and len({w.patient for w in written}) == 1:
         log.notes[
             "all volumes are of one patient: if PatientID was overwritten, a split by patient "
             "needs a manifest with a patient column"
         ] = len(written)
+
+
+def _record(
+    window: Window, settings: dict[str, Any], written: Collection[Volume], log: Log
+) -> dict[str, Any]:
+    """convert.json, which quotes no file."""
+
+    def by_reason(entries: list[tuple[Path, str]]) -> dict[str, int]:
+        return dict(sorted(Counter(reason for _, reason in entries).items()))
+
+    classes = {}
+    for label in sorted({w.label for w in written}):
+        volumes = [w for w in written if w.label == label]
+        patients = len({w.patient for w in volumes})
+        slices = sum(w.slices for w in volumes)
+        classes[label] = {"patients": patients, "volumes": len(volumes), "slices": slices}
+    versions = {"python": python_version(), "sssd_fast": __version__}
+    for name in ("numpy", "pillow", "pydicom", "nibabel"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "format": "sssd_fast.convert",
+        "version": 1,
+        "window": {"name": window.name, "level_hu": window.level, "width_hu": window.width},
+        **settings,
+        "classes": classes,
+        "patients": len({w.patient for w in written}),
+        "excluded": by_reason(log.excluded),
+        "skipped": by_reason(log.skipped),
+        "other_files": dict(sorted(log.ignored.items())),
+        "notes": [f"{text} ({count})" for text, count in sorted(log.notes.items()) if count],
+        "versions": versions,
+    }
 
 
 def _publish(folder: Path, written: Mapping[Path, Volume], record: dict[str, Any]) -> None:
@@ -294,11 +281,3 @@ def _not_converted(log: Log) -> list[str]:
             listed = first_lines(names) if title == "skipped" else [f"    {name}" for name in names]
             lines += [f"  {line}" for line in listed]
     return lines
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": python_version(), "sssd_fast": __version__}
-    for name in ("numpy", "pillow", "pydicom", "nibabel"):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions

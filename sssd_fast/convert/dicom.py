@@ -9,6 +9,10 @@
 - PixelPaddingValue, to PixelPaddingRangeLimit if present, was not scanned (C.7.5.1.1.2).
 - Multi-frame files: one slice per frame; position, orientation, rescaling and window from the
   functional groups (C.7.6.16), those of the frame before the shared ones.
+- Orientation (C.7.6.2.1.1): the direction of rising columns, then of rising rows, in LPS: x to the
+  patient's Left, y to the back, z to the head. A slice is axial if its normal is nearer to z than
+  to x or y; a tilted gantry stays axial. It is turned and mirrored until columns run to the
+  patient's left and rows to the back, as a supine scan is displayed.
 
 Only the tags in `_TAGS` are read: the patient's name, birth date and the like are never loaded.
 Warnings and log lines of pydicom are suppressed, because they quote the file.
@@ -19,6 +23,7 @@ HW: rows and columns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sssd_fast.convert.orientation import Orientation, height_mm, parse_orientation, turn
 from sssd_fast.convert.window import NO_WINDOW, Slice, Unusable, Window, quiet
 from sssd_fast.data.images import MAX_PIXELS, MIN_SIDE
 from sssd_fast.errors import DependencyError
@@ -35,8 +39,11 @@ BURNED_IN = (
     "slices with burned-in text according to BurnedInAnnotation, which may name the patient: look "
     "at them"
 )
+Orientation = tuple[float, ...]  # 6 cosines
+
 _UNKNOWN = "unknown SOP class or syntax"
 _MAX_FRAMES = 2**16
+_TOLERANCE = 0.02  # of the cosines' length and right angle; files round them to 3 digits and fewer
 _TAGS = """
     ImageType SOPClassUID SOPInstanceUID Modality PatientID StudyInstanceUID SeriesInstanceUID
     InstanceNumber ImagePositionPatient ImageOrientationPatient SamplesPerPixel NumberOfFrames
@@ -51,15 +58,6 @@ _CT = {
     "1.2.840.10008.5.1.4.1.1.2.1",  # Enhanced CT Image Storage
     "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT Image Storage
 }
-_MODALITIES = "CT MR PT NM CR DX XA RF MG US OT SC SR SEG RTDOSE"
-# the functional groups of a multi-frame file, and the attributes in them
-_GROUPS = {
-    "PlanePositionSequence": ("ImagePositionPatient",),
-    "PlaneOrientationSequence": ("ImageOrientationPatient",),
-    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
-    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
-}
-_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,17 @@ class Frame:
     series: str  # SeriesInstanceUID, "" if missing
     patient: str  # PatientID, else StudyInstanceUID, else ""
     number: int | None  # InstanceNumber
-    orientation: Orientation | None
+    orientation: Orientation | None  # None: missing or wrong
     height_mm: float | None  # position along the normal, rising towards the head
-    modality: str
     notes: tuple[str, ...]
+
+    @property
+    def axial(self) -> bool:
+        """An unknown orientation counts as axial."""
+        if self.orientation is None:
+            return True
+        normal = np.abs(np.cross(self.orientation[:3], self.orientation[3:]))
+        return bool(normal[2] >= normal[:2].max())
 
 
 def dicom_kind(head: bytes) -> bool | None:
@@ -91,47 +96,51 @@ def read_frames(path: Path, window: Window, *, certain: bool = True) -> list[Fra
     Raises Unusable, or DependencyError without pydicom.
     """
     try:
-        ds = _read(path, pixels=False)
-        if not certain and ("Rows" not in ds or "Columns" not in ds):
-            return []
-        with quiet():
+        with _problems():
+            ds = _read(path, pixels=False)
+            if not certain and ("Rows" not in ds or "Columns" not in ds):
+                return []
             _refuse(ds, window)
-            count = int(ds.get("NumberOfFrames") or 1)
-            return [_frame(ds, path, index) for index in range(count)]
-    except (Unusable, DependencyError):
-        raise
-    except OSError as error:
-        raise Unusable(f"cannot be read ({error.strerror})") from None
-    except Exception:  # noqa: BLE001 - parser and wrong types raise many types on damaged data
+            return [_frame(ds, path, i) for i in range(int(ds.get("NumberOfFrames") or 1))]
+    except _Damaged:
         if not certain:
             return []
-        raise Unusable("truncated or damaged DICOM") from None
+        raise
 
 
 def read_slices(path: Path, frames: Sequence[Frame]) -> Iterator[tuple[Frame, Slice]]:
     """Decoded frames of one file, in the given order. Raises Unusable if decoding fails."""
     from pydicom.pixels import iter_pixels
 
-    hint = ""
-    try:
+    with _problems():
         ds = _read(path, pixels=True)
         if "PixelData" not in ds:
             raise Unusable("DICOM without pixel data (truncated?)")
         syntax = ds.file_meta.TransferSyntaxUID
-        if syntax.is_compressed and _install(syntax):
-            name = _standard_name(syntax)
-            hint = f", or not readable by the installed decoders ({name}): {_install(syntax)}"
         decoded = iter_pixels(ds, indices=[frame.index for frame in frames], raw=True)
-        for frame in frames:
-            with quiet():
-                picture = _slice(ds, frame, next(decoded))
-            yield frame, picture
-    except Unusable:
+    hint = f", or not readable by the installed decoders ({_standard_name(syntax)})"
+    for frame in frames:
+        with _problems(hint if syntax.is_compressed else ""):
+            picture = _slice(ds, frame, next(decoded))
+        yield frame, picture
+
+
+class _Damaged(Unusable):
+    pass
+
+
+@contextmanager
+def _problems(hint: str = "") -> Iterator[None]:
+    """Turns errors of the parser and the decoders, which quote the file, into Unusable."""
+    try:
+        with quiet():
+            yield
+    except (Unusable, DependencyError):
         raise
     except OSError as error:
         raise Unusable(f"cannot be read ({error.strerror})") from None
-    except Exception:  # noqa: BLE001 - decoders raise many types on damaged data, and quote it
-        raise Unusable(f"truncated or damaged DICOM{hint}") from None
+    except Exception:  # noqa: BLE001 - damaged data raise many types
+        raise _Damaged(f"truncated or damaged DICOM{hint}") from None
 
 
 def _read(path: Path, *, pixels: bool) -> Any:
@@ -140,15 +149,13 @@ def _read(path: Path, *, pixels: bool) -> Any:
     except ImportError:
         message = "reading DICOM needs pydicom: pip install 'sssd-fast[volumes]'"
         raise DependencyError(message) from None
-    with quiet():
-        ds = dcmread(path, force=True, specific_tags=_TAGS.split(), stop_before_pixels=not pixels)
-        if "TransferSyntaxUID" not in ds.file_meta:
-            # no file meta information: use what pydicom guessed
-            implicit, little = ds.original_encoding
-            explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
-            syntax = uid.ImplicitVRLittleEndian if implicit else explicit
-            ds.file_meta.TransferSyntaxUID = syntax
-        return ds
+    ds = dcmread(path, force=True, specific_tags=_TAGS.split(), stop_before_pixels=not pixels)
+    if "TransferSyntaxUID" not in ds.file_meta:
+        # no file meta information: use what pydicom guessed
+        implicit, little = ds.original_encoding
+        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
+    return ds
 
 
 def _refuse(ds: Any, window: Window) -> None:
@@ -169,13 +176,12 @@ def _refuse(ds: Any, window: Window) -> None:
         raise Unusable("colour", damaged=False)
 
     # 2. sizes
-    rows, columns = int(ds.Rows), int(ds.Columns)
+    rows, columns, count = int(ds.Rows), int(ds.Columns), int(ds.get("NumberOfFrames") or 1)
     if min(rows, columns) < MIN_SIDE or rows * columns > MAX_PIXELS:
         raise Unusable(
             f"{columns} x {rows} pixels; at least {MIN_SIDE} a side, at most {MAX_PIXELS} (2^26) "
             "are needed"
         )
-    count = int(ds.get("NumberOfFrames") or 1)
     if not 1 <= count <= _MAX_FRAMES:
         raise Unusable(f"a DICOM file of {count} frames; 1 to {_MAX_FRAMES} are read")
 
@@ -184,11 +190,9 @@ def _refuse(ds: Any, window: Window) -> None:
         raise Unusable("a Modality LUT, which is not supported; RescaleSlope and Intercept are")
     unit = str(_attribute(ds, 0, "RescaleType") or "").upper()
     # US is the code for unspecified
-    in_hu = unit == "HU" or (_is_ct(ds) and unit in ("", "US"))
-    if window.hounsfield and not in_hu:
-        what = f"{name}, modality {_modality(ds)}" if sop else f"modality {_modality(ds)}"
+    if window.hounsfield and unit != "HU" and not (_is_ct(ds) and unit in ("", "US")):
         raise Unusable(
-            f"not in Hounsfield units ({what}), so a window in HU does not apply; use --window "
+            f"not in Hounsfield units ({name}), so a window in HU does not apply; use --window "
             "file or minmax",
             damaged=False,
         )
@@ -197,53 +201,41 @@ def _refuse(ds: Any, window: Window) -> None:
 
     # 4. compression
     syntax = ds.file_meta.TransferSyntaxUID
+    compression = f"compressed ({_standard_name(syntax)})"
     try:
-        available = get_decoder(syntax).is_available
+        decoder = get_decoder(syntax)
     except NotImplementedError:
         raise Unusable(
-            f"compressed in a way that pydicom cannot read ({_standard_name(syntax)}); decompress "
-            "it first, for example with gdcmconv --raw"
+            f"{compression} in a way that pydicom cannot read; decompress it first, for example "
+            "with gdcmconv --raw"
         ) from None
-    if not available:
-        raise Unusable(
-            f"compressed ({_standard_name(syntax)}) and no decoder is installed: {_install(syntax)}"
-        )
+    if not decoder.is_available:
+        packages = "; ".join(decoder.missing_dependencies)
+        raise Unusable(f"{compression} and no decoder is installed; install one of: {packages}")
 
 
 def _is_ct(ds: Any) -> bool:
     sop = str(ds.get("SOPClassUID") or "")
-    return sop in _CT or (_standard_name(sop) == _UNKNOWN and _modality(ds) == "CT")
-
-
-def _install(syntax: Any) -> str:
-    """The packages that decode this transfer syntax, as pydicom lists them."""
-    from pydicom.pixels import get_decoder
-
-    choices = []
-    for line in get_decoder(syntax).missing_dependencies:
-        needed = line.partition(" - requires ")[2].replace(" and ", ", ").split(", ")
-        names = [name.partition(">")[0] for name in needed if name not in ("", "numpy")]
-        names = [name.replace("gdcm", "python-gdcm") for name in names]
-        choices.append("pip install " + " ".join(names))
-    return " or ".join(choices)
+    return sop in _CT or (_standard_name(sop) == _UNKNOWN and ds.get("Modality") == "CT")
 
 
 def _frame(ds: Any, path: Path, index: int) -> Frame:
-    orientation = parse_orientation(_values(_attribute(ds, index, "ImageOrientationPatient")))
-    position = _values(_attribute(ds, index, "ImagePositionPatient"))
+    orientation = _orientation(_values(_attribute(ds, index, "ImageOrientationPatient")))
+    position = [float(x) for x in _values(_attribute(ds, index, "ImagePositionPatient"))]
+    height_mm = None
+    if orientation is not None and len(position) == 3 and np.isfinite(position).all():
+        normal = np.cross(orientation[:3], orientation[3:])
+        height_mm = float(np.sign(normal[2] or 1) * normal @ position)
     patient = str(ds.get("PatientID") or "").strip()
     number = ds.get("InstanceNumber")
-    notes = []
-    if _is_ct(ds) and _rescaling(ds, index) is None:
-        notes.append("slices of CT without RescaleSlope and RescaleIntercept, taken as 1 and 0")
-    if orientation is None:
-        notes.append("slices without orientation, kept as stored")
-    if not patient:
-        notes.append("slices without PatientID, whose study counts as the patient")
-    if ds.get("PhotometricInterpretation") == "MONOCHROME1":
-        notes.append("MONOCHROME1 slices, inverted")
-    if str(ds.get("BurnedInAnnotation") or "").upper() == "YES":
-        notes.append(BURNED_IN)
+    notes = {
+        "slices of CT without RescaleSlope and RescaleIntercept, taken as 1 and 0": _is_ct(ds)
+        and _rescaling(ds, index) is None,
+        "slices without orientation, kept as stored": orientation is None,
+        "slices without PatientID, whose study counts as the patient": not patient,
+        "MONOCHROME1 slices, inverted": _inverted(ds),
+        BURNED_IN: str(ds.get("BurnedInAnnotation") or "").upper() == "YES",
+    }
     return Frame(
         path=path,
         index=index,
@@ -252,25 +244,45 @@ def _frame(ds: Any, path: Path, index: int) -> Frame:
         patient=patient or str(ds.get("StudyInstanceUID") or ""),
         number=int(number) if number not in (None, "") else None,
         orientation=orientation,
-        height_mm=height_mm(orientation, position),
-        modality=_modality(ds),
-        notes=tuple(notes),
+        height_mm=height_mm,
+        notes=tuple(note for note, applies in notes.items() if applies),
     )
+
+
+def _orientation(cosines: list[Any]) -> Orientation | None:
+    """None if missing, or if the two directions are not perpendicular unit vectors."""
+    values = np.array([float(value) for value in cosines])
+    if values.shape != (6,) or not np.isfinite(values).all():
+        return None
+    right, down = values[:3], values[3:]
+    errors = (right @ right - 1, down @ down - 1, right @ down)
+    return tuple(values.tolist()) if max(map(abs, errors)) < _TOLERANCE else None
+
+
+def _turn(picture_HW: npt.NDArray[Any], orientation: Orientation | None) -> npt.NDArray[Any]:
+    """Columns to the patient's left, rows to the back; unchanged if the orientation is unknown."""
+    if orientation is None:
+        return picture_HW
+    right, down = orientation[:3], orientation[3:]
+    if abs(right[0]) < abs(right[1]):
+        picture_HW, right, down = picture_HW.T, down, right
+    if right[0] < 0:
+        picture_HW = picture_HW[:, ::-1]
+    return picture_HW[::-1] if down[1] < 0 else picture_HW
 
 
 def _slice(ds: Any, frame: Frame, stored_HW: npt.NDArray[Any]) -> Slice:
     slope, intercept = _rescaling(ds, frame.index) or (1.0, 0.0)
     values_HW = stored_HW.astype(np.float64) * slope + intercept
-    outside_HW = None
-    padding = _padding(ds)
-    if padding is not None:
-        outside_HW = turn((stored_HW >= padding[0]) & (stored_HW <= padding[1]), frame.orientation)
-    return Slice(
-        values_HW=turn(values_HW, frame.orientation),
-        outside_HW=outside_HW,
-        inverted=ds.get("PhotometricInterpretation") == "MONOCHROME1",
-        window=_file_window(ds, frame.index),
-    )
+    low, high = _padding(ds)
+    outside_HW = (stored_HW >= low) & (stored_HW <= high)
+    names = ("WindowCenter", "WindowWidth")
+    center, width = (_values(_attribute(ds, frame.index, name)) for name in names)
+    window = None
+    if center and width and _attribute(ds, frame.index, "VOILUTFunction") in (None, "LINEAR"):
+        window = float(center[0]), float(width[0])
+    turned = (_turn(picture, frame.orientation) for picture in (values_HW, outside_HW))
+    return Slice(*turned, inverted=_inverted(ds), window=window)
 
 
 def _rescaling(ds: Any, index: int) -> tuple[float, float] | None:
@@ -278,11 +290,11 @@ def _rescaling(ds: Any, index: int) -> tuple[float, float] | None:
     return None if slope is None or intercept is None else (float(slope), float(intercept))
 
 
-def _padding(ds: Any) -> tuple[int, int] | None:
+def _padding(ds: Any) -> tuple[float, float]:
     """Lowest and highest stored value that mean padding."""
     first = ds.get("PixelPaddingValue")
     if first in (None, ""):
-        return None
+        return np.inf, -np.inf
     ends = [int(value) for value in (first, ds.get("PixelPaddingRangeLimit", first))]
     if int(ds.PixelRepresentation) == 1:
         # often written as unsigned: 63536 for -2000
@@ -290,24 +302,18 @@ def _padding(ds: Any) -> tuple[int, int] | None:
     return min(ends), max(ends)
 
 
-def _file_window(ds: Any, index: int) -> tuple[float, float] | None:
-    if str(_attribute(ds, index, "VOILUTFunction") or "LINEAR").upper() != "LINEAR":
-        return None
-    center, width = (_values(_attribute(ds, index, f"Window{k}")) for k in ("Center", "Width"))
-    return (float(center[0]), float(width[0])) if center and width else None
+def _inverted(ds: Any) -> bool:
+    return bool(ds.get("PhotometricInterpretation") == "MONOCHROME1")
 
 
 def _attribute(ds: Any, index: int, name: str) -> Any:
-    """Value for a frame: from its functional group, the shared group, or the file; or None."""
-    if name in _GROUP_OF:
-        frames = ds.get("PerFrameFunctionalGroupsSequence") or []
-        shared = ds.get("SharedFunctionalGroupsSequence") or []
-        for group in [*frames[index : index + 1], *shared]:
-            items = group.get(_GROUP_OF[name]) or []
-            if items and items[0].get(name) not in (None, ""):
-                return items[0].get(name)
-    value = ds.get(name)
-    return None if value == "" else value
+    """Value for a frame: from its functional groups, the shared groups, or the file; or None."""
+    frames = ds.get("PerFrameFunctionalGroupsSequence") or []
+    shared = ds.get("SharedFunctionalGroupsSequence") or []
+    groups = [element for group in [*frames[index : index + 1], *shared] for element in group]
+    items = [group.value[0] for group in groups if group.VR == "SQ" and group.value]
+    found = [item.get(name) for item in [*items, ds]]
+    return next((value for value in found if value not in (None, "")), None)
 
 
 def _values(value: Any) -> list[Any]:
@@ -322,8 +328,3 @@ def _standard_name(uid: Any) -> str:
 
     name = UID(str(uid)).name
     return name if uid and name != str(uid) else _UNKNOWN
-
-
-def _modality(ds: Any) -> str:
-    found = str(ds.get("Modality") or "").upper()
-    return found if found in _MODALITIES.split() else "unknown"

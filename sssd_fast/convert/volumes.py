@@ -23,11 +23,9 @@ from pathlib import Path
 
 from sssd_fast.convert.dicom import Frame, dicom_kind, read_frames, read_slices
 from sssd_fast.convert.nifti import HEADER_BYTES, nifti_kind, read_nifti
-from sssd_fast.convert.orientation import is_axial
 from sssd_fast.convert.window import Slice, Unusable, Window
-from sssd_fast.data.folders import walk_files
 from sssd_fast.data.images import printable, sniff_format
-from sssd_fast.data.manifest import first_lines, read_manifest
+from sssd_fast.data.manifest import first_lines, read_manifest, walk_files
 from sssd_fast.errors import DataError
 
 
@@ -49,7 +47,7 @@ class Volume:
     nifti: str = ""  # its kind (nifti.nifti_kind)
     # set when it is written
     slices: int = 0
-    digest: str = ""  # of the values before the window
+    digest: bytes = b""  # of the values before the window
     patient: str = ""  # p0001
     name: str = ""  # p0001-1
 
@@ -72,10 +70,8 @@ class Log:
 # ---- which files ----
 
 
-def list_files(
-    source: Path, manifest: str | os.PathLike[str] | None
-) -> tuple[list[SourceFile], list[Path]]:
-    """Every file with its class, and the folders that were searched. Raises DataError."""
+def list_files(source: Path, manifest: str | os.PathLike[str] | None) -> list[SourceFile]:
+    """Every file with its class. Raises DataError."""
     where = printable(str(source))
     if not source.exists():
         raise DataError(f"{where}: no such file or folder")
@@ -87,9 +83,8 @@ def list_files(
             )
         source, manifest = source.parent, source
     if manifest is not None:
-        files, roots = _manifest_files(source, manifest)
+        files = _manifest_files(source, manifest)
     else:
-        roots = [source]
         paths = [(path, path.relative_to(source).parts) for path in walk_files(source)]
         files = [SourceFile(path, parts[0]) for path, parts in paths if len(parts) > 1]
     if not files:
@@ -97,50 +92,39 @@ def list_files(
             f"{where}: no files in folders; needed: one folder per class, with DICOM or NIfTI "
             "files in any nesting below it, or a CSV manifest path,label[,split][,patient]"
         )
-    wrong = sorted({f.label for f in files if not _is_folder_name(f.label)})
+    labels = sorted({file.label for file in files})
+    wrong = [n for n in labels if not n.isprintable() or n[0] == "." or set("/\\") & set(n)]
     if wrong:
         raise DataError(
             f"a class becomes a folder, which cannot be named {', '.join(map(printable, wrong))}; "
             "needed are printable names without / and \\ that do not start with a dot"
         )
-    return files, roots
+    return files
 
 
-def _is_folder_name(label: str) -> bool:
-    return label.isprintable() and not label.startswith(".") and not set("/\\") & set(label)
-
-
-def _manifest_files(
-    source: Path, manifest: str | os.PathLike[str]
-) -> tuple[list[SourceFile], list[Path]]:
+def _manifest_files(source: Path, manifest: str | os.PathLike[str]) -> list[SourceFile]:
     files: dict[Path, SourceFile] = {}
-    roots = []
     problems = []
     for row in read_manifest(manifest):
         place = source / row["path"]
         if not place.exists():
             problems.append(f"{printable(row['path'])}: no such file or folder")
-        if place.is_dir():
-            roots.append(place)
         for path in walk_files(place) if place.is_dir() else [place]:
             if path in files:
                 problems.append(f"{printable(str(path))}: named by two rows")
-            split = row.get("split", "")
-            files[path] = SourceFile(path, row["label"], split, row.get("patient", ""))
+            split, patient = row.get("split", ""), row.get("patient", "")
+            files[path] = SourceFile(path, row["label"], split, patient)
     if problems:
         listed = "\n".join(first_lines(problems))
         raise DataError(f"{printable(str(manifest))}: {len(problems)} problems\n{listed}")
-    return list(files.values()), roots
+    return list(files.values())
 
 
 # ---- which volumes ----
 
 
 def find_volumes(
-    files: list[SourceFile],
-    window: Window,
-    log: Log,
-    progress: Callable[[int], None] = lambda count: None,
+    files: list[SourceFile], window: Window, log: Log, progress: Callable[[int], object]
 ) -> list[Volume]:
     """Reads the header of every file. Files without slices are recorded in `log`."""
     volumes: dict[tuple[object, ...], Volume] = {}
@@ -160,17 +144,14 @@ def find_volumes(
             log.classes.add(file.label)
         if isinstance(found, str):
             if not file.patient:
-                log.notes[
-                    "NIfTI volumes without a patient, each counted as a separate patient"
-                ] += 1
+                log.notes["NIfTI volumes without a patient, each counted as a separate one"] += 1
             patient = file.patient or str(file.path)
             volumes[file.path,] = Volume(file.label, file.split, patient, [], file.path, found)
             continue
         for frame in found:
             listed_in = classes[frame.instance, frame.index] if frame.instance else set()
-            axial = is_axial(frame.orientation)
-            if not axial or file.label in listed_in:
-                reason = "copy of another slice" if axial else "coronal or sagittal"
+            if not frame.axial or file.label in listed_in:
+                reason = "copy of another slice" if frame.axial else "coronal or sagittal"
                 log.skipped.append((file.path, reason))
                 continue
             if listed_in:

@@ -79,17 +79,13 @@ class Slice:
     """One slice in radiological orientation: patient's right on the left, anterior up."""
 
     values_HW: npt.NDArray[np.float64]  # rescaled: HU for CT
-    outside_HW: npt.NDArray[np.bool_] | None = None  # True where nothing was scanned
+    outside_HW: npt.NDArray[np.bool_] | bool = False  # True where nothing was scanned
     inverted: bool = False  # MONOCHROME1
     window: tuple[float, float] | None = None  # level and width in the file
 
-    def limits(self) -> tuple[float, float] | None:
-        """Lowest and highest value inside the scan; None if there is none."""
-        inside_HW = np.isfinite(self.values_HW)
-        if self.outside_HW is not None:
-            inside_HW = inside_HW & ~self.outside_HW
-        values = self.values_HW[inside_HW]
-        return (float(values.min()), float(values.max())) if values.size else None
+    def inside(self) -> npt.NDArray[np.float64]:
+        """The values inside the scan, [N]."""
+        return self.values_HW[np.isfinite(self.values_HW) & np.logical_not(self.outside_HW)]
 
 
 def parse_window(text: str) -> Window:
@@ -122,25 +118,21 @@ def to_grey(
         low, high = limits or (0.0, 0.0)
         y_HW = (x_HW - low) * 255 / (high - low) if high > low else np.zeros_like(x_HW)
     else:
-        level, width = _level_and_width(picture, window)
+        level, width = window.level, window.width
+        if level is None or width is None:
+            if picture.window is None:
+                raise Unusable(NO_WINDOW)
+            level, width = picture.window
+            if not (math.isfinite(level) and math.isfinite(width) and width >= 1):
+                raise Unusable(
+                    "WindowWidth of the file below 1; use --window=LEVEL,WIDTH or minmax"
+                )
         above_HW = x_HW - (level - 0.5)
         step_HW = np.where(above_HW > 0, 255.0, 0.0)
         y_HW = (above_HW / (width - 1) + 0.5) * 255 if width > 1 else step_HW
-    outside_HW = np.isnan(x_HW)
-    if picture.outside_HW is not None:
-        outside_HW = outside_HW | picture.outside_HW
+    outside_HW = np.isnan(x_HW) | picture.outside_HW
     grey_HW = np.rint(np.clip(np.where(outside_HW, 0, y_HW), 0, 255)).astype(np.uint8)
     if picture.inverted:
         grey_HW = 255 - grey_HW
     grey_HW[outside_HW] = 0
     return grey_HW
-
-
-def _level_and_width(picture: Slice, window: Window) -> tuple[float, float]:
-    if window.level is not None and window.width is not None:
-        return window.level, window.width
-    if picture.window is None:
-        raise Unusable(NO_WINDOW)
-    if not (all(map(math.isfinite, picture.window)) and picture.window[1] >= 1):
-        raise Unusable("WindowWidth of the file is below 1; use --window=LEVEL,WIDTH or minmax")
-    return picture.window

@@ -3,6 +3,11 @@
 Sources: a folder with one folder per class (any depth below), or a CSV manifest with the columns
 path,label[,split][,patient], paths relative to the data folder. A label is the position of the
 class in the sorted class names.
+
+Results of earlier checks can be stored, so that a run does not decode a large data set only to
+check it again. A file counts as unchanged if its size and modification time are; its content is
+compared with the index again when a loader reads it. A file changed within the last seconds before
+a check is not stored: another change could leave its time as it is.
 """
 
 from __future__ import annotations
@@ -10,15 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sssd_fast.data.folders import walk_files
 from sssd_fast.data.images import (
     SUFFIXES,
     ImageError,
@@ -27,18 +34,20 @@ from sssd_fast.data.images import (
     printable,
     read_file,
 )
-from sssd_fast.data.index_cache import Facts, IndexCache
-from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest, refuse_bad_files
-from sssd_fast.data.split import Split
-from sssd_fast.errors import DataError
-from sssd_fast.run.files import atomic_write_bytes
+from sssd_fast.data.manifest import first_lines, read_manifest, refuse_bad_files, walk_files
+from sssd_fast.errors import DataError, SssdError
+from sssd_fast.run.files import atomic_write_text
 
 Progress = Callable[[int, int], None]  # (done, total)
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
-_FORMAT = "sssd_fast.index"
-_VERSION = 1
+_FORMAT = {"format": "sssd_fast.index", "version": 1}
+_CACHE_VERSION = 2  # raise it when images.py decodes by other rules
+_SETTLED_S = 2.0
+_NEGATION = re.compile(
+    r"(?i)(^|[^a-z])(non?($|[^a-z]|covid)|normal|neg|healthy|control|benign|uninfected)"
+)
 
 
 @dataclass(frozen=True)
@@ -53,16 +62,15 @@ class ImageRecord:
     split: str | None = None  # from the manifest: train, val, test
     patient: str | None = None
     plain: bool = False  # any decoder gives the same image (images.Decoded)
-    format: str = ""  # by content (images.Decoded); "" in an index of an earlier version
+    format: str = ""  # by content (images.Decoded)
 
     @property
     def wrong_extension(self) -> str:
         """How the file's name disagrees with its content; "" if it agrees."""
         suffix = PurePosixPath(self.path).suffix
         named = SUFFIXES.get(suffix.lower(), printable(suffix) or "nothing")
-        if self.format in ("", named):
-            return ""
-        return f"wrong extension: the name says {named}, the content is {self.format}"
+        problem = f"wrong extension: the name says {named}, the content is {self.format}"
+        return problem if self.format != named else ""
 
 
 @dataclass(frozen=True)
@@ -113,17 +121,12 @@ class DataIndex:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, atomically."""
         body = {
-            "format": _FORMAT,
-            "version": _VERSION,
+            **_FORMAT,
+            **asdict(self),
             "root": str(self.root.absolute()),
-            "classes": self.classes,
-            "notes": self.notes,
             "wrong_extension": [r.path for r in self.records if r.wrong_extension],
-            "records": [asdict(r) for r in self.records],
-            "excluded": [asdict(e) for e in self.excluded],
         }
-        text = json.dumps(body, indent=1) + "\n"
-        atomic_write_bytes(Path(path), text.encode("utf-8", "surrogateescape"))
+        atomic_write_text(path, json.dumps(body, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DataIndex:
@@ -132,7 +135,7 @@ class DataIndex:
         """
         try:
             body = json.loads(Path(path).read_text(encoding="utf-8"))
-            if (body["format"], body["version"]) != (_FORMAT, _VERSION):
+            if {**body, **_FORMAT} != body:
                 raise ValueError("'format' and 'version' do not match")
             index = cls(
                 root=Path(body["root"]),
@@ -145,7 +148,7 @@ class DataIndex:
                 raise ValueError(f"a label outside its {len(index.classes)} classes")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path}: not an index of version {_VERSION}, or damaged ({error}); make it again "
+                f"{path}: not an index, of another version, or damaged ({error}); make it again "
                 "with `sssd-fast data check`"
             ) from error
         if not index.root.is_dir():
@@ -156,71 +159,55 @@ class DataIndex:
         return index
 
     def summary(self) -> str:
-        """Several lines: counts, sizes, modes, splits, notes, excluded files, duplicates."""
-
-        def per_class(ids: Iterable[int] | None = None) -> str:
-            return ", ".join(f"{printable(name)} {n}" for name, n in self.counts(ids).items())
-
+        """Several lines: counts, sizes, modes, notes, excluded files, duplicates."""
         heights = [r.height for r in self.records]
         widths = [r.width for r in self.records]
         modes = Counter(r.mode for r in self.records).most_common()
         where = printable(str(self.root))
         lines = [
             f"{len(self)} images in {len(self.classes)} classes under {where}",
-            f"  classes: {per_class()}",
+            f"  classes: {', '.join(f'{printable(c)} {n}' for c, n in self.counts().items())}",
             f"  height {min(heights)}-{max(heights)}, width {min(widths)}-{max(widths)} pixels; "
             f"modes: {', '.join(f'{mode} {n}' for mode, n in modes)}",
         ]
-        if any(r.split for r in self.records):
-            for name in SPLIT_NAMES:
-                ids = [i for i, r in enumerate(self.records) if r.split == name]
-                lines.append(f"  {name}: {per_class(ids)}")
         patients = {r.patient for r in self.records if r.patient}
         if patients:
             lines.append(f"  patients: {len(patients)}")
         lines += [f"  note: {note}" for note in self.notes]
         lines.append(f"  excluded: {len(self.excluded)}")
         lines += first_lines([str(e) for e in self.excluded])
-        return "\n".join(lines + report_duplicates(self).lines())
+        return "\n".join(lines + duplicate_lines(self))
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """Groups of records with identical pixels; lists of paths."""
-
-    groups: list[list[str]]
-    across_splits: list[list[str]]  # each path followed by its split
-    conflicting: list[list[str]]  # each path followed by its class
-
-    def lines(self) -> list[str]:
-        lines = [f"  identical images: {len(self.groups)} groups"]
-        for title, groups in (
-            ("IN SEVERAL SPLITS", self.across_splits),
-            ("WITH DIFFERENT LABELS", self.conflicting),
-        ):
-            if groups:
-                lines.append(f"  identical images {title}: {len(groups)} groups")
-                lines += first_lines([" = ".join(map(printable, group)) for group in groups])
-        return lines
-
-
-def report_duplicates(index: DataIndex, split: Split | None = None) -> Duplicates:
-    """Find images with equal pixels; without `split` the manifest's split column is used."""
-    records = index.records
-    split_of = split.split_of() if split else {i: r.split for i, r in enumerate(records) if r.split}
-    class_of = {i: index.classes[r.label] for i, r in enumerate(records)}
+def identical_images(index: DataIndex) -> list[list[int]]:
+    """Groups of records with equal pixels."""
     by_hash: dict[str, list[int]] = defaultdict(list)
-    for i, record in enumerate(records):
+    for i, record in enumerate(index.records):
         by_hash[record.pixel_hash].append(i)
-    groups = [ids for ids in by_hash.values() if len(ids) > 1]
+    return [ids for ids in by_hash.values() if len(ids) > 1]
 
-    def differing(name_of: Mapping[int, str]) -> list[list[str]]:
-        known = [[i for i in ids if i in name_of] for ids in groups]
-        mixed = [ids for ids in known if len({name_of[i] for i in ids}) > 1]
-        return [[f"{records[i].path} ({name_of[i]})" for i in ids] for ids in mixed]
 
-    paths = [[records[i].path for i in ids] for ids in groups]
-    return Duplicates(paths, differing(split_of), differing(class_of))
+def named_groups(
+    index: DataIndex, groups: Iterable[Iterable[int]], name_of: Mapping[int, str]
+) -> list[str]:
+    """A line per group whose records have several names (of classes or splits)."""
+    known = [[i for i in ids if i in name_of] for ids in groups]
+    return [
+        " = ".join(printable(f"{index.records[i].path} ({name_of[i]})") for i in ids)
+        for ids in known
+        if len({name_of[i] for i in ids}) > 1
+    ]
+
+
+def duplicate_lines(index: DataIndex) -> list[str]:
+    """How many images have equal pixels, and which of those have different labels."""
+    groups = identical_images(index)
+    class_of = {i: index.classes[r.label] for i, r in enumerate(index.records)}
+    lines = [f"  identical images: {len(groups)} groups"]
+    mixed = named_groups(index, groups, class_of)
+    if mixed:
+        lines.append(f"  identical images WITH DIFFERENT LABELS: {len(mixed)} groups")
+    return lines + first_lines(mixed)
 
 
 def check_data(
@@ -259,24 +246,20 @@ def check_data(
     notes: list[str] = []
     rows = _scan_folders(root, notes) if manifest is None else read_manifest(manifest, notes)
     classes = sorted({row["label"] for row in rows})
-    cache = IndexCache(index_cache, root)
-    examine = partial(_examine, root, classes, cache)
+    name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:32] + ".checked.json"
+    stored = index_cache / name if index_cache else None
+    cache = _read_cache(stored)
+    before = dict(cache)
+    examine = partial(_examine, root, classes, cache, time.time())
     results = map_threads(examine, rows, min(8, os.cpu_count() or 1))
-    cache.save()
-    records: list[ImageRecord] = []
-    excluded: list[Excluded] = []
-    renamed: list[str] = []
-    for result in results:
-        if isinstance(result, Excluded):
-            excluded.append(result)
-            continue
-        wrong = result.wrong_extension
-        if wrong:
-            renamed.append(result.path)
-        if wrong and not accept_wrong_extension:
-            excluded.append(Excluded(result.path, wrong))
-        else:
-            records.append(result)
+    if stored and cache != before:
+        body = json.dumps({"version": _CACHE_VERSION, "files": cache})
+        # without the file, the next check decodes every image
+        with suppress(OSError, SssdError):
+            atomic_write_text(stored, body)
+    records = [result for result in results if isinstance(result, ImageRecord)]
+    excluded = [result for result in results if isinstance(result, Excluded)]
+    renamed = [r.path for r in records if r.wrong_extension]
     if renamed and accept_wrong_extension:
         notes.append(
             f"{len(renamed)} images with a wrong extension kept, such as {printable(renamed[0])}; "
@@ -284,6 +267,8 @@ def check_data(
         )
     hint = ""
     if renamed and not accept_wrong_extension:
+        excluded += [Excluded(r.path, r.wrong_extension) for r in records if r.wrong_extension]
+        records = [r for r in records if not r.wrong_extension]
         hint = (
             f"\n{len(renamed)} of them are good images with a wrong extension; keep those with "
             "--accept-wrong-extension (accept_wrong_extension=True)."
@@ -319,28 +304,62 @@ def map_threads(
     return results
 
 
+def _read_cache(file: Path | None) -> dict[str, Any]:
+    """Path -> [[size, modification time in ns], record]; empty if the file is absent or damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        body = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        if body["version"] == _CACHE_VERSION:
+            return dict(body["files"])
+    return {}
+
+
 def _examine(
-    root: Path, classes: list[str], cache: IndexCache, row: Mapping[str, str]
+    root: Path, classes: list[str], cache: dict[str, Any], now: float, row: Mapping[str, str]
 ) -> ImageRecord | Excluded:
-    """Decode the image of one row, unless the cache has its facts."""
+    """Decode the image of one row, unless the cache has its record."""
     path = row["path"]
+    given = {
+        "label": classes.index(row["label"]),
+        "split": row.get("split") or None,
+        "patient": row.get("patient") or None,
+    }
+    stamp = None
+    with suppress(OSError):  # read_file names the problem
+        status = (root / path).stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        if path in cache and cache[path][0] == stamp:
+            return ImageRecord(**{**cache[path][1], **given})
     try:
-        facts = cache.get_or_compute(path, root / path, _facts)._asdict()
+        data = read_file(root / path)
+        pixels, mode, kind, plain = decode_bytes(data, path)
     except ImageError as error:
         return Excluded(path, error.reason)
-    label = classes.index(row["label"])
-    split, patient = row.get("split") or None, row.get("patient") or None
-    return ImageRecord(path=path, label=label, split=split, patient=patient, **facts)
+    facts: dict[str, Any] = {
+        "path": path,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "pixel_hash": pixel_hash(pixels),
+        "height": pixels.shape[0],
+        "width": pixels.shape[1],
+        "mode": mode,
+        "plain": plain,
+        "format": kind,
+    }
+    if stamp and now - stamp[1] / 1e9 > _SETTLED_S:
+        cache[path] = [stamp, facts]
+    return ImageRecord(**facts, **given)
 
 
-def _facts(path: str, file: Path) -> Facts:
-    """Raises ImageError if the file is not a good image."""
-    data = read_file(file)
-    decoded = decode_bytes(data, path)
-    height, width = decoded.pixels.shape[:2]
-    sha256 = hashlib.sha256(data).hexdigest()
-    hash_ = pixel_hash(decoded.pixels)
-    return Facts(sha256, hash_, height, width, decoded.mode, decoded.format, decoded.plain)
+def positive_class(classes: Sequence[str]) -> int:
+    """Index of the class that sensitivity is about, for two classes.
+
+    If exactly one name is a negation (non..., no..., normal, negative, healthy, control), the other
+    class, else index 1. "CT_COVID" sorts before "CT_NonCOVID", so index 1 alone would swap
+    sensitivity and specificity.
+    """
+    if len(classes) != 2:
+        raise DataError(f"a positive class needs 2 classes, got {len(classes)}: {list(classes)}")
+    negative = [_NEGATION.search(name) for name in classes]
+    return 0 if negative[1] and not negative[0] else 1
 
 
 def _scan_folders(root: Path, notes: list[str]) -> list[dict[str, str]]:

@@ -1,23 +1,21 @@
 """Cache of decoded pixels: all images of an index as uint8 in one memory-mapped file.
 
 The file's name is a hash over the content of every image, so it can never belong to other data. The
-file is written next to its final name and renamed when it is complete: a killed process leaves no
-partial cache, and the next process that builds removes what is left. Every image has a CRC-32 that
-is checked when the file is opened; a damaged cache is reported and built again.
+file is renamed to it when it is complete: a killed process leaves no partial cache, and the next
+process that builds removes what is left. Every image has a CRC-32 that is checked when the file is
+opened; a damaged cache is reported and built again.
 
-File: magic, length of the header, header (JSON), CRC-32 per image, then at a multiple of 4096 bytes
-the pixels, [H, W, C] each. Shapes: N images of the index, T bytes in all.
+File: the pixels of each image [H, W, C], then a CRC-32 per image. Shapes: N images of the index, T
+bytes of pixels in all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,39 +29,38 @@ from torch import Tensor
 from sssd_fast.data.images import ImageArray, ImageError, decode_bytes, read_file, to_channels
 from sssd_fast.data.index import DataIndex, Progress, map_threads
 from sssd_fast.errors import ConfigError
+from sssd_fast.run.files import remove_leftovers, sync_file, temporary_file
 
 Log = Callable[[str], object]
 
-_MAGIC = b"SSSDPIX1"  # change it when images.py decodes by other rules
-_ALIGN = 4096
+_VERSION = 2  # raise it when images.py decodes by other rules
 
 
 class PixelStore:
     """N images. Image i is pixels[offsets[i]:] as [heights, widths, channels]."""
 
-    pixels: Tensor  # uint8 [T], read-only; memory-mapped if `path` is set
+    pixels: Tensor  # uint8 [T]; memory-mapped if `path` is set
     path: Path | None = None  # of the cache file
-    origin = "read from the cache"  # where the pixels came from, for the log
+    origin = ""  # where the pixels came from, for the log
 
     def __init__(self, index: DataIndex, channels: int) -> None:
         """The layout of the images; `open_store` sets the pixels."""
         self.channels = channels
         shapes = np.array([(r.height, r.width) for r in index.records], dtype=np.int64)
-        self.shapes: npt.NDArray[np.int64] = shapes.reshape(-1, 2)  # [N, 2] heights and widths
-        sizes = self.shapes.prod(1) * channels
-        self.offsets: npt.NDArray[np.int64] = np.cumsum(sizes) - sizes  # [N]
-        self.nbytes = int(sizes.sum())  # T
-        values = {"images": len(sizes), "channels": channels, "bytes": self.nbytes}
-        text = json.dumps({**values, "key": store_key(index, channels)}).encode()
-        self.header = _MAGIC + struct.pack("<q", len(text)) + text
-        # position of the first pixel in the file
-        self.first = -(-(len(self.header) + 4 * len(sizes)) // _ALIGN) * _ALIGN
+        self.shapes: npt.NDArray[np.int64] = shapes  # [N, 2] heights and widths
+        self.sizes: npt.NDArray[np.int64] = shapes.prod(1) * channels  # [N] bytes
+        self.offsets: npt.NDArray[np.int64] = np.cumsum(self.sizes) - self.sizes  # [N]
+        self.nbytes = int(self.sizes.sum())  # T
 
     def image(self, i: int) -> ImageArray:
         """[H, W] for one channel, else [H, W, C]; a view."""
         shape = self.shapes[i] if self.channels == 1 else (*self.shapes[i], self.channels)
-        size = int(self.shapes[i].prod()) * self.channels
-        return self.pixels[int(self.offsets[i]) :][:size].numpy().reshape(shape)
+        return self.pixels[int(self.offsets[i]) :][: int(self.sizes[i])].numpy().reshape(shape)
+
+    def checksums(self, pixels: ImageArray, threads: int) -> npt.NDArray[np.uint32]:
+        """CRC-32 of every image, [N]; pixels [T]."""
+        images = np.split(pixels, self.offsets[1:])
+        return np.array(map_threads(zlib.crc32, images, threads), dtype="<u4")
 
 
 def read_record(index: DataIndex, i: int) -> bytes:
@@ -85,20 +82,13 @@ def decode_record(index: DataIndex, i: int, channels: int) -> ImageArray:
     return to_channels(decode_bytes(read_record(index, i), str(index.file(i))).pixels, channels)
 
 
-def decoded_bytes(index: DataIndex, channels: int) -> int:
-    """Size of all decoded images of the index."""
-    return sum(r.height * r.width for r in index.records) * channels
-
-
 def cache_folder(setting: str) -> Path | None:
     """Folder of data.cache: "none" is no file, "auto" the user's cache folder, else a path.
 
     Raises ConfigError for "auto" if the user has no home folder.
     """
-    if setting == "none":
-        return None
     if setting != "auto":
-        return Path(setting)
+        return None if setting == "none" else Path(setting)
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:
@@ -125,94 +115,63 @@ def open_store(
     ImageError naming an image that can no longer be read.
     """
     store = PixelStore(index, channels)
-    start = time.perf_counter()
-    if folder is not None:
-        path = folder / (store_key(index, channels) + ".pixels")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _lock(path, log):
-                if _map_file(store, path, threads, log):
-                    return store
-                start = time.perf_counter()
-                _decode_to_file(store, path, index, threads, progress)
-                store.origin = f"decoded in {time.perf_counter() - start:.1f} s"
-                if _map_file(store, path, threads, log):
-                    return store
-            log(f"{path} is damaged right after writing; the decoded images are kept in memory")
-        except OSError as error:
-            # of the cache: a problem with an image is an ImageError
-            log(
-                f"no cache in {folder} ({error.strerror or error}); the decoded images are kept in "
-                "memory. Set data.cache to a folder"
-            )
-    store.pixels = torch.empty(store.nbytes, dtype=torch.uint8)
 
-    def decode(i: int) -> None:
-        store.image(i)[...] = decode_record(index, i, channels)
+    def decode() -> None:
+        start = time.perf_counter()
+        store.pixels = torch.empty(store.nbytes, dtype=torch.uint8)
 
-    map_threads(decode, range(len(index)), threads, progress)
-    store.origin = f"decoded in {time.perf_counter() - start:.1f} s"
+        def fill(i: int) -> None:
+            store.image(i)[...] = decode_record(index, i, channels)
+
+        map_threads(fill, range(len(index)), threads, progress)
+        store.origin = f"decoded in {time.perf_counter() - start:.1f} s"
+
+    if folder is None:
+        decode()
+        return store
+    path = folder / f"{store_key(index, channels)}.pixels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(path, log):
+            if _map_file(store, path, threads, log):
+                store.origin = "read from the cache"
+                return store
+            decode()
+            with temporary_file(path) as (temporary, file):
+                file.write(store.pixels.numpy().data)
+                file.write(store.checksums(store.pixels.numpy(), threads).data)
+                sync_file(file)
+                os.replace(temporary, path)
+            if not _map_file(store, path, threads, log):
+                log(f"{path} is damaged right after writing; the images are kept in memory")
+    except OSError as error:
+        # of the cache: a problem with an image is an ImageError
+        log(
+            f"no cache in {folder} ({error.strerror or error}); the decoded images are kept in "
+            "memory. Set data.cache to a folder"
+        )
+        if not store.origin:
+            decode()
     return store
 
 
 def store_key(index: DataIndex, channels: int) -> str:
     """Name of the cache file: a hash of the content of the images in order, and of `channels`."""
-    digest = hashlib.sha256(json.dumps([_MAGIC.decode(), channels]).encode())
+    digest = hashlib.sha256(json.dumps([_VERSION, channels]).encode())
     for r in index.records:
         digest.update(json.dumps([r.sha256, r.height, r.width]).encode())
     return digest.hexdigest()[:32]
 
 
-def _decode_to_file(
-    store: PixelStore, path: Path, index: DataIndex, threads: int, progress: Progress | None
-) -> None:
-    checksums = np.zeros(len(index), dtype="<u4")
-    needed = store.first + store.nbytes
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    file = os.open(unfinished, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
-
-    def decode(i: int) -> None:
-        pixels = decode_record(index, i, store.channels).tobytes()
-        checksums[i] = zlib.crc32(pixels)
-        _write(file, pixels, store.first + int(store.offsets[i]))
-
-    try:
-        free = os.fstatvfs(file)
-        if free.f_bavail * free.f_frsize < needed:
-            reason = f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:.0f} MiB are needed"
-            raise OSError(errno.ENOSPC, reason)
-        map_threads(decode, range(len(index)), threads, progress)
-        os.ftruncate(file, needed)
-        _write(file, store.header + checksums.tobytes(), 0)
-        os.fsync(file)
-        # The folder is not synced: after a power cut the images are decoded again.
-        os.replace(unfinished, path)
-    finally:
-        os.close(file)
-        unfinished.unlink(missing_ok=True)
-
-
-def _write(file: int, data: bytes, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(file, memoryview(data)[done:], offset + done)
-
-
 def _map_file(store: PixelStore, path: Path, threads: int, log: Log) -> bool:
     """Map the pixels of a cache file; False if it is absent, or damaged (logged, and removed)."""
-    count = len(store.shapes)
     try:
-        with open(path, "rb") as file:
-            if file.read(len(store.header)) != store.header:
-                raise ValueError("wrong header")
-            if os.fstat(file.fileno()).st_size != store.first + store.nbytes:
-                raise ValueError("wrong length")
-            checksums = np.frombuffer(file.read(4 * count), "<u4")
-            # torch.from_file rejects file names that are not UTF-8
-            mapped = np.memmap(file, np.uint8, "c", store.first, (store.nbytes,))
-        store.pixels = torch.from_numpy(mapped)
-        found = map_threads(lambda i: zlib.crc32(store.image(i).data), range(count), threads)
-        wrong = int((np.array(found, dtype="<u4") != checksums).sum())
+        # torch.from_file rejects file names that are not UTF-8
+        mapped = np.memmap(path, np.uint8, "c")
+        if len(mapped) != store.nbytes + 4 * len(store.sizes):
+            raise ValueError("wrong length")
+        pixels, stored = mapped[: store.nbytes], mapped[store.nbytes :].view("<u4")
+        wrong = int((stored != store.checksums(pixels, threads)).sum())
         if wrong:
             raise ValueError(f"{wrong} images have a wrong checksum")
     except FileNotFoundError:
@@ -221,6 +180,7 @@ def _map_file(store: PixelStore, path: Path, threads: int, log: Log) -> bool:
         log(f"the cache {path} is damaged ({error}); it is built again")
         path.unlink()
         return False
+    store.pixels = torch.from_numpy(pixels)
     store.path = path
     return True
 
@@ -236,6 +196,5 @@ def _lock(path: Path, log: Log) -> Iterator[None]:
             except BlockingIOError:
                 log(f"waiting for another process that builds {path}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            for stale in path.parent.glob(f"{path.stem}.*.part"):
-                stale.unlink()
+        remove_leftovers(path.parent)
         yield

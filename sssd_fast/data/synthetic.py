@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sssd_fast.data.folders import new_folder
 from sssd_fast.data.images import ImageArray
-from sssd_fast.data.manifest import write_manifest
+from sssd_fast.data.manifest import new_folder, write_manifest
 from sssd_fast.errors import DataError
 
 Plane = npt.NDArray[np.floating[Any]]  # [H, W]
-Points = Sequence[tuple[float, float]]
 
 # sorted, so that a label is the same number as in a DataIndex
 CLASSES = ("synthetic_covid", "synthetic_normal")
@@ -51,13 +48,79 @@ synthetic_covid: hazy patches along the pleura. synthetic_normal: as much haze a
 """
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """Coordinates of every pixel, and the size of a pixel in the same units."""
+def is_synthetic(source: str) -> bool:
+    """True if the setting data.source means generated slices.
 
-    x: Plane
-    y: Plane
-    pixel: float
+    Raises DataError if there is a folder of that name, which would be ignored.
+    """
+    if source == "synthetic" and Path(source).is_dir():
+        raise DataError(
+            "data.source is synthetic, which means generated slices, but a folder synthetic "
+            "exists: write ./synthetic to use its images, or rename it to generate slices"
+        )
+    return source == "synthetic"
+
+
+def write_synthetic_dataset(
+    out: str | os.PathLike[str], n: int, size: tuple[int, int], seed: int = 0
+) -> Path:
+    """Write n slices (half per class) as out/<class>/slice_00000.png, manifest.csv and README.md.
+
+    The folder appears complete or not at all. Raises DataError if it exists and is not empty.
+    """
+    if n < 2:
+        raise DataError(f"{n} synthetic images; at least 2, one per class, are needed")
+    with new_folder(Path(out)) as folder:
+        rows = []
+        for i in range(n):
+            name = CLASSES[i % 2]
+            path = Path(name, f"slice_{i:05d}.png")
+            (folder / name).mkdir(exist_ok=True)
+            Image.fromarray(make_synthetic_slice(seed, i, i % 2, size)).save(folder / path)
+            rows.append({"path": path.as_posix(), "label": name})
+        write_manifest(folder / "manifest.csv", rows)
+        text = _README.format(n=n, height=size[0], width=size[1], seed=seed)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    return Path(out)
+
+
+def make_synthetic_slice(seed: int, index: int, label: int, size: tuple[int, int]) -> ImageArray:
+    """Draw synthetic slice `index` -> uint8 [H, W].
+
+    label: COVID (0) or NORMAL (1). size: (H, W), each at least 32, else DataError.
+    """
+    if min(size) < 32:
+        raise DataError(f"size is {size}; at least 32 x 32 pixels are needed to draw a slice")
+    anatomy, haze, scanner = (np.random.default_rng([seed, index, k]) for k in range(3))
+    grid = _Grid(anatomy, size)
+    # 0: upper slice with trachea and aortic arch; 1: lower slice with the heart
+    level = anatomy.uniform()
+    picture = _body(anatomy, grid)
+    lung, depth = _lungs(anatomy, grid, level)
+    air = 0.2 + 0.05 * anatomy.uniform() + 0.05 * grid.y
+    air = air + 0.025 * _cloud(anatomy, size, 6) + 0.02 * _cloud(anatomy, size, 20)
+    hila = [(side * anatomy.uniform(0.17, 0.22), anatomy.uniform(0.02, 0.12)) for side in (-1, 1)]
+    inside = np.maximum(air, _haze(haze, grid, lung, depth, hila, label))
+    inside = np.maximum(inside, _vessels(anatomy, grid, hila))
+    picture += lung * (inside - picture)
+    picture = _mediastinum(anatomy, grid, picture, level)
+    return _scan(scanner, picture)
+
+
+# ---- anatomy ----
+
+
+class _Grid:
+    """Coordinates of every pixel under a random zoom, stretch, tilt and shift."""
+
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]) -> None:
+        zoom, stretch, tilt = _draw(rng, (0.84, 1.06), (0.94, 1.06), (-0.09, 0.09))
+        shift = rng.uniform(-0.05, 0.05, 2)
+        rows = np.linspace(-1, 1, size[0])[:, None] * zoom * 0.86 * stretch + shift[0]
+        cols = np.linspace(-1, 1, size[1])[None, :] * zoom / stretch + shift[1]
+        self.x: Plane = (math.cos(tilt) * cols + math.sin(tilt) * rows).astype(np.float32)
+        self.y: Plane = (math.cos(tilt) * rows - math.sin(tilt) * cols).astype(np.float32)
+        self.pixel = 2 * zoom / min(size)  # its size in the same units
 
     def edge(self, inside: Plane) -> Plane:
         """0 outside, 1 inside (inside > 0), with a border of one pixel."""
@@ -75,85 +138,9 @@ class _Grid:
         return picture
 
 
-def is_synthetic(source: str) -> bool:
-    """True if the setting data.source means generated slices.
-
-    Raises DataError if there is a folder of that name, which would be ignored.
-    """
-    if source == "synthetic" and Path(source).is_dir():
-        raise DataError(
-            "data.source is synthetic, which means generated slices, but a folder synthetic "
-            "exists: write ./synthetic to use its images, or rename it to generate slices"
-        )
-    return source == "synthetic"
-
-
-def make_synthetic_slice(seed: int, index: int, label: int, size: tuple[int, int]) -> ImageArray:
-    """Draw synthetic slice `index` -> uint8 [H, W].
-
-    label: COVID (0) or NORMAL (1). size: (H, W), each at least 32. Raises DataError otherwise.
-    """
-    if label not in (COVID, NORMAL):
-        raise DataError(f"label is {label}; 0 ({CLASSES[0]}) or 1 ({CLASSES[1]}) is needed")
-    if min(size) < 32:
-        raise DataError(f"size is {size}; at least 32 x 32 pixels are needed to draw a slice")
-    anatomy, haze, scanner = (np.random.default_rng([seed, index, k]) for k in range(3))
-    grid = _grid(anatomy, size)
-    # 0: upper slice with trachea and aortic arch; 1: lower slice with the heart
-    level = anatomy.uniform()
-    picture = _body(anatomy, grid)
-    lung, depth = _lungs(anatomy, grid, level)
-    air = 0.2 + 0.05 * anatomy.uniform() + 0.05 * grid.y
-    air = air + 0.025 * _cloud(anatomy, size, 6) + 0.02 * _cloud(anatomy, size, 20)
-    hila = [(side * anatomy.uniform(0.17, 0.22), anatomy.uniform(0.02, 0.12)) for side in (-1, 1)]
-    inside = np.maximum(air, _haze(haze, grid, lung, depth, hila, label))
-    inside = np.maximum(inside, _vessels(anatomy, grid, hila))
-    picture += lung * (inside - picture)
-    picture = _mediastinum(anatomy, grid, picture, level)
-    return _scan(scanner, picture)
-
-
-def write_synthetic_dataset(
-    out: str | os.PathLike[str], n: int, size: tuple[int, int], seed: int = 0
-) -> Path:
-    """Write n slices (half per class) as out/<class>/slice_00000.png, manifest.csv and README.md.
-
-    The folder appears complete or not at all. Raises DataError if it exists and is not empty.
-    """
-    if n < 2:
-        raise DataError(f"{n} synthetic images; at least 2, one per class, are needed")
-    with new_folder(Path(out)) as folder:
-        rows = []
-        for i in range(n):
-            label = i % len(CLASSES)
-            path = Path(CLASSES[label], f"slice_{i:05d}.png")
-            (folder / path.parent).mkdir(exist_ok=True)
-            Image.fromarray(make_synthetic_slice(seed, i, label, size)).save(folder / path)
-            rows.append({"path": path.as_posix(), "label": CLASSES[label]})
-        write_manifest(folder / "manifest.csv", rows)
-        text = _README.format(n=n, height=size[0], width=size[1], seed=seed)
-        (folder / "README.md").write_text(text, encoding="utf-8")
-    return Path(out)
-
-
-def _grid(rng: np.random.Generator, size: tuple[int, int]) -> _Grid:
-    """Coordinates under a random zoom, stretch, tilt and shift."""
-    zoom = rng.uniform(0.84, 1.06)
-    stretch = rng.uniform(0.94, 1.06)
-    tilt = rng.uniform(-0.09, 0.09)
-    shift = rng.uniform(-0.05, 0.05, 2)
-    rows = np.linspace(-1, 1, size[0])[:, None] * zoom * 0.86 * stretch + shift[0]
-    cols = np.linspace(-1, 1, size[1])[None, :] * zoom / stretch + shift[1]
-    x = math.cos(tilt) * cols + math.sin(tilt) * rows
-    y = math.cos(tilt) * rows - math.sin(tilt) * cols
-    return _Grid(x.astype(np.float32), y.astype(np.float32), 2 * zoom / min(size))
-
-
 def _body(rng: np.random.Generator, grid: _Grid) -> Plane:
     """Air, skin, fat, muscle, ribs, sternum, spine, table."""
-    width = rng.uniform(0.9, 1.0)
-    height = rng.uniform(0.7, 0.78)
-    fat = rng.uniform(0.03, 0.09)
+    width, height, fat = _draw(rng, (0.9, 1.0), (0.7, 0.78), (0.03, 0.09))
     radius = _superellipse(grid.x / width, grid.y / height, 2.4)
     picture = 0.66 * grid.edge((1 - radius) * height)
     muscle = 0.8 + 0.03 * _cloud(rng, grid.x.shape, 10)
@@ -163,20 +150,19 @@ def _body(rng: np.random.Generator, grid: _Grid) -> Plane:
     angle = np.arctan2(grid.y, grid.x)
     dashes = _ramp(np.cos(rng.integers(7, 11) * angle + rng.uniform(0, 6.3)) - 0.1, 0.5)
     picture = np.maximum(picture, ring * dashes)
-    back = rng.uniform(0.44, 0.5)
+    back, sternum = _draw(rng, (0.44, 0.5), (0.06, 0.1))
     bones = [
         (0.0, back, 0.12, 0.1, 0.98),  # vertebral body
         (0.0, back + 0.17, 0.03, 0.1, 0.98),  # spinous process
         (-0.13, back + 0.1, 0.08, 0.025, 0.98),
         (0.13, back + 0.1, 0.08, 0.025, 0.98),
-        (0.0, -height + 0.1 + fat, rng.uniform(0.06, 0.1), 0.035, 0.98),  # sternum
+        (0.0, -height + 0.1 + fat, sternum, 0.035, 0.98),
         (0.0, back + 0.115, 0.045, 0.03, 0.74),  # spinal canal
     ]
     picture = grid.paint(picture, bones)
-    if rng.uniform() < 0.5:
-        table = np.abs(grid.y - (height + 0.06 + 0.12 * (1 - grid.x**2)))
-        picture = np.maximum(picture, 0.5 * grid.edge(0.012 - table))
-    return picture
+    table = np.abs(grid.y - (height + 0.06 + 0.12 * (1 - grid.x**2)))
+    with_table = np.maximum(picture, 0.5 * grid.edge(0.012 - table))
+    return with_table if rng.uniform() < 0.5 else picture
 
 
 def _lungs(rng: np.random.Generator, grid: _Grid, level: float) -> tuple[Plane, Plane]:
@@ -191,9 +177,9 @@ def _lungs(rng: np.random.Generator, grid: _Grid, level: float) -> tuple[Plane, 
         # narrow in front, wide behind
         u = (grid.x - cx + side * rng.uniform(0.04, 0.1) * (1 - v)) / (a * (0.86 + 0.12 * v))
         theta = np.arctan2(v, u)
-        waves = (
+        waves = [
             rng.normal(0, 0.025) * np.cos(k * theta + rng.uniform(0, 6.3)) for k in range(2, 6)
-        )
+        ]
         radius = _superellipse(u, v, 2.2) * (1 + sum(waves))
         spine = (grid.oval(0.0, 0.1, 0.13, 0.5) - 1) * 0.13
         inside = np.minimum((1 - radius) * a, spine)
@@ -206,21 +192,23 @@ def _lungs(rng: np.random.Generator, grid: _Grid, level: float) -> tuple[Plane, 
 
 
 def _haze(
-    rng: np.random.Generator, grid: _Grid, lung: Plane, depth: Plane, hila: Points, label: int
+    rng: np.random.Generator,
+    grid: _Grid,
+    lung: Plane,
+    depth: Plane,
+    hila: list[tuple[float, float]],
+    label: int,
 ) -> Plane:
     """Brightness of the hazy patches, 0 elsewhere. `label` decides their position alone."""
-    share = rng.uniform(0.1, 0.26)
-    bright = rng.uniform(0.4, 0.56)
+    share, bright = _draw(rng, (0.1, 0.26), (0.4, 0.56))
     core = rng.uniform(0.66, 0.76) if rng.uniform() < 0.5 else bright
     ragged = 0.35 * _cloud(rng, lung.shape, 9) + 0.2 * _cloud(rng, lung.shape, 22)
     mottle = 0.06 * _cloud(rng, lung.shape, 24)
     field = np.full_like(lung, -9)
     for lobe in range(4):
         side = -1 if lobe % 2 else 1
-        # 0 is lateral, pi / 2 posterior
-        angle = rng.uniform(-0.5, 1.35)
-        spread = rng.uniform(0.2, 0.34)
-        weight = rng.uniform(-0.5, 0.5)
+        # angle: 0 is lateral, pi / 2 posterior
+        angle, spread, weight = _draw(rng, (-0.5, 1.35), (0.2, 0.34), (-0.5, 0.5))
         if label == COVID:
             cx = side * (0.42 + 0.33 * math.cos(angle))
             cy = 0.02 + 0.5 * math.sin(angle)
@@ -240,7 +228,7 @@ def _haze(
     return _ramp(field - cut, 0.8) * brightness
 
 
-def _vessels(rng: np.random.Generator, grid: _Grid, hila: Points) -> Plane:
+def _vessels(rng: np.random.Generator, grid: _Grid, hila: list[tuple[float, float]]) -> Plane:
     """Two branching trees from the hila, as brightness; thinner and fainter outwards."""
     discs = []
     for hilum, side in zip(hila, (-1, 1), strict=True):
@@ -264,9 +252,7 @@ def _vessels(rng: np.random.Generator, grid: _Grid, hila: Points) -> Plane:
             noise = rng.normal(0, 0.12, 2 * len(fork))
             angle = np.stack([angle - fork, angle + fork], 1).reshape(-1) + noise
             keep = rng.uniform(size=2 * len(end)) < 0.8
-            start = np.repeat(end, 2, 0)[keep]
-            radius = radius[keep]
-            angle = angle[keep]
+            start, radius, angle = np.repeat(end, 2, 0)[keep], radius[keep], angle[keep]
             length = length * 0.8
     return _stamp(np.concatenate(discs), grid)
 
@@ -314,18 +300,23 @@ def _mediastinum(rng: np.random.Generator, grid: _Grid, picture: Plane, level: f
 def _scan(rng: np.random.Generator, picture: Plane) -> ImageArray:
     """Reconstruction noise (fine and blotchy), gain and offset of one scanner; 8 bits."""
     size = picture.shape
-    fine = rng.uniform(0.005, 0.03)
-    blotchy = rng.uniform(0.005, 0.02)
+    fine, blotchy = _draw(rng, (0.005, 0.03), (0.005, 0.02))
     noise = rng.standard_normal(size, dtype=np.float32)
     noise = noise + np.roll(noise, 1, 0) + np.roll(noise, 1, 1) + np.roll(noise, (1, 1), (0, 1))
     picture = picture + fine * (noise * 0.5)
     picture = picture + blotchy * _cloud(rng, size, max(8, min(size) // 5))
     picture = picture + 0.03 * _cloud(rng, size, 3)
-    gamma = rng.uniform(0.85, 1.2)
-    gain = rng.uniform(0.88, 1.08)
-    offset = rng.uniform(-0.03, 0.06)
+    gamma, gain, offset = _draw(rng, (0.85, 1.2), (0.88, 1.08), (-0.03, 0.06))
     scaled = gain * np.clip(picture, 0, 1.2) ** np.float32(gamma) + offset
     return np.asarray(np.clip(np.rint(255 * scaled), 0, 255).astype(np.uint8))
+
+
+# ---- shapes and noise ----
+
+
+def _draw(rng: np.random.Generator, *ranges: tuple[float, float]) -> list[float]:
+    """One uniform number from each range."""
+    return [rng.uniform(low, high) for low, high in ranges]
 
 
 def _superellipse(u: Plane, v: Plane, power: float) -> Plane:

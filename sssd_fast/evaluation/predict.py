@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sssd_fast.config import Config, from_dict
 from sssd_fast.data.images import decode_image, to_channels
 from sssd_fast.data.index import DataIndex
-from sssd_fast.data.splits import split_csv
+from sssd_fast.data.split import split_csv
 from sssd_fast.errors import CheckpointError, DataError
 from sssd_fast.evaluation.evaluate import result_rows, write_evaluation
 from sssd_fast.evaluation.pictures import attention_picture

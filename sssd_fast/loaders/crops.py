@@ -18,12 +18,10 @@ from PIL import Image
 
 from sssd_fast.config import AugmentConfig
 from sssd_fast.data.images import ImageArray
-from sssd_fast.errors import ConfigError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-FITS = ("crop", "stretch")
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a training crop, as in MAE
 CROP_TRIES = 10
 # Random numbers per record: area, aspect, top and left of each try; then flip, angle, brightness,
@@ -101,8 +99,6 @@ def center_boxes(shapes: Ints, size: tuple[int, int], fit: str) -> Ints:
     stretched by more than half a pixel. fit="stretch": the whole image, so that the edges of wide
     slices stay visible.
     """
-    if fit not in FITS:
-        raise ConfigError(f"evaluation fit is {fit!r}; 'crop' or 'stretch' is needed")
     if fit == "stretch":
         return np.concatenate([np.zeros_like(shapes), shapes], 1)
     scale = (shapes / np.array(size)).min(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Which images each step uses on each rank, and the parts of a loader that all providers share.
+"""Which images each step uses on each rank, and the loader without its pixels, for all providers.
 
 Epoch e visits `permutation(e)`, cut into global batches of world * batch_size; position g of a
 global batch belongs to rank g % world. Batches do not depend on earlier ones, so any
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -20,64 +20,58 @@ from torch import Tensor
 from sssd_fast.config import AugmentConfig
 from sssd_fast.data.index import DataIndex
 from sssd_fast.errors import ConfigError, DataError
-from sssd_fast.loaders.augment import rotate_and_jitter
-from sssd_fast.loaders.batch import PAD_INDEX, PAD_LABEL, Batch, to_device
-from sssd_fast.loaders.crops import FITS, Crops, Ints, evaluation_crops, training_crops
+from sssd_fast.loaders.augment import rotate_and_jitter, to_device
+from sssd_fast.loaders.crops import Crops, Ints, evaluation_crops, training_crops
+
+PAD_INDEX = -1
+PAD_LABEL = -100  # the label that torch's cross_entropy ignores
 
 
-class SampleOrder:
-    """Order and crops of the records `ids` of an index.
-
-    Args:
-        batch_size: rows per rank.
-        image_size: (height, width) in pixels.
-        channels: 1 or 3.
-        augment: augmentation, shuffled, the incomplete last batch is dropped. None: the evaluation
-            crop, in the order of `ids`, the last batch is short.
-        fit: evaluation crop, see `crops.center_boxes`.
-
-    Raises ConfigError for settings out of range, DataError for too few images.
+@dataclass
+class Batch:
+    """B images. A padded row (evaluation only) has valid False, zero pixels, index -1, label
+    -100.
     """
 
-    def __init__(
-        self,
-        index: DataIndex,
-        ids: Sequence[int],
-        *,
-        batch_size: int,
-        image_size: tuple[int, int],
-        channels: int,
-        augment: AugmentConfig | None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        fit: str = "crop",
-    ) -> None:
-        _check_settings(batch_size, image_size, channels, rank, world, fit)
-        self.index = index
-        self.ids = np.asarray(ids, dtype=np.int64)
-        if len(self.ids) == 0:
+    images: Tensor  # uint8 [B, C, H, W]
+    labels: Tensor  # int64 [B]
+    indices: Tensor  # int64 [B], record numbers of the DataIndex
+    valid: Tensor  # bool [B]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(eq=False)
+class SampleOrder:
+    """Order and crops of the records `ids` of an index. Raises DataError for too few images."""
+
+    index: DataIndex
+    ids: Sequence[int]
+    _: KW_ONLY
+    batch_size: int  # rows per rank
+    image_size: tuple[int, int]  # height, width
+    channels: int  # 1 or 3
+    # With augmentation, images are shuffled and the incomplete last batch is dropped. None: the
+    # evaluation crop, in the order of `ids`, the last batch is padded.
+    augment: AugmentConfig | None
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    fit: str = "crop"  # of the evaluation crop, see `crops.center_boxes`
+
+    def __post_init__(self) -> None:
+        count = len(self.ids)
+        if count == 0:
             raise DataError("the loader was given no images")
-        if self.ids.min() < 0 or self.ids.max() >= len(index):
+        if self.augment is not None and count < self.batch_size * self.world:
             raise DataError(
-                f"record numbers {self.ids.min()} to {self.ids.max()}; the index holds "
-                f"{len(index)} images"
+                f"{count} training images do not fill one batch of {self.batch_size} on "
+                f"{self.world} process(es); set the batch size to at most {count // self.world}"
             )
-        if augment is not None and len(self.ids) < batch_size * world:
-            raise DataError(
-                f"{len(self.ids)} training images do not fill one batch of {batch_size} on {world} "
-                f"process(es); set the batch size to at most {len(self.ids) // world}"
-            )
-        self.batch_size = batch_size
-        self.size = image_size
-        self.channels = channels
-        self.augment = augment
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.fit = fit
-        self.labels: Ints = np.array(index.labels, dtype=np.int64)
-        self.shapes: Ints = np.array([(r.height, r.width) for r in index.records], dtype=np.int64)
+        records = self.index.records
+        self.labels: Ints = np.array(self.index.labels, dtype=np.int64)
+        self.shapes: Ints = np.array([(r.height, r.width) for r in records], dtype=np.int64)
         # Two epochs: a provider that prefetches needs the next one before the current one ends.
         self._cached_epoch = functools.lru_cache(2)(self._make_epoch)
 
@@ -86,12 +80,6 @@ class SampleOrder:
         whole, rest = divmod(len(self.ids), self.batch_size * self.world)
         return whole + (rest > 0 and self.augment is None)
 
-    def permutation(self, epoch: int) -> Ints:
-        """Record numbers in the order of this epoch, over all ranks."""
-        if self.augment is None:
-            return self.ids
-        return np.random.default_rng([self.seed, epoch]).permutation(self.ids)
-
     def crops(self, epoch: int, step: int) -> Crops:
         """This rank's share of a step: R rows, fewer (even none) at the end of an evaluation."""
         order, crops = self._cached_epoch(epoch if self.augment is not None else 0)
@@ -99,39 +87,23 @@ class SampleOrder:
         return crops[order[step * size : (step + 1) * size][self.rank :: self.world]]
 
     def _make_epoch(self, epoch: int) -> tuple[Ints, Crops]:
-        """The permutation of an epoch, and the crops of all records."""
+        """Record numbers in order, over all ranks, and the crops of all records."""
+        ids = np.asarray(self.ids, dtype=np.int64)
         if self.augment is None:
-            return self.ids, evaluation_crops(self.shapes, self.size, self.fit)
+            return ids, evaluation_crops(self.shapes, self.image_size, self.fit)
         crops = training_crops(self.shapes, self.augment, self.seed, epoch)
-        return self.permutation(epoch), crops
-
-    def next_position(self, epoch: int, step: int) -> tuple[int, int]:
-        return (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+        return np.random.default_rng([self.seed, epoch]).permutation(ids), crops
 
 
-@dataclass(frozen=True)
-class LoaderChoice:
-    """A provider, the reason for it, and why the preferred ones are not available."""
-
-    provider: str
-    reason: str
-    unavailable: dict[str, str]
-    where: str = ""  # of the resident set: "device" or "host"
-
-    def __str__(self) -> str:
-        others = (f"not {name}: {why}" for name, why in self.unavailable.items())
-        return "; ".join([f"{self.provider}, because {self.reason}", *others])
-
-
-class BaseLoader:
-    """A `sssd_fast.loaders.Loader` without its pixels: a provider adds `_pixels` and `describe`."""
+class Loader:
+    """Batches of an order on `device`. A provider adds `_pixels` and `describe`."""
 
     name = ""
+    reason = ""  # why this provider was chosen
 
     def __init__(self, order: SampleOrder, device: torch.device | str) -> None:
         self.order = order
         self.device = torch.device(device)
-        self.choice: LoaderChoice | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -142,8 +114,9 @@ class BaseLoader:
         raise NotImplementedError
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches `start_step`, ... of `epoch`. Raises DataError for a file that became
-        unreadable.
+        """Batches `start_step`, ... of `epoch`; they do not depend on earlier epochs.
+
+        Raises DataError for a file that became unreadable.
         """
         steps = self.steps_per_epoch
         if not 0 <= start_step <= steps:
@@ -170,35 +143,14 @@ class BaseLoader:
         return Batch(images_RCHW, labels, indices, indices != PAD_INDEX)
 
     def describe(self) -> str:
+        """One line: provider, images, batch, what happens to the last batch, memory."""
         raise NotImplementedError
 
     def _describe(self, how: str) -> str:
         o = self.order
         share = f", rank {o.rank} of {o.world}" if o.world > 1 else ""
-        last = "the last batch is padded"
-        if o.augment is not None:
-            last = "the incomplete last batch is dropped"
-        last = f" ({last})" if len(o.ids) % (o.batch_size * o.world) else ""
-        steps = f"{o.steps_per_epoch} steps of {o.batch_size}{last}{share}"
+        steps = f"{o.steps_per_epoch} steps of {o.batch_size}{share}"
         return f"{self.name}: {len(o.ids)} images, {steps}, {how}"
 
     def close(self) -> None:
-        """Ends threads and processes; the default has none."""
-
-
-def _check_settings(
-    batch_size: int, size: tuple[int, int], channels: int, rank: int, world: int, fit: str
-) -> None:
-    problems = []
-    if batch_size < 1:
-        problems.append(f"batch_size is {batch_size}; at least 1 is needed")
-    if len(size) != 2 or min(size) < 1:
-        problems.append(f"image_size is {size}; (height, width) of at least 1 is needed")
-    if channels not in (1, 3):
-        problems.append(f"channels is {channels}; 1 or 3 is needed")
-    if not 0 <= rank < world:
-        problems.append(f"rank is {rank} of {world}; 0 to world - 1 is needed")
-    if fit not in FITS:
-        problems.append(f"fit is {fit!r}; crop or stretch is needed")
-    if problems:
-        raise ConfigError("loader: " + "; ".join(problems))
+        """Ends threads and frees what they hold; the default has none."""

@@ -6,25 +6,18 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from sssd_fast.config import AugmentConfig, Config, DataConfig
-from sssd_fast.data.index import DataIndex, check_data, report_duplicates
-from sssd_fast.data.labels import positive_class
+from sssd_fast.data.index import DataIndex, check_data, duplicate_lines, positive_class
 from sssd_fast.data.pixels import cache_folder
-from sssd_fast.data.split import Split
-from sssd_fast.data.splits import (
-    carve_validation,
+from sssd_fast.data.split import (
+    Split,
     find_leaks,
+    make_split,
     save_split,
-    split_block,
     split_csv,
-    split_kfold,
-    split_manifest,
-    split_patient,
-    split_random,
     split_summary,
 )
 from sssd_fast.data.synthetic import is_synthetic, write_synthetic_dataset
@@ -64,12 +57,7 @@ def pretraining_images(run: Run, index: DataIndex, split: Split) -> tuple[DataIn
         return index, split.train
     if run.world.main and not (run.resume and recorded.exists()):
         with run.console.announce(f"checking every image in {folder}"):
-            extra = check_data(
-                folder,
-                max_bad_fraction=run.config.data.max_bad_fraction,
-                accept_wrong_extension=run.config.data.accept_wrong_extension,
-                index_cache=cache_folder(run.config.data.cache),
-            )
+            extra = _check(run.config.data, folder)
         _joined(index, split.train, extra).save(recorded)
     run.world.barrier()
     both = DataIndex.load(recorded)
@@ -109,23 +97,6 @@ def positive_label(config: Config, index: DataIndex) -> int:
     return index.classes.index(name)
 
 
-def make_split(config: DataConfig, index: DataIndex) -> Split:
-    """The split that data.split names. A given split without validation images gets val_fraction of
-    them from its training split.
-    """
-    val, seed = config.val_fraction, config.split_seed
-    if config.split == "random":
-        return split_random(index, config.test_fraction, seed, val=val)
-    if config.split == "block":
-        return split_block(index, config.test_fraction, val=val)
-    if config.split == "patient":
-        return split_patient(index, config.test_fraction, seed, val=val)
-    if config.split == "kfold":
-        return split_kfold(index, config.folds, config.fold, seed, val=val)
-    given = split_manifest(index) if config.split == "manifest" else split_csv(index, config.split)
-    return given if given.val or val == 0 else carve_validation(index, given, val, seed)
-
-
 def make_loader(
     run: Run,
     index: DataIndex,
@@ -153,7 +124,16 @@ def make_loader(
         world=world.size if shard else 1,
         fit=data.fit,
     )
-    with _Decoding(run) as decoding:
+    bars: list[Bar] = []
+    with ExitStack() as stack:
+
+        def progress(done: int, total: int) -> None:
+            # made with the first decoded image: a set read from the cache shows no bar
+            if not bars:
+                bar = run.console.progress(total, "decoding the images once")
+                bars.append(stack.enter_context(bar))
+            bars[0].update(done)
+
         loader = build_loader(
             order,
             world.device,
@@ -161,36 +141,13 @@ def make_loader(
             workers=data.workers,
             cache=data.cache,
             limit_gib=data.resident_gib,
-            progress=decoding.progress,
+            progress=progress,
             warn=run.console.warn,
         )
     if augment is not None:
-        run.console.info(f"loader: {loader.choice}")
+        run.console.info(f"loader: {loader.reason}")
         run.console.info(f"loader: {loader.describe()}")
     return loader
-
-
-class _Decoding:
-    """A progress bar that appears with the first decoded image; a set read from the cache shows
-    none.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._stack = ExitStack()
-        self._bar: Bar | None = None
-
-    def __enter__(self) -> _Decoding:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def progress(self, done: int, total: int) -> None:
-        if self._bar is None:
-            bar = self._run.console.progress(total, "decoding the images once")
-            self._bar = self._stack.enter_context(bar)
-        self._bar.update(done)
 
 
 def _make(run: Run) -> None:
@@ -198,19 +155,36 @@ def _make(run: Run) -> None:
     synthetic = is_synthetic(config.source)
     source = _synthetic_slices(run) if synthetic else Path(config.source)
     with console.announce(f"checking every image in {source}"):
-        index = check_data(
-            source,
-            config.manifest,
-            max_bad_fraction=config.max_bad_fraction,
-            accept_wrong_extension=config.accept_wrong_extension,
-            index_cache=cache_folder(config.cache),
-        )
+        index = _check(config, source, config.manifest)
     split = make_split(config, index)
     index.save(run.out / "index.json")
     save_split(split, run.out / "split.csv", index)
     console.info(index.summary())
     console.info(split_summary(split, index))
-    run.write_json("data.json", _facts(index, split, synthetic))
+    # what the report shows
+    splits = {"train": split.train, "val": split.val, "test": split.test}
+    facts = {
+        "source": str(index.root),
+        "synthetic": synthetic,
+        "classes": index.classes,
+        "counts": {name: index.counts(ids) for name, ids in splits.items()},
+        "excluded": [asdict(e) for e in index.excluded],
+        "notes": index.notes,
+        "duplicates": duplicate_lines(index),
+        "leaks": find_leaks(index, split),
+        "split_protocol": split.protocol,
+    }
+    run.write_json("data.json", facts)
+
+
+def _check(config: DataConfig, source: str | Path, manifest: str | None = None) -> DataIndex:
+    return check_data(
+        source,
+        manifest,
+        max_bad_fraction=config.max_bad_fraction,
+        accept_wrong_extension=config.accept_wrong_extension,
+        index_cache=cache_folder(config.cache),
+    )
 
 
 def _synthetic_slices(run: Run) -> Path:
@@ -226,20 +200,3 @@ def _synthetic_slices(run: Run) -> Path:
         with run.console.announce(f"drawing {slices} into {folder}"):
             write_synthetic_dataset(folder, count, size, seed=seed)
     return folder
-
-
-def _facts(index: DataIndex, split: Split, synthetic: bool) -> dict[str, Any]:
-    """data.json: the facts about the data that the report shows."""
-    splits = {"train": split.train, "val": split.val, "test": split.test}
-    duplicates = report_duplicates(index, split)
-    return {
-        "source": str(index.root),
-        "synthetic": synthetic,
-        "classes": index.classes,
-        "counts": {name: index.counts(ids) for name, ids in splits.items()},
-        "excluded": [{"path": e.path, "reason": e.reason} for e in index.excluded],
-        "notes": index.notes,
-        "duplicates": duplicates.lines(),
-        "leaks": find_leaks(index, split),
-        "split_protocol": split.protocol,
-    }

@@ -11,7 +11,6 @@ Shapes: R rows of a batch. `places` [R, 8] int64: offset, image height, width, b
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +22,11 @@ import torch
 from torch import Tensor
 
 from mae_kernels import crop_resize
-from sssd_fast.data.index import DataIndex, Progress
+from sssd_fast.data.index import Progress
 from sssd_fast.data.pixels import PixelStore, open_store, store_key
-from sssd_fast.loaders.batch import to_device
+from sssd_fast.loaders.augment import to_device
 from sssd_fast.loaders.crops import Crops, Ints
-from sssd_fast.loaders.order import BaseLoader, SampleOrder
+from sssd_fast.loaders.order import Loader, SampleOrder
 from sssd_fast.run.device import available_memory
 
 GPU_SHARE = 0.1  # of the GPU's memory; the rest is for training
@@ -76,34 +75,29 @@ class Resident:
 _shared: WeakValueDictionary[tuple[str, str, str, str], Resident] = WeakValueDictionary()
 
 
-def resident_set(
-    index: DataIndex,
-    channels: int,
-    device: torch.device,
-    where: str,
-    cache: Path | None,
-    threads: int = 1,
-    progress: Progress | None = None,
-    warn: Callable[[str], object] = lambda text: None,
-) -> Resident:
-    """The set that another loader of this process holds, or a new one (data.pixels.open_store)."""
-    key = (store_key(index, channels), str(device), where, str(cache))
-    found = _shared.get(key)
-    if found is None:
-        store = open_store(index, channels, cache, threads=threads, progress=progress, log=warn)
-        found = _shared[key] = Resident(store, device, where)
-    return found
-
-
-class ResidentLoader(BaseLoader):
-    """resident: of the order's index, with its number of channels, made for `device`."""
+class ResidentLoader(Loader):
+    """where: from `placement`. The other arguments are those of data.pixels.open_store."""
 
     name = "resident"
 
-    def __init__(self, order: SampleOrder, device: torch.device | str, resident: Resident) -> None:
+    def __init__(
+        self,
+        order: SampleOrder,
+        device: torch.device,
+        where: str,
+        cache: Path | None,
+        threads: int = 1,
+        progress: Progress | None = None,
+        warn: Callable[[str], object] = lambda text: None,
+    ) -> None:
         super().__init__(order, device)
-        self._set = resident
-        self._slots = itertools.cycle([_Slot(self.device), _Slot(self.device)])
+        index, channels = order.index, order.channels
+        key = (store_key(index, channels), str(device), where, str(cache))
+        found = _shared.get(key)
+        if found is None:
+            store = open_store(index, channels, cache, threads=threads, progress=progress, log=warn)
+            found = _shared[key] = Resident(store, device, where)
+        self._set = found
 
     def _pixels(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Crops]]:
         steps = range(start_step, self.steps_per_epoch)
@@ -116,7 +110,7 @@ class ResidentLoader(BaseLoader):
 
     def _show(self, pixels: Tensor, places: Ints) -> Tensor:
         p = to_device(torch.from_numpy(places), self.device)
-        size, channels = self.order.size, self.order.channels
+        size, channels = self.order.image_size, self.order.channels
         flips = p[:, 7] != 0
         return crop_resize(pixels, p[:, 0], p[:, 1:3], p[:, 3:7], flips, size, channels=channels)
 
@@ -128,17 +122,36 @@ class ResidentLoader(BaseLoader):
     def _from_host(self, epoch: int, steps: range) -> Iterator[tuple[Tensor, Crops]]:
         """A thread copies the rows of the next batch into pinned memory while the GPU computes."""
 
-        def fill(step: int) -> tuple[Crops, Ints, _Slot, int]:
-            crops, slot = self.order.crops(epoch, step), next(self._slots)
-            return crops, *slot.fill(self._set.store, self._places(crops))
+        def fill(step: int) -> tuple[Crops, Tensor, Ints]:
+            crops = self.order.crops(epoch, step)
+            return crops, *self._rows(self._places(crops))
 
         with ThreadPoolExecutor(1, thread_name_prefix="stage") as thread:
             coming = thread.submit(fill, steps[0])
             for step in steps:
-                crops, places, slot, used = coming.result()
+                crops, rows, places = coming.result()
                 if step + 1 in steps:
                     coming = thread.submit(fill, step + 1)
-                yield self._show(slot.send(used), places), crops
+                # torch reuses the pinned memory only after the copy
+                yield self._show(rows.to(self.device, non_blocking=True), places), crops
+
+    def _rows(self, places: Ints) -> tuple[Tensor, Ints]:
+        """A copy of whole rows of every box, pinned for a GPU, and the places in it."""
+        store = self._set.store
+        offset, width, top, height = (places[:, i] for i in (0, 2, 3, 5))
+        row = width * store.channels
+        ends = np.cumsum(row * height)
+        starts = ends - row * height
+        used = int(ends[-1]) if len(ends) else 0
+        rows = torch.empty(used, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        source, target = store.pixels.numpy(), rows.numpy()
+        for first, start, end in zip(offset + top * row, starts, ends, strict=True):
+            target[start:end] = source[first : first + end - start]
+        moved = places.copy()
+        moved[:, 0] = starts
+        moved[:, 1] = height
+        moved[:, 3] = 0
+        return rows, moved
 
     def describe(self) -> str:
         store, place = self._set.store, "in memory"
@@ -147,39 +160,3 @@ class ResidentLoader(BaseLoader):
         file = f"cache {store.path}" if store.path else "no cache file"
         size = f"{store.nbytes / 2**20:.0f} MiB decoded images"
         return self._describe(f"{size} {place} ({store.origin}, {file})")
-
-
-class _Slot:
-    """Pinned memory for the rows of one batch, reused once the GPU has copied them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-
-    def fill(self, store: PixelStore, places: Ints) -> tuple[Ints, _Slot, int]:
-        """Copies whole rows of every box; returns the places in this memory, and the bytes used."""
-        offset, width, top, height = (places[:, i] for i in (0, 2, 3, 5))
-        row = width * store.channels
-        ends = np.cumsum(row * height)
-        starts, used = ends - row * height, int(ends[-1]) if len(ends) else 0
-        if self._copied is not None:
-            self._copied.synchronize()
-        if used > len(self._memory):
-            pin, size = self._copied is not None, used + used // 4
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-        source, target = store.pixels.numpy(), self._memory.numpy()
-        for first, start, end in zip(offset + top * row, starts, ends, strict=True):
-            target[start:end] = source[first : first + end - start]
-        moved = places.copy()
-        moved[:, 0] = starts
-        moved[:, 1] = height
-        moved[:, 3] = 0
-        return moved, self, used
-
-    def send(self, used: int) -> Tensor:
-        if self._copied is None:
-            return self._memory[:used]
-        pixels = self._memory[:used].to(self._device, non_blocking=True)
-        self._copied.record()
-        return pixels

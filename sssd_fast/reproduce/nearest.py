@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sssd_fast.data.images import decode_image, to_channels
-from sssd_fast.data.index import DataIndex
-from sssd_fast.data.labels import positive_class
+from sssd_fast.data.index import DataIndex, positive_class
 from sssd_fast.data.split import Split
 from sssd_fast.evaluation.metrics import classification_metrics
 from sssd_fast.loaders.crops import evaluation_crop

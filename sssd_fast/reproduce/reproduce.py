@@ -22,7 +22,7 @@ from typing import Any
 from sssd_fast.config import from_dict, load_config
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.manifest import SPLIT_NAMES
-from sssd_fast.data.splits import split_csv
+from sssd_fast.data.split import split_csv
 from sssd_fast.errors import CheckpointError, RunExistsError
 from sssd_fast.evaluation.predict import evaluate_run
 from sssd_fast.finetune import finetune

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 
 import sssd_fast as sf
 from sssd_fast.data.index import DataIndex
-from sssd_fast.data.splits import split_csv
+from sssd_fast.data.split import split_csv
 from sssd_fast.errors import CheckpointError, ConfigError, DataError
 from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
 from sssd_fast.run.folder import RUN_MARKER

@@ -18,7 +18,7 @@ from PIL import Image
 from sssd_fast.cli import main
 from sssd_fast.convert.convert import convert_volumes
 from sssd_fast.data.index import check_data
-from sssd_fast.data.splits import split_patient
+from sssd_fast.data.split import split_patient
 from sssd_fast.errors import ConfigError, DataError, DependencyError
 from tests.sssd_fast.ct_files import (
     LOCALIZER,
@@ -218,7 +218,7 @@ def test_manifest_gives_class_split_and_patient_of_files_and_folders(source: Pat
     )
     result = convert(source, manifest=table)
     assert tree(convert_volumes(table, source.parent / "b").out) == tree(result.out)
-    assert result.counts() == {
+    assert result.record["classes"] == {
         "ill": {"patients": 2, "volumes": 2, "slices": 6},
         "well": {"patients": 2, "volumes": 2, "slices": 5},
     }

@@ -10,8 +10,8 @@ import pytest
 
 from sssd_fast.data.index import DataIndex, Excluded, ImageRecord
 from sssd_fast.data.manifest import read_manifest
-from sssd_fast.data.split import Split
-from sssd_fast.data.splits import (
+from sssd_fast.data.split import (
+    Split,
     carve_validation,
     find_leaks,
     natural_key,
@@ -182,8 +182,6 @@ def test_manifest_split_and_validation_cut_from_it():
     assert carved.test == split.test
     assert len(carved.val) == 8
     assert set(carved.val) | set(carved.train) == set(split.train)
-    with pytest.raises(DataError, match="already has 8 validation images"):
-        carve_validation(index, carved, 0.2)
     with pytest.raises(DataError, match="no split column"):
         split_manifest(make_index((3, 3)))
 
@@ -191,21 +189,15 @@ def test_manifest_split_and_validation_cut_from_it():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda i: split_random(i, 0.0), "test is 0.0; a fraction above 0"),
-        (lambda i: split_random(i, 1.0), "test is 1.0"),
-        (lambda i: split_random(i, 0.5, val=0.5), "leave no training images"),
-        (lambda i: split_random(i, 0.2, val=-0.1), "val is -0.1"),
+        (lambda i: split_random(i, 0.4, val=0.6), "val 0.6 of 10 images leaves none of the 6"),
+        (lambda i: split_block(i, 0.5, val=0.5), "leave no training images"),
         (lambda i: split_random(i, 0.05), "leaves test without an image of some class"),
         (lambda i: split_block(i, 0.05), "test would have no image of class CT_COVID, CT_NonCOVID"),
         (lambda i: split_block(i, 0.2, val=0.01), "val would have no image"),
         (lambda i: split_patient(i), "10 of 10 images have no patient.*use the block split"),
         (lambda i: split_kfold(i, 6, 0), "class CT_COVID has 5 images; 6 folds need 6"),
-        (lambda i: split_kfold(i, 5, 5), "fold 5 of k = 5"),
-        (lambda i: split_kfold(i, 1, 0), "k >= 2"),
-        (lambda i: carve_validation(i, split_random(i), 0.0), "val is 0.0"),
         (lambda i: Split("x", [0, 1], [], [1], ""), "1 images are listed twice"),
         (lambda i: Split("x", [], [], [1], ""), "train is empty"),
-        (lambda i: Split("x", [0], [], [1], "").ids("dev"), "no split 'dev'"),
     ],
 )
 def test_impossible_splits_are_refused(call, match: str):

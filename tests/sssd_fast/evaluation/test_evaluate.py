@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from sssd_fast.data.labels import positive_class
+from sssd_fast.data.index import positive_class
 from sssd_fast.errors import DataError
 from sssd_fast.evaluation.evaluate import result_rows, write_evaluation
 from sssd_fast.evaluation.metrics import (

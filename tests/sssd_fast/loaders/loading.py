@@ -34,8 +34,7 @@ def loader_of(index: DataIndex, ids: Iterable[int] | None = None, **settings: An
     order = order_of(index, ids, **settings)
     if provider.get("provider") == "staged":
         place = torch.device(provider.get("device", "cpu"))
-        images = resident.resident_set(index, order.channels, place, "host", None)
-        return resident.ResidentLoader(order, place, images)
+        return resident.ResidentLoader(order, place, "host", None)
     return build_loader(order, **{"cache": "none", **provider})
 
 

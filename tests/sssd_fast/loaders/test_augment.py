@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from sssd_fast.errors import ConfigError
 from sssd_fast.loaders.augment import mix_batch, random_erasing, rotate_and_jitter, soft_targets
 
 
@@ -85,8 +84,6 @@ def test_soft_targets_by_hand():
     torch.testing.assert_close(
         ours, torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     )
-    with pytest.raises(ConfigError, match="smoothing is 1"):
-        soft_targets(labels, 3, 1.0)
 
 
 def batch(size: int = 8, height: int = 20, width: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,8 +147,6 @@ def test_mix_batch_chooses_evenly_is_seeded_and_keeps_its_input():
     assert torch.equal(targets, before[1])
     off = mix(images, targets, 0.0, 0.0)
     assert off[0] is images
-    with pytest.raises(ConfigError, match="must not be negative"):
-        mix(images, targets, -1.0, 0.0)
 
 
 def test_random_erasing_draws_one_noisy_rectangle_at_its_rate():
@@ -183,5 +178,3 @@ def test_random_erasing_erases_all_channels_together_and_can_be_off():
     assert (erased.float().sum((2, 3)) > 0.8 * boxes.sum((1, 2))[:, None]).all()
     assert random_erasing(images, 0.0, gen()) is images
     assert len(random_erasing(images[:0], 1.0, gen())) == 0
-    with pytest.raises(ConfigError, match=r"probability is 1.5"):
-        random_erasing(images, 1.5, gen())

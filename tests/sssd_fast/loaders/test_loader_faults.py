@@ -7,15 +7,10 @@ Good files are tested in test_loaders.py, the check of bad files in test_index.p
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 import io
 import itertools
-import multiprocessing
-import os
-import signal
 import struct
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image
 
 from sssd_fast.data.images import printable
 from sssd_fast.data.index import DataIndex, check_data
@@ -35,15 +30,13 @@ from tests.sssd_fast.loaders.loading import PLAIN, Make, loader_of
 pytestmark = pytest.mark.timeout(60)
 
 FEEDS: dict[str, dict[str, Any]] = {
-    "torch": {"provider": "torch"},
-    "torch with a worker": {"provider": "torch", "workers": 1},
+    "torch": {"provider": "torch", "workers": 2},
     "resident": {"provider": "resident"},
     "dali": {"provider": "dali"},
 }
 # largest difference to the torch loader; DALI does not round between the two passes, and decodes
 # JPEG in its own way
-EXACTNESS = {"torch": 0, "torch with a worker": 0, "resident": 2, "dali": 40}
-SIZE = (24, 32)
+EXACTNESS = {"torch": 0, "resident": 2, "dali": 40}
 
 
 @pytest.fixture(params=FEEDS)
@@ -53,9 +46,7 @@ def feed(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def build(feed: str) -> Iterator[Make]:
-    """Builds loaders of the provider under test, or of `name`; closes them and checks that no
-    process remains.
-    """
+    """Builds loaders of the provider under test and closes them."""
     made: list[Loader] = []
 
     def make(index: DataIndex, **changes: Any) -> Loader:
@@ -65,7 +56,6 @@ def build(feed: str) -> Iterator[Make]:
     yield make
     for loader in made:
         loader.close()
-    assert not multiprocessing.active_children()
 
 
 def coarse(seed: int, shape: tuple[int, ...] = (48, 64, 3)) -> np.ndarray:
@@ -209,36 +199,17 @@ def test_resident_set_needs_no_file_after_decoding(index: DataIndex):
     assert count_right(loader, reference, "resident") == 9
 
 
-@pytest.mark.parametrize("feed", ["torch", "dali"], indirect=True)
-def test_truncated_file_is_an_error_even_if_pillow_allows_it(
-    index: DataIndex, build: Make, feed: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with pytest.raises(
-        DataError, match=r"^PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: .* set it to False\.$"
-    ):
-        list(build(index).epoch(0))  # with DALI by the files that it does not decode itself
-
-
-@pytest.mark.parametrize("feed", ["dali"], indirect=True)
-def test_file_that_only_dali_cannot_decode_is_named(tmp_path: Path, build: Make, feed: str):
-    """Pillow reads some damaged files; here one is declared good. DALI's message names no file."""
+def test_file_that_only_dali_cannot_decode_is_an_error_with_advice(tmp_path: Path):
+    """Pillow reads some damaged files; here one is declared good."""
     index = write_set(tmp_path, 10**6)
-    bad = index.root / "a" / "new\nline.jpg"
-    index.file(4).rename(bad)
-    damaged = bad.read_bytes()[:300]
-    bad.write_bytes(damaged)
-    changes: dict[str, Any] = {
-        "path": "a/new\nline.jpg",
-        "sha256": hashlib.sha256(damaged).hexdigest(),
-    }
-    records = [
-        dataclasses.replace(r, **changes) if i == 4 else r for i, r in enumerate(index.records)
-    ]
-    wanted = r"new\\nline\.jpg: DALI cannot decode it.*data\.loader=torch or resident"
-    with pytest.raises(DataError, match=wanted) as error:
-        list(build(dataclasses.replace(index, records=records)).epoch(0))
-    assert str(error.value).isprintable()
+    damaged = index.file(4).read_bytes()[:300]
+    index.file(4).write_bytes(damaged)
+    records = list(index.records)
+    records[4] = dataclasses.replace(records[4], sha256=hashlib.sha256(damaged).hexdigest())
+    loader = loader_of(dataclasses.replace(index, records=records), provider="dali")
+    with pytest.raises(DataError, match=r"DALI stopped.*set data\.loader to torch or resident"):
+        list(loader.epoch(0))
+    loader.close()
 
 
 # ---- files that programs decode differently ----
@@ -413,60 +384,3 @@ def test_every_kind_of_file_is_decoded_as_displayed(
         if from_torch.max() > EXACTNESS[feed] or from_torch.mean() > 1:
             wrong[name] = ("torch", from_torch.max(), from_torch.mean())
     assert not wrong
-
-
-ODD_NAMES = [
-    "new\nline.png",
-    "both\"quotes'.png",
-    "100%s%0.png",
-    "ünï 中.png",
-    os.fsdecode(b"latin1-\xe9.png"),
-    "-r *.png",
-]
-
-
-@pytest.mark.parametrize("feed", ["torch", "dali"], indirect=True)
-def test_file_may_have_any_name_and_is_named_on_one_line(
-    tmp_path: Path, build: Make, feed: str, sets: Iterator[int]
-):
-    folder = tmp_path / "cl\nass 1%"
-    folder.mkdir()
-    seed = next(sets)
-    for i, name in enumerate(ODD_NAMES):
-        Image.fromarray(coarse(9 * seed + i, (48, 64))).save(folder / name)
-    index = check_data(tmp_path)
-    for i in range(len(ODD_NAMES)):
-        path = index.file(i)
-        content = path.read_bytes()
-        path.write_bytes(content[:-50])
-        with pytest.raises(DataError) as error:
-            list(build(index).epoch(0))
-        assert_names(error.value, path, "truncated or damaged PNG")
-        path.write_bytes(content)
-    assert count_right(build(index), by_torch(index), feed) == len(ODD_NAMES)
-
-
-# ---- processes ----
-
-
-@pytest.mark.parametrize("feed", ["dali"], indirect=True)
-def test_process_forked_while_dali_runs_does_not_hang(good: DataIndex, feed: str):
-    """Such as the workers of a DataLoader. A pipeline has no threads after a fork: ending it in the
-    child would wait for them for ever.
-    """
-    loader = loader_of(good, batch_size=3, provider="dali")
-    next(loader.epoch(0))
-    child = os.fork()
-    if child == 0:
-        del loader
-        gc.collect()
-        os._exit(0)
-    deadline = time.monotonic() + 10
-    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if ended == (0, 0):
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert ended == (child, 0)
-    assert count_right(loader, by_torch(good), feed) == 9
-    loader.close()

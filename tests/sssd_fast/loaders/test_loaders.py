@@ -4,7 +4,6 @@ record), shards tile an epoch, resume is exact. The pixels are compared with Pil
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -21,12 +20,11 @@ from PIL import Image
 from sssd_fast.config import AugmentConfig
 from sssd_fast.data.images import decode_image, to_channels
 from sssd_fast.data.index import DataIndex, check_data
-from sssd_fast.data.pixels import open_store
 from sssd_fast.errors import ConfigError, DataError
-from sssd_fast.loaders import PAD_INDEX, PAD_LABEL, Batch, Loader, choose, dali, pillow, resident
+from sssd_fast.loaders import PAD_INDEX, PAD_LABEL, Batch, Loader, choose, dali, resident
 from sssd_fast.loaders.augment import rotate_and_jitter
 from sssd_fast.loaders.crops import crop_and_resize, evaluation_crop, training_crops
-from tests.sssd_fast.loaders.loading import JITTER, Make, assert_near, loader_of, order_of
+from tests.sssd_fast.loaders.loading import JITTER, Make, assert_near, loader_of
 
 COUNT = 23
 CROPS = AugmentConfig(hflip=0.5)
@@ -136,12 +134,6 @@ def test_epochs_shuffle_and_drop_the_incomplete_batch(make: Make, provider: str)
     assert orders[0] != torch.cat([b.indices for b in make(provider, seed=8).epoch(0)]).tolist()
 
 
-def test_dropped_images_change_from_epoch_to_epoch(index: DataIndex):
-    order = order_of(index, augment=CROPS, seed=7)
-    dropped = [set(range(COUNT)) - set(order.permutation(e)[:20].tolist()) for e in range(30)]
-    assert len(set.union(*dropped)) > 15
-
-
 @pytest.mark.parametrize(("provider", "workers"), [(p, 0) for p in PROVIDERS] + [("torch", 2)])
 def test_epoch_can_start_at_any_step(make: Make, provider: str, workers: int):
     loader = make(provider, workers=workers)
@@ -178,7 +170,7 @@ def test_ranks_tile_the_global_batch(
             assert torch.equal(woven, getattr(whole, name)), name
 
 
-@pytest.mark.parametrize(("batch_size", "world"), [(4, 1), (7, 3), (6, 4), (50, 4), (23, 1)])
+@pytest.mark.parametrize(("batch_size", "world"), [(4, 1), (7, 3), (50, 4)])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_evaluation_returns_every_image_once_in_order(
     make: Make, provider: str, batch_size: int, world: int
@@ -201,28 +193,13 @@ def test_evaluation_returns_every_image_once_in_order(
         assert seen == sorted(seen)
 
 
-def test_padding_is_ignored_by_cross_entropy(make: Make):
-    batch = list(make("torch", None).epoch(0))[-1]
-    logits = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    assert batch.valid.sum() == 3
-    torch.testing.assert_close(
-        torch.nn.functional.cross_entropy(logits, batch.labels),
-        torch.nn.functional.cross_entropy(logits[:3], batch.labels[:3]),
-    )
-
-
-def test_order_does_not_depend_on_the_provider(make: Make):
-    pairs = zip(make("resident").epoch(1, 2), make("torch").epoch(1, 2), strict=True)
-    for a, b in pairs:
-        assert torch.equal(a.indices, b.indices)
-        assert (a.images.int() - b.images.int()).abs().max() <= 2
-
-
-def test_dead_worker_process_is_an_error_with_advice(make: Make, monkeypatch: pytest.MonkeyPatch):
-    # Worker processes are forked, so they inherit the patch.
-    monkeypatch.setattr(pillow, "decode_record", lambda *args: os._exit(9))
-    with pytest.raises(DataError, match=r"a loader process died.*fewer workers"):
-        list(make("torch", workers=1).epoch(0))
+def test_impossible_requests_are_refused(make: Make):
+    with pytest.raises(ConfigError, match="loader is 'ffcv'"):
+        make("ffcv")
+    with pytest.raises(ConfigError, match="start_step is 6; an epoch has 5 steps"):
+        next(make("torch").epoch(0, 6))
+    with pytest.raises(DataError, match="no images"):
+        make("torch", ids=[])
 
 
 def test_too_few_images_give_an_error_with_the_batch_size_that_fits(make: Make):
@@ -234,30 +211,12 @@ def test_too_few_images_give_an_error_with_the_batch_size_that_fits(make: Make):
     assert make("torch", None, batch_size=100).steps_per_epoch == 1  # evaluation pads instead
 
 
-def test_settings_out_of_range_are_reported_together(make: Make):
-    with pytest.raises(ConfigError) as error:
-        make("torch", batch_size=0, channels=2, rank=3, fit="pad", image_size=(0, 4))
-    for name in ("batch_size", "channels", "rank", "fit", "image_size"):
-        assert name in str(error.value)
-    with pytest.raises(ConfigError, match="workers is -1"):
-        make("torch", workers=-1)
-    with pytest.raises(ConfigError, match="loader is 'ffcv'"):
-        make("ffcv")
-    with pytest.raises(ConfigError, match="start_step is 6; an epoch has 5 steps"):
-        next(make("torch").epoch(0, 6))
-    with pytest.raises(DataError, match="no images"):
-        make("torch", ids=[])
-    with pytest.raises(DataError, match="record numbers 0 to 23; the index holds 23"):
-        make("torch", ids=[0, 23])
-
-
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_describe_names_provider_and_last_batch(make: Make, provider: str):
-    train, evaluate = make(provider), make(provider, None)
-    assert train.describe().startswith(provider.replace("staged", "resident"))
-    assert "23 images, 5 steps of 4 (the incomplete last batch is dropped)" in train.describe()
-    assert "23 images, 6 steps of 4 (the last batch is padded)" in evaluate.describe()
-    assert "rank 1 of 2" in make(provider, batch_size=2, rank=1, world=2).describe()
+def test_describe_names_provider_steps_and_rank(make: Make, provider: str):
+    name = provider.replace("staged", "resident")
+    assert make(provider, None).describe().startswith(f"{name}: 23 images, 6 steps of 4, ")
+    ranks = make(provider, batch_size=2, rank=1, world=2).describe()
+    assert "23 images, 5 steps of 2, rank 1 of 2, " in ranks
 
 
 def test_loaders_of_one_index_share_the_decoded_images(make: Make):
@@ -289,19 +248,17 @@ def test_auto_selects_resident_if_it_fits_then_dali_then_torch(
     index: DataIndex, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(dali, "unavailable", lambda device: None)
-    first = choose("auto", index, 1, CPU)
-    assert first.provider == "resident"
-    assert "MiB of decoded images fit in memory (at most" in str(first)
-    second = choose("auto", index, 1, CPU, limit_gib=1e-6)
-    assert second.provider == "dali"
-    assert "not resident: 0 MiB of decoded images are more than the 0.0 GiB of memory" in str(
-        second
-    )
+    provider, where, reason = choose("auto", index, 1, CPU)
+    assert (provider, where) == ("resident", "device")
+    assert "MiB of decoded images fit in memory (at most" in reason
+    provider, _, reason = choose("auto", index, 1, CPU, limit_gib=1e-6)
+    assert provider == "dali"
+    assert "not resident: 0 MiB of decoded images are more than the 0.0 GiB of memory" in reason
     monkeypatch.setattr(dali, "unavailable", lambda device: "not installed")
-    third = choose("auto", index, 1, CPU, limit_gib=1e-6)
-    assert third.provider == "torch"
-    assert "not dali: not installed" in str(third)
-    assert choose("torch", index, 1, CPU).provider == "torch"
+    provider, _, reason = choose("auto", index, 1, CPU, limit_gib=1e-6)
+    assert provider == "torch"
+    assert "not dali: not installed" in reason
+    assert choose("torch", index, 1, CPU)[0] == "torch"
     for name, reason in (("dali", "not installed"), ("resident", "more than")):
         with pytest.raises(ConfigError, match=f"data.loader is '{name}', but .*{reason}"):
             choose(name, index, 1, CPU, limit_gib=1e-6)
@@ -328,17 +285,9 @@ def test_placement_follows_the_documented_shares(monkeypatch: pytest.MonkeyPatch
 
 
 def test_dali_whose_import_fails_is_not_available(monkeypatch: pytest.MonkeyPatch):
-
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     reason = dali.unavailable(CPU)
     assert reason is not None and ("not installed" in reason or "import fails" in reason)
-
-
-def test_cache_is_one_file_that_the_next_loader_reads(index: DataIndex, make: Make, tmp_path: Path):
-    first = list(make("resident", cache=str(tmp_path)).epoch(0))
-    assert [p.suffix for p in sorted(tmp_path.iterdir())] == [".lock", ".pixels"]
-    assert "read from the cache" in open_store(index, 1, tmp_path).origin
-    same(first, make("resident", cache=str(tmp_path)).epoch(0))
 
 
 LEAVES_WITHOUT_CLOSING = """
@@ -348,25 +297,20 @@ from sssd_fast.data.index import DataIndex
 from tests.sssd_fast.loaders.loading import PLAIN, loader_of
 
 index = DataIndex.load(sys.argv[1])
-loader = loader_of(index, augment=PLAIN, provider=sys.argv[2], workers=int(sys.argv[3]))
+loader = loader_of(index, augment=PLAIN, provider=sys.argv[2], workers=2)
 stream = loader.epoch(0)
 print(next(stream).images.float().mean() > 0)
-if sys.argv[4] == "error":
-    raise SystemExit(7)
+raise SystemExit(7)
 """
 
 
-@pytest.mark.parametrize(
-    ("provider", "workers", "ending"),
-    [("dali", 0, "error"), ("torch", 1, "end"), ("torch", 1, "error")],
-)
+@pytest.mark.parametrize("provider", ["dali", "torch"])
 def test_process_that_exits_in_the_middle_of_an_epoch_ends(
-    index: DataIndex, tmp_path: Path, provider: str, workers: int, ending: str
+    index: DataIndex, tmp_path: Path, provider: str
 ):
     index.save(tmp_path / "index.json")
-    arguments = [str(tmp_path / "index.json"), provider, str(workers), ending]
+    arguments = [str(tmp_path / "index.json"), provider]
     command = [sys.executable, "-c", LEAVES_WITHOUT_CLOSING, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "tensor(True)\n", done.stderr
-    assert done.returncode == (7 if ending == "error" else 0), done.stderr
+    assert (done.stdout, done.returncode) == ("tensor(True)\n", 7), done.stderr
     assert "Traceback" not in done.stderr

@@ -12,9 +12,8 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import KNeighborsClassifier
 
-from sssd_fast.data.index import check_data
-from sssd_fast.data.labels import positive_class
-from sssd_fast.data.splits import split_csv, split_random
+from sssd_fast.data.index import check_data, positive_class
+from sssd_fast.data.split import split_csv, split_random
 from sssd_fast.errors import DataError
 from sssd_fast.reproduce.nearest import nearest_rates
 from sssd_fast.reproduce.public_sets import (
