@@ -29,7 +29,6 @@ from torch import Tensor
 from sssd_fast.data.images import ImageArray, ImageError, decode_bytes, read_file, to_channels
 from sssd_fast.data.index import DataIndex, Progress, map_threads
 from sssd_fast.errors import ConfigError
-from sssd_fast.run.files import remove_leftovers, sync_file, temporary_file
 
 Log = Callable[[str], object]
 
@@ -137,11 +136,7 @@ def open_store(
                 store.origin = "read from the cache"
                 return store
             decode()
-            with temporary_file(path) as (temporary, file):
-                file.write(store.pixels.numpy().data)
-                file.write(store.checksums(store.pixels.numpy(), threads).data)
-                sync_file(file)
-                os.replace(temporary, path)
+            _write_file(store, path, threads)
             if not _map_file(store, path, threads, log):
                 log(f"{path} is damaged right after writing; the images are kept in memory")
     except OSError as error:
@@ -161,6 +156,21 @@ def store_key(index: DataIndex, channels: int) -> str:
     for r in index.records:
         digest.update(json.dumps([r.sha256, r.height, r.width]).encode())
     return digest.hexdigest()[:32]
+
+
+def _write_file(store: PixelStore, path: Path, threads: int) -> None:
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    pixels = store.pixels.numpy()
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(pixels.data)
+            file.write(store.checksums(pixels, threads).data)
+            file.flush()
+            os.fsync(file.fileno())
+        # The folder is not synced: after a power cut the images are decoded again.
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _map_file(store: PixelStore, path: Path, threads: int, log: Log) -> bool:
@@ -196,5 +206,6 @@ def _lock(path: Path, log: Log) -> Iterator[None]:
             except BlockingIOError:
                 log(f"waiting for another process that builds {path}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_leftovers(path.parent)
+            for stale in path.parent.glob(f"{path.stem}.*.part"):
+                stale.unlink()
         yield

@@ -54,7 +54,7 @@ def assert_right(store: PixelStore, index: DataIndex, channels: int) -> None:
 def assert_complete(cache: Path) -> Path:
     """The one cache file; nothing unfinished next to it."""
     (path,) = cache.glob("*.pixels")
-    assert not list(cache.glob(".*"))
+    assert not list(cache.glob("*.part"))
     return path
 
 
@@ -171,7 +171,7 @@ store = pixels.open_store(index, 1, cache)
 """
 MOMENTS = {
     "decoding": "pixels.decode_record = lambda *args: stop()",
-    "all images written": "pixels.sync_file = lambda file: stop()",
+    "all images written": "pixels.os.fsync = lambda file: stop()",
 }
 
 
@@ -209,7 +209,7 @@ def test_killed_process_leaves_no_cache_and_the_next_one_cleans_up(
     child = start(MOMENTS[moment] + BUILD, "here")
     child.kill()
     child.wait()
-    assert len(list(cache.glob(".*"))) == (moment != "decoding")
+    assert len(list(cache.glob("*.part"))) == (moment != "decoding")
     assert not list(cache.glob("*.pixels"))
     assert_right(open_store(index, 1, cache, log=never), index, 1)
     assert_complete(cache)
