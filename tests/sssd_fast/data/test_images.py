@@ -1,4 +1,7 @@
-"""Decoder: every kind of file becomes the right uint8 image, or an error that names the file."""
+"""Decoder: every kind of file becomes the right uint8 image, or an error that names the file.
+
+loaders/test_loader_faults.py has alpha, palettes, CMYK, orientation and JPEG.
+"""
 
 from __future__ import annotations
 
@@ -49,41 +52,6 @@ def test_lossless_formats_are_exact(kind, pixels):
     assert decoded.format == kind
 
 
-def test_jpeg_is_close_and_grey_stays_grey():
-    smooth = np.add.outer(np.arange(40), np.arange(50)).astype(np.uint8) * 2
-    pixels = decode(encode(smooth, "JPEG", quality=95))
-    assert pixels.shape == (40, 50)
-    assert np.abs(pixels.astype(int) - smooth).max() <= 3
-
-
-@pytest.mark.parametrize("pixels", [GREY, RGB], ids=["grey", "rgb"])
-def test_alpha_is_composited_on_black(pixels):
-    alpha = np.full((12, 17), 128, np.uint8)
-    alpha[:6] = 0
-    expected = np.rint(pixels.T * (alpha.T / 255.0)).T
-    decoded = decode(encode(np.dstack([pixels, alpha])))
-    assert decoded.shape == pixels.shape
-    assert np.abs(decoded - expected).max() <= 1
-
-
-def test_palette_with_a_transparent_colour():
-    indexed = Image.fromarray((GREY % 4).astype(np.uint8), "P")
-    indexed.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 8, 7] + [0] * (252 * 3))
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 8, 7]], np.uint8)
-    np.testing.assert_array_equal(decode(encode(indexed)), colours[GREY % 4])
-    colours[2] = 0  # blue becomes transparent, so black
-    np.testing.assert_array_equal(decode(encode(indexed, transparency=2)), colours[GREY % 4])
-
-
-def test_one_bit_and_cmyk():
-    bits = GREY > 127
-    np.testing.assert_array_equal(decode(encode(bits)), bits * np.uint8(255))
-    cmyk = Image.new("CMYK", (20, 20), (0, 255, 255, 0))  # no cyan, full magenta and yellow: red
-    pixels = decode(encode(cmyk, "JPEG", quality=100)).astype(int)
-    assert pixels[..., 0].min() > 245
-    assert pixels[..., 1:].max() < 10
-
-
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize(
     ("top", "full"),
@@ -93,12 +61,6 @@ def test_16_bit_grey_is_scaled_by_the_smallest_range_that_fits(top, full, kind):
     values = np.linspace(0, top, 12 * 17).reshape(12, 17).astype(np.uint16)
     expected = np.floor(values * 255.0 / full + 0.5).astype(np.uint8)
     np.testing.assert_array_equal(decode(encode(values, kind)), expected)
-
-
-def test_exif_orientation_is_applied():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise to display
-    np.testing.assert_array_equal(decode(encode(GREY, exif=exif)), np.rot90(GREY, -1))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])

@@ -200,7 +200,6 @@ def test_manifest_errors_are_listed_all_at_once(data: Path):
     [
         ("file,label\na.png,x\n", "no column path; the header is 'file,label'"),
         ("path;label\na.png;x\n", "no column path and label.*separated by commas"),
-        ("", "no column path and label"),
         ("path,label\n", "no rows"),
     ],
 )
@@ -221,20 +220,21 @@ def test_index_round_trip_and_missing_data(data: Path, tmp_path: Path):
         DataIndex.load(out)
 
 
-@pytest.mark.parametrize("damage", ["cut", "version", "label", "field", "list"])
-def test_damaged_index_is_refused(data: Path, tmp_path: Path, damage: str):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("}", ""),
+        ('"version": 1', '"version": 99'),
+        ('"label": 1', '"label": 2'),
+        ('"sha256"', '"hash"'),
+    ],
+)
+def test_damaged_index_is_refused(data: Path, tmp_path: Path, old: str, new: str):
     out = tmp_path / "index.json"
     check_data(data, out=out)
-    body = json.loads(out.read_text())
-    if damage == "version":
-        body["version"] = 99
-    elif damage == "label":
-        body["records"][0]["label"] = 2
-    elif damage == "field":
-        del body["records"][0]["sha256"]
-    elif damage == "list":
-        body = []
-    out.write_text(out.read_text()[:500] if damage == "cut" else json.dumps(body))
+    text = out.read_text()
+    assert old in text
+    out.write_text(text.replace(old, new))
     with pytest.raises(DataError, match="make it again with `sssd-fast data check`"):
         DataIndex.load(out)
 
@@ -338,20 +338,3 @@ def test_index_cache_that_is_damaged_or_not_writable_changes_nothing(
     assert len(decoded) == 12
     (tmp_path / "file").write_text("in the way")
     assert check_data(old, index_cache=tmp_path / "file" / "below") == index
-
-
-@pytest.mark.realdata
-def test_public_sets_pass_the_check():
-    """COVID-CT has 34 JPEGs named .png; SARS-CoV-2 CT has two identical pairs."""
-    root = Path(os.environ["SSSD_FAST_DATA"])
-    covid = check_data(root / "covid-ct" / "split_official.csv", accept_wrong_extension=True)
-    assert covid.counts() == {"CT_COVID": 349, "CT_NonCOVID": 397}
-    assert not covid.excluded
-    with pytest.raises(DataError, match=r"34 of 746 .*\n(.*\n)*.*--accept-wrong-extension"):
-        check_data(root / "covid-ct" / "split_official.csv")
-    sars = check_data(root / "sars-cov-2-ct" / "split_xdnn.csv")
-    assert sars.counts() == {"COVID": 1252, "non-COVID": 1229}
-    assert not sars.excluded
-    identical = [[sars.records[i].path for i in ids] for ids in identical_images(sars)]
-    pairs = [sorted(Path(p).stem for p in group) for group in identical]
-    assert sorted(pairs) == [["Covid_128", "Covid_129"], ["Covid_134", "Covid_135"]]

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from sssd_fast.data import pixels
-from sssd_fast.data.images import ImageError
 from sssd_fast.data.index import DataIndex, check_data
 from sssd_fast.data.pixels import PixelStore, cache_folder, open_store, store_key
 from sssd_fast.errors import ConfigError
@@ -337,37 +336,3 @@ def test_cache_folder_of_each_setting(
     match = r"data\.cache is auto.*home directory.*set it to a folder or none"
     with pytest.raises(ConfigError, match=match):
         cache_folder("auto")
-
-
-# ---- images that changed since the check ----
-
-OTHER = "another image than the one that was checked"
-CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "vanished": (lambda path: path.unlink(), "no such file"),
-    "truncated": (
-        lambda path: path.write_bytes(path.read_bytes()[:-30]),
-        "truncated or damaged PNG",
-    ),
-    "text": (lambda path: path.write_text("hello"), "not a known image format"),
-    "same size": (lambda path: Image.new("L", Image.open(path).size).save(path), OTHER),
-    "same pixels": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), OTHER),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_image_that_changed_since_the_check_is_an_error(index: DataIndex, cache: Path, change: str):
-    make, reason = CHANGES[change]
-    cases = [("new\nline.png", cache, "line.png: "), (LATIN1, None, r"latin1-\udce9.png: ")]
-    for name, folder, printed in cases:
-        path = index.root / "a" / name
-        whole = path.read_bytes()
-        make(path)
-        with pytest.raises(ImageError) as error:
-            open_store(index, 1, folder, threads=2, log=never)
-        text = str(error.value)
-        assert text.isprintable()
-        assert printed in text
-        assert reason in text
-        assert "restore it, or run `sssd-fast data check` again" in text
-        path.write_bytes(whole)
-    assert_nothing_left(cache)
