@@ -281,8 +281,8 @@ def _slice(ds: Any, frame: Frame, stored_HW: npt.NDArray[Any]) -> Slice:
     window = None
     if center and width and _attribute(ds, frame.index, "VOILUTFunction") in (None, "LINEAR"):
         window = float(center[0]), float(width[0])
-    turned = (_turn(picture, frame.orientation) for picture in (values_HW, outside_HW))
-    return Slice(*turned, inverted=_inverted(ds), window=window)
+    values_HW, outside_HW = (_turn(one, frame.orientation) for one in (values_HW, outside_HW))
+    return Slice(values_HW, outside_HW, _inverted(ds), window)
 
 
 def _rescaling(ds: Any, index: int) -> tuple[float, float] | None:

@@ -126,7 +126,7 @@ class DataIndex:
             "root": str(self.root.absolute()),
             "wrong_extension": [r.path for r in self.records if r.wrong_extension],
         }
-        atomic_write_text(path, json.dumps(body, indent=1) + "\n")
+        atomic_write_text(Path(path), json.dumps(body, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DataIndex:
@@ -318,7 +318,7 @@ def _examine(
 ) -> ImageRecord | Excluded:
     """Decode the image of one row, unless the cache has its record."""
     path = row["path"]
-    given = {
+    given: dict[str, Any] = {
         "label": classes.index(row["label"]),
         "split": row.get("split") or None,
         "patient": row.get("patient") or None,

@@ -59,7 +59,9 @@ class PixelStore:
     def checksums(self, pixels: ImageArray, threads: int) -> npt.NDArray[np.uint32]:
         """CRC-32 of every image, [N]; pixels [T]."""
         images = np.split(pixels, self.offsets[1:])
-        return np.array(map_threads(zlib.crc32, images, threads), dtype="<u4")
+        return np.array(
+            map_threads(lambda image: zlib.crc32(image.data), images, threads), dtype="<u4"
+        )
 
 
 def read_record(index: DataIndex, i: int) -> bytes:
