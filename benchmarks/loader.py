@@ -2,7 +2,7 @@
 
     sssd-fast bench loader [DATA ...]
 
-Without DATA, synthetic slices of 512 x 512 pixels. The baseline is torch with worker processes.
+Without DATA, synthetic slices of 512 x 512 pixels. The baseline is torch with two threads.
 A provider is timed only if its first epoch has the records and labels of the torch loader in the
 same order, and pixels within 1 grey level of Pillow's on average.
 
