@@ -66,13 +66,3 @@ class SignalGuard:
         with contextlib.suppress(OSError):
             os.write(2, (cursor + text).encode())
         os._exit(128 + signum)
-
-
-def ignore_signals_in_worker(worker_id: int) -> None:
-    """A `worker_init_fn` for torch's DataLoader.
-
-    Batch systems signal the whole process group; a worker that dies fails the parent's next batch.
-    Workers still end when the parent does.
-    """
-    for signum in SignalGuard.SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
