@@ -67,7 +67,7 @@ def reference(x: Images, h: int, w: int, channels: int) -> Tensor:
     many threads as torch uses (the resize itself takes one).
     """
     device = x.pixels.device
-    x = Images(*(t.cpu() for t in x))
+    x = Images(x.pixels, *(t.cpu() for t in x[1:]))
     check_ranges(x, channels)
     batch = x.offsets.shape[0]
     out_BChw = torch.empty((batch, channels, h, w), dtype=torch.uint8)
@@ -78,7 +78,8 @@ def reference(x: Images, h: int, w: int, channels: int) -> Tensor:
         with torch.inference_mode(inference):
             for b in images:
                 (height, width), (top, left, rows, columns) = shapes[b], boxes[b]
-                image_T = x.pixels[starts[b] : starts[b] + height * width * channels]
+                # of other devices the listed images are copied, one by one
+                image_T = x.pixels[starts[b] : starts[b] + height * width * channels].cpu()
                 image_HWC = image_T.view(height, width, channels)
                 crop_HWC = image_HWC[top : top + rows, left : left + columns]
                 # channels-last memory, which torch resizes without a copy
