@@ -9,6 +9,7 @@ from __future__ import annotations
 from ._checks import debug_checks
 from ._runtime import as_on_gpu, backend, info
 from ._samples import Draw, Sample, samples
+from .cpu_attention import cpu_bf16_units
 from .crop_resize import crop_resize
 from .distillation import distillation_loss
 from .gelu_linear import gelu_linear
@@ -45,6 +46,7 @@ __all__ = [
     "attention",
     "attention_refusal",
     "backend",
+    "cpu_bf16_units",
     "crop_resize",
     "debug_checks",
     "distillation_loss",

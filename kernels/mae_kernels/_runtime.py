@@ -87,6 +87,11 @@ def wants_reference(on: Tensor) -> bool:
     return _backend == "reference" or (_backend == "auto" and not on.is_cuda and not _pretending)
 
 
+def wants_cpu_ops(on: Tensor) -> bool:
+    """Whether a public function may take an op written for the CPU."""
+    return on.device.type == "cpu" and _backend == "auto" and not _pretending
+
+
 def always_registered() -> bool:
     """Whether the registered op runs even where plain torch would do as well."""
     return _backend == "registered"

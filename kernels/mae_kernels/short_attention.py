@@ -14,8 +14,9 @@ on the chip: qkv is read and its gradient written in their layout, one launch ea
 no fp32 buffer for dq. Up to 64 tokens the backward reads only qkv and dout, and nothing but qkv is
 kept for it; beyond, out and the log-sum-exp are kept as well. fp16 and bf16 products run on tensor
 cores with fp32 sums; the softmax is fp32. Longer sequences, other head widths, fp32 (tensor cores
-would round it), fp64, GPUs before sm_80 (Triton has no tensor cores there) and the CPU take torch's
-scaled_dot_product_attention with torch's own backward.
+would round it), fp64 and GPUs before sm_80 (Triton has no tensor cores there) take torch's
+scaled_dot_product_attention with torch's own backward; so does the CPU, except for training in bf16
+(cpu_attention.py).
 
 Shapes: B images, N tokens, H heads, d head width. The packed order (3, H, d) is that of timm and
 facebookresearch/mae.
@@ -51,6 +52,7 @@ from ._runtime import (
     wants_reference,
 )
 from ._samples import Draw, Made, Sample, Size, declares
+from .cpu_attention import attention_products, cpu_refusal, takes_products
 
 LOG2_E = math.log2(math.e)
 # Before sm_80 Triton multiplies matrices without tensor cores
@@ -299,16 +301,19 @@ def lines_for(table: tuple[Sizes, ...], arch: int, width: int) -> list[Sizes]:
 
 
 def attention_refusal(
-    tokens: int, head_width: int, dtype: torch.dtype, capability: tuple[int, int]
+    tokens: int, head_width: int, dtype: torch.dtype, capability: tuple[int, int] | None
 ) -> str | None:
-    """Why `attention` takes scaled_dot_product_attention for a shape on a GPU; None if its kernels
-    take it.
+    """Why `attention` takes scaled_dot_product_attention for a shape; None if its own
+    implementation takes it.
 
     Args:
         tokens, head_width: N and d of qkv [B, N, 3, H, d].
         dtype: of qkv.
-        capability: compute capability of the GPU, as torch.cuda.get_device_capability returns it.
+        capability: compute capability of the GPU, as torch.cuda.get_device_capability returns it;
+            None for training on this machine's CPU.
     """
+    if capability is None:
+        return cpu_refusal(tokens, dtype)
     arch = 10 * capability[0] + capability[1]
     if arch < OLDEST:
         return f"its kernels need the tensor cores of sm_{OLDEST} or newer, this is sm_{arch}"
@@ -531,11 +536,14 @@ def attention(qkv: Tensor, *separate: Tensor, scale: float | None = None) -> Ten
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, needs H and d of at least 1")
     if scale is not None:
         check_positive("scale", scale)
+    factor = qkv.shape[4] ** -0.5 if scale is None else float(scale)
+    if takes_products(qkv):
+        return attention_products(qkv, factor)[0]
     if wants_reference(qkv) or not (
         always_registered() or _kernels_run(qkv.device, qkv.dtype, refusal(qkv))
     ):
         return reference(qkv, scale)
-    return _attention_op(qkv, qkv.shape[4] ** -0.5 if scale is None else float(scale))[0]
+    return _attention_op(qkv, factor)[0]
 
 
 # ---- samples ----

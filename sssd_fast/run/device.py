@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mae_kernels import cpu_bf16_units
 from sssd_fast.errors import ConfigError
 from sssd_fast.run.files import existing_folder
 
@@ -97,7 +98,9 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """auto: bf16 from sm_80 on, fp16 on older GPUs, fp32 on the CPU."""
+    """auto: on a GPU bf16 from sm_80 on, fp16 on older ones; on a CPU bf16 if it has bf16 units,
+    else fp32.
+    """
     if name != "auto":
         cuda_bf16 = name == "bf16" and device.type == "cuda"
         if cuda_bf16 and torch.cuda.get_device_capability(device) < (8, 0):
@@ -105,8 +108,20 @@ def pick_precision(name: str, device: torch.device) -> str:
             raise ConfigError(f"precision is bf16, but {gpu} has no bf16 units; use precision=fp16")
         return name
     if device.type == "cpu":
-        return "fp32"
+        return "fp32" if cpu_bf16_units() is None else "bf16"
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+def precision_reason(name: str, device: torch.device) -> str:
+    """Why `pick_precision` chooses what it chooses."""
+    if name != "auto":
+        return f"precision is {name}"
+    if device.type == "cpu":
+        units = cpu_bf16_units()
+        if units is None:
+            return "this CPU multiplies fp32 faster than bf16"
+        return f"this CPU multiplies bf16 with {units}"
+    return "this GPU has bf16 units" if pick_precision(name, device) == "bf16" else "no bf16 units"
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -1,0 +1,162 @@
+"""Self-attention in bf16 on a CPU, for training: every product is one batched matrix product.
+
+    P = softmax(q k^T * scale),  out = P v
+    dP = dout v^T,  dS = P * (dP - rowsum(P * dP)),  dq = dS k * scale,  dk = dS^T q * scale,
+    dv = P^T dout
+
+oneDNN computes bf16 products with the CPU's bf16 units. torch's scaled_dot_product_attention uses
+them in the forward only: its backward in bf16 is slower than in fp32. P is kept for the backward.
+
+Source: Vaswani et al., arXiv 1706.03762, equation 1.
+
+Shapes: B images, N tokens, H heads, d head width, S = B * H sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ._runtime import no_autocast, wants_cpu_ops
+
+# The longest sequence for which these products take less time than scaled_dot_product_attention,
+# forward and backward. Measured on an Intel Xeon with AMX and an AMD EPYC with AVX512-BF16, one
+# thread: 6 to 9 times faster at 17 to 65 tokens, 2 to 3 times at 197, 1.6 times at 577, slower at
+# 1025. In fp32 the two differ by less than a fifth.
+LONGEST = {torch.bfloat16: 640}
+
+
+def cpu_bf16_units() -> str | None:
+    """The instructions with which this CPU multiplies bf16 matrices; None if it has none.
+
+    Asks torch for the CPU's capabilities. Without such instructions bf16 products are slower than
+    fp32 ones.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return None
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+    else:  # torch before 2.11
+        found = {
+            "amx_bf16": torch.cpu._is_amx_tile_supported(),
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        }
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "sve_bf16": "SVE", "bf16": "NEON"}
+    return next((name for key, name in names.items() if found.get(key)), None)
+
+
+def cpu_refusal(tokens: int, dtype: torch.dtype) -> str | None:
+    """Why training on a CPU takes scaled_dot_product_attention; None if it takes the products."""
+    longest = LONGEST.get(dtype)
+    if longest is None:
+        return f"on a CPU its products take bf16, not {str(dtype).removeprefix('torch.')}"
+    if tokens > longest:
+        return f"on a CPU it is faster up to {longest} tokens, not with {tokens}"
+    if cpu_bf16_units() is None:
+        return "this CPU has no bf16 units"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _refused(tokens: int, dtype: torch.dtype) -> bool:
+    return cpu_refusal(tokens, dtype) is not None
+
+
+def takes_products(qkv_BN3Hd: Tensor) -> bool:
+    """Whether `attention` is computed here. Without gradients the fused forward of
+    scaled_dot_product_attention is faster.
+    """
+    if not wants_cpu_ops(qkv_BN3Hd) or not (qkv_BN3Hd.requires_grad and torch.is_grad_enabled()):
+        return False
+    return not _refused(int(qkv_BN3Hd.shape[1]), qkv_BN3Hd.dtype)
+
+
+# ---- registration ----
+# Opaque to torch.compile: Inductor would turn the products back into scaled_dot_product_attention.
+@torch.library.custom_op("mae_kernels::attention_products", mutates_args=())
+def attention_products(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B,N,H,d] and, for the backward, q, k and v [3,S,N,d] and P [S,N,N]."""
+    batch, tokens, _, heads, width = qkv.shape
+    shape = (3, batch * heads, tokens, width)
+    heads_first = qkv.permute(2, 0, 3, 1, 4)
+    qkv_3SNd = heads_first.clone(memory_format=torch.contiguous_format).view(shape)
+    q, k, v = qkv_3SNd.unbind(0)
+    with no_autocast(qkv.device):
+        scores_SNN = qkv.new_empty((batch * heads, tokens, tokens))
+        p_SNN = _scaled_product(q, k.transpose(1, 2), scale, scores_SNN).softmax(-1)
+        out_SNd = torch.bmm(p_SNN, v)
+    out = out_SNd.view(batch, heads, tokens, width).transpose(1, 2).contiguous()
+    return out, qkv_3SNd, p_SNN
+
+
+@torch.library.custom_op("mae_kernels::attention_products_backward", mutates_args=())
+def attention_products_backward(
+    dout: Tensor, qkv_3SNd: Tensor, p_SNN: Tensor, scale: float
+) -> Tensor:
+    """dqkv [B,N,3,H,d]."""
+    batch, tokens, heads, width = dout.shape
+    q, k, v = qkv_3SNd.unbind(0)
+    d_3SNd = torch.empty_like(qkv_3SNd)
+    dq, dk, dv = d_3SNd.unbind(0)
+    with no_autocast(dout.device):
+        dout_SNd = dout.transpose(1, 2).reshape(q.shape)
+        torch.bmm(p_SNN.transpose(1, 2), dout_SNd, out=dv)
+        dp_SNN = torch.bmm(dout_SNd, v.transpose(1, 2))
+        ds_SNN = torch._softmax_backward_data(dp_SNN, p_SNN, -1, p_SNN.dtype)
+        _scaled_product(ds_SNN, k, scale, dq)
+        _scaled_product(ds_SNN.transpose(1, 2), q, scale, dk)
+    d_3BHNd = d_3SNd.view(3, batch, heads, tokens, width)
+    return d_3BHNd.permute(1, 3, 0, 2, 4).contiguous()
+
+
+def _scaled_product(a_SNK: Tensor, b_SKM: Tensor, scale: float, out_SNM: Tensor) -> Tensor:
+    """out = a b * scale; oneDNN scales while it writes."""
+    return torch.baddbmm(out_SNM, a_SNK, b_SKM, beta=0, alpha=scale, out=out_SNM)
+
+
+@attention_products.register_fake
+def _(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, _, heads, width = qkv.shape
+    sequences = batch * heads
+    return (
+        qkv.new_empty((batch, tokens, heads, width)),
+        qkv.new_empty((3, sequences, tokens, width)),
+        qkv.new_empty((sequences, tokens, tokens)),
+    )
+
+
+@attention_products_backward.register_fake
+def _(dout: Tensor, qkv_3SNd: Tensor, p_SNN: Tensor, scale: float) -> Tensor:
+    batch, tokens, heads, width = dout.shape
+    return dout.new_empty((batch, tokens, 3, heads, width))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.scale = inputs[1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
+    if dout is None:
+        return None, None
+    return attention_products_backward(dout, *ctx.saved_tensors, ctx.scale), None
+
+
+attention_products.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.mae_kernels.attention_products)
+def _flops(qkv_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    batch, tokens, _, heads, width = qkv_shape
+    return int(4 * batch * heads * tokens * tokens * width)
+
+
+@register_flop_formula(torch.ops.mae_kernels.attention_products_backward)
+def _backward_flops(dout_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    batch, tokens, heads, width = dout_shape
+    return int(8 * batch * heads * tokens * tokens * width)

@@ -1,0 +1,121 @@
+"""attention in bf16 on a CPU: the products, when they are taken, and what a compiler sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch.library import opcheck
+
+import mae_kernels
+from mae_kernels import attention, attention_refusal, backend, cpu_attention
+from mae_kernels.cpu_attention import LONGEST, attention_products, attention_products_backward
+from tests.kernels.test_attention import by_hand
+
+SHAPES = [(2, 7, 2, 16), (1, 1, 1, 8), (3, 65, 1, 32), (0, 5, 2, 16)]
+
+
+@pytest.fixture(autouse=True)
+def bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "cpu_bf16_units", lambda: "AMX")
+
+
+def qkv_of(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    batch, tokens, heads, width = shape
+    return torch.randn(batch, tokens, 3, heads, width).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_products_equal_einsum_in_fp64(shape, scale) -> None:
+    qkv = qkv_of(shape, torch.float64)
+    factor = shape[3] ** -0.5 if scale is None else scale
+    out = attention_products(qkv, factor)[0]
+    upstream = torch.randn_like(out)
+    want = by_hand(qkv, scale)
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    got = torch.autograd.grad(out, qkv, upstream)
+    torch.testing.assert_close(
+        got, torch.autograd.grad(want, qkv, upstream), rtol=1e-11, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 65, 3, 64), (2, 197, 2, 32)])
+def test_bf16_is_as_accurate_as_eager(shape) -> None:
+    qkv = qkv_of(shape, torch.bfloat16)
+    wide = qkv.detach().double().requires_grad_()
+    upstream = torch.randn(shape[0], shape[1], shape[2], shape[3]).bfloat16()
+
+    def results(function, inputs):
+        out = function(inputs)
+        return out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))
+
+    exact = results(by_hand, wide)
+    ours, eager = results(attention, qkv), results(by_hand, qkv)
+    assert "attention_products" in type(attention(qkv).grad_fn).__name__
+    for mine, theirs, truth in zip(ours, eager, exact, strict=True):
+        allowed = 2 * (theirs.double() - truth).abs().max() + 1e-3
+        assert (mine.double() - truth).abs().max() <= allowed
+
+
+def test_ops_pass_opcheck() -> None:
+    opcheck(attention_products, (qkv_of((2, 7, 2, 16), torch.bfloat16), 0.3))
+    inputs = torch.randn(2, 7, 2, 16), torch.randn(3, 4, 7, 16), torch.rand(4, 7, 7)
+    opcheck(attention_products_backward, tuple(x.bfloat16() for x in inputs) + (0.3,))
+
+
+def test_sdpa_computes_what_it_computes_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(qkv: torch.Tensor) -> bool:
+        return "attention_products" in str(attention(qkv).grad_fn)
+
+    half = qkv_of((1, 9, 1, 16), torch.bfloat16)
+    assert taken(half)
+    assert not taken(half.detach())
+    with torch.no_grad():
+        assert not taken(half)
+    with backend("reference"):
+        assert not taken(half)
+    assert not taken(qkv_of((1, 9, 1, 16), torch.float32))
+    assert not taken(qkv_of((1, LONGEST[torch.bfloat16] + 1, 1, 16), torch.bfloat16))
+    monkeypatch.setattr(cpu_attention, "cpu_bf16_units", lambda: None)
+    assert not taken(half)
+
+
+def test_refusal_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attention_refusal(197, 64, torch.bfloat16, None) is None
+    assert "not float32" in str(attention_refusal(197, 64, torch.float32, None))
+    assert "up to 640 tokens, not with 700" in str(attention_refusal(700, 64, torch.bfloat16, None))
+    monkeypatch.setattr(cpu_attention, "cpu_bf16_units", lambda: None)
+    assert "no bf16 units" in str(attention_refusal(197, 64, torch.bfloat16, None))
+
+
+def test_compiled_graph_keeps_the_op() -> None:
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    compiled = torch.compile(
+        attention, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record)
+    )
+    qkv = qkv_of((2, 9, 2, 16), torch.bfloat16)
+    out = compiled(qkv)
+    (gradient,) = torch.autograd.grad(out.sum(), qkv)
+    assert "attention_products" in graphs[0] and "attention_products_backward" in graphs[1]
+    assert not any("scaled_dot_product" in graph for graph in graphs)
+    assert torch.equal(out, attention(qkv))
+    assert torch.equal(gradient, torch.autograd.grad(attention(qkv).sum(), qkv)[0])
+
+
+def test_bf16_units_come_from_the_capabilities_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    found: dict[str, bool] = {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert mae_kernels.cpu_bf16_units() is None
+    found["avx512_bf16"] = True
+    assert mae_kernels.cpu_bf16_units() == "AVX512-BF16"
+    found["amx_bf16"] = True
+    assert mae_kernels.cpu_bf16_units() == "AMX"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert mae_kernels.cpu_bf16_units() is None
