@@ -296,6 +296,29 @@ def reproduce(
         return Result(place, run_plan(plans.Plan(**fields), place, resume=again, minutes=minutes))
 
 
+STAGES = {"pretrain": ("pretrain",), "finetune": ("finetune",), "run": ("pretrain", "finetune")}
+
+
+def start_processes(name: str, start: Mapping[str, Any], words: Sequence[str]) -> int | None:
+    """Runs the command `sssd-fast WORDS` in several processes where that is faster.
+
+    Returns its exit code; None if it shall run in this process. The functions of this module use
+    one process with all threads.
+    """
+    if name not in STAGES or start.get("dry_run"):
+        return None
+    given: Any = start
+    config = _config(given, start.get("data"), start.get("init"))
+
+    from sssd_fast.run.processes import cpu_threads, launch, pick_processes
+
+    count, why = pick_processes(config, STAGES[name])
+    _log(f"processes: {count}, {why}")
+    if count == 1:
+        return None
+    return launch(words, count, max(1, cpu_threads(config) // count))
+
+
 def _log(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
         print(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -78,6 +79,9 @@ def add_training(app: typer.Typer, name: str, help: str, options: Options) -> No
             words = names_first(given["dataset"], *(given["settings"] or ()))
             chosen["dataset"] = words.pop(0) if words and "=" not in words[0] else None
             chosen["settings"] = words
+        started = api.start_processes(name, chosen, shlex.split(ctx.obj)[1:])
+        if started is not None:
+            raise typer.Exit(started)
         getattr(api, name)(**chosen, command=ctx.obj)
 
     known = {"ctx": (typer.Context, inspect.Parameter.empty), **options, **START}

@@ -215,7 +215,7 @@ class AugmentConfig(Section):
 
 
 class TrainConfig(Section):
-    """Training. Effective batch = batch_size * accumulate * processes."""
+    """Training. Effective batch = batch_size * accumulate * processes of torchrun."""
 
     epochs: Count = Field(100, description="Passes over the training images.")
     max_steps: Count | None = Field(None, description="Stop after N steps; null = the epochs.")
@@ -320,9 +320,12 @@ class Config(Section):
     seed: Index = Field(0, description="Seed of weights, image order, augmentation and masks.")
     device: str = Field("auto", description="cpu, cuda or cuda:N; auto = cuda if available.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto = bf16 on GPUs from sm_80, fp16 on older GPUs, fp32 on a CPU."
+        "auto", description="auto = bf16 if the device has bf16 units; else fp16 (GPU), fp32 (CPU)."
     )
     threads: Index = Field(0, description="CPU threads of torch; 0 = torch's default.")
+    processes: Literal["auto"] | Count = Field(
+        "auto", description="Processes that share each batch; auto = one per core on a CPU."
+    )
     tensorboard: bool = Field(True, description="Write metrics for TensorBoard.")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -119,7 +119,6 @@ def finetune(run: Run, init: str | None, norm: Norm | None = None) -> Progress:
     if init is not None and not run.resume:
         run.console.info(load_into(task.module, init, source_norm=norm).summary)
     settings = run.config.finetune
-    loader = make_loader(
-        run, index, split.train, batch_size=settings.batch_size, augment=settings.augment
-    )
+    size = run.local_batch(settings.batch_size)
+    loader = make_loader(run, index, split.train, batch_size=size, augment=settings.augment)
     return fit(task, loader, run)

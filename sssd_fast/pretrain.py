@@ -47,7 +47,7 @@ class PretrainTask:
         self.module = objective(config.model, config.objective).to(run.world.device)
         self.val_loader: Loader | None = None
         if split.val:
-            size = self.settings.batch_size
+            size = run.local_batch(self.settings.batch_size)
             self.val_loader = make_loader(run, index, split.val, batch_size=size)
         shown = (split.val or split.train)[:PICTURED_IMAGES]
         self.pictured_names = [index.records[i].path for i in shown]
@@ -159,5 +159,6 @@ def pretrain(
         run.console.info(load_into(task.module.mae, init, source_norm=norm).summary)
     settings = run.config.pretrain
     images, ids = pretraining_images(run, index, split)
-    loader = make_loader(run, images, ids, batch_size=settings.batch_size, augment=settings.augment)
+    size = run.local_batch(settings.batch_size)
+    loader = make_loader(run, images, ids, batch_size=size, augment=settings.augment)
     return fit(task, loader, run)

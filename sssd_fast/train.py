@@ -139,7 +139,7 @@ def make_step(task: Task, run: Run, config: Config) -> tuple[Step, ExecutionPlan
     betas = settings.beta1, settings.beta2
     optimizer = build_optimizer(task.groups(), betas, config.step.optimizer)
     execution = configure_model(
-        task.module, config, run.precision, world.device, settings.batch_size
+        task.module, config, run.precision, world.device, run.local_batch(settings.batch_size)
     )
     for line in execution.lines:
         run.console.info(line)
@@ -168,7 +168,7 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
     checkpoint.
     """
     settings, config, world = task.settings, run.config, run.world
-    schedule = Schedule.of(settings, loader.steps_per_epoch, world.size)
+    schedule = Schedule.of(settings, loader.steps_per_epoch, world.replicas)
     step, execution = make_step(task, run, config)
     progress = _restore(task, step, run) if run.resume else Progress()
     run.tracker.start(progress.step)
@@ -345,7 +345,7 @@ def _save(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = 
             "scaler": None if step.scaler is None else step.scaler.state_dict(),
             "progress": vars(progress).copy(),
             "config": to_dict(run.config),
-            "processes": run.world.size,
+            "processes": run.world.replicas,
             "data": run.data_fingerprint,
             **task.extra_state(),
         }

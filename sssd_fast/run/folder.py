@@ -22,7 +22,7 @@ import torch
 from sssd_fast.config import Config, from_dict, to_dict, to_yaml
 from sssd_fast.errors import CheckpointError, ConfigError, RunExistsError
 from sssd_fast.run.checkpoint import CheckpointManager
-from sssd_fast.run.device import World, pick_precision
+from sssd_fast.run.device import World, keep_freed_memory, pick_precision
 from sssd_fast.run.environment import collect_environment
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.log import Console
@@ -30,7 +30,7 @@ from sssd_fast.run.metrics_log import Tracker
 
 # Settings that do not change what is computed: a run can be resumed with other values. So can all
 # of the section step but two.
-FREE = "device threads tensorboard data.loader data.workers data.cache data.resident_gib"
+FREE = "device threads processes tensorboard data.loader data.workers data.cache data.resident_gib"
 FREE_ENDINGS = (".checkpoint_epochs", ".checkpoint_steps", ".keep_last", ".image_epochs")
 FIXED = ("step.residual", "step.optimizer")
 RUN_MARKER = ".sssd-fast-run"
@@ -69,6 +69,10 @@ class Run:
             file.write(self.command + "\n")
         self.write_json("env.json", collect_environment(self.out))
 
+    def local_batch(self, batch_size: int) -> int:
+        """Images of a batch that this process computes."""
+        return batch_size // self.world.share
+
     def write_json(self, name: str, content: Any) -> None:
         if self.world.main:
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -82,9 +86,9 @@ class Run:
         problems = []
         if state["task"] != self.task:
             problems.append(f"it is a checkpoint of `{state['task']}`, not of `{self.task}`")
-        if state["processes"] != self.world.size:
-            wrote = f"it was written by {state['processes']} processes"
-            problems.append(f"{wrote}, this run has {self.world.size}")
+        if state["processes"] != self.world.replicas:
+            wrote = f"it was written by {state['processes']} processes with a batch each"
+            problems.append(f"{wrote}, this run has {self.world.replicas}")
         if state["data"] != self.data_fingerprint:
             problems.append("the images or their split changed (see data.json and split.csv)")
         problems += differences(from_dict(state["config"]), self.config)
@@ -148,7 +152,9 @@ def open_run(
         require_run_folder(out, resume=resume, overwrite=overwrite)
     world.barrier()
     if config.threads:
-        torch.set_num_threads(config.threads)
+        torch.set_num_threads(max(1, config.threads // world.share))
+    if world.device.type == "cpu":
+        keep_freed_memory()
     keep_last = getattr(getattr(config, task, None), "keep_last", 2)
     writes = world.main and not existing
     unchecked = resume and task in ("pretrain", "finetune")

@@ -61,7 +61,7 @@ def test_bf16_is_as_accurate_as_eager(shape) -> None:
 def test_ops_pass_opcheck() -> None:
     opcheck(attention_products, (qkv_of((2, 7, 2, 16), torch.bfloat16), 0.3))
     inputs = torch.randn(2, 7, 2, 16), torch.randn(3, 4, 7, 16), torch.rand(4, 7, 7)
-    opcheck(attention_products_backward, tuple(x.bfloat16() for x in inputs) + (0.3,))
+    opcheck(attention_products_backward, (*(x.bfloat16() for x in inputs), 0.3))
 
 
 def test_sdpa_computes_what_it_computes_faster(monkeypatch: pytest.MonkeyPatch) -> None:
