@@ -285,7 +285,9 @@ class EvaluateConfig(Section):
 class StepConfig(Section):
     """Execution of a step. All but residual and optimizer may change when resuming."""
 
-    compile: Literal["auto", True, False] = Field("auto", description="auto = on a CUDA GPU.")
+    compile: Literal["auto", True, False] = Field(
+        "auto", description="auto = on a GPU, and on a CPU for long runs."
+    )
     cuda_graphs: Literal["auto", True, False] = Field(
         "auto", description="Replay a compiled step as one launch; auto = for small batches."
     )

@@ -7,6 +7,7 @@ state, and a resumed run continues bit for bit with the same number of threads.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import signal
@@ -133,13 +134,23 @@ class Schedule:
         return lr_at(step, peak=self.peak_lr, minimum=self.min_lr, **steps)
 
 
-def make_step(task: Task, run: Run, config: Config) -> tuple[Step, ExecutionPlan]:
-    """The step for `task` with the settings of config.step, and the choices made (printed)."""
+def make_step(
+    task: Task, run: Run, config: Config, run_images: int = 0
+) -> tuple[Step, ExecutionPlan]:
+    """The step for `task` with the settings of config.step, and the choices made (printed).
+
+    run_images: images that the whole run trains on, 0 for a few steps.
+    """
     settings, world = task.settings, run.world
     betas = settings.beta1, settings.beta2
     optimizer = build_optimizer(task.groups(), betas, config.step.optimizer)
     execution = configure_model(
-        task.module, config, run.precision, world.device, run.local_batch(settings.batch_size)
+        task.module,
+        config,
+        run.precision,
+        world.device,
+        run.local_batch(settings.batch_size),
+        run_images,
     )
     for line in execution.lines:
         run.console.info(line)
@@ -148,7 +159,10 @@ def make_step(task: Task, run: Run, config: Config) -> tuple[Step, ExecutionPlan
         module = compiled(module, config.step, graphs=execution.graphs)
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
-        module = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        # torch 2.13 renamed the argument
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+        module = DistributedDataParallel(module, device_ids=ids, **{name: False})
     step = Step(
         module,
         optimizer,
@@ -169,7 +183,7 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
     """
     settings, config, world = task.settings, run.config, run.world
     schedule = Schedule.of(settings, loader.steps_per_epoch, world.replicas)
-    step, execution = make_step(task, run, config)
+    step, execution = make_step(task, run, config, schedule.total_steps * schedule.effective_batch)
     progress = _restore(task, step, run) if run.resume else Progress()
     run.tracker.start(progress.step)
     processes = f", {world.size} processes" if world.size > 1 else ""

@@ -32,14 +32,20 @@ from sssd_fast.model import MLP, Attention, Blocks, Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.performance.ceilings import measure_ceilings
 from sssd_fast.performance.fake import FakeStep
-from sssd_fast.run.device import AUTOCAST
+from sssd_fast.run.device import AUTOCAST, precision_reason
 
 # Launches of a compiled step, counted in Inductor's code for ViT-B (docs/compiled-step.md). 5 us of
 # CPU time per launch are assumed.
 LAUNCHES_PER_BLOCK = 36
 OTHER_LAUNCHES = 120
 LAUNCH_S = 5e-6
-# Its partitioner: torch/_functorch/partitioners.py, choose_saved_values_set.
+# FLOP/s of a training step per core in bf16 and in fp32; seconds to compile it, and the fraction of
+# its time that compiling saves. Medians over ViT-T at 128 and 224 pixels, pre-training and
+# fine-tuning, on an Intel Xeon with AMX (docs/benchmarks.md).
+CORE_FLOPS = 120e9, 50e9
+CPU_COMPILE_S = 90
+CPU_SAVING = 0.15
+# The partitioner of torch.compile: torch/_functorch/partitioners.py, choose_saved_values_set.
 BUDGET_RULE = (
     "torch.compile ignores it if the micro-batch keeps fewer bytes than the parameters take: then "
     "raise the micro-batch, or set step.compile=false step.checkpoint=full"
@@ -54,18 +60,29 @@ class ExecutionPlan:
 
 
 def configure_model(
-    model: SSSD | Classifier, config: Config, precision: str, device: torch.device, batch_size: int
+    model: SSSD | Classifier,
+    config: Config,
+    precision: str,
+    device: torch.device,
+    batch_size: int,
+    run_images: int = 0,
 ) -> ExecutionPlan:
-    """Sets `model` up as `config.step` requests. batch_size: images of a micro-batch. Raises
-    ConfigError.
+    """Sets `model` up as `config.step` requests.
+
+    batch_size: images of a micro-batch. run_images: images that this process trains on in the
+    whole run, 0 for a few steps. Raises ConfigError.
     """
     step, dtype = config.step, AUTOCAST.get(precision, torch.float32)
-    compile_it, why = pick_compile(step, device)
+    expected_s = 0.0
+    if device.type == "cpu" and run_images > 0 and step.compile == "auto":
+        expected_s = cpu_seconds(_flops(model, config) * run_images, precision)
+    compile_it, why = pick_compile(step, device, expected_s)
     _check(step, compile_it, why, precision)
     choices = attention_choices(model, step, dtype, device, compile_it)
     fused, why_fused = pick_mlp(step.mlp, device)
     set_execution(model, step, precision, [name for name, _ in choices], fused_mlp=fused)
-    lines = [f"compile: {'on' if compile_it else 'off'}, {why}"]
+    lines = [f"precision: {precision}, {precision_reason(config.precision, device)}"]
+    lines.append(f"compile: {'on' if compile_it else 'off'}, {why}")
     lines += [line for _, line in choices]
     lines.append(f"MLP: {'fused' if fused else 'plain'}, {why_fused}")
     graphs, why_graphs = pick_graphs(model, config, device, batch_size, dtype, compile_it)
@@ -145,14 +162,38 @@ def compile_summary() -> str:
 # ---- decisions -----------------------------------------------------------------------------------
 
 
-def pick_compile(step: StepConfig, device: torch.device) -> tuple[bool, str]:
-    """(whether to compile, why). auto: on a CUDA GPU, unless block recomputation is enabled."""
+def _flops(model: SSSD | Classifier, config: Config) -> float:
+    """FLOPs of a training step per image."""
+    return FakeStep(config, "pretrain" if isinstance(model, SSSD) else "finetune").flops()
+
+
+def cpu_seconds(flops: float, precision: str) -> float:
+    """Roughly how long a run with so many FLOPs takes on the threads of this
+    process.
+
+    Not measured here, so that a run and its continuation decide alike.
+    """
+    return flops / (CORE_FLOPS[precision == "fp32"] * torch.get_num_threads())
+
+
+def pick_compile(
+    step: StepConfig, device: torch.device, expected_s: float = 0.0
+) -> tuple[bool, str]:
+    """(whether to compile, why).
+
+    auto, unless block recomputation is enabled: on a CUDA GPU, and on a CPU if the run is expected
+    to last so long (`expected_s`) that the time saved exceeds the time of compiling.
+    """
     if step.compile != "auto":
         return step.compile, f"step.compile is {str(step.compile).lower()}"
     if step.checkpoint != "none":
         return False, f"step.checkpoint is {step.checkpoint}"
-    if device.type != "cuda":
-        return False, f"on the {device.type} compiling takes longer than it saves"
+    if device.type == "cpu":
+        if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+            return False, "Inductor needs a C++ compiler and finds none"
+        saved = f"about {CPU_SAVING * expected_s:.0f} s of an expected {expected_s:.0f} s"
+        takes = f"compiling takes about {CPU_COMPILE_S} s and saves {saved}"
+        return CPU_SAVING * expected_s > CPU_COMPILE_S, takes
     if torch.cuda.get_device_capability(device) < (7, 0):
         return False, "Triton needs sm_70 or newer"
     if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang")):
@@ -183,9 +224,9 @@ def pick_graphs(
         return False, problem
     if requested != "auto":
         return requested, f"step.cuda_graphs is {str(requested).lower()}"
-    task = "pretrain" if isinstance(model, SSSD) else "finetune"
-    flops = FakeStep(config, task).flops()
-    busy_s = batch_size * flops / (0.5 * measure_ceilings(device, dtype).matmul_flops)
+    busy_s = (
+        batch_size * _flops(model, config) / (0.5 * measure_ceilings(device, dtype).matmul_flops)
+    )
     launches = OTHER_LAUNCHES + LAUNCHES_PER_BLOCK * sum(map(len, block_stacks(model)))
     launch_s = launches * LAUNCH_S
     expected = f"{launches} launches are expected to take {launch_s * 1e3:.1f} ms"
