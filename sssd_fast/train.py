@@ -183,7 +183,8 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
     """
     settings, config, world = task.settings, run.config, run.world
     schedule = Schedule.of(settings, loader.steps_per_epoch, world.replicas)
-    step, execution = make_step(task, run, config, schedule.total_steps * schedule.effective_batch)
+    images = schedule.total_steps * schedule.effective_batch // world.size
+    step, execution = make_step(task, run, config, images)
     progress = _restore(task, step, run) if run.resume else Progress()
     run.tracker.start(progress.step)
     processes = f", {world.size} processes" if world.size > 1 else ""

@@ -196,7 +196,7 @@ def on(capability: tuple[int, int], tokens: int = 50) -> AttentionShape:
     [
         (on((8, 0)), None),
         (on((8, 6), tokens=225), "1 to 224 tokens with heads of 64 on sm_86"),
-        (ON_CPU, "it has no kernel for the cpu, where sdpa would compute it"),
+        (ON_CPU, "on a CPU its products take bf16, not float32"),
     ],
 )
 def test_auto_takes_fused_else_sdpa(

@@ -219,10 +219,16 @@ def test_auto_compiles_on_a_gpu_with_a_compiler_only(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = _config(tiny).step
-    assert pick_compile(step, CPU) == (False, "on the cpu compiling takes longer than it saves")
+    monkeypatch.setattr(compute.shutil, "which", lambda name: None)
+    assert "C++ compiler" in pick_compile(step, CPU, 1e6)[1]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(compute.shutil, "which", lambda name: f"/bin/{name}")
     assert pick_compile(step, GPU)[0]
+    assert not pick_compile(step, CPU)[0]
+    break_even = compute.CPU_COMPILE_S / compute.CPU_SAVING
+    assert not pick_compile(step, CPU, 0.99 * break_even)[0]
+    compiled, why = pick_compile(step, CPU, 1.01 * break_even)
+    assert compiled and "takes about 90 s and saves about 91 s of an expected 606 s" in why
     assert not pick_compile(step.model_copy(update={"checkpoint": "full"}), GPU)[0]
     monkeypatch.setattr(compute.shutil, "which", lambda name: None)
     compiled, why = pick_compile(step, GPU)
