@@ -305,7 +305,7 @@ def start_processes(name: str, start: Mapping[str, Any], words: Sequence[str]) -
     Returns its exit code; None if it shall run in this process. The functions of this module use
     one process with all threads.
     """
-    if name not in STAGES or start.get("dry_run"):
+    if name not in STAGES or start.get("dry_run") or "WORLD_SIZE" in os.environ:
         return None
     given: Any = start
     config = _config(given, start.get("data"), start.get("init"))

@@ -38,8 +38,6 @@ def pick_processes(config: Config, stages: Sequence[str]) -> tuple[int, str]:
     wanted = config.processes
     sizes = [getattr(config, stage).batch_size for stage in stages]
     listed = " and ".join(f"{stage}.batch_size {n}" for stage, n in zip(stages, sizes, strict=True))
-    if "WORLD_SIZE" in os.environ:
-        return 1, "torchrun has started the processes"
     if wanted != "auto":
         if any(size % wanted for size in sizes):
             raise ConfigError(f"processes is {wanted}, which does not divide {listed}")

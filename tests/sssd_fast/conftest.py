@@ -17,7 +17,8 @@ SETTINGS = """
 model.name=tiny model.image_size=32 model.patch_size=8 model.width=32 model.depth=2
 model.heads=2 model.decoder_width=16 model.decoder_depth=1 model.decoder_heads=2
 objective.head_hidden=16 objective.head_bottleneck=8 objective.prototypes=24 tensorboard=false
-threads=1 device=cpu pretrain.batch_size=8 pretrain.warmup_epochs=1 pretrain.epochs=3
+threads=1 processes=1 device=cpu precision=fp32
+pretrain.batch_size=8 pretrain.warmup_epochs=1 pretrain.epochs=3
 pretrain.base_lr=0.01 pretrain.image_epochs=0 finetune.batch_size=8 finetune.warmup_epochs=1
 finetune.epochs=3 finetune.drop_path=0.1 evaluate.batch_size=16 evaluate.bootstrap=100
 """

@@ -223,8 +223,7 @@ def test_choose_names_the_reason_and_the_providers_that_can_run() -> None:
         choose("fused", ON_CPU, "step.decoder_attention")
     assert str(raised.value) == (
         "step.decoder_attention is 'fused', which cannot run here (50 tokens, 12 heads of 64, "
-        "fp32): it has no kernel for the cpu, where sdpa would compute it; set it to auto, sdpa, "
-        "eager"
+        "fp32): on a CPU its products take bf16, not float32; set it to auto, sdpa, eager"
     )
     with pytest.raises(ConfigError, match=r"step\.attention is 'flash', needs auto or one of"):
         choose("flash", ON_CPU)

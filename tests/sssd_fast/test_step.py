@@ -19,7 +19,8 @@ from sssd_fast.errors import ConfigError, DependencyError
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import build_optimizer, clipped_update, parameter_groups
 from sssd_fast.performance import adamw8bit
-from sssd_fast.run.device import World, generator, pick_device, pick_precision
+from sssd_fast.run import device as device_module
+from sssd_fast.run.device import World, generator, pick_device, pick_precision, precision_reason
 from sssd_fast.step import Step, TaskLoss
 
 CPU = World(torch.device("cpu"))
@@ -342,8 +343,11 @@ def test_generators_depend_on_the_whole_key_only() -> None:
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
 
 
-def test_precision_is_chosen_by_device() -> None:
-    assert pick_precision("auto", torch.device("cpu")) == "fp32"
+def test_precision_is_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for units, chosen, why in ((None, "fp32", "fp32 faster"), ("AMX", "bf16", "bf16 with AMX")):
+        monkeypatch.setattr(device_module, "cpu_bf16_units", lambda units=units: units)
+        assert pick_precision("auto", torch.device("cpu")) == chosen
+        assert why in precision_reason("auto", torch.device("cpu"))
     assert pick_precision("bf16", torch.device("cpu")) == "bf16"
     with pytest.raises(ConfigError, match="device is 'tpu'"):
         pick_device("tpu")

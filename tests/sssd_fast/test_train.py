@@ -148,10 +148,37 @@ def test_nan_ends_the_run_and_keeps_the_last_finite_state(
     assert [r.get("skipped_steps") for r in train if r["step"] > 4] == [None, 1, 2]
 
 
+def _command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sssd_fast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+
+
+def test_error_of_any_process_is_shown_once(tiny: list[str], tmp_path: Path) -> None:
+    words = ["pretrain", "--out", str(tmp_path / "run"), *tiny, "processes=2", "threads=2"]
+    wrong = _command([*words, "data.source=/nowhere"])
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("/nowhere") == 1 and "Traceback" not in wrong.stderr
+    odd = _command([*words, "pretrain.batch_size=7"])
+    assert odd.returncode == 2
+    assert "processes is 2, which does not divide pretrain.batch_size 7" in odd.stderr
+
+
 def _torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", str(processes), "-m", "sssd_fast", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+
+
+def _two_processes(task: str, out: Path, *settings: str) -> None:
+    """torchrun, with a batch for each process; or `processes`, which divides the batch."""
+    if task == "finetune":
+        run = _torchrun(2, [task, "--out", str(out), *settings, f"{task}.batch_size=4"])
+    else:
+        words = [task, "--out", str(out), *settings, "processes=2", "threads=2"]
+        run = _command(words)
+        assert run.stdout.count("pretrain: 6 steps,") == 1
+        assert "processes: 2" in run.stdout
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
@@ -163,8 +190,7 @@ def test_two_processes_train_as_one(task: str, tiny: list[str], tmp_path: Path) 
     settings += ["objective.center_momentum=0.5"]
     one, two = tmp_path / "one", tmp_path / "two"
     _train(task, one, *settings, f"{task}.batch_size=8")
-    run = _torchrun(2, [task, "--out", str(two), *settings, f"{task}.batch_size=4"])
-    assert run.returncode == 0, run.stderr[-3000:]
+    _two_processes(task, two, *settings)
     records = [_records(out) for out in (one, two)]
     first = [next(r for r in found if r["kind"] == "train") for found in records]
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-6)
@@ -178,6 +204,8 @@ def test_two_processes_train_as_one(task: str, tiny: list[str], tmp_path: Path) 
     if task == "pretrain":
         a, b = _last(one)["model"]["center"], _last(two)["model"]["center"]
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)
+        resumed = _command([task, "--resume", str(two), "processes=1"])
+        assert resumed.returncode == 0 and "resuming from step-0000006.pt" in resumed.stdout
     else:
         files = [out / "eval" / "test" / "predictions.csv" for out in (one, two)]
         paths = [[row.split(",")[0] for row in f.read_text().splitlines()] for f in files]

@@ -294,6 +294,6 @@ def test_configure_model_reports_each_decision(tiny: list[str]) -> None:
         model, _ = _sssd(config)
         lines.append(configure_model(model, config, "fp32", CPU, 4).lines)
     starts = [[line.split(" ")[0] for line in found] for found in lines]
-    assert starts[0] == ["compile:", "encoder", "decoder", "MLP:"]
+    assert starts[0] == ["precision:", "compile:", "encoder", "decoder", "MLP:"]
     assert starts[1] == [*starts[0], "CUDA", "activation"]
     assert lines[1][-1].startswith("activation budget: 0.5; torch.compile ignores it if")
