@@ -74,7 +74,8 @@ def configure_model(
     """
     step, dtype = config.step, AUTOCAST.get(precision, torch.float32)
     expected_s = 0.0
-    if device.type == "cpu" and run_images > 0 and step.compile == "auto":
+    # counting FLOPs takes a second; no model is so slow that fewer images last for minutes
+    if device.type == "cpu" and run_images >= 1000 and step.compile == "auto":
         expected_s = cpu_seconds(_flops(model, config) * run_images, precision)
     compile_it, why = pick_compile(step, device, expected_s)
     _check(step, compile_it, why, precision)
@@ -191,6 +192,8 @@ def pick_compile(
     if device.type == "cpu":
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
             return False, "Inductor needs a C++ compiler and finds none"
+        if expected_s == 0:
+            return False, "the run is short"
         saved = f"about {CPU_SAVING * expected_s:.0f} s of an expected {expected_s:.0f} s"
         takes = f"compiling takes about {CPU_COMPILE_S} s and saves {saved}"
         return CPU_SAVING * expected_s > CPU_COMPILE_S, takes
