@@ -1,7 +1,6 @@
-"""Errors that end a command. Messages name the thing, what was got, what is needed and what to do.
+"""Errors that end a command: printed without a stack trace, exit status `exit_code`.
 
-The command line prints them without a stack trace and exits with `exit_code`:
-0 done, 2 bad settings, data or files, 3 numerics, 143 or 130 interrupted after a saved checkpoint.
+Messages name the thing, what was got, what is needed and what to do.
 """
 
 from __future__ import annotations

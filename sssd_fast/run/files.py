@@ -18,8 +18,7 @@ from sssd_fast.errors import SssdError
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """An open, hidden file that replaces `path` durably at the end; an exception removes it.
 
-    Raises SssdError naming the path and the free space if it cannot be written; an old file is then
-    intact.
+    Raises SssdError with the path and the free space; an old file is then intact.
     """
     path = Path(path)
     # in the same folder: a rename is atomic only within a file system

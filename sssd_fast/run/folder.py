@@ -93,11 +93,9 @@ class Run:
             problems.append("the images or their split changed (see data.json and split.csv)")
         problems += differences(from_dict(state["config"]), self.config)
         if problems:
-            listed = "\n".join(f"  - {problem}" for problem in problems)
-            raise CheckpointError(
-                f"{path} cannot be resumed:\n{listed}\n"
-                "Undo the change, or start a new run (weights alone: --init)."
-            )
+            listed = "".join(f"  - {problem}\n" for problem in problems)
+            advice = "Undo the change, or start a new run (weights alone: --init)."
+            raise CheckpointError(f"{path} cannot be resumed:\n{listed}{advice}")
         self.describe()
 
 
@@ -142,8 +140,6 @@ def open_run(
         existing: use a finished run without changing its description (evaluate).
         resume_with: the command that continues this run, if not that of `task`.
         top: a folder above `out` that gets a copy of config.yaml.
-
-    Raises RunExistsError for an existing run without `resume` or `overwrite`.
     """
     out = Path(out)
     if existing and not (out / "config.yaml").is_file():

@@ -98,8 +98,8 @@ class Tracker:
             self._file.write("".join(_line(line) for line in lines))
             self._file.flush()
         except OSError as error:
-            reason = f"cannot write {self.folder / METRICS_JSONL}: {error.strerror}"
-            raise SssdError(f"{reason}; free some space and resume") from error
+            path = self.folder / METRICS_JSONL
+            raise SssdError(f"cannot write {path}: {error.strerror}; free some space") from error
         for name, value in plain.items() if self._writer is not None else ():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(f"{kind}/{name}", value, int(step))
@@ -117,8 +117,8 @@ class Tracker:
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The records of a run folder, in the order written.
 
-    A value that was not finite is None; lines cut off by a kill are skipped; the run may be active.
-    Raises DataError if the file does not exist.
+    A value that was not finite is None; lines cut off by a kill are skipped. Raises DataError if
+    the file does not exist.
     """
     path = Path(folder, METRICS_JSONL)
     if not path.is_file():

@@ -53,20 +53,6 @@ def test_api_functions_give_the_metrics_of_the_commands(
     assert (fine.out / "command.txt").read_text() == "sssd_fast.finetune\n"
 
 
-def test_run_returns_the_summary_of_its_seeds(
-    slices: Path, tiny: list[str], tmp_path: Path
-) -> None:
-    result = sf.run(
-        slices,
-        out=tmp_path / "seeds",
-        seeds=[0, 1],
-        from_scratch=True,
-        settings=[*tiny, "finetune.max_steps=1"],
-    )
-    assert result.metrics == json.loads((result.out / "summary.json").read_text())
-    assert result.metrics["runs"] == ["seed-0", "seed-1"]
-
-
 def test_predict_accepts_files_and_arrays(trained: Path, slices: Path) -> None:
     paths = sorted(slices.glob("*/*.png"))[:3]
     files = sf.predict(trained, paths)

@@ -222,7 +222,6 @@ def test_configs_lists_prints_and_exports_a_schema(capsys: Captured) -> None:
         (NumericsError("the loss is not finite"), 3, "error: the loss is not finite\n"),
         (Interrupted("saved", signal.SIGTERM), 143, "error: saved\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (BrokenPipeError(), 141, None),
         (torch.OutOfMemoryError("CUDA out of memory\nmuch more"), 2, "error: out of memory (CUDA"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -232,7 +231,7 @@ def test_main_maps_exceptions_to_exit_codes(
     capsys: Captured,
     end: BaseException | None,
     status: int,
-    message: str | None,
+    message: str,
 ) -> None:
     def collect(probe: bool) -> dict[str, str]:
         if end is not None:
@@ -240,14 +239,11 @@ def test_main_maps_exceptions_to_exit_codes(
         return {}
 
     monkeypatch.setattr(environment, "collect_environment", collect)
-    if message is None:  # main closes the stream
-        monkeypatch.setattr(sys, "stderr", open("/dev/null", "w"))  # noqa: SIM115
     assert main(["doctor", "--json"]) == status
-    if message is not None:
-        error = capsys.readouterr().err
-        assert error.startswith(message)
-        assert "Traceback" not in error
-        assert "much more" not in error
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert "Traceback" not in error
+    assert "much more" not in error
 
 
 def test_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,19 +275,12 @@ def test_every_option_has_a_help_text() -> None:
     assert parameters(typer.main.get_command(app), "sssd-fast") == []
 
 
-@pytest.mark.parametrize(
-    ("words", "absent"),
-    [
-        (["--help"], ["torch", "pydantic", "numpy"]),
-        (["pretrain", "--help"], ["torch", "numpy"]),
-        (["pretrain", "pretrain.epoch=3"], ["torch", "numpy"]),
-    ],
-    ids=["help", "help of a command", "typo"],
-)
-def test_help_and_typos_need_no_slow_imports(words: list[str], absent: list[str]) -> None:
+@pytest.mark.parametrize("line", ["--help", "pretrain --help", "pretrain pretrain.epoch=3"])
+def test_help_and_typos_need_no_slow_imports(line: str) -> None:
     code = (
         "import sys; from sssd_fast.cli import main; main(sys.argv[1:]); "
-        f"loaded = [name for name in {absent} if name in sys.modules]; sys.exit(loaded or 0)"
+        "sys.exit([name for name in ('torch', 'numpy') if name in sys.modules] or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -142,9 +142,5 @@ def test_load_config_explains_unknown_names_and_bad_files(tmp_path: Path) -> Non
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_config(path)
-
-
-def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
-    path = tmp_path / "empty.yaml"
     path.write_text("")
     assert load_config(path) == load_config() == Config()

@@ -306,30 +306,6 @@ def test_manager_skips_a_damaged_newest_and_says_so(tmp_path: Path) -> None:
         manager.latest()
 
 
-def test_manager_reports_a_failed_deletion_and_retries(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    notes: list[str] = []
-    manager = CheckpointManager(tmp_path, keep_last=1, log=notes.append)
-    manager.save(state_of(1), 1)
-    real = Path.unlink
-
-    def stuck(self: Path, missing_ok: bool = False) -> None:
-        if self.name == "step-0000001.pt":
-            raise PermissionError(13, "Permission denied")
-        real(self, missing_ok)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", stuck)
-        manager.save(state_of(2), 2)
-    (note,) = notes
-    assert "could not delete" in note
-    assert "step-0000001.pt: Permission denied" in note
-    assert load_checkpoint(manager.path(1))["value"] == 1
-    manager.save(state_of(3), 3)
-    assert names(tmp_path) == ["step-0000003.pt"]
-
-
 def test_manager_keeps_files_of_later_steps(tmp_path: Path) -> None:
     """A damaged one, or a wrong save into another run's folder."""
     manager = CheckpointManager(tmp_path)

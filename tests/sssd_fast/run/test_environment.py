@@ -138,14 +138,6 @@ def test_advice_starts_with_a_configuration_that_fits(
     assert config in shipped_configs()
 
 
-def test_missing_compiler_matters_with_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, env: dict[str, Any]
-) -> None:
-    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
-    for env["gpus"], needed in ((), False), ((GPU,), True):
-        assert ("No C compiler found" in "\n".join(advice(env))) is needed
-
-
 def test_commit_is_that_of_our_own_checkout_only(tmp_path: Path) -> None:
     """Installed in another project's repository, that project's commit must not be reported."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@localhost"]
