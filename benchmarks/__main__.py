@@ -1,7 +1,8 @@
 """`sssd-fast bench`, also `python -m benchmarks`: measure, compare and report.
 
 Every run writes one JSON file, rewritten after each row. Exit codes: 0; 1 (compare: something
-became slower; report --check: a page is out of date); 2 bad arguments or files.
+became slower; report --check: a page is out of date; all: an unexpected error); 2 bad arguments or
+files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import QUICK_SAMPLES, Bench
-from benchmarks.race import PASSES, SAMPLES, Cache
+from benchmarks.race import SAMPLES, Cache
 from benchmarks.results import DTYPES, FOLDER, Results
 from benchmarks.tables import doubts, tables
 from sssd_fast.errors import DependencyError, SssdError
@@ -29,7 +30,7 @@ from sssd_fast.run.log import Console
 MEASURED = {
     "attention": "self-attention against every SDPA backend and xformers",
     "ops": "each op of mae_kernels against eager, compiled and library code",
-    "step": "a whole training step: images per second, MFU, memory, loss",
+    "step": "a whole training step: images per second, MFU, memory",
     "memory": "memory of a training step over the batch",
     "loader": "images per second of the loaders, and their pixels",
 }
@@ -40,7 +41,7 @@ HELP = {
     "report": "tables and pictures from results",
 }
 FILES = ("compare", "report")
-COMMON = ("quick", "device", "provider", "samples", "threads", "out", "dtypes")
+MODULES = {"attention": "ops"}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -49,7 +50,6 @@ def main(words: Sequence[str] | None = None) -> int:
         words[0] = "ops"
     # torch's profiler, which counts memory on a CPU, prints a line at each start
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    threads = torch.get_num_threads()
     try:
         args = _parse(words)
         if args.kind in FILES:
@@ -59,12 +59,10 @@ def main(words: Sequence[str] | None = None) -> int:
                 "--device is cuda, but torch finds no CUDA device (see `sssd-fast doctor`); "
                 "use --device cpu"
             )
-        torch.set_num_threads(args.threads or threads)
-        end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+        if args.kind == "all":
+            return _all(words[1:], 60 * args.minutes)
         with Console() as console:
-            if args.kind == "all":
-                return _all(args, words, console, end or 0.0)
-            _measure(args, words, console, end)
+            _measure(args, words, console)
         return 0
     except SssdError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -72,52 +70,34 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the rows measured so far are in the file", file=sys.stderr)
         return 130
-    finally:
-        torch.set_num_threads(threads)
 
 
-def _all(args: argparse.Namespace, words: Sequence[str], console: Console, end: float) -> int:
-    """Failures are reported and do not stop the other kinds; 2 if any failed."""
-    failed = False
+def _all(words: list[str], seconds: float) -> int:
+    """Failures are reported and do not stop the other kinds; the largest exit code."""
+    codes, end = [0], time.monotonic() + seconds
     for number, kind in enumerate(MEASURED):
-        now = time.monotonic()
-        if now >= end:
-            console.warn(f"{kind}: no time left; `sssd-fast bench {kind}` measures it alone")
-            continue
+        minutes = max(0.01, (end - time.monotonic()) / 60 / (len(MEASURED) - number))
         try:
-            one = _parse([kind])
-            vars(one).update({name: getattr(args, name) for name in COMMON})
-            _measure(one, words, console, now + (end - now) / (len(MEASURED) - number))
-        except DependencyError as error:
-            console.warn(f"{kind} is skipped: {error}")
-        except Exception as error:  # noqa: BLE001 - reported in full, the other kinds still run
-            console.error(f"{kind}: {error}")
-            if not isinstance(error, SssdError):
-                traceback.print_exc()
-            failed = True
-    return 2 if failed else 0
+            codes.append(main([kind, *words, "--minutes", f"{minutes:.2f}"]))
+        except Exception:  # noqa: BLE001 - reported in full, the other kinds still run
+            traceback.print_exc()
+            codes.append(1)
+        if codes[-1] == 130:
+            break
+    return max(codes)
 
 
-def _measure(
-    args: argparse.Namespace, words: Sequence[str], console: Console, deadline: float | None
-) -> None:
+def _measure(args: argparse.Namespace, words: Sequence[str], console: Console) -> None:
     """Writes the result file of a kind and prints its tables."""
-    device = torch.device(args.device)
-    dtypes = args.dtypes or [torch.bfloat16 if device.type == "cuda" else torch.float32]
-    cache = Cache(device)
-    settings = {"samples": args.samples, "passes": PASSES, "flushed_bytes": cache.bytes}
-    kind = args.kind
-    ceilings: dict[str, Any] | None = None  # measure them
-    if kind == "loader":
-        kind, settings, ceilings = "loader-speed", {}, {}
-    with console.announce(f"{kind}: rate of a large copy and a large product"):
-        place = (args.json, args.out, args.quick)
-        results = Results(kind, device, dtypes, words, *place, settings, ceilings)
+    kind, device = args.kind, torch.device(args.device)
+    module = _module(kind)
+    console.info(f"{kind}: measuring the rate of a large copy and of a large matrix product")
+    results = Results(kind, device, args.dtypes, words, args.out, quick=args.quick)
     with results:
-        bench = Bench(device, console, results, cache, args.quick, args.samples)
-        bench.deadline = deadline
+        bench = Bench(device, console, results, Cache(device), args.quick, args.samples)
+        bench.deadline = args.minutes and time.monotonic() + 60 * args.minutes
         bench.only = args.provider or []
-        _module(args.kind).run(args, bench)
+        module.run(args, bench)
     head = results.head
     document: dict[str, Any] = {**head, "rows": results.rows}
     head["doubts"] = doubts(results.rows)
@@ -137,19 +117,10 @@ def _measure(
 def _module(kind: str) -> ModuleType:
     """Raises DependencyError if packages are missing: the loader needs those of the trainer."""
     try:
-        return importlib.import_module(f"benchmarks.{kind}")
+        return importlib.import_module(f"benchmarks.{MODULES.get(kind, kind)}")
     except ImportError as error:
         hint = "pip install '.[train]'"
         raise DependencyError(f"bench {kind} needs {error.name}: {hint}") from error
-
-
-# ---- arguments ----
-
-
-def _json(text: str) -> Path:
-    if not text.endswith(".json"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, needs a file name that ends in .json")
-    return Path(text)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -167,11 +138,12 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
     if args.kind in FILES:
         return args
-    for name, least in (("samples", 2), ("threads", 1), ("minutes", 0.01)):
+    for name, least in (("samples", 2), ("minutes", 0.01)):
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"argument --{name}: got {value:g}, needs at least {least:g}")
-    args.dtypes = [DTYPES[name] for name in args.dtype] if args.dtype else None
+    usual = ["bf16"] if args.device.startswith("cuda") else ["fp32", "bf16"]
+    args.dtypes = [DTYPES[name] for name in args.dtype or usual]
     args.samples = args.samples or (QUICK_SAMPLES if args.quick else SAMPLES)
     return args
 
@@ -181,13 +153,11 @@ def _common(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--quick", action="store_true", help=f"{QUICK_SAMPLES} samples, few shapes: a first test")
     add("--device", default=default, help="cpu, cuda, cuda:1, ...")
-    add("--dtype", nargs="+", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
+    add("--dtype", nargs="+", choices=list(DTYPES), help="default: bf16; on a CPU fp32 and bf16")
     add("--provider", nargs="+", metavar="P", help="only these, by their names in the table")
-    add("--samples", type=int, metavar="N", help=f"per provider and pass (default {SAMPLES})")
-    add("--threads", type=int, metavar="N", help="of torch on the CPU")
+    add("--samples", type=int, metavar="N", help=f"per provider (default {SAMPLES})")
     add("--minutes", type=float, metavar="M", help="start no new case after M minutes")
-    add("--out", type=Path, default=FOLDER, metavar="DIR", help="default: benchmarks/results")
-    add("--json", type=_json, metavar="FILE.json", help="the result file")
+    add("--out", type=Path, default=FOLDER, help="folder, or FILE.json (benchmarks/results)")
 
 
 if __name__ == "__main__":

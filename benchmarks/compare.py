@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks import results
 from benchmarks.tables import NONE, Document, RowDict, size_text, time_text
@@ -22,7 +20,6 @@ from sssd_fast.run.log import Console
 MARGIN_US = {"cpu": 5.0, "cuda": 2.0}
 MARGIN_BYTES = float(1 << 20)
 WORSE, FAILS, BETTER, RUNS = "REGRESSION", "FAILS NOW", "better", "runs now"
-VERSIONS = ("torch", "triton", "cuda", "xformers", "transformers", "dali")
 
 
 class Line(NamedTuple):
@@ -30,89 +27,58 @@ class Line(NamedTuple):
     a: float | None  # microseconds, or bytes
     b: float | None
     verdict: str
-    note: str = ""
 
     @property
-    def ratio(self) -> float | None:
-        return self.b / self.a if self.a and self.b else None
+    def ratio(self) -> float:
+        return self.b / self.a if self.a and self.b else math.inf if self.a else 0.0
 
 
-def compare(a: Document, b: Document, fail_over: float) -> list[Line]:
+def compare(a: Document, b: Document, over: float) -> list[Line]:
     """The worst first. Raises SssdError for unlike files."""
-    for what in ("schema", "kind", "quick"):
-        _same(what, a[what], b[what])
-    _same("device", a["device"]["name"], b["device"]["name"])
     rows_a, rows_b = ({results.key(row): row for row in one["rows"]} for one in (a, b))
     both = [name for name in rows_a if name in rows_b]
+    pairs = [(name, a[name], b[name]) for name in ("kind", "quick")]
+    pairs.append(("device", a["device"]["name"], b["device"]["name"]))
+    pairs += [(f"the size of {n}", rows_a[n]["sizes"], rows_b[n]["sizes"]) for n in both]
+    for what, in_a, in_b in pairs:
+        if in_a != in_b:
+            raise SssdError(
+                f"cannot compare: {what} is {in_a} in A and {in_b} in B; measure both alike"
+            )
     if not both:
         raise SssdError("cannot compare: A and B have no row in common; measure the same cases")
-    memory = a["kind"].endswith("memory")
-    margin = MARGIN_BYTES if memory else MARGIN_US[a["device"]["type"]]
+    margin = MARGIN_BYTES if a["kind"] == "memory" else MARGIN_US[a["device"]["type"]]
     lines = []
     for name in both:
-        row_a, row_b = rows_a[name], rows_b[name]
-        _same(f"the size of {' '.join(name)}", row_a["sizes"], row_b["sizes"])
-        lines.append(_line(name, row_a, row_b, memory, fail_over, margin))
-    return sorted(lines, key=lambda one: -(one.ratio or math.inf * (one.verdict == FAILS)))
+        before, after = _cost(rows_a[name]), _cost(rows_b[name])
+        if before is None or after is None:
+            verdict = FAILS if before else RUNS if after else ""
+        elif abs(after - before) <= margin or 1 / (1 + over) <= after / before <= 1 + over:
+            verdict = ""
+        else:
+            verdict = WORSE if after > before else BETTER
+        lines.append(Line(name, before, after, verdict))
+    return sorted(lines, key=lambda one: -one.ratio)
 
 
-def _same(what: str, in_a: Any, in_b: Any) -> None:
-    if in_a != in_b:
-        raise SssdError(
-            f"cannot compare: {what} is {in_a} in A and {in_b} in B; measure both alike"
-        )
-
-
-def _line(
-    name: tuple[str, ...], row_a: RowDict, row_b: RowDict, memory: bool, over: float, margin: float
-) -> Line:
-    a, b = _cost(row_a, memory), _cost(row_b, memory)
-    if a is None or b is None:
-        why = (row_b if b is None else row_a)["reason"] or "no result, and no reason"
-        return Line(name, a, b, FAILS if a else RUNS if b else "", why)
-    verdict = ""
-    if b > a * (1 + over) and b - a > margin:
-        verdict = WORSE
-    elif a > b * (1 + over) and a - b > margin:
-        verdict = BETTER
-    return Line(name, a, b, verdict)
-
-
-def _cost(row: RowDict, memory: bool) -> float | None:
-    found: float | None = None
+def _cost(row: RowDict) -> float | None:
     if row["reason"]:
         return None
-    if memory:
-        found = row["peak_bytes"]
-    elif row["time"]:
-        found = row["time"]["median_us"]
-    elif "images_per_s" in row["more"]:
-        found = 1e6 / row["more"]["images_per_s"]
-    return found
-
-
-def warnings(a: Document, b: Document) -> Iterator[str]:
-    """What else differs: versions, settings, and rows of one file only."""
-    pairs = [(name, a["versions"].get(name), b["versions"].get(name)) for name in VERSIONS]
-    pairs += [(n, a["device"].get(n), b["device"].get(n)) for n in ("driver", "threads")]
-    pairs.append(("settings", a["settings"], b["settings"]))
-    yield from (f"{name}: {in_a} in A, {in_b} in B" for name, in_a, in_b in pairs if in_a != in_b)
-    for letter, document, other in (("A", a, b), ("B", b, a)):
-        if not document["finished"]:
-            yield f"{letter} is unfinished: its run ended before its last row"
-        known = {results.key(row) for row in other["rows"]}
-        single = [results.key(row) for row in document["rows"] if results.key(row) not in known]
-        yield from (f"only in {letter}: {', '.join(name)}" for name in single)
-
-
-# ---- command line ----
+    if row["time"]:
+        return float(row["time"]["median_us"])
+    if "images_per_s" in row["more"]:
+        return 1e6 / float(row["more"]["images_per_s"])
+    peak: float | None = row["peak_bytes"]
+    return peak
 
 
 def ratio_of(text: str) -> float:
     """ "5%" or "0.05"."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
-    value = float(found.group(1)) / (100 if found.group(2) else 1) if found else math.nan
-    if found is None or (not found.group(2) and value >= 1):
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < (math.inf if text.endswith("%") else 1):
         raise SssdError(f"--fail-over {text!r}: needs a share such as 5% or 0.05")
     return value
 
@@ -126,20 +92,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """0 = no regression, 1 = at least one; raises SssdError for files that cannot be compared."""
-    fail_over = ratio_of(args.fail_over)
-    a, b = results.load(args.a), results.load(args.b)
-    lines = compare(a, b, fail_over)
-    form = size_text if a["kind"].endswith("memory") else time_text
+    over, a, b = ratio_of(args.fail_over), results.load(args.a), results.load(args.b)
+    lines = compare(a, b, over)
+    form = size_text if a["kind"] == "memory" else time_text
     with Console() as console:
-        for text in warnings(a, b):
-            console.warn(text)
-        rows = []
+        if a["versions"] != b["versions"]:
+            console.warn("A and B were measured with other versions of the packages")
+        cells = []
         for line in lines:
             costs = [NONE if cost is None else form(cost) for cost in (line.a, line.b)]
-            ratio = NONE if line.ratio is None else f"{line.ratio:.3f}"
-            rows.append([*line.name, *costs, ratio, line.verdict, line.note])
+            cells.append([*line.name, *costs, f"{line.ratio:.3f}", line.verdict])
         title = f"{a['kind']}, {a['device']['name']}: B against A"
-        console.table(title, [*results.KEY, "A", "B", "B / A", "verdict", "note"], rows)
+        console.table(title, [*results.KEY, "A", "B", "B / A", "verdict"], cells)
         verdicts = [line.verdict for line in lines]
         worse, fails, better, runs = map(verdicts.count, (WORSE, FAILS, BETTER, RUNS))
         console.info(

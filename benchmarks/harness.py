@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,22 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.race import (
-    PASSES,
-    SAMPLES,
-    Cache,
-    Call,
-    Load,
-    allowed_error,
-    error_of,
-    first_call,
-    race,
-    summary,
-    tensors,
-    versus,
-)
+import mae_kernels
+from benchmarks import race
+from benchmarks.race import Cache, Call, Load, Name, allowed_error, error_of, first_call, tensors
 from benchmarks.results import NAMES, Results, Row
-from benchmarks.shapes import Shape
+from mae_kernels import Draw, Sample
 from sssd_fast.errors import SssdError
 from sssd_fast.run.log import Console
 
@@ -50,8 +40,7 @@ class Bench:
     results: Results
     cache: Cache
     quick: bool = False
-    samples: int = SAMPLES
-    passes: int = PASSES
+    samples: int = race.SAMPLES
     deadline: float | None = None
     only: Sequence[str] = field(default_factory=list)
 
@@ -93,34 +82,33 @@ class _Failed(Exception):
 
 
 def time_rows(
-    bench: Bench, rows: Mapping[str, Row], calls: Mapping[str, Call], ours: str = OURS
+    bench: Bench, rows: Mapping[Name, Row], calls: Mapping[Name, Call], ours: Name | None
 ) -> None:
     """Times the rows that have a call and no reason."""
     running = {name: call for name, call in calls.items() if rows[name].reason is None}
+
+    def named(name: Name, call: Call) -> object:
+        try:
+            return call()
+        except Exception as error:
+            raise _Failed(name) from error
+
     while running:
-        watched = {name: partial(_named, name, call) for name, call in running.items()}
         load = Load()
         try:
-            more = {"samples": bench.samples, "passes": bench.passes}
-            found = race(watched, bench.device, bench.cache, **more)
+            watched = {name: partial(named, name, call) for name, call in running.items()}
+            found = race.race(watched, bench.device, bench.cache, bench.samples)
         except _Failed as failed:  # race again without it
             rows[failed.args[0]].reason = reason(failed.__cause__ or failed)
             del running[failed.args[0]]
             continue
         others = load.others()
         for name, samples in found.items():
-            rows[name].time = summary(samples)
+            rows[name].time = race.summary(samples)
             rows[name].load = others
-            if name != ours and ours in found:
-                rows[name].versus = versus(samples, found[ours])
+            if ours in found and name != ours:
+                rows[name].versus = race.versus(samples, found[ours])
         return
-
-
-def _named(name: str, call: Call) -> object:
-    try:
-        return call()
-    except Exception as error:
-        raise _Failed(name) from error
 
 
 def forget(device: torch.device) -> None:
@@ -134,134 +122,140 @@ def forget(device: torch.device) -> None:
 
 # ---- an op and its providers ----
 
-Inputs = dict[str, Tensor]
-
 
 @dataclass(frozen=True)
 class Provider:
-    """call: the results; the first one is differentiated.
+    """call: takes the tensors and options of the sample; its first result is differentiated."""
 
-    leaves: the tensors to differentiate, if not those of the op; own: from their gradients to the
-    gradients of the op's leaves.
-    """
-
-    call: Callable[[Shape, Inputs], Any]
-    leaves: tuple[str, ...] | None = None
-    own: Callable[[Inputs, list[Tensor]], list[Tensor]] | None = None
+    call: Callable[..., Any]
+    backend: str | None = None  # of mae_kernels; None = the current one
     compiled: bool = False
 
 
 @dataclass(frozen=True)
 class Op:
-    """make: inputs in fp32. floats: inputs of the measured dtype besides the leaves.
-
-    moved: the bytes that must be read and written once, of the forward and of the backward alone,
-    from a shape, the bytes of a value, and the inputs. absent: provider -> why there is none.
-    tolerance: of the largest value, instead of race.allowed_error. exact: the eager provider whose
-    fp64 results are the reference, and whose matrix products give the FLOPs.
+    """One call of an op. absent: provider -> why there is none. tolerance: of the largest value,
+    instead of race.allowed_error.
     """
 
-    name: str
-    make: Callable[[Shape, torch.device], Inputs]
-    leaves: tuple[str, ...]
-    moved: Callable[[Shape, int, Inputs], tuple[float, float]]
+    sample: Sample
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
     providers: dict[str, Provider]
-    floats: tuple[str, ...] = ()
     absent: dict[str, str] = field(default_factory=dict)
     tolerance: float | None = None
-    exact: str = "tuned"
 
     @property
     def phases(self) -> tuple[str, ...]:
-        return (FORWARD, BOTH) if self.leaves else (FORWARD,)
+        return (FORWARD, BOTH) if self.sample.gradients else (FORWARD,)
+
+    @property
+    def shape(self) -> str:
+        return f"{self.sample.name}, {self.batch} images"
+
+    def inputs(self) -> Inputs:
+        draw = Draw(self.device, self.dtype, self.batch, torch.Generator().manual_seed(0))
+        tensors, options = self.sample.make(draw)
+        return Inputs(self, {**tensors, **options})
 
 
-def measure_all(bench: Bench, cases: Sequence[tuple[Op, Shape, torch.dtype]], title: str) -> None:
-    """Adds the rows of all cases."""
-    with bench.console.progress(len(cases), title) as progress:
-        for number, (op, s, dtype) in enumerate(cases):
-            label = f"{op.name}, {s.name}, {NAMES[dtype]}"
+class Inputs:
+    """The arguments of a call; the tensors that get a gradient require it."""
+
+    def __init__(self, op: Op, given: Mapping[str, Any]) -> None:
+        self.op = op
+        self.given = dict(given)
+        leaves = [n for n in op.sample.gradients if given[n] is not None]
+        self.leaves: list[Tensor] = [given[n].detach().requires_grad_() for n in leaves]
+        self.given |= dict(zip(leaves, self.leaves, strict=True))
+
+    def exact(self) -> Inputs:
+        """In fp64."""
+
+        def wide(value: Any) -> Any:
+            if isinstance(value, torch.dtype):
+                return torch.float64
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return value.double() if floating else value
+
+        return Inputs(self.op, {name: wide(value) for name, value in self.given.items()})
+
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in self.given.values() if isinstance(t, Tensor))
+
+
+def measure_all(bench: Bench, ops: Sequence[Op], title: str) -> None:
+    """Adds the rows of all ops."""
+    with bench.console.progress(len(ops), title) as progress:
+        for number, op in enumerate(ops):
+            label = f"{op.sample}, {op.batch} images, {NAMES[op.dtype]}"
             if not bench.time_is_up(label):
-                bench.results.add(*run_case(bench, op, s, dtype))
+                bench.results.add(*run_op(bench, op))
                 forget(bench.device)
             progress.update(number + 1, case=label)
 
 
-def run_case(bench: Bench, op: Op, s: Shape, dtype: torch.dtype) -> list[Row]:
-    """The rows of one op at one shape: all providers and phases."""
+def run_op(bench: Bench, op: Op) -> list[Row]:
+    """The rows of one op: all providers and phases."""
     rows: dict[tuple[str, str], Row] = {}
-    for name in [*op.providers, *op.absent]:
-        if bench.wants(name):
-            for phase in op.phases:
-                rows[phase, name] = Row(
-                    *(op.name, s.name, NAMES[dtype], phase, name),
-                    sizes=asdict(s),
-                    reason=op.absent.get(name),
-                )
+    for name in filter(bench.wants, [*op.providers, *op.absent]):
+        for phase in op.phases:
+            row = Row(op.sample.op, op.shape, NAMES[op.dtype], phase, name, {"batch": op.batch})
+            row.reason = op.absent.get(name)
+            rows[phase, name] = row
     try:
-        torch.manual_seed(0)
-        inputs = cast(op, op.make(s, bench.device), dtype)
-        forward, backward = op.moved(s, dtype.itemsize, inputs)
-        exact, eager = truth(op, s, inputs)
-        needed = {phase: flops(op, s, inputs, phase) for phase in op.phases}
+        inputs = op.inputs()
+        exact, allowed = truth(op, inputs)
+        needed = {phase: costs(op, inputs, phase) for phase in op.phases}
     except torch.OutOfMemoryError:
         for row in rows.values():
             row.reason = row.reason or "out of memory in the fp64 reference"
         return list(rows.values())
     for (phase, _), row in rows.items():
-        row.bytes = forward + backward * (phase == BOTH)
-        row.flops = needed[phase]
-    allowed = allowed_error(eager, dtype) if op.tolerance is None else op.tolerance
-    names = [name for name in op.providers if bench.wants(name)]
-    calls = {name: Calls(op, s, inputs, op.providers[name]) for name in names}
-    for name in names:
-        mine = {phase: rows[phase, name] for phase in op.phases}
-        gate(bench, mine, calls[name], exact, allowed)
+        row.bytes, row.flops = needed[phase]
+    calls = {n: Calls(inputs, p) for n, p in op.providers.items() if bench.wants(n)}
+    for name, call in calls.items():
+        gate(bench, {phase: rows[phase, name] for phase in op.phases}, call, exact, allowed)
     for phase in op.phases:
-        timed = {name: calls[name].timed[phase] for name in names}
-        time_rows(bench, {name: rows[phase, name] for name in names}, timed)
+        timed = {name: call.timed[phase] for name, call in calls.items()}
+        time_rows(bench, {name: rows[phase, name] for name in calls}, timed, OURS)
     return list(rows.values())
-
-
-def cast(op: Op, inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Leaves and `floats` of the op in `dtype`; the leaves of all providers require gradients."""
-    leaves = {*op.leaves, *(name for p in op.providers.values() for name in p.leaves or ())}
-    wanted = {*leaves, *op.floats}
-    out = {name: t.detach().to(dtype) if name in wanted else t for name, t in inputs.items()}
-    return {name: t.requires_grad_() if name in leaves else t for name, t in out.items()}
 
 
 class Calls:
     """A provider on given inputs: what is timed and what is compared are the same function."""
 
-    def __init__(self, op: Op, s: Shape, inputs: Inputs, provider: Provider) -> None:
+    def __init__(self, inputs: Inputs, provider: Provider) -> None:
         call = provider.call
         if provider.compiled:
             call = torch.compile(call, fullgraph=True, dynamic=False)
-        self._provider = provider
-        self._op = op
+        self._call = call
+        self._backend = provider.backend
         self._inputs = inputs
-        self._leaves = [inputs[name] for name in provider.leaves or op.leaves]
-        self._call: Callable[[], Any] = partial(call, s, inputs)
         self._gradient: Tensor | None = None
-        self.timed: dict[str, Call] = {FORWARD: self._call}
-        if op.leaves:
+        self.timed: dict[str, Call] = {FORWARD: self._forward}
+        if inputs.leaves:
             self.timed[BOTH] = self._both
 
-    def _both(self) -> object:
-        first = tensors(self._call())[0]
+    def _forward(self) -> Any:
+        chosen = nullcontext() if self._backend is None else mae_kernels.backend(self._backend)
+        with chosen:
+            return self._call(**self._inputs.given)
+
+    def _both(self) -> list[Tensor]:
+        return self.gradients(tensors(self._forward())[0])
+
+    def gradients(self, first: Tensor) -> list[Tensor]:
         if self._gradient is None:  # made once, by the call that is not timed
             self._gradient = upstream(first)
-        return torch.autograd.grad(first, self._leaves, self._gradient)
+        return list(torch.autograd.grad(first, self._inputs.leaves, self._gradient))
 
     def results(self) -> list[Tensor]:
-        """Results and the gradients of the op's leaves."""
-        out = tensors(self._call())
-        if not self._leaves:
-            return out
-        found = list(torch.autograd.grad(out[0], self._leaves, upstream(out[0])))
-        found = found if self._provider.own is None else self._provider.own(self._inputs, found)
-        return [*(t.detach() for t in out), *found]
+        """Results and gradients."""
+        out = tensors(self._forward())
+        gradients = self.gradients(out[0]) if self._inputs.leaves else []
+        return [*(t.detach() for t in out), *gradients]
 
 
 def upstream(first: Tensor) -> Tensor:
@@ -272,18 +266,28 @@ def upstream(first: Tensor) -> Tensor:
     return steps.view(first.shape).to(first.dtype)
 
 
-def truth(op: Op, s: Shape, inputs: Inputs) -> tuple[list[Tensor], float]:
-    """Results and gradients in fp64, and the error of the same code in the measured dtype."""
-    provider = op.providers[op.exact]
-    exact = Calls(op, s, cast(op, inputs, torch.float64), provider).results()
-    return exact, error_of(Calls(op, s, inputs, provider).results(), exact)
+def truth(op: Op, inputs: Inputs) -> tuple[list[Tensor], float]:
+    """Results and gradients of the published form in fp64, and the allowed error."""
+    published = op.providers["published"]
+    exact = Calls(inputs.exact(), published).results()
+    if op.tolerance is not None:
+        return exact, op.tolerance
+    eager = error_of(Calls(inputs, published).results(), exact)
+    return exact, allowed_error(eager, op.dtype)
 
 
-def flops(op: Op, s: Shape, inputs: Inputs, phase: str) -> int:
-    """Of matrix products, 2 per multiply-add, as torch counts them in the exact provider."""
+def costs(op: Op, inputs: Inputs, phase: str) -> tuple[int, int]:
+    """Bytes of arguments and results, each once per pass, and the FLOPs of matrix products, 2 per
+    multiply-add, as torch counts them in plain code.
+    """
+    calls = Calls(inputs, op.providers.get("plain", op.providers["published"]))
     with FlopCounterMode(display=False) as counter:
-        Calls(op, s, inputs, op.providers[op.exact]).timed[phase]()
-    return int(counter.get_total_flops())
+        calls.timed[phase]()
+    out = tensors(calls.timed[FORWARD]())
+    moved = inputs.bytes() + sum(t.nbytes for t in out)
+    if phase == BOTH:
+        moved += inputs.bytes() + out[0].nbytes + sum(t.nbytes for t in inputs.leaves)
+    return moved, int(counter.get_total_flops())
 
 
 def gate(

@@ -15,14 +15,16 @@ patch in the order (row, column, channel), S prototypes, F bottleneck features.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import eager
-from benchmarks.shapes import Shape
+
+if TYPE_CHECKING:
+    from sssd_fast.config import ModelConfig, ObjectiveConfig
 
 
 class Block(nn.Module):
@@ -51,55 +53,78 @@ class Encoded(NamedTuple):
     mask_BL: Tensor  # float, 1 = masked
 
 
-class MaskedAutoencoderViT(nn.Module):
-    """norm: of the target: "patch" over all values, "channel" per channel, "none"."""
+class Encoder(nn.Module):
+    """What autoencoder and classifier share. pos_embed is fixed in pre-training."""
 
-    def __init__(
-        self,
-        s: Shape,
-        depth: int,
-        decoder_depth: int,
-        norm: str = "patch",
-        mlp_ratio: float = 4.0,
-        eps: float = 1e-6,
-    ) -> None:
+    def __init__(self, m: ModelConfig, trained: bool = False) -> None:
         super().__init__()
-        self.shape = s
-        self.norm_target = norm
-        D = s.width
-        E = s.decoder
-        tokens = 1 + s.patches
-        conv = nn.Conv2d(s.channels, D, kernel_size=s.patch, stride=s.patch)
+        self.config = m
+        D, depth, heads = m.encoder_shape
+        self.sizes = (m.mlp_ratio, m.norm_eps)
+        conv = nn.Conv2d(m.in_channels, D, kernel_size=m.patch_size, stride=m.patch_size)
         self.patch_embed = nn.ModuleDict({"proj": conv})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, D), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(D, s.heads, mlp_ratio, eps) for _ in range(depth))
-        self.norm = nn.LayerNorm(D, eps=eps)
-        self.decoder_embed = nn.Linear(D, E)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, E), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(
-            Block(E, s.decoder_heads, mlp_ratio, eps) for _ in range(decoder_depth)
-        )
-        self.decoder_norm = nn.LayerNorm(E, eps=eps)
-        self.decoder_pred = nn.Linear(E, s.values)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + m.num_patches, D), requires_grad=trained)
+        self.blocks = nn.ModuleList(Block(D, heads, *self.sizes) for _ in range(depth))
+        self.norm = nn.LayerNorm(D, eps=m.norm_eps)
 
-    def encode(self, images_BCHW: Tensor, noise_BL: Tensor) -> Encoded:
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """[B, L, D], all patches with their positions."""
         x_BDL = self.patch_embed["proj"](images_BCHW).flatten(2)
-        x_BLD = x_BDL.transpose(1, 2) + self.pos_embed[:, 1:]
-        keep_BK, restore_BL, _, mask_BL = eager.published_masking(noise_BL, self.shape)
-        x_BKD = x_BLD.gather(1, keep_BK[..., None].repeat(1, 1, x_BLD.shape[-1]))
-        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(x_BLD.shape[0], -1, -1)
+        return x_BDL.transpose(1, 2) + self.pos_embed[:, 1:]
+
+    def run_blocks(self, x_BKD: Tensor) -> Tensor:
+        """[B, 1+K, D] after the final norm, the cls token first."""
+        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(x_BKD.shape[0], -1, -1)
         x_BND = torch.cat((cls_B1D, x_BKD), dim=1)
         for block in self.blocks:
             x_BND = block(x_BND)
-        return Encoded(self.norm(x_BND), keep_BK, restore_BL, mask_BL)
+        out: Tensor = self.norm(x_BND)
+        return out
+
+
+class Classifier(Encoder):
+    """Fine-tuning in facebookresearch/mae: all patches, a linear layer on the cls token."""
+
+    def __init__(self, m: ModelConfig, classes: int) -> None:
+        super().__init__(m, trained=True)
+        self.head = nn.Linear(m.encoder_shape[0], classes)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """[B, classes] logits of normalised float images."""
+        logits: Tensor = self.head(self.run_blocks(self.embed(images_BCHW))[:, 0])
+        return logits
+
+
+class MaskedAutoencoderViT(Encoder):
+    """norm: of the target: "patch" over all values, "channel" per channel, "none"."""
+
+    def __init__(self, m: ModelConfig, norm: str) -> None:
+        super().__init__(m)
+        self.norm_target = norm
+        E = m.decoder_width
+        self.decoder_embed = nn.Linear(m.encoder_shape[0], E)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
+        positions = torch.zeros(1, 1 + m.num_patches, E)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(E, m.decoder_heads, *self.sizes) for _ in range(m.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(E, eps=m.norm_eps)
+        self.decoder_pred = nn.Linear(E, m.patch_size**2 * m.in_channels)
+
+    def encode(self, images_BCHW: Tensor, noise_BL: Tensor) -> Encoded:
+        x_BLD = self.embed(images_BCHW)
+        keep_BK, restore_BL, _, mask_BL = eager.random_masking(noise_BL, self.config.num_visible)
+        return Encoded(
+            self.run_blocks(eager.repeated(x_BLD, keep_BK)), keep_BK, restore_BL, mask_BL
+        )
 
     def decode(self, latent_BND: Tensor, ids_restore_BL: Tensor) -> Tensor:
         """[B, 1+L, E] tokens after the final norm, in image order after the cls token."""
         x_BND = self.decoder_embed(latent_BND)
         mask_E = self.mask_token.flatten().to(x_BND.dtype)
-        x_BNE = eager.published_restore(x_BND, ids_restore_BL, mask_E, self.decoder_pos_embed)
+        x_BNE = eager.restore_tokens(x_BND, ids_restore_BL, mask_E, self.decoder_pos_embed, 1)
         for block in self.decoder_blocks:
             x_BNE = block(x_BNE)
         out: Tensor = self.decoder_norm(x_BNE)
@@ -108,12 +133,7 @@ class MaskedAutoencoderViT(nn.Module):
     def reconstruction_loss(self, images_BCHW: Tensor, y_BNE: Tensor, mask_BL: Tensor) -> Tensor:
         """Mean squared error of every patch, then of the masked ones."""
         pred_BLV = self.decoder_pred(y_BNE)[:, 1:, :]
-        target_BLV = eager.patchify(images_BCHW, self.shape.patch, "rcc")
-        if self.norm_target == "patch":
-            target_BLV = eager.unit(target_BLV)
-        elif self.norm_target == "channel":
-            target_BLCA = target_BLV.unflatten(-1, (-1, self.shape.channels)).transpose(-1, -2)
-            target_BLV = eager.unit(target_BLCA).transpose(-1, -2).flatten(-2)
+        target_BLV = eager.target(images_BCHW, self.config.patch_size, self.norm_target)
         each_BL = (pred_BLV - target_BLV).square().mean(-1)
         loss: Tensor = (each_BL * mask_BL).sum() / mask_BL.sum()
         return loss
@@ -143,49 +163,39 @@ class Head(nn.Module):
 
 
 class SDMAE(nn.Module):
-    """weight: share of the distillation. Gradients also reach the teacher's branch."""
+    """Gradients also reach the teacher's branch."""
 
     center: Tensor
 
-    def __init__(
-        self,
-        mae: MaskedAutoencoderViT,
-        *,
-        weight: float = 0.2,
-        head: tuple[int, int, int] = (2048, 256, 4096),  # hidden, bottleneck, prototypes
-        temps: tuple[float, float] = (0.1, 0.04),  # student, teacher
-        momentum: float = 0.9,
-    ) -> None:
+    def __init__(self, mae: MaskedAutoencoderViT, o: ObjectiveConfig) -> None:
         super().__init__()
         self.mae = mae
-        self.student_head = Head(mae.shape.width, *head)
-        self.teacher_head = Head(mae.shape.decoder, *head)
-        self.weight = weight
-        self.temps = temps
-        self.momentum = momentum
-        self.register_buffer("center", torch.zeros(head[2]))
+        self.objective = o
+        head = (o.head_hidden, o.head_bottleneck, o.prototypes)
+        self.student_head = Head(mae.config.encoder_shape[0], *head)
+        self.teacher_head = Head(mae.config.decoder_width, *head)
+        self.register_buffer("center", torch.zeros(o.prototypes))
 
     def losses(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(reconstruction, distillation, mean of the teacher's probabilities [S])."""
-        mae = self.mae
+        mae, o = self.mae, self.objective
         encoded = mae.encode(images_BCHW, noise_BL)
         y_BNE = mae.decode(encoded.latent_BND, encoded.ids_restore_BL)
         reconstruction = mae.reconstruction_loss(images_BCHW, y_BNE, encoded.mask_BL)
-        ids_BKE = encoded.ids_keep_BK.unsqueeze(-1).repeat(1, 1, y_BNE.shape[-1])
-        teacher_BKE = torch.gather(y_BNE[:, 1:, :], 1, ids_BKE)
+        teacher_BKE = eager.repeated(y_BNE[:, 1:, :], encoded.ids_keep_BK)
         z_student_BS = self.student_head(encoded.latent_BND[:, 1:, :]).mean(dim=1)
         z_teacher_BS = self.teacher_head(teacher_BKE).mean(dim=1)
-        student, teacher = self.temps
-        p_BS = F.softmax((z_teacher_BS - self.center) / teacher, dim=-1)
-        distillation = -(p_BS * F.log_softmax(z_student_BS / student, dim=-1)).sum(dim=-1).mean()
-        return reconstruction, distillation, p_BS.detach().mean(dim=0)
+        p_BS = F.softmax((z_teacher_BS - self.center) / o.teacher_temp, dim=-1)
+        log_q_BS = F.log_softmax(z_student_BS / o.student_temp, dim=-1)
+        return reconstruction, -(p_BS * log_q_BS).sum(dim=-1).mean(), p_BS.detach().mean(dim=0)
 
     def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, mean of the teacher's probabilities over the images [S])."""
         reconstruction, distillation, batch_center_S = self.losses(images_BCHW, noise_BL)
-        return self.weight * distillation + (1 - self.weight) * reconstruction, batch_center_S
+        weight = self.objective.weight
+        return weight * distillation + (1 - weight) * reconstruction, batch_center_S
 
     @torch.no_grad()
     def update_center(self, batch_center_S: Tensor) -> None:
-        new_S = batch_center_S.to(self.center.dtype)
-        self.center.mul_(self.momentum).add_(new_S, alpha=1 - self.momentum)
+        m = self.objective.center_momentum
+        self.center.mul_(m).add_(batch_center_S.to(self.center.dtype), alpha=1 - m)

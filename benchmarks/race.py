@@ -4,27 +4,28 @@ CUDA events on a GPU, perf_counter on a CPU. Every sample is one call. Before ea
 larger than the last-level cache is written outside the timed window, so that inputs are read from
 memory. On a GPU this also keeps the device busy while the host submits the call: launch overhead
 appears in the time only if it is longer than the work. Each round starts with another provider, so
-that drift (clocks, other processes) affects all of them equally. Reported times are of the first
-pass; "gap" is the second median relative to it.
+that drift (clocks, other processes) affects all of them equally.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Call = Callable[[], object]
-SAMPLES, PASSES = 50, 2
-WARM_UP_CALLS, WARM_UP_S = 3, 0.03
+Name = TypeVar("Name", bound=Hashable)
+SAMPLES = 100
+WARM_UP_CALLS, WARM_UP_S, SLOW_S = 3, 0.03, 1.0
 SAME = 0.02  # medians closer than this are reported as the same
 BOOTSTRAPS = 1000
 LARGEST_FLUSH = 256 << 20  # bytes
@@ -32,24 +33,22 @@ BUSY = 0.1  # share of the usable CPUs used by other processes, from which on ve
 SPREAD = 1.5  # p80 / p20, from which on verdicts are doubtful
 
 
-class Samples(NamedTuple):
-    """Seconds of one provider."""
-
-    passes: list[list[float]]
-    host: list[float]  # of all passes
+class Sample(NamedTuple):
+    seconds: float
+    host: float  # seconds until the call returned
 
 
 @dataclass(frozen=True)
 class Time:
-    """Microseconds of one call. gap: median of the second pass (again_us) / median_us - 1."""
+    """Microseconds of one call. gap: the median of the second half of the samples relative to that
+    of the first half, minus 1."""
 
     median_us: float
     p20_us: float
     p80_us: float
     n: int
-    again_us: float | None = None
-    gap: float | None = None
-    host_us: float | None = None
+    gap: float
+    host_us: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Versus:
 
 
 class Cache:
-    """A buffer; writing it evicts the last-level cache of the device. bytes = 0 disables it."""
+    """A buffer; writing it evicts the last-level cache of the device. size = 0 disables it."""
 
     def __init__(self, device: torch.device, size: int | None = None) -> None:
         self.bytes = cache_bytes(device) if size is None else size
@@ -92,63 +91,56 @@ def first_call(call: Call, device: torch.device) -> float:
 
 
 def race(
-    calls: Mapping[str, Call],
-    device: torch.device,
-    cache: Cache,
-    *,
-    samples: int = SAMPLES,
-    passes: int = PASSES,
-) -> dict[str, Samples]:
+    calls: Mapping[Name, Call], device: torch.device, cache: Cache, samples: int = SAMPLES
+) -> dict[Name, list[Sample]]:
     names = list(calls)
-    found = {name: Samples([[] for _ in range(passes)], []) for name in names}
-    for number in range(passes):
-        for call in calls.values():
-            warm_up(call, device)
-        for turn in range(samples):
-            first = turn // 2 % len(names)
-            order = names[first:] + names[:first]
-            for name, seconds, host in _round(
-                calls, order[:: -1 if turn % 2 else 1], device, cache
-            ):
-                found[name].passes[number].append(seconds)
-                found[name].host.append(host)
+    found: dict[Name, list[Sample]] = {name: [] for name in names}
+    for call in calls.values():
+        warm_up(call, device)
+    for turn in range(samples):
+        first = turn // 2 % len(names)
+        order = (names[first:] + names[:first])[:: -1 if turn % 2 else 1]
+        for name, sample in zip(
+            order, _round([calls[n] for n in order], device, cache), strict=True
+        ):
+            found[name].append(sample)
     return found
 
 
 def warm_up(call: Call, device: torch.device) -> None:
-    start, calls = time.perf_counter(), 0
-    while calls < WARM_UP_CALLS or time.perf_counter() - start < WARM_UP_S:
+    """At least three calls, or one that takes a second."""
+    start, calls, spent = time.perf_counter(), 0, 0.0
+    while (calls < WARM_UP_CALLS or spent < WARM_UP_S) and spent < SLOW_S:
         call()
         wait(device)
         calls += 1
+        spent = time.perf_counter() - start
 
 
-def _round(
-    calls: Mapping[str, Call], order: Sequence[str], device: torch.device, cache: Cache
-) -> list[tuple[str, float, float]]:
-    """(name, seconds, seconds until the call returned) of one call of each provider."""
+def _round(calls: Sequence[Call], device: torch.device, cache: Cache) -> list[Sample]:
+    """One call of each provider."""
     if device.type != "cuda":
         spent = []
-        for name in order:
+        for call in calls:
             cache.flush()
             start = time.perf_counter()
-            calls[name]()
+            call()
             seconds = time.perf_counter() - start
-            spent.append((name, seconds, seconds))
+            spent.append(Sample(seconds, seconds))
         return spent
-    moments: list[tuple[str, Any, Any, float]] = []
+    moments: list[tuple[Any, Any, float]] = []
     with torch.cuda.device(device):
-        for name in order:
+        for call in calls:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             cache.flush()
             begin.record()
             start = time.perf_counter()
-            calls[name]()
+            call()
             host = time.perf_counter() - start
             end.record()
-            moments.append((name, begin, end, host))
+            moments.append((begin, end, host))
         torch.cuda.synchronize(device)
-    return [(name, begin.elapsed_time(end) / 1000, host) for name, begin, end, host in moments]
+    return [Sample(begin.elapsed_time(end) / 1000, host) for begin, end, host in moments]
 
 
 def wait(device: torch.device) -> None:
@@ -156,28 +148,31 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def summary(samples: Samples) -> Time:
-    first = np.asarray(samples.passes[0]) * 1e6
-    p20, median, p80 = (float(q) for q in np.quantile(first, (0.2, 0.5, 0.8)))
-    host = statistics.median(samples.host) * 1e6
-    if len(samples.passes) == 1:
-        return Time(median, p20, p80, len(first), host_us=host)
-    again = statistics.median(samples.passes[1]) * 1e6
-    return Time(median, p20, p80, len(first), again, again / median - 1, host)
+def gap_of(values: Sequence[float]) -> float:
+    """The median of the second half relative to that of the first, minus 1; 0 for one value."""
+    half = len(values) // 2
+    return float(np.median(values[-half:]) / np.median(values[:half]) - 1) if half else 0.0
 
 
-def versus(a: Samples, b: Samples) -> Versus:
+def summary(samples: Sequence[Sample]) -> Time:
+    us = [one.seconds * 1e6 for one in samples]
+    p20, median, p80 = (float(q) for q in np.quantile(us, (0.2, 0.5, 0.8)))
+    host_us = float(np.median([one.host for one in samples])) * 1e6
+    return Time(median, p20, p80, len(us), gap_of(us), host_us)
+
+
+def versus(a: Sequence[Sample], b: Sequence[Sample]) -> Versus:
     """Provider `a` relative to provider `b` of the same race.
 
-    "same" if the bootstrapped 95 % interval of the ratio of medians (all passes) contains 1, if the
-    ratio is within 2 % of 1, or if it is within the gap of either provider between its own passes.
+    "same" if the bootstrapped 95 % interval of the ratio of medians contains 1, if the ratio is
+    within 2 % of 1, or if it is within the gap of either provider.
     """
     rng = np.random.default_rng(0)
-    pools = [np.concatenate([np.asarray(one) for one in samples.passes]) for samples in (a, b)]
+    pools = [np.asarray([one.seconds for one in samples]) for samples in (a, b)]
     medians = [np.median(rng.choice(pool, (BOOTSTRAPS, len(pool))), axis=1) for pool in pools]
     ratio = float(np.median(pools[0]) / np.median(pools[1]))
     low, high = (float(q) for q in np.quantile(medians[0] / medians[1], (0.025, 0.975)))
-    margin = max(SAME, *(abs(summary(samples).gap or 0.0) for samples in (a, b)))
+    margin = max(SAME, *(abs(summary(samples).gap) for samples in (a, b)))
     if low <= 1 <= high or abs(np.log(ratio)) <= np.log1p(margin):
         return Versus(ratio, low, high, "same")
     return Versus(ratio, low, high, "slower" if ratio > 1 else "faster")
@@ -209,17 +204,20 @@ class Load:
             return None
         # user, nice, system, idle, iowait, irq, softirq, steal; guest time is part of user time
         ticks = sum(sum(map(int, [*w[1:4], *w[6:9]])) for w in lines if w and w[0] in usable)
-        times = os.times()
-        own = times.user + times.system + times.children_user + times.children_system
+        own = sum(os.times()[:4])
+        for process in multiprocessing.active_children():  # counted above only after their end
+            with suppress(OSError):
+                stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+                own += (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
         return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), own
 
 
-def doubt(load: float | None, times: Sequence[Time]) -> str | None:
+def doubt(load: float | None, times: Sequence[Mapping[str, float]]) -> str | None:
     """Why the verdicts of a race are doubtful; None if they are not."""
     reasons = []
     if load is not None and load > BUSY:
         reasons.append(f"other processes used {load:.0%} of the CPUs")
-    wide = max((time.p80_us / time.p20_us for time in times), default=1.0)
+    wide = max((time["p80_us"] / time["p20_us"] for time in times), default=1.0)
     if wide > SPREAD:
         reasons.append(f"p80 is up to {wide:.1f} times p20")
     return f"{' and '.join(reasons)}: repeat on an idle machine" if reasons else None
@@ -249,11 +247,8 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         del kept
     events = found.profiler.kineto_results.events()
     moves = [event for event in events if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(moves, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    sizes = [event.nbytes() for event in sorted(moves, key=lambda event: event.start_ns())]
+    return int(max(np.cumsum(sizes), default=0))
 
 
 # ---- correctness ----
@@ -264,12 +259,10 @@ def error_of(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
     Raises ValueError for another number or shape of results.
     """
-    if len(got) != len(exact):
-        raise ValueError(f"{len(got)} results, needs {len(exact)}")
+    if [t.shape for t in got] != [t.shape for t in exact]:
+        raise ValueError(f"results of shapes {[list(t.shape) for t in got]}")
     worst = 0.0
-    for number, (g, e) in enumerate(zip(got, exact, strict=True)):
-        if g.shape != e.shape:
-            raise ValueError(f"result {number} has shape {list(g.shape)}, needs {list(e.shape)}")
+    for g, e in zip(got, exact, strict=True):
         if g.numel():
             difference = float((g.double() - e.double()).abs().max())
             scale = max(float(e.double().abs().max()), torch.finfo(torch.float64).tiny)

@@ -8,30 +8,29 @@ depend on the version of matplotlib.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, results
-from benchmarks.harness import OURS
-from benchmarks.results import is_stale
+from benchmarks import results
 from benchmarks.tables import Document, ceiling_text, device_name, markdown, significant, tables
-from sssd_fast.errors import SssdError
+from sssd_fast.errors import DependencyError, SssdError
 from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
 from sssd_fast.run.log import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FOLDER = "docs/benchmarks.md", "docs/benchmarks"
-STALE = "†"
 SECTIONS = {
-    "Ops": ("ops",),
-    "Attention": ("attention",),
-    "Training step": ("step",),
-    "Training memory": ("memory",),
-    "Loading": ("loader-speed", "loader-parity", "loader-memory"),
+    "step": "Training step",
+    "attention": "Attention",
+    "ops": "Ops",
+    "memory": "Training memory",
+    "loader": "Loading",
 }
-KINDS = [kind for kinds in SECTIONS.values() for kind in kinds]
+# of Okabe and Ito, which the common kinds of colour blindness can tell apart
+COLORS = {"ours": "#0072b2", "transformers": "#e69f00", "plain": "#56b4e9", "published": "#8a939c"}
 
 
 def find(folder: Path) -> tuple[list[Document], list[str]]:
@@ -42,8 +41,8 @@ def find(folder: Path) -> tuple[list[Document], list[str]]:
     newest, warnings = dict[tuple[str, str], Document](), list[str]()
     loaded = [{**results.load(path), "file": path.name} for path in sorted(folder.glob("*.json"))]
     for document in sorted(loaded, key=lambda one: str(one["started"])):
-        if document["kind"] not in KINDS:
-            known = ", ".join(KINDS)
+        if document["kind"] not in SECTIONS:
+            known = ", ".join(SECTIONS)
             raise SssdError(f"{document['file']}: kind {document['kind']!r}, known are {known}")
         if document["quick"]:
             warnings.append(f"{document['file']} is a quick run and not reported")
@@ -51,35 +50,35 @@ def find(folder: Path) -> tuple[list[Document], list[str]]:
         newest[document["kind"], document["device"]["name"]] = document
         if not document["finished"]:
             warnings.append(f"{document['file']} is unfinished; the page says so")
-    order = sorted(newest.values(), key=lambda one: KINDS.index(one["kind"]))
-    return sorted(order, key=lambda one: one["device"]["type"] != "cuda"), warnings
+    return sorted(newest.values(), key=lambda one: one["device"]["type"] != "cuda"), warnings
 
 
 # ---- the page ----
 
-INTRODUCTION = f"""\
+INTRODUCTION = """\
 # Benchmarks
 
 Written by `sssd-fast bench report` from the files in `benchmarks/results`; do not edit it by hand.
-[benchmarks/README.md](../benchmarks/README.md) has the rules; each section names its command.
+[benchmarks/README.md](../benchmarks/README.md) has the rules; each section names its command and
+the commit that it measured.
 
 - Times are medians of single calls, with 20 % and 80 % quantiles and the number of calls. Providers
   alternate, the last-level cache is flushed before every call, compilation and warm-up are not
-  included. "gap" is a second pass relative to the first. "host time" (GPUs only) is the time
-  until the call returns, without waiting for the device.
+  included ("first call" includes them). "gap" is a second pass relative to the first. "host time"
+  (GPUs only) is the time until the call returns, without waiting for the device.
 - "time / ours" is a provider's time divided by ours, with its bootstrapped 95 % interval; above
   1 ours is faster. "same": the interval contains 1, or the difference is below 2 % or below the
   gap of either provider. "slower" and "faster" refer to the provider.
 - "error / allowed": largest error against fp64, relative to the largest value, and the limit:
-  twice that of eager PyTorch in the same dtype, plus 32 fp32 roundings for sums in another order.
-- A share of a ceiling above 100 % means that other processes disturbed the ceiling's measurement.
-- {STALE}: mae_kernels or the benchmarks have changed since the measurement."""
+  twice that of eager PyTorch in the same dtype, plus roundings for sums in another order.
+- "MFU" is the share of the matrix product rate in the provider's dtype. A share above 100 % means
+  that other processes disturbed the measurement of the rate."""
 
 
 def page(documents: Sequence[Document]) -> str:
-    blocks = [INTRODUCTION, "## Overview", *overview(documents)]
-    for title, kinds in SECTIONS.items():
-        mine = [one for one in documents if one["kind"] in kinds]
+    blocks = [INTRODUCTION, *overview(documents)]
+    for kind, title in SECTIONS.items():
+        mine = [one for one in documents if one["kind"] == kind]
         have = {document["device"]["type"] for document in mine}
         missing = [n for t, n in (("cuda", "NVIDIA GPU"), ("cpu", "CPU")) if t not in have]
         blocks += [f"## {title}", *(f"{name}: not measured." for name in missing)]
@@ -89,20 +88,17 @@ def page(documents: Sequence[Document]) -> str:
 
 
 def section(document: Document) -> list[str]:
-    """Pictures, caption, ceilings and tables; of the ops those of one shape."""
-    kind = document["kind"]
-    rest = kind.partition("-")[2]
-    stale = f" {STALE}" * is_stale(document)
-    blocks = [f"### {device_name(document)}{': ' * bool(rest)}{rest}{stale}"]
-    blocks += [f"![{plot.title}](benchmarks/{plot.file})" for plot in plots.planned(document)]
+    """Picture, caption, ceilings and tables; of the ops those of the first shape."""
+    kind, rows = document["kind"], document["rows"]
+    blocks = [f"### {device_name(document)}"]
+    if pictured(document):
+        text = f"Images per second of a training step, {device_name(document)}"
+        blocks.append(f"![{text}](benchmarks/{picture_name(document)})")
     blocks.append(caption(document))
     if kind in ("ops", "attention", "step") and document["ceilings"]:
         blocks.append(ceiling_text(document))
-    rows = document["rows"]
     if kind == "ops":
-        chosen = [group[OURS] for group in plots.representative(document)]
-        shown = {(row["case"], row["shape"], row["dtype"]) for row in chosen}
-        rows = [row for row in rows if (row["case"], row["shape"], row["dtype"]) in shown]
+        rows = [row for row in rows if row["shape"] == rows[0]["shape"]]
         blocks.append(f"{len(rows)} of the {len(document['rows'])} rows; the file has all shapes.")
     for table in tables({**document, "rows": rows}):
         blocks += [f"#### {table.title}", markdown(table.columns, table.cells)]
@@ -113,25 +109,20 @@ def section(document: Document) -> list[str]:
 
 
 def caption(document: Document) -> str:
-    """What ran where, with which versions, from which sources, and how to repeat it."""
+    """What ran where, with which versions, from which commit, and how to repeat it."""
     device, versions = document["device"], document["versions"]
     parts = [device_name(document)]
     if device["type"] == "cuda":
-        parts.append(f"{device['memory_gib']} GiB, driver {device.get('driver') or 'unknown'}")
-        clocks = document["clocks"]["before"] or {}
-        known = ("power.limit", "clocks.sm", "clocks.max.sm")
-        parts += [f"{name} {clocks[name]}" for name in known if clocks.get(name)]
-    names = ("torch", "triton", "cuda", "python")
+        parts.append(f"{device['memory_gib']} GiB, driver {device['driver'] or 'unknown'}")
+    names = ("torch", "triton", "transformers", "cuda", "python")
     parts += [f"{name} {versions[name]}" for name in names if versions.get(name)]
     commit = str(document["commit"] or "unknown")[:10] + "+changes" * bool(document["modified"])
     parts += [f"commit {commit}", f"`{document['command']}`", document["started"][:10]]
     texts = [f"{'; '.join(parts)}. File: `{document['file']}`."]
-    if all(document["ops"].values()) and not document["kind"].startswith("loader"):
-        texts.append("The ops are their references in plain PyTorch here: the kernels need a GPU.")
     if not document["finished"]:
         texts.append("**Unfinished: the run ended before its last row.**")
     if document["skipped"]:
-        texts.append(f"Skipped because the time was up: {', '.join(document['skipped'])}.")
+        texts.append(f"Skipped because the time was up: {'; '.join(document['skipped'])}.")
     if document["missing"]:
         reasons = [f"{name} ({why})" for name, why in sorted(document["missing"].items())]
         texts.append(f"Not available: {'; '.join(reasons)}.")
@@ -140,24 +131,67 @@ def caption(document: Document) -> str:
 
 def overview(documents: Sequence[Document]) -> list[str]:
     """Geometric mean of time / time of ours per provider, and in how many rows ours is slower."""
-    lines = []
+    ratios: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for document in documents:
-        providers: dict[str, list[dict[str, Any]]] = {}
         for row in document["rows"]:
             if row["versus"]:
-                providers.setdefault(row["provider"], []).append(row["versus"])
-        for provider, found in providers.items():
-            ratios = [one["ratio"] for one in found]
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            ends = f"{significant(min(ratios))} to {significant(max(ratios))}"
-            slower = sum(one["verdict"] == "faster" for one in found)
-            head = [document["kind"], device_name(document), provider, f"{significant(mean)}×"]
-            lines.append([*head, ends, str(len(found)), str(slower)])
-    if not lines:
-        return ["Nothing is measured."]
-    columns = ["what", "hardware", "relative to", "time / ours", "range", "rows"]
-    text = "Geometric mean over all rows of the file: shapes, dtypes and passes."
-    return [markdown([*columns, "ours slower in"], lines), text]
+                name = document["kind"], device_name(document), row["provider"], row["dtype"]
+                ratios.setdefault(name, []).append(row["versus"])
+    lines = []
+    for name, found in ratios.items():
+        mean = math.exp(sum(math.log(one["ratio"]) for one in found) / len(found))
+        slower = sum(one["verdict"] == "faster" for one in found)
+        lines.append([*name, f"{significant(mean)}×", f"{slower} of {len(found)}"])
+    columns = ["what", "hardware", "relative to", "dtype", "time / ours", "rows with ours slower"]
+    text = "Geometric mean over all rows of the file: shapes and passes."
+    return ["## Overview", markdown(columns, lines), text] if lines else ["Nothing is measured."]
+
+
+# ---- the picture ----
+
+
+def pictured(document: Document) -> dict[str, dict[str, float]]:
+    """Shape -> provider -> images per second: of a step the first two cases of "MAE"."""
+    cases: dict[str, dict[str, float]] = {}
+    for row in document["rows"] if document["kind"] == "step" else []:
+        if row["time"] and row["case"] == "MAE":
+            rate = row["more"]["images_per_s"]
+            cases.setdefault(row["shape"], {})[f"{row['provider']}, {row['dtype']}"] = rate
+    return dict(list(cases.items())[:2])
+
+
+def picture_name(document: Document) -> str:
+    return f"step-{results.slug(document['device']['name'])}.png"
+
+
+def draw(document: Document) -> bytes:
+    """PNG; equal bytes for equal results and an equal version of matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        hint = "pip install 'sssd-fast[train]'"
+        raise DependencyError(f"pictures need matplotlib: {hint}") from error
+    cases = pictured(document)
+    # 9 inches wide: letters of 8 points stay readable at 900 pixels
+    height = 1.1 + 0.2 * max(map(len, cases.values()))
+    figure = Figure(figsize=(9, height), dpi=130, layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    for axes, (shape, rates) in zip(panels, cases.items(), strict=True):
+        for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
+            color = COLORS[name.split(",")[0].split()[0]]
+            axes.barh(name, rate, 0.75, color=color)
+            axes.annotate(f" {rate:.0f}", (rate, name), va="center", fontsize=7)
+        axes.invert_yaxis()
+        axes.set_title(shape, fontsize=9, loc="left")
+        axes.set_xlabel("images per second", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    title = f"MAE pre-training, {device_name(document)}"
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 # ---- command line ----
@@ -184,13 +218,13 @@ def main(args: argparse.Namespace, root: Path = ROOT) -> int:
                 return 0
             console.error(f"{PAGE} is out of date; run `sssd-fast bench report`")
             return 1
-        drawn = [plot for document in documents for plot in plots.planned(document)]
         (root / FOLDER).mkdir(parents=True, exist_ok=True)
         atomic_write_text(target, text)
-        for plot in drawn:
-            atomic_write_bytes(root / FOLDER / plot.file, plot.png())
+        drawn = {picture_name(one): draw(one) for one in documents if pictured(one)}
+        for name, png in drawn.items():
+            atomic_write_bytes(root / FOLDER / name, png)
         console.info(f"wrote {PAGE} and {len(drawn)} pictures")
         for path in sorted((root / FOLDER).glob("*.*")):
-            if path.name not in {plot.file for plot in drawn}:
+            if path.name not in drawn:
                 console.warn(f"{FOLDER}/{path.name} is not part of the report any more; delete it")
     return 0

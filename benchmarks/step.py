@@ -1,173 +1,214 @@
-"""`bench step`: the whole training step of every provider.
+"""`bench step`: the whole training step of every provider, pre-training and fine-tuning.
 
 A provider is timed only if its losses over the first steps (with its own backward and updates)
-agree with those of the plain model in a wider dtype, from equal weights on an equal batch with
-equal masks. A row has, besides its time: images per second; mfu, the FLOPs of a plain masked
-autoencoder (performance.fake.standard_flops) relative to the matmul rate of this device; peak_bytes
-and mb_per_image, the peak of a step beyond parameters, moments and batch; the first and last
-loss; what was selected and why ("how").
+agree with those of the published model in fp64, from equal weights on an equal batch with equal
+masks. Allowed is twice the error of the published model in the same precision, plus one rounding.
 
-Providers alternate sample by sample. A provider that does not fit into the memory together with
-the others is not timed; the row says so (--provider measures it alone).
+All providers and precisions of a case are in one race; "ours" has the precision that
+precision=auto selects. A row has, besides its time: images per second; mfu, the FLOPs of a plain
+model relative to the matrix product rate of this device in the provider's dtype; peak_bytes, the
+peak of a step beyond parameters, moments and batch; what was selected and why ("how"). On a CPU
+also ours, and the best of transformers, in one process per core.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import step_models
 from benchmarks.harness import Bench, attempt, forget, time_rows
+from benchmarks.processes import Processes
 from benchmarks.race import first_call, peak_bytes
 from benchmarks.results import DTYPES, NAMES, Row
-from benchmarks.step_models import TASKS, Data, Setup, Training
+from benchmarks.step_models import TASKS, Data, Provider, Setup
 
-# Largest relative difference of a loss from the reference: fp32 against fp64, bf16 and fp16 against
-# fp32. On the CPU with cpu_smoke the losses differ by at most 4e-7, 1.1e-3 and 4e-5. Setting one
-# of the 100 tensors of the weights to zero (a norm to one) changes the first loss by more than
-# 1e-4 for 98 of them, and later steps are checked, too.
-ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-# Steps that are checked. fp16 starts with updates that the loss scale skips; the reference makes
-# them.
-GATE_STEPS = {torch.float32: 3, torch.bfloat16: 3, torch.float16: 1}
-STEPS, QUICK_STEPS = 20, 5
-QUICK = ("published", "plain", "plain compiled", "ours")
-FIRST = ("ours", "published", "plain compiled", "ViTMAE")  # the time may be up before the others
+# One rounding of the loss. fp32: setting one of the 100 tensors of the demo's weights to zero (a
+# norm to one) changes the first loss by more than 1e-4 for 98 of them, and later steps are checked.
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2**-8, torch.float16: 2**-8}
+STEPS = 3  # that are checked; in fp16 the first one: it starts with updates that the scale skips
+RACE_S, LEAST_SAMPLES = 90.0, 8  # of a race on a CPU, where a step takes seconds
+# (model, task, images) without --model and --task, most important first
+CASES = {
+    "cuda": [("ViT-B-224", task, 256) for task in TASKS],
+    "cpu": [
+        ("ViT-T-128", "MAE", 32),
+        ("ViT-T-224", "MAE", 32),
+        ("ViT-T-128", "finetune", 32),
+        ("ViT-T-224", "finetune", 32),
+        ("ViT-S-224", "MAE", 16),
+        ("ViT-S-224", "finetune", 16),
+        ("cpu_smoke", "SSSD", 32),
+        ("cpu_smoke", "finetune", 32),
+        ("ViT-T-128", "SSSD", 32),
+    ],
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Shared with `bench memory`."""
-    models = "tiny, small, base, large, or a shipped configuration"
+    models = f"{', '.join(step_models.MODELS)}, or a shipped configuration"
     add = parser.add_argument
-    add("--model", help=f"{models} (default: base on CUDA, else cpu_smoke)")
-    add("--batch", type=int, nargs="+", metavar="N", help="images")
-    add("--task", choices=TASKS, help="default: both")
+    add("--model", nargs="+", metavar="M", help=f"of: {models}")
+    add("--batch", type=int, metavar="N", help="images")
+    add("--task", nargs="+", choices=TASKS)
 
 
 def run(args: argparse.Namespace, bench: Bench) -> None:
     for setup in setups(args, bench):
-        usual = 256 if bench.device.type == "cuda" else setup.config.pretrain.batch_size
-        batches = args.batch or [usual]
-        for batch in batches[:1] if bench.quick else batches:
-            at = replace(setup, batch=batch)
-            if not bench.time_is_up(f"{at.task}, {at.shape}, {NAMES[at.dtype]}"):
-                contest(bench, at)
+        if not bench.time_is_up(f"{setup.task}, {setup.shape}"):
+            contest(bench, setup, args.dtypes)
 
 
-def setups(args: argparse.Namespace, bench: Bench) -> list[Setup]:
-    """One per task and dtype; empty without the packages of the trainer."""
+def setups(args: argparse.Namespace, bench: Bench) -> Iterator[Setup]:
+    """The cases; none without the packages of the trainer."""
     problem = step_models.missing("ours")
     if problem:  # the weights of all providers come from our model
-        bench.results.head["missing"] |= dict.fromkeys(step_models.PROVIDERS["MAE"], problem)
-        return []
-    from sssd_fast.config import to_dict
+        bench.results.head["missing"]["all"] = problem
+        return
+    usual = CASES[bench.device.type]
+    cases = [case for case in usual if args.task is None or case[1] in args.task]
+    if args.model:
+        batch = {model: images for model, _, images in usual}
+        tasks = args.task or TASKS
+        cases = [(m, t, batch.get(m, usual[0][2])) for m in args.model for t in tasks]
+    for model, task, images in cases[:1] if bench.quick else cases:
+        config = step_models.configuration(model, task)
+        yield Setup(model, config, task, bench.device, args.batch or images)
+
+
+def our_dtype(device: torch.device, dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """What precision=auto selects, if it is one of `dtypes`."""
     from sssd_fast.run.device import pick_precision
 
-    dtypes = args.dtypes or [DTYPES[pick_precision("auto", bench.device)]]
-    config = step_models.configuration(args.model, bench.device)
-    tree = to_dict(config)
-    bench.results.head["settings"] |= {n: tree[n] for n in ("model", "objective", "step")}
-    tasks = {t: step_models.for_task(config, t) for t in TASKS if args.task in (None, t)}
-    return [Setup(c, t, bench.device, dtype, 1) for t, c in tasks.items() for dtype in dtypes]
+    auto = DTYPES[pick_precision("auto", device)]
+    return auto if auto in dtypes else dtypes[0]
 
 
-def providers(bench: Bench, task: str) -> list[str]:
+def providers(bench: Bench, task: str, dtypes: Sequence[torch.dtype]) -> list[Provider]:
     """Those that were requested and are available, most important first."""
-    names = [name for name in step_models.PROVIDERS[task] if bench.wants(name)]
-    if bench.quick and not bench.only:
-        compiles = bench.device.type == "cuda"
-        names = [name for name in names if name in QUICK and (compiles or "compiled" not in name)]
-    reasons = {name: step_models.missing(name) for name in names}
+    auto = our_dtype(bench.device, dtypes)
+    half = [dtype for dtype in dtypes if dtype != torch.float32]
+    found = [Provider("ours", auto)]
+    found += [Provider("transformers", dtype) for dtype in dtypes]
+    found += [Provider("transformers", dtype, attention="eager") for dtype in half]
+    models = [(family, dtype) for family in ("plain", "published") for dtype in dtypes]
+    found += [Provider(*model, compile=flag) for flag in (False, True) for model in models]
+    found += [Provider("transformers", dtype, compile=True) for dtype in half or dtypes]
+    if bench.device.type == "cpu" and torch.get_num_threads() > 1:
+        found.append(Provider("ours", auto, processes=torch.get_num_threads()))
+        if bench.quick:
+            found = [p for p in found if not p.compile]
+    found = [p for p in found if task != "SSSD" or p.family != "transformers"]
+    found = [p for p in found if bench.wants(p.name)]
+    reasons = {p.family: step_models.missing(p.family) for p in found}
     bench.results.head["missing"] |= {name: why for name, why in reasons.items() if why}
-    available = [name for name in names if reasons[name] is None]
-    return sorted(available, key=lambda n: FIRST.index(n) if n in FIRST else len(FIRST))
+    return [p for p in found if reasons[p.family] is None]
 
 
-def contest(bench: Bench, setup: Setup) -> None:
-    """Adds the rows of one task, dtype and batch: checked one by one, then timed together."""
-    rows: dict[str, Row] = {}
-    alive: dict[str, Training] = {}
-    data, source = Data(setup), step_models.initial_model(setup.config)
-    reference: list[float] = []
-    problem = new_row(setup, setup.task, "reference", "step")
-    first = partial(step_models.reference_losses, setup, data, source, GATE_STEPS[setup.dtype])
-    if not attempt(problem, lambda: reference.extend(first())):
-        bench.results.add(problem)
-        return
+def contest(bench: Bench, setup: Setup, dtypes: Sequence[torch.dtype]) -> None:
+    """Adds the rows of one case: checked one by one, then timed together."""
+    data, source = Data(setup), step_models.initial_model(setup)
+    reference = cache(partial(step_models.reference_losses, setup, source, steps=STEPS))
+    rows: dict[Provider, Row] = {}
+    steps: dict[Provider, Any] = {}
+    seconds: dict[Provider, float] = {}  # of the last checked step
 
-    def check(row: Row) -> None:
-        """Makes the first steps; the provider stays in `alive` if its losses are right."""
+    def check(provider: Provider) -> None:
+        """Adds a row; the step is timed if the first losses are right."""
+        row = rows[provider] = new_row(setup, provider, "step")
         losses: list[Tensor] = []
-        step = step_models.build(row.provider, setup, data, source)
-        row.more["how"] = step.how
-        row.first_call_s = first_call(lambda: losses.append(step()), bench.device)
-        # the second call: moments exist, and CUDA graphs are captured
-        row.peak_bytes = peak_bytes(lambda: losses.append(step()), bench.device)
-        row.more["mb_per_image"] = row.peak_bytes / setup.batch / 1e6
-        while len(losses) < (QUICK_STEPS if bench.quick else STEPS):
-            losses.append(step())
-        gate(row, [float(loss) for loss in losses], reference)
-        if row.reason is None:
-            alive[row.provider] = step
+
+        def first_steps() -> None:
+            if provider.processes > 1:
+                step: Any = Processes(provider, setup)
+            else:
+                step = step_models.build(provider, setup, data, source)
+            steps[provider] = step
+            row.more["how"] = step.how
+            row.first_call_s = first_call(lambda: losses.append(step()), bench.device)
+            if provider.processes == 1:
+                # the second call: moments exist, and CUDA graphs are captured
+                row.peak_bytes = peak_bytes(lambda: losses.append(step()), bench.device)
+            while len(losses) < STEPS:
+                start = time.perf_counter()
+                losses.append(step())
+                seconds[provider] = time.perf_counter() - start
+            gate(row, provider.dtype, [float(loss) for loss in losses], reference)
+
+        with bench.console.announce(f"{row.case}, {row.shape}, {row.dtype}, {row.provider}"):
+            attempt(row, first_steps)
+        if row.reason is not None and provider in steps:
+            steps.pop(provider).close()
+            if row.reason == "out of memory" and steps:
+                row.reason += " together with the others; --provider measures it alone"
 
     try:
-        for name in providers(bench, setup.task):
-            label = f"{setup.task}, {setup.shape}, {NAMES[setup.dtype]}, {name}"
-            if bench.time_is_up(label):
-                continue
-            row = rows[name] = new_row(setup, setup.task, name, "step")
-            with bench.console.announce(label):
-                attempt(row, partial(check, row))
-            if row.reason is None:
-                continue
-            forget(bench.device)
-            if row.reason == "out of memory" and alive:
-                row.reason += f" together with {', '.join(alive)}; --provider measures it alone"
-        passed = {name: rows[name] for name in alive}
-        time_rows(bench, passed, alive)
-        for row in passed.values():
-            if row.time is not None:
-                _rate(bench, setup, row)
+        for provider in providers(bench, setup.task, dtypes):
+            if not bench.time_is_up(f"{setup.task}, {setup.shape}, {provider.name}"):
+                check(provider)
+        several = max((provider.processes for provider in steps), default=1)
+        theirs = [provider for provider in steps if provider.family == "transformers"]
+        if several > 1 and theirs:
+            check(replace(min(theirs, key=seconds.__getitem__), processes=several))
+        samples = bench.samples
+        if bench.device.type == "cpu":
+            one_round = sum(seconds[provider] for provider in steps)
+            samples = min(samples, max(LEAST_SAMPLES, int(RACE_S / max(one_round, 1e-3))))
+        ours = next((provider for provider in steps if provider.family == "ours"), None)
+        time_rows(replace(bench, samples=samples), rows, steps, ours)
+        for provider in steps:
+            _rate(bench, setup, rows[provider])
     finally:  # a run that is stopped keeps what was checked
-        order = step_models.PROVIDERS[setup.task]
-        bench.results.add(*(rows[name] for name in order if name in rows))
-        alive.clear()
+        bench.results.add(*rows.values())
+        for step in steps.values():
+            step.close()
+        steps.clear()
         forget(bench.device)
 
 
 def _rate(bench: Bench, setup: Setup, row: Row) -> None:
-    """Images per second, and their share of the device's matmul rate."""
-    from sssd_fast.performance.fake import standard_flops
-
-    assert row.time is not None
-    row.flops = standard_flops(setup.config) * setup.batch
-    ceilings = bench.results.head["ceilings"].get("matmul_flops_per_s", {})
-    seconds = row.time.median_us / 1e6
-    mfu = row.flops / seconds / ceilings[row.dtype] if row.dtype in ceilings else None
-    row.more |= {"images_per_s": setup.batch / seconds, "mfu": mfu}
+    """Images per second, and the share of the device's matrix product rate."""
+    if row.time is not None:
+        us = {"images_per_s": row.time.median_us, "p20": row.time.p80_us, "p80": row.time.p20_us}
+        row.more |= {name: setup.batch / value * 1e6 for name, value in us.items()}
+        row.flops = setup.flops() * setup.batch
+        ceiling = bench.results.head["ceilings"]["matmul_flops_per_s"].get(row.dtype)
+        row.more["mfu"] = ceiling and row.flops / row.time.median_us * 1e6 / ceiling
 
 
-def new_row(setup: Setup, case: str, provider: str, phase: str) -> Row:
-    row = Row(case, setup.shape, NAMES[setup.dtype], phase, provider, setup.sizes)
-    row.allowed = ALLOWED[setup.dtype]
-    row.more["batch"] = setup.batch
-    return row
+def new_row(setup: Setup, provider: Provider, phase: str) -> Row:
+    dtype = NAMES[provider.dtype]
+    return Row(setup.task, setup.shape, dtype, phase, provider.name, setup.sizes)
 
 
-def gate(row: Row, losses: Sequence[float], reference: Sequence[float]) -> None:
-    """Sets error and losses of the row, and a reason if the first losses are wrong."""
-    row.more |= {"loss_start": losses[0], "loss": losses[-1], "loss_steps": len(losses)}
-    assert row.allowed is not None
-    row.error = 0.0
-    for number, (got, exact) in enumerate(zip(losses, reference, strict=False), 1):
-        difference = abs(got - exact) / abs(exact)
-        row.error = max(row.error, difference) if math.isfinite(difference) else None
-        if row.error is None or row.error > row.allowed:
-            row.reason = f"wrong: the loss of step {number} is {got:.6g}, not {exact:.6g}"
+def gate(
+    row: Row,
+    dtype: torch.dtype,
+    losses: Sequence[float],
+    reference: Callable[[torch.dtype], list[float]],
+) -> None:
+    """Sets the error of the row, and a reason if the first losses are wrong.
+
+    reference: dtype -> losses of the published model, fp64 for the exact ones.
+    """
+
+    def error(got: float, wanted: float) -> float:
+        return abs(got - wanted) / abs(wanted)
+
+    exact = reference(torch.float64)[: 1 if dtype == torch.float16 else STEPS]
+    eager = max(map(error, reference(dtype), exact))
+    row.allowed = 2 * (eager if math.isfinite(eager) else 0.0) + ROUNDING[dtype]
+    row.error = max(map(error, losses, exact))
+    for number, (got, wanted) in enumerate(zip(losses, exact, strict=False), 1):
+        if not error(got, wanted) <= row.allowed:
+            row.reason = f"wrong: the loss of step {number} is {got:.6g}, not {wanted:.6g}"
             return

@@ -1,30 +1,31 @@
 """The training step of every provider: one full optimizer step on one batch, from equal weights.
 
-    "published", "published compiled"    published.py, eager and under torch.compile
-    "ViTMAE", "ViTMAE compiled"          transformers' ViTMAEForPreTraining; task MAE only
-    "plain", "plain compiled"            our model in plain torch with SDPA
-    "ours"                               our model as the configuration selects on this device
+    "published"       published.py: MAE, SD-MAE (task SSSD) or MAE's classifier
+    "transformers"    ViTMAEForPreTraining or ViTForImageClassification; not for SSSD
+    "plain"           our model in plain torch with SDPA, not compiled
+    "ours"            our model as the configuration selects on this device
 
-The tasks are MAE, and SSSD, for which "published" is SD-MAE.
+The first three exist in fp32 and bf16, eager and under torch.compile ("compiled"); transformers
+also with its eager attention ("eager"). "2 processes" trains on the same batch in two processes.
 
 A step: forward under autocast, backward, AdamW with the same learning rate, betas and weight
-decay, no clipping, gradients set to None; biases, norms and tokens are not decayed. Our model runs
-in sssd_fast.step.Step, which also computes the norm of the gradients and skips a non-finite
-update. The others have a bare loop and get normalised float32 images on the device, where ours
-read uint8. "published" runs torch.optim.AdamW with its defaults, every other provider its fused
-form.
+decay, no clipping, gradients set to None. Our model runs in sssd_fast.step.Step, which also
+computes the norm of the gradients and skips a non-finite update. The others have a bare loop and
+get normalised float32 images, where ours read uint8. "published" runs torch.optim.AdamW with its
+defaults, every other provider its fused form. Fine-tuning classifies from the cls token, without
+stochastic depth, mixing and weight decay, which the providers implement differently.
 
-Shapes: B images, C channels, H x W pixels, L patches. torch and the standard library suffice to
-import this file; what needs pydantic or transformers is imported inside functions.
+torch and the standard library suffice to import this file; what needs pydantic or transformers is
+imported inside functions.
 """
 
 from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -32,59 +33,69 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import mae_kernels
 from benchmarks import published
 from benchmarks.results import NAMES
-from benchmarks.shapes import Shape
 from sssd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from sssd_fast.config import Config
+    from sssd_fast.model import Classifier
     from sssd_fast.objective import SSSD
+    from sssd_fast.run.device import World
 
 SEED = 0
 NOISES = 32  # draws of the masking noise; step i uses number i modulo this
-TASKS = ("SSSD", "MAE")
+CLASSES = 2
+TASKS = ("MAE", "SSSD", "finetune")
+PLAIN = {"attention": "sdpa", "decoder_attention": "sdpa", "mlp": "plain"}
 
 
-_PLAIN = {"attention": "sdpa", "decoder_attention": "sdpa", "mlp": "plain", "compile": False}
-# settings of StepConfig; None = as configured
-OWN: dict[str, dict[str, Any] | None] = {
-    "plain": _PLAIN,
-    "plain compiled": {**_PLAIN, "compile": True},
-    "ours": None,
-}
-PUBLISHED = ("published", "published compiled")
-VITMAE = ("ViTMAE", "ViTMAE compiled")
-PROVIDERS = {"MAE": (*PUBLISHED, *VITMAE, *OWN), "SSSD": (*PUBLISHED, *OWN)}
+@dataclass(frozen=True)
+class Provider:
+    family: str  # "ours", "plain", "published", "transformers"
+    dtype: torch.dtype
+    compile: bool = False  # of ours the configuration decides
+    attention: str = "sdpa"  # of transformers: "sdpa" is its default
+    processes: int = 1
+
+    @property
+    def name(self) -> str:
+        words = [self.family]
+        words += ["eager"] * (self.attention == "eager") + ["compiled"] * self.compile
+        words += [f"{self.processes} processes"] * (self.processes > 1)
+        return ", ".join(words)
 
 
 # ---- what all providers share ----
 
+# Of one channel with small decoders for a CPU, and of three channels with MAE's decoder.
+_TINY = {"name": "tiny", "in_channels": 1}
+_TINY |= {"decoder_width": 96, "decoder_depth": 2, "decoder_heads": 3}
+_SMALL = {"name": "small", "in_channels": 1}
+_SMALL |= {"decoder_width": 192, "decoder_depth": 4, "decoder_heads": 3}
+MODELS: dict[str, dict[str, Any]] = {
+    "ViT-T-128": {**_TINY, "image_size": 128},
+    "ViT-T-224": {**_TINY, "image_size": 224},
+    "ViT-S-224": {**_SMALL, "image_size": 224},
+    "ViT-B-224": {"name": "base", "in_channels": 3},
+    "ViT-L-224": {"name": "large", "in_channels": 3},
+}
+
 
 @dataclass(frozen=True)
 class Setup:
-    """step: further settings of StepConfig for our model, such as {"cuda_graphs": False}."""
-
-    config: Config  # of the task: objective.weight is 0 for "MAE"
+    model: str
+    config: Config  # of the task: see `configuration`
     task: str
     device: torch.device
-    dtype: torch.dtype
     batch: int
-    step: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> str:
-        """ "ViT-B/16, 224, 256 images" for known sizes, width and depth for others."""
-        from sssd_fast.config import VIT_SIZES
-
-        model = self.config.model
-        size = "x".join(str(n) for n in dict.fromkeys(model.image_size))
-        width, depth, _ = model.encoder_shape
-        known = (width, depth) == VIT_SIZES[model.name][:2]
-        name = f"ViT-{model.name[0].upper()}" if known else f"ViT {width}x{depth}"
-        return f"{name}/{model.patch_size}, {size}, {self.batch} images"
+        return f"{self.model}, {self.batch} images"
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -94,47 +105,59 @@ class Setup:
         """(learning rate, betas, weight decay)"""
         from sssd_fast.optim import scaled_lr
 
-        p = self.config.pretrain
-        return scaled_lr(p.base_lr, self.batch), (p.beta1, p.beta2), p.weight_decay
+        p = self.config.finetune if self.task == "finetune" else self.config.pretrain
+        # position tables, which have other names in other libraries, are trained in fine-tuning
+        decay = 0.0 if self.task == "finetune" else p.weight_decay
+        return scaled_lr(p.base_lr, self.batch), (p.beta1, p.beta2), decay
+
+    def flops(self) -> int:
+        """Of matrix products per image, by the convention in which MAEs are compared."""
+        from sssd_fast.performance.fake import FakeStep, standard_flops
+
+        if self.task == "finetune":
+            return FakeStep(self.config, "finetune").flops()
+        return standard_flops(self.config)
+
+
+def configuration(name: str, task: str) -> Config:
+    """A key of MODELS or a shipped configuration. "MAE": the distillation has no weight;
+    "finetune": from the cls token, without stochastic depth.
+    """
+    from sssd_fast.config import from_dict, load_config
+
+    return for_task(
+        from_dict({"model": MODELS[name]}) if name in MODELS else load_config(name), task
+    )
 
 
 def for_task(config: Config, task: str) -> Config:
-    """The distillation has no weight in "MAE"."""
-    objective = config.objective.model_copy(update={"weight": 0.0})
-    return config if task == "SSSD" else config.model_copy(update={"objective": objective})
-
-
-def configuration(name: str | None, device: torch.device) -> Config:
-    """A ViT by size with three channels as published, or a shipped configuration.
-
-    name: None = base on CUDA, cpu_smoke elsewhere.
-    """
-    from sssd_fast.config import VIT_SIZES, from_dict, load_config
-
-    name = name or ("base" if device.type == "cuda" else "cpu_smoke")
-    sized = {"model": {"name": name, "in_channels": 3}}
-    return from_dict(sized) if name in VIT_SIZES else load_config(name)
+    weight = {} if task == "SSSD" else {"weight": 0.0}
+    objective = config.objective.model_copy(update=weight)
+    tuning = config.finetune.model_copy(update={"pool": "cls", "drop_path": 0.0})
+    return config.model_copy(update={"objective": objective, "finetune": tuning})
 
 
 class Data:
     """One batch of smooth random images with noise, and the masking noise; equal on every machine.
 
     `images` [B, C, H, W] uint8 and `floats`, the same normalised in fp32, are created on the device
-    when first used.
+    when first used. rank, size: only the images of one of `size` processes.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, rank: int = 0, size: int = 1) -> None:
         self._model = model = setup.config.model
         self._device = setup.device
+        mine = slice(rank, None, size)
         generator = torch.Generator().manual_seed(SEED)
         (height, width), B, C = model.image_size, setup.batch, model.in_channels
         coarse = (B, C, max(2, height // 16), max(2, width // 16))
         coarse_BCHW = torch.rand(coarse, generator=generator)
         images_BCHW = F.interpolate(coarse_BCHW, (height, width), mode="bilinear")
         images_BCHW += 0.1 * torch.rand(images_BCHW.shape, generator=generator)
-        self._host_images = (images_BCHW / 1.1 * 255).to(torch.uint8)
+        self._host_images = (images_BCHW / 1.1 * 255).to(torch.uint8)[mine]
         noises = torch.rand(NOISES, B, model.num_patches, generator=generator)
-        self.noises = noises.to(setup.device)
+        self.noises = noises[:, mine].to(setup.device)
+        self.labels = torch.randint(CLASSES, (B,), generator=generator)[mine].to(setup.device)
 
     @cached_property
     def images(self) -> Tensor:
@@ -146,78 +169,48 @@ class Data:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in stats)
         return ((self._host_images.float() / 255 - mean) / std).to(self._device)
 
-    def bytes(self) -> int:
-        """On the device."""
-        used = [self.__dict__[n] for n in ("images", "floats", "noises") if n in self.__dict__]
-        return sum(t.nbytes for t in used)
-
     def noise(self, step: int) -> Tensor:
         return self.noises[step % NOISES]
 
 
-def initial_model(config: Config) -> SSSD:
-    """On the CPU, from a fixed seed; no bias or norm is 0 or 1, so that a missing one changes the
-    loss."""
+def new_model(setup: Setup) -> SSSD | Classifier:
+    from sssd_fast.model import Classifier
     from sssd_fast.objective import SSSD
 
+    if setup.task == "finetune":
+        return Classifier(setup.config.model, CLASSES, setup.config.finetune.pool)
+    return SSSD(setup.config.model, setup.config.objective)
+
+
+def initial_model(setup: Setup) -> SSSD | Classifier:
+    """On the CPU, from a fixed seed; no bias or norm is 0 or 1, and no logit, so that a missing
+    one changes the loss."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = SSSD(config.model, config.objective)
+        model = new_model(setup)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad and parameter.ndim == 1:
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and (parameter.ndim == 1 or name == "head.weight"):
                     parameter.add_(0.1 * torch.randn(parameter.shape))
     return model
 
 
 def reference_losses(
-    setup: Setup, data: Data, source: SSSD, steps: int, images_at_once: int = 16
+    setup: Setup, source: nn.Module, dtype: torch.dtype, steps: int
 ) -> list[float]:
-    """Losses of the first steps of the plain model, in fp64 for fp32 and in fp32 for the others.
-
-    The batch is split, so that it fits wherever the providers fit.
+    """Losses of the first steps of the published model: fp64 is exact, another dtype shows the
+    error of eager PyTorch. The batch is split, so that it fits wherever the providers fit.
     """
-    from sssd_fast.model import Attention
-    from sssd_fast.objective import SSSD
-    from sssd_fast.optim import parameter_groups
-
-    wide = torch.float64 if setup.dtype == torch.float32 else torch.float32
-    model = SSSD(setup.config.model, setup.config.objective)
-    model.load_state_dict(source.state_dict())
-    model.to(setup.device, wide)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.provider = "sdpa"
-    lr, betas, weight_decay = setup.adamw()
-    groups = parameter_groups(model, weight_decay=weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas)
-    losses = []
-    with mae_kernels.backend("reference"):
-        for step in range(steps):
-            total = 0.0
-            center = torch.zeros_like(model.center)
-            noise_BL = data.noise(step).to(wide)
-            optimizer.zero_grad(set_to_none=True)
-            for start in range(0, setup.batch, images_at_once):
-                some = slice(start, start + images_at_once)
-                out = model(data.images[some], noise_BL[some])
-                share = len(data.images[some]) / setup.batch
-                (out.total * share).backward()
-                total += share * float(out.total.detach())
-                if out.batch_center is not None:
-                    center += share * out.batch_center
-            optimizer.step()
-            model.update_center(center, torch.ones((), dtype=torch.bool, device=setup.device))
-            losses.append(total)
-    return losses
+    step = build(Provider("published", dtype), setup, Data(setup), source, at_once=16)
+    return [float(step()) for _ in range(steps)]
 
 
 # ---- providers ----
 
 
-def missing(provider: str) -> str | None:
-    """Why the provider is not available on this machine; None if it is."""
-    needed = ["pydantic"] + ["transformers"] * (provider in VITMAE)
+def missing(family: str) -> str | None:
+    """Why providers of the family are not available on this machine; None if they are."""
+    needed = ["pydantic"] + ["transformers"] * (family == "transformers")
     absent = [name for name in needed if find_spec(name) is None]
     return f"{' and '.join(absent)} not installed" if absent else None
 
@@ -236,84 +229,31 @@ class Training:
         self.count += 1
         return self.run(self.count - 1)
 
-    def held_bytes(self) -> int:
-        """Bytes of weights, buffers and moments, which stay between steps."""
-        state = [t for values in self.optimizer.state.values() for t in values.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        tensors += [t for t in state if isinstance(t, Tensor)]
-        return sum(t.nbytes for t in tensors)
+    def close(self) -> None:
+        """Here there is nothing to end; see processes.Processes."""
 
 
-def build(provider: str, setup: Setup, data: Data, source: SSSD) -> Training:
-    """Raises SssdError if this device, dtype or model cannot run it."""
-    if provider in OWN:
-        return own_step(setup, data, provider, source)
-    if provider in VITMAE:
-        return loop_step(setup, data, vitmae(setup, source), provider)
-    return loop_step(setup, data, published_model(setup, source), provider)
-
-
-def own_step(setup: Setup, data: Data, provider: str, source: SSSD) -> Training:
-    """Our model in sssd_fast.step.Step."""
-    import torch._functorch.config as functorch
-
-    from sssd_fast.config import StepConfig
-    from sssd_fast.objective import SSSD
-    from sssd_fast.optim import build_optimizer, parameter_groups
-    from sssd_fast.performance.execution import compiled, configure_model
+def build(
+    provider: Provider,
+    setup: Setup,
+    data: Data,
+    source: nn.Module,
+    world: World | None = None,
+    at_once: int | None = None,
+) -> Training:
+    """world: of which this process is a part. at_once: images of a micro-batch, not for our model.
+    Raises SssdError if this device, dtype or model cannot run the provider.
+    """
     from sssd_fast.run.device import World
-    from sssd_fast.step import Step, TaskLoss
 
-    settings = OWN[provider] or setup.config.step.model_dump()
-    step = StepConfig.model_validate({**settings, **setup.step})
-    config = setup.config.model_copy(update={"step": step})
-    model = SSSD(config.model, config.objective)
-    model.load_state_dict(source.state_dict())
-    model.to(setup.device)
-    precision = NAMES[setup.dtype]
-
-    @contextmanager
-    def selected() -> Iterator[None]:
-        """Limits to this provider the settings that `compiled` would leave in torch."""
-        budget = {"activation_memory_budget": step.activation_budget}
-        ops = mae_kernels.backend("auto" if provider == "ours" else "reference")
-        with ops, functorch.patch({**budget, "is_non_builtin_to_include": True}):
-            yield
-
-    with selected():
-        execution = configure_model(model, config, precision, setup.device, setup.batch)
-        module: nn.Module = model
-        if execution.compiled:
-            _own_code(model)
-            module = compiled(model, step, graphs=execution.graphs)
-    lr, betas, weight_decay = setup.adamw()
-    groups = parameter_groups(model, weight_decay=weight_decay)
-    optimizer = build_optimizer(groups, betas, step.optimizer)
-
-    def loss(module: nn.Module, images_BCHW: Tensor, step: int, micro: int) -> TaskLoss:
-        out = module(images_BCHW, data.noise(step))
-        return TaskLoss(out.total, {}, out.batch_center)
-
-    train = Step(
-        module,
-        optimizer,
-        loss,
-        world=World(setup.device),
-        precision=precision,
-        update_state=model.update_center,
-        compiled=execution.compiled,
-        graphs=execution.graphs,
-    )
-
-    def run(number: int) -> Tensor:
-        with selected():
-            return train([data.images], number, lr).losses["loss"]
-
-    ops = "auto" if provider == "ours" else "reference, plain torch"
-    return Training(model, optimizer, run, "; ".join([f"ops: {ops}", *execution.lines]))
+    world = world or World(setup.device)
+    if provider.family in ("ours", "plain"):
+        return own_step(provider, setup, data, source, world)
+    make = vitmae if provider.family == "transformers" else published_model
+    return loop_step(provider, setup, data, make(setup, source), world, at_once or setup.batch)
 
 
-def _own_code(model: nn.Module) -> None:
+def isolated(model: nn.Module) -> nn.Module:
     """Gives `model` a forward with its own code object.
 
     torch keeps compiled code by code object: providers of one class would search each other's at
@@ -324,44 +264,132 @@ def _own_code(model: nn.Module) -> None:
         old.__code__.replace(), old.__globals__, old.__name__, old.__defaults__, old.__closure__
     )
     model.forward = types.MethodType(new, model)
+    return model
 
 
-def loop_step(setup: Setup, data: Data, model: nn.Module, provider: str) -> Training:
-    """The bare loop around a model that takes float images and noise."""
+def distributed(module: nn.Module, world: World) -> nn.Module:
+    return module if world.size == 1 else DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def own_step(
+    provider: Provider, setup: Setup, data: Data, source: nn.Module, world: World
+) -> Training:
+    """Our model in sssd_fast.step.Step."""
+    import torch._functorch.config as functorch
+
+    from sssd_fast.config import StepConfig
+    from sssd_fast.optim import build_optimizer, parameter_groups
+    from sssd_fast.performance.execution import compiled, configure_model
+    from sssd_fast.step import Step, TaskLoss
+
+    ours = provider.family == "ours"
+    plain = {**PLAIN, "compile": provider.compile}
+    settings = setup.config.step.model_dump() if ours else plain
+    step = StepConfig.model_validate(settings)
+    config = setup.config.model_copy(update={"step": step})
+    model: Any = new_model(setup)
+    model.load_state_dict(source.state_dict())
+    model.to(setup.device)
+    precision = NAMES[provider.dtype]
+
+    @contextmanager
+    def selected() -> Iterator[None]:
+        """Limits to this provider the settings that `compiled` would leave in torch."""
+        budget = {"activation_memory_budget": step.activation_budget}
+        ops = mae_kernels.backend("auto" if ours else "reference")
+        with ops, functorch.patch({**budget, "is_non_builtin_to_include": True}):
+            yield
+
+    with selected():
+        images = len(data.images)
+        execution = configure_model(model, config, precision, setup.device, images)
+        module: nn.Module = model
+        if execution.compiled:
+            module = compiled(isolated(model), step, graphs=execution.graphs)
+    lr, betas, weight_decay = setup.adamw()
+    groups = parameter_groups(model, weight_decay=weight_decay)
+    optimizer = build_optimizer(groups, betas, step.optimizer)
+
+    def loss(module: nn.Module, images_BCHW: Tensor, step: int, micro: int) -> TaskLoss:
+        if setup.task == "finetune":
+            return TaskLoss(F.cross_entropy(module(images_BCHW).float(), data.labels), {})
+        out = module(images_BCHW, data.noise(step))
+        return TaskLoss(out.total, {}, out.batch_center)
+
+    train = Step(
+        distributed(module, world),
+        optimizer,
+        loss,
+        world=world,
+        precision=precision,
+        update_state=getattr(model, "update_center", None),
+        compiled=execution.compiled,
+        graphs=execution.graphs,
+    )
+
+    def run(number: int) -> Tensor:
+        with selected():
+            return train([data.images], number, lr).losses["loss"]
+
+    ops = "auto" if ours else "reference, plain torch"
+    how = [f"ops: {ops}", f"precision: {precision}", *execution.lines]
+    return Training(model, optimizer, run, "; ".join(how))
+
+
+def loop_step(
+    provider: Provider, setup: Setup, data: Data, model: nn.Module, world: World, at_once: int
+) -> Training:
+    """The bare loop around a model that takes float images and, in pre-training, noise."""
     from sssd_fast.optim import parameter_groups
     from sssd_fast.run.device import autocast
 
-    model.to(setup.device)
-    compile_it = provider.endswith("compiled")
-    fused = provider != "published"
+    hugging = provider.family == "transformers"
+    wide = torch.promote_types(provider.dtype, torch.float32)
+    model.to(setup.device, wide)
+    if hugging:
+        model.set_attn_implementation(provider.attention)  # type: ignore[operator]
+    fused = provider.family != "published" or provider.compile
     lr, betas, weight_decay = setup.adamw()
     groups = parameter_groups(model, weight_decay=weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused or None)
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.dtype == torch.float16)
-    module: Any = torch.compile(model, dynamic=False) if compile_it else model
-    images = data.floats
+    scaler = torch.amp.GradScaler(setup.device.type, enabled=provider.dtype == torch.float16)
+    module: Any = torch.compile(isolated(model), dynamic=False) if provider.compile else model
+    module = distributed(module, world)
+    images = data.floats.to(wide)
+    parts = [slice(n, n + at_once) for n in range(0, len(images), at_once)]
+
+    def loss_of(number: int, some: slice) -> tuple[Tensor, Tensor | None]:
+        if setup.task == "finetune":
+            logits_BC = module(images[some]).logits if hugging else module(images[some])
+            return F.cross_entropy(logits_BC.to(wide), data.labels[some]), None
+        noise_BL = data.noise(number)[some]
+        if hugging:
+            return module(images[some], noise=noise_BL).loss, None
+        loss, center_S = module(images[some], noise_BL)
+        return loss, center_S
 
     def run(number: int) -> Tensor:
-        with autocast(NAMES[setup.dtype], setup.device):
-            if provider in VITMAE:
-                loss, batch_center_S = module(images, noise=data.noise(number)).loss, None
-            else:
-                loss, batch_center_S = module(images, data.noise(number))
-        scaler.scale(loss).backward()
+        losses, centers = [], []
+        for some in parts:
+            share = len(images[some]) / len(images)
+            with autocast(NAMES.get(provider.dtype, ""), setup.device):
+                loss, center_S = loss_of(number, some)
+            scaler.scale(loss if share == 1 else loss * share).backward()
+            losses.append(loss.detach() * share)
+            centers += [] if center_S is None else [center_S * share]
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if isinstance(model, published.SDMAE):
-            assert batch_center_S is not None
-            model.update_center(batch_center_S)
-        result: Tensor = loss.detach()
-        return result
+            model.update_center(world.mean_(torch.stack(centers).sum(0)))
+        return torch.stack(losses).sum()
 
-    how = f"compile: {'on' if compile_it else 'off'}; AdamW: {'fused' if fused else 'default'}"
+    adamw = "fused" if fused else "default"
+    how = f"attention: {provider.attention}; compile: {provider.compile}; AdamW: {adamw}"
     return Training(model, optimizer, run, how)
 
 
-def published_model(setup: Setup, source: SSSD) -> published.MaskedAutoencoderViT | published.SDMAE:
+def published_model(setup: Setup, source: Any) -> nn.Module:
     """The published model of the task with the weights of `source`.
 
     Raises ConfigError for settings that it does not have.
@@ -369,40 +397,28 @@ def published_model(setup: Setup, source: SSSD) -> published.MaskedAutoencoderVi
     from sssd_fast.weights.formats import export_state
 
     m, o = setup.config.model, setup.config.objective
-    if not m.cls_token:
-        raise ConfigError("model.cls_token is false; the published models need true")
-    chosen = (o.kind, o.pooling, o.center, o.detach_teacher)
-    if setup.task == "SSSD" and chosen != ("dino", "image", "prob", False):
+    chosen = (m.cls_token, o.kind, o.pooling, o.center, o.detach_teacher)
+    if chosen != (True, "dino", "image", "prob", False):
         raise ConfigError(
-            f"objective has kind, pooling, center, detach_teacher {chosen}; "
-            "published SD-MAE has dino, image, prob, false"
+            f"cls_token, kind, pooling, center and detach_teacher are {chosen}; the published "
+            "models have true, dino, image, prob and false"
         )
-    width, depth, heads = m.encoder_shape
-    s = Shape(
-        *(m.name, 1, width, heads, m.decoder_width, m.decoder_heads),
-        image=m.image_size,
-        patch=m.patch_size,
-        channels=m.in_channels,
-        mask_ratio=m.mask_ratio,
-    )
-    mae = published.MaskedAutoencoderViT(s, depth, m.decoder_depth, o.norm, m.mlp_ratio, m.norm_eps)
+    if setup.task == "finetune":
+        classifier = published.Classifier(m, CLASSES)
+        classifier.load_state_dict(export_state(source, "timm"))
+        return classifier
+    mae = published.MaskedAutoencoderViT(m, o.norm)
     mae.load_state_dict(export_state(source.mae, "timm", decoder=True))
     if setup.task == "MAE":
         return mae
-    sdmae = published.SDMAE(
-        mae,
-        weight=o.weight,
-        head=(o.head_hidden, o.head_bottleneck, o.prototypes),
-        temps=(o.student_temp, o.teacher_temp),
-        momentum=o.center_momentum,
-    )
+    sdmae = published.SDMAE(mae, o)
     others = {n: t for n, t in source.state_dict().items() if not n.startswith("mae.")}
     sdmae.load_state_dict(others, strict=False)
     return sdmae
 
 
-def vitmae(setup: Setup, source: SSSD) -> nn.Module:
-    """transformers' model with the weights of `source`.
+def vitmae(setup: Setup, source: Any) -> nn.Module:
+    """transformers' model of the task with the weights of `source`.
 
     Raises ConfigError for settings that it does not have.
     """
@@ -416,24 +432,22 @@ def vitmae(setup: Setup, source: SSSD) -> nn.Module:
         from sssd_fast.weights.formats import export_state, huggingface_config
 
         transformers.utils.logging.disable_progress_bar()  # it would overwrite ours
-        tree = {**huggingface_config(source.mae, decoder=True), "norm_pix_loss": norm == "patch"}
+        pretrain = setup.task == "MAE"
+        given = source.mae if pretrain else source
+        tree = huggingface_config(given, decoder=pretrain)
+        tree |= {"norm_pix_loss": norm == "patch"} if pretrain else {}
         known = {n: v for n, v in tree.items() if n not in ("architectures", "model_type")}
-        model, found = transformers.ViTMAEForPreTraining.from_pretrained(
+        kind = "ViTMAE" if pretrain else "ViT"
+        head = "ForPreTraining" if pretrain else "ForImageClassification"
+        model = getattr(transformers, kind + head).from_pretrained(
             None,
-            config=transformers.ViTMAEConfig(**known),
-            state_dict=export_state(source.mae, "huggingface", decoder=True),
-            output_loading_info=True,
+            config=getattr(transformers, f"{kind}Config")(**known),
+            state_dict=export_state(given, "huggingface", decoder=pretrain),
         )
     finally:
         logging.disable(logging.NOTSET)
-    if found["missing_keys"] or found["unexpected_keys"]:
-        raise ConfigError(
-            f"the weights of ViTMAE in transformers {transformers.__version__} have other names: "
-            f"missing {sorted(found['missing_keys'])[:3]}, "
-            f"unexpected {sorted(found['unexpected_keys'])[:3]}"
-        )
-    # fixed by design, but from_pretrained of transformers 5.23 makes them trainable
-    model.vit.embeddings.position_embeddings.requires_grad_(False)
-    model.decoder.decoder_pos_embed.requires_grad_(False)
+    if pretrain:  # fixed by design, but from_pretrained of transformers 5.23 makes them trainable
+        model.vit.embeddings.position_embeddings.requires_grad_(False)
+        model.decoder.decoder_pos_embed.requires_grad_(False)
     trained: nn.Module = model.train()
     return trained

@@ -1,30 +1,24 @@
 """Rows as tables, the same on the terminal and in docs/benchmarks.md.
 
-Numbers have three significant digits and no exponent. Sizes are decimal (1 MB = 1e6 bytes).
-Providers that are slower, fail or run out of memory are listed.
+Numbers have three significant digits. Sizes are decimal (1 MB = 1e6 bytes). Providers that are
+slower, fail or run out of memory are listed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.race import Time, doubt
+from benchmarks.race import doubt
 
 Document = dict[str, Any]
 RowDict = dict[str, Any]
 NONE = "-"
-EPOCHS_SHOWN = (1, 10, 50)
 
 
-def significant(value: float, digits: int = 3) -> str:
-    """1234.5 -> "1,230", 0.04567 -> "0.0457", 2 -> "2.00"."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    rounded = float(f"{value:.{digits - 1}e}")
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
-    return f"{rounded:,.{decimals}f}"
+def significant(value: float) -> str:
+    """1234.5 -> "1,234", 0.04567 -> "0.0457", 2 -> "2.00"."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def _scaled(value: float, *units: str) -> str:
@@ -44,14 +38,9 @@ def size_text(size: float) -> str:
     return _scaled(size / 1e3, "kB", "MB", "GB")
 
 
-def rate_text(per_s: float, unit: str) -> str:
-    """("B/s" or "FLOP/s") with a prefix."""
-    return _scaled(per_s / 1e6, f"M{unit}", f"G{unit}", f"T{unit}")
-
-
-def percent(share: float, digits: int = 2) -> str:
-    """0.634 -> "63 %", 0.0042 -> "0.42 %", 1.27 -> "127 %"."""
-    return f"{significant(share * 100, digits if abs(share) < 0.995 else 3)} %"
+def percent(share: float) -> str:
+    """0.634 -> "63.4 %"."""
+    return f"{significant(share * 100)} %"
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -70,9 +59,6 @@ def device_name(document: Document) -> str:
     return f"{device['name']}{threads}"
 
 
-# ---- ceilings ----
-
-
 def share_text(document: Document, row: RowDict) -> str:
     """The larger share of a ceiling: bytes/s of a copy, or FLOP/s of a matrix product."""
     ceilings, products = document["ceilings"], document["ceilings"].get("matmul_flops_per_s", {})
@@ -83,16 +69,18 @@ def share_text(document: Document, row: RowDict) -> str:
     ):
         if row["time"] and amount and ceiling:
             per_s = amount / row["time"]["median_us"] * 1e6
-            text = f"{rate_text(per_s, unit)}, {percent(per_s / ceiling)} {name}"
+            text = f"{_scaled(per_s / 1e9, f'G{unit}')}, {percent(per_s / ceiling)} {name}"
             found.append((per_s / ceiling, text))
-    return max(found, key=lambda one: one[0])[1] if found else NONE
+    return max(found)[1] if found else NONE
 
 
 def ceiling_text(document: Document) -> str:
     found = document["ceilings"]
-    parts = [f"copy {rate_text(found['copy_bytes_per_s'], 'B/s')} (read plus written)"]
+    parts = [f"copy {_scaled(found['copy_bytes_per_s'] / 1e9, 'GB/s')} (read plus written)"]
     products = found["matmul_flops_per_s"].items()
-    parts += [f"matrix product {rate_text(flops, 'FLOP/s')} ({dtype})" for dtype, flops in products]
+    parts += [
+        f"matrix product {_scaled(flops / 1e9, 'GFLOP/s')} ({dtype})" for dtype, flops in products
+    ]
     return f"Ceilings measured on this device in the same run: {', '.join(parts)}."
 
 
@@ -109,8 +97,8 @@ def cells(document: Document, row: RowDict) -> dict[str, str]:
     def seconds(value: float) -> str:
         return f"{significant(value)} s"
 
-    quantiles = error = compared = ceiling = losses = NONE
-    if time:
+    quantiles = error = compared = NONE
+    if time and "images_per_s" not in more:
         quantiles = f"{time_text(time['p20_us'])} to {time_text(time['p80_us'])}"
     elif "p20" in more:
         quantiles = f"{significant(more['p20'])} to {significant(more['p80'])} images/s"
@@ -119,39 +107,28 @@ def cells(document: Document, row: RowDict) -> dict[str, str]:
         compared = f"{significant(versus['ratio'])} ({low} to {high}) {versus['verdict']}"
     if row["error"] is not None:
         error = f"{row['error']:.1e} / {row['allowed']:.1e}"
-    if document["kind"] != "step":
-        ceiling = share_text(document, row)
-    if more.get("loss") is not None:
-        losses = ", ".join(significant(more[end], 4) for end in ("loss_start", "loss"))
-    memory = more.get("epochs", [])
-    epochs = [f"{memory[n - 1]:.0f}" for n in EPOCHS_SHOWN if n <= len(memory)]
-    cuda = document["device"]["type"] == "cuda"
+    on_gpu = document["device"]["type"] == "cuda"
     return {
-        "shape": f"{row['shape']}, {row['dtype']}",
+        "shape": row["shape"],
+        "dtype": row["dtype"],
         "pass": row["phase"],
         "provider": row["provider"],
+        "images/s": text(more.get("images_per_s")),
         "median": text(time.get("median_us"), time_text),
         "p20 to p80": quantiles,
-        "images/s": text(more.get("images_per_s")),
         "n": text((time or more).get("n"), str),
         "gap": text((time or more).get("gap"), "{:+.1%}".format),
         # on a CPU it is the same as the time
-        "host time": text(time.get("host_us") if cuda else None, time_text),
+        "host time": text(time.get("host_us") if on_gpu else None, time_text),
         "time / ours (95 %)": compared,
         "x baseline": text(more.get("x_baseline")),
         "error / allowed": error,
-        "rate, of ceiling": ceiling,
+        "rate, of ceiling": NONE if "mfu" in more else share_text(document, row),
         "MFU": text(more.get("mfu"), percent),
         "peak": text(row["peak_bytes"], size_text),
-        "MB per image": text(more.get("mb_per_image")),
         "per further image": text(more.get("mb_per_further_image")),
-        "loss, first and last": losses,
         "mean difference": text(more.get("mean"), "{:.3f}".format),
         "largest": text(more.get("max"), str),
-        "pixels more than 2 off": text(more.get("beyond_2"), "{:.4%}".format),
-        "before, MiB": text(more.get("before"), "{:.0f}".format),
-        f"after epochs {', '.join(map(str, EPOCHS_SHOWN))}, MiB": ", ".join(epochs) or NONE,
-        "flat": text(more.get("flat"), lambda flat: "yes" if flat else "no"),
         "start": text(more.get("start_s"), seconds),
         "first call": text(row["first_call_s"], seconds),
         "note": row["reason"] or "",
@@ -166,15 +143,16 @@ class Table(NamedTuple):
 
 
 def tables(document: Document) -> Iterator[Table]:
-    """One table per case; columns without content are omitted."""
-    cases: dict[str, list[RowDict]] = {}
+    """One table per case and, of a step, shape; columns without content are omitted."""
+    cases: dict[tuple[str, ...], list[RowDict]] = {}
     for row in document["rows"]:
-        cases.setdefault(row["case"], []).append(row)
-    for case, members in cases.items():
+        shape = row["shape"] if row["phase"] == "step" else ""
+        cases.setdefault((row["case"], shape), []).append(row)
+    for (case, _), members in cases.items():
         lines = [cells(document, row) for row in members]
         columns = [n for n in lines[0] if any(line[n] not in ("", NONE) for line in lines)]
         title = [case]
-        for name in ("shape", "pass"):  # part of the title if all rows agree
+        for name in ("shape", "dtype", "pass"):  # in the title if all rows agree
             if len({line[name] for line in lines}) == 1:
                 title.append(lines[0][name])
                 columns.remove(name)
@@ -184,13 +162,14 @@ def tables(document: Document) -> Iterator[Table]:
 
 def doubts(rows: Sequence[RowDict]) -> list[str]:
     """Why the verdicts of these rows are doubtful, per race."""
-    races: dict[tuple[str, ...], list[RowDict]] = {}
+    races: dict[str, list[RowDict]] = {}
     for row in rows:
         if row["time"]:
-            races.setdefault((row["shape"], row["dtype"], row["phase"]), []).append(row)
+            dtype = "" if row["phase"] == "step" else f", {row['dtype']}"
+            races.setdefault(f"{row['shape']}{dtype}, {row['phase']}", []).append(row)
     found = []
     for name, members in races.items():
         load = max((row["load"] for row in members if row["load"] is not None), default=None)
-        why = doubt(load, [Time(**row["time"]) for row in members])
-        found += [f"{', '.join(name)}: {why}"] if why else []
+        why = doubt(load, [row["time"] for row in members])
+        found += [f"{name}: {why}"] if why else []
     return found

@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -37,26 +37,24 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in ("", "kernels")]
 
+
 from benchmarks import results  # noqa: E402
-from benchmarks.attention import attention_op  # noqa: E402
-from benchmarks.harness import (  # noqa: E402  # noqa: E402
+from benchmarks.harness import (  # noqa: E402
     BOTH,
     FORWARD,
     Bench,
     Calls,
     attempt,
-    cast,
     forget,
     gate,
     time_rows,
     truth,
 )
-from benchmarks.ops import OPS  # noqa: E402
-from benchmarks.race import LARGEST_FLUSH, Cache, allowed_error  # noqa: E402
+from benchmarks.ops import attention_sample, op_of, samples  # noqa: E402
+from benchmarks.race import LARGEST_FLUSH, Cache  # noqa: E402
 from benchmarks.results import NAMES, Results, Row, slug  # noqa: E402
-from benchmarks.shapes import MODELS, Shape  # noqa: E402
 from benchmarks.tables import tables  # noqa: E402
-from mae_kernels import backend  # noqa: E402
+from mae_kernels import Sample, backend  # noqa: E402
 from mae_kernels._runtime import HAVE_TRITON, INTERPRET, Launch, architecture  # noqa: E402
 from mae_kernels.short_attention import ROWS_KERNEL_TOKENS, Sizes  # noqa: E402
 from sssd_fast.errors import SssdError  # noqa: E402
@@ -65,7 +63,9 @@ from sssd_fast.run.log import Console  # noqa: E402
 # constants that a choice sets, in the order of a label
 LAUNCHED = ("T0", "T1", "T2", "TILE", "BLOCK_H", "BLOCK_W", "ROWS", "BLOCK_D", "BLOCK_F")
 USUAL_WARPS = 4  # of a launch without num_warps: Triton's default
-MODEL, BATCH = "ViT-B", 256
+BATCH = 256
+# names of samples(); of the other ops the first one
+SAMPLES = {"embed_patches": "B/16", "gelu_linear": "encoder B/16", "crop_resize": "rgb"}
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,17 @@ AS_IS = Candidate()
 
 @dataclass(frozen=True)
 class TunedKernel:
-    """A kernel, the op and phase in which it runs, and the launches to try."""
+    """A kernel, the call and phase in which it runs, and the launches to try."""
 
-    op: str
+    sample: Sample
     phase: str
     kernel: str
     module: ModuleType
-    shape: Shape
     candidates: tuple[Candidate, ...]
 
     @property
     def name(self) -> str:
-        return f"{self.op} {self.phase}, {self.kernel}"
+        return f"{self.sample} {self.phase}, {self.kernel}"
 
 
 class Started(NamedTuple):
@@ -141,14 +140,16 @@ def choosing(tuned: TunedKernel, candidate: Candidate) -> Iterator[list[Started]
 # ---- kernels and candidates ----
 
 
-def tuned_kernels(s: Shape) -> list[TunedKernel]:
+def tuned_kernels() -> list[TunedKernel]:
     """Most important first: attention, losses, restoring, patches, the rest."""
-    found = [*_attention(s)]
+    found = [*_attention()]
+    chosen = {sample.op: sample for sample in reversed([*samples("ops")])}
+    chosen |= {s.op: s for s in samples("ops") if s.name == SAMPLES.get(s.op)}
 
     def add(op: str, module: str, phase: str, kernel: str, tried: Sequence[Candidate]) -> None:
         # functions of the package hide some of its modules, so they are imported by name
         place = importlib.import_module(f"mae_kernels.{module}")
-        found.append(TunedKernel(op, phase, kernel, place, s, tuple(tried)))
+        found.append(TunedKernel(chosen[op], phase, kernel, place, tuple(tried)))
 
     losses, forward, backward = "_loss_kernels", "losses_kernel", "losses_backward_kernel"
     op = "masked_reconstruction_loss"
@@ -214,24 +215,22 @@ def _merged(rows: int, warps: int) -> Candidate:
     return Candidate({"_constants": lambda pixels, logits: {**pixels, **logits, **own}})
 
 
-def _attention(s: Shape) -> Iterator[TunedKernel]:
+def _attention() -> Iterator[TunedKernel]:
+    """Encoder and decoder of ViT-B."""
     module = importlib.import_module("mae_kernels.short_attention")
-    for block, width, heads, tokens in (
-        ("encoder", s.width, s.heads, 1 + s.keep),
-        ("decoder", s.decoder, s.decoder_heads, 1 + s.patches),
-    ):
-        shape = Shape(f"{s.model} {block}", s.batch, width, heads, tokens=tokens)
+    for tokens, heads, width in ((50, 12, 64), (197, 16, 32)):
+        sample = attention_sample(tokens, heads, width)
         short = tokens <= ROWS_KERNEL_TOKENS  # one kernel takes the sequence in one piece
         cuts = (False,) if tokens <= 128 else (True, False)
         rows = ((16, 2), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 8))[0 if short else 2 :]
         forward = [_sizes("FORWARD", cut, *pair) for cut in cuts for pair in rows]
-        yield TunedKernel("attention", FORWARD, "attention_kernel", module, shape, tuple(forward))
+        yield TunedKernel(sample, FORWARD, "attention_kernel", module, tuple(forward))
         keys = ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8))
         backward = [_sizes("BACKWARD", cut, *pair) for cut in cuts for pair in keys]
         kernel = "backward_keys_kernel"
         if short:
             kernel, backward = "backward_rows_kernel", [Candidate(warps=n) for n in (2, 4, 8)]
-        yield TunedKernel("attention", BOTH, kernel, module, shape, tuple(backward))
+        yield TunedKernel(sample, BOTH, kernel, module, tuple(backward))
 
 
 def _sizes(table: str, split: bool, rows: int, warps: int) -> Candidate:
@@ -242,19 +241,16 @@ def _sizes(table: str, split: bool, rows: int, warps: int) -> Candidate:
 # ---- measuring ----
 
 
-def measure(bench: Bench, tuned: TunedKernel, dtype: torch.dtype) -> None:
+def measure(bench: Bench, tuned: TunedKernel, dtype: torch.dtype, batch: int) -> None:
     """Adds a row for each different launch, the current one first."""
-    torch.manual_seed(0)
-    s = tuned.shape
-    op = attention_op(s, bench.device, dtype) if s.tokens else OPS[tuned.op]
-    inputs = cast(op, op.make(s, bench.device), dtype)
-    exact, eager = truth(op, s, inputs)
-    allowed = op.tolerance or allowed_error(eager, dtype)
-    calls = Calls(op, s, inputs, op.providers["ours"])
+    op = op_of(tuned.sample, bench.device, dtype, batch)
+    inputs = op.inputs()
+    exact, allowed = truth(op, inputs)
+    calls = Calls(inputs, op.providers["ours"])
     rows: dict[str, Row] = {}
     timed = {}
     for number, candidate in enumerate((AS_IS, *tuned.candidates)):
-        row = Row(tuned.op, s.name, NAMES[dtype], tuned.phase, f"candidate {number}", asdict(s))
+        row = Row(op.sample.op, op.shape, NAMES[dtype], tuned.phase, f"candidate {number}")
         row.more = {"kernel": tuned.kernel, "current": candidate is AS_IS}
 
         def check(candidate: Candidate = candidate, row: Row = row) -> None:
@@ -291,13 +287,11 @@ def decide(rows: Sequence[Row]) -> None:
 
 
 def main() -> int:
-    names = list(dict.fromkeys(tuned.op for tuned in tuned_kernels(MODELS[MODEL])))
+    names = list(dict.fromkeys(tuned.sample.op for tuned in tuned_kernels()))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     add = parser.add_argument
     add("--op", nargs="+", choices=names, metavar="OP", help=f"of: {', '.join(names)}")
-    add(
-        "--batch", type=int, default=BATCH, metavar="N", help=f"images of {MODEL} (default {BATCH})"
-    )
+    add("--batch", type=int, default=BATCH, metavar="N", help=f"images (default {BATCH})")
     add("--minutes", type=float, metavar="M", help="start no new kernel after M minutes")
     add("--out", type=Path, default=results.FOLDER / "tune", metavar="DIR")
     args = parser.parse_args()
@@ -307,25 +301,26 @@ def main() -> int:
     dtype = torch.float16 if architecture(device) < 80 else torch.bfloat16
     path = args.out / f"tune-{slug(torch.cuda.get_device_name(device))}.json"
     with Console() as console, backend("triton"):
-        document = Results("tune", device, [dtype], words=sys.argv[1:], path=path)
+        document = Results("tune", device, [dtype], sys.argv[1:], path)
         document.head["command"] = " ".join(["python tools/tune.py", *sys.argv[1:]])
         # the largest flush keeps the device busy while the host prepares a launch
         bench = Bench(device, console, document, Cache(device, LARGEST_FLUSH))
         bench.deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
         with document:
-            for tuned in tuned_kernels(MODELS[MODEL].at(args.batch)):
-                if (args.op is None or tuned.op in args.op) and not bench.time_is_up(tuned.name):
-                    show(bench, tuned, dtype)
+            for tuned in tuned_kernels():
+                wanted = args.op is None or tuned.sample.op in args.op
+                if wanted and not bench.time_is_up(tuned.name):
+                    show(bench, tuned, dtype, args.batch)
         console.info(f"results: {document.path}")
     return 0
 
 
-def show(bench: Bench, tuned: TunedKernel, dtype: torch.dtype) -> None:
+def show(bench: Bench, tuned: TunedKernel, dtype: torch.dtype, batch: int) -> None:
     """Measures one kernel and prints its table; an error does not stop the others."""
     before = len(bench.results.rows)
     try:
         with bench.console.announce(tuned.name):
-            measure(bench, tuned, dtype)
+            measure(bench, tuned, dtype, batch)
     except Exception as error:  # noqa: BLE001 - the kernels have nothing to do with each other
         bench.console.error(f"{tuned.name}: {error}")
         return

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import eager, published, step_models
-from benchmarks.shapes import Shape
 from sssd_fast.config import Config, from_dict
 from sssd_fast.errors import ConfigError
 from sssd_fast.objective import SSSD
@@ -37,8 +36,8 @@ def config_of(name: str) -> Config:
 def both(name: str, task: str) -> tuple[SSSD, nn.Module, Tensor, Tensor]:
     """Our model, the published one with its weights, float images, noise: all in float64."""
     config = step_models.for_task(config_of(name), task)
-    setup = step_models.Setup(config, task, torch.device("cpu"), torch.float32, 3)
-    ours = step_models.initial_model(config)
+    setup = step_models.Setup("", config, task, torch.device("cpu"), 3)
+    ours: Any = step_models.initial_model(setup)
     ours.center.copy_(torch.rand(ours.center.shape) / 30)
     theirs = step_models.published_model(setup, ours)
     data = step_models.Data(setup)
@@ -155,23 +154,24 @@ def test_patches_are_rows_of_pixels_with_the_channel_last() -> None:
             assert found[b, patch].tolist() == [float(value) for value in expected]
 
 
-def test_tokens_with_the_least_noise_are_kept() -> None:
-    s = Shape("any", 5, 8, 1, image=(8, 8), patch=2)
-    noise = torch.rand(5, 16)
-    ids, _, _, mask = eager.published_masking(noise, s)
-    for b in range(5):
-        least = sorted(range(16), key=lambda i: float(noise[b, i]))[:4]
-        assert ids[b].tolist() == least
-        assert [i for i in range(16) if mask[b, i] == 0] == sorted(least)
-
-
 def test_settings_that_the_published_models_lack_are_refused() -> None:
     config, cpu = config_of("grey"), torch.device("cpu")
-    token = config.model_copy(
-        update={"objective": config.objective.model_copy(update={"pooling": "token"})}
-    )
-    bare = config.model_copy(update={"model": config.model.model_copy(update={"cls_token": False})})
-    for changed, message in ((token, "pooling"), (bare, "cls_token is false")):
-        setup = step_models.Setup(changed, "SSSD", cpu, torch.float32, 2)
-        with pytest.raises(ConfigError, match=message):
-            step_models.published_model(setup, step_models.initial_model(changed))
+    token = config.objective.model_copy(update={"pooling": "token"})
+    setup = step_models.Setup("", config.model_copy(update={"objective": token}), "SSSD", cpu, 2)
+    with pytest.raises(ConfigError, match="pooling"):
+        step_models.published_model(setup, step_models.initial_model(setup))
+
+
+def test_published_classifier_has_our_logits_and_gradients() -> None:
+    config = step_models.for_task(config_of("colour, raw"), "finetune")
+    setup = step_models.Setup("", config, "finetune", torch.device("cpu"), 3)
+    ours: Any = step_models.initial_model(setup)
+    theirs = step_models.published_model(setup, ours).double()
+    ours.double()
+    images = step_models.Data(setup).floats.double()
+    expected, logits = ours(images), theirs(images)
+    torch.testing.assert_close(logits, expected, rtol=NEAR, atol=0)
+    for out in (expected, logits):
+        out.square().sum().backward()
+    renamed = {n: c.tensor for n, c in to_own_names(gradients(theirs))[1].items()}
+    assert worst(renamed, gradients(ours)) < NEAR

@@ -16,8 +16,7 @@ from benchmarks.race import (
     Cache,
     Call,
     Load,
-    Samples,
-    Time,
+    Sample,
     Versus,
     allowed_error,
     doubt,
@@ -63,11 +62,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_race_gives_each_call_its_own_time(clock: Clock) -> None:
     seen: list[str] = []
     calls = {name: clock.call(name, ms / 1e3, seen) for name, ms in (("a", 2), ("b", 4))}
-    found = race(calls, CPU, NO_CACHE, samples=6, passes=3)
+    found = race(calls, CPU, NO_CACHE, samples=6)
     for name, us in (("a", 2000), ("b", 4000)):
-        assert [len(one) for one in found[name].passes] == [6, 6, 6]
         time_ = summary(found[name])
-        for value in (time_.median_us, time_.p20_us, time_.p80_us, time_.again_us, time_.host_us):
+        for value in (time_.median_us, time_.p20_us, time_.p80_us, time_.host_us):
             assert value == pytest.approx(us)
         assert time_.n == 6 and time_.gap == pytest.approx(0)
     assert versus(found["b"], found["a"]).ratio == pytest.approx(2)
@@ -82,8 +80,11 @@ def test_race_excludes_first_call_and_warm_up(clock: Clock) -> None:
         clock.passes(0.05 if calls == 1 else 0.01 if calls <= 1 + module.WARM_UP_CALLS else 0.002)
 
     assert first_call(slow_at_first, CPU) == pytest.approx(0.05)
-    (found,) = race({"a": slow_at_first}, CPU, NO_CACHE, samples=5, passes=2).values()
-    assert [value for one in found.passes for value in one] == pytest.approx([0.002] * 10)
+    (found,) = race({"a": slow_at_first}, CPU, NO_CACHE, samples=5).values()
+    assert [one.seconds for one in found] == pytest.approx([0.002] * 5)
+    slow: list[str] = []
+    race({"a": clock.call("a", 2.0, slow)}, CPU, NO_CACHE, samples=1)
+    assert len(slow) == 2  # one call warms up what takes longer than a second
 
 
 @pytest.mark.parametrize("providers", [1, 2, 3, 5])
@@ -93,7 +94,7 @@ def test_race_alternates_so_that_every_provider_comes_first_equally_often(
     order: list[str] = []
     names = "abcde"[:providers]
     calls = {name: clock.call(name, 0.02, order) for name in names}
-    race(calls, CPU, NO_CACHE, samples=4 * providers, passes=1)
+    race(calls, CPU, NO_CACHE, samples=4 * providers)
     measured = order[-4 * providers * providers :]
     starts = range(0, len(measured), providers)
     rounds = [tuple(measured[start : start + providers]) for start in starts]
@@ -113,36 +114,32 @@ def test_race_flushes_the_cache_before_every_sample_and_outside_its_time(clock: 
             clock.passes(7.0)
 
     calls = {name: clock.call(name, seconds, seen) for name, seconds in (("a", 0.02), ("b", 0.04))}
-    found = race(calls, CPU, Slow(CPU, 0), samples=5, passes=2)
-    assert found["a"].passes == [pytest.approx([0.02] * 5)] * 2
+    found = race(calls, CPU, Slow(CPU, 0), samples=5)
+    assert [one.seconds for one in found["a"]] == pytest.approx([0.02] * 5)
     flushed = [after for before, after in itertools.pairwise(seen) if before == "flush"]
-    assert Counter(flushed) == {"a": 10, "b": 10}
+    assert Counter(flushed) == {"a": 5, "b": 5}
 
 
-def test_summary_reports_quantiles_of_the_first_pass_and_the_gap_of_the_second() -> None:
-    first = [0.001 * n for n in range(1, 12)]
-    found = summary(Samples([first, [0.009] * 3], [0.0005] * 14))
+def test_summary_reports_quantiles_and_the_gap_between_the_halves() -> None:
+    found = summary([Sample(0.001 * n, 0.0005) for n in range(1, 12)])
     assert (found.p20_us, found.median_us, found.p80_us) == pytest.approx((3000, 6000, 9000))
-    assert (found.again_us, found.gap, found.host_us) == pytest.approx((9000, 0.5, 500))
+    assert found.host_us == pytest.approx(500)
+    assert found.gap == pytest.approx(9 / 3 - 1)
 
 
 # ---- verdicts ----
 
 
-def samples(seed: int, middle: float, noise: float, drift: float = 0.0) -> Samples:
-    """Two passes of 50 log-normal times; the second is slower by `drift`."""
+def samples(seed: int, middle: float, noise: float) -> list[Sample]:
+    """100 log-normal times."""
     rng = np.random.default_rng(seed)
-    passes = [
-        list(middle * (1 + drift * number) * np.exp(noise * rng.standard_normal(50)))
-        for number in range(2)
-    ]
-    return Samples(passes, passes[0])
+    return [Sample(s, s) for s in middle * np.exp(noise * rng.standard_normal(100))]
 
 
-def verdicts(pairs: int, ratio: float, noise: float, drift: float = 0.0) -> list[Versus]:
+def verdicts(pairs: int, ratio: float, noise: float) -> list[Versus]:
     """Of pairs whose true ratio is known."""
     return [
-        versus(samples(2 * n, 1e-3 * ratio, noise, drift), samples(2 * n + 1, 1e-3, noise))
+        versus(samples(2 * n, 1e-3 * ratio, noise), samples(2 * n + 1, 1e-3, noise))
         for n in range(pairs)
     ]
 
@@ -166,13 +163,13 @@ def test_versus_interval_contains_the_truth_in_about_95_percent() -> None:
 
 
 def test_versus_is_same_within_two_percent_or_within_the_gap() -> None:
-    def flat(*passes: float) -> Samples:
-        return Samples([[one] * 50 for one in passes], [1.0])
+    def flat(*halves: float) -> list[Sample]:
+        return [Sample(half, half) for half in halves for _ in range(50)]
 
     assert versus(flat(1.015, 1.015), flat(1, 1)).verdict == "same"
     assert versus(flat(1.03, 1.03), flat(1, 1)).verdict == "slower"
     assert versus(flat(1.1, 1.2), flat(1, 1)).verdict == "slower"
-    assert versus(flat(1.1, 1.4), flat(1, 1)).verdict == "same"  # its own passes differ by 27 %
+    assert versus(flat(1.1, 1.4), flat(1, 1)).verdict == "same"  # its own halves differ by 27 %
 
 
 # ---- load ----
@@ -208,7 +205,7 @@ def test_load_is_unknown_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doubt_names_a_busy_machine_and_wide_quantiles() -> None:
-    calm, wide = Time(10, 9.5, 11, 50), Time(10, 5, 50, 50)
+    calm, wide = ({"p20_us": p20, "p80_us": p80} for p20, p80 in ((9.5, 11), (5, 50)))
     assert doubt(0.02, [calm]) is None and doubt(None, []) is None
     assert "used 40% of the CPUs" in str(doubt(0.4, [calm]))
     assert "10.0 times" in str(doubt(0.0, [calm, wide]))
@@ -230,7 +227,7 @@ def test_error_is_relative_to_the_largest_value_of_each_tensor() -> None:
     assert error_of([exact[0], torch.tensor([-0.01])], exact) == pytest.approx(2)
     assert error_of([torch.tensor([float("nan"), 1.0]), exact[1]], exact) == float("inf")
     for wrong in ([exact[0]], [exact[0][:1], exact[1]]):
-        with pytest.raises(ValueError, match="needs"):
+        with pytest.raises(ValueError, match="results of shapes"):
             error_of(wrong, exact)
 
 

@@ -7,25 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.attention import attention_op
-from benchmarks.harness import Calls, cast
-from benchmarks.ops import OPS
+from benchmarks.harness import Calls
+from benchmarks.ops import op_of
 from benchmarks.race import Time, Versus
 from benchmarks.results import Row
-from benchmarks.shapes import MODELS
 from mae_kernels import backend
 from mae_kernels._runtime import record_launches
 from tools import tune
 
-TUNED = {tuned.name: tuned for tuned in tune.tuned_kernels(MODELS["ViT-B"].at(256))}
+TUNED = {tuned.name: tuned for tuned in tune.tuned_kernels()}
 META = torch.device("meta")
 
 
 def label(tuned: Any, candidate: Any) -> str:
     """The launch that the op records on an sm_90, without a GPU."""
-    s = tuned.shape.at(2) if tuned.op == "crop_resize" else tuned.shape  # its pixels are on the CPU
-    op = attention_op(s, META, torch.bfloat16) if s.tokens else OPS[tuned.op]
-    calls = Calls(op, s, cast(op, op.make(s, META), torch.bfloat16), op.providers["ours"])
+    op = op_of(tuned.sample, META, torch.bfloat16, 256)
+    calls = Calls(op.inputs(), op.providers["ours"])
     with backend("triton"), record_launches(90), tune.choosing(tuned, candidate) as started:
         calls.timed[tuned.phase]()
     assert started, tuned.kernel
@@ -42,7 +39,7 @@ def test_candidates_change_the_launch_and_are_gone_afterwards(name: str) -> None
 
 
 def test_choosing_refuses_a_name_that_the_module_does_not_have() -> None:
-    tuned = TUNED["random_masking forward, masking_kernel"]
+    tuned = TUNED["random_masking 196 patches forward, masking_kernel"]
     real = tuned.module.launch
     with (
         pytest.raises(AttributeError, match="NO_SUCH_NAME"),
@@ -54,7 +51,7 @@ def test_choosing_refuses_a_name_that_the_module_does_not_have() -> None:
 
 def test_launch_is_kept_unless_another_is_certainly_faster() -> None:
     def row(name: str, us: float | None, verdict: str = "same") -> Row:
-        time = None if us is None else Time(us, us, us, 50)
+        time = None if us is None else Time(us, us, us, 50, 0.0, us)
         versus = None if us is None else Versus(us / 100, us / 100, us / 100, verdict)
         return Row("op", "s", "bf16", "forward", name, time=time, versus=versus)
 
