@@ -96,8 +96,6 @@ def main(args: argparse.Namespace) -> int:
     lines = compare(a, b, over)
     form = size_text if a["kind"] == "memory" else time_text
     with Console() as console:
-        if a["versions"] != b["versions"]:
-            console.warn("A and B were measured with other versions of the packages")
         cells = []
         for line in lines:
             costs = [NONE if cost is None else form(cost) for cost in (line.a, line.b)]

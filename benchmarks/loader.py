@@ -6,12 +6,9 @@ Without DATA, synthetic slices of 512 x 512 pixels. The baseline is torch with t
 A provider is timed only if its first epoch has the records and labels of the torch loader in the
 same order, and pixels within 1 grey level of Pillow's on average.
 
-A sample is one epoch as a training without pauses sees it: from the last batch of the previous
-epoch to its own last batch, so that prefetched batches do not change it. The consumer reads one
-pixel per image; on a GPU the clock waits for the device at both ends. Providers alternate.
-"start" is the time to the first batch: decoding the data set, building the pipeline, starting
-workers. All images of DATA are used, also those with a wrong extension; decoded ones are kept in
-memory, without a cache file.
+A sample is one epoch, from the last batch of the previous epoch to its own last batch, so that
+prefetched batches do not change it. "start" is the time to the first batch: decoding the data set,
+building the pipeline, starting workers. No cache file is written.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Peak: all memory on the device at the worst moment (batch, weights, gradients, m
 activations), without the CUDA context. CUDA: torch's allocator over two steps after the first one,
 which creates the moments and compiles. CPU: torch's profiler from the creation of the model to the
 second step. CUDA graphs are off: their pools keep memory between steps. mb_per_further_image is the
-slope from the previous batch. `sssd-fast plan` and batch=auto find the largest batch that fits.
+slope from the previous batch.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@ blocks as in timm 0.3.2, which it requires: a convolution embeds all patches, vi
 argsorts and torch.gather with repeated indices mask and restore them; attention writes its
 probabilities to memory; every patch is predicted; the target of the loss is written to memory.
 SDMAE adds the loss of SD-MAE (Luo, Chen et al., arXiv 2203.16983): logits of every visible token,
-averaged before the softmax. Parameters have the names of facebookresearch/mae. Two differences:
-the noise that selects the masked patches is an argument, so that all providers mask alike, and
-images may have any size and channels.
+averaged before the softmax. Parameters have the names of facebookresearch/mae. The noise that
+selects the masked patches is an argument, so that all providers mask alike.
 
 Shapes: B images, L patches, K visible, D encoder width, E decoder width, V = P*P*C values of a
 patch in the order (row, column, channel), S prototypes, F bottleneck features.

@@ -1,8 +1,6 @@
 """`bench report`: docs/benchmarks.md and its pictures from the files in benchmarks/results.
 
-Of each kind and device the newest file is used, quick runs never. `--check` writes nothing and
-fails if the page differs from what the files give; pictures are not compared, since their bytes
-depend on the version of matplotlib.
+Of each kind and device the newest file is used, quick runs never.
 """
 
 from __future__ import annotations
@@ -30,7 +28,8 @@ SECTIONS = {
     "loader": "Loading",
 }
 # of Okabe and Ito, which the common kinds of colour blindness can tell apart
-COLORS = {"ours": "#0072b2", "transformers": "#e69f00", "plain": "#56b4e9", "published": "#8a939c"}
+COLORS = {"ours": "#0072b2", "plain": "#56b4e9", "published": "#8a939c"}
+OTHERS = "#e69f00"
 
 
 def find(folder: Path) -> tuple[list[Document], list[str]]:
@@ -62,17 +61,12 @@ Written by `sssd-fast bench report` from the files in `benchmarks/results`; do n
 [benchmarks/README.md](../benchmarks/README.md) has the rules; each section names its command and
 the commit that it measured.
 
-- Times are medians of single calls, with 20 % and 80 % quantiles and the number of calls. Providers
-  alternate, the last-level cache is flushed before every call, compilation and warm-up are not
-  included ("first call" includes them). "gap" is a second pass relative to the first. "host time"
-  (GPUs only) is the time until the call returns, without waiting for the device.
+- Times are medians of single calls, without compilation and warm-up ("first call" includes them).
+  "gap" is the second half of the calls relative to the first.
 - "time / ours" is a provider's time divided by ours, with its bootstrapped 95 % interval; above
-  1 ours is faster. "same": the interval contains 1, or the difference is below 2 % or below the
-  gap of either provider. "slower" and "faster" refer to the provider.
-- "error / allowed": largest error against fp64, relative to the largest value, and the limit:
-  twice that of eager PyTorch in the same dtype, plus roundings for sums in another order.
-- "MFU" is the share of the matrix product rate in the provider's dtype. A share above 100 % means
-  that other processes disturbed the measurement of the rate."""
+  1 ours is faster. "slower", "faster" and "same" refer to the provider.
+- "error / allowed": largest error against fp64, relative to the largest value, and the limit.
+- "MFU" is the share of the matrix product rate in the provider's dtype."""
 
 
 def page(documents: Sequence[Document]) -> str:
@@ -178,7 +172,7 @@ def draw(document: Document) -> bytes:
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for axes, (shape, rates) in zip(panels, cases.items(), strict=True):
         for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
-            color = COLORS[name.split(",")[0].split()[0]]
+            color = COLORS.get(name.split(",")[0].split()[0], OTHERS)
             axes.barh(name, rate, 0.75, color=color)
             axes.annotate(f" {rate:.0f}", (rate, name), va="center", fontsize=7)
         axes.invert_yaxis()

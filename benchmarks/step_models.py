@@ -8,15 +8,11 @@
 The first three exist in fp32 and bf16, eager and under torch.compile ("compiled"); transformers
 also with its eager attention ("eager"). "2 processes" trains on the same batch in two processes.
 
-A step: forward under autocast, backward, AdamW with the same learning rate, betas and weight
-decay, no clipping, gradients set to None. Our model runs in sssd_fast.step.Step, which also
-computes the norm of the gradients and skips a non-finite update. The others have a bare loop and
-get normalised float32 images, where ours read uint8. "published" runs torch.optim.AdamW with its
-defaults, every other provider its fused form. Fine-tuning classifies from the cls token, without
-stochastic depth, mixing and weight decay, which the providers implement differently.
-
-torch and the standard library suffice to import this file; what needs pydantic or transformers is
-imported inside functions.
+A step: forward under autocast, backward, AdamW with equal settings, no clipping. Our model runs in
+sssd_fast.step.Step, which also computes the norm of the gradients and skips a non-finite update;
+the others have a bare loop and get normalised float32 images, where ours read uint8. "published"
+runs AdamW with its defaults, the others its fused form. Fine-tuning classifies from the cls token,
+without stochastic depth and weight decay, which the providers implement differently.
 """
 
 from __future__ import annotations
