@@ -71,7 +71,7 @@ def share_text(document: Document, row: RowDict) -> str:
             per_s = amount / row["time"]["median_us"] * 1e6
             text = f"{_scaled(per_s / 1e9, f'G{unit}')}, {percent(per_s / ceiling)} {name}"
             found.append((per_s / ceiling, text))
-    return max(found)[1] if found else NONE
+    return max(found, key=lambda one: one[0])[1] if found else NONE
 
 
 def ceiling_text(document: Document) -> str:

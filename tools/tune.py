@@ -222,7 +222,9 @@ def _attention() -> Iterator[TunedKernel]:
         sample = attention_sample(tokens, heads, width)
         short = tokens <= ROWS_KERNEL_TOKENS  # one kernel takes the sequence in one piece
         cuts = (False,) if tokens <= 128 else (True, False)
-        rows = ((16, 2), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 8))[0 if short else 2 :]
+        rows = ((16, 2), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 8))[
+            slice(6) if short else slice(2, 7)
+        ]
         forward = [_sizes("FORWARD", cut, *pair) for cut in cuts for pair in rows]
         yield TunedKernel(sample, FORWARD, "attention_kernel", module, tuple(forward))
         keys = ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8))

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -56,7 +55,7 @@ def test_speed_has_a_row_for_every_provider(folder: Path, tmp_path: Path) -> Non
             continue
         more = row["more"]
         assert row["reason"] is None and more["n"] == 2 and more["start_s"] > 0
-        assert more["images_per_s"] == pytest.approx(np.mean(more["samples"]))
+        assert more["p20"] <= more["images_per_s"] <= more["p80"]
         baseline = rows["torch, 2 workers"]["more"]["images_per_s"]
         assert more["x_baseline"] == pytest.approx(more["images_per_s"] / baseline)
         assert more["mean"] <= module.MAX_MEAN

@@ -222,7 +222,7 @@ def test_memory_and_loaders_are_compared_by_their_own_cost() -> None:
         ({"quick": True}, "quick is False in A"),
         ({"device": {"type": "cpu", "name": "other"}}, "device is Made-up"),
         ({"rows": [row("another", "ours", 1.0)]}, "no row in common"),
-        ({"rows": [row("op", "ours", 1.0, sizes={"batch": 9})]}, "size of op"),
+        ({"rows": [row("op", "ours", 1.0, sizes={"batch": 9})]}, "size of"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(change: dict[str, Any], message: str) -> None:
