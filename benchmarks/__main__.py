@@ -1,8 +1,7 @@
 """`sssd-fast bench`, also `python -m benchmarks`: measure, compare and report.
 
-Every run writes one JSON file, rewritten after each row. Exit codes: 0; 1 (compare: something
-became slower; report --check: a page is out of date; all: an unexpected error); 2 bad arguments or
-files.
+Every run writes one JSON file, rewritten after each row. Exit codes: 0; 1 (compare: something is
+slower; report --check: the page is out of date; all: an error); 2 bad arguments or files.
 """
 
 from __future__ import annotations

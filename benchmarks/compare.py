@@ -1,9 +1,8 @@
 """`bench compare A.json B.json --fail-over 5%`: two result files of one kind and device.
 
 A row of B is a regression if it costs more than A's by more than the ratio AND by more than an
-absolute margin: a call of a few microseconds easily changes by 5 %. The cost is the median time;
-for memory the peak (margin 1 MiB), for a loader the time per image. A row that had a result in A
-and has none in B fails as well.
+absolute margin. The cost is the median time; for memory the peak, for a loader the time per image.
+A row that had a result in A and has none in B fails as well.
 """
 
 from __future__ import annotations

@@ -147,9 +147,6 @@ def sssd_loss(
     return WEIGHT * distilled + (1 - WEIGHT) * restored, restored, distilled, mean_S
 
 
-# ---- crops ----
-
-
 def crop_resize(pixels: Tensor, size: Sequence[int], channels: int, **named: Tensor) -> Tensor:
     """Along rows first, rounded, then along columns, as Pillow does."""
     crops = (
@@ -173,9 +170,6 @@ def _crops(
         image_HWC = pixels[offset : offset + height * width * channels].view(height, width, -1)
         crop_1CHW = image_HWC[top : top + h, left : left + w].permute(2, 0, 1)[None]
         yield crop_1CHW.flip(-1) if flip else crop_1CHW
-
-
-# ---- attention ----
 
 
 def attention(qkv: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,8 +66,6 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
             data = [write_synthetic_dataset(Path(folder, "synthetic"), count, (SIDE, SIDE))]
         for source in data:
             index = check_data(source, accept_wrong_extension=True)
-            if bench.quick:
-                index = replace(index, records=index.records[:QUICK_IMAGES])
             for channels in args.channels:
                 make = partial(make_loader, index, channels, args.size, args.batch)
                 sizes = {"channels": channels, "size": args.size, "batch": args.batch}

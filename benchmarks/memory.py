@@ -10,6 +10,7 @@ slope from the previous batch.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -38,9 +39,7 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
                 over_batches(bench, setup, provider, batches)
 
 
-def over_batches(
-    bench: Bench, setup: Setup, provider: Provider, batches: tuple[int, ...] | list[int]
-) -> None:
+def over_batches(bench: Bench, setup: Setup, provider: Provider, batches: Sequence[int]) -> None:
     """Adds a row for each batch up to the first that fails."""
     smaller: tuple[int, int] | None = None
     for batch in batches:

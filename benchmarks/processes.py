@@ -1,7 +1,7 @@
 """One training step in several processes on a CPU: DistributedDataParallel over gloo.
 
-Each process has its share of the batch and of the CPUs, to which it is pinned. The processes wait
-for a word between steps and use no CPU then, so that the step can be raced with others.
+Each process has its share of the batch and of the CPUs, to which it is pinned. Between steps the
+processes wait without using a CPU, so that the step can be raced with others.
 """
 
 from __future__ import annotations

@@ -155,9 +155,6 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[name] for name in KEY)
 
 
-# ---- the machine ----
-
-
 def describe(device: torch.device) -> dict[str, Any]:
     """Commit, device, versions and ops; no path and no host name."""
     env = collect_environment()

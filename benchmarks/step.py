@@ -31,8 +31,7 @@ from benchmarks.race import first_call, peak_bytes
 from benchmarks.results import DTYPES, NAMES, Row
 from benchmarks.step_models import TASKS, Data, Provider, Setup
 
-# One rounding of the loss. fp32: setting one of the 100 tensors of the demo's weights to zero (a
-# norm to one) changes the first loss by more than 1e-4 for 98 of them, and later steps are checked.
+# One rounding of the loss. To zero a tensor of the demo changes the first loss by more than 1e-4.
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2**-8, torch.float16: 2**-8}
 STEPS = 3  # that are checked; in fp16 the first one: it starts with updates that the scale skips
 RACE_S, LEAST_SAMPLES = 90.0, 8  # of a race on a CPU, where a step takes seconds

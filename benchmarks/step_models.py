@@ -68,16 +68,14 @@ class Provider:
 # ---- what all providers share ----
 
 # Of one channel with small decoders for a CPU, and of three channels with MAE's decoder.
-_TINY = {"name": "tiny", "in_channels": 1}
-_TINY |= {"decoder_width": 96, "decoder_depth": 2, "decoder_heads": 3}
-_SMALL = {"name": "small", "in_channels": 1}
-_SMALL |= {"decoder_width": 192, "decoder_depth": 4, "decoder_heads": 3}
+_DECODER = ("decoder_width", "decoder_depth", "decoder_heads")
+_TINY = {"name": "tiny", "in_channels": 1, **dict(zip(_DECODER, (96, 2, 3), strict=True))}
+_SMALL = {"name": "small", "in_channels": 1, **dict(zip(_DECODER, (192, 4, 3), strict=True))}
 MODELS: dict[str, dict[str, Any]] = {
     "ViT-T-128": {**_TINY, "image_size": 128},
     "ViT-T-224": {**_TINY, "image_size": 224},
     "ViT-S-224": {**_SMALL, "image_size": 224},
     "ViT-B-224": {"name": "base", "in_channels": 3},
-    "ViT-L-224": {"name": "large", "in_channels": 3},
 }
 
 
