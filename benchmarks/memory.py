@@ -70,12 +70,14 @@ def _measure(row: Row, setup: Setup, provider: Provider) -> None:
         row.first_call_s = first_call(steps[0], device)
 
     def twice() -> None:
+        if not steps:  # a CPU: all from the creation of the model is counted
+            start()
         steps[0]()
         steps[0]()
 
+    before = 0
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
+        before = -torch.cuda.memory_allocated(device)
         start()
-        row.peak_bytes = torch.cuda.memory_allocated(device) - before + peak_bytes(twice, device)
-    else:
-        row.peak_bytes = peak_bytes(lambda: (start(), twice()), device)
+        before += torch.cuda.memory_allocated(device)
+    row.peak_bytes = before + peak_bytes(twice, device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import warnings
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_context
@@ -85,6 +86,7 @@ def _work(
     from sssd_fast.run.device import World
 
     size = provider.processes
+    warnings.simplefilter("ignore", FutureWarning)  # each process would print torch's
     torch.set_num_threads(threads)
     with suppress(AttributeError, OSError):  # not Linux
         cpus = sorted(os.sched_getaffinity(0))

@@ -132,10 +132,10 @@ def overview(documents: Sequence[Document]) -> list[str]:
                 name = document["kind"], device_name(document), row["provider"], row["dtype"]
                 ratios.setdefault(name, []).append(row["versus"])
     lines = []
-    for name, found in ratios.items():
+    for words, found in ratios.items():
         mean = math.exp(sum(math.log(one["ratio"]) for one in found) / len(found))
         slower = sum(one["verdict"] == "faster" for one in found)
-        lines.append([*name, f"{significant(mean)}×", f"{slower} of {len(found)}"])
+        lines.append([*words, f"{significant(mean)}×", f"{slower} of {len(found)}"])
     columns = ["what", "hardware", "relative to", "dtype", "time / ours", "rows with ours slower"]
     text = "Geometric mean over all rows of the file: shapes and passes."
     return ["## Overview", markdown(columns, lines), text] if lines else ["Nothing is measured."]
