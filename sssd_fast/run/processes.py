@@ -7,6 +7,7 @@ each batch (`World.share`), so that learning rate, masks and image order are tho
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -67,6 +68,8 @@ def launch(words: Sequence[str], processes: int, threads: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # the launcher logs each signal and each failed process, which this command reports itself
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ[SHARED_BATCH] = "1"
     if sys.platform == "linux":  # gloo looks the host's name up, which not every machine resolves
