@@ -108,9 +108,13 @@ def _is_local(host: str) -> bool:
     return host in ("localhost", "::1", socket.gethostname()) or host.startswith("127.")
 
 
-@pytest.fixture
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and similar return NaN or the largest integer, which shows unwritten memory."""
+@pytest.fixture(autouse=True)
+def _poison_ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests of the ops, torch.empty and similar return NaN or the largest integer, which shows
+    unwritten memory.
+    """
+    if REPOSITORY / "tests" / "kernels" not in request.path.parents:
+        return
 
     def poisoned(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -125,10 +129,3 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, listed in names.items():
         for name in listed.split():
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-
-
-@pytest.fixture(autouse=True)
-def _poison_ops(request: pytest.FixtureRequest) -> None:
-    """Tests of the ops run on poisoned memory."""
-    if REPOSITORY / "tests" / "kernels" in request.path.parents:
-        request.getfixturevalue("poisoned_empty")
