@@ -246,14 +246,11 @@ def reproduce(
     methods: Sequence[str] = (),
     seeds: Sequence[int] = (),
     external: PathLike | None = None,
-    official_split: PathLike | None = None,
-    split: Literal["test", "val"] | None = None,
-    tries: Sequence[str] = (),
     minutes: float | None = None,
     **start: Unpack[Start],
 ) -> Result:
     """Runs the paper's experiment on a public CT set; see `sssd-fast reproduce --help`."""
-    from sssd_fast.reproduce import plan as plans
+    from sssd_fast.reproduce import reproduce as plans
     from sssd_fast.reproduce.public_sets import PUBLIC_SETS
 
     words, resume = _words(start.get("settings")), start.get("resume")
@@ -279,21 +276,18 @@ def reproduce(
             raise ConfigError(f"reproduce needs a name ({names}) and its folder: --data DIR")
         config = load_config(start.get("config") or PUBLIC_SETS[dataset].config, words)
         fields = {"dataset": dataset, "methods": plans.METHODS if external else plans.METHODS[:3]}
-    given = {"data": data, "external": external, "official_split": official_split, "split": split}
+    given = {"data": data, "external": external}
     fields |= {name: str(value) for name, value in given.items() if value is not None}
     lists["commands"] = [*fields.get("commands", ()), start.get("command", "sssd_fast.reproduce")]
     fields |= {name: tuple(dict.fromkeys(values)) for name, values in lists.items() if values}
-    if tries:
-        fields["variants"] = plans.variants_of(tries)
     with _folder(out, start) as place:
-        from sssd_fast.reproduce.reproduce import reproduce as run_plan
-
         dry = start.get("dry_run", False)
         if dry:
             fields["seeds"] = fields.get("seeds", plans.SEEDS)[:1]
         fields["config"] = to_dict(_limited(config, start))
         again = resume is not None and not dry
-        return Result(place, run_plan(plans.Plan(**fields), place, resume=again, minutes=minutes))
+        plan = plans.Plan(**fields)
+        return Result(place, plans.reproduce(plan, place, resume=again, minutes=minutes))
 
 
 STAGES = {"pretrain": ("pretrain",), "finetune": ("finetune",), "run": ("pretrain", "finetune")}

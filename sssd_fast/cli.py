@@ -104,9 +104,7 @@ def _repeat(words: Sequence[str]) -> list[str]:
 
 # ---- training --------------------------------------------------------------------------------
 
-TRIES = "With --split val: compare settings in all combinations; may be repeated."
 METHODS = "sssd, mae, supervised, external; default all, external only with --external."
-WHICH = "Split to evaluate on: test, or val to compare settings."
 SPLITS: Options = {"split": (Split, SPLIT)}
 RUN = SEEDS | {
     "folds": (bool, flag("--folds", "Repeat for each fold of data.folds.")),
@@ -120,9 +118,6 @@ REPRODUCE: Options = {
     "methods": several(str, METHODS),
     **SEEDS,
     "external": text("DIR", "Additional images to pre-train on, without labels."),
-    "official_split": text("CSV", "path,label,split of COVID-CT, if not in DIR."),
-    "split": (Literal["test", "val"] | None, option(None, WHICH, show_default="test")),
-    "tries": several(str, TRIES, "KEY=[A, B]", "--try"),
     "minutes": (float | None, option(None, "Do not start another model after M minutes.", "M")),
 }
 for name, help, options in (

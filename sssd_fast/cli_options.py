@@ -44,8 +44,8 @@ def text(metavar: str, help: str, **more: Any) -> tuple[Any, Any]:
     return str | None, option(None, help, metavar, **more)
 
 
-def several(kind: Any, help: str, metavar: str = "NAME...", name: str = "") -> tuple[Any, Any]:
-    return list[kind] | None, option(None, help, metavar, name)
+def several(kind: Any, help: str, metavar: str = "NAME...") -> tuple[Any, Any]:
+    return list[kind] | None, option(None, help, metavar)
 
 
 START: Options = {

@@ -8,8 +8,6 @@ like a fine-tuned model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,34 +15,17 @@ from torch import nn
 
 from sssd_fast.config import to_dict
 from sssd_fast.errors import ConfigError
-from sssd_fast.loaders import Loader
+from sssd_fast.evaluation.predict import outputs
 from sssd_fast.loaders.prepare import make_loader, prepare_data
 from sssd_fast.model import Classifier
-from sssd_fast.run.device import World, autocast
+from sssd_fast.run.device import autocast
 from sssd_fast.run.folder import Run
 from sssd_fast.weights.files import Norm
 from sssd_fast.weights.load import load_into
 
 
-@torch.no_grad()
-def features(
-    model: Classifier, loader: Loader, ids: Sequence[int], world: World, precision: str
-) -> NDArray[np.float64]:
-    """[N, D] pooled features in the order of `ids`."""
-    row_of = {image: row for row, image in enumerate(ids)}
-    result = np.zeros((len(row_of), model.head.in_features))
-    model.eval()
-    for batch in loader.epoch(0):
-        with autocast(precision, world.device):
-            values = model.features(batch.images)[batch.valid].double().cpu().numpy()
-        result[[row_of[i] for i in batch.indices[batch.valid].tolist()]] = values
-    return result
-
-
 def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
-    """Fits the probe on the encoder in `init` and saves it as a checkpoint. Returns validation
-    metrics.
-    """
+    """Fits the probe on the encoder in `init` and saves it; returns its validation metrics."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import accuracy_score, log_loss
 
@@ -54,22 +35,23 @@ def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
     config, settings = run.config, run.config.probe
     model = Classifier(config.model, len(index.classes), settings.pool).to(run.world.device)
     run.console.info(load_into(model, init, source_norm=norm).summary)
+    model.eval()
+    width, context = model.head.in_features, autocast(run.precision, run.world.device)
     x, y = {}, {}
     for name in ("train", "val"):
         ids = split.ids(name)
         if ids:
             loader = make_loader(run, index, ids, batch_size=settings.batch_size)
             with run.console.announce(f"computing features of {len(ids)} {name} images"):
-                x[name] = features(model, loader, ids, run.world, run.precision)
-            y[name] = np.array([index.records[i].label for i in ids])
+                labels, values = outputs(model.features, loader, ids, width, run.world, context)
+            x[name], y[name] = values.numpy(), labels.numpy()
     mean, std = x["train"].mean(0), x["train"].std(0) + 1e-6
     x = {name: (values - mean) / std for name, values in x.items()}
     held_out = "val" if "val" in x else "train"
     rows, best = [], None
     for c in settings.inverse_penalties:
-        fitted = LogisticRegression(C=c, max_iter=5000, random_state=config.seed).fit(
-            x["train"], y["train"]
-        )
+        regression = LogisticRegression(C=c, max_iter=5000, random_state=config.seed)
+        fitted = regression.fit(x["train"], y["train"])
         p = fitted.predict_proba(x[held_out])
         loss = float(log_loss(y[held_out], p, labels=list(range(len(index.classes)))))
         accuracy = float(accuracy_score(y[held_out], p.argmax(1)))
@@ -104,8 +86,7 @@ def _fold(
     mean: NDArray[np.float64],
     std: NDArray[np.float64],
 ) -> None:
-    """Sets the head so that softmax(head(f)) equals the regression's probabilities of (f - mean) /
-    std.
+    """Sets the head so that softmax(head(f)) equals the regression's result for (f - mean) / std.
 
     For two classes scikit-learn has one row z; the head gets -z/2 and +z/2.
     """

@@ -28,6 +28,15 @@ RATES = {
     "f1": "F1",
     "auc": "AUC",
 }
+# Why a rate is None; a class is the positive one of two, or any of several.
+UNDEFINED = {
+    "accuracy": "no images",
+    "sensitivity": "no images of a class",
+    "specificity": "no images outside a class",
+    "precision": "a class was never predicted",
+    "f1": "a class has no images and was never predicted",
+    "auc": "images of one class only",
+}
 LEVEL = 0.95
 # Limits the [R, N] weight matrix of the bootstrap to 32 MB.
 _MAX_ELEMENTS = 4_000_000
@@ -39,22 +48,19 @@ def classification_metrics(
     """n, the RATES in [0, 1] or None, prevalence, threshold, confusion[true][predicted], undefined.
 
     `labels` [N] of class numbers; `scores` [N] of the positive class (label 1), or [N, K] of each
-    class: then `threshold` is not used. Raises DataError for another shape, other labels or scores
-    that are not finite.
+    class: then `threshold` is not used. Raises DataError for scores that are not finite.
     """
-    labels_N, scores_N, _ = check_scores(labels, scores)
+    labels_N, scores_N = check_scores(labels, scores)
     binary, n = scores_N.ndim == 1, len(labels_N)
     confusion_1KK, rates = _weighted_metrics(labels_N, scores_N, threshold, np.ones((1, n)))
-    confusion_KK = confusion_1KK[0].astype(np.int64)
     values = {name: float(value_1[0]) for name, value_1 in rates.items()}
-    undefined = {k: _reason(k, confusion_KK, binary) for k, v in values.items() if np.isnan(v)}
     return {
         "n": n,
-        **{name: None if name in undefined else value for name, value in values.items()},
+        **{name: None if np.isnan(value) else value for name, value in values.items()},
         "prevalence": float(labels_N.mean()) if binary and n else None,
         "threshold": threshold if binary else None,
-        "confusion": confusion_KK.tolist(),
-        "undefined": undefined,
+        "confusion": confusion_1KK[0].astype(np.int64).tolist(),
+        "undefined": {k: UNDEFINED[k] for k, value in values.items() if np.isnan(value)},
     }
 
 
@@ -68,22 +74,19 @@ def bootstrap_intervals(
 ) -> dict[str, dict[str, Any]]:
     """95 % percentile interval of every rate (Efron and Tibshirani 1993, chapter 13).
 
-    Returns {rate: {low, high, used, skipped, reason}}; bounds of None have a reason. The `n`
+    Returns {rate: {low, high, skipped}}; bounds are None without two groups or any value. The `n`
     resamples are not stratified: prevalence varies as it would in a new sample, since accuracy,
     precision and F1 depend on it. With `groups` (patient per image) whole patients are drawn,
     because images of one patient are not independent. A resample in which a rate is undefined (AUC:
     only one class drawn) is skipped for that rate and counted.
     """
-    labels_N, scores_N, _ = check_scores(labels, scores)
-    unit = "image" if groups is None else "patient"
-    groups = range(len(labels_N)) if groups is None else groups
+    labels_N, scores_N = check_scores(labels, scores)
     number_of: dict[Hashable, int] = {}
-    group_N = np.array([number_of.setdefault(g, len(number_of)) for g in groups], dtype=np.int64)
+    names = range(len(labels_N)) if groups is None else groups
+    group_N = np.array([number_of.setdefault(g, len(number_of)) for g in names], dtype=np.int64)
     num_groups = len(number_of)
     if num_groups < 2:
-        few = f"resampling needs at least 2 {unit}s, there is 1" if num_groups else "no images"
-        return dict.fromkeys(RATES, _interval(np.full(n, np.nan), few))
-
+        return {name: {"low": None, "high": None, "skipped": n} for name in RATES}
     rng = np.random.default_rng(seed)
     chunk = max(1, _MAX_ELEMENTS // len(labels_N))
     found: dict[str, list[Floats]] = {name: [] for name in RATES}
@@ -97,32 +100,39 @@ def bootstrap_intervals(
         _, rates = _weighted_metrics(labels_N, scores_N, threshold, weights_RN)
         for name, values_R in rates.items():
             found[name].append(values_R)
-    return {name: _interval(np.concatenate(values)) for name, values in found.items()}
+    intervals = {}
+    for name, parts in found.items():
+        values_R = np.concatenate(parts)
+        defined = values_R[~np.isnan(values_R)]
+        ends = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
+        low, high = np.percentile(defined, ends).tolist() if len(defined) else (None, None)
+        intervals[name] = {"low": low, "high": high, "skipped": n - len(defined)}
+    return intervals
 
 
 def aggregate_by_patient(
     labels: ArrayLike, scores: ArrayLike, patients: Sequence[str | None]
 ) -> tuple[Ints, Floats, int]:
-    """(label, mean score) per patient, in order of first appearance, and how many are mixed.
+    """(label, mean score) per patient, sorted by name, and how many are mixed.
 
     A patient whose images have different labels is mixed, and labelled positive if any image is
     (two classes), else by the most frequent label, the lowest of equals. Images without a patient
     (None or "") are excluded.
     """
-    labels_N, scores_N, num_classes = check_scores(labels, scores)
-    rows_of: dict[str, list[int]] = {}
-    for row, patient in enumerate(patients):
-        if patient:
-            rows_of.setdefault(patient, []).append(row)
-    label_of, score_of, mixed = [], [], 0
-    for rows in rows_of.values():
-        counts_K = np.bincount(labels_N[rows], minlength=num_classes)
-        several = np.count_nonzero(counts_K) > 1
-        mixed += int(several)
-        label_of.append(1 if several and num_classes == 2 else int(counts_K.argmax()))
-        score_of.append(scores_N[rows].mean(axis=0))
-    scores = np.array(score_of, dtype=np.float64).reshape(len(rows_of), *scores_N.shape[1:])
-    return np.array(label_of, dtype=np.int64), scores, mixed
+    labels_N, scores_N = check_scores(labels, scores)
+    rows = [row for row, patient in enumerate(patients) if patient]
+    num_classes = 2 if scores_N.ndim == 1 else scores_N.shape[1]
+    names, patient_N = np.unique([str(patients[row]) for row in rows], return_inverse=True)
+    counts_PK = np.zeros((len(names), num_classes), np.int64)
+    np.add.at(counts_PK, (patient_N, labels_N[rows]), 1)
+    sums = np.zeros((len(names), *scores_N.shape[1:]))
+    np.add.at(sums, patient_N, scores_N[rows])
+    means = (sums.T / counts_PK.sum(axis=1)).T
+    mixed_P = (counts_PK > 0).sum(axis=1) > 1
+    label_P = counts_PK.argmax(axis=1)
+    if num_classes == 2:
+        label_P[mixed_P] = 1
+    return label_P, means, int(mixed_P.sum())
 
 
 def aggregate_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -142,24 +152,11 @@ def aggregate_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
     return summary
 
 
-def check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[Ints, Floats, int]:
-    """(labels [N], scores [N] or [N, K], number of classes). Raises DataError."""
-    labels_N, scores_N = np.asarray(labels), np.asarray(scores, dtype=np.float64)
-    if labels_N.ndim != 1 or (labels_N.size and labels_N.dtype.kind not in "iub"):
-        raise DataError(
-            f"labels: need whole numbers of shape [N], got {labels_N.dtype} of shape "
-            f"{list(labels_N.shape)}"
-        )
-    if scores_N.ndim not in (1, 2) or len(scores_N) != len(labels_N) or scores_N.shape[1:] == (1,):
-        raise DataError(
-            f"scores: need shape [N] or [N, K] with N = {len(labels_N)} like the labels and "
-            f"K >= 2, got {list(scores_N.shape)}"
-        )
-    num_classes = 2 if scores_N.ndim == 1 else scores_N.shape[1]
-    outside = np.flatnonzero((labels_N < 0) | (labels_N >= num_classes))
-    if len(outside):
-        row = int(outside[0])
-        raise DataError(f"labels: row {row} is {labels_N[row]}; need 0 to {num_classes - 1}")
+def check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[Ints, Floats]:
+    """(labels [N], scores [N] or [N, K]). Raises DataError for scores that are not finite."""
+    labels_N, scores_N = np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64)
+    if len(labels_N) != len(scores_N):
+        raise DataError(f"{len(labels_N)} labels and {len(scores_N)} scores; need one for each")
     bad = np.flatnonzero(~np.isfinite(scores_N if scores_N.ndim == 1 else scores_N.sum(axis=1)))
     if len(bad):
         raise DataError(
@@ -167,7 +164,7 @@ def check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[Ints, Floats, in
             f"{bad[0]}; the model gave NaN or infinity, so evaluate an earlier checkpoint "
             "or in fp32"
         )
-    return labels_N.astype(np.int64), scores_N, num_classes
+    return labels_N, scores_N
 
 
 def predict_classes(scores_N: Floats, threshold: float) -> Ints:
@@ -218,34 +215,3 @@ def _weighted_auc(truth_N: NDArray[np.bool_], scores_N: Floats, weights_RN: Floa
     pairs_R = positive_RU.sum(axis=1) * negative_RU.sum(axis=1)
     with np.errstate(invalid="ignore"):
         return np.asarray((positive_RU * (below_RU + 0.5 * negative_RU)).sum(axis=1) / pairs_R)
-
-
-def _reason(name: str, confusion_KK: Ints, binary: bool) -> str:
-    """Why a rate of this confusion matrix is undefined."""
-    if confusion_KK.sum() == 0:
-        return "no images"
-    images_K, predictions_K = confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
-    if binary:
-        reasons = {
-            "sensitivity": "no positives",
-            "specificity": "no negatives",
-            "precision": "nothing was predicted positive",
-            "f1": "no positives and none predicted positive",
-            "auc": "only positives" if images_K[0] == 0 else "only negatives",
-        }
-        return reasons[name]
-    empty = np.flatnonzero((predictions_K if name == "precision" else images_K) == 0)
-    if name == "specificity" or len(empty) == 0:
-        return "all images are of one class"
-    what = "was never predicted" if name == "precision" else "has no images"
-    return f"class {', '.join(map(str, empty))} {what}"
-
-
-def _interval(values_R: Floats, reason: str = "undefined in every resample") -> dict[str, Any]:
-    """`used` resamples have a defined value, `skipped` have none; `reason` if all are skipped."""
-    defined = values_R[~np.isnan(values_R)]
-    counts = {"used": len(defined), "skipped": len(values_R) - len(defined)}
-    if len(defined) == 0:
-        return {"low": None, "high": None, **counts, "reason": reason}
-    low, high = np.percentile(defined, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return {"low": float(low), "high": float(high), **counts, "reason": None}

@@ -1,7 +1,7 @@
 """Pictures of a run as PNG files: reconstructions, attention maps, curves, ROC, confusion matrix.
 
 Drawn by matplotlib without a display, written atomically. Shapes: n images, C channels, L = rows *
-cols patches, P patch side, N = prefix + L tokens. Images are uint8 [n, C, H, W].
+cols patches, S = P * P pixels of a patch, N = prefix + L tokens. Images are uint8 [n, C, H, W].
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.nn import functional as F
 
 from sssd_fast.errors import DependencyError
 from sssd_fast.run.files import atomic_write_bytes
@@ -31,16 +34,12 @@ HIDDEN = 128  # grey of a masked patch
 MAX_HEADS = 6  # of an attention picture
 THUMBNAIL = 192  # longer side, pixels
 DPI = 160
-TARGET_STATISTICS = (
-    "predictions are un-normalised with the mean and standard deviation of the target patches, "
-    "as usual for masked autoencoders"
-)
 
 
 def reconstruction_picture(
-    images: Any,
-    pred: Any,
-    mask: Any,
+    images: Tensor,
+    pred: Tensor,
+    mask: Tensor,
     patch_size: int,
     *,
     norm: str,
@@ -51,68 +50,52 @@ def reconstruction_picture(
 ) -> None:
     """One column per image: input, masked input, visible patches with the predicted masked ones.
 
-    images uint8 [n, C, H, W], pred [n, L, P*P*C], mask [n, L] (True = masked), `names` of the
-    images; norm, mean and std as in `unnormalise`.
+    images uint8 [n, C, H, W], pred [n, L, S*C], mask [n, L] (True = masked), `names` of the images;
+    norm, mean and std as in `unnormalise`.
     """
-    images_nCHW, masked_nL = as_array(images), as_array(mask).astype(bool)
-    values_nLX = unnormalise(as_array(pred), images_nCHW, patch_size, norm, mean, std)
-    predicted_nLX = np.clip(np.rint(values_nLX), 0, 255).astype(np.uint8)
-    original_nLX = patchify(images_nCHW, patch_size)
-    rows = {"input": images_nCHW.transpose(0, 2, 3, 1)}
-    for name, filled in (("masked", np.uint8(HIDDEN)), ("reconstruction", predicted_nLX)):
-        patches_nLX = np.where(masked_nL[:, :, None], filled, original_nLX)
-        rows[name] = unpatchify(patches_nLX, images_nCHW.shape, patch_size)
-    caption = f"{masked_nL.mean():.0%} of patches masked"
+    pixels_nLSC = patchify(images, patch_size)
+    mask_nL11 = mask.bool().cpu()[:, :, None, None]
+    pred_nLSC = unnormalise(pred, pixels_nLSC, norm, mean, std).round().clamp(0, 255)
+    fills = {"input": pixels_nLSC, "masked": torch.tensor(HIDDEN), "reconstruction": pred_nLSC}
+    rows = {}
+    for name, fill in fills.items():
+        columns = torch.where(mask_nL11, fill, pixels_nLSC).permute(0, 3, 2, 1).flatten(1, 2)
+        filled = F.fold(columns, list(images.shape[2:]), patch_size, stride=patch_size)
+        rows[name] = filled.byte().permute(0, 2, 3, 1).numpy()
+    caption = f"{mask.float().mean():.0%} of patches masked"
     if norm != "none":
-        caption += f"; {TARGET_STATISTICS}"
+        caption += "; predictions have the mean and standard deviation of the target patches"
     _sheet(rows, names, caption, path)
 
 
+def patchify(images_nCHW: Tensor, patch_size: int) -> Tensor:
+    """[n, C, H, W] -> [n, L, S, C] in fp64 on the CPU, pixels of a patch row by row."""
+    columns = F.unfold(images_nCHW.cpu().double(), patch_size, stride=patch_size)
+    return columns.unflatten(1, (images_nCHW.shape[1], -1)).permute(0, 3, 2, 1)
+
+
 def unnormalise(
-    pred_nLX: NDArray[Any],
-    images_nCHW: Bytes,
-    patch_size: int,
-    norm: str,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Floats:
-    """Predictions as pixel values 0..255 (not clipped), [n, L, P*P*C], channels last.
+    pred_nLX: Tensor, pixels_nLSC: Tensor, norm: str, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Predictions as pixel values 0..255 (not clipped), [n, L, S, C].
 
-    pred [n, L, P*P*C] is in the space of the training target: (x / 255 - mean) / std, then, for
-    norm "patch" or "channel", minus the patch's mean, divided by sqrt(unbiased variance + 1e-6)
-    (He et al. 2022, section 4.2). Both statistics are those of the target patch.
+    pred [n, L, S*C] is in the space of the training target: (x / 255 - mean) / std, then, for norm
+    "patch" or "channel", minus the patch's mean, divided by sqrt(unbiased variance + 1e-6) (He et
+    al. 2022, section 4.2). Both statistics are those of the target patch in `pixels_nLSC`.
     """
-    n, channels = images_nCHW.shape[:2]
-    scale, shift = 255 * np.asarray(std, np.float64), 255 * np.asarray(mean, np.float64)
-    shape = (n, -1, patch_size**2, channels)
-    pred_nLSC = pred_nLX.astype(np.float64).reshape(shape)
+    scale, shift = (255 * torch.tensor(value, dtype=torch.float64) for value in (std, mean))
+    pred_nLSC = pred_nLX.detach().cpu().double().reshape(pixels_nLSC.shape)
     if norm != "none":
-        target_nLSC = (patchify(images_nCHW, patch_size).reshape(shape) - shift) / scale
-        axes = (2, 3) if norm == "patch" else 2
-        spread = np.sqrt(target_nLSC.var(axis=axes, ddof=1, keepdims=True) + 1e-6)
-        pred_nLSC = pred_nLSC * spread + target_nLSC.mean(axis=axes, keepdims=True)
-    return np.asarray((pred_nLSC * scale + shift).reshape(pred_nLX.shape))
-
-
-def patchify(images_nCHW: NDArray[Any], patch_size: int) -> NDArray[Any]:
-    """[n, C, H, W] -> [n, L, P*P*C], pixels of a patch in (row, column, channel) order."""
-    n, channels, height, width = images_nCHW.shape
-    grid = (height // patch_size, patch_size, width // patch_size, patch_size)
-    patches = images_nCHW.reshape(n, channels, *grid).transpose(0, 2, 4, 3, 5, 1)
-    return patches.reshape(n, grid[0] * grid[2], patch_size**2 * channels)
-
-
-def unpatchify(patches_nLX: NDArray[Any], shape: Sequence[int], patch_size: int) -> NDArray[Any]:
-    """[n, L, P*P*C] -> [n, H, W, C] for images of `shape` [n, C, H, W]; inverse of `patchify`."""
-    n, channels, height, width = shape
-    grid = (height // patch_size, width // patch_size, patch_size, patch_size)
-    cells = patches_nLX.reshape(n, *grid, channels).transpose(0, 1, 3, 2, 4, 5)
-    return cells.reshape(n, height, width, channels)
+        target_nLSC = (pixels_nLSC - shift) / scale
+        axes = (2, 3) if norm == "patch" else (2,)
+        spread = (target_nLSC.var(axes, keepdim=True) + 1e-6).sqrt()
+        pred_nLSC = pred_nLSC * spread + target_nLSC.mean(axes, keepdim=True)
+    return pred_nLSC * scale + shift
 
 
 def attention_picture(
-    images: Any,
-    attention: Any,
+    images: Tensor,
+    attention: Tensor,
     grid: tuple[int, int],
     num_prefix: int,
     *,
@@ -124,26 +107,24 @@ def attention_picture(
     attention [n, heads, N, N] probabilities, rows = queries. With a prefix the query is token 0
     (cls); without one, the mean over all queries. Each map is scaled to its own maximum.
     """
-    images_nHW3 = [_rgb(image.transpose(1, 2, 0)) for image in as_array(images)]
+    images_nHW3 = [_rgb(image.permute(1, 2, 0).cpu().numpy()) for image in images]
     maps_nhL = attention_maps(attention, num_prefix)
-    rows = {"image": images_nHW3}
-    shown = {"mean of heads": maps_nhL.mean(axis=1)}
+    shown = {"mean of heads": maps_nhL.mean(1)}
     shown |= {f"head {k + 1}": maps_nhL[:, k] for k in range(min(MAX_HEADS, maps_nhL.shape[1]))}
+    rows = {"image": images_nHW3}
     for title, maps_nL in shown.items():
-        pairs = zip(images_nHW3, maps_nL, strict=True)
-        rows[title] = [_overlay(image, map_L.reshape(grid)) for image, map_L in pairs]
+        pairs = zip(images_nHW3, maps_nL.unflatten(1, grid), strict=True)
+        rows[title] = [_overlay(image, map_hw.numpy()) for image, map_hw in pairs]
     query = "of the class token" if num_prefix else "averaged over all queries"
     caption = f"attention {query} in the last block; each map scaled to its own maximum"
-    if maps_nhL.shape[1] > MAX_HEADS:
-        caption += f"; the first {MAX_HEADS} of {maps_nhL.shape[1]} heads"
-    _sheet(rows, names, caption, path, colorbar="attention / maximum")
+    _sheet(rows, names, caption, path)
 
 
-def attention_maps(attention: Any, num_prefix: int) -> Floats:
-    """[n, heads, N, N] probabilities -> [n, heads, L] of the cls token, or the mean query."""
-    attention_nhNN = as_array(attention).astype(np.float64)
-    queries = attention_nhNN[:, :, 0] if num_prefix else attention_nhNN.mean(axis=2)
-    return np.asarray(queries[:, :, num_prefix:])
+def attention_maps(attention_nhNN: Tensor, num_prefix: int) -> Tensor:
+    """Probabilities -> [n, heads, L] of the cls token, or of the mean query."""
+    attention_nhNN = attention_nhNN.detach().cpu().double()
+    queries = attention_nhNN[:, :, 0] if num_prefix else attention_nhNN.mean(2)
+    return queries[:, :, num_prefix:]
 
 
 def thumbnail(image: Bytes, *, path: Path) -> None:
@@ -162,7 +143,6 @@ def curves(records: Sequence[Mapping[str, Any]], *, path: Path) -> Path | None:
 
     Pre-training: reconstruction loss, and distillation loss on a log scale, since its first values
     are far above the rest. Other stages: loss, and accuracy and AUC of the validation images.
-    Training losses are drawn as recorded, with their mean per epoch.
     """
     if any("loss_reconstruction" in record for record in records):
         panels = {
@@ -175,20 +155,17 @@ def curves(records: Sequence[Mapping[str, Any]], *, path: Path) -> Path | None:
         title: {label: _series(records, *source) for label, source in lines.items()}
         for title, lines in panels.items()
     }
-    drawn = {title: lines for title, lines in found.items() if any(x for x, _ in lines.values())}
+    drawn = {title: lines for title, lines in found.items() if any(map(len, lines.values()))}
     if not drawn:
         return None
     figure = new_figure(3.5 * len(drawn), 2.7)
     all_axes = figure.subplots(1, len(drawn), squeeze=False)[0]
     for axes, (title, lines) in zip(all_axes, drawn.items(), strict=True):
-        for color, (label, (x, y)) in zip(COLORS, lines.items(), strict=False):
-            if label == "training" and len(x) > 20:
-                axes.plot(x, y, color=color, lw=0.7, alpha=0.35)
-                x, y = _epoch_means(x, y)
-            marker = "o" if len(x) < 25 else None
-            if x:
-                axes.plot(x, y, color=color, lw=1.6, label=label, marker=marker, ms=3)
-        if title == "distillation loss" and any(v > 0 for _, y in lines.values() for v in y):
+        for color, (label, points) in zip(COLORS, lines.items(), strict=False):
+            if len(points):
+                marker = "o" if len(points) < 25 else None
+                axes.plot(*points.T, color=color, lw=1.4, label=label, marker=marker, ms=3)
+        if title == "distillation loss" and axes.dataLim.ymax > 0:
             axes.set_yscale("log", nonpositive="mask")
         style_axes(axes, title=title.capitalize(), xlabel="epoch", ylabel=title)
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
@@ -196,58 +173,46 @@ def curves(records: Sequence[Mapping[str, Any]], *, path: Path) -> Path | None:
 
 
 def roc_picture(
-    curves: Mapping[str, tuple[Ints, Floats]],
+    curves: Mapping[str, tuple[NDArray[Any], Floats]],
     *,
     path: Path,
-    operating_point: tuple[float, float, float] | None = None,
+    mark: tuple[float, float, float] | None = None,
 ) -> None:
-    """ROC curves, label -> (is positive [N], score [N]).
+    """ROC curves with their AUC, class -> (is of the class [N], score [N]).
 
-    `operating_point` (false positive rate, true positive rate, threshold) is marked.
+    `mark` is the (false positive rate, true positive rate, threshold) in use.
     """
-    from sklearn.metrics import roc_curve
+    from sklearn.metrics import auc, roc_curve
 
     figure = new_figure(4.4, 4.2)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=LINE, lw=1, ls="--")
-    for i, (label, (truth_N, score_N)) in enumerate(curves.items()):
-        false_rate, true_rate, _ = roc_curve(truth_N, score_N, drop_intermediate=False)
-        axes.plot(false_rate, true_rate, color=COLORS[i % len(COLORS)], lw=1.8, label=label)
-    if operating_point is not None:
-        x, y, threshold = operating_point
-        axes.plot(x, y, "o", color=INK, ms=6, label=f"threshold {threshold:g}")
+    for name, (truth_N, score_N) in curves.items():
+        x, y, _ = roc_curve(truth_N, score_N, drop_intermediate=False)
+        axes.plot(x, y, lw=1.8, label=f"{_short(name)}, AUC {auc(x, y):.3f}")
+    if mark is not None:
+        axes.plot(*mark[:2], "o", color=INK, ms=6, label=f"threshold {mark[2]:g}")
     style_axes(axes, title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    legend = axes.legend(frameon=False, fontsize=8, loc="lower right", labelcolor=INK)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right", labelcolor=INK)
     save_figure(figure, path)
 
 
 def confusion_picture(confusion: ArrayLike, classes: Sequence[str], *, path: Path) -> None:
-    """Confusion matrix [K, K] (rows true, columns predicted): counts, and the share of each row."""
-    from matplotlib.colors import LinearSegmentedColormap
+    """Confusion matrix [K, K] (rows true, columns predicted) of counts."""
+    from sklearn.metrics import ConfusionMatrixDisplay
 
-    counts = np.asarray(confusion)
-    totals = counts.sum(axis=1, keepdims=True)
-    share = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     side = max(3.9, 0.9 * len(classes) + 1.8)
     figure = new_figure(side, side * 0.92)
     axes = figure.subplots()
-    blues = LinearSegmentedColormap.from_list("counts", ["#f4f7f9", COLORS[0]])
-    axes.imshow(share, cmap=blues, vmin=0, vmax=1)
-    for row, col in np.ndindex(*counts.shape):
-        color = "white" if share[row, col] > 0.55 else INK
-        text = f"{counts[row, col]}\n{share[row, col]:.1%}" if totals[row, 0] else "0\nno images"
-        axes.text(col, row, text, ha="center", va="center", color=color, fontsize=11)
+    names = [_short(name) for name in classes]
+    display = ConfusionMatrixDisplay(np.asarray(confusion), display_labels=names)
+    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=30)
     style_axes(axes, title="Confusion", xlabel="predicted", ylabel="true", grid=False)
-    names, ticks = [_short(name) for name in classes], range(len(classes))
-    axes.set_xticks(ticks, names, rotation=0 if len(classes) < 4 else 45, parse_math=False)
-    axes.set_yticks(ticks, names, rotation=90, va="center", parse_math=False)
     save_figure(figure, path)
 
 
-# ---- shared with the pictures of reproduce and of the profile ----
+# ---- shared with the pictures of the profile ----
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -280,25 +245,17 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-def as_array(value: Any) -> NDArray[Any]:
-    """numpy array of an array or of a torch tensor on any device."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value
-    return np.asarray(value)
-
-
 def _rgb(image_HWC: Bytes) -> Bytes:
     return np.repeat(image_HWC, 3, axis=2) if image_HWC.shape[2] == 1 else image_HWC
 
 
-def _overlay(image_HW3: Bytes, map_rows_cols: Floats) -> Bytes:
+def _overlay(image_HW3: Bytes, map_hw: Floats) -> Bytes:
     """The image under a colour scale; stronger attention is brighter and more opaque."""
     from matplotlib import colormaps
     from PIL import Image
 
     height, width = image_HW3.shape[:2]
-    scaled = (map_rows_cols / max(float(map_rows_cols.max()), 1e-12)).astype(np.float32)
+    scaled = (map_hw / max(float(map_hw.max()), 1e-12)).astype(np.float32)
     smooth = Image.fromarray(scaled).resize((width, height), resample=Image.Resampling.BILINEAR)
     strength = np.clip(np.asarray(smooth), 0.0, 1.0)[:, :, None]
     color = 255 * colormaps["inferno"](strength[:, :, 0])[:, :, :3]
@@ -307,18 +264,12 @@ def _overlay(image_HW3: Bytes, map_rows_cols: Floats) -> Bytes:
 
 
 def _sheet(
-    rows: Mapping[str, Sequence[Bytes] | Bytes],
-    names: Sequence[str],
-    caption: str,
-    path: Path,
-    colorbar: str = "",
+    rows: Mapping[str, Sequence[Bytes] | Bytes], names: Sequence[str], caption: str, path: Path
 ) -> None:
     """Equal pictures as a table: row titles at the left, image names above, a caption below.
 
     One mosaic in one axes: dozens of subplots would take seconds.
     """
-    from matplotlib.cm import ScalarMappable
-
     first = next(iter(rows.values()))
     count, (height, width) = len(first), first[0].shape[:2]
     gap = max(1, round(0.04 * width))
@@ -330,24 +281,18 @@ def _sheet(
     mosaic = np.vstack(lines)[:-gap, :-gap]
     # inches: a column is wide enough for a name, a sheet of few columns for its caption
     cell = max(1.15, 4.6 / count)
-    margin = 1.6 if colorbar else 0.8
-    sheet_w = cell * count + margin
+    sheet_w = cell * count + 0.8
     figure = new_figure(sheet_w, cell * count * mosaic.shape[0] / mosaic.shape[1] + 0.8)
     axes = figure.subplots()
     axes.imshow(mosaic, interpolation="nearest")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set_frame_on(False)
     axes.tick_params(length=0, labelsize=7, colors=QUIET)
     axes.xaxis.tick_top()
     titles = [_short(PurePath(name).name, 18) for name in names]
     columns = [(i + 0.5) * (width + gap) - gap / 2 for i in range(len(titles))]
-    axes.set_xticks(columns, titles, parse_math=False)
+    axes.set_xticks(columns, titles)
     axes.set_yticks([(i + 0.5) * (height + gap) - gap / 2 for i in range(len(rows))], list(rows))
     axes.set_xlabel(textwrap.fill(caption, int(16 * sheet_w)), fontsize=7.5, color=QUIET)
-    if colorbar:
-        bar = figure.colorbar(ScalarMappable(cmap="inferno"), ax=axes, fraction=0.025, pad=0.01)
-        bar.set_label(colorbar, fontsize=7.5, color=QUIET)
-        bar.ax.tick_params(labelsize=7, colors=QUIET)
     save_figure(figure, path)
 
 
@@ -355,22 +300,13 @@ def _both(key: str) -> dict[str, tuple[str, str]]:
     return {"training": ("train", key), "validation": ("val", key)}
 
 
-def _series(
-    records: Sequence[Mapping[str, Any]], kind: str, key: str
-) -> tuple[list[float], list[float]]:
-    """(epochs, values) of the records of a kind that have both."""
-    known = [r for r in records if r.get("kind") == kind and {"epoch", key} <= r.keys()]
-    rows = [(r["epoch"], r[key]) for r in known if None not in (r["epoch"], r[key])]
-    return [float(epoch) for epoch, _ in rows], [float(value) for _, value in rows]
-
-
-def _epoch_means(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Mean of y per epoch, placed at the end of the epoch (the last one may be unfinished)."""
-    epochs = np.ceil(np.asarray(x) - 1e-9).astype(int)
-    ends = np.unique(epochs)
-    means = [float(np.mean(np.asarray(y)[epochs == end])) for end in ends]
-    return [min(float(end), max(x)) for end in ends], means
+def _series(records: Sequence[Mapping[str, Any]], kind: str, key: str) -> Floats:
+    """(epoch, value) [n, 2] of the records of a kind that have both."""
+    rows = [(r.get("epoch"), r.get(key)) for r in records if r.get("kind") == kind]
+    return np.array([row for row in rows if None not in row], dtype=np.float64)
 
 
 def _short(name: str, limit: int = 24) -> str:
+    """A name that fits into a picture. A dollar sign would begin a formula."""
+    name = name.replace("$", r"\$")
     return name if len(name) <= limit else name[: limit - 1] + "…"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sssd_fast.run.metrics_log import read_metrics
 
 STAGES = {
     "pretrain": "Pre-training",
@@ -16,9 +17,8 @@ STAGES = {
     "probe": "Linear probe",
     "evaluate": "Evaluation",
 }
-# The first that exists is shown; old runs have one evaluation directly in eval/.
-EVALUATIONS = ("eval/test", "eval/val", "eval/train", "eval")
-EVALUATION_KEYS = "split classes positive_class bootstrap image patient mistakes num_mistakes notes"
+# the first that exists is shown
+EVALUATIONS = ("eval/test", "eval/val", "eval/train")
 
 
 @dataclass
@@ -65,21 +65,13 @@ def read_run(folder: Path, name: str) -> RunFiles:
     run.env = _read(run, "env.json")
     run.data = _read(run, "data.json")
     for place in EVALUATIONS:
-        found = _read(run, f"{place}/metrics.json")
-        lacking = sorted(set(EVALUATION_KEYS.split()) - found.keys())
-        if found and lacking:
-            run.problems.append(f"{place}/metrics.json lacks {', '.join(lacking)}; evaluate again")
-        elif found and not run.evaluation:
-            run.evaluation = found
+        if not run.evaluation:
+            run.evaluation = _read(run, f"{place}/metrics.json")
             run.evaluation_folder = folder / place
-    run.command = _text(folder / "command.txt").strip()
-    lines = [line for line in _text(folder / "metrics.jsonl").splitlines() if line.strip()]
-    for line in lines:
-        with suppress(ValueError, TypeError):
-            run.records.append(dict(json.loads(line)))
-    if damaged := len(lines) - len(run.records):
-        unreadable = f"{damaged} unreadable line{'s' * (damaged > 1)}"
-        run.problems.append(f"metrics.jsonl: {unreadable} skipped")
+    command, records = folder / "command.txt", folder / "metrics.jsonl"
+    if command.is_file():
+        run.command = command.read_text(encoding="utf-8", errors="replace").strip()
+    run.records = read_metrics(folder) if records.is_file() else []
     # by the folder's name ("finetune", "finetune-seed1"), else by the command
     words = [re.split(r"[^a-z]", folder.resolve().name.lower())[0], *run.command.split()[1:2]]
     run.stage = next((word for word in words if word in STAGES), "")
@@ -90,10 +82,6 @@ def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A section of a configuration, empty if it is missing or damaged."""
     found = config.get(name)
     return found if isinstance(found, dict) else {}
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _read(run: RunFiles, name: str) -> dict[str, Any]:

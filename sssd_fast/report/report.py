@@ -10,6 +10,7 @@ import base64
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -17,10 +18,11 @@ from typing import Any
 from urllib.parse import quote
 
 from sssd_fast import __version__
+from sssd_fast.config import ModelConfig
 from sssd_fast.errors import DataError
-from sssd_fast.evaluation.evaluate import result_rows
 from sssd_fast.evaluation.metrics import RATES, aggregate_runs
 from sssd_fast.evaluation.pictures import curves
+from sssd_fast.evaluation.predict import result_rows
 from sssd_fast.report.read import STAGES, RunFiles, read_run, section
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.log import duration
@@ -31,13 +33,11 @@ SECTIONS = {
     "finetune": ("finetune", "evaluate"),
     "probe": ("probe", "evaluate"),
 }
-# Describes the kernels for a default model, not for the model of the run.
-SKIPPED_ENVIRONMENT = ("attention", "schema")
 CAPTIONS = {
     "reconstruction": "the image, its masked input, and the prediction of the masked patches.",
     "attention": "attention of the last encoder block: what was read, not why a decision was made.",
     "roc": "ROC curve",
-    "confusion": "Confusion matrix: counts, and the share of each true class",
+    "confusion": "Confusion matrix",
 }
 LISTED = 40  # longest list of files in the report; data.json has all
 
@@ -45,8 +45,8 @@ LISTED = 40  # longest list of files in the report; data.json has all
 def write_report(folder: str | Path, runs: Sequence[Path] = ()) -> tuple[Path, Path]:
     """Write report.md and report.html in `folder`: of that run, or of several `runs` inside it.
 
-    Results of several runs are shown side by side; runs of one stage with the same classes and
-    split (seeds, folds) are averaged as well. Raises DataError for a folder that is missing.
+    Results of several runs (seeds, folds) are shown side by side, with their mean. Raises DataError
+    for a folder that is missing.
     """
     folder = Path(folder)
     for path in (folder, *runs):
@@ -78,8 +78,8 @@ def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
         "attention": [p for run in runs for p in _newest(run, "attention")],
         "data": _data(runs),
         "commands": _by_value(runs, [run.command for run in runs]),
-        "settings": _merged(runs, [_settings(run) for run in runs]),
-        "environment": _merged(runs, [_environment(run) for run in runs]),
+        "settings": _merged([_settings(run) for run in runs]),
+        "environment": _merged([_flat(run.env) for run in runs]),
         "events": [f"{run.title}, {line}" for run in runs for line in _events(run)],
         "footer": f"Written by sssd_fast {__version__} on "
         f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC. Research software: not a medical "
@@ -88,9 +88,14 @@ def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
 
 
 def _summary(runs: Sequence[RunFiles]) -> str:
-    """Model, parameters, image size, epochs, data set, date and device, as far as recorded."""
+    """Model, image size, epochs, data set, date and device, as far as recorded."""
     last = runs[-1]
-    items = _model_items(section(last.config, "model"))
+    items = []
+    # settings of another version may not be readable
+    with suppress(ValueError, TypeError):
+        model = ModelConfig.model_validate(section(last.config, "model"))
+        width, depth, _ = model.encoder_shape
+        items += [f"ViT {width}x{depth}", f"{' x '.join(map(str, model.image_size))} pixels"]
     for run in runs:
         epochs = section(run.config, run.stage).get("epochs")
         if epochs and run.values("loss"):
@@ -104,26 +109,6 @@ def _summary(runs: Sequence[RunFiles]) -> str:
     if (env := last.path / "env.json").is_file():
         items.append(f"{datetime.fromtimestamp(env.stat().st_mtime, timezone.utc):%Y-%m-%d}")
     return ", ".join(filter(None, items))
-
-
-def _model_items(model: Mapping[str, Any]) -> list[str]:
-    """["ViT 128x4", "0.8 M parameters", "96 x 96 pixels"], [] for settings of another version."""
-    import torch
-
-    from sssd_fast.config import ModelConfig
-    from sssd_fast.model import MAE
-
-    try:
-        config = ModelConfig.model_validate(model)
-        with torch.device("meta"):
-            encoder = MAE(config).encoder
-    except (ValueError, TypeError):
-        return []
-    width, depth, _ = config.encoder_shape
-    parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    height, width_px = config.image_size
-    size = f"{height} x {width_px} pixels"
-    return [f"ViT {width}x{depth}", f"{parameters / 1e6:.1f} M parameters", size]
 
 
 def _result(run: RunFiles) -> dict[str, Any]:
@@ -169,19 +154,6 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
             "The data name no patients, so images count as independent; with several per patient "
             "the intervals are too narrow."
         )
-    for level in ("image", "patient"):
-        found = (result[level] or {}).get("intervals", {})
-        known = {RATES[rate]: one for rate, one in found.items() if one["low"] is not None}
-        notes += [
-            f"{name} per {level} is undefined in {one['skipped']} resamples, which are skipped."
-            for name, one in known.items()
-            if one.get("skipped")
-        ]
-        if any(one["low"] == one["high"] for one in known.values()):
-            notes.append(
-                f"An interval of width zero (per {level}) means that no resample could differ, not "
-                "that no error is possible."
-            )
     if result.get("threshold") is not None:
         notes.append(
             f"Threshold {result['threshold']:g} on the score of {result['positive_class']}; "
@@ -191,45 +163,30 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def _comparison(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """Tables {title, header, rows}: runs side by side, then mean and deviation of equal runs."""
+    """Per level a table of runs side by side, with their mean and sample deviation."""
     tables = []
     for place, level in enumerate(("image", "patient"), start=1):
         known = [run for run in runs if run.evaluation[level]]
-        scopes = [f"{run.evaluation['split']}, n = {run.evaluation[level]['n']}" for run in known]
         columns = [[row[place] for row in result_rows(run.evaluation)] for run in known]
-        rows = [[f"{level}s", *scopes]]
-        rows += [list(row) for row in zip(RATES.values(), *columns, strict=True)]
+        summary = aggregate_runs([run.evaluation[level] for run in known])
+        rows = []
+        for (rate, name), *cells in zip(RATES.items(), *columns, strict=True):
+            mean, deviation, _ = summary[rate].values()
+            average = "undefined" if mean is None else f"{100 * mean:.1f} %"
+            average += "" if deviation is None else f" ± {100 * deviation:.1f}"
+            rows.append([name, average, *cells])
+        title = f"Per {level}: mean ± sample deviation, and runs with 95 % bootstrap intervals"
+        header = [f"over {len(known)} runs", *(run.title for run in known)]
         if known:
-            title = f"Per {level}, with 95 % bootstrap intervals"
-            tables.append({"title": title, "header": [r.title for r in known], "rows": rows})
-    groups: dict[str, list[RunFiles]] = {}
-    for run in runs:
-        key = str([run.stage, run.evaluation["split"], run.evaluation["classes"]])
-        groups.setdefault(key, []).append(run)
-    for members in groups.values():
-        for level in ("image", "patient"):
-            known = [run for run in members if run.evaluation[level]]
-            if len(known) > 1:
-                tables.append(_average(known, level))
+            tables.append({"title": title, "header": header, "rows": rows})
     return tables
-
-
-def _average(runs: Sequence[RunFiles], level: str) -> dict[str, Any]:
-    rows = []
-    for rate, found in aggregate_runs([run.evaluation[level] for run in runs]).items():
-        mean, deviation = found["mean"], found["deviation"]
-        value = "undefined" if mean is None else f"{100 * mean:.1f} %"
-        spread = "-" if deviation is None else f"{100 * deviation:.1f}"
-        rows.append([RATES[rate], value, spread, str(found["n"])])
-    title = f"{STAGES.get(runs[0].stage, 'Runs')} over {len(runs)} runs, per {level}: "
-    title += "mean and sample standard deviation (points) over "
-    title += ", ".join(run.name for run in runs)
-    return {"title": title, "header": ["mean", "deviation", "runs"], "rows": rows}
 
 
 def _training(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """Table of what training took, one column per run; empty if nothing was trained."""
     shown = {
+        "Steps": ("step", lambda values: f"{values[-1]:.0f}"),
+        "Epochs": ("epoch", lambda values: f"{values[-1]:.4g}"),
         "Time": ("time_s", lambda values: duration(values[-1])),
         "Images per second": ("images_per_s", lambda values: f"{median(values):,.1f} (median)"),
         "Waiting for data": ("data_wait_fraction", lambda values: f"{median(values):.1%} (median)"),
@@ -237,7 +194,7 @@ def _training(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "Last loss": ("loss", lambda values: f"{values[-1]:.4f}"),
     }
     trained = [run for run in runs if run.values("step")]
-    rows = [["Steps", *(_progress(run) for run in trained)]]
+    rows = []
     for name, (key, text) in shown.items():
         found = [run.values(key) for run in trained]
         if any(found):
@@ -245,13 +202,6 @@ def _training(runs: Sequence[RunFiles]) -> dict[str, Any]:
     # a probe is fitted without steps, an evaluation trains nothing
     missing = [r.title for r in runs if r not in trained and r.stage not in ("probe", "evaluate")]
     return {"header": [run.title for run in trained], "rows": rows, "missing": missing}
-
-
-def _progress(run: RunFiles) -> str:
-    steps, epochs = run.values("step"), run.values("epoch")
-    planned = section(run.config, run.stage).get("epochs")
-    of_planned = f" of {planned}" if planned else ""
-    return f"{steps[-1]:.0f}" + (f", epoch {epochs[-1]:.4g}{of_planned}" if epochs else "")
 
 
 def _events(run: RunFiles) -> list[str]:
@@ -267,7 +217,7 @@ def _curves(run: RunFiles) -> list[dict[str, Any]]:
     path = curves(run.records, path=run.path / "images" / "curves.png")
     if path is None:
         return []
-    caption = f"{run.title}: thin lines as recorded, thick lines the mean of each epoch."
+    caption = f"{run.title}: training and validation"
     return [{"path": path, "alt": f"Training curves of {run.title}", "caption": caption}]
 
 
@@ -280,25 +230,20 @@ def _newest(run: RunFiles, kind: str) -> list[dict[str, Any]]:
     found = sorted((run.path / "images").glob(f"{kind}*.png"), key=epoch)
     if not found:
         return []
-    earlier = f" Earlier pictures in images/: {len(found) - 1}." if len(found) > 1 else ""
-    caption = f"{run.title}: {CAPTIONS[kind]} File: {found[-1].name}.{earlier}"
+    caption = f"{run.title}: {CAPTIONS[kind]} File: {found[-1].name}."
     return [{"path": found[-1], "alt": f"{kind.capitalize()} of sample images", "caption": caption}]
 
 
 def _by_value(runs: Sequence[RunFiles], values: Sequence[Any]) -> list[tuple[str, Any]]:
     """(titles of the runs, value): runs of equal values are listed together."""
-    found: list[tuple[list[str], Any]] = []
+    found: dict[str, tuple[list[str], Any]] = {}
     for run, value in zip(runs, values, strict=True):
-        titles = next((titles for titles, other in found if other == value), None)
-        if titles is None:
-            found.append(([run.title], value))
-        else:
-            titles.append(run.title)
-    return [(", ".join(titles), value) for titles, value in found]
+        found.setdefault(repr(value), ([], value))[0].append(run.title)
+    return [(", ".join(titles), value) for titles, value in found.values()]
 
 
 def _data(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """data.json of each run; equal data are shown once, under the names of all their runs."""
+    """data.json of each run; equal data are shown once, under the titles of all their runs."""
     sections = []
     for title, data in _by_value(runs, [run.data for run in runs]):
         splits: Mapping[str, Mapping[str, int]] = data.get("counts", {})
@@ -315,19 +260,12 @@ def _settings(run: RunFiles) -> dict[str, str]:
     return _flat({k: v for k, v in run.config.items() if k in used or not isinstance(v, dict)})
 
 
-def _environment(run: RunFiles) -> dict[str, str]:
-    rows = _flat({key: v for key, v in run.env.items() if key not in SKIPPED_ENVIRONMENT})
-    return {key: value for key, value in rows.items() if value not in ("None", "")}
-
-
-def _merged(runs: Sequence[RunFiles], tables: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
-    """One row per key; values that differ between runs are listed with the runs' titles."""
+def _merged(tables: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
+    """One row per key; values that differ between runs are listed in the order of the runs."""
     rows = []
     for key in dict.fromkeys(key for table in tables for key in table):
-        having = [run for run, table in zip(runs, tables, strict=True) if key in table]
-        found = _by_value(having, [table[key] for table in tables if key in table])
-        several = len(found) > 1
-        rows.append((key, ", ".join(f"{v} ({names})" if several else v for names, v in found)))
+        values = dict.fromkeys(table[key] for table in tables if key in table)
+        rows.append((key, " / ".join(values)))
     return rows
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sssd_fast.data.images import printable
 from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest, write_manifest
 from sssd_fast.errors import DataError
 
-# Levels of folders in which the class folders are searched.
-_DEEPEST = 5
+PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -26,21 +25,25 @@ class PublicSet:
     `classes` maps a class folder to its published number of images. `controlled` is the
     leak-controlled split: "official" (the authors', by patient) or "block" (last file numbers),
     with `controlled_title` for tables. `published` maps a source to rates on the random split.
-    `split_files` maps a class to the authors' list of names of a split, {split} to be filled in.
     """
 
-    name: str
     title: str
     config: str
     classes: Mapping[str, int]
     controlled: str
     controlled_title: str
     published: Mapping[str, Mapping[str, float]]
-    split_files: Mapping[str, str] = field(default_factory=dict)
+
+    def departures(self, counts: Mapping[str, int]) -> list[str]:
+        """One line per class whose number of images is not the published one."""
+        return [
+            f"{name} has {counts.get(name, 0)} images, the published set has {number}"
+            for name, number in self.classes.items()
+            if counts.get(name, 0) != number
+        ]
 
 
 COVID_CT = PublicSet(
-    name="covid-ct",
     title="COVID-CT",
     config="paper_covid_ct",
     classes={"CT_COVID": 349, "CT_NonCOVID": 397},
@@ -56,10 +59,8 @@ COVID_CT = PublicSet(
         },
         "paper, with external knowledge": {"accuracy": 0.9527},
     },
-    split_files={"CT_COVID": "{split}CT_COVID.txt", "CT_NonCOVID": "{split}CT_NonCOVID.txt"},
 )
 SARS_COV_2_CT = PublicSet(
-    name="sars-cov-2-ct",
     title="SARS-CoV-2 CT",
     config="paper_sars_cov_2",
     classes={"COVID": 1252, "non-COVID": 1229},
@@ -70,89 +71,62 @@ SARS_COV_2_CT = PublicSet(
         "paper, with external knowledge": {"accuracy": 0.9960},
     },
 )
-PUBLIC_SETS = {one.name: one for one in (COVID_CT, SARS_COV_2_CT)}
+PUBLIC_SETS = {"covid-ct": COVID_CT, "sars-cov-2-ct": SARS_COV_2_CT}
 
 
-def image_root(which: PublicSet, folder: str | os.PathLike[str]) -> Path:
+def image_root(which: PublicSet, folder: PathLike) -> Path:
     """The folder with the set's class folders: `folder` or one below it. Raises DataError."""
-    top = Path(folder)
-    where, needed = printable(str(top)), " and ".join(which.classes)
-    if not top.is_dir():
-        raise DataError(f"{where} is not a folder; give the one with the images of {which.title}")
-    first = next(iter(which.classes))
-    places = [path.parent for n in range(_DEEPEST + 1) for path in top.glob("*/" * n + first)]
-    found = [p for p in sorted(places) if all((p / name).is_dir() for name in which.classes)]
-    found = [p for p in found if not any(n.startswith(".") for n in p.relative_to(top).parts)]
+    top, needed = Path(folder), " and ".join(which.classes)
+    places = sorted(path.parent for path in top.rglob(next(iter(which.classes))))
+    found = [p for p in places if all((p / name).is_dir() for name in which.classes)]
     if not found:
-        archives = [printable(path.name) for path in sorted(top.rglob("*.zip"))]
-        hint = f"; unpack {', '.join(archives[:3])} first" if archives else ""
         raise DataError(
-            f"{where}: no folder in it holds {needed}, the classes of {which.title}{hint}"
+            f"{printable(str(top))}: no folder there holds {needed}, the classes of {which.title}; "
+            "unpack its archives first"
         )
     if len(found) > 1:
         listed = ", ".join(printable(str(place)) for place in found)
-        raise DataError(f"{where}: {needed} are in several places ({listed}); name one of them")
+        raise DataError(f"{needed} are in several places ({listed}); name one of them")
     return found[0]
 
 
-def departures(which: PublicSet, counts: Mapping[str, int]) -> list[str]:
-    """One line per class whose number of images is not the published one."""
-    return [
-        f"{name} has {counts.get(name, 0)} images, the published set has {number}"
-        for name, number in which.classes.items()
-        if counts.get(name, 0) != number
-    ]
+def write_official_split(which: PublicSet, folder: PathLike, out: Path) -> None:
+    """Write the authors' split of COVID-CT as CSV path,label,split, paths relative to its images.
 
-
-def write_official_split(
-    which: PublicSet,
-    folder: str | os.PathLike[str],
-    root: Path,
-    given: str | os.PathLike[str] | None,
-    out: Path,
-) -> str:
-    """Write the authors' split as CSV path,label,split with paths relative to `root`.
-
-    Read from `given` (CSV path,label,split), else from `folder`/split_official.csv, else from the
-    authors' lists of names ({split}CT_COVID.txt and so on) anywhere below `folder`. Images are
-    matched by class and file name. Returns where the split was read. Raises DataError if there is
-    no split, or it names images that are missing.
+    Read from `folder`/split_official.csv (path,label,split), else from the authors' lists of names
+    (trainCT_COVID.txt and so on) anywhere below `folder`. Images are matched by class and file
+    name. Raises DataError if there is no split, or it names images that are missing.
     """
-    source = Path(given) if given is not None else Path(folder) / "split_official.csv"
-    if given is not None or source.is_file():
-        where, given_rows = source.name, read_manifest(source)
-        if not all(row.get("split") for row in given_rows):
-            raise DataError(
-                f"{printable(str(source))}: no column split; needed: path,label,split with "
-                f"{', '.join(SPLIT_NAMES)}"
-            )
-        rows = [(r["label"], PurePosixPath(r["path"]).name, r["split"]) for r in given_rows]
+    top, root = Path(folder), image_root(which, folder)
+    csv = top / "split_official.csv"
+    if csv.is_file():
+        rows = [
+            (r["label"], PurePosixPath(r["path"]).name, r.get("split", ""))
+            for r in read_manifest(csv)
+        ]
     else:
-        where, rows = "the authors' lists of names", _read_lists(which, Path(folder))
+        rows = [row for label in which.classes for row in _listed(label, top)]
     missing = [f"{label}/{name}" for label, name, _ in rows if not (root / label / name).is_file()]
     if missing:
         listed = "\n".join(first_lines([printable(name) for name in missing]))
         raise DataError(
-            f"{where} names {len(missing)} images that are not in {printable(str(root))}:\n{listed}"
+            f"the official split names {len(missing)} images that are not in "
+            f"{printable(str(root))}:\n{listed}"
         )
-    cells = [{"path": f"{k}/{name}", "label": k, "split": split} for k, name, split in rows]
-    write_manifest(out, cells)
-    return where
+    write_manifest(out, [{"path": f"{k}/{n}", "label": k, "split": s} for k, n, s in rows])
 
 
-def _read_lists(which: PublicSet, folder: Path) -> list[tuple[str, str, str]]:
-    """(class, file name, split) from the authors' text files, one name per line."""
+def _listed(label: str, folder: Path) -> list[tuple[str, str, str]]:
+    """(class, file name, split) of one class from the authors' text files, one name per line."""
     rows = []
-    for label, pattern in which.split_files.items():
-        for split in SPLIT_NAMES:
-            name = pattern.format(split=split)
-            files = [path for path in folder.rglob(name) if "old_split" not in path.parts]
-            if len(files) != 1:
-                raise DataError(
-                    f"{printable(str(folder))}: {len(files) or 'no'} files called {name}, which "
-                    f"list the authors' split of {which.title}; one is needed. Or give the split "
-                    "as CSV path,label,split: --official-split FILE.csv"
-                )
-            lines = files[0].read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-            rows += [(label, line.strip(), split) for line in lines if line.strip()]
+    for split in SPLIT_NAMES:
+        name = f"{split}{label}.txt"
+        files = [path for path in folder.rglob(name) if "old_split" not in path.parts]
+        if len(files) != 1:
+            raise DataError(
+                f"{printable(str(folder))}: {len(files) or 'no'} files called {name}, which list "
+                "the authors' split; one is needed, or path,label,split in split_official.csv"
+            )
+        text = files[0].read_text(encoding="utf-8-sig", errors="surrogateescape")
+        rows += [(label, line.strip(), split) for line in text.splitlines() if line.strip()]
     return rows

@@ -3,36 +3,39 @@
 Every model has run folders of the usual kind; a finished model is never trained again.
 
 OUT/plan.json                              what was requested
-OUT/PROTOCOL/seed-N/pretrain-METHOD/       shared by variants that differ only in fine-tuning
+OUT/PROTOCOL/seed-N/pretrain-METHOD/       pre-training
 OUT/PROTOCOL/seed-N/METHOD/                fine-tuning and evaluation
-OUT/results.json                           results of the finished models, in "cells"
-OUT/results.md  results.png                the same to read, rewritten after every model
+OUT/PROTOCOL/seed-N/METHOD/cell.json       its result; a model is finished when this exists
+OUT/results.json                           all of them
+OUT/results.md                             the same as tables, rewritten after every model
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sssd_fast.config import from_dict, load_config
+from pydantic import BaseModel
+
+from sssd_fast.config import Config, from_dict, load_config
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.manifest import SPLIT_NAMES
 from sssd_fast.data.split import split_csv
-from sssd_fast.errors import CheckpointError, RunExistsError
+from sssd_fast.errors import CheckpointError, ConfigError, RunExistsError
 from sssd_fast.evaluation.predict import evaluate_run
 from sssd_fast.finetune import finetune
 from sssd_fast.performance.batch_size import resolve_batch
 from sssd_fast.pretrain import pretrain
 from sssd_fast.report.report import write_report
 from sssd_fast.reproduce.nearest import nearest_rates
-from sssd_fast.reproduce.plan import Plan, PlannedModel, load_plan, planned
-from sssd_fast.reproduce.public_sets import departures, image_root, write_official_split
-from sssd_fast.reproduce.table import SCHEMA, markdown, notes, picture, tables
+from sssd_fast.reproduce.public_sets import PUBLIC_SETS, PublicSet, image_root, write_official_split
+from sssd_fast.reproduce.table import SCHEMA, markdown, notes, tables
 from sssd_fast.run.checkpoint import CheckpointManager, find_checkpoint
 from sssd_fast.run.device import World, world
 from sssd_fast.run.environment import collect_environment
@@ -41,212 +44,227 @@ from sssd_fast.run.folder import differences, open_run
 from sssd_fast.run.log import Console, duration
 from sssd_fast.run.metrics_log import read_metrics
 
+PROTOCOLS = ("random", "controlled")
+METHODS = ("sssd", "mae", "supervised", "external")
+SEEDS = (0, 1, 2, 3, 4)
+SET_HERE = (
+    *("data.source", "data.manifest", "data.split", "data.split_seed"),
+    *("seed", "objective.weight", "pretrain.extra"),
+)
+
+
+class Model(NamedTuple):
+    """One fine-tuned model."""
+
+    protocol: str
+    seed: int
+    method: str
+
+
+class Plan(BaseModel, frozen=True):
+    """Content of plan.json: the arguments of `reproduce`, and all `commands`, oldest first."""
+
+    dataset: str
+    data: str
+    config: dict[str, Any]
+    protocols: tuple[str, ...] = PROTOCOLS
+    methods: tuple[str, ...] = METHODS[:3]
+    seeds: tuple[int, ...] = SEEDS
+    external: str | None = None
+    commands: tuple[str, ...] = ()
+
+    @property
+    def public(self) -> PublicSet:
+        return PUBLIC_SETS[self.dataset]
+
+    def models(self) -> list[Model]:
+        """All models, every method of the first seed first, so that a stop leaves a comparison."""
+        order = itertools.product(self.seeds, self.protocols, self.methods)
+        return [Model(protocol, seed, method) for seed, protocol, method in order]
+
+    def config_of(self, model: Model, official: Path) -> Config:
+        """The settings of one model; `official` is the CSV of the authors' split."""
+        config, kind = from_dict(self.config), self.public.controlled
+        data: dict[str, Any] = {
+            "source": str(image_root(self.public, self.data).absolute()),
+            "manifest": None,
+            "split_seed": model.seed,
+            "split": str(official.absolute()) if kind == "official" else kind,
+        }
+        update: dict[str, Any] = {"seed": model.seed}
+        if model.protocol == "random":
+            data["split"] = "random"
+        if model.method == "mae":
+            update["objective"] = config.objective.model_copy(update={"weight": 0.0})
+        if model.method == "supervised":
+            # smaller rates for lower layers are for layers that are trained already
+            update["finetune"] = config.finetune.model_copy(update={"layer_decay": 1.0})
+        if model.method == "external":
+            update["pretrain"] = config.pretrain.model_copy(update={"extra": self.external})
+            # COVID-CT has such files, and may be the other set
+            data["accept_wrong_extension"] = True
+        update["data"] = config.data.model_copy(update=data)
+        return config.model_copy(update=update)
+
+
+def check_overrides(texts: Sequence[str]) -> None:
+    """Raises ConfigError for settings that the protocol or the method sets."""
+    taken = [text for text in texts if text.partition("=")[0] in SET_HERE]
+    if taken:
+        raise ConfigError(
+            f"{', '.join(taken)}: reproduce sets this itself ({', '.join(SET_HERE)}); use --data, "
+            "--protocols, --methods, --seeds, --external, or `sssd-fast run` for another experiment"
+        )
+
+
+def load_plan(out: Path) -> Plan:
+    """The plan of an earlier start. Raises CheckpointError if it is missing or damaged."""
+    try:
+        return Plan.model_validate_json((out / "plan.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"--resume {out}: no plan of `sssd-fast reproduce` there ({error}); start with "
+            f"--out {out}"
+        ) from None
+
 
 def reproduce(
     plan: Plan, out: Path, *, resume: bool = False, minutes: float | None = None
 ) -> dict[str, Any]:
     """Train what is not finished yet, for about `minutes`; returns results.json."""
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    with world(from_dict(plan.config).device) as here:
-        if (out / "plan.json").exists() and not resume:
-            raise RunExistsError(
-                f"{out} holds a reproduction already; continue it with --resume "
-                f"{shlex.quote(str(out))}, or give another --out"
-            )
+    began = time.monotonic()
+    again = f"sssd-fast reproduce --resume {shlex.quote(str(out))}"
+    if "external" in plan.methods and plan.external is None:
+        raise ConfigError(
+            "method external pre-trains on a second image set too; name its folder with "
+            "--external DIR"
+        )
+    if resume:
+        _check_same(out, load_plan(out), plan)
+    elif (out / "plan.json").exists():
+        raise RunExistsError(
+            f"{out} holds a reproduction already; continue it with {again}, or give another --out"
+        )
+    with (
+        world(from_dict(plan.config).device) as here,
+        Console(log_file=out / "train.log", enabled=here.main) as console,
+    ):
         here.barrier()
-        runner = _Runner(plan, out, here)
+        if here.main:
+            if plan.public.controlled == "official" and "controlled" in plan.protocols:
+                write_official_split(plan.public, plan.data, out / "official.csv")
+            atomic_write_text(out / "plan.json", plan.model_dump_json(indent=2))
         models = plan.models()
-        missing = [model for model in models if model not in runner.cells]
-        here.barrier()
-        if here.main:
-            _write_json(out / "plan.json", asdict(plan))
-        began = time.monotonic()
-        for trained, model in enumerate(missing, start=1):
-            if here.any(deadline is not None and time.monotonic() > deadline):
-                runner.log(
-                    f"{minutes:g} minutes are over, so no further model begins. "
-                    f"Continue with: {runner.resume_with}"
-                )
-                break
-            rates = runner.train(model)
+        for number, model in enumerate(models, start=1):
+            place = out / model.protocol / f"seed-{model.seed}" / model.method
+            if here.any((place / "cell.json").exists()):
+                continue
             elapsed = time.monotonic() - began
-            left = elapsed / trained * (len(missing) - trained)
-            name = " ".join([model.method, *model.variant])
-            runner.log(
-                f"model {models.index(model) + 1} of {len(models)} ({model.protocol} split, seed "
-                f"{model.seed}, {name}): {rates}; {duration(elapsed)} elapsed, about "
-                f"{duration(left)} left"
-            )
-        results = runner.write_results()
-        if here.main:
-            with Console(log_file=out / "train.log") as console:
-                for title, header, rows in tables(results):
-                    console.table(title, header, rows)
-                console.info("\n".join([*notes(results), f"results: {out / 'results.md'}"]))
-    return results
+            if here.any(minutes is not None and elapsed > 60 * minutes):
+                console.info(f"{minutes:g} minutes are over. Continue with: {again}")
+                break
+            console.info(f"model {number} of {len(models)}; {duration(elapsed)} elapsed")
+            _train(plan, model, place, out, here, console, again)
+            if here.main:
+                _write_results(plan, out)
+        if not here.main:
+            return {}
+        results = _write_results(plan, out)
+        for title, header, rows in tables(results):
+            console.table(title, header, rows)
+        console.info("\n".join([*notes(results), f"results: {out / 'results.md'}"]))
+        return results
 
 
-class _Runner:
-    """Trains and evaluates the models of a plan in `out`."""
-
-    def __init__(self, plan: Plan, out: Path, here: World) -> None:
-        self.plan = plan
-        self.out = out
-        self.here = here
-        self.resume_with = f"sssd-fast reproduce --resume {shlex.quote(str(out))}"
-        self.root = image_root(plan.public, plan.data).absolute()
-        self.official = (out / "official.csv").absolute()
-        self.pixels: dict[str, Any] = {}  # of the nearest neighbour
-        self.pretrained = set[Path]()  # finished in this process
-        self.machine = _machine(here)
-        self.results: dict[str, Any] = {"cells": [], "machines": []}
-        self.cells: dict[PlannedModel, Any] = {}
-        earlier = out / "results.json"
-        if (out / "plan.json").is_file() and earlier.is_file():
-            try:
-                self.results = json.loads(earlier.read_text(encoding="utf-8"))
-                self.cells = {planned(cell): cell for cell in self.results["cells"]}
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(
-                    f"{earlier} is damaged ({error}); delete it: finished models are evaluated "
-                    "again, not trained"
-                ) from None
-            _check_settings(out, load_plan(out), plan, self.results)
-        out.mkdir(parents=True, exist_ok=True)
-        if here.main and plan.public.controlled == "official" and "controlled" in plan.protocols:
-            where = write_official_split(
-                plan.public, plan.data, self.root, plan.official_split, self.official
-            )
-            self.log(f"leak-controlled split of {plan.public.title}: {where}")
-        here.barrier()
-
-    def log(self, text: str) -> None:
-        with Console(log_file=self.out / "train.log", enabled=self.here.main) as console:
-            console.info(text)
-
-    def train(self, model: PlannedModel) -> str:
-        """Train and evaluate one model; returns its main rates as text."""
-        place, init, times = model.folder(self.out), None, {}
-        before = model.pretraining()
-        if before is not None:
-            folder = before.folder(self.out)
-            folder = folder.with_name(f"pretrain-{folder.name}")
-            if folder not in self.pretrained:
-                self._stage("pretrain", before, folder)
-                self.pretrained.add(folder)
-            init = str(find_checkpoint(folder, "last"))
-            times["pretrain_s"] = _training_time(folder)
-        result = self._stage("finetune", model, place, init)
-        times["finetune_s"] = _training_time(place)
-        if self.here.main:
-            index = DataIndex.load(place / "index.json")
-            split = split_csv(index, place / "split.csv")
-            self.cells[model] = {
-                **asdict(model),
-                **times,
-                "counts": {name: len(split.ids(name)) for name in SPLIT_NAMES},
-                "image": {k: v for k, v in result["image"].items() if k != "intervals"},
-                "nearest": nearest_rates(index, split, self.plan.split, self.pixels),
-                "departures": departures(self.plan.public, index.counts()),
-            }
-            if self.machine not in self.results["machines"]:
-                self.results["machines"].append(self.machine)
-            write_report(place)
-            self.write_results()
-        self.here.barrier()
-        shown = {name: result.get("image", {}).get(name) for name in ("accuracy", "auc")}
-        return ", ".join(f"{name} {100 * v:.1f} %" for name, v in shown.items() if v is not None)
-
-    def _stage(
-        self, stage: str, model: PlannedModel, place: Path, init: str | None = None
-    ) -> dict[str, Any]:
-        """Start or continue one run to its end; returns the evaluation of a fine-tuning."""
-        folder = place / "checkpoints"
-        begun = folder.is_dir() and CheckpointManager(folder).latest() is not None
-        self.here.barrier()
-        config = model.config(self.plan, self.root, self.official)
-        if not begun:
-            config = resolve_batch(config, stage, self.here, log=self.log)
-        elif getattr(config, stage).batch is not None:
-            # the micro-batch that was found at the first start
-            found = getattr(load_config(place / "config.yaml"), stage)
-            config = config.model_copy(update={stage: found})
-        with open_run(
-            stage,
-            config,
-            place,
-            self.here,
-            resume=begun,
-            resume_with=self.resume_with,
-            command=self.plan.commands[-1],
-        ) as run:
-            run.console.rule(f"{stage}: {place.relative_to(self.out)}")
-            if stage == "pretrain":
-                pretrain(run)
-                return {}
-            finetune(run, init)
-            return evaluate_run(run, self.plan.split)
-
-    def write_results(self) -> dict[str, Any]:
-        """results.json, results.md and results.png of all that is finished so far."""
-        plan, models = self.plan, self.plan.models()
-        self.results |= {
-            "schema": SCHEMA,
-            "dataset": plan.dataset,
-            "title": plan.public.title,
-            "split": plan.split,
-            "planned": len(models),
-            "commands": [_without_folders(command) for command in plan.commands],
-            "settings": {**plan.config, "data": {**plan.config["data"], "source": plan.dataset}},
-            "published": plan.public.published,
-            "cells": [self.cells[model] for model in models if model in self.cells],
-        }
-        if self.here.main:
-            _write_json(self.out / "results.json", self.results)
-            atomic_write_text(self.out / "results.md", markdown(self.results))
-            picture(self.results, path=self.out / "results.png")
-        return self.results
-
-
-def _write_json(path: Path, content: Any) -> None:
-    atomic_write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _check_settings(out: Path, before: Plan, now: Plan, results: dict[str, Any]) -> None:
-    """Raises CheckpointError if finished models are not those of the plan `now`."""
+def _check_same(out: Path, before: Plan, now: Plan) -> None:
+    """Raises CheckpointError if the models of `before` are not those of the plan `now`."""
     changes = differences(from_dict(before.config), from_dict(now.config))
-    if results["split"] != now.split:
-        changes.append(f"evaluated on {results['split']}, {now.split} is requested now")
     # folders may be moved between two starts
     if before.external and Path(before.external).name != Path(str(now.external)).name:
         changes.append(f"external was {before.external}, is {now.external}")
-    if changes and results["cells"]:
+    if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise CheckpointError(
-            f"{out} holds finished models of other settings:\n{listed}\n"
+            f"{out} holds models of other settings:\n{listed}\n"
             "Undo the change, or give another --out."
         )
 
 
-def _training_time(folder: Path) -> float:
-    """Seconds of training over all starts of a run, compilation included."""
-    return max((float(record["time_s"]) for record in read_metrics(folder)), default=0.0)
+def _train(
+    plan: Plan, model: Model, place: Path, out: Path, here: World, console: Console, again: str
+) -> None:
+    """Train and evaluate one model, or continue it; writes its cell.json."""
+    folders = {"pretrain": place.with_name(f"pretrain-{model.method}"), "finetune": place}
+    if model.method == "supervised":
+        del folders["pretrain"]
+    init: str | None = None
+    result: dict[str, Any] = {}
+    for stage, folder in folders.items():
+        saved = folder / "checkpoints"
+        begun = saved.is_dir() and CheckpointManager(saved).latest() is not None
+        here.barrier()
+        config = plan.config_of(model, out / "official.csv")
+        if not begun:
+            config = resolve_batch(config, stage, here, log=console.info)
+        elif getattr(config, stage).batch is not None:
+            # the micro-batch that was found at the first start
+            found = getattr(load_config(folder / "config.yaml"), stage)
+            config = config.model_copy(update={stage: found})
+        options: dict[str, Any] = {"resume": begun, "resume_with": again}
+        with open_run(stage, config, folder, here, command=plan.commands[-1], **options) as run:
+            run.console.rule(f"{stage}: {folder.relative_to(out)}")
+            if stage == "pretrain":
+                pretrain(run)
+                init = str(find_checkpoint(folder, "last"))
+            else:
+                finetune(run, init)
+                result = evaluate_run(run)
+    if not here.main:
+        return
+    write_report(place)
+    index = DataIndex.load(place / "index.json")
+    split = split_csv(index, place / "split.csv")
+    # seconds over all starts, compilation included
+    times = {f"{s}_s": max(r["time_s"] for r in read_metrics(f)) for s, f in folders.items()}
+    cell = {
+        **model._asdict(),
+        **times,
+        "counts": {name: len(split.ids(name)) for name in SPLIT_NAMES},
+        "image": {k: v for k, v in result["image"].items() if k != "intervals"},
+        "nearest": nearest_rates(index, split),
+        "departures": plan.public.departures(index.counts()),
+        "machine": _machine(here),
+    }
+    atomic_write_text(place / "cell.json", json.dumps(cell, indent=2, allow_nan=False) + "\n")
 
 
-def _machine(here: World) -> dict[str, Any]:
+def _write_results(plan: Plan, out: Path) -> dict[str, Any]:
+    """results.json and results.md of all that is finished so far."""
+    cells = sorted(out.glob("*/seed-*/*/cell.json"))
+    results = {
+        "schema": SCHEMA,
+        "dataset": plan.dataset,
+        "title": plan.public.title,
+        "planned": len(plan.models()),
+        "commands": [_without_folders(command) for command in plan.commands],
+        "settings": {**plan.config, "data": {**plan.config["data"], "source": plan.dataset}},
+        "published": plan.public.published,
+        "cells": [json.loads(path.read_text(encoding="utf-8")) for path in cells],
+    }
+    atomic_write_text(out / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    atomic_write_text(out / "results.md", markdown(results))
+    return results
+
+
+def _machine(here: World) -> str:
     env = collect_environment()
     gpu = env["gpus"][here.device.index or 0]["name"] if here.device.type == "cuda" else None
-    threads = env["cpu"]["torch_threads"]
-    return {
-        "type": here.device.type,
-        "device": gpu or f"{env['cpu']['model']}, {threads} thread{'s' * (threads != 1)}",
-        "processes": here.size,
-        "torch": env["torch"]["version"],
-        "python": env["python"]["version"],
-        "commit": env["sssd_fast"]["commit"],
-        "modified": env["sssd_fast"]["modified"],
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
+    device = gpu or f"{env['cpu']['model']}, {env['cpu']['torch_threads']} threads"
+    versions = f"torch {env['torch']['version']}, python {env['python']['version']}"
+    commit = f"commit {str(env['sssd_fast']['commit'])[:10]}"
+    commit += " (modified)" if env["sssd_fast"]["modified"] else ""
+    date = f"{datetime.now(timezone.utc):%Y-%m-%d}"
+    return f"{here.size} x {device}, {versions}, {commit}, {date}"
 
 
 def _without_folders(command: str) -> str:

@@ -24,7 +24,9 @@ def sheets(monkeypatch):
 
 
 def make_images():
-    return np.random.default_rng(0).integers(0, 256, (2, 3, ROWS * P, COLS * P), dtype=np.uint8)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, ROWS * P, COLS * P)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 def plain_target(image_CHW, norm, eps=1e-6):
@@ -46,29 +48,30 @@ def plain_target(image_CHW, norm, eps=1e-6):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_patchify_is_row_column_channel(channels):
     """The order of the MAE pixel head; a channel-major order would scramble colour images."""
-    images = np.arange(2 * channels * 12 * 20).reshape(2, channels, 12, 20)
+    images = torch.arange(2 * channels * 12 * 20).reshape(2, channels, 12, 20)
     patches = pictures.patchify(images, P)
     places = itertools.product(range(ROWS), range(COLS), range(P), range(P), range(channels))
     for row, col, y, x, c in places:
         value = images[1, c, row * P + y, col * P + x]
-        assert patches[1, row * COLS + col, (y * P + x) * channels + c] == value
-    back = pictures.unpatchify(patches, images.shape, P)
-    assert np.array_equal(back, images.transpose(0, 2, 3, 1))
+        assert patches[1, row * COLS + col, y * P + x, c] == value
 
 
 @pytest.mark.parametrize("norm", ["patch", "channel"])
 def test_unnormalise_inverts_the_training_target(norm):
     """A perfect prediction gives the original pixels back, mean and std per channel included."""
     images = make_images()
-    pred = np.stack([plain_target(image, norm) for image in images])
-    values = pictures.unnormalise(pred, images, P, norm, MEAN, STD)
-    assert np.allclose(values, pictures.patchify(images, P), atol=1e-6)
+    pred = np.stack([plain_target(image.numpy(), norm) for image in images])
+    pixels = pictures.patchify(images, P)
+    values = pictures.unnormalise(torch.from_numpy(pred), pixels, norm, MEAN, STD)
+    torch.testing.assert_close(values, pixels, rtol=0, atol=1e-6)
 
 
 def test_unnormalise_without_norm_only_scales():
-    pred = np.random.default_rng(0).normal(size=(2, ROWS * COLS, P * P * 3))
-    values = pictures.unnormalise(pred, make_images(), P, "none", (0.5,), (0.25,))
-    assert np.allclose(values, 255 * (pred * 0.25 + 0.5))
+    pred = torch.randn(2, ROWS * COLS, P * P * 3, dtype=torch.float64)
+    values = pictures.unnormalise(
+        pred, pictures.patchify(make_images(), P), "none", (0.5,), (0.25,)
+    )
+    torch.testing.assert_close(values.reshape(pred.shape), 255 * (pred * 0.25 + 0.5))
 
 
 def test_reconstruction_picture_shows_predictions_only_where_masked(tmp_path, sheets):
@@ -80,33 +83,32 @@ def test_reconstruction_picture_shows_predictions_only_where_masked(tmp_path, sh
     for norm in ("none", "patch"):
         target = {"norm": norm, "mean": (0.0,), "std": (1.0,)}
         target |= {"names": ["a/$x_1$.png", "long" * 20], "path": tmp_path / "new" / f"{norm}.png"}
-        pictures.reconstruction_picture(torch.from_numpy(images), ones, mask, P, **target)
+        pictures.reconstruction_picture(images, ones, mask, P, **target)
         assert Image.open(target["path"]).width > 100
     grid = mask.numpy().reshape(2, ROWS, COLS)
     hidden = np.repeat(np.repeat(grid, P, axis=1), P, axis=2)
-    original, rows = images.transpose(0, 2, 3, 1), sheets[0][0]
+    original, rows = images.permute(0, 2, 3, 1).numpy(), sheets[0][0]
     assert np.array_equal(rows["input"], original)
     for row, value in (("masked", 128), ("reconstruction", 255)):
         assert (rows[row][hidden] == value).all()
         assert np.array_equal(rows[row][~hidden], original[~hidden])
     assert sheets[0][2] == "33% of patches masked"
-    assert sheets[1][2].startswith("33% of patches masked; predictions are un-normalised with")
+    assert sheets[1][2].startswith("33% of patches masked; predictions have the mean")
 
 
 def test_attention_maps_of_the_class_token_or_of_all_queries():
     """Row 0 without the prefix column with a cls token; the mean over rows without one."""
-    attention = np.random.default_rng(0).random((2, 3, 7, 7))
-    got = pictures.attention_maps(attention, 1)
-    assert np.array_equal(got, attention[:, :, 0, 1:])
+    attention = torch.rand(2, 3, 7, 7, dtype=torch.float64)
+    assert torch.equal(pictures.attention_maps(attention, 1), attention[:, :, 0, 1:])
     without = pictures.attention_maps(attention[:, :, 1:, 1:], 0)
     mean = sum(attention[1, 2, 1 + query, 5] for query in range(6)) / 6
-    assert without[1, 2, 4] == pytest.approx(mean)
+    assert without[1, 2, 4].item() == pytest.approx(mean.item())
 
 
 def test_attention_picture_is_bright_where_attention_is(tmp_path, sheets):
     """A peak at the upper right patch lights the upper right of its head, not the lower left."""
-    images = np.zeros((1, 1, 40, 60), dtype=np.uint8)
-    attention = np.full((1, 2, 7, 7), 1e-3)
+    images = torch.zeros(1, 1, 40, 60, dtype=torch.uint8)
+    attention = torch.full((1, 2, 7, 7), 1e-3)
     attention[0, 1, 0, 1 + 2] = 1.0  # patch (row 0, column 2) of 2 x 3
     path = tmp_path / "a.png"
     pictures.attention_picture(images, attention, (2, 3), 1, names=["a"], path=path)
@@ -130,12 +132,9 @@ def test_curves_draw_the_recorded_values(tmp_path, monkeypatch):
     event = [{"kind": "event", "message": "resumed"}]
     pictures.curves([*train, *val, *event], path=tmp_path / "a.png")
     left, right = figures[0].axes
-    raw, means, validation = left.lines
-    assert raw.get_xdata().tolist() == [s / 10 for s in range(1, 41) if s != 5]
-    assert raw.get_ydata().tolist() == [1 / s for s in range(1, 41) if s != 5]
-    expected = [np.mean([1 / s for s in range(k, k + 10) if s != 5]) for k in (1, 11, 21, 31)]
-    assert means.get_xdata().tolist() == [1, 2, 3, 4]
-    assert means.get_ydata() == pytest.approx(expected)
+    training, validation = left.lines
+    assert training.get_xdata().tolist() == [s / 10 for s in range(1, 41) if s != 5]
+    assert training.get_ydata().tolist() == [1 / s for s in range(1, 41) if s != 5]
     assert (validation.get_xdata().tolist(), validation.get_ydata().tolist()) == ([4.0], [0.5])
     assert (left.get_xlabel(), left.get_ylabel()) == ("epoch", "reconstruction loss")
     assert (left.get_yscale(), right.get_yscale()) == ("linear", "log")
@@ -149,7 +148,7 @@ def test_curves_draw_the_recorded_values(tmp_path, monkeypatch):
 
 
 def test_plots_survive_odd_class_names(tmp_path):
-    """A dollar sign is not a formula, long names are shortened, an empty row has no share."""
+    """A dollar sign is not a formula, long names are shortened."""
     path, names = tmp_path / "c.png", ["$x_1$ & <b>", "a name longer than any axis could show"]
     pictures.confusion_picture([[3, 1], [0, 0]], names, path=path)
     assert Image.open(path).width > 100
