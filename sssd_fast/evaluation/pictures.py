@@ -57,10 +57,10 @@ def reconstruction_picture(
     mask_nL11 = mask.bool().cpu()[:, :, None, None]
     pred_nLSC = unnormalise(pred, pixels_nLSC, norm, mean, std).round().clamp(0, 255)
     fills = {"input": pixels_nLSC, "masked": torch.tensor(HIDDEN), "reconstruction": pred_nLSC}
-    rows = {}
+    rows, (height, width) = {}, images.shape[2:]
     for name, fill in fills.items():
         columns = torch.where(mask_nL11, fill, pixels_nLSC).permute(0, 3, 2, 1).flatten(1, 2)
-        filled = F.fold(columns, list(images.shape[2:]), patch_size, stride=patch_size)
+        filled = F.fold(columns, (height, width), patch_size, stride=patch_size)
         rows[name] = filled.byte().permute(0, 2, 3, 1).numpy()
     caption = f"{mask.float().mean():.0%} of patches masked"
     if norm != "none":
