@@ -34,7 +34,7 @@ def covid(tmp_path: Path) -> Path:
     random = np.random.default_rng(3)
     top = tmp_path / "COVID-CT"
     for label, bright in (("CT_COVID", 120), ("CT_NonCOVID", 60)):
-        place, lists = top / "Images-processed" / label, top / "Data-split" / label
+        place, lists = top / "Images-processed" / label, top / "Data-split" / label[3:]
         place.mkdir(parents=True)
         (lists / "old_split").mkdir(parents=True)
         for split_name, numbers in SPLITS.items():
@@ -86,7 +86,7 @@ def test_official_split_with_missing_files_is_rejected(covid: Path, tmp_path: Pa
     missing = r"names 1 images that are not in .*\n +CT_COVID/scan-p3-100%3\.png"
     with pytest.raises(DataError, match=missing):
         write_official_split(COVID_CT, covid, out)
-    (covid / "Data-split" / "CT_COVID" / "valCT_COVID.txt").unlink()
+    (covid / "Data-split" / "COVID" / "valCT_COVID.txt").unlink()
     with pytest.raises(DataError, match=r"no files called valCT_COVID\.txt"):
         write_official_split(COVID_CT, covid, out)
     assert not out.exists()
