@@ -11,8 +11,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import KNeighborsClassifier
 
-from sssd_fast.data.index import check_data
-from sssd_fast.data.index import positive_class
+from sssd_fast.data.index import check_data, positive_class
 from sssd_fast.data.manifest import read_manifest
 from sssd_fast.data.split import split_csv, split_random
 from sssd_fast.errors import DataError
