@@ -267,14 +267,14 @@ def reproduce(
         if dataset not in (None, fields["dataset"]) or start.get("config") is not None:
             what = f"--resume {resume} continues {fields['dataset']} with its settings"
             raise ConfigError(f"{what}; omit the name and --config, or use another --out")
-        config = changed(from_dict(fields["config"]), words)
+        config = changed(from_dict(fields["config"]), words, _log)
         # added to those of the earlier commands
         lists = {name: (*fields[name], *values) for name, values in lists.items()}
     else:
         if dataset not in PUBLIC_SETS or data is None:
             names = ", ".join(PUBLIC_SETS)
             raise ConfigError(f"reproduce needs a name ({names}) and its folder: --data DIR")
-        config = load_config(start.get("config") or PUBLIC_SETS[dataset].config, words)
+        config = load_config(start.get("config") or PUBLIC_SETS[dataset].config, words, _log)
         fields = {"dataset": dataset, "methods": plans.METHODS if external else plans.METHODS[:3]}
     given = {"data": data, "external": external}
     fields |= {name: str(value) for name, value in given.items() if value is not None}
@@ -337,7 +337,7 @@ def _config(start: Start, data: PathLike | None = None, *folders: PathLike | Non
     for folder in (resume, *folders):
         if source is None and folder is not None and Path(folder, "config.yaml").is_file():
             source = Path(folder, "config.yaml")
-    return load_config(source, _words(start.get("settings"), data))
+    return load_config(source, _words(start.get("settings"), data), _log)
 
 
 def _limited(config: Config, start: Start) -> Config:

@@ -10,7 +10,7 @@ configs NAME` prints the descriptions.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -350,23 +350,32 @@ def shipped_configs() -> dict[str, str]:
     return {path.stem: path.read_text("utf-8").partition("\n")[0].lstrip("# ") for path in paths}
 
 
-def load_config(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+Log = Callable[[str], object]
+
+
+def load_config(
+    source: str | Path | None = None, overrides: Sequence[str] = (), log: Log = lambda line: None
+) -> Config:
     """Reads and checks settings.
+
+    A run that is shortened below its warm-up (`epochs` is given, `warmup_epochs` is not) keeps the
+    fraction of the warm-up.
 
     Args:
         source: name of a shipped configuration, or path of a YAML file; None = the defaults.
         overrides: settings as "key=value" with dotted keys; the value is read as YAML.
+        log: receives one line for each warm-up that was scaled.
 
     Raises:
         ConfigError: names every unknown key, with the nearest known one, and every bad value.
     """
     tree = {} if source is None else _read(_find(str(source)))
-    return _validate(tree, overrides, "" if source is None else f" in {source}")
+    return _validate(tree, overrides, "" if source is None else f" in {source}", log)
 
 
-def changed(config: Config, overrides: Sequence[str]) -> Config:
-    """`config` with settings as "key=value"; errors as in `load_config`."""
-    return _validate(to_dict(config), overrides)
+def changed(config: Config, overrides: Sequence[str], log: Log = lambda line: None) -> Config:
+    """`config` with settings as "key=value"; arguments and errors as in `load_config`."""
+    return _validate(to_dict(config), overrides, log=log)
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
@@ -374,7 +383,7 @@ def from_dict(tree: dict[str, Any]) -> Config:
     return _validate(tree)
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Section) -> dict[str, Any]:
     """Plain containers, as YAML and torch.load(weights_only=True) can read them."""
     return config.model_dump(mode="json")
 
@@ -395,10 +404,14 @@ def to_yaml(section: Section, indent: str = "") -> str:
     return "".join(lines)
 
 
-def _validate(tree: Any, overrides: Sequence[str] = (), where: str = "") -> Config:
+def _validate(
+    tree: Any, overrides: Sequence[str] = (), where: str = "", log: Log = lambda line: None
+) -> Config:
     problems: list[str] = []
     if overrides:
-        tree = OmegaConf.to_container(OmegaConf.merge(tree, _parse(overrides, problems)))
+        given = _parse(overrides, problems)
+        _scale_warmup(tree, given, log)
+        tree = OmegaConf.to_container(OmegaConf.merge(tree, given))
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -408,6 +421,23 @@ def _validate(tree: Any, overrides: Sequence[str] = (), where: str = "") -> Conf
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise ConfigError(f"{count} in the configuration{where}:{lines}")
     return config
+
+
+def _scale_warmup(tree: Any, given: Any, log: Log) -> None:
+    """Adds warm-ups to `given` where its epochs are not more than the warm-up of `tree`."""
+    for stage, defaults in (("pretrain", PretrainConfig()), ("finetune", FinetuneConfig())):
+        new = given.get(stage)
+        if not OmegaConf.is_dict(new) or "epochs" not in new or "warmup_epochs" in new:
+            continue
+        before = to_dict(defaults) | (tree.get(stage) or {})
+        epochs, warmup = new["epochs"], before["warmup_epochs"]
+        if isinstance(epochs, int) and 0 < epochs <= warmup:
+            fraction = warmup / before["epochs"]
+            new["warmup_epochs"] = fraction * epochs
+            log(
+                f"{stage}.warmup_epochs is {fraction * epochs:g} instead of {warmup:g}: "
+                f"{fraction:.0%} of {epochs} epochs"
+            )
 
 
 def _find(name: str) -> Path:

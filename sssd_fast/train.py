@@ -159,10 +159,11 @@ def make_step(
         module = compiled(module, config.step, graphs=execution.graphs)
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
-        # torch 2.13 renamed the argument
         known = inspect.signature(DistributedDataParallel).parameters
-        name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
-        module = DistributedDataParallel(module, device_ids=ids, **{name: False})
+        # the name since torch 2.13
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {"device_ids": ids, sync: False}
+        module = DistributedDataParallel(module, **options)
     step = Step(
         module,
         optimizer,

@@ -1,13 +1,15 @@
-"""The metrics of a run: metrics.jsonl and TensorBoard events.
+"""The metrics of a run: metrics.jsonl, metrics.csv and TensorBoard events.
 
 metrics.jsonl has one JSON object per line, written at once: {"kind": "train" | "val" | "event",
 "step": ..., "epoch": ..., "loss": ..., "time_s": ...}. Names hold units (`images_per_s`,
 `memory_gib`); fractions are from 0 to 1. NaN and infinity are written as null, followed by an event
-that names them, so that every line is valid JSON.
+that names them, so that every line is valid JSON. metrics.csv is written at the end.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import time
@@ -109,6 +111,7 @@ class Tracker:
         if self._file is not None:
             self._file.close()
             self._file = None
+            _write_csv(self.folder)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -124,6 +127,18 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"no metrics: {path} does not exist; give the folder of a run")
     return _parse(path)[0]
+
+
+def _write_csv(folder: Path) -> None:
+    """One row per record, empty where a record lacks a name."""
+    records = read_metrics(folder)
+    text = io.StringIO()
+    names = dict.fromkeys(name for record in records for name in record)
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow({n: json.dumps(v) if isinstance(v, dict) else v for n, v in record.items()})
+    atomic_write_text(folder / "metrics.csv", text.getvalue())
 
 
 def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -120,6 +120,18 @@ def test_contradictions_name_what_is_needed(override: str, message: str) -> None
     assert message in problems([override, *cls_token])
 
 
+def test_shortened_run_scales_its_warmup() -> None:
+    lines: list[str] = []
+    config = load_config("8gb", ["pretrain.epochs=2", "finetune.epochs=50"], lines.append)
+    assert config.pretrain.warmup_epochs == pytest.approx(2 * 40 / 800)
+    assert config.finetune.warmup_epochs == 5  # still below the epochs
+    assert lines == ["pretrain.warmup_epochs is 0.1 instead of 40: 5% of 2 epochs"]
+    shortened = changed(load_config("8gb"), ["pretrain.epochs=2"])
+    assert shortened == changed(config, ["finetune.epochs=100"])
+    with pytest.raises(ConfigError, match="needs to be below epochs"):
+        load_config("8gb", ["pretrain.epochs=2", "pretrain.warmup_epochs=2"])
+
+
 @pytest.mark.parametrize("key", REMOVED)
 def test_removed_keys_name_the_replacement(key: str) -> None:
     assert f"{key}: a setting of an earlier version; {REMOVED[key]}" in problems([f"{key}=1"])

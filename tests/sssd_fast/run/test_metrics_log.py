@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -115,6 +116,21 @@ def test_tracker_records_scalars_as_numbers_and_non_finite_ones_as_null(tmp_path
         {"kind": "train", "step": 7, "loss": None, "grad_norm": None, "lr": 1e-3},
         {"kind": "event", "step": 7, "event": "non_finite", "values": bad},
     ]
+
+
+def test_csv_holds_every_record(tmp_path: Path) -> None:
+    tracker = started(tmp_path)
+    work(tracker, 1, 4)
+    tracker.log("train", 5, loss=float("nan"), images_per_s=512.5)
+    tracker.close()
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {"accuracy", "images_per_s", "time_s", "values"} <= set(rows[0])
+    for row, record in zip(rows, read_metrics(tmp_path), strict=True):
+        for name, cell in row.items():
+            value = record.get(name)
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            assert cell == ("" if value is None else text)
 
 
 def test_tensorboard_forgets_lost_steps(tmp_path: Path) -> None:
