@@ -109,7 +109,6 @@ def test_every_problem_is_reported_at_once() -> None:
         ("step={compile: false, cuda_graphs: true}", "needs compile true or auto"),
         ("step={compile: false, activation_budget: 0.5}", "use checkpoint"),
         ("step={compile: true, checkpoint: full}", "lower activation_budget instead"),
-        ("pretrain.epochs=2", "warmup_epochs is 2, needs to be below epochs (2); set both"),
         ("finetune={pool: cls}", "finetune.pool is 'cls', which needs model.cls_token=true"),
         ("seed.x=1", "seed"),
         ("data.source=${", "data.source"),
