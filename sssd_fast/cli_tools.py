@@ -158,12 +158,33 @@ def profile(
     task.profile(loaded, build, steps=steps, warmup=warmup, out=out)
 
 
+def _choices() -> dict[str, str]:
+    """What the settings with the value auto select on this machine for a ViT-T."""
+    import torch
+
+    from sssd_fast.attention import AttentionShape, choose
+    from sssd_fast.config import Config
+    from sssd_fast.run.device import AUTOCAST, pick_device, pick_precision, precision_reason
+    from sssd_fast.run.processes import pick_processes
+
+    device = pick_device("auto")
+    precision = pick_precision("auto", device)
+    dtype = AUTOCAST.get(precision, torch.float32)
+    count, why = pick_processes(Config(), ("pretrain", "finetune"))
+    return {
+        "precision": f"{precision}, {precision_reason('auto', device)}",
+        "attention": choose("auto", AttentionShape(device, dtype, 197, 3, 64))[1],
+        "processes": f"{count}, {why}",
+    }
+
+
 @app.command()
 def doctor(json: bool = flag("--json", "Print JSON.")) -> None:
     """Show hardware, packages, kernels and what is missing."""
     from sssd_fast.run.environment import collect_environment, print_doctor
 
     env = collect_environment(probe=True)
+    env["choices"] = _choices()
     if json:
         print(json_module.dumps(env, indent=2))
     else:

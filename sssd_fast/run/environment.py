@@ -83,6 +83,8 @@ def print_doctor(env: dict[str, Any]) -> None:
             rows += [(provider, _facts(state)) for provider, state in facts.items()]
         elif section == "gpus":
             rows += [("GPU", _facts(gpu)) for gpu in facts or [{"none": env["gpu_reason"]}]]
+        elif section == "choices":
+            rows += facts.items()
         elif facts and section != "gpu_reason":
             rows.append((section.replace("_", " "), _facts(facts)))
     for name, text in rows:
