@@ -10,7 +10,7 @@ SANITIZE_ARGS ?=
 STAGES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format gpu test-gpu sanitize-gpu bench-gpu constraints clean
+.PHONY: help setup demo test check format gpu test-gpu sanitize-gpu bench-gpu constraints clean bench-cpu
 
 help: ## list the targets
 	@echo "Targets (PYTHON=/path/to/python3 chooses the interpreter):"
@@ -57,6 +57,10 @@ check: setup ## check lint, formatting, import order and types
 format: setup ## fix lint and formatting with ruff
 	$(VENV_PYTHON) -m ruff check --fix
 	$(VENV_PYTHON) -m ruff format
+
+bench-cpu: setup ## time the CPU hot paths and compare with the previous run (.benchmarks/)
+	$(VENV_PYTHON) -m pytest tests/benchmarks/test_hot_paths.py -q -p no:xdist --benchmark-only --benchmark-autosave \
+	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) $(PYTEST_ARGS)
 
 gpu: ## GPU tests, compute-sanitizer, benchmarks and tuning within MINUTES (9), results in OUT (runs/gpu); installs nothing
 	OUT="$(OUT)" MINUTES="$(MINUTES)" PYTHON="$(PYTHON)" benchmarks/gpu.sh $(STAGES)
