@@ -83,11 +83,12 @@ def _work(
     pipe: Connection, provider: Provider, setup: Setup, rank: int, threads: int, store: str
 ) -> None:
     """What a process runs: an answer when it is ready, then one for each step."""
-    from sssd_fast.run.device import World
+    from sssd_fast.run.device import World, keep_freed_memory
 
     size = provider.processes
     warnings.simplefilter("ignore", FutureWarning)  # each process would print torch's
     torch.set_num_threads(threads)
+    keep_freed_memory()
     with suppress(AttributeError, OSError):  # not Linux
         cpus = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cpus[rank * threads : (rank + 1) * threads] or cpus)

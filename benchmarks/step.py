@@ -62,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, bench: Bench) -> None:
+    from sssd_fast.run.device import keep_freed_memory
+
+    if bench.device.type == "cpu":
+        keep_freed_memory()  # as in a run of ours; the others profit as well
     for setup in setups(args, bench):
         if not bench.time_is_up(f"{setup.task}, {setup.shape}"):
             contest(bench, setup, args.dtypes)
@@ -102,8 +106,10 @@ def providers(bench: Bench, task: str, dtypes: Sequence[torch.dtype]) -> list[Pr
     models = [(family, dtype) for family in ("plain", "published") for dtype in dtypes]
     found += [Provider(*model, compile=flag) for flag in (False, True) for model in models]
     found += [Provider("transformers", dtype, compile=True) for dtype in half or dtypes]
-    if bench.device.type == "cpu" and torch.get_num_threads() > 1:
-        found.append(Provider("ours", auto, processes=torch.get_num_threads()))
+    if bench.device.type == "cpu":  # on a GPU "ours" is compiled already
+        found.append(Provider("ours", auto, compile=True))
+        cores = torch.get_num_threads()
+        found += [Provider("ours", auto, c, processes=cores) for c in (False, True) if cores > 1]
         if bench.quick:
             found = [p for p in found if not p.compile]
     found = [p for p in found if task != "SSSD" or p.family != "transformers"]

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import mae_kernels
 from benchmarks import published
@@ -53,7 +52,7 @@ PLAIN = {"attention": "sdpa", "decoder_attention": "sdpa", "mlp": "plain"}
 class Provider:
     family: str  # "ours", "plain", "published", "transformers"
     dtype: torch.dtype
-    compile: bool = False  # of ours the configuration decides
+    compile: bool = False  # of ours: True, else the configuration decides
     attention: str = "sdpa"  # of transformers: "sdpa" is its default
     processes: int = 1
 
@@ -261,10 +260,6 @@ def isolated(model: nn.Module) -> nn.Module:
     return model
 
 
-def distributed(module: nn.Module, world: World) -> nn.Module:
-    return module if world.size == 1 else DistributedDataParallel(module, broadcast_buffers=False)
-
-
 def own_step(
     provider: Provider, setup: Setup, data: Data, source: nn.Module, world: World
 ) -> Training:
@@ -274,12 +269,14 @@ def own_step(
     from sssd_fast.config import StepConfig
     from sssd_fast.optim import build_optimizer, parameter_groups
     from sssd_fast.performance.execution import compiled, configure_model
+    from sssd_fast.run.device import data_parallel
     from sssd_fast.step import Step, TaskLoss
 
     ours = provider.family == "ours"
     plain = {**PLAIN, "compile": provider.compile}
-    settings = setup.config.step.model_dump() if ours else plain
-    step = StepConfig.model_validate(settings)
+    # compiled: what a run long enough to win back the compilation does
+    settings = setup.config.step.model_dump() | {"compile": provider.compile or "auto"}
+    step = StepConfig.model_validate(settings if ours else plain)
     config = setup.config.model_copy(update={"step": step})
     model: Any = new_model(setup)
     model.load_state_dict(source.state_dict())
@@ -311,7 +308,7 @@ def own_step(
         return TaskLoss(out.total, {}, out.batch_center)
 
     train = Step(
-        distributed(module, world),
+        data_parallel(module, world),
         optimizer,
         loss,
         world=world,
@@ -335,7 +332,7 @@ def loop_step(
 ) -> Training:
     """The bare loop around a model that takes float images and, in pre-training, noise."""
     from sssd_fast.optim import parameter_groups
-    from sssd_fast.run.device import autocast
+    from sssd_fast.run.device import autocast, data_parallel
 
     hugging = provider.family == "transformers"
     wide = torch.promote_types(provider.dtype, torch.float32)
@@ -348,7 +345,7 @@ def loop_step(
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused or None)
     scaler = torch.amp.GradScaler(setup.device.type, enabled=provider.dtype == torch.float16)
     module: Any = torch.compile(isolated(model), dynamic=False) if provider.compile else model
-    module = distributed(module, world)
+    module = data_parallel(module, world)
     images = data.floats.to(wide)
     parts = [slice(n, n + at_once) for n in range(0, len(images), at_once)]
 

@@ -7,7 +7,6 @@ state, and a resumed run continues bit for bit with the same number of threads.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import signal
@@ -19,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sssd_fast.config import Config, TrainConfig, to_dict
 from sssd_fast.errors import (
@@ -41,7 +39,7 @@ from sssd_fast.performance.execution import (
     configure_model,
 )
 from sssd_fast.run.checkpoint import load_checkpoint
-from sssd_fast.run.device import World, generator, peak_memory_gib
+from sssd_fast.run.device import World, data_parallel, generator, peak_memory_gib
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.folder import Run
 from sssd_fast.run.log import format_metric
@@ -157,13 +155,7 @@ def make_step(
     module: nn.Module = task.module
     if execution.compiled:
         module = compiled(module, config.step, graphs=execution.graphs)
-    if world.size > 1:
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        known = inspect.signature(DistributedDataParallel).parameters
-        # the name since torch 2.13
-        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {"device_ids": ids, sync: False}
-        module = DistributedDataParallel(module, **options)
+    module = data_parallel(module, world)
     step = Step(
         module,
         optimizer,

@@ -8,6 +8,7 @@ World and `world`: the processes that torchrun started, and their collectives. `
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 import re
 import resource
@@ -16,10 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mae_kernels import cpu_bf16_units
 from sssd_fast.errors import ConfigError
@@ -103,6 +106,18 @@ def world(device: str) -> Iterator[World]:
         yield World(own, dist.get_rank(), size, share)
     finally:
         dist.destroy_process_group()
+
+
+def data_parallel(module: nn.Module, world: World) -> nn.Module:
+    """`module` with gradients averaged over all processes; itself if there is one process."""
+    if world.size == 1:
+        return module
+    # the name since torch 2.13
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    options: dict[str, Any] = {"device_ids": ids, sync: False}
+    return DistributedDataParallel(module, **options)
 
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
