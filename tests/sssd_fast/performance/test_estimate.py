@@ -18,9 +18,9 @@ from sssd_fast.model import Classifier
 from sssd_fast.objective import SSSD
 from sssd_fast.optim import FusedAdamW, build_optimizer, clipped_update, parameter_groups
 from sssd_fast.performance.estimate import Estimate, LiveBytes, estimate, optimizer_bytes
-from sssd_fast.performance.execution import set_execution
+from sssd_fast.performance.execution import attention_choices, set_execution
 from sssd_fast.performance.fake import FakeStep, make_model, random_inputs, standard_flops
-from sssd_fast.run.device import autocast
+from sssd_fast.run.device import AUTOCAST, autocast
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SIZES = "image_size=[56,40] patch_size=8 width=40 heads=5 decoder_heads=1 in_channels=3"
@@ -62,9 +62,9 @@ def test_estimate_equals_what_a_real_run_saves_and_allocates(
     config = config_of(tiny, *CASES[case])
     found = estimate(config, task, precision, CPU, compiled=False)
     model, inputs = built(config, task)
-    names = [config.step.attention, config.step.decoder_attention]
-    stacks = 2 if task == "pretrain" else 1
-    providers = ["eager" if name == "eager" else "sdpa" for name in names][:stacks]
+    dtype = AUTOCAST.get(precision, torch.float32)
+    choices = attention_choices(model, config.step, dtype, CPU, compile_it=False)
+    providers = [provider for provider, _ in choices]
     set_execution(model, config.step, precision, providers, fused_mlp=False)
     given = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *inputs]}
     saved: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
