@@ -1,26 +1,32 @@
 """One process per CPU core: the command starts itself several times with torch's elastic launcher.
 
-A small model keeps two processes with one thread each busier than one process with two threads:
-the short operations between the matrix products do not split over threads. The processes share
-each batch (`World.share`), so that learning rate, masks and image order are those of one process.
+On cores of their own, two processes with one thread each are faster than one process with two
+threads: the short operations between the matrix products do not split over threads. Virtual cores
+that are two threads of one core gain nothing. The processes share each batch (`World.share`), so
+that learning rate, masks and image order are those of one process.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import statistics
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from mae_kernels import cpu_bf16_units
 from sssd_fast.config import Config
 from sssd_fast.errors import ConfigError
 from sssd_fast.run.device import SHARED_BATCH, pick_device
 
+LEAST_GAIN = 0.75  # of the ideal
 MIN_IMAGES = 4  # of a batch per process: below, the cost per call outweighs the gain
 
 
@@ -53,9 +59,39 @@ def pick_processes(config: Config, stages: Sequence[str]) -> tuple[int, str]:
         for n in range(1, cores + 1)
         if all(size % n == 0 and size // n >= MIN_IMAGES for size in sizes)
     ]
-    if able[-1] == 1:
+    count = able[-1]
+    if count == 1:
         return 1, "one core" if cores == 1 else f"{listed} cannot be divided over {cores} cores"
-    return able[-1], f"one thread each is faster than {cores} threads in one process"
+    gain = parallel_gain(count)
+    measured = f"{count} threads at once compute {gain:.1f} times as much as one (measured)"
+    if gain < LEAST_GAIN * count:
+        return 1, f"{measured}: these cores share their units"
+    return count, f"{measured}, and short operations do not split over threads"
+
+
+def parallel_gain(threads: int) -> float:
+    """How much more `threads` independent threads compute than one: the matrix products of one
+    second, on this machine now. `threads` on real cores, 1 on one core.
+    """
+    a = torch.randn(512, 512).to(torch.bfloat16 if cpu_bf16_units() else torch.float32)
+    before = torch.get_num_threads()
+
+    def work(_: int) -> None:
+        torch.set_num_threads(1)  # of the calling thread
+        for _ in range(100):
+            torch.mm(a, a)
+
+    def seconds(pool: ThreadPoolExecutor, count: int) -> float:
+        start = time.perf_counter()
+        list(pool.map(work, range(count)))
+        return time.perf_counter() - start
+
+    with ThreadPoolExecutor(threads) as pool:
+        seconds(pool, threads)
+        rounds = [(seconds(pool, 1), seconds(pool, threads)) for _ in range(9)]
+    torch.set_num_threads(before)
+    one, all_at_once = (statistics.median(times) for times in zip(*rounds, strict=True))
+    return threads * one / all_at_once
 
 
 def launch(words: Sequence[str], processes: int, threads: int) -> int:
@@ -87,7 +123,8 @@ def launch(words: Sequence[str], processes: int, threads: int) -> int:
             monitor_interval=0.2,
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=quiet),
         )
-        command = "-m", "sssd_fast", *words
+        # recorded in config.yaml, so that a resumed run has as many
+        command = "-m", "sssd_fast", *words, f"processes={processes}"
         try:
             elastic_launch(launcher, sys.executable)(*command)
         except ChildFailedError as error:
