@@ -52,7 +52,7 @@ from ._runtime import (
     wants_reference,
 )
 from ._samples import Draw, Made, Sample, Size, declares
-from .cpu_attention import attention_products, cpu_refusal, takes_products
+from .cpu_attention import attention_on_cpu, cpu_refusal, takes_products
 
 LOG2_E = math.log2(math.e)
 # Before sm_80 Triton multiplies matrices without tensor cores
@@ -538,7 +538,7 @@ def attention(qkv: Tensor, *separate: Tensor, scale: float | None = None) -> Ten
         check_positive("scale", scale)
     factor = qkv.shape[4] ** -0.5 if scale is None else float(scale)
     if takes_products(qkv):
-        return attention_products(qkv, factor)[0]
+        return attention_on_cpu(qkv, factor)
     if wants_reference(qkv) or not (
         always_registered() or _kernels_run(qkv.device, qkv.dtype, refusal(qkv))
     ):

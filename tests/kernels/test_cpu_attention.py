@@ -9,7 +9,12 @@ from torch.library import opcheck
 
 import mae_kernels
 from mae_kernels import attention, attention_refusal, backend, cpu_attention
-from mae_kernels.cpu_attention import LONGEST, attention_products, attention_products_backward
+from mae_kernels.cpu_attention import (
+    LONGEST,
+    AttentionProducts,
+    attention_products,
+    attention_products_backward,
+)
 from tests.kernels.test_attention import by_hand
 
 SHAPES = [(2, 7, 2, 16), (1, 1, 1, 8), (3, 65, 1, 32), (0, 5, 2, 16)]
@@ -30,11 +35,14 @@ def qkv_of(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor
 def test_products_equal_einsum_in_fp64(shape, scale) -> None:
     qkv = qkv_of(shape, torch.float64)
     factor = shape[3] ** -0.5 if scale is None else scale
-    out = attention_products(qkv, factor)[0]
-    upstream = torch.randn_like(out)
     want = by_hand(qkv, scale)
+    upstream = torch.randn_like(want)
+    out = AttentionProducts.apply(qkv, factor)
+    registered = attention_products(qkv, factor)[0]
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
     got = torch.autograd.grad(out, qkv, upstream)
+    assert torch.equal(out, registered)
+    assert torch.equal(got[0], torch.autograd.grad(registered, qkv, upstream)[0])
     torch.testing.assert_close(
         got, torch.autograd.grad(want, qkv, upstream), rtol=1e-11, atol=1e-12
     )
@@ -52,7 +60,7 @@ def test_bf16_is_as_accurate_as_eager(shape) -> None:
 
     exact = results(by_hand, wide)
     ours, eager = results(attention, qkv), results(by_hand, qkv)
-    assert "attention_products" in type(attention(qkv).grad_fn).__name__
+    assert "AttentionProducts" in type(attention(qkv).grad_fn).__name__
     for mine, theirs, truth in zip(ours, eager, exact, strict=True):
         allowed = 2 * (theirs.double() - truth).abs().max() + 1e-3
         assert (mine.double() - truth).abs().max() <= allowed
@@ -66,7 +74,7 @@ def test_ops_pass_opcheck() -> None:
 
 def test_sdpa_computes_what_it_computes_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(qkv: torch.Tensor) -> bool:
-        return "attention_products" in str(attention(qkv).grad_fn)
+        return "AttentionProducts" in str(attention(qkv).grad_fn)
 
     half = qkv_of((1, 9, 1, 16), torch.bfloat16)
     assert taken(half)
