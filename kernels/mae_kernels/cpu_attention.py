@@ -182,7 +182,8 @@ class AttentionProducts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return products_backward(grads[0], *ctx.saved_tensors, ctx.scale), None
+        qkv_3SNd, p_SNN = ctx.saved_tensors
+        return products_backward(grads[0], qkv_3SNd, p_SNN, ctx.scale), None
 
 
 def attention_on_cpu(qkv: Tensor, scale: float) -> Tensor:
