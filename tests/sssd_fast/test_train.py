@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+import mae_kernels
+from mae_kernels import cpu_attention
 from sssd_fast.cli import main
 from sssd_fast.config import load_config
 from sssd_fast.run.checkpoint import CheckpointManager, load_checkpoint
@@ -298,13 +300,9 @@ def test_validation_runs_at_its_interval_and_at_the_end(
 def test_training_with_the_ops_equals_training_with_plain_torch(
     tiny: list[str], tmp_path: Path
 ) -> None:
-    """20 steps with the registered ops (their own backward formulas) and with
-    MAE_KERNELS_BACKEND=reference (torch's autograd).
-    """
-    import mae_kernels
-
+    """20 steps with the registered ops (their own backward formulas) and with torch's autograd."""
     losses = []
-    for backend in ("auto", "reference"):
+    for backend in ("registered", "reference"):
         out = tmp_path / backend
         with mae_kernels.backend(backend):
             _train("pretrain", out, *tiny, "pretrain.max_steps=20", "pretrain.epochs=5")
@@ -312,3 +310,32 @@ def test_training_with_the_ops_equals_training_with_plain_torch(
     assert len(losses[0]) == 20
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+
+
+def test_fast_path_of_a_cpu_trains_as_plain_fp32(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """50 steps in bf16 with the attention products, and in fp32 with
+    scaled_dot_product_attention.
+    """
+    monkeypatch.setattr(cpu_attention, "cpu_bf16_units", lambda: "AMX")
+    calls = []
+    monkeypatch.setattr(cpu_attention, "products", _counted(cpu_attention.products, calls))
+    losses = []
+    for precision, attention in (("bf16", "fused"), ("fp32", "sdpa")):
+        settings = [f"precision={precision}", f"step.attention={attention}"]
+        settings += [f"step.decoder_attention={attention}", "pretrain.max_steps=50"]
+        out = tmp_path / precision
+        _train("pretrain", out, *tiny, *settings, "pretrain.epochs=20")
+        losses.append([r["loss_reconstruction"] for r in _records(out) if r["kind"] == "train"])
+    assert len(calls) == 50 * 3  # two blocks of the encoder, one of the decoder
+    assert len(losses[0]) == 50
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def _counted(function: Any, calls: list[int]) -> Any:
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return function(*args)
+
+    return counted
