@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_kernels import cpu_bf16_units
-from sssd_fast.errors import ConfigError
+from sssd_fast.errors import ConfigError, SssdError
 from sssd_fast.run.files import existing_folder
 
+PEER_WAIT_S = 10.0
 # Set by run/processes.py: the processes share each batch.
 SHARED_BATCH = "SSSD_FAST_SHARED_BATCH"
 
@@ -104,6 +106,15 @@ def world(device: str) -> Iterator[World]:
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
         yield World(own, dist.get_rank(), size, share)
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        # Another process ended during a collective call. It reports the reason, and the launcher
+        # then ends this one, which must not be the first to fail.
+        time.sleep(PEER_WAIT_S)
+        raise SssdError("another process of this run ended; its own message has the reason") from (
+            error
+        )
     finally:
         dist.destroy_process_group()
 
