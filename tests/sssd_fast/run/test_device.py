@@ -24,8 +24,8 @@ def measure_memory(pipe: Connection) -> None:
 
 
 def test_peak_memory_is_that_of_this_process_in_gib() -> None:
-    """In a fresh process, as the peak of this one depends on the tests before."""
-    context = multiprocessing.get_context("fork")
+    """In a fresh process: this one has a peak and freed memory of the tests before."""
+    context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     child = context.Process(target=measure_memory, args=(theirs,))
     child.start()
