@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -302,7 +302,9 @@ def start_processes(name: str, start: Mapping[str, Any], words: Sequence[str]) -
     if name not in STAGES or start.get("dry_run") or "WORLD_SIZE" in os.environ:
         return None
     given: Any = start
-    config = _config(given, start.get("data"), start.get("init"))
+    config = _config(given, start.get("data"), start.get("init"), log=lambda line: None)
+    if start.get("resume") and config.processes == "auto":
+        return None  # a run of several processes has recorded their number
 
     from sssd_fast.run.processes import cpu_threads, launch, pick_processes
 
@@ -329,7 +331,12 @@ def _words(settings: Settings | None, data: PathLike | None = None) -> list[str]
     return [*source, *(settings or ())]
 
 
-def _config(start: Start, data: PathLike | None = None, *folders: PathLike | None) -> Config:
+def _config(
+    start: Start,
+    data: PathLike | None = None,
+    *folders: PathLike | None,
+    log: Callable[[str], object] | None = None,
+) -> Config:
     """start["config"], else that of the run that is resumed or in `folders`, else the defaults."""
     source, resume = start.get("config"), start.get("resume")
     if resume is not None and not Path(resume, "config.yaml").is_file():
@@ -337,7 +344,7 @@ def _config(start: Start, data: PathLike | None = None, *folders: PathLike | Non
     for folder in (resume, *folders):
         if source is None and folder is not None and Path(folder, "config.yaml").is_file():
             source = Path(folder, "config.yaml")
-    return load_config(source, _words(start.get("settings"), data), _log)
+    return load_config(source, _words(start.get("settings"), data), log or _log)
 
 
 def _limited(config: Config, start: Start) -> Config:

@@ -429,10 +429,13 @@ def _scale_warmup(tree: Any, given: Any, log: Log) -> None:
         new = given.get(stage)
         if not OmegaConf.is_dict(new) or "epochs" not in new or "warmup_epochs" in new:
             continue
-        before = to_dict(defaults) | (tree.get(stage) or {})
-        epochs, warmup = new["epochs"], before["warmup_epochs"]
-        if isinstance(epochs, int) and 0 < epochs <= warmup:
-            fraction = warmup / before["epochs"]
+        section = tree.get(stage) if isinstance(tree, dict) else None
+        before = to_dict(defaults) | (section if isinstance(section, dict) else {})
+        epochs, warmup, old = new["epochs"], before["warmup_epochs"], before["epochs"]
+        # other values are reported by the validation
+        known = all(isinstance(value, int | float) for value in (epochs, warmup, old))
+        if known and 0 < epochs <= warmup < old:
+            fraction = warmup / old
             new["warmup_epochs"] = fraction * epochs
             log(
                 f"{stage}.warmup_epochs is {fraction * epochs:g} instead of {warmup:g}: "

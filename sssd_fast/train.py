@@ -187,6 +187,11 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
         f"batch {schedule.effective_batch}, peak lr {schedule.peak_lr:.3g}, {run.precision} on "
         f"{world.device}{processes}"
     )
+    if config.processes not in ("auto", world.share):
+        run.console.info(
+            f"processes is {config.processes}, but {world.share} is used: a Python function trains "
+            "in the process that calls it, and torchrun starts its own processes"
+        )
     guard = FiniteGuard(SKIPS_ALLOWED[run.precision], folder=run.out if world.main else None)
     # Reading a loss waits for the device, so on a GPU it is done every ten steps only.
     sync_every = 1 if world.device.type == "cpu" else 10

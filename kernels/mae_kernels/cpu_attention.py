@@ -24,9 +24,9 @@ from torch.utils.flop_counter import register_flop_formula
 from ._runtime import no_autocast, wants_cpu_ops
 
 # The longest sequence for which these products take less time than scaled_dot_product_attention,
-# forward and backward. Measured on an Intel Xeon with AMX and an AMD EPYC with AVX512-BF16, one
-# thread: 6 to 9 times faster at 17 to 65 tokens, 2 to 3 times at 197, 1.6 times at 577, slower at
-# 1025. In fp32 the two differ by less than a fifth.
+# forward and backward. Measured on an Intel Xeon with AMX, one thread, 32 images of 3 heads or as
+# many values: 6 times faster at 17 to 65 tokens, 2 to 2.5 times at 197, 1.8 times at 577, equal at
+# 1025 (docs/cpu.md). In fp32 the products are at most as fast beyond 17 tokens.
 LONGEST = {torch.bfloat16: 640}
 
 
@@ -40,11 +40,12 @@ def cpu_bf16_units() -> str | None:
         return None
     if hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
-    else:  # torch before 2.11
-        found = {
-            "amx_bf16": torch.cpu._is_amx_tile_supported(),
-            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+    else:  # earlier versions of torch
+        asked = {
+            "amx_bf16": "_is_amx_tile_supported",
+            "avx512_bf16": "_is_avx512_bf16_supported",
         }
+        found = {key: getattr(torch.cpu, name, lambda: False)() for key, name in asked.items()}
     names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "sve_bf16": "SVE", "bf16": "NEON"}
     return next((name for key, name in names.items() if found.get(key)), None)
 

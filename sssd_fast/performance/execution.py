@@ -170,8 +170,7 @@ def _flops(model: SSSD | Classifier, config: Config) -> float:
 
 
 def cpu_seconds(flops: float, precision: str) -> float:
-    """Roughly how long a run with so many FLOPs takes on the threads of this
-    process.
+    """Roughly how long a run with so many FLOPs takes on the threads of this process.
 
     Not measured here, so that a run and its continuation decide alike.
     """

@@ -29,7 +29,7 @@ from mae_kernels import cpu_bf16_units
 from sssd_fast.errors import ConfigError, SssdError
 from sssd_fast.run.files import existing_folder
 
-PEER_WAIT_S = 10.0
+PEER_WAIT_S = 10.0  # longer than the launcher needs to see that a process has failed
 # Set by run/processes.py: the processes share each batch.
 SHARED_BATCH = "SSSD_FAST_SHARED_BATCH"
 
@@ -39,7 +39,7 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    share: int = 1  # processes that share one batch; 1 = each has batches of its own
+    share: int = 1  # processes that share one batch; 1 = each process has its own
 
     @property
     def main(self) -> bool:
@@ -182,7 +182,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def keep_freed_memory() -> None:
     """Lets glibc's malloc reuse freed memory rather than return it to the system.
 
-    By default the pages of every large activation are requested anew in each step: 14,000 page
+    By default the pages of every large activation are requested again in each step: 14,000 page
     faults a step of a ViT-T, 7 % of its time (measured). 32 MiB is the largest threshold.
     Elsewhere than with glibc nothing changes.
     """

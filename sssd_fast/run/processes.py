@@ -70,15 +70,16 @@ def pick_processes(config: Config, stages: Sequence[str]) -> tuple[int, str]:
 
 
 def parallel_gain(threads: int) -> float:
-    """How much more `threads` independent threads compute than one: the matrix products of one
-    second, on this machine now. `threads` on real cores, 1 on one core.
+    """How much more `threads` independent threads compute than one, by matrix products on this
+    machine for about half a second: `threads` on independent cores, 1 on one core.
     """
     a = torch.randn(512, 512).to(torch.bfloat16 if cpu_bf16_units() else torch.float32)
     before = torch.get_num_threads()
+    products = 1
 
     def work(_: int) -> None:
         torch.set_num_threads(1)  # of the calling thread
-        for _ in range(100):
+        for _ in range(products):
             torch.mm(a, a)
 
     def seconds(pool: ThreadPoolExecutor, count: int) -> float:
@@ -88,6 +89,7 @@ def parallel_gain(threads: int) -> float:
 
     with ThreadPoolExecutor(threads) as pool:
         seconds(pool, threads)
+        products = max(1, int(0.02 / seconds(pool, 1)))
         rounds = [(seconds(pool, 1), seconds(pool, threads)) for _ in range(9)]
     torch.set_num_threads(before)
     one, all_at_once = (statistics.median(times) for times in zip(*rounds, strict=True))

@@ -125,5 +125,9 @@ def test_bf16_units_come_from_the_capabilities_of_the_cpu(monkeypatch: pytest.Mo
     assert mae_kernels.cpu_bf16_units() == "AVX512-BF16"
     found["amx_bf16"] = True
     assert mae_kernels.cpu_bf16_units() == "AMX"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert mae_kernels.cpu_bf16_units() == "AVX512-BF16"
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert mae_kernels.cpu_bf16_units() is None

@@ -131,6 +131,14 @@ def test_shortened_run_scales_its_warmup() -> None:
         load_config("8gb", ["pretrain.epochs=2", "pretrain.warmup_epochs=2"])
 
 
+def test_warmup_of_a_broken_file_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    for text in ("pretrain: 3\n", "pretrain: {epochs: many}\n", "pretrain: {warmup_epochs: x}\n"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"problems? in the configuration"):
+            load_config(path, ["pretrain.epochs=2", "model.width=x"])
+
+
 @pytest.mark.parametrize("key", REMOVED)
 def test_removed_keys_name_the_replacement(key: str) -> None:
     assert f"{key}: a setting of an earlier version; {REMOVED[key]}" in problems([f"{key}=1"])
