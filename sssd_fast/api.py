@@ -115,7 +115,7 @@ def finetune(
 ) -> Result:
     """Fine-tunes a classifier and evaluates it on `split`; arguments as in `pretrain`."""
     with _opened("finetune", start, data, init) as run:
-        from sssd_fast.evaluation.predict import evaluate_run
+        from sssd_fast.evaluation.evaluate import evaluate_run
         from sssd_fast.finetune import finetune as train
 
         train(run, str(init) if init else None, _norm(init_norm))
@@ -132,7 +132,7 @@ def probe(
 ) -> Result:
     """Fits logistic regression on the frozen encoder in `init` and evaluates it on `split`."""
     with _opened("probe", start, data, init) as run:
-        from sssd_fast.evaluation.predict import evaluate_run
+        from sssd_fast.evaluation.evaluate import evaluate_run
         from sssd_fast.probe import probe as train
 
         train(run, str(init), _norm(init_norm))
@@ -187,7 +187,7 @@ def evaluate(
     stage = Path(run, "finetune")  # of a folder of `run`
     existing = stage if (stage / "config.yaml").is_file() else Path(run)
     with _opened("evaluate", start, existing=existing) as opened:
-        from sssd_fast.evaluation.predict import evaluate_run
+        from sssd_fast.evaluation.evaluate import evaluate_run
 
         return _finish(opened, start, evaluate_run(opened, split))
 

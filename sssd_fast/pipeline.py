@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sssd_fast.config import Config
+from sssd_fast.evaluation.evaluate import evaluate_run
 from sssd_fast.evaluation.metrics import RATES, aggregate_runs
-from sssd_fast.evaluation.predict import evaluate_run
 from sssd_fast.finetune import finetune
 from sssd_fast.performance.batch_size import resolve_batch
 from sssd_fast.pretrain import pretrain

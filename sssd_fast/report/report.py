@@ -20,9 +20,9 @@ from urllib.parse import quote
 from sssd_fast import __version__
 from sssd_fast.config import ModelConfig
 from sssd_fast.errors import DataError
+from sssd_fast.evaluation.evaluate import result_rows
 from sssd_fast.evaluation.metrics import RATES, aggregate_runs
 from sssd_fast.evaluation.pictures import curves
-from sssd_fast.evaluation.predict import result_rows
 from sssd_fast.report.read import STAGES, RunFiles, read_run, section
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.log import duration

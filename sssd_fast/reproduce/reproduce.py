@@ -28,7 +28,7 @@ from sssd_fast.data.index import DataIndex
 from sssd_fast.data.manifest import SPLIT_NAMES
 from sssd_fast.data.split import split_csv
 from sssd_fast.errors import CheckpointError, ConfigError, RunExistsError
-from sssd_fast.evaluation.predict import evaluate_run
+from sssd_fast.evaluation.evaluate import evaluate_run
 from sssd_fast.finetune import finetune
 from sssd_fast.performance.batch_size import resolve_batch
 from sssd_fast.pretrain import pretrain

@@ -11,6 +11,7 @@ from sklearn import metrics as sk
 
 from sssd_fast.data.index import positive_class
 from sssd_fast.errors import DataError
+from sssd_fast.evaluation.evaluate import result_rows, write_evaluation
 from sssd_fast.evaluation.metrics import (
     RATES,
     UNDEFINED,
@@ -19,7 +20,6 @@ from sssd_fast.evaluation.metrics import (
     bootstrap_intervals,
     classification_metrics,
 )
-from sssd_fast.evaluation.predict import result_rows, write_evaluation
 from sssd_fast.reproduce.public_sets import COVID_CT
 
 

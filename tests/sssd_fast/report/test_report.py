@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from sssd_fast.errors import DataError
-from sssd_fast.evaluation.predict import write_evaluation
+from sssd_fast.evaluation.evaluate import write_evaluation
 from sssd_fast.report.report import write_report
 
 NASTY = '<script>alert("x")</script> & `a|b`.png'
