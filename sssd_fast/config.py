@@ -56,6 +56,7 @@ REMOVED = {
     "data.phantom_images": "rename it to data.synthetic_images",
     "data.phantom_seed": "rename it to data.synthetic_seed",
     "pretrain.num_images": "remove it; a picture shows 8 images",
+    "objective.detach_teacher": "use objective.stop_gradient=teacher",
     "pretrain.augment.crop_ratio": "remove it; random crops have a ratio of 3/4 to 4/3",
     "finetune.augment.crop_ratio": "remove it; random crops have a ratio of 3/4 to 4/3",
 }
@@ -183,21 +184,60 @@ class ModelConfig(Section):
                 yield f"{name} has {len(values)} values, {what}"
 
 
-class ObjectiveConfig(Section):
-    """Pre-training loss: reconstruction and self-distillation, as SD-MAE (arXiv 2203.16983)."""
+# Forms of the distillation: what a name stands for, unless a key is given beside it.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "published": {"center": "prob", "stop_gradient": "none"},
+    "centred": {"pooling": "token", "center": "logit", "stop_gradient": "teacher"},
+    "sinkhorn": {"pooling": "token", "center": "sinkhorn", "stop_gradient": "decoder"},
+    "predictor": {
+        "kind": "mse",
+        "heads": "student",
+        "pooling": "token",
+        "stop_gradient": "teacher",
+    },
+}
+FORM_KEYS = ("kind", "heads", "pooling", "center", "stop_gradient")
 
+
+class ObjectiveConfig(Section):
+    """Pre-training loss: reconstruction and self-distillation (docs/self-distillation.md)."""
+
+    name: Literal["published", "centred", "sinkhorn", "predictor"] = Field(
+        "published", description="Form of the distillation; sets the five keys that follow it."
+    )
+    kind: Literal["dino", "cosine", "mse", "smooth_l1"] = Field("dino", description="Distance.")
+    heads: Literal["both", "student"] = Field(
+        "both", description="Projection heads, or a predictor from encoder to decoder features."
+    )
+    pooling: Literal["image", "token"] = Field("image", description="image = mean of its tokens.")
+    center: Literal["prob", "logit", "sinkhorn"] = Field(
+        "prob", description="Centre: running mean of probabilities or logits, or Sinkhorn-Knopp."
+    )
+    stop_gradient: Literal["none", "decoder", "teacher"] = Field(
+        "none", description="decoder = it reaches the teacher's head only; teacher = neither."
+    )
     weight: Fraction = Field(0.2, description="w: w * distillation + (1 - w) * reconstruction.")
     norm: Literal["patch", "channel", "none"] = Field("patch", description="Scaling of the target.")
-    kind: Literal["dino", "cosine", "mse", "smooth_l1"] = Field("dino", description="Distillation.")
-    detach_teacher: bool = Field(False, description="Stop the gradient to the teacher (decoder).")
-    pooling: Literal["image", "token"] = Field("image", description="image = mean of its tokens.")
-    center: Literal["prob", "logit"] = Field("prob", description="Centre probabilities or logits.")
     center_momentum: BelowOne = Field(0.9, description="Momentum of the centre per step.")
     student_temp: Positive = Field(0.1, description="Temperature of the student's softmax.")
     teacher_temp: Positive = Field(0.04, description="Temperature of the teacher's softmax.")
-    head_hidden: Count = Field(2048, description="Hidden width of the projection heads.")
+    head_hidden: Count = Field(2048, description="Hidden width of the heads.")
     head_bottleneck: Count = Field(256, description="Width before the prototypes.")
     prototypes: int = Field(4096, ge=2, description="Number of prototypes (outputs of a head).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _form(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        form = tree.get("name", cls.model_fields["name"].default)
+        return {**OBJECTIVES.get(form, {}), **tree} if isinstance(form, str) else tree
+
+    def _problems(self) -> Iterator[str]:
+        if self.heads == "student" and self.kind == "dino":
+            yield "kind is 'dino', which needs heads 'both'; a predictor needs another kind"
+        if self.heads == "student" and self.stop_gradient == "none":
+            yield "heads is 'student', which needs stop_gradient=teacher"
 
 
 class AugmentConfig(Section):
@@ -410,6 +450,7 @@ def _validate(
     problems: list[str] = []
     if overrides:
         given = _parse(overrides, problems)
+        _rename_objective(tree, given)
         _scale_warmup(tree, given, log)
         tree = OmegaConf.to_container(OmegaConf.merge(tree, given))
     try:
@@ -421,6 +462,15 @@ def _validate(
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise ConfigError(f"{count} in the configuration{where}:{lines}")
     return config
+
+
+def _rename_objective(tree: Any, given: Any) -> None:
+    """Removes the keys of the former form from `tree` if `given` names another form."""
+    section = tree.get("objective") if isinstance(tree, dict) else None
+    new = given.get("objective")
+    if isinstance(section, dict) and OmegaConf.is_dict(new) and "name" in new:
+        for key in FORM_KEYS:
+            section.pop(key, None)
 
 
 def _scale_warmup(tree: Any, given: Any, log: Log) -> None:

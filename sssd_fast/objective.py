@@ -2,10 +2,18 @@
 
     total = w * distillation + (1 - w) * reconstruction
 
-As in SD-MAE (Luo, Chen et al., arXiv 2203.16983, and its released code): the student is
-LayerNorm(encoder), the teacher LayerNorm(decoder), both at the visible patches. Each passes its own
-projection head; the loss is the cross-entropy from the centred, sharpened teacher to the student
-(DINO, arXiv 2104.14294, eq. 1), per image.
+The student is LayerNorm(encoder), the teacher LayerNorm(decoder), both at the visible patches.
+`objective.name` selects how they are compared (docs/self-distillation.md):
+
+- published: as SD-MAE (Luo, Chen et al., arXiv 2203.16983, and its released code). Each passes its
+  own projection head; the loss is the cross-entropy from the centred, sharpened teacher to the
+  student (DINO, arXiv 2104.14294, eq. 1), per image. It collapses.
+- centred: the same without a gradient to the teacher and with the mean logits as centre, as DINO.
+  The teacher's head keeps its random weights.
+- sinkhorn: the same without a gradient to the decoder, and with the centre that Sinkhorn-Knopp
+  finds for each batch (SwAV, arXiv 2006.09882), so that all prototypes are used equally.
+- predictor: an MLP predicts the decoder's features of a token from the encoder's (as BYOL, arXiv
+  2006.07733); mean squared error, no gradient to the teacher.
 
 To add a loss term, add its name to LOSSES and its value to `losses` in `SSSD.compute_losses`, or do
 both in a subclass (examples/custom_loss.py). Logging, validation and plots use these names.
@@ -18,10 +26,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_kernels import masked_reconstruction_loss, sssd_loss
+from mae_kernels import masked_reconstruction_loss, sinkhorn_center, sssd_loss
 from sssd_fast.config import ModelConfig, ObjectiveConfig
 from sssd_fast.model import MAE, MAEOutput
 
@@ -29,11 +38,14 @@ LOSSES = ("reconstruction", "distillation")  # the terms of the total
 
 
 class SSSDOutput(NamedTuple):
-    """Losses are means over the batch; all tensors but `batch_center` are scalars."""
+    """Losses are means over the batch, scalars."""
 
     total: Tensor
     losses: dict[str, Tensor]  # the terms by name, without gradients
-    batch_center: Tensor | None  # [S] mean teacher distribution; None if the loss has no centre
+    batch_center: Tensor | None  # [S] moves the running centre; None if the loss has none
+    # what the distillation compares, in evaluation mode: student and teacher [R, S], and the
+    # teacher's assignment to the prototypes [R, S] or None
+    compared: tuple[Tensor, Tensor, Tensor | None] | None = None
 
 
 class ProjectionHead(nn.Module):
@@ -41,7 +53,14 @@ class ProjectionHead(nn.Module):
     layer of gain 1 follows.
     """
 
-    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int | None) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        bottleneck: int,
+        prototypes: int | None,
+        trained: bool = True,
+    ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
@@ -50,7 +69,10 @@ class ProjectionHead(nn.Module):
         if prototypes is not None:
             self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
         for layer in (self.fc1, self.fc2, self.fc3):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            # Random weights that stay must keep the variance, or all images have nearly the same
+            # output.
+            std = 0.02 if trained else layer.in_features**-0.5
+            nn.init.trunc_normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
         if self.prototypes is not None:
             nn.init.trunc_normal_(self.prototypes, std=0.02)
@@ -62,16 +84,40 @@ class ProjectionHead(nn.Module):
         image-level logits without storing [B, K, S].
         """
         f_BKF = F.normalize(self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x_BKD))))).float(), dim=-1)
-        f = f_BKF.mean(1) if pooling == "image" else f_BKF.flatten(0, 1)
+        f = _pooled(f_BKF, pooling)
         if self.prototypes is None:
             return f
         return F.linear(f, F.normalize(self.prototypes.float(), dim=-1))
 
 
-class SSSD(nn.Module):
-    """Masked autoencoder, both projection heads and the centre: everything that pre-training
-    trains.
+class Predictor(nn.Module):
+    """Linear-GELU-Linear from a token's encoder features to its decoder features."""
+
+    def __init__(self, width: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x_BKD: Tensor, pooling: str) -> Tensor:
+        """pooling "image": [B, E]; "token": [B*K, E]."""
+        return _pooled(self.fc2(F.gelu(self.fc1(x_BKD))), pooling)
+
+
+class Whitened(nn.Module):
+    """The teacher of a predictor: decoder features with mean 0 and variance 1 in each token, so
+    that their scale cannot shrink to make them easy to predict.
     """
+
+    def forward(self, x_BKE: Tensor, pooling: str) -> Tensor:
+        return _pooled(F.layer_norm(x_BKE, x_BKE.shape[-1:]), pooling)
+
+
+def _pooled(x_BKF: Tensor, pooling: str) -> Tensor:
+    return x_BKF.mean(1) if pooling == "image" else x_BKF.flatten(0, 1)
+
+
+class SSSD(nn.Module):
+    """Masked autoencoder, both heads and the centre: everything that pre-training trains."""
 
     loss_names: tuple[str, ...] = LOSSES
     center: Tensor
@@ -80,13 +126,19 @@ class SSSD(nn.Module):
         super().__init__()
         self.mae = MAE(model)
         self.objective = objective
-        self.student_head: ProjectionHead | None = None
-        self.teacher_head: ProjectionHead | None = None
-        if objective.weight > 0:
+        self.student_head: nn.Module | None = None
+        self.teacher_head: nn.Module | None = None
+        width, decoder = model.encoder_shape[0], model.decoder_width
+        if objective.weight > 0 and objective.heads == "both":
             prototypes = objective.prototypes if objective.kind == "dino" else None
             sizes = objective.head_hidden, objective.head_bottleneck, prototypes
-            self.student_head = ProjectionHead(model.encoder_shape[0], *sizes)
-            self.teacher_head = ProjectionHead(model.decoder_width, *sizes)
+            self.student_head = ProjectionHead(width, *sizes)
+            trained = objective.stop_gradient != "teacher"
+            self.teacher_head = ProjectionHead(decoder, *sizes, trained=trained)
+            self.teacher_head.requires_grad_(trained)
+        elif objective.weight > 0:
+            self.student_head = Predictor(width, objective.head_hidden, decoder)
+            self.teacher_head = Whitened()
         self.register_buffer("center", torch.zeros(objective.prototypes))
 
     def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> SSSDOutput:
@@ -110,22 +162,46 @@ class SSSD(nn.Module):
             loss = masked_reconstruction_loss(out.pred_BMV, images_BCHW, **reconstruction)
             losses = {"reconstruction": loss.detach(), "distillation": torch.zeros_like(loss)}
             return SSSDOutput(loss, losses, None)
+        student = self.student_head(out.student_BKD, cfg.pooling)
+        stop = cfg.stop_gradient
+        decoder_BKE = out.teacher_BKE if stop == "none" else out.teacher_BKE.detach()
+        teacher = self.teacher_head(decoder_BKE, cfg.pooling)
+        center = self._center(teacher)
         both = sssd_loss(
             out.pred_BMV,
             images_BCHW,
-            self.student_head(out.student_BKD, cfg.pooling),
-            self.teacher_head(out.teacher_BKE, cfg.pooling),
+            student,
+            teacher,
             weight=cfg.weight,
             kind=cfg.kind,
-            center=self.center if cfg.kind == "dino" else None,
-            center_mode=cfg.center,
+            center=center,
+            center_mode="prob" if cfg.center == "prob" else "logit",
             student_temp=cfg.student_temp,
             teacher_temp=cfg.teacher_temp,
-            detach_teacher=cfg.detach_teacher,
+            detach_teacher=stop == "teacher",
             **reconstruction,
         )
         losses = {"reconstruction": both.reconstruction, "distillation": both.distillation}
-        return SSSDOutput(both.total, losses, both.batch_center)
+        moves = None if cfg.center == "sinkhorn" else both.batch_center
+        compared = None
+        if not self.training:
+            assigned = None
+            if center is not None:
+                assigned = ((teacher.float() - center) / cfg.teacher_temp).softmax(-1)
+            compared = student.float(), teacher.float(), assigned
+        return SSSDOutput(both.total, losses, moves, compared)
+
+    def _center(self, teacher_RS: Tensor) -> Tensor | None:
+        cfg = self.objective
+        if cfg.kind != "dino":
+            return None
+        if cfg.center != "sinkhorn":
+            return self.center
+        # the rows of all processes, in training; a validation batch may be missing in some
+        shared = self.training and dist.is_available() and dist.is_initialized()
+        return sinkhorn_center(
+            teacher_RS, cfg.teacher_temp, reduce=_sum_over_processes if shared else None
+        )
 
     @torch.no_grad()
     def update_center(self, batch_center_S: Tensor, apply: Tensor) -> None:
@@ -136,3 +212,8 @@ class SSSD(nn.Module):
         m = self.objective.center_momentum
         moved_S = m * self.center + (1 - m) * batch_center_S.to(self.center.dtype)
         self.center.copy_(torch.where(apply, moved_S, self.center))
+
+
+def _sum_over_processes(x: Tensor) -> Tensor:
+    dist.all_reduce(x)
+    return x

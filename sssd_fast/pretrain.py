@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sssd_fast.config import PretrainConfig
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.split import Split
+from sssd_fast.evaluation.collapse import collapse_warning, monitor
 from sssd_fast.evaluation.pictures import attention_picture, reconstruction_picture
 from sssd_fast.loaders import Batch, Loader
 from sssd_fast.loaders.prepare import make_loader, prepare_data, pretraining_images
@@ -31,11 +32,12 @@ PICTURED_IMAGES = 8
 class PretrainTask:
     """The Task of `fit` for SSSD.
 
-    The best checkpoint has the lowest loss on the validation images, whose masks never change.
+    The best checkpoint has the lowest reconstruction loss on the validation images, whose masks
+    never change. The loss of a distillation says little: it can grow while the teacher improves.
     """
 
     name = "pretrain"
-    best = ("loss", False)
+    best = ("loss_reconstruction", False)
 
     def __init__(
         self, run: Run, index: DataIndex, split: Split, objective: type[SSSD] = SSSD
@@ -45,6 +47,7 @@ class PretrainTask:
         self.settings: PretrainConfig = config.pretrain
         torch.manual_seed(config.seed)
         self.module = objective(config.model, config.objective).to(run.world.device)
+        self.collapsed = False
         self.val_loader: Loader | None = None
         if split.val:
             size = run.local_batch(self.settings.batch_size)
@@ -87,11 +90,15 @@ class PretrainTask:
 
     @torch.no_grad()
     def _validate(self, loader: Loader, step: Step) -> dict[str, float]:
-        """Means over the validation images; the centre is not updated."""
+        """Means over the validation images and the monitor of collapse; the centre is not updated.
+
+        The monitor sees the images of the first process.
+        """
         world = self.run.world
         # Not taken from an output: a process without validation images computes none.
         names = ["loss", *(f"loss_{name}" for name in self.module.loss_names)]
         sums = torch.zeros(len(names) + 1, device=world.device, dtype=torch.float64)
+        compared: list[tuple[Tensor, ...]] = []
         self.module.eval()
         for i, batch in enumerate(loader.epoch(0)):
             noise = self._noise(len(batch.images), VALIDATION_SEED, i)
@@ -102,9 +109,23 @@ class PretrainTask:
                 terms = (out.losses[name] for name in self.module.loss_names)
                 values = [out.total, *terms, torch.ones_like(out.total)]
                 sums += torch.stack(values).double() * len(images)
+                if out.compared is not None:
+                    compared.append(tuple(t for t in out.compared if t is not None))
         self.module.train()
         world.mean_(sums)
-        return {name: float(sums[i] / sums[-1]) for i, name in enumerate(names)}
+        found = {name: float(sums[i] / sums[-1]) for i, name in enumerate(names)}
+        return found | self._monitor(compared)
+
+    def _monitor(self, compared: list[tuple[Tensor, ...]]) -> dict[str, float]:
+        if not compared or not self.run.world.main:
+            return {}
+        student, teacher, *assigned = (torch.cat(parts) for parts in zip(*compared, strict=True))
+        found = monitor(student, teacher, *assigned)
+        warning = collapse_warning(found)
+        if warning is not None and not self.collapsed:
+            self.run.console.warn(warning)
+        self.collapsed = warning is not None
+        return found
 
     @torch.no_grad()
     def _draw(self, epoch: int, step: Step) -> None:

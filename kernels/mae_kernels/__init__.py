@@ -11,7 +11,7 @@ from ._runtime import as_on_gpu, backend, info
 from ._samples import Draw, Sample, samples
 from .cpu_attention import cpu_bf16_units
 from .crop_resize import crop_resize
-from .distillation import distillation_loss
+from .distillation import distillation_loss, sinkhorn_center
 from .gelu_linear import gelu_linear
 from .linear_reconstruction import linear_reconstruction_loss
 from .masking import Masking, random_masking
@@ -60,6 +60,7 @@ __all__ = [
     "random_masking",
     "restore_tokens",
     "samples",
+    "sinkhorn_center",
     "sssd_loss",
     "unpatch_model",
 ]

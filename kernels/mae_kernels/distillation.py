@@ -24,6 +24,7 @@ Shapes: [..., K]: any leading dimensions (rows), K logits or features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -187,6 +188,60 @@ def distillation_loss(
         return reference(logits, kind, center_mode)
     loss, batch_center = _distillation_op(*logits, center_mode == "logit")
     return loss, batch_center
+
+
+@torch.no_grad()
+def sinkhorn_center(
+    teacher: Tensor,
+    teacher_temp: float = 0.04,
+    *,
+    iterations: int = 3,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The centre with which softmax((teacher - center) / teacher_temp) is the Sinkhorn-Knopp
+    assignment of the rows to prototypes.
+
+    Sinkhorn-Knopp scales the columns of exp(teacher / teacher_temp) to equal sums, then its rows to
+    sums of 1, and repeats this. The logarithm of a column's scale, times -teacher_temp, is the
+    centre; the last scaling of the rows is the softmax. With `detach_teacher=True` and this
+    `center`, distillation_loss and sssd_loss compute the loss of SwAV (Caron et al., arXiv
+    2006.09882, section 3.1) in their kernels.
+
+    Args:
+        teacher: [..., K] floating point logits.
+        teacher_temp: temperature, the same as in the loss.
+        iterations: scalings of columns and rows (SwAV and DINOv2: 3).
+        reduce: sums a float64 tensor over processes and returns it; None = one process.
+
+    Returns: [K] fp32 (fp64 for fp64 input) without a gradient.
+
+    Raises: TypeError or ValueError naming the argument.
+
+    Example:
+        >>> teacher = torch.randn(8, 4)
+        >>> center = sinkhorn_center(teacher, 1.0, iterations=50)
+        >>> (teacher - center).softmax(-1).sum(0)
+        tensor([2.0000, 2.0000, 2.0000, 2.0000])
+    """
+    check_floating("teacher", teacher)
+    check_positive("teacher_temp", teacher_temp)
+    if teacher.ndim < 1 or teacher.shape[-1] < 1:
+        shape = tuple(teacher.shape)
+        raise ValueError(f"teacher: got shape {shape}, needs [..., K] with K of at least 1")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations: got {iterations!r}, needs an integer of at least 1")
+    acc = accumulate_dtype(teacher)
+    z_RK = teacher.reshape(-1, teacher.shape[-1]).to(acc) / teacher_temp
+    rows_R = z_RK.new_zeros(z_RK.shape[0])
+    columns_K = z_RK.new_zeros(z_RK.shape[1])
+    for _ in range(iterations):
+        sums_K = torch.logsumexp(z_RK + rows_R[:, None], 0)
+        if reduce is not None:
+            # exp in float64: logits / temperature of up to 700 do not overflow
+            sums_K = reduce(sums_K.double().exp()).log().to(acc)
+        columns_K = -sums_K
+        rows_R = -torch.logsumexp(z_RK + columns_K, 1)
+    return columns_K * -teacher_temp
 
 
 def check_distillation(logits: Logits, kind: str, center_mode: str, detach_teacher: bool) -> Logits:
