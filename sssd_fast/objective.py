@@ -12,8 +12,8 @@ The student is LayerNorm(encoder), the teacher LayerNorm(decoder), both at the v
   The teacher's head keeps its random weights.
 - sinkhorn: the same without a gradient to the decoder, and with the centre that Sinkhorn-Knopp
   finds for each batch (SwAV, arXiv 2006.09882), so that all prototypes are used equally.
-- predictor: an MLP predicts the decoder's features of a token from the encoder's (as BYOL, arXiv
-  2006.07733); mean squared error, no gradient to the teacher.
+- predictor: an MLP predicts the decoder's standardised features of a token from the encoder's (as
+  BYOL, arXiv 2006.07733); mean squared error, no gradient to the teacher.
 
 To add a loss term, add its name to LOSSES and its value to `losses` in `SSSD.compute_losses`, or do
 both in a subclass (examples/custom_loss.py). Logging, validation and plots use these names.
@@ -103,13 +103,20 @@ class Predictor(nn.Module):
         return _pooled(self.fc2(F.gelu(self.fc1(x_BKD))), pooling)
 
 
-class Whitened(nn.Module):
-    """The teacher of a predictor: decoder features with mean 0 and variance 1 in each token, so
-    that their scale cannot shrink to make them easy to predict.
+class Standardised(nn.Module):
+    """The teacher of a predictor: decoder features with mean 0 and variance 1 of each feature over
+    the rows of all processes. Otherwise what all rows share would make up the loss.
     """
 
     def forward(self, x_BKE: Tensor, pooling: str) -> Tensor:
-        return _pooled(F.layer_norm(x_BKE, x_BKE.shape[-1:]), pooling)
+        x_RE = _pooled(x_BKE.float(), pooling)
+        count = x_RE.new_full((1,), len(x_RE))
+        sums = torch.cat([x_RE.sum(0), x_RE.square().sum(0), count])
+        if _shared(self):
+            sums = _sum_over_processes(sums)
+        mean_E, square_E = (sums[:-1] / sums[-1]).chunk(2)
+        std_E = (square_E - mean_E.square()).clamp_min(0).add(1e-6).sqrt()
+        return (x_RE - mean_E) / std_E
 
 
 def _pooled(x_BKF: Tensor, pooling: str) -> Tensor:
@@ -138,7 +145,7 @@ class SSSD(nn.Module):
             self.teacher_head.requires_grad_(trained)
         elif objective.weight > 0:
             self.student_head = Predictor(width, objective.head_hidden, decoder)
-            self.teacher_head = Whitened()
+            self.teacher_head = Standardised()
         self.register_buffer("center", torch.zeros(objective.prototypes))
 
     def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> SSSDOutput:
@@ -197,11 +204,8 @@ class SSSD(nn.Module):
             return None
         if cfg.center != "sinkhorn":
             return self.center
-        # the rows of all processes, in training; a validation batch may be missing in some
-        shared = self.training and dist.is_available() and dist.is_initialized()
-        return sinkhorn_center(
-            teacher_RS, cfg.teacher_temp, reduce=_sum_over_processes if shared else None
-        )
+        reduce = _sum_over_processes if _shared(self) else None
+        return sinkhorn_center(teacher_RS, cfg.teacher_temp, reduce=reduce)
 
     @torch.no_grad()
     def update_center(self, batch_center_S: Tensor, apply: Tensor) -> None:
@@ -212,6 +216,13 @@ class SSSD(nn.Module):
         m = self.objective.center_momentum
         moved_S = m * self.center + (1 - m) * batch_center_S.to(self.center.dtype)
         self.center.copy_(torch.where(apply, moved_S, self.center))
+
+
+def _shared(module: nn.Module) -> bool:
+    """Whether statistics are those of all processes: in training. In validation a process may have
+    no image.
+    """
+    return module.training and dist.is_available() and dist.is_initialized()
 
 
 def _sum_over_processes(x: Tensor) -> Tensor:
