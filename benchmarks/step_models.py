@@ -388,11 +388,11 @@ def published_model(setup: Setup, source: Any) -> nn.Module:
     from sssd_fast.weights.formats import export_state
 
     m, o = setup.config.model, setup.config.objective
-    chosen = (m.cls_token, o.kind, o.pooling, o.center, o.detach_teacher)
-    if chosen != (True, "dino", "image", "prob", False):
+    chosen = (m.cls_token, o.kind, o.pooling, o.center, o.stop_gradient)
+    if chosen != (True, "dino", "image", "prob", "none"):
         raise ConfigError(
-            f"cls_token, kind, pooling, center and detach_teacher are {chosen}; the published "
-            "models have true, dino, image, prob and false"
+            f"cls_token, kind, pooling, center and stop_gradient are {chosen}; the published "
+            "models have true, dino, image, prob and none (objective.name=published)"
         )
     if setup.task == "finetune":
         classifier = published.Classifier(m, CLASSES)

@@ -12,6 +12,7 @@ from mae_kernels import (
     backend,
     distillation_loss,
     masked_reconstruction_loss,
+    sinkhorn_center,
     sssd_loss,
 )
 from tests.kernels.calls import assert_close, assert_equals_reference, run
@@ -93,6 +94,49 @@ def test_detach_teacher_stops_only_its_gradient(device) -> None:
     of_held = torch.autograd.grad(held, (student, teacher), allow_unused=True)
     assert torch.equal(of_free[0], of_held[0])
     assert of_held[1] is None and of_free[1].abs().sum() > 0
+
+
+def test_sinkhorn_center_gives_the_assignment_of_sinkhorn_knopp() -> None:
+    teacher = torch.randn(3, 4, 9, dtype=torch.float64)
+    rows = teacher.reshape(12, 9)
+    p = (rows / 0.3).exp()
+    for _ in range(3):
+        p = p / p.sum(0)
+        p = p / p.sum(1, keepdim=True)
+    center = sinkhorn_center(teacher, 0.3)
+    torch.testing.assert_close(((rows - center) / 0.3).softmax(-1), p)
+    # the mean of P that distillation_loss returns
+    _, mean_p = distillation_loss(teacher, teacher, center=center, teacher_temp=0.3)
+    torch.testing.assert_close(mean_p, p.mean(0))
+    # equal use of all columns in the limit
+    many = sinkhorn_center(teacher, 0.3, iterations=200)
+    used = ((rows - many) / 0.3).softmax(-1).sum(0)
+    torch.testing.assert_close(used, torch.full((9,), 12 / 9, dtype=torch.float64))
+
+
+def test_sinkhorn_center_of_two_processes_is_that_of_all_rows() -> None:
+    """The sums of the other process are added by `reduce`, iteration by iteration."""
+    teacher = torch.randn(10, 6, dtype=torch.float64)
+    halves = teacher[:7], teacher[7:]
+    sums: list[list[torch.Tensor]] = [[], []]
+
+    def record(half: int):
+        def reduce(x: torch.Tensor) -> torch.Tensor:
+            step = len(sums[half])
+            sums[half].append(x)
+            other = sums[1 - half]
+            return x + other[step] if step < len(other) else x
+
+        return reduce
+
+    # repeated until both have seen the other's sums of every iteration
+    for _ in range(4):
+        found = []
+        for half in (0, 1):
+            sums[half] = []
+            found.append(sinkhorn_center(halves[half], 0.5, reduce=record(half)))
+    for center in found:
+        torch.testing.assert_close(center, sinkhorn_center(teacher, 0.5))
 
 
 @pytest.mark.kernel

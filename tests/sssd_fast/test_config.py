@@ -53,7 +53,7 @@ def test_overrides_reach_nested_keys_with_yaml_types() -> None:
         "pretrain.base_lr=3e-4",  # plain YAML 1.1 reads it as a string
         "model.image_size=[64,96]",
         "data.source=my data: folder (1)/100%",
-        "objective.detach_teacher=true",
+        "objective.stop_gradient=teacher",
         "pretrain.clip_grad=null",
         "pretrain.augment.crop_scale=[0.3, 1]",
         "finetune.augment={hflip: 0.25}",
@@ -62,11 +62,29 @@ def test_overrides_reach_nested_keys_with_yaml_types() -> None:
         assert config.pretrain.base_lr == 3e-4
         assert config.model.image_size == (64, 96)
         assert config.data.source == "my data: folder (1)/100%"
-        assert config.objective.detach_teacher is True
+        assert config.objective.stop_gradient == "teacher"
         assert config.pretrain.clip_grad is None
         assert config.pretrain.augment.crop_scale == (0.3, 1.0)
         assert config.finetune.augment.hflip == 0.25
         assert config.finetune.augment.crop_scale[0] in (0.7, 0.5)  # as in the file
+
+
+def test_objective_name_sets_its_keys_unless_they_are_given() -> None:
+    predictor = load_config(None, ["objective.name=predictor"]).objective
+    assert (predictor.kind, predictor.heads, predictor.stop_gradient) == (
+        "mse",
+        "student",
+        "teacher",
+    )
+    cosine = ["objective.name=predictor", "objective.kind=cosine", "objective.weight=0.5"]
+    config = load_config(None, cosine)
+    assert (config.objective.kind, config.objective.pooling) == ("cosine", "token")
+    # a new name replaces all keys of the former one, and no other setting
+    renamed = changed(config, ["objective.name=sinkhorn"]).objective
+    assert (
+        renamed == load_config(None, ["objective.name=sinkhorn", "objective.weight=0.5"]).objective
+    )
+    assert "needs heads 'both'" in problems(["objective.heads=student"])
 
 
 def test_every_problem_is_reported_at_once() -> None:

@@ -54,16 +54,37 @@ def _reference(module: SSSD, images: torch.Tensor, noise: torch.Tensor) -> dict[
                 target = (target - target.mean(0)) / (target.var(0, unbiased=True) + 1e-6).sqrt()
             losses.append((out.pred_BMV[b, row].double() - target.flatten()).square().mean())
     reconstruction = torch.stack(losses).mean()
-    s = _head(module.student_head, out.student_BKD.double())  # type: ignore[arg-type]
-    t = _head(module.teacher_head, out.teacher_BKE.double())  # type: ignore[arg-type]
+    student, teacher = out.student_BKD.double(), out.teacher_BKE.double()
+    teacher = teacher if cfg.stop_gradient == "none" else teacher.detach()
+    if cfg.heads == "both":
+        s = _head(module.student_head, student)  # type: ignore[arg-type]
+        t = _head(module.teacher_head, teacher)  # type: ignore[arg-type]
+    else:
+        fc1, fc2 = module.student_head.fc1, module.student_head.fc2  # type: ignore[union-attr]
+        hidden = F.gelu(student @ fc1.weight.double().T + fc1.bias)
+        s = hidden @ fc2.weight.double().T + fc2.bias
+        rows = teacher.flatten(0, 1)
+        t = (teacher - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-6).sqrt()
     s, t = (s.mean(1), t.mean(1)) if cfg.pooling == "image" else (s.flatten(0, 1), t.flatten(0, 1))
-    t_loss = t.detach() if cfg.detach_teacher else t
+    t_loss = t.detach() if cfg.stop_gradient == "teacher" else t
     center = None
     if cfg.kind == "dino":
-        p = ((t_loss - module.center.double()) / cfg.teacher_temp).softmax(-1)
+        if cfg.center == "sinkhorn":
+            scores = (t.detach() / cfg.teacher_temp).exp()
+            columns = torch.ones(t.shape[1], dtype=torch.float64)
+            assigned = scores
+            for _ in range(3):
+                columns = columns / assigned.sum(0)
+                assigned = scores * columns
+                assigned = assigned / assigned.sum(1, keepdim=True)
+            # the column scales are constants of the loss
+            p = (t_loss / cfg.teacher_temp).exp() * columns
+            p = p / p.sum(1, keepdim=True)
+        else:
+            p = ((t_loss - module.center.double()) / cfg.teacher_temp).softmax(-1)
+            center = (p if cfg.center == "prob" else t).mean(0).detach()
         log_q = (s / cfg.student_temp).log_softmax(-1)
         distillation = -(p * log_q).sum(-1).mean()
-        center = (p if cfg.center == "prob" else t).mean(0).detach()
     elif cfg.kind == "cosine":
         distillation = (1 - (s * t_loss).sum(-1) / (s.norm(dim=-1) * t_loss.norm(dim=-1))).mean()
     elif cfg.kind == "mse":
@@ -82,10 +103,21 @@ def _reference(module: SSSD, images: torch.Tensor, noise: torch.Tensor) -> dict[
         (1, []),
         (3, ["objective.norm=channel", "objective.weight=0.5"]),
         (3, ["objective.norm=none", "objective.pooling=token"]),
-        (1, ["objective.center=logit", "objective.detach_teacher=true"]),
+        (1, ["objective.center=logit", "objective.stop_gradient=teacher"]),
+        (1, ["objective.name=centred"]),
+        (1, ["objective.name=sinkhorn"]),
+        (1, ["objective.name=predictor"]),
+        (1, ["objective.name=sinkhorn", "objective.pooling=image", "objective.weight=0.5"]),
         (1, ["objective.kind=cosine"]),
         (1, ["objective.kind=mse", "objective.pooling=token"]),
-        (1, ["objective.kind=smooth_l1", "objective.detach_teacher=true", "model.cls_token=false"]),
+        (
+            1,
+            [
+                "objective.kind=smooth_l1",
+                "objective.stop_gradient=teacher",
+                "model.cls_token=false",
+            ],
+        ),
     ],
 )
 def test_sssd_loss_and_gradients_equal_the_formula(channels: int, overrides: list[str]) -> None:
@@ -108,6 +140,15 @@ def test_sssd_loss_and_gradients_equal_the_formula(channels: int, overrides: lis
         if g is not None and e is not None:
             error = float((g.double() - e.double()).norm() / e.double().norm().clamp_min(1e-6))
             assert error < 1e-3, (name, error)
+
+
+def test_evaluation_returns_what_the_distillation_compares() -> None:
+    module, images, noise = _build("objective.name=centred")
+    assert module(images, noise).compared is None
+    student, teacher, assigned = module.eval()(images, noise).compared
+    assert student.shape == teacher.shape == (3 * 6, 30)
+    want = ((teacher - module.center) / 0.04).softmax(-1)
+    torch.testing.assert_close(assigned, want)
 
 
 def test_weight_zero_has_no_heads_and_only_the_reconstruction_loss() -> None:

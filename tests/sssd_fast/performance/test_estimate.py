@@ -29,7 +29,7 @@ CASES = {
     "plain MAE": ["objective.weight=0"],
     "odd shapes": ODD,
     "cosine per token": ["objective.kind=cosine", "objective.pooling=token"],
-    "detached teacher": ["objective.detach_teacher=true"],
+    "detached teacher": ["objective.stop_gradient=teacher"],
     "eager attention": ["step.attention=eager", "step.decoder_attention=eager"],
 }
 
@@ -143,7 +143,7 @@ def test_a_block_on_a_gpu_keeps_what_the_formula_says(
 
 def test_fixed_bytes_are_those_of_a_real_step(tiny: list[str]) -> None:
     """The head of a detached teacher gets no gradient and no optimizer state."""
-    config = config_of(tiny, *ODD, "objective.detach_teacher=true")
+    config = config_of(tiny, *ODD, "objective.stop_gradient=teacher")
     model, inputs = built(config, "pretrain")
     loss_of(model, inputs, "fp32").backward()
     optimizer = build_optimizer(parameter_groups(model, weight_decay=0.05), (0.9, 0.95), "adamw")

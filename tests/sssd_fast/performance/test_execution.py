@@ -156,7 +156,7 @@ def test_the_compiled_module_is_one_graph_with_every_gradient(
     settings = {
         "reconstruction only": ["objective.weight=0"],
         "token pooling": ["objective.pooling=token", "objective.kind=cosine"],
-        "detached teacher": ["objective.detach_teacher=true"],
+        "detached teacher": ["objective.stop_gradient=teacher"],
     }
     config = _config(tiny, *settings.get(kind, []))
     model: SSSD | Classifier
