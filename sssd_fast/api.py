@@ -68,7 +68,9 @@ class Predictions:
 class Start(TypedDict, total=False):
     """Keyword arguments of every function that trains."""
 
-    config: PathLike | None  # shipped configuration or YAML file; default: that of `init`, if a run
+    # shipped configuration, YAML file, or "auto" = by the number of images and the device (default
+    # of `run`); default: that of `init`, if a run
+    config: PathLike | None
     settings: Settings | None  # ["key=value", ...] or {"key": value}, with dotted keys
     out: PathLike | None  # run folder to make; default runs/COMMAND
     resume: PathLike | None  # run folder to continue, with its configuration
@@ -145,6 +147,7 @@ def run(
     seeds: Sequence[int] = (),
     folds: bool = False,
     from_scratch: bool = False,
+    minutes: float | None = None,
     **start: Unpack[Start],
 ) -> Result:
     """Pre-trains, fine-tunes, evaluates and writes a report; once, or for several seeds or folds.
@@ -155,10 +158,13 @@ def run(
         seeds: repeat with these seeds for training and split.
         folds: repeat for every fold of data.folds.
         from_scratch: skip pre-training: the supervised control.
+        minutes: choose the epochs of both stages so that each model takes about so long here.
     """
     if seeds and folds:
         raise ConfigError("seeds and folds exclude each other; give one of them")
-    config, resume = _config(start, data), start.get("resume")
+    if minutes is not None and not minutes > 0:
+        raise ConfigError(f"minutes is {minutes:g}, needs a positive number")
+    config, resume = _config(start, data, default="auto"), start.get("resume")
     with _folder(Path(resume or start.get("out") or "runs/run"), start) as out:
         from sssd_fast.pipeline import run_all
 
@@ -170,6 +176,7 @@ def run(
             seeds=seeds,
             folds=folds,
             pretraining=not from_scratch,
+            minutes=minutes,
             command=start.get("command", "sssd_fast.run"),
         )
         return Result(out, metrics)
@@ -302,7 +309,9 @@ def start_processes(name: str, start: Mapping[str, Any], words: Sequence[str]) -
     if name not in STAGES or start.get("dry_run") or "WORLD_SIZE" in os.environ:
         return None
     given: Any = start
-    config = _config(given, start.get("data"), start.get("init"), log=lambda line: None)
+    default = "auto" if name == "run" else None
+    quiet: Any = {"default": default, "log": lambda line: None}
+    config = _config(given, start.get("data"), start.get("init"), **quiet)
     if start.get("resume") and config.processes == "auto":
         return None  # a run of several processes has recorded their number
 
@@ -335,16 +344,31 @@ def _config(
     start: Start,
     data: PathLike | None = None,
     *folders: PathLike | None,
+    default: str | None = None,
     log: Callable[[str], object] | None = None,
 ) -> Config:
-    """start["config"], else that of the run that is resumed or in `folders`, else the defaults."""
+    """start["config"], else that of the run that is resumed or in `folders`, else `default`, else
+    the defaults of all settings.
+    """
     source, resume = start.get("config"), start.get("resume")
     if resume is not None and not Path(resume, "config.yaml").is_file():
         raise ConfigError(f"--resume {resume} is not a run folder: config.yaml is missing")
     for folder in (resume, *folders):
         if source is None and folder is not None and Path(folder, "config.yaml").is_file():
             source = Path(folder, "config.yaml")
-    return load_config(source, _words(start.get("settings"), data), log or _log)
+    source = default if source is None else source
+    words, log = _words(start.get("settings"), data), log or _log
+    if source != "auto":
+        return load_config(source, words, log)
+    given = load_config(None, words)
+
+    from sssd_fast.data.index import count_images
+    from sssd_fast.performance.schedule import choose_config
+    from sssd_fast.run.device import pick_device
+
+    name, why = choose_config(count_images(given.data), pick_device(given.device))
+    log(f"config: {name}, because {why}")
+    return load_config(name, words, log)
 
 
 def _limited(config: Config, start: Start) -> Config:

@@ -109,6 +109,7 @@ SPLITS: Options = {"split": (Split, SPLIT)}
 RUN = SEEDS | {
     "folds": (bool, flag("--folds", "Repeat for each fold of data.folds.")),
     "from_scratch": (bool, flag("--from-scratch", "Skip pre-training: the supervised control.")),
+    "minutes": (float | None, option(None, "Choose epochs so that a model takes M minutes.", "M")),
 }
 PROBE = INIT | SPLITS | {"init": (str, option(..., "Run or weights to probe.", "RUN|WEIGHTS"))}
 REPRODUCE: Options = {

@@ -30,7 +30,11 @@ def argument(metavar: str | None, help: str, default: Any = ...) -> Any:
 
 Split = Literal["train", "val", "test"]
 SETTINGS = argument("KEY=VALUE", "Settings, such as pretrain.epochs=400 data.source=ct/.", None)
-CONFIG = option(None, "Shipped configuration (see configs) or YAML file.", "NAME|FILE")
+CONFIG = option(
+    None,
+    "Shipped configuration (see configs), YAML file, or auto: by images and device.",
+    "NAME|FILE",
+)
 SPLIT = option("test", "Split to evaluate on.")
 MANIFEST = option(None, "path,label[,split][,patient], paths relative to DIR.", "CSV")
 BAD_FRACTION = option(0.01, "Largest fraction of unusable files; more is an error.", "F")

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sssd_fast.config import Config
+from sssd_fast.data.index import count_images
 from sssd_fast.evaluation.evaluate import evaluate_run
 from sssd_fast.evaluation.metrics import RATES, aggregate_runs
 from sssd_fast.finetune import finetune
 from sssd_fast.performance.batch_size import resolve_batch
+from sssd_fast.performance.schedule import fit_minutes
 from sssd_fast.pretrain import pretrain
 from sssd_fast.report.report import write_report
 from sssd_fast.run.checkpoint import find_checkpoint
@@ -33,10 +35,13 @@ def run_all(
     seeds: Sequence[int] = (),
     folds: bool = False,
     pretraining: bool = True,
+    minutes: float | None = None,
     command: str = "",
 ) -> dict[str, Any]:
     """Writes out/pretrain, out/finetune and out/report.html, or the same below out/seed-N or
     out/fold-N and out/summary.json. Returns the metrics, of several runs the summary.
+
+    minutes: of one model, see `fit_minutes`.
     """
     stages = STAGES if pretraining else STAGES[1:]
     options: dict[str, Any] = {
@@ -46,6 +51,11 @@ def run_all(
         "top": out,
     }
     with world(config.device) as here:
+        if not resume:
+            log = print if here.main else lambda text: None
+            data = config.data
+            images = round(count_images(data) * (1 - data.test_fraction - data.val_fraction))
+            config = fit_minutes(config, stages, images, minutes, here, log)
         variants = _variants(config, seeds, folds)
         if not variants:
             return _once(config, out, here, stages, **options)

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from sssd_fast.config import DataConfig
 from sssd_fast.data.images import (
     SUFFIXES,
     ImageError,
@@ -35,6 +36,7 @@ from sssd_fast.data.images import (
     read_file,
 )
 from sssd_fast.data.manifest import first_lines, read_manifest, refuse_bad_files, walk_files
+from sssd_fast.data.synthetic import is_synthetic
 from sssd_fast.errors import DataError, SssdError
 from sssd_fast.run.files import atomic_write_text
 
@@ -208,6 +210,18 @@ def duplicate_lines(index: DataIndex) -> list[str]:
     if mixed:
         lines.append(f"  identical images WITH DIFFERENT LABELS: {len(mixed)} groups")
     return lines + first_lines(mixed)
+
+
+def count_images(config: DataConfig) -> int:
+    """Images of all splits, without reading them. Raises DataError."""
+    if is_synthetic(config.source):
+        return config.synthetic_images
+    root = Path(config.source)
+    if config.manifest is not None or root.is_file():
+        return len(read_manifest(config.manifest or root))
+    if not root.is_dir():
+        raise DataError(f"{printable(str(root))}: no such file or folder")
+    return len(_scan_folders(root, []))
 
 
 def check_data(

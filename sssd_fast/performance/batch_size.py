@@ -8,6 +8,8 @@ against half of the free memory.
 from __future__ import annotations
 
 import gc
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,13 @@ from sssd_fast.performance.estimate import estimate
 from sssd_fast.performance.execution import compiled, configure_model, pick_compile
 from sssd_fast.performance.fake import make_model, random_inputs
 from sssd_fast.performance.plan import FRAGMENTS, divisors
-from sssd_fast.run.device import World, available_memory, is_out_of_memory, pick_precision
+from sssd_fast.run.device import (
+    World,
+    available_memory,
+    data_parallel,
+    is_out_of_memory,
+    pick_precision,
+)
 from sssd_fast.step import Step, TaskLoss
 
 # Batches are tried up to this share of the free memory: the estimate may be too high.
@@ -108,13 +116,15 @@ def steps_fit(config: Config, task: str, classes: int, world: World, kept: int, 
 
     kept: bytes that they must leave free, for the decoded images that the loader stores later.
     """
-    what = f"trying a micro-batch of {getattr(config, task).batch_size}"
+    batch_size = getattr(config, task).batch_size
+    what = f"trying a micro-batch of {batch_size}"
     log(f"{what} ...")
     device = world.device
     held: Tensor | None = None
     try:
         held = torch.empty(kept, dtype=torch.uint8, device=device)
-        _two_steps(config, task, classes, device)
+        # alone: the other processes may still be at another size
+        time_steps(config, task, classes, World(device), batch_size, steps=2)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -133,9 +143,14 @@ def steps_fit(config: Config, task: str, classes: int, world: World, kept: int, 
     return True
 
 
-def _two_steps(config: Config, task: str, classes: int, device: torch.device) -> None:
-    settings = getattr(config, task)
-    images = settings.batch_size
+def time_steps(
+    config: Config, task: str, classes: int, world: World, images: int, steps: int
+) -> float:
+    """Seconds of a step on random images: the median of `steps` but the first.
+
+    images: of a micro-batch in this process. A step computes at most two micro-batches.
+    """
+    settings, device = getattr(config, task), world.device
     precision = pick_precision(config.precision, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = make_model(config, task, classes).to(device)
@@ -146,20 +161,24 @@ def _two_steps(config: Config, task: str, classes: int, device: torch.device) ->
         groups = parameter_groups(model, weight_decay=settings.weight_decay)
         betas = settings.beta1, settings.beta2
         step = Step(
-            module,
+            data_parallel(module, world),
             build_optimizer(groups, betas, config.step.optimizer),
             _loss,
-            world=World(device),  # alone: the other processes may still be at another size
+            world=world,
             precision=precision,
             clip_grad=settings.clip_grad,
             compiled=execution.compiled,
             graphs=execution.graphs,
         )
-        # A step computes two micro-batches; the others only occupy memory.
+        # The other micro-batches only occupy memory.
         batches = [random_inputs(config, task, images, device) for _ in range(settings.accumulate)]
-        for i in range(2):
+        seconds = []
+        for i in range(steps):
+            start = time.perf_counter()
             result = step(batches[:2], i, 0.0)
-        float(result.grad_norm)  # waits for the device, where an error may still come
+            float(result.grad_norm)  # waits for the device, where an error may still come
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:])
 
 
 def _loss(module: nn.Module, batch: list[Tensor], step: int, micro: int) -> TaskLoss:

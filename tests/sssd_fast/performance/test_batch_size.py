@@ -98,10 +98,10 @@ def test_a_trial_is_a_real_step_that_leaves_nothing_behind(
     assert said[-1] == "trying a micro-batch of 4: fits"
     errors: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory"), ValueError("another")]
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise errors.pop(0)
 
-    monkeypatch.setattr(microbatch, "_two_steps", fail)
+    monkeypatch.setattr(microbatch, "time_steps", fail)
     assert not fits()
     assert said[-1] == "trying a micro-batch of 4: out of memory"
     with pytest.raises(ValueError, match="another"):  # only a lack of memory is an answer
