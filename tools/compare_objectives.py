@@ -1,6 +1,6 @@
 """Compare the forms of the self-distillation: linear probe and fine-tuning on validation images.
 
-    python tools/compare_objectives.py covid-ct path/to/covid-ct/images --out runs/objectives-covid \
+    python tools/compare_objectives.py covid-ct path/to/covid-ct/images --out runs/objectives \
         --json benchmarks/results/objectives/covid-ct.json pretrain.epochs=100 finetune.epochs=30
 
 For each seed, every form is trained with the same data, order, masks and number of steps. The test
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     for seed in args.seeds:
         for form in args.forms:
             found = _model(args, seed, form)
