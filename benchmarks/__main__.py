@@ -45,8 +45,6 @@ MODULES = {"attention": "ops"}
 
 def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
-    if words[:1] == ["kernels"]:  # the former name
-        words[0] = "ops"
     # torch's profiler, which counts memory on a CPU, prints a line at each start
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     try:
@@ -54,10 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if args.kind in FILES:
             return int(_module(args.kind).main(args))
         if args.device.startswith("cuda") and not torch.cuda.is_available():
-            raise SssdError(
-                "--device is cuda, but torch finds no CUDA device (see `sssd-fast doctor`); "
-                "use --device cpu"
-            )
+            raise SssdError("torch finds no CUDA device (see `sssd-fast doctor`); use --device cpu")
         if args.kind == "all":
             return _all(words[1:], 60 * args.minutes)
         with Console() as console:
@@ -126,10 +121,18 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("sssd-fast bench", description=__doc__, formatter_class=form)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
     for kind, text in HELP.items():
         sub = kinds.add_parser(kind, help=text, description=text)
         if kind not in FILES:
-            _common(sub)
+            add = sub.add_argument
+            add("--quick", action="store_true", help=f"{QUICK_SAMPLES} samples, few shapes")
+            add("--device", default=default, help="cpu, cuda, cuda:1, ...")
+            add("--dtype", nargs="+", choices=list(DTYPES), help="bf16; on a CPU fp32 and bf16")
+            add("--provider", nargs="+", metavar="P", help="only these, by their names in tables")
+            add("--samples", type=int, metavar="N", help=f"per provider (default {SAMPLES})")
+            add("--minutes", type=float, metavar="M", help="start no new case after M minutes")
+            add("--out", type=Path, default=FOLDER, help="folder, or FILE.json")
         if kind == "all":
             sub.set_defaults(minutes=9.0)
         elif kind in words[:1]:  # importing the loader takes a second
@@ -145,18 +148,6 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     args.dtypes = [DTYPES[name] for name in args.dtype or usual]
     args.samples = args.samples or (QUICK_SAMPLES if args.quick else SAMPLES)
     return args
-
-
-def _common(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--quick", action="store_true", help=f"{QUICK_SAMPLES} samples, few shapes: a first test")
-    add("--device", default=default, help="cpu, cuda, cuda:1, ...")
-    add("--dtype", nargs="+", choices=list(DTYPES), help="default: bf16; on a CPU fp32 and bf16")
-    add("--provider", nargs="+", metavar="P", help="only these, by their names in the table")
-    add("--samples", type=int, metavar="N", help=f"per provider (default {SAMPLES})")
-    add("--minutes", type=float, metavar="M", help="start no new case after M minutes")
-    add("--out", type=Path, default=FOLDER, help="folder, or FILE.json (benchmarks/results)")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def compare(a: Document, b: Document, over: float) -> list[Line]:
     margin = MARGIN_BYTES if a["kind"] == "memory" else MARGIN_US[a["device"]["type"]]
     lines = []
     for name in both:
-        before, after = _cost(rows_a[name]), _cost(rows_b[name])
+        before, after = cost(rows_a[name]), cost(rows_b[name])
         if before is None or after is None:
             verdict = FAILS if before else RUNS if after else ""
         elif abs(after - before) <= margin or 1 / (1 + over) <= after / before <= 1 + over:
@@ -60,15 +60,10 @@ def compare(a: Document, b: Document, over: float) -> list[Line]:
     return sorted(lines, key=lambda one: -one.ratio)
 
 
-def _cost(row: RowDict) -> float | None:
-    if row["reason"]:
-        return None
-    if row["time"]:
-        return float(row["time"]["median_us"])
-    if "images_per_s" in row["more"]:
-        return 1e6 / float(row["more"]["images_per_s"])
-    peak: float | None = row["peak_bytes"]
-    return peak
+def cost(row: RowDict) -> float | None:
+    rate, time = row["more"].get("images_per_s"), row["time"]
+    found = time["median_us"] if time else 1e6 / rate if rate else row["peak_bytes"]
+    return None if row["reason"] else found
 
 
 def ratio_of(text: str) -> float:

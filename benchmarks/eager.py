@@ -8,7 +8,7 @@ width, p prefix tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -147,29 +147,21 @@ def sssd_loss(
     return WEIGHT * distilled + (1 - WEIGHT) * restored, restored, distilled, mean_S
 
 
-def crop_resize(pixels: Tensor, size: Sequence[int], channels: int, **named: Tensor) -> Tensor:
-    """Along rows first, rounded, then along columns, as Pillow does."""
-    crops = (
-        _resized(_resized(x, (x.shape[2], size[1])), size)
-        for x in _crops(pixels, channels, **named)
-    )
-    return torch.cat([*crops])
-
-
-def _resized(crop_1CHW: Tensor, size: Sequence[int]) -> Tensor:
-    x = F.interpolate(crop_1CHW.float(), size=tuple(size), mode="bicubic", antialias=True)
-    return x.round().clamp(0, 255).to(torch.uint8)
-
-
-def _crops(
-    pixels: Tensor, channels: int, offsets: Tensor, shapes: Tensor, boxes: Tensor, flips: Tensor
-) -> Iterator[Tensor]:
-    """[1,C,h,w] of each image; flipped before resizing, which is symmetric."""
-    of_images = (t.tolist() for t in (offsets, shapes, boxes, flips))
-    for offset, (height, width), (top, left, h, w), flip in zip(*of_images, strict=True):
+def crop_resize(pixels: Tensor, size: Sequence[int], channels: int, **of_images: Tensor) -> Tensor:
+    """Along rows first, rounded, then along columns, as Pillow does. Flipped before resizing, which
+    is symmetric.
+    """
+    found = []
+    listed = (of_images[name].tolist() for name in ("offsets", "shapes", "boxes", "flips"))
+    for offset, (height, width), (top, left, h, w), flip in zip(*listed, strict=True):
         image_HWC = pixels[offset : offset + height * width * channels].view(height, width, -1)
-        crop_1CHW = image_HWC[top : top + h, left : left + w].permute(2, 0, 1)[None]
-        yield crop_1CHW.flip(-1) if flip else crop_1CHW
+        x_1CHW = image_HWC[top : top + h, left : left + w].permute(2, 0, 1)[None].float()
+        x_1CHW = x_1CHW.flip(-1) if flip else x_1CHW
+        for shape in ((h, size[1]), tuple(size)):
+            x_1CHW = F.interpolate(x_1CHW, size=shape, mode="bicubic", antialias=True)
+            x_1CHW = x_1CHW.round().clamp(0, 255)
+        found.append(x_1CHW.to(torch.uint8))
+    return torch.cat(found)
 
 
 def attention(qkv: Tensor) -> Tensor:

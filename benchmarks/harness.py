@@ -43,6 +43,7 @@ class Bench:
     samples: int = race.SAMPLES
     deadline: float | None = None
     only: Sequence[str] = field(default_factory=list)
+    replayed: bool = True  # see race.race
 
     def time_is_up(self, case: str) -> bool:
         """Whether the deadline has passed; `case` is then listed as skipped."""
@@ -97,7 +98,7 @@ def time_rows(
         load = Load()
         try:
             watched = {name: partial(named, name, call) for name, call in running.items()}
-            found = race.race(watched, bench.device, bench.cache, bench.samples)
+            found = race.race(watched, bench.device, bench.cache, bench.samples, bench.replayed)
         except _Failed as failed:  # race again without it
             rows[failed.args[0]].reason = reason(failed.__cause__ or failed)
             del running[failed.args[0]]
@@ -236,15 +237,12 @@ class Calls:
         self._gradient: Tensor | None = None
         self.timed: dict[str, Call] = {FORWARD: self._forward}
         if inputs.leaves:
-            self.timed[BOTH] = self._both
+            self.timed[BOTH] = lambda: self.gradients(tensors(self._forward())[0])
 
     def _forward(self) -> Any:
         chosen = nullcontext() if self._backend is None else mae_kernels.backend(self._backend)
         with chosen:
             return self._call(**self._inputs.given)
-
-    def _both(self) -> list[Tensor]:
-        return self.gradients(tensors(self._forward())[0])
 
     def gradients(self, first: Tensor) -> list[Tensor]:
         if self._gradient is None:  # made once, by the call that is not timed

@@ -57,9 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = sorted({sample.op for sample in mk.samples()})
     add = parser.add_argument
     add("--op", nargs="+", choices=names, metavar="OP", help=f"of: {', '.join(names)}")
-    add(
-        "--sample", nargs="+", metavar="S", help="by name, such as '197 x 3 x 64' or 'encoder B/16'"
-    )
+    add("--sample", nargs="+", metavar="S", help="by name: '197 x 3 x 64', 'encoder B/16', ...")
     add("--batch", type=int, metavar="N", help=f"images (default {BATCHES})")
 
 

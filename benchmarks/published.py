@@ -14,7 +14,7 @@ patch in the order (row, column, channel), S prototypes, F bottleneck features.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +43,6 @@ class Block(nn.Module):
         hidden_BNF = F.gelu(self.mlp["fc1"](self.norm2(x_BND)))
         out: Tensor = x_BND + self.mlp["fc2"](hidden_BNF)
         return out
-
-
-class Encoded(NamedTuple):
-    latent_BND: Tensor  # after the final norm, the cls token first
-    ids_keep_BK: Tensor
-    ids_restore_BL: Tensor
-    mask_BL: Tensor  # float, 1 = masked
 
 
 class Encoder(nn.Module):
@@ -112,12 +105,11 @@ class MaskedAutoencoderViT(Encoder):
         self.decoder_norm = nn.LayerNorm(E, eps=m.norm_eps)
         self.decoder_pred = nn.Linear(E, m.patch_size**2 * m.in_channels)
 
-    def encode(self, images_BCHW: Tensor, noise_BL: Tensor) -> Encoded:
+    def encode(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, ...]:
+        """(tokens after the final norm, ids_keep [B, K], ids_restore [B, L], mask [B, L])"""
         x_BLD = self.embed(images_BCHW)
         keep_BK, restore_BL, _, mask_BL = eager.random_masking(noise_BL, self.config.num_visible)
-        return Encoded(
-            self.run_blocks(eager.repeated(x_BLD, keep_BK)), keep_BK, restore_BL, mask_BL
-        )
+        return self.run_blocks(eager.repeated(x_BLD, keep_BK)), keep_BK, restore_BL, mask_BL
 
     def decode(self, latent_BND: Tensor, ids_restore_BL: Tensor) -> Tensor:
         """[B, 1+L, E] tokens after the final norm, in image order after the cls token."""
@@ -139,9 +131,9 @@ class MaskedAutoencoderViT(Encoder):
 
     def forward(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, None]:
         """Normalised float images and noise [B, L] -> (loss, no centre)."""
-        encoded = self.encode(images_BCHW, noise_BL)
-        y_BNE = self.decode(encoded.latent_BND, encoded.ids_restore_BL)
-        return self.reconstruction_loss(images_BCHW, y_BNE, encoded.mask_BL), None
+        latent_BND, _, restore_BL, mask_BL = self.encode(images_BCHW, noise_BL)
+        y_BNE = self.decode(latent_BND, restore_BL)
+        return self.reconstruction_loss(images_BCHW, y_BNE, mask_BL), None
 
 
 class Head(nn.Module):
@@ -178,11 +170,11 @@ class SDMAE(nn.Module):
     def losses(self, images_BCHW: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(reconstruction, distillation, mean of the teacher's probabilities [S])."""
         mae, o = self.mae, self.objective
-        encoded = mae.encode(images_BCHW, noise_BL)
-        y_BNE = mae.decode(encoded.latent_BND, encoded.ids_restore_BL)
-        reconstruction = mae.reconstruction_loss(images_BCHW, y_BNE, encoded.mask_BL)
-        teacher_BKE = eager.repeated(y_BNE[:, 1:, :], encoded.ids_keep_BK)
-        z_student_BS = self.student_head(encoded.latent_BND[:, 1:, :]).mean(dim=1)
+        latent_BND, keep_BK, restore_BL, mask_BL = mae.encode(images_BCHW, noise_BL)
+        y_BNE = mae.decode(latent_BND, restore_BL)
+        reconstruction = mae.reconstruction_loss(images_BCHW, y_BNE, mask_BL)
+        teacher_BKE = eager.repeated(y_BNE[:, 1:, :], keep_BK)
+        z_student_BS = self.student_head(latent_BND[:, 1:, :]).mean(dim=1)
         z_teacher_BS = self.teacher_head(teacher_BKE).mean(dim=1)
         p_BS = F.softmax((z_teacher_BS - self.center) / o.teacher_temp, dim=-1)
         log_q_BS = F.log_softmax(z_student_BS / o.student_temp, dim=-1)

@@ -2,9 +2,10 @@
 
 CUDA events on a GPU, perf_counter on a CPU. Every sample is one call. Before each one a buffer
 larger than the last-level cache is written outside the timed window, so that inputs are read from
-memory. On a GPU this also keeps the device busy while the host submits the call: launch overhead
-appears in the time only if it is longer than the work. Each round starts with another provider, so
-that drift (clocks, other processes) affects all of them equally.
+memory. On a GPU the time is that of the kernels: the call is captured in a CUDA graph once, and its
+replay is timed. A call that cannot be captured is submitted while the device is held up. The time
+until the call itself returns is the host time. Each round starts with another provider, so that
+drift (clocks, other processes) affects all of them equally.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,11 +33,13 @@ BOOTSTRAPS = 1000
 LARGEST_FLUSH = 256 << 20  # bytes
 BUSY = 0.1  # share of the usable CPUs used by other processes, from which on verdicts are doubtful
 SPREAD = 1.5  # p80 / p20, from which on verdicts are doubtful
+DELAY_CYCLES_PER_S, LONGEST_DELAY_S = 3e9, 0.02  # no GPU has a faster clock
 
 
 class Sample(NamedTuple):
     seconds: float
     host: float  # seconds until the call returned
+    how: str = "call"  # "graph" and "delayed call": seconds of the device alone
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Time:
     n: int
     gap: float
     host_us: float
+    how: str = "call"
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,16 @@ class Versus:
 
 
 class Cache:
-    """A buffer; writing it evicts the last-level cache of the device. size = 0 disables it."""
+    """A buffer; writing it evicts the last-level cache of the device.
+
+    size: bytes, 0 disables it; default: twice the L2 cache of a GPU, LARGEST_FLUSH on a CPU.
+    """
 
     def __init__(self, device: torch.device, size: int | None = None) -> None:
-        self.bytes = cache_bytes(device) if size is None else size
+        self.bytes = LARGEST_FLUSH if size is None else size
+        if size is None and device.type == "cuda":
+            cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
+            self.bytes = min(max(2 * cache, 8 << 20), LARGEST_FLUSH)
         self._buffer = torch.zeros(self.bytes, dtype=torch.uint8, device=device)
 
     def flush(self) -> None:
@@ -73,38 +84,68 @@ class Cache:
             self._buffer.zero_()
 
 
-def cache_bytes(device: torch.device) -> int:
-    """Twice the last-level cache of a GPU, 8 to 256 MiB; 256 MiB on a CPU."""
-    if device.type == "cuda":
-        size = int(torch.cuda.get_device_properties(device).L2_cache_size)
-        return min(max(2 * size, 8 << 20), LARGEST_FLUSH)
-    return LARGEST_FLUSH
-
-
 def first_call(call: Call, device: torch.device) -> float:
     """Seconds of the first call, including compilation and allocation."""
     wait(device)
-    start = time.perf_counter()
-    call()
-    wait(device)
-    return time.perf_counter() - start
+    return _seconds(lambda: (call(), wait(device)))
 
 
 def race(
-    calls: Mapping[Name, Call], device: torch.device, cache: Cache, samples: int = SAMPLES
+    calls: Mapping[Name, Call],
+    device: torch.device,
+    cache: Cache,
+    samples: int = SAMPLES,
+    replayed: bool = True,
 ) -> dict[Name, list[Sample]]:
+    """The samples of each call. replayed: of the device alone, if it is a GPU."""
     names = list(calls)
     found: dict[Name, list[Sample]] = {name: [] for name in names}
     for call in calls.values():
         warm_up(call, device)
+    timed = {name: TimedCall(call, call) for name, call in calls.items()}
+    if device.type == "cuda" and replayed:
+        pool = torch.cuda.graph_pool_handle()  # one for all: no result of a replay is read
+        timed = {name: on_device(call, device, pool) for name, call in calls.items()}
     for turn in range(samples):
         first = turn // 2 % len(names)
         order = (names[first:] + names[:first])[:: -1 if turn % 2 else 1]
-        for name, sample in zip(
-            order, _round([calls[n] for n in order], device, cache), strict=True
-        ):
-            found[name].append(sample)
+        started = {name: _sample(timed[name], device, cache) for name in order}
+        wait(device)
+        for name, sample in started.items():
+            found[name].append(sample())
     return found
+
+
+class TimedCall(NamedTuple):
+    call: Call
+    submit: Call  # what is timed
+    how: str = "call"
+    delay_s: float = 0.0  # how long the device is held up before it
+
+
+def on_device(call: Call, device: torch.device, pool: Any) -> TimedCall:
+    """The replay of the call's CUDA graph. If it cannot be captured, the call after a delay of
+    twice its host time, so that its kernels are queued when the device starts.
+    """
+    wait(device)
+    delay_s = min(2 * _seconds(call), LONGEST_DELAY_S)
+    wait(device)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # A call that waits for the device cannot be captured. This finds it without a failed
+        # capture, after which torch's generators of random numbers are unusable.
+        with warnings.catch_warnings():  # that this check is a prototype
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        call()
+        torch.cuda.set_sync_debug_mode("default")
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+            call()
+    except Exception:  # noqa: BLE001 - the same call ran before: only its capture fails
+        return TimedCall(call, call, "delayed call", delay_s)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return TimedCall(call, graph.replay, "graph")
 
 
 def warm_up(call: Call, device: torch.device) -> None:
@@ -117,30 +158,28 @@ def warm_up(call: Call, device: torch.device) -> None:
         spent = time.perf_counter() - start
 
 
-def _round(calls: Sequence[Call], device: torch.device, cache: Cache) -> list[Sample]:
-    """One call of each provider."""
+def _sample(one: TimedCall, device: torch.device, cache: Cache) -> Callable[[], Sample]:
+    """Calls once; the sample can be read when the device has finished."""
+    cache.flush()
     if device.type != "cuda":
-        spent = []
-        for call in calls:
-            cache.flush()
-            start = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - start
-            spent.append(Sample(seconds, seconds))
-        return spent
-    moments: list[tuple[Any, Any, float]] = []
+        seconds = _seconds(one.call)
+        return lambda: Sample(seconds, seconds)
     with torch.cuda.device(device):
-        for call in calls:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            cache.flush()
-            begin.record()
-            start = time.perf_counter()
-            call()
-            host = time.perf_counter() - start
-            end.record()
-            moments.append((begin, end, host))
-        torch.cuda.synchronize(device)
-    return [Sample(begin.elapsed_time(end) / 1000, host) for begin, end, host in moments]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if one.delay_s:
+            torch.cuda._sleep(int(one.delay_s * DELAY_CYCLES_PER_S))
+        begin.record()
+        host = _seconds(one.submit)
+        end.record()
+        if one.submit is not one.call:
+            host = _seconds(one.call)
+    return lambda: Sample(begin.elapsed_time(end) / 1000, host, one.how)
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def wait(device: torch.device) -> None:
@@ -158,7 +197,7 @@ def summary(samples: Sequence[Sample]) -> Time:
     us = [one.seconds * 1e6 for one in samples]
     p20, median, p80 = (float(q) for q in np.quantile(us, (0.2, 0.5, 0.8)))
     host_us = float(np.median([one.host for one in samples])) * 1e6
-    return Time(median, p20, p80, len(us), gap_of(us), host_us)
+    return Time(median, p20, p80, len(us), gap_of(us), host_us, samples[0].how)
 
 
 def versus(a: Sequence[Sample], b: Sequence[Sample]) -> Versus:

@@ -14,7 +14,7 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,12 @@ class Results:
         ceilings: dict[str, Any] | None = None,
     ) -> None:
         """out: a folder, or FILE.json. ceilings: None = measure them."""
+        if ceilings is None:
+            found = {NAMES[dtype]: measure_ceilings(device, dtype) for dtype in dtypes}
+            ceilings = {
+                "copy_bytes_per_s": max(one.copy_bytes for one in found.values()),
+                "matmul_flops_per_s": {name: one.matmul_flops for name, one in found.items()},
+            }
         self.rows = list[dict[str, Any]]()
         self._started = time.perf_counter()
         now = datetime.datetime.now(datetime.timezone.utc)
@@ -84,7 +90,7 @@ class Results:
             "seconds": 0.0,
             "finished": False,
             **describe(device),
-            "ceilings": measured_ceilings(device, dtypes) if ceilings is None else ceilings,
+            "ceilings": ceilings,
             "missing": {},
             "skipped": [],
             "settings": {},
@@ -173,15 +179,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": found,
         "versions": versions,
         "ops": mae_kernels.info(),
-    }
-
-
-def measured_ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
-    """bytes/s of a large copy (read plus written) and FLOP/s of a large product by dtype."""
-    found = {NAMES[dtype]: measure_ceilings(device, dtype) for dtype in dtypes}
-    return {
-        "copy_bytes_per_s": max(one.copy_bytes for one in found.values()),
-        "matmul_flops_per_s": {name: one.matmul_flops for name, one in found.items()},
     }
 
 

@@ -30,6 +30,7 @@ from benchmarks.processes import Processes
 from benchmarks.race import first_call, peak_bytes
 from benchmarks.results import DTYPES, NAMES, Row
 from benchmarks.step_models import TASKS, Data, Provider, Setup
+from sssd_fast.errors import DependencyError
 
 # One rounding of the loss. To zero a tensor of the demo changes the first loss by more than 1e-4.
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2**-8, torch.float16: 2**-8}
@@ -72,11 +73,11 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
 
 
 def setups(args: argparse.Namespace, bench: Bench) -> Iterator[Setup]:
-    """The cases; none without the packages of the trainer."""
-    problem = step_models.missing("ours")
-    if problem:  # the weights of all providers come from our model
-        bench.results.head["missing"]["all"] = problem
-        return
+    """The cases. Raises DependencyError without the packages of our model, whose weights all
+    providers get.
+    """
+    if problem := step_models.missing("ours"):
+        raise DependencyError(f"bench {args.kind}: {problem}: pip install 'sssd-fast[train]'")
     usual = CASES[bench.device.type]
     cases = [case for case in usual if args.task is None or case[1] in args.task]
     if args.model:
@@ -169,25 +170,22 @@ def contest(bench: Bench, setup: Setup, dtypes: Sequence[torch.dtype]) -> None:
             one_round = sum(seconds[provider] for provider in steps)
             samples = min(samples, max(LEAST_SAMPLES, int(RACE_S / max(one_round, 1e-3))))
         ours = next((provider for provider in steps if provider.family == "ours"), None)
-        time_rows(replace(bench, samples=samples), rows, steps, ours)
-        for provider in steps:
-            _rate(bench, setup, rows[provider])
+        # a step includes its Python
+        time_rows(replace(bench, samples=samples, replayed=False), rows, steps, ours)
+        for row in (rows[provider] for provider in steps):
+            if row.time is not None:
+                us = row.time.median_us, row.time.p80_us, row.time.p20_us
+                rates = [setup.batch / value * 1e6 for value in us]
+                row.more |= dict(zip(("images_per_s", "p20", "p80"), rates, strict=True))
+                row.flops = setup.flops() * setup.batch
+                ceiling = bench.results.head["ceilings"]["matmul_flops_per_s"].get(row.dtype)
+                row.more["mfu"] = ceiling and row.flops / us[0] * 1e6 / ceiling
     finally:  # a run that is stopped keeps what was checked
         bench.results.add(*rows.values())
         for step in steps.values():
             step.close()
         steps.clear()
         forget(bench.device)
-
-
-def _rate(bench: Bench, setup: Setup, row: Row) -> None:
-    """Images per second, and the share of the device's matrix product rate."""
-    if row.time is not None:
-        us = {"images_per_s": row.time.median_us, "p20": row.time.p80_us, "p80": row.time.p20_us}
-        row.more |= {name: setup.batch / value * 1e6 for name, value in us.items()}
-        row.flops = setup.flops() * setup.batch
-        ceiling = bench.results.head["ceilings"]["matmul_flops_per_s"].get(row.dtype)
-        row.more["mfu"] = ceiling and row.flops / row.time.median_us * 1e6 / ceiling
 
 
 def new_row(setup: Setup, provider: Provider, phase: str) -> Row:

@@ -314,7 +314,6 @@ def own_step(
         world=world,
         precision=precision,
         update_state=getattr(model, "update_center", None),
-        compiled=execution.compiled,
         graphs=execution.graphs,
     )
 

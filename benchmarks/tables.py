@@ -44,12 +44,11 @@ def percent(share: float) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    lines = [
+        [" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in line]
+        for line in (columns, ["---"] * len(columns), *rows)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def device_name(document: Document) -> str:
@@ -120,6 +119,7 @@ def cells(document: Document, row: RowDict) -> dict[str, str]:
         "gap": text((time or more).get("gap"), "{:+.1%}".format),
         # on a CPU it is the same as the time
         "host time": text(time.get("host_us") if on_gpu else None, time_text),
+        "timed as": text(time.get("how") if on_gpu else None, str),
         "time / ours (95 %)": compared,
         "x baseline": text(more.get("x_baseline")),
         "error / allowed": error,

@@ -1,8 +1,8 @@
 """One optimizer step: precision, micro-batches, clipping. Nothing non-finite is ever applied.
 
 Whether a step is applied is decided on the device: the fused optimizer and the centre read a flag
-there, so no step waits for the host. Compiled, a step consists of two graphs: forward and backward
-(which torch cuts at the activations it keeps), and the update.
+there, so no step waits for the host. Forward and backward may be compiled; the update is not, since
+its few multi-tensor kernels are launched faster than the guards of compiled code are checked.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class Step:
         loss: `loss(module, batch, step, micro)` returns a TaskLoss.
         update_state: `update_state(batch_stats, finite)` updates state that is not a parameter (the
             centre of the distillation).
-        compiled: compile the update too.
         graphs: the module runs as CUDA graphs, whose outputs are overwritten by the next replay.
     """
 
@@ -59,7 +58,6 @@ class Step:
         precision: str = "fp32",
         clip_grad: float | None = None,
         update_state: Callable[[Tensor, Tensor], None] | None = None,
-        compiled: bool = False,
         graphs: bool = False,
     ) -> None:
         self.module = module
@@ -72,9 +70,6 @@ class Step:
         self.clip_grad = clip_grad
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(world.device.type) if precision == "fp16" else None
-        self._update: Callable[..., tuple[Tensor, Tensor]] = clipped_update
-        if compiled:
-            self._update = torch.compile(clipped_update, fullgraph=True, dynamic=False)
 
     def autocast(self) -> torch.autocast:
         return autocast(self.precision, self.world.device)
@@ -141,7 +136,7 @@ class Step:
         """(gradient norm before clipping, whether the update was applied)."""
         optimizer = self.optimizer
         if isinstance(optimizer, FusedAdamW):
-            return self._update(optimizer.filled_groups(), self.clip_grad, must_be_finite)
+            return clipped_update(optimizer.filled_groups(), self.clip_grad, must_be_finite)
         # torchao's update cannot be skipped on the device: only here a step waits for the host.
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or float("inf"))
         finite = all_finite(grad_norm, *must_be_finite)

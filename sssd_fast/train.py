@@ -164,7 +164,6 @@ def make_step(
         precision=run.precision,
         clip_grad=settings.clip_grad,
         update_state=task.update_state,
-        compiled=execution.compiled,
         graphs=execution.graphs,
     )
     return step, execution

@@ -4,14 +4,14 @@
 
 The first row of a table is the launch that mae_kernels selects now, the others are candidates:
 other tile sizes and numbers of warps. A candidate's results and gradients must pass the correctness
-check of the benchmarks; then the whole op (forward, or forward with backward) is timed, all
-candidates in alternating order. "keep": no candidate is faster by more than 2 % and by more than
-noise.
+check of the benchmarks; then the whole op (forward, or forward with backward) is captured in a CUDA
+graph with that launch and its replay is timed, all candidates in alternating order. "keep": no
+candidate is faster by more than 2 % and by more than noise.
 
 `choosing` is the only way to try a choice: for the duration of a `with` block it replaces the
 names by which the op's module selects (rows_per_program, TILE, FORWARD, ...) and the warps of one
-kernel. The op's own launcher then computes grid and constants as always. Ops run eagerly here,
-since compiled or captured code would keep the choice with which it was traced. num_stages is not
+kernel. The op's own launcher then computes grid and constants as always. Ops are not compiled here,
+since compiled code would keep the choice with which it was traced. num_stages is not
 tried: the compiler makes the same code of these kernels with 1, 3 or 5.
 linear_reconstruction_loss launches the kernels of masked_reconstruction_loss and is not tried
 separately.
@@ -51,7 +51,7 @@ from benchmarks.harness import (  # noqa: E402
     truth,
 )
 from benchmarks.ops import attention_sample, op_of, samples  # noqa: E402
-from benchmarks.race import LARGEST_FLUSH, Cache  # noqa: E402
+from benchmarks.race import Cache  # noqa: E402
 from benchmarks.results import NAMES, Results, Row, slug  # noqa: E402
 from benchmarks.tables import tables  # noqa: E402
 from mae_kernels import Sample, backend  # noqa: E402
@@ -305,8 +305,7 @@ def main() -> int:
     with Console() as console, backend("triton"):
         document = Results("tune", device, [dtype], sys.argv[1:], path)
         document.head["command"] = " ".join(["python tools/tune.py", *sys.argv[1:]])
-        # the largest flush keeps the device busy while the host prepares a launch
-        bench = Bench(device, console, document, Cache(device, LARGEST_FLUSH))
+        bench = Bench(device, console, document, Cache(device))
         bench.deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
         with document:
             for tuned in tuned_kernels():

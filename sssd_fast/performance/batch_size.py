@@ -167,7 +167,6 @@ def time_steps(
             world=world,
             precision=precision,
             clip_grad=settings.clip_grad,
-            compiled=execution.compiled,
             graphs=execution.graphs,
         )
         # The other micro-batches only occupy memory.

@@ -50,7 +50,7 @@ KINDS = {
     "losses": ("#cc79a7", "_loss random_masking"),
     "patches, tokens": ("#86d3b9", "patches restore_tokens crop_resize gather"),
     "compiled kernels": ("#009e73", "triton_ cpp_fused graph CompiledFunction"),
-    "optimizer": ("#f0e442", "adam global_norm _foreach"),
+    "optimizer": ("#f0e442", "adam _foreach"),
     "norms": ("#8fc1ea", "layer_norm normalize linalg_vector_norm"),
     "GELU, additions": ("#e69f00", "gelu add mul div sum mean softmax"),
     "copies, casts": ("#f2a46f", "copy cat clone _to contiguous fill zero empty"),

@@ -1,7 +1,8 @@
-"""The harness on a CUDA device: events, allocator, nvidia-smi, and all ops in bf16."""
+"""The harness on a CUDA device: what is timed, allocator, and all ops in bf16."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks import ops
 from benchmarks.harness import Bench, run_op
-from benchmarks.race import Cache, cache_bytes, peak_bytes, race, summary, versus
+from benchmarks.race import Cache, peak_bytes, race, summary, versus
 from benchmarks.results import Results
 from mae_kernels import Sample
 from sssd_fast.run.log import Console
@@ -35,9 +36,32 @@ def test_events_time_the_device_and_host_time_does_not_wait_for_it() -> None:
     assert max(one.host_us, two.host_us) < 0.5 * one.median_us
 
 
+def test_python_of_a_provider_is_host_time_and_not_time_of_the_device() -> None:
+    x = torch.zeros(1 << 10, device=CUDA)
+
+    def slow_python() -> None:
+        end = time.perf_counter() + 1e-3
+        while time.perf_counter() < end:
+            pass
+        x.add_(1)
+
+    found = race({"fast": lambda: x.add_(1), "slow": slow_python}, CUDA, Cache(CUDA), samples=20)
+    fast, slow = summary(found["fast"]), summary(found["slow"])
+    assert fast.how == slow.how == "graph"
+    assert slow.host_us >= 1000 > 5 * fast.host_us
+    assert slow.median_us < 2 * fast.median_us + 20
+
+
+def test_call_that_cannot_be_captured_is_timed_after_a_delay() -> None:
+    x = torch.zeros(1 << 10, device=CUDA)
+    (found,) = race({"waits": lambda: float(x.add_(1)[0])}, CUDA, Cache(CUDA), samples=3).values()
+    assert {one.how for one in found} == {"delayed call"}
+    torch.rand(2, device=CUDA)  # a failed capture would leave the generator unusable
+
+
 def test_flush_is_larger_than_the_cache() -> None:
     size = torch.cuda.get_device_properties(CUDA).L2_cache_size
-    assert cache_bytes(CUDA) >= min(2 * size, 256 << 20)
+    assert Cache(CUDA).bytes >= min(2 * size, 256 << 20)
 
 
 def test_peak_is_what_the_call_allocates() -> None:

@@ -75,13 +75,13 @@ def mae_errors(name: str, theirs: nn.Module | None = None) -> tuple[float, float
     assert isinstance(theirs, published.MaskedAutoencoderViT)
     out = ours(images, noise)
     loss, _ = theirs(images, noise)
-    encoded = theirs.encode(images, noise)
-    pred = theirs.decoder_pred(theirs.decode(encoded.latent_BND, encoded.ids_restore_BL))[:, 1:]
+    latent, _, restore, mask = theirs.encode(images, noise)
+    pred = theirs.decoder_pred(theirs.decode(latent, restore))[:, 1:]
     whole, masking = ours.mae.reconstruct(images, noise)
     masked = masking.mask.unsqueeze(-1)
     out.total.backward()
     loss.backward()
-    assert torch.equal(encoded.mask_BL.bool(), masking.mask)
+    assert torch.equal(mask.bool(), masking.mask)
     return (
         abs(float(loss.detach()) / float(out.total.detach()) - 1),
         worst({"pred": pred.detach() * masked}, {"pred": whole * masked}),

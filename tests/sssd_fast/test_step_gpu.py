@@ -68,7 +68,6 @@ def _train(
         precision=precision,
         clip_grad=1.0,
         update_state=model.update_center,
-        compiled=execution.compiled,
         graphs=execution.graphs,
     )
     losses = []

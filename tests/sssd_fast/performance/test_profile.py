@@ -102,7 +102,7 @@ def test_kind_of_knows_the_operations_of_a_step() -> None:
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
         "mae_kernels::sssd_loss_backward": "losses",
         "aten::native_layer_norm": "norms",
-        "sssd_fast::adamw_": "optimizer",
+        "aten::_fused_adamw_": "optimizer",
         "triton_poi_fused_add_0": "compiled kernels",
         "aten::copy_": "copies, casts",
         "aten::unknown": profiler.OTHER,
