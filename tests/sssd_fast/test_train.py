@@ -183,12 +183,15 @@ def _two_processes(task: str, out: Path, *settings: str) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-@pytest.mark.parametrize("task", ["pretrain", "finetune"])
-def test_two_processes_train_as_one(task: str, tiny: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "form"), [("pretrain", "published"), ("pretrain", "sinkhorn"), ("finetune", "")]
+)
+def test_two_processes_train_as_one(task: str, form: str, tiny: list[str], tmp_path: Path) -> None:
     """The same images, masks and centre: losses and weights of 2 x batch 4 equal those of 1 x
     batch 8.
     """
     settings = [*tiny, f"{task}.max_steps=6", "finetune.drop_path=0"]
+    settings += [f"objective.name={form}"] if form else []
     settings += ["objective.center_momentum=0.5"]
     one, two = tmp_path / "one", tmp_path / "two"
     _train(task, one, *settings, f"{task}.batch_size=8")
