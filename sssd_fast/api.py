@@ -281,7 +281,7 @@ def reproduce(
         if dataset not in PUBLIC_SETS or data is None:
             names = ", ".join(PUBLIC_SETS)
             raise ConfigError(f"reproduce needs a name ({names}) and its folder: --data DIR")
-        config = load_config(start.get("config") or PUBLIC_SETS[dataset].config, words, _log)
+        config = load_config(start.get("config") or _paper_config(dataset, words), words, _log)
         fields = {"dataset": dataset, "methods": plans.METHODS if external else plans.METHODS[:3]}
     given = {"data": data, "external": external}
     fields |= {name: str(value) for name, value in given.items() if value is not None}
@@ -295,6 +295,15 @@ def reproduce(
         again = resume is not None and not dry
         plan = plans.Plan(**fields)
         return Result(place, plans.reproduce(plan, place, resume=again, minutes=minutes))
+
+
+def _paper_config(dataset: str, words: Sequence[str]) -> str:
+    """The recipe for a GPU, or that for CPU cores."""
+    from sssd_fast.reproduce.public_sets import PUBLIC_SETS
+    from sssd_fast.run.device import pick_device
+
+    device = pick_device(load_config(None, words).device)
+    return PUBLIC_SETS[dataset].config + ("_cpu" if device.type == "cpu" else "")
 
 
 STAGES = {"pretrain": ("pretrain",), "finetune": ("finetune",), "run": ("pretrain", "finetune")}
