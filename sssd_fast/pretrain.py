@@ -4,6 +4,7 @@ labels.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from sssd_fast.config import PretrainConfig
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.split import Split
 from sssd_fast.evaluation.collapse import collapse_warning, monitor
-from sssd_fast.evaluation.pictures import attention_picture, reconstruction_picture
+from sssd_fast.evaluation.pictures import (
+    MAX_EPOCHS,
+    attention_picture,
+    reconstruction_picture,
+)
 from sssd_fast.loaders import Batch, Loader
 from sssd_fast.loaders.prepare import make_loader, prepare_data, pretraining_images
 from sssd_fast.objective import SSSD, SSSDOutput
@@ -68,10 +73,13 @@ class PretrainTask:
         self.module.update_center(batch_stats, finite)
 
     def end_epoch(self, epoch: int, last: bool, step: Step) -> dict[str, float]:
-        every = self.settings.image_epochs
-        if self.run.world.main and (last or (every and epoch % every == 0)):
+        every, epochs = self.settings.image_epochs, self.settings.epochs
+        sheet = last or (every > 0 and epoch % every == 0)
+        # kept for the rows of the last picture
+        row = epoch in [math.ceil(epochs * k / MAX_EPOCHS) for k in range(1, MAX_EPOCHS)]
+        if self.run.world.main and (sheet or row):
             with self.run.console.doing("drawing reconstructions"):
-                self._draw(epoch, step)
+                self._draw(epoch, step, sheet)
         due = last or epoch % self.settings.validate_epochs == 0
         return self._validate(self.val_loader, step) if due and self.val_loader is not None else {}
 
@@ -128,9 +136,9 @@ class PretrainTask:
         return found
 
     @torch.no_grad()
-    def _draw(self, epoch: int, step: Step) -> None:
-        """images/reconstruction-eNNNN.png and attention-eNNNN.png of the first validation
-        images.
+    def _draw(self, epoch: int, step: Step, sheet: bool) -> None:
+        """images/reconstruction-eNNNN.png and attention-eNNNN.png of the first validation images;
+        without `sheet` only the row of reconstructions for later pictures.
         """
         model, out = self.run.config.model, self.run.out / "images"
         encoder = self.module.mae.encoder
@@ -140,27 +148,30 @@ class PretrainTask:
         self.module.eval()
         with step.autocast():
             pred, masking = self.module.mae.reconstruct(images, noise)
-            attention = encoder.attention_maps(images)
+            attention = encoder.attention_maps(images) if sheet else None
         self.module.train()
         reconstruction_picture(
             images,
             pred.float(),
             masking.mask,
             model.patch_size,
-            path=out / f"reconstruction-e{epoch:04d}.png",
+            folder=out,
+            epoch=epoch,
+            sheet=sheet,
             names=self.pictured_names,
             norm=self.run.config.objective.norm,
             mean=list(encoder.mean),
             std=list(encoder.std),
         )
-        attention_picture(
-            images,
-            attention,
-            encoder.grid,
-            encoder.num_prefix,
-            path=out / f"attention-e{epoch:04d}.png",
-            names=self.pictured_names,
-        )
+        if attention is not None:
+            attention_picture(
+                images,
+                attention,
+                encoder.grid,
+                encoder.num_prefix,
+                path=out / f"attention-e{epoch:04d}.png",
+                names=self.pictured_names,
+            )
 
 
 def _named(out: SSSDOutput) -> dict[str, Tensor]:

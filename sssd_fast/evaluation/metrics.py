@@ -152,6 +152,36 @@ def aggregate_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
     return summary
 
 
+def calibration(labels: ArrayLike, scores: ArrayLike, num_bins: int = 10) -> dict[str, Any]:
+    """How well scores agree with frequencies: {ece, brier, bins: [{n, score, frequency}]}.
+
+    ECE (Guo et al. 2017, arXiv 1706.04599): mean over the images of |mean score - frequency| of
+    their bin, of equal widths. Two classes: score of the positive class and its frequency; more:
+    the highest score and the frequency of a correct prediction. Brier (1950): mean squared
+    difference of score and label; more classes: summed over the classes.
+    """
+    labels_N, scores_N = check_scores(labels, scores)
+    if scores_N.ndim == 1:
+        score_N, hit_N = scores_N, (labels_N == 1).astype(np.float64)
+        brier_N = (score_N - hit_N) ** 2
+    else:
+        score_N, hit_N = scores_N.max(1), (scores_N.argmax(1) == labels_N).astype(np.float64)
+        brier_N = ((scores_N - np.eye(scores_N.shape[1])[labels_N]) ** 2).sum(1)
+    bin_N = np.minimum((score_N * num_bins).astype(np.int64), num_bins - 1)
+    counts_B, score_B, hit_B = (
+        np.bincount(bin_N, weights, num_bins) for weights in (None, score_N, hit_N)
+    )
+    n = max(1, len(labels_N))
+    bins = [
+        {"n": int(count), "score": score / count, "frequency": hit / count}
+        if count
+        else {"n": 0, "score": None, "frequency": None}
+        for count, score, hit in zip(counts_B, score_B.tolist(), hit_B.tolist(), strict=True)
+    ]
+    ece = float(np.abs(score_B - hit_B).sum() / n)
+    return {"ece": ece, "brier": float(brier_N.sum() / n), "bins": bins}
+
+
 def check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[Ints, Floats]:
     """(labels [N], scores [N] or [N, K]). Raises DataError for scores that are not finite."""
     labels_N, scores_N = np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64)

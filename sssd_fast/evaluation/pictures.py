@@ -1,4 +1,4 @@
-"""Pictures of a run as PNG files: reconstructions, attention maps, curves, ROC, confusion matrix.
+"""Pictures of a run as PNG files: reconstructions, attention maps, examples, curves.
 
 Drawn by matplotlib without a display, written atomically. Shapes: n images, C channels, L = rows *
 cols patches, S = P * P pixels of a patch, N = prefix + L tokens. Images are uint8 [n, C, H, W].
@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from sssd_fast.data.images import decode_image
+from sssd_fast.data.index import DataIndex
 from sssd_fast.errors import DependencyError
 from sssd_fast.run.files import atomic_write_bytes
 
@@ -33,6 +35,8 @@ COLORS = ("#1f6f8b", "#c8553d", "#6a8d3f", "#7a5c99", "#b08a2e", "#4d5b6a")
 HIDDEN = 128  # grey of a masked patch
 MAX_HEADS = 6  # of an attention picture
 THUMBNAIL = 192  # longer side, pixels
+MAX_EPOCHS = 4  # in a picture of reconstructions
+SAMPLES = 8  # images of a class in the overview of the data
 DPI = 160
 
 
@@ -46,12 +50,16 @@ def reconstruction_picture(
     mean: Sequence[float],
     std: Sequence[float],
     names: Sequence[str],
-    path: Path,
+    folder: Path,
+    epoch: int,
+    sheet: bool = True,
 ) -> None:
-    """One column per image: input, masked input, visible patches with the predicted masked ones.
+    """folder/reconstruction-eNNNN.png: one column per image with input, masked input, and at up to
+    MAX_EPOCHS epochs the visible patches with the predicted masked ones.
 
     images uint8 [n, C, H, W], pred [n, L, S*C], mask [n, L] (True = masked), `names` of the images;
-    norm, mean and std as in `unnormalise`.
+    norm, mean and std as in `unnormalise`. The predictions are kept in folder/strips/eNNNN.png for
+    later epochs; without `sheet` nothing else is written.
     """
     pixels_nLSC = patchify(images, patch_size)
     mask_nL11 = mask.bool().cpu()[:, :, None, None]
@@ -62,10 +70,30 @@ def reconstruction_picture(
         columns = torch.where(mask_nL11, fill, pixels_nLSC).permute(0, 3, 2, 1).flatten(1, 2)
         filled = F.fold(columns, (height, width), patch_size, stride=patch_size)
         rows[name] = filled.byte().permute(0, 2, 3, 1).numpy()
+    strips = folder / "strips"
+    _write_png(np.hstack(list(rows.pop("reconstruction"))), strips / f"e{epoch:04d}.png")
+    if not sheet:
+        return
+    rows |= _strips(strips, epoch, width)
     caption = f"{mask.float().mean():.0%} of patches masked"
     if norm != "none":
         caption += "; predictions have the mean and standard deviation of the target patches"
-    _sheet(rows, names, caption, path)
+    _sheet(rows, names, caption, folder / f"reconstruction-e{epoch:04d}.png")
+
+
+def _strips(folder: Path, epoch: int, width: int) -> dict[str, list[Bytes]]:
+    """Rows of the images kept up to `epoch`, evenly chosen."""
+    from PIL import Image
+
+    found = {int(path.stem[1:]): path for path in folder.glob("e*.png")}
+    known = sorted(number for number in found if number <= epoch)
+    places = np.linspace(0, len(known) - 1, min(MAX_EPOCHS, len(known))).round().astype(int)
+    rows = {}
+    for number in (known[place] for place in places):
+        strip = np.asarray(Image.open(found[number]))
+        strip = strip[:, :, None] if strip.ndim == 2 else strip
+        rows[f"epoch {number}"] = np.split(strip, strip.shape[1] // width, axis=1)
+    return rows
 
 
 def patchify(images_nCHW: Tensor, patch_size: int) -> Tensor:
@@ -107,47 +135,69 @@ def attention_picture(
     attention [n, heads, N, N] probabilities, rows = queries. With a prefix the query is token 0
     (cls); without one, the mean over all queries. Each map is scaled to its own maximum.
     """
-    images_nHW3 = [_rgb(image.permute(1, 2, 0).cpu().numpy()) for image in images]
     maps_nhL = attention_maps(attention, num_prefix)
     shown = {"mean of heads": maps_nhL.mean(1)}
     shown |= {f"head {k + 1}": maps_nhL[:, k] for k in range(min(MAX_HEADS, maps_nhL.shape[1]))}
-    rows = {"image": images_nHW3}
-    for title, maps_nL in shown.items():
-        pairs = zip(images_nHW3, maps_nL.unflatten(1, grid), strict=True)
-        rows[title] = [_overlay(image, map_hw.numpy()) for image, map_hw in pairs]
+    rows = {"image": _pixels(images)}
+    rows |= {title: overlays(images, maps_nL, grid) for title, maps_nL in shown.items()}
     query = "of the class token" if num_prefix else "averaged over all queries"
     caption = f"attention {query} in the last block; each map scaled to its own maximum"
     _sheet(rows, names, caption, path)
 
 
-def attention_maps(attention_nhNN: Tensor, num_prefix: int) -> Tensor:
-    """Probabilities -> [n, heads, L] of the cls token, or of the mean query."""
+def attention_maps(attention_nhNN: Tensor, num_prefix: int, cls: bool = True) -> Tensor:
+    """Probabilities -> [n, heads, L] of the cls token; without one, or with cls=False (a classifier
+    of the mean of the patch tokens), of the mean query of the patches.
+    """
     attention_nhNN = attention_nhNN.detach().cpu().double()
-    queries = attention_nhNN[:, :, 0] if num_prefix else attention_nhNN.mean(2)
+    of_cls = cls and num_prefix > 0
+    queries = attention_nhNN[:, :, 0] if of_cls else attention_nhNN[:, :, num_prefix:].mean(2)
     return queries[:, :, num_prefix:]
 
 
-def thumbnail(image: Bytes, *, path: Path) -> None:
-    """PNG of an [H, W] or [H, W, 3] uint8 image, reduced if larger than THUMBNAIL."""
+def overlays(images: Tensor, maps_nL: Tensor, grid: tuple[int, int]) -> list[Bytes]:
+    """Each image [H, W, 3] under its map [L]; each map is scaled to its own maximum."""
+    pairs = zip(_pixels(images), maps_nL.unflatten(1, grid), strict=True)
+    return [_overlay(image, map_hw.numpy()) for image, map_hw in pairs]
+
+
+def thumbnail(image: Bytes, *others: Bytes, path: Path) -> None:
+    """PNG of an [H, W] or [H, W, 3] uint8 image, reduced if larger than THUMBNAIL, with `others`
+    next to it in the same height.
+    """
     from PIL import Image
 
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    atomic_write_bytes(path, buffer.getvalue())
+    first = Image.fromarray(np.ascontiguousarray(image))
+    first.thumbnail((THUMBNAIL, THUMBNAIL))
+    found = [first]
+    for picture in map(Image.fromarray, others):
+        width = round(picture.width * first.height / picture.height)
+        found.append(picture.resize((width, first.height)))
+    if others:
+        gap, mode = 2, "RGB"
+        width = sum(picture.width + gap for picture in found) - gap
+        sheet, left = Image.new(mode, (width, first.height), "white"), 0
+        for picture in found:
+            sheet.paste(picture, (left, 0))
+            left += picture.width + gap
+        first = sheet
+    _write_png(np.asarray(first), path)
 
 
 def curves(records: Sequence[Mapping[str, Any]], *, path: Path) -> Path | None:
-    """Two panels from metrics.jsonl records over epochs; None if there is nothing to draw.
+    """Panels from metrics.jsonl records over epochs; None if there is nothing to draw.
 
-    Pre-training: reconstruction loss, and distillation loss on a log scale, since its first values
-    are far above the rest. Other stages: loss, and accuracy and AUC of the validation images.
+    Pre-training: reconstruction loss; distillation loss on a log scale, since its first values are
+    far above the rest; and the monitor of collapse (collapse.py). Other stages: loss, and accuracy
+    and AUC of the validation images.
     """
     if any("loss_reconstruction" in record for record in records):
         panels = {
             f"{name} loss": _both(f"loss_{name}") for name in ("reconstruction", "distillation")
         }
+        sides, uses = ("student", "teacher"), ("entropy", "information")
+        panels["effective rank (1 = collapsed)"] = {n: ("val", f"rank_{n}") for n in sides}
+        panels["use of prototypes (0 = collapsed)"] = {n: ("val", n) for n in uses}
     else:
         shown = {"accuracy": ("val", "accuracy"), "AUC": ("val", "auc")}
         panels = {"loss": _both("loss"), "validation metric": shown}
@@ -158,61 +208,54 @@ def curves(records: Sequence[Mapping[str, Any]], *, path: Path) -> Path | None:
     drawn = {title: lines for title, lines in found.items() if any(map(len, lines.values()))}
     if not drawn:
         return None
-    figure = new_figure(3.5 * len(drawn), 2.7)
-    all_axes = figure.subplots(1, len(drawn), squeeze=False)[0]
-    for axes, (title, lines) in zip(all_axes, drawn.items(), strict=True):
+    lines_of_two, columns = -(-len(drawn) // 2), min(2, len(drawn))
+    figure = new_figure(3.5 * columns, 2.5 * lines_of_two)
+    all_axes = figure.subplots(lines_of_two, columns, squeeze=False).flat
+    for axes in list(all_axes)[len(drawn) :]:
+        axes.set_visible(False)
+    for axes, (title, lines) in zip(all_axes, drawn.items(), strict=False):
         for color, (label, points) in zip(COLORS, lines.items(), strict=False):
             if len(points):
                 marker = "o" if len(points) < 25 else None
                 axes.plot(*points.T, color=color, lw=1.4, label=label, marker=marker, ms=3)
-        if title == "distillation loss" and axes.dataLim.ymax > 0:
+        if title.startswith(("distillation", "effective")) and axes.dataLim.ymax > 0:
             axes.set_yscale("log", nonpositive="mask")
-        style_axes(axes, title=title.capitalize(), xlabel="epoch", ylabel=title)
+        if title.startswith("use"):
+            axes.set_ylim(-0.02, 1.02)
+        ylabel = title.partition(" (")[0]
+        style_axes(axes, title=title.capitalize(), xlabel="epoch", ylabel=ylabel)
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     return save_figure(figure, path)
 
 
-def roc_picture(
-    curves: Mapping[str, tuple[NDArray[Any], Floats]],
-    *,
-    path: Path,
-    mark: tuple[float, float, float] | None = None,
-) -> None:
-    """ROC curves with their AUC, class -> (is of the class [N], score [N]).
-
-    `mark` is the (false positive rate, true positive rate, threshold) in use.
+def data_pictures(index: DataIndex, folder: Path) -> list[Path]:
+    """samples.png: images of each class, evenly spaced in the index; sizes.png: width and height of
+    every image, by class. Raises DataError for an image that cannot be read.
     """
-    from sklearn.metrics import auc, roc_curve
+    from PIL import Image, ImageOps
 
-    figure = new_figure(4.4, 4.2)
+    rows, figure = {}, new_figure(3.4, 2.9)
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color=LINE, lw=1, ls="--")
-    for name, (truth_N, score_N) in curves.items():
-        x, y, _ = roc_curve(truth_N, score_N, drop_intermediate=False)
-        axes.plot(x, y, lw=1.8, label=f"{_short(name)}, AUC {auc(x, y):.3f}")
-    if mark is not None:
-        axes.plot(*mark[:2], "o", color=INK, ms=6, label=f"threshold {mark[2]:g}")
-    style_axes(axes, title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    axes.legend(frameon=False, fontsize=8, loc="lower right", labelcolor=INK)
-    save_figure(figure, path)
+    axes.set_prop_cycle(color=COLORS)
+    for label, name in enumerate(index.classes):
+        own = [i for i, record in enumerate(index.records) if record.label == label]
+        if not own:
+            continue
+        shown = [own[len(own) * k // SAMPLES] for k in range(SAMPLES)]
+        images = [Image.fromarray(decode_image(index.file(i))).convert("RGB") for i in shown]
+        rows[short_name(name)] = [np.asarray(ImageOps.pad(image, (128, 128))) for image in images]
+        sizes = [(index.records[i].width, index.records[i].height) for i in own]
+        axes.scatter(*np.array(sizes).T, s=10, alpha=0.5, label=f"{short_name(name)} ({len(own)})")
+    paths = [folder / "samples.png", folder / "sizes.png"]
+    _sheet(rows, [""] * SAMPLES, "", paths[0])
+    style_axes(axes, title="Image sizes in pixels", xlabel="width", ylabel="height")
+    axes.set(xlim=(0, None), ylim=(0, None))
+    axes.legend(edgecolor="none", framealpha=0.8, fontsize=8, labelcolor=INK)
+    save_figure(figure, paths[1])
+    return paths
 
 
-def confusion_picture(confusion: ArrayLike, classes: Sequence[str], *, path: Path) -> None:
-    """Confusion matrix [K, K] (rows true, columns predicted) of counts."""
-    from sklearn.metrics import ConfusionMatrixDisplay
-
-    side = max(3.9, 0.9 * len(classes) + 1.8)
-    figure = new_figure(side, side * 0.92)
-    axes = figure.subplots()
-    names = [_short(name) for name in classes]
-    display = ConfusionMatrixDisplay(np.asarray(confusion), display_labels=names)
-    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=30)
-    style_axes(axes, title="Confusion", xlabel="predicted", ylabel="true", grid=False)
-    save_figure(figure, path)
-
-
-# ---- shared with the pictures of the profile ----
+# ---- shared with the other plots ----
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -243,6 +286,20 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     figure.savefig(buffer, format="png", metadata={"Software": None})
     atomic_write_bytes(path, buffer.getvalue())
     return Path(path)
+
+
+def _write_png(image: Bytes, path: Path) -> None:
+    """Of [H, W], [H, W, 1] or [H, W, 3]."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    image = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    atomic_write_bytes(path, buffer.getvalue())
+
+
+def _pixels(images_nCHW: Tensor) -> list[Bytes]:
+    return [_rgb(image.permute(1, 2, 0).cpu().numpy()) for image in images_nCHW]
 
 
 def _rgb(image_HWC: Bytes) -> Bytes:
@@ -288,7 +345,7 @@ def _sheet(
     axes.set_frame_on(False)
     axes.tick_params(length=0, labelsize=7, colors=QUIET)
     axes.xaxis.tick_top()
-    titles = [_short(PurePath(name).name, 18) for name in names]
+    titles = [short_name(PurePath(name).name, 18) for name in names]
     columns = [(i + 0.5) * (width + gap) - gap / 2 for i in range(len(titles))]
     axes.set_xticks(columns, titles)
     axes.set_yticks([(i + 0.5) * (height + gap) - gap / 2 for i in range(len(rows))], list(rows))
@@ -306,7 +363,7 @@ def _series(records: Sequence[Mapping[str, Any]], kind: str, key: str) -> Floats
     return np.array([row for row in rows if None not in row], dtype=np.float64)
 
 
-def _short(name: str, limit: int = 24) -> str:
+def short_name(name: str, limit: int = 24) -> str:
     """A name that fits into a picture. A dollar sign would begin a formula."""
     name = name.replace("$", r"\$")
     return name if len(name) <= limit else name[: limit - 1] + "…"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,18 @@ STAGES = {
 }
 # the first that exists is shown
 EVALUATIONS = ("eval/test", "eval/val", "eval/train")
+# keys of metrics.json that the report needs
+NEEDED = [
+    "split",
+    "classes",
+    "positive_class",
+    "bootstrap",
+    "image",
+    "patient",
+    "notes",
+    "mistakes",
+    "num_mistakes",
+]
 
 
 @dataclass
@@ -68,6 +81,12 @@ def read_run(folder: Path, name: str) -> RunFiles:
         if not run.evaluation:
             run.evaluation = _read(run, f"{place}/metrics.json")
             run.evaluation_folder = folder / place
+            missing = [key for key in NEEDED if key not in run.evaluation]
+            if run.evaluation and missing:
+                again = f"write it again with: sssd-fast evaluate {shlex.quote(str(folder))}"
+                what = f"{place}/metrics.json lacks {', '.join(missing)}; {again}"
+                run.problems.append(f"{what} --split {Path(place).name}")
+                run.evaluation = {}
     command, records = folder / "command.txt", folder / "metrics.jsonl"
     if command.is_file():
         run.command = command.read_text(encoding="utf-8", errors="replace").strip()

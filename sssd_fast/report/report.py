@@ -10,19 +10,23 @@ import base64
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
 from urllib.parse import quote
 
+import torch
+
 from sssd_fast import __version__
-from sssd_fast.config import ModelConfig
-from sssd_fast.errors import DataError
-from sssd_fast.evaluation.evaluate import result_rows
+from sssd_fast.config import from_dict
+from sssd_fast.data.index import DataIndex
+from sssd_fast.errors import ConfigError, DataError
+from sssd_fast.evaluation.evaluate import rate_text, result_table
 from sssd_fast.evaluation.metrics import RATES, aggregate_runs
-from sssd_fast.evaluation.pictures import curves
+from sssd_fast.evaluation.pictures import curves, data_pictures
+from sssd_fast.evaluation.plots import PLOTS
+from sssd_fast.performance.fake import make_model
 from sssd_fast.report.read import STAGES, RunFiles, read_run, section
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.log import duration
@@ -36,8 +40,10 @@ SECTIONS = {
 CAPTIONS = {
     "reconstruction": "the image, its masked input, and the prediction of the masked patches.",
     "attention": "attention of the last encoder block: what was read, not why a decision was made.",
-    "roc": "ROC curve",
-    "confusion": "Confusion matrix",
+    "roc": "Each threshold gives one point; the dashed line is a random score.",
+    "precision_recall": "The dashed line is the precision of a random score.",
+    "thresholds": "A threshold chosen on these curves would be too good; use the validation split.",
+    "calibration": "Points on the dashed line: the score is the frequency. ECE: mean distance.",
 }
 LISTED = 40  # longest list of files in the report; data.json has all
 
@@ -65,7 +71,7 @@ def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
     evaluated = [run for run in runs if run.evaluation]
     return {
         "title": title,
-        "summary": _summary(runs),
+        "facts_of_run": _facts(runs),
         "synthetic": any(run.synthetic for run in runs),
         "leaks": {_line(leak) for run in runs for leak in run.data.get("leaks", [])},
         "problems": [f"{run.title}: {problem}" for run in runs for problem in run.problems],
@@ -87,67 +93,104 @@ def context(title: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
     }
 
 
-def _summary(runs: Sequence[RunFiles]) -> str:
-    """Model, image size, epochs, data set, date and device, as far as recorded."""
-    last = runs[-1]
-    items = []
-    # settings of another version may not be readable
-    with suppress(ValueError, TypeError):
-        model = ModelConfig.model_validate(section(last.config, "model"))
-        width, depth, _ = model.encoder_shape
-        items += [f"ViT {width}x{depth}", f"{' x '.join(map(str, model.image_size))} pixels"]
+def _facts(runs: Sequence[RunFiles]) -> list[tuple[str, str]]:
+    """Model, images, training, data, device and date, as far as recorded."""
+    last, training = runs[-1], []
+    seconds = sum(max(run.values("time_s"), default=0.0) for run in runs)
     for run in runs:
         epochs = section(run.config, run.stage).get("epochs")
         if epochs and run.values("loss"):
-            items.append(f"{epochs} epochs of {STAGES[run.stage].lower()}")
+            training.append(f"{epochs} epochs of {STAGES[run.stage].lower()}")
+    training = [*dict.fromkeys(training), *([f"{duration(seconds)} in total"] if seconds else [])]
     source = last.data.get("source") or section(last.config, "data").get("source")
-    if source:
-        images = sum(sum(split.values()) for split in last.data.get("counts", {}).values())
-        items.append(f"{Path(str(source)).name}" + (f" ({images:,} images)" if images else ""))
-    gpus = last.env.get("gpus") or [{}]
-    items.append(str(gpus[0].get("name") or section(last.env, "cpu").get("model", "")))
-    if (env := last.path / "env.json").is_file():
-        items.append(f"{datetime.fromtimestamp(env.stat().st_mtime, timezone.utc):%Y-%m-%d}")
-    return ", ".join(filter(None, items))
+    splits: dict[str, dict[str, int]] = last.data.get("counts", {})
+    classes = dict.fromkeys(name for counts in splits.values() for name in counts)
+    totals = {name: sum(counts.get(name, 0) for counts in splits.values()) for name in classes}
+    data = [
+        f"{Path(str(source)).name}: {sum(totals.values()):,} images" if source else "",
+        ", ".join(f"{name} {count:,}" for name, count in totals.items()),
+        ", ".join(f"{name} {sum(counts.values()):,}" for name, counts in splits.items()),
+    ]
+    gpus = last.env.get("gpus") if last.config.get("device") != "cpu" else None
+    gpu, cpu = (gpus or [{}])[0].get("name"), section(last.env, "cpu").get("model")
+    env = last.path / "env.json"
+    written = env.stat().st_mtime if env.is_file() else None
+    facts = {
+        **_model_facts(last),
+        "Training": ", ".join(training),
+        "Data": "; ".join(filter(None, data)),
+        "Device": str(gpu or cpu or ""),
+        "Date": f"{datetime.fromtimestamp(written, timezone.utc):%Y-%m-%d}" if written else "",
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def _model_facts(run: RunFiles) -> dict[str, str]:
+    try:
+        config = from_dict(run.config)
+    except ConfigError:  # settings of another version
+        return {}
+    if not run.config:
+        return {}
+    model = config.model
+    width, depth, heads = model.encoder_shape
+    task = "pretrain" if run.stage == "pretrain" else "finetune"
+    with torch.device("meta"):
+        module = make_model(config, task, len(run.data.get("classes", ())) or 2)
+    count = sum(parameter.numel() for parameter in module.parameters())
+    what = " with decoder and heads" if task == "pretrain" else ""
+    pixels = " x ".join(map(str, model.image_size))
+    colours = "grey" if model.in_channels == 1 else "RGB"
+    return {
+        "Model": f"ViT, {depth} blocks of width {width}, {heads} heads; {count / 1e6:.2f} million "
+        f"parameters{what}",
+        "Input": f"{pixels} pixels, {colours}, patches of {model.patch_size} x {model.patch_size}",
+    }
 
 
 def _result(run: RunFiles) -> dict[str, Any]:
-    """The metrics of a run, each as (name, per image, interval, per patient)."""
+    """The metrics of a run as a table, its plots and examples."""
     result, image = run.evaluation, run.evaluation["image"]
     positive, patient = result["positive_class"], result["patient"]
     people = f" of {patient['n']} patients" if patient else ""
     kind = f"positive class {positive}" if positive else "macro averages"
-    metrics = []
-    for name, per_image, per_patient in result_rows(result):
-        value, _, interval = per_image.partition(" (")
-        metrics.append((name, value, interval.rstrip(")"), per_patient))
-    mistakes = []
-    for mistake in result["mistakes"]:
-        file = run.evaluation_folder / "mistakes" / Path(mistake["thumbnail"] or "none").name
-        picture = {"path": file, "alt": mistake["path"]} if file.is_file() else None
-        mistakes.append({**mistake, "picture": picture})
-    files = [run.evaluation_folder / f"{name}.png" for name in ("roc", "confusion")]
-    captions = {path: CAPTIONS[path.stem] for path in files if path.is_file()}
-    pictures = [{"path": p, "alt": text, "caption": text} for p, text in captions.items()]
+    header, rows = result_table(result)
+    names = {"per image": "this model, per image", "per patient": "this model, per patient"}
+    plots = {name: run.evaluation_folder / f"{name}.png" for name in PLOTS}
     return {
         "title": run.title,
         "scope": f"{result['split'].capitalize()} split, {image['n']} images{people}; {kind}.",
-        "metrics": metrics,
-        "per_patient": patient is not None,
+        "header": [names.get(name, name) for name in header[1:]],
+        "rows": rows,
         "notes": _notes(result),
-        "pictures": pictures,
-        "mistakes": mistakes,
+        "plots": [
+            {"path": path, "alt": name.replace("_", " "), "caption": CAPTIONS.get(name, "")}
+            for name, path in plots.items()
+            if path.is_file()
+        ],
+        "mistakes": _examples(run, "mistakes"),
+        "correct": _examples(run, "correct"),
         "num_mistakes": result["num_mistakes"],
         "n": image["n"],
         "positive": positive,
     }
 
 
+def _examples(run: RunFiles, kind: str) -> list[dict[str, Any]]:
+    examples = []
+    for example in run.evaluation.get(kind, []):
+        file = run.evaluation_folder / kind / Path(example["thumbnail"] or "none").name
+        picture = {"path": file, "alt": example["path"]} if file.is_file() else None
+        examples.append({**example, "picture": picture})
+    return examples
+
+
 def _notes(result: Mapping[str, Any]) -> list[str]:
     boot = result["bootstrap"]
     notes = [
-        f"Intervals: {100 * boot['level']:.0f} % percentile bootstrap, {boot['resamples']} "
-        f"resamples of whole {boot['unit']}s, not stratified, seed {boot['seed']}."
+        f"In brackets: {100 * boot['level']:.0f} % interval, percentile bootstrap, "
+        f"{boot['resamples']} resamples of whole {boot['unit']}s, not stratified, seed "
+        f"{boot['seed']}."
     ]
     if boot["unit"] == "image":
         notes.append(
@@ -165,16 +208,15 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
 def _comparison(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """Per level a table of runs side by side, with their mean and sample deviation."""
     tables = []
-    for place, level in enumerate(("image", "patient"), start=1):
+    for level in ("image", "patient"):
         known = [run for run in runs if run.evaluation[level]]
-        columns = [[row[place] for row in result_rows(run.evaluation)] for run in known]
         summary = aggregate_runs([run.evaluation[level] for run in known])
         rows = []
-        for (rate, name), *cells in zip(RATES.items(), *columns, strict=True):
+        for rate, name in RATES.items():
             mean, deviation, _ = summary[rate].values()
             average = "undefined" if mean is None else f"{100 * mean:.1f} %"
             average += "" if deviation is None else f" ± {100 * deviation:.1f}"
-            rows.append([name, average, *cells])
+            rows.append([name, average, *(rate_text(r.evaluation[level], rate) for r in known)])
         title = f"Per {level}: mean ± sample deviation, and runs with 95 % bootstrap intervals"
         header = [f"over {len(known)} runs", *(run.title for run in known)]
         if known:
@@ -245,14 +287,33 @@ def _by_value(runs: Sequence[RunFiles], values: Sequence[Any]) -> list[tuple[str
 def _data(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """data.json of each run; equal data are shown once, under the titles of all their runs."""
     sections = []
+    first = {repr(run.data): run for run in reversed(runs)}
     for title, data in _by_value(runs, [run.data for run in runs]):
         splits: Mapping[str, Mapping[str, int]] = data.get("counts", {})
         names = dict.fromkeys(name for counts in splits.values() for name in counts)
         rows = [[name, *(f"{c.get(name, 0):,}" for c in splits.values())] for name in names]
         rows.append(["all", *(f"{sum(c.values()):,}" for c in splits.values())])
         counts = {"header": list(splits), "rows": rows}
-        sections.append({"title": title, "data": data, "counts": counts})
+        pictures, missing = _overview(first[repr(data)])
+        more = {"counts": counts, "pictures": pictures, "missing": missing}
+        sections.append({"title": title, "data": data, **more})
     return sections
+
+
+def _overview(run: RunFiles) -> tuple[list[dict[str, Any]], str]:
+    """Samples and sizes of the images, drawn once; else the reason for which they are missing."""
+    index, folder = run.path / "index.json", run.path / "images"
+    paths = [folder / "samples.png", folder / "sizes.png"]
+    if not index.is_file():
+        return [], ""
+    if not all(path.is_file() for path in paths):
+        try:
+            paths = data_pictures(DataIndex.load(index), folder)
+        except (DataError, OSError) as error:
+            return [], f"No sample images: {error}."
+    captions = ("Samples of each class, evenly spaced in the list of files.", "")
+    named = zip(paths, captions, strict=True)
+    return [{"path": path, "alt": path.stem, "caption": text} for path, text in named], ""
 
 
 def _settings(run: RunFiles) -> dict[str, str]:

@@ -27,13 +27,13 @@ from sssd_fast.config import Config, from_dict, load_config
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.manifest import SPLIT_NAMES
 from sssd_fast.data.split import split_csv
-from sssd_fast.errors import CheckpointError, ConfigError, RunExistsError
+from sssd_fast.errors import CheckpointError, ConfigError, DataError, RunExistsError
+from sssd_fast.evaluation.baselines import NEAREST
 from sssd_fast.evaluation.evaluate import evaluate_run
 from sssd_fast.finetune import finetune
 from sssd_fast.performance.batch_size import resolve_batch
 from sssd_fast.pretrain import pretrain
 from sssd_fast.report.report import write_report
-from sssd_fast.reproduce.nearest import nearest_rates
 from sssd_fast.reproduce.public_sets import PUBLIC_SETS, PublicSet, image_root, write_official_split
 from sssd_fast.reproduce.table import SCHEMA, markdown, notes, tables
 from sssd_fast.run.checkpoint import CheckpointManager, find_checkpoint
@@ -226,12 +226,14 @@ def _train(
     split = split_csv(index, place / "split.csv")
     # seconds over all starts, compilation included
     times = {f"{s}_s": max(r["time_s"] for r in read_metrics(f)) for s, f in folders.items()}
+    if NEAREST not in result["baselines"]:
+        raise DataError("; ".join(result["notes"]))
+    rates = {"image": result["image"], "nearest": result["baselines"][NEAREST]}
     cell = {
         **model._asdict(),
         **times,
         "counts": {name: len(split.ids(name)) for name in SPLIT_NAMES},
-        "image": {k: v for k, v in result["image"].items() if k != "intervals"},
-        "nearest": nearest_rates(index, split),
+        **{n: {k: v for k, v in r.items() if k != "intervals"} for n, r in rates.items()},
         "departures": plan.public.departures(index.counts()),
         "machine": _machine(here),
     }

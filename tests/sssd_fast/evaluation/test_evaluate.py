@@ -7,19 +7,25 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn import metrics as sk
+from sklearn.neighbors import KNeighborsClassifier
 
-from sssd_fast.data.index import positive_class
+from sssd_fast.data.index import check_data, positive_class
+from sssd_fast.data.split import split_random
 from sssd_fast.errors import DataError
-from sssd_fast.evaluation.evaluate import result_rows, write_evaluation
+from sssd_fast.evaluation.baselines import MAJORITY, NEAREST, baseline_scores
+from sssd_fast.evaluation.evaluate import result_table, write_evaluation
 from sssd_fast.evaluation.metrics import (
     RATES,
     UNDEFINED,
     aggregate_by_patient,
     aggregate_runs,
     bootstrap_intervals,
+    calibration,
     classification_metrics,
 )
+from sssd_fast.evaluation.plots import PLOTS, rates_over_thresholds
 from sssd_fast.reproduce.public_sets import COVID_CT
 
 
@@ -190,6 +196,53 @@ def test_positive_class_is_the_disease():
     assert found == [0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_calibration_equals_its_definition(classes):
+    """Bins by a loop, Brier score by scikit-learn; a perfect score of 1 is in the last bin."""
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, classes, 200)
+    scores = rng.dirichlet(np.ones(classes), 200)
+    scores[0] = np.eye(classes)[labels[0]]
+    given = scores[:, 1] if classes == 2 else scores
+    got = calibration(labels, given)
+    score = scores[:, 1] if classes == 2 else scores.max(1)
+    hit = labels == (1 if classes == 2 else scores.argmax(1))
+    ece = 0.0
+    for low in np.arange(10) / 10:
+        inside = (score >= low) & ((score < low + 0.1) | ((low == 0.9) & (score == 1)))
+        ece += abs(score[inside].sum() - hit[inside].sum()) / 200
+    assert got["ece"] == pytest.approx(ece)
+    brier = sk.brier_score_loss(labels, scores, scale_by_half=False) if classes == 3 else None
+    brier = sk.brier_score_loss(labels, given) if classes == 2 else brier
+    assert got["brier"] == pytest.approx(brier)
+    assert sum(entry["n"] for entry in got["bins"]) == 200
+
+
+def test_rates_over_thresholds_equal_those_of_each_threshold():
+    labels, scores = make_binary(80, ties=True)
+    grid, rates = rates_over_thresholds(labels, scores)
+    for place in (0, 57, 100, 120, 200):
+        wanted = classification_metrics(labels, scores, grid[place])
+        assert rates["sensitivity"][place] == pytest.approx(wanted["sensitivity"])
+        assert rates["specificity"][place] == pytest.approx(wanted["specificity"])
+        assert rates["F1"][place] == pytest.approx(wanted["f1"])
+
+
+def test_baselines_of_a_split(slices):
+    """Nearest neighbour as scikit-learn's; validation images are known only to the test split."""
+    index = check_data(slices)
+    split = split_random(index, 0.34, 1, val=0.25)
+    pixels = np.stack([np.asarray(Image.open(index.file(i))).ravel() / 255 for i in range(48)])
+    labels = np.array(index.labels)
+    for name, known in (("test", split.train + split.val), ("val", split.train)):
+        found = baseline_scores(index, split, name)
+        model = KNeighborsClassifier(1, algorithm="brute").fit(pixels[known], labels[known])
+        assert found[NEAREST].argmax(1).tolist() == model.predict(pixels[split.ids(name)]).tolist()
+        most = np.bincount(labels[known]).argmax()
+        assert found[MAJORITY].argmax(1).tolist() == [most] * len(split.ids(name))
+    assert baseline_scores(index, split, "train") == {}
+
+
 NAMES = ["a, b.png", 'quo"te.png', "line\nbreak.png", "carriage\rreturn.png"]
 NAMES += ["50%(1).png", "=1+1.png", "plain.png", "ünï.png"]
 
@@ -232,8 +285,13 @@ def test_written_files_agree(tmp_path):
     assert [row["prediction"] for row in rows[1:3]] == ["CT_COVID", "CT_NonCOVID"]
     worst = [(m["path"], m["score"]) for m in stored["mistakes"]]
     assert worst == [("plain.png", 0.95), (NAMES[2], 0.1), (NAMES[3], 1 / 3)]
-    pictures = [m["thumbnail"] for m in stored["mistakes"]]
-    for name in (*pictures, "eval/test/roc.png", "eval/test/confusion.png"):
+    # two of each class, nearest to the median confidence: of NonCOVID 0.2, which scores 0.3 has
+    right = [(m["path"], m["label"]) for m in stored["correct"]]
+    assert right[0] == (NAMES[5], "CT_NonCOVID")
+    assert right[2:] == [(NAMES[0], "CT_COVID"), (NAMES[1], "CT_COVID")]
+    pictures = [m["thumbnail"] for m in stored["mistakes"] + stored["correct"]]
+    plots = [f"eval/test/{name}.png" for name in PLOTS]
+    for name in (*pictures, *plots):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
 
@@ -249,9 +307,10 @@ def test_evaluations_of_two_splits_are_kept(tmp_path):
 def test_one_class_split_leaves_a_note_and_no_stale_roc(tmp_path):
     write(tmp_path)
     result = write(tmp_path, labels=np.zeros(8, dtype=int))
-    assert not (tmp_path / "eval/test/roc.png").exists()
+    found = {path.stem for path in (tmp_path / "eval/test").glob("*.png")}
+    assert found == {"confusion", "scores", "calibration"}
     assert result["notes"] == ["No ROC curve: images of one class only."]
-    assert ("AUC", "undefined: images of one class only", "") in result_rows(result)
+    assert ["AUC", "undefined: images of one class only"] in result_table(result)[1]
 
 
 def test_evaluation_survives_an_unreadable_image(tmp_path):
@@ -271,6 +330,6 @@ def test_three_classes_are_written(tmp_path):
     result = write(tmp_path, positive=None, **changes)
     assert result["image"]["auc"] == classification_metrics(labels, scores)["auc"]
     assert result["positive_class"] is None
-    assert "F1, macro" in [row[0] for row in result_rows(result)]
+    assert "F1, macro" in [row[0] for row in result_table(result)[1]]
     assert [float(row["score_c"]) for row in predictions(tmp_path)] == scores[:, 2].tolist()
     assert (tmp_path / "eval/test/roc.png").exists()

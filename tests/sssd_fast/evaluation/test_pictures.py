@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sssd_fast.evaluation import pictures
+from sssd_fast.evaluation import pictures, plots
 
 P, ROWS, COLS = 4, 3, 5
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -82,27 +82,48 @@ def test_reconstruction_picture_shows_predictions_only_where_masked(tmp_path, sh
     mask = torch.arange(ROWS * COLS).expand(2, -1) % 3 == 0
     for norm in ("none", "patch"):
         target = {"norm": norm, "mean": (0.0,), "std": (1.0,)}
-        target |= {"names": ["a/$x_1$.png", "long" * 20], "path": tmp_path / "new" / f"{norm}.png"}
+        target |= {"names": ["a/$x_1$.png", "long" * 20], "folder": tmp_path / norm, "epoch": 7}
         pictures.reconstruction_picture(images, ones, mask, P, **target)
-        assert Image.open(target["path"]).width > 100
+        assert Image.open(tmp_path / norm / "reconstruction-e0007.png").width > 100
     grid = mask.numpy().reshape(2, ROWS, COLS)
     hidden = np.repeat(np.repeat(grid, P, axis=1), P, axis=2)
     original, rows = images.permute(0, 2, 3, 1).numpy(), sheets[0][0]
     assert np.array_equal(rows["input"], original)
-    for row, value in (("masked", 128), ("reconstruction", 255)):
-        assert (rows[row][hidden] == value).all()
-        assert np.array_equal(rows[row][~hidden], original[~hidden])
+    for row, value in (("masked", 128), ("epoch 7", 255)):
+        assert (np.stack(rows[row])[hidden] == value).all()
+        assert np.array_equal(np.stack(rows[row])[~hidden], original[~hidden])
     assert sheets[0][2] == "33% of patches masked"
     assert sheets[1][2].startswith("33% of patches masked; predictions have the mean")
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reconstructions_of_earlier_epochs_are_kept(tmp_path, sheets, channels):
+    """Epochs after this one are of an abandoned future; of many, four are shown, evenly chosen."""
+    images = make_images()[:, :channels]
+    mask = torch.ones(2, ROWS * COLS)
+    target = {"norm": "none", "mean": (0.0,), "std": (1.0,), "names": "ab", "folder": tmp_path}
+    for epoch in (1, 2, 3, 4, 5, 6, 7, 9, 8):
+        pred = torch.full((2, ROWS * COLS, P * P * channels), epoch / 10)
+        last = epoch == 8
+        pictures.reconstruction_picture(images, pred, mask, P, epoch=epoch, sheet=last, **target)
+    [(rows, *_)] = sheets
+    assert list(rows) == ["input", "masked", *(f"epoch {e}" for e in (1, 3, 6, 8))]
+    for epoch in (1, 8):
+        row = np.stack(rows[f"epoch {epoch}"])
+        assert row.shape == (2, ROWS * P, COLS * P, channels)
+        assert (row == round(25.5 * epoch)).all()
+
+
 def test_attention_maps_of_the_class_token_or_of_all_queries():
-    """Row 0 without the prefix column with a cls token; the mean over rows without one."""
+    """Row 0 without the prefix column with a cls token; the mean over the patches' rows without
+    one, or if the classifier does not use it.
+    """
     attention = torch.rand(2, 3, 7, 7, dtype=torch.float64)
     assert torch.equal(pictures.attention_maps(attention, 1), attention[:, :, 0, 1:])
     without = pictures.attention_maps(attention[:, :, 1:, 1:], 0)
     mean = sum(attention[1, 2, 1 + query, 5] for query in range(6)) / 6
     assert without[1, 2, 4].item() == pytest.approx(mean.item())
+    assert torch.equal(pictures.attention_maps(attention, 1, cls=False), without)
 
 
 def test_attention_picture_is_bright_where_attention_is(tmp_path, sheets):
@@ -138,6 +159,11 @@ def test_curves_draw_the_recorded_values(tmp_path, monkeypatch):
     assert (validation.get_xdata().tolist(), validation.get_ydata().tolist()) == ([4.0], [0.5])
     assert (left.get_xlabel(), left.get_ylabel()) == ("epoch", "reconstruction loss")
     assert (left.get_yscale(), right.get_yscale()) == ("linear", "log")
+    monitor = [{"kind": "val", "epoch": 4.0, "entropy": 0.6, "rank_teacher": 2.5}]
+    pictures.curves([*train, *monitor], path=tmp_path / "c.png")
+    panels = figures.pop().axes[2:]
+    shown = [{s.get_label(): s.get_ydata().tolist() for s in panel.lines} for panel in panels]
+    assert shown == [{"teacher": [2.5]}, {"entropy": [0.6]}]
     fine = [{"kind": "val", "epoch": e, "accuracy": 0.7, "auc": None} for e in (1.0, 2.0)]
     pictures.curves(fine, path=tmp_path / "b.png")
     [axes] = figures[1].axes
@@ -150,10 +176,10 @@ def test_curves_draw_the_recorded_values(tmp_path, monkeypatch):
 def test_plots_survive_odd_class_names(tmp_path):
     """A dollar sign is not a formula, long names are shortened."""
     path, names = tmp_path / "c.png", ["$x_1$ & <b>", "a name longer than any axis could show"]
-    pictures.confusion_picture([[3, 1], [0, 0]], names, path=path)
+    plots.confusion_plot([[3, 1], [0, 0]], names, path)
     assert Image.open(path).width > 100
     curve = (np.array([0, 1, 1]), np.array([0.1, 0.2, 0.9]))
-    pictures.roc_picture({r"$\frac{": curve}, path=tmp_path / "r.png")
+    plots.roc_plot({r"$\frac{": curve}, tmp_path / "r.png")
     assert Image.open(tmp_path / "r.png").width > 100
 
 
@@ -164,3 +190,14 @@ def test_thumbnail_keeps_proportions_and_never_enlarges(tmp_path, shape):
     picture = Image.open(path)
     assert picture.size == ((144, 192) if len(shape) == 2 else (60, 50))
     assert np.asarray(picture).mean() == pytest.approx(30, abs=1)
+
+
+def test_thumbnails_side_by_side_have_one_height(tmp_path):
+    """A grey image of 100 x 50 and an RGB one of 20 x 20: 100 + 2 + 50 pixels wide."""
+    grey, red = np.full((50, 100), 30, np.uint8), np.zeros((20, 20, 3), np.uint8)
+    red[..., 0] = 200
+    pictures.thumbnail(grey, red, path=tmp_path / "t.png")
+    picture = np.asarray(Image.open(tmp_path / "t.png"))
+    assert picture.shape == (50, 152, 3)
+    assert (picture[:, :100] == 30).all()
+    assert (picture[:, 102:] == [200, 0, 0]).all()

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from sssd_fast.data.index import check_data
 from sssd_fast.errors import DataError
 from sssd_fast.evaluation.evaluate import write_evaluation
+from sssd_fast.evaluation.plots import PLOTS
 from sssd_fast.report.report import write_report
 
 NASTY = '<script>alert("x")</script> & `a|b`.png'
@@ -119,6 +122,7 @@ def evaluate(folder, labels, covid, paths, patients=None):
         positive=0,
         split="test",
         patients=patients,
+        baselines={"most frequent class": np.eye(2)[[0] * len(labels)]},
         resamples=100,
         load_image=lambda path: np.full((40, 40), 10, dtype=np.uint8),
     )
@@ -140,15 +144,20 @@ def test_finetune_report_holds_the_results(finetuned):
     assert stored["image"]["accuracy"] == 0.7
     interval = stored["image"]["intervals"]["sensitivity"]
     bounds = f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}"
-    assert f"Sensitivity (recall) 60.0 % {bounds}" in html.text
-    assert f"| Sensitivity (recall) | 60.0 % | {bounds} |" in plain
+    assert f"Sensitivity (recall) 60.0 % ({bounds}) 100.0 %" in html.text
+    assert f"| Sensitivity (recall) | 60.0 % ({bounds}) | 100.0 % " in plain
     shown = ["1,234", "by patient", "3 of 10 images are wrong", "finetune.epochs", "10:50"]
     shown += ["sssd-fast finetune --out 'finetune'", "55.0 (median)"]
     shown += ["too narrow"]  # the data name no patients
-    shown += ["2 epochs of fine-tuning, ct (1,264 images)"]
+    shown += ["most frequent class", "2 epochs of fine-tuning, 10:50 in total"]
+    shown += [
+        "ct: 1,264 images; CT_COVID 1,239, CT_NonCOVID 25; train 1,254, test 10",
+        "ViT, 12 blocks",
+    ]
     hidden = ["pretrain.epochs", "Synthetic", "SYNTHETIC"]
     for text in (html.text, plain):
         assert text.count("70.0 %") == 1
+        text = text.replace("\\_", "_")
         assert [one for one in shown if one not in text] == []
         assert [one for one in hidden if one in text] == []
     assert "zero bytes" in html.text
@@ -167,22 +176,24 @@ def test_html_is_one_file_without_script_or_network(finetuned):
     addresses = [value for name, value in attributes if name in ("src", "href")]
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in addresses)
     assert not [name for name, _ in attributes if name.startswith("on")]
-    files = ["eval/test/roc.png", "eval/test/confusion.png"]
+    files = [f"eval/test/{name}.png" for name in PLOTS]
     files += [f"eval/test/mistakes/{place:02d}.png" for place in range(3)]
+    files += [f"eval/test/correct/{place:02d}.png" for place in range(4)]
     files += ["images/curves.png", "images/attention-e10.png"]
     assert html.pictures() == [(folder / name).read_bytes() for name in files]
     assert all(found["alt"] for tag, found in html.tags if tag == "img")
-    # settings, environment and data come last and are closed; a checkbox enlarges each picture
-    assert text.index("<details>") > text.rindex("<img")
-    for name in ("Data", "Commands and settings", "Environment"):
-        assert f"<details><summary>{name}</summary>" in text
-    assert text.count("<img") == len(re.findall(r'<input type="checkbox"[^>]*><img', text)) == 7
+    # details come last and are closed; a checkbox enlarges each picture
+    folded = text[text.index("<details>") :]
+    for name in ("Attention of sample images", "Files", "Commands and settings", "Environment"):
+        assert f"<details><summary>{name}</summary>" in folded
+    assert folded.count("<img") == 1
+    assert text.count("<img") == len(re.findall(r'<input type="checkbox"[^>]*><img', text)) == 15
 
 
 def test_markdown_links_exist_and_names_are_escaped(finetuned):
     folder, plain, _ = finetuned
     links = re.findall(r"!\[[^\n]*?\]\(([^)]+)\)", plain)
-    assert len(links) == 7
+    assert len(links) == 15
     assert all((folder / link).is_file() for link in links)
     assert "<script>" not in plain
     row = next(line for line in plain.splitlines() if "alert" in line and line.startswith("|"))
@@ -220,6 +231,35 @@ def test_report_names_damaged_files(tmp_path):
     assert "env.json could not be read" in text
     assert "config.yaml holds a list" in text
     assert "10:50" in text
+
+
+def test_report_rejects_an_incomplete_evaluation(tmp_path):
+    """Of another version or written by hand: named with the command that repairs it."""
+    folder = make_run(tmp_path / "finetune")
+    path = folder / "eval/test/metrics.json"
+    content = json.loads(path.read_text())
+    del content["mistakes"], content["patient"]
+    path.write_text(json.dumps(content))
+    text = read(folder)[0].text
+    assert "eval/test/metrics.json lacks patient, mistakes; write it again with:" in text
+    assert f"sssd-fast evaluate {folder} --split test" in text
+    assert "No evaluation yet" in text
+
+
+def test_report_shows_samples_and_sizes_of_the_data(tmp_path, slices):
+    """Drawn once; if the images are gone, the reason is written."""
+    folder = make_run(tmp_path / "finetune", evaluated=False)
+    index = check_data(slices)
+    index.save(folder / "index.json")
+    pictures = read(folder)[0].pictures()
+    drawn = [folder / "images" / name for name in ("samples.png", "sizes.png")]
+    assert [path.read_bytes() in pictures for path in drawn] == [True, True]
+    times = [path.stat().st_mtime_ns for path in drawn]
+    read(folder)
+    assert times == [path.stat().st_mtime_ns for path in drawn]
+    drawn[0].unlink()
+    replace(index, root=tmp_path / "gone").save(folder / "index.json")
+    assert "No sample images: " in read(folder)[0].text
 
 
 def test_report_shows_the_test_split_unless_only_another_exists(tmp_path):

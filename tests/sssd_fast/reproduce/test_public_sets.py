@@ -8,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.metrics import confusion_matrix
-from sklearn.neighbors import KNeighborsClassifier
 
-from sssd_fast.data.index import check_data, positive_class
+from sssd_fast.data.index import check_data
 from sssd_fast.data.manifest import read_manifest
-from sssd_fast.data.split import split_csv, split_random
+from sssd_fast.data.split import split_csv
 from sssd_fast.errors import DataError
-from sssd_fast.reproduce.nearest import nearest_rates
 from sssd_fast.reproduce.public_sets import (
     COVID_CT,
     PUBLIC_SETS,
@@ -89,18 +86,6 @@ def test_official_split_with_missing_files_is_rejected(covid: Path, tmp_path: Pa
     with pytest.raises(DataError, match=r"no files called valCT_COVID\.txt"):
         write_official_split(COVID_CT, covid, out)
     assert not out.exists()
-
-
-def test_nearest_neighbour_equals_scikit_learn(covid: Path) -> None:
-    index = check_data(covid / "Images-processed")
-    split = split_random(index, 0.34, 1, val=0.25)
-    files = [index.file(i) for i in range(len(index))]
-    pixels = np.stack([np.asarray(Image.open(file)).ravel() / 255 for file in files])
-    labels = np.array(index.labels) == positive_class(index.classes)
-    known = split.train + split.val
-    model = KNeighborsClassifier(1, algorithm="brute").fit(pixels[known], labels[known])
-    wanted = confusion_matrix(labels[split.test], model.predict(pixels[split.test]))
-    assert nearest_rates(index, split)["confusion"] == wanted.tolist()
 
 
 @pytest.mark.realdata
