@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, bench: Bench) -> None:
             count = QUICK_IMAGES if bench.quick else SYNTHETIC
             data = [write_synthetic_dataset(Path(folder, "synthetic"), count, (SIDE, SIDE))]
         for source in data:
-            index = check_data(source, accept_wrong_extension=True)
+            index = check_data(source)
             for channels in args.channels:
                 make = partial(make_loader, index, channels, args.size, args.batch)
                 sizes = {"channels": channels, "size": args.size, "batch": args.batch}

@@ -29,7 +29,8 @@ from sssd_fast.run.environment import collect_environment
 from sssd_fast.run.files import atomic_write_text
 
 SCHEMA = "sssd_fast.benchmarks/3"
-FOLDER = Path(__file__).resolve().parent / "results"
+_OWN = Path(__file__).resolve().parent / "results"
+FOLDER = _OWN if _OWN.is_dir() else Path("benchmarks", "results")  # of an installed package
 KEY = ("case", "shape", "dtype", "phase", "provider")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}

@@ -360,6 +360,10 @@ def _config(
     the defaults of all settings.
     """
     source, resume = start.get("config"), start.get("resume")
+    if resume is not None and start.get("dry_run"):
+        raise ConfigError(
+            f"--dry-run tries a new run, --resume continues {resume}; omit one of them"
+        )
     if resume is not None and not Path(resume, "config.yaml").is_file():
         raise ConfigError(f"--resume {resume} is not a run folder: config.yaml is missing")
     for folder in (resume, *folders):

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,7 @@ from sssd_fast.cli_options import (
     text,
 )
 from sssd_fast.errors import DataError, SssdError
+from sssd_fast.run.files import user_cache
 
 HELP = """Train SSSD-COVID (masked autoencoder + self-distillation for CT slices) fast on limited
 hardware.
@@ -55,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # the default, makes a step 2.5 times slower if another process shares the cores (measured).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Torch's default is a temporary folder, which is emptied when the machine starts.
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache, "sssd_fast", "inductor")))
+    with suppress(SssdError):  # no home folder
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "inductor"))
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         command = typer.main.get_command(app)
@@ -233,12 +235,12 @@ def report(run: str = argument("RUN", "Run folder.")) -> None:
 def bench(
     words: list[str] = argument("WORD", "See sssd-fast bench --help.", []),
 ) -> None:
-    """Run the benchmarks; needs a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    # A checkout has the ops' folder too.
+    """Run the benchmarks."""
+    package = Path(__file__).resolve().parent
+    root = package.parent
+    # A checkout has the ops' folder too; a wheel has the benchmarks inside this package.
     if not (Path(root, "benchmarks").is_dir() and Path(root, "kernels", "mae_kernels").is_dir()):
-        problem = f"bench needs a checkout of the repository: there are no benchmarks in {root}"
-        raise SssdError(f"{problem}; clone the repository, and in it run `make setup`")
+        root = package / "_bench"
     sys.path.insert(0, str(root))  # first: another installed package may have the same name
     raise typer.Exit(importlib.import_module("benchmarks.__main__").main(words))
 

@@ -38,7 +38,9 @@ CONFIG = option(
 SPLIT = option("test", "Split to evaluate on.")
 MANIFEST = option(None, "path,label[,split][,patient], paths relative to DIR.", "CSV")
 BAD_FRACTION = option(0.01, "Largest fraction of unusable files; more is an error.", "F")
-WRONG_EXTENSION = flag("--accept-wrong-extension", "Keep good images named as another format.")
+WRONG_EXTENSION = flag(
+    "--reject-wrong-extension", "Count good images that are named as another format as unusable."
+)
 
 # Options of the commands that train: (type, option) of each.
 Options = dict[str, tuple[Any, Any]]

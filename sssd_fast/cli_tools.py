@@ -36,7 +36,7 @@ def data_check(
     out: str | None = option(None, "Write the index.", "FILE.json"),
     max_bad_fraction: float = BAD_FRACTION,
     manifest: str | None = MANIFEST,
-    accept_wrong_extension: bool = WRONG_EXTENSION,
+    reject_wrong_extension: bool = WRONG_EXTENSION,
 ) -> None:
     """Decode every image once; list bad files, duplicates and leakage between splits."""
     from sssd_fast.data.index import check_data
@@ -47,7 +47,7 @@ def data_check(
         manifest,
         out=out,
         max_bad_fraction=max_bad_fraction,
-        accept_wrong_extension=accept_wrong_extension,
+        accept_wrong_extension=not reject_wrong_extension,
     )
     print(index.summary())
     if any(record.split for record in index.records):
@@ -114,6 +114,26 @@ def data_convert(
     print(done.summary())
     folder, table = (shlex.quote(str(path)) for path in (out, Path(out, "manifest.csv")))
     print(f"to train on it: data.source={folder} data.manifest={table} data.split=patient")
+
+
+@data_app.command("cache")
+def data_cache(empty: bool = flag("--empty", "Delete it; not while a run starts.")) -> None:
+    """Show what is kept between runs: decoded images, compiled steps. It can always be deleted."""
+    from sssd_fast.run.files import user_cache
+
+    folder, total = user_cache(), 0
+    kinds = {"pixels": "decoded images and results of checks", "inductor": "compiled steps"}
+    for place in sorted(folder.glob("*")):
+        files = [path for path in place.rglob("*") if path.is_file() and not path.is_symlink()]
+        size = sum(path.stat().st_size for path in files)
+        total += size
+        named = f"{place.name} ({kinds[place.name]})" if place.name in kinds else place.name
+        print(f"{size / 2**20:10,.1f} MiB in {len(files)} files: {named}")
+        if empty:
+            for path in files:
+                path.unlink(missing_ok=True)
+    done = "deleted" if empty else "in all; --empty deletes them"
+    print(f"{total / 2**20:10,.1f} MiB {done} ({folder})")
 
 
 # ---- speed, memory, machine ------------------------------------------------------------------

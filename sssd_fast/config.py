@@ -93,7 +93,9 @@ class DataConfig(Section):
     split_seed: Index = Field(0, description="Seed of the split.")
     positive: str | None = Field(None, description="Class that counts as positive; null = by name.")
     max_bad_fraction: Fraction = Field(0.01, description="Allowed fraction of unusable files.")
-    accept_wrong_extension: bool = Field(False, description="Keep images named as another format.")
+    accept_wrong_extension: bool = Field(
+        True, description="Keep images named as another format; false = they are unusable."
+    )
     fit: Literal["crop", "stretch"] = Field("crop", description="Centred crop, or all stretched.")
     loader: Literal["auto", "resident", "dali", "torch"] = Field(
         "auto", description="auto = resident (decoded once and kept) if it fits, else dali, torch."
@@ -369,6 +371,9 @@ class Config(Section):
         "auto", description="Processes that share each batch; auto = one per core on a CPU."
     )
     tensorboard: bool = Field(True, description="Write metrics for TensorBoard.")
+    logger: Literal["none", "wandb", "mlflow"] = Field(
+        "none", description="Also send the metrics to Weights & Biases or MLflow."
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

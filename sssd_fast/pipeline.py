@@ -98,8 +98,8 @@ def _once(
     result: dict[str, Any] = {}
     if here.main:
         top.mkdir(parents=True, exist_ok=True)
-    for stage in stages:
-        place = out / stage
+    for number, stage in enumerate(stages, 1):
+        place, position = out / stage, f"stage {number} of {len(stages)}"
         again = resume and (place / "config.yaml").exists()
         if not again:
             config = resolve_batch(
@@ -115,8 +115,10 @@ def _once(
             resume_with=f"sssd-fast run --resume {shlex.quote(str(top))}",
             command=command,
             top=top,
+            position=position,
+            later=tuple(stages[number:]),
         ) as run:
-            run.console.rule(f"{stage}: {place}")
+            run.console.rule(f"{run.title}: {place}")
             if stage == "pretrain":
                 pretrain(run)
                 init = str(find_checkpoint(place, "last"))

@@ -38,6 +38,7 @@ from sssd_fast.performance.execution import (
     compiled,
     configure_model,
 )
+from sssd_fast.performance.fake import FakeStep
 from sssd_fast.run.checkpoint import load_checkpoint
 from sssd_fast.run.device import World, data_parallel, generator, peak_memory_gib
 from sssd_fast.run.files import atomic_write_text
@@ -135,7 +136,7 @@ class Schedule:
 def make_step(
     task: Task, run: Run, config: Config, run_images: int = 0
 ) -> tuple[Step, ExecutionPlan]:
-    """The step for `task` with the settings of config.step, and the choices made (printed).
+    """The step for `task` with the settings of config.step, and the choices made.
 
     run_images: images that the whole run trains on, 0 for a few steps.
     """
@@ -150,8 +151,6 @@ def make_step(
         run.local_batch(settings.batch_size),
         run_images,
     )
-    for line in execution.lines:
-        run.console.info(line)
     module: nn.Module = task.module
     if execution.compiled:
         module = compiled(module, config.step, graphs=execution.graphs)
@@ -179,13 +178,7 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
     step, execution = make_step(task, run, config, images)
     progress = _restore(task, step, run) if run.resume else Progress()
     run.tracker.start(progress.step)
-    processes = f", {world.size} processes" if world.size > 1 else ""
-    run.console.info(
-        f"{task.name}: {schedule.total_steps} steps, {schedule.steps_per_epoch} per epoch, "
-        "effective "
-        f"batch {schedule.effective_batch}, peak lr {schedule.peak_lr:.3g}, {run.precision} on "
-        f"{world.device}{processes}"
-    )
+    _first_screen(task, run, schedule, loader, execution)
     if config.processes not in ("auto", world.share):
         run.console.info(
             f"processes is {config.processes}, but {world.share} is used: a Python function trains "
@@ -200,7 +193,12 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
 
     with (
         SignalGuard() as signals,
-        run.console.progress(schedule.total_steps, task.name, start=progress.step) as bar,
+        run.console.progress(
+            schedule.total_steps,
+            run.title,
+            start=progress.step,
+            later=_later_steps(run, images, schedule.effective_batch),
+        ) as bar,
     ):
         while progress.step < schedule.total_steps:
             for batches in _micro_batches(loader, progress, settings.accumulate, schedule, meter):
@@ -245,6 +243,46 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
             _end_epoch(task, step, progress, schedule, run)
     run.tracker.close()
     return progress
+
+
+def _first_screen(
+    task: Task, run: Run, schedule: Schedule, loader: Loader, execution: ExecutionPlan
+) -> None:
+    """One table of what is trained, and what was chosen and why."""
+    config, world = run.config, run.world
+    width, depth, heads = config.model.encoder_shape
+    size = " x ".join(map(str, config.model.image_size))
+    millions = sum(p.numel() for p in task.module.parameters()) / 1e6
+    processes = f", {world.size} processes" if world.size > 1 else ""
+    rows = {
+        "data": run.data_summary,
+        "loader": f"{loader.reason}; {loader.describe()}",
+        "model": f"ViT, {depth} blocks of width {width}, {heads} heads, {size} pixels, patches of "
+        f"{config.model.patch_size}; {millions:.2f} million parameters in training",
+        "training": f"{schedule.total_steps} steps, {schedule.steps_per_epoch} per epoch, "
+        f"effective batch {schedule.effective_batch}, peak lr {schedule.peak_lr:.3g}",
+        "device": f"{world.device}{processes}",
+        **dict(line.split(": ", 1) for line in execution.lines),
+        "run folder": str(run.out),
+    }
+    run.console.table(run.title, ("", ""), list(rows.items()))
+
+
+def _later_steps(run: Run, images: int, effective_batch: int) -> float:
+    """The work of the stages after this one, in steps of this one, by their FLOPs.
+
+    images: that this stage trains on; for fewer than 1000 the count is not worth its time.
+    """
+    if not run.later or images < 1000:
+        return 0.0
+    work = 0.0
+    for stage in run.later:
+        settings: TrainConfig = getattr(run.config, stage)
+        steps = settings.epochs * (run.train_images // (settings.batch_size * settings.accumulate))
+        steps = steps if settings.max_steps is None else min(steps, settings.max_steps)
+        batch = settings.batch_size * settings.accumulate
+        work += steps * batch * FakeStep(run.config, stage).flops()
+    return work / (FakeStep(run.config, run.task).flops() * effective_batch)
 
 
 def _end_epoch(task: Task, step: Step, progress: Progress, schedule: Schedule, run: Run) -> None:

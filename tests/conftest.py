@@ -50,6 +50,9 @@ if not os.environ.get("SSSD_FAST_DATA"):
     REASONS["realdata"] = "SSSD_FAST_DATA does not name a folder with the CT data sets"
 if not (find_spec("nvidia") and find_spec("nvidia.dali")):
     REASONS["dali"] = "NVIDIA DALI is not installed"
+for _name in ("mlflow", "timm", "wandb"):
+    if find_spec(_name) is None:
+        REASONS[_name] = f"{_name} is not installed"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -333,6 +333,14 @@ def crop_resize(
     Raises: TypeError or ValueError naming the argument. On a GPU images and boxes out of range are
         reported with debug_checks only; without, such an image is all zeros, and nothing of it is
         read.
+
+    Example:
+        >>> images = torch.randint(0, 256, (2, 40, 60), dtype=torch.uint8)  # two grey images
+        >>> offsets, shapes = torch.tensor([0, 2400]), torch.tensor([[40, 60], [40, 60]])
+        >>> boxes = torch.tensor([[0, 0, 40, 40], [8, 9, 20, 30]])  # top, left, height, width
+        >>> flips = torch.tensor([False, True])
+        >>> crop_resize(images.flatten(), offsets, shapes, boxes, flips, (32, 32)).shape
+        torch.Size([2, 1, 32, 32])
     """
     images = Images(pixels, offsets, shapes, boxes, flips)
     h, w = _check_arguments(images, size, channels)

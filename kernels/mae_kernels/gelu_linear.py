@@ -298,6 +298,14 @@ def gelu_linear(
     values that are not finite.
 
     Raises: TypeError or ValueError naming the argument.
+
+    Example:
+        >>> tokens, fc1 = torch.rand(8, 5, 16), torch.nn.Linear(16, 64)
+        >>> fc2 = torch.nn.Linear(64, 16)
+        >>> x = torch.nn.functional.linear(tokens, fc1.weight)
+        >>> out = gelu_linear(x, fc1.bias, fc2.weight, fc2.bias)
+        >>> torch.allclose(out, fc2(torch.nn.functional.gelu(fc1(tokens))), atol=1e-6)
+        True
     """
     check_floating("x", x)
     check_floating("weight", weight)

@@ -166,6 +166,16 @@ def linear_reconstruction_loss(
     bias.
 
     Raises: TypeError or ValueError naming the argument.
+
+    Example:
+        >>> images, masking = torch.rand(2, 3, 32, 32), random_masking(torch.rand(2, 16), 4)
+        >>> hidden, weight, bias = torch.rand(2, 12, 24), torch.rand(192, 24), torch.zeros(192)
+        >>> ids = masking.ids_masked
+        >>> loss = linear_reconstruction_loss(hidden, weight, bias, images, ids, patch_size=8)
+        >>> pred = hidden @ weight.T + bias
+        >>> same = masked_reconstruction_loss(pred, images, ids=ids, patch_size=8)
+        >>> torch.allclose(loss, same)
+        True
     """
     check_floating("hidden", hidden)
     check_floating("weight", weight)

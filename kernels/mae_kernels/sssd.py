@@ -153,6 +153,15 @@ def sssd_loss(
     other.
 
     Raises: TypeError or ValueError naming the argument.
+
+    Example:
+        >>> images, masking = torch.rand(8, 3, 32, 32), random_masking(torch.rand(8, 16), 4)
+        >>> pred, student, teacher = torch.rand(8, 12, 192), torch.rand(8, 64), torch.rand(8, 64)
+        >>> ids = masking.ids_masked
+        >>> losses = sssd_loss(pred, images, student, teacher, ids=ids, patch_size=8, weight=0.2)
+        >>> want = 0.2 * losses.distillation + 0.8 * losses.reconstruction
+        >>> torch.allclose(losses.total, want)
+        True
     """
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"weight: got {type(weight).__name__}, needs a Python number")

@@ -230,7 +230,7 @@ def check_data(
     *,
     out: str | os.PathLike[str] | None = None,
     max_bad_fraction: float = 0.01,
-    accept_wrong_extension: bool = False,
+    accept_wrong_extension: bool = True,
     index_cache: Path | None = None,
 ) -> DataIndex:
     """Decode every image once and return the index of the good ones.
@@ -239,7 +239,7 @@ def check_data(
         relative to), or a CSV manifest in the data folder.
     out: also save the index there.
     accept_wrong_extension: keep files such as a JPEG named .png, which decode well (COVID-CT has 34
-        of them). By default they are excluded like other bad files.
+        of them), with a note; else they are excluded like other bad files.
     index_cache: folder that stores the results, so that unchanged files are not decoded again.
 
     Raises DataError: nothing found, a bad manifest (all problems at once), a class without a usable
@@ -284,8 +284,8 @@ def check_data(
         excluded += [Excluded(r.path, r.wrong_extension) for r in records if r.wrong_extension]
         records = [r for r in records if not r.wrong_extension]
         hint = (
-            f"\n{len(renamed)} of them are good images with a wrong extension; keep those with "
-            "--accept-wrong-extension (accept_wrong_extension=True)."
+            f"\n{len(renamed)} of them are good images with a wrong extension; rename them, or "
+            "accept them: omit --reject-wrong-extension, data.accept_wrong_extension=true."
         )
     listed = [str(e) for e in excluded]
     refuse_bad_files("images", listed, len(rows), max_bad_fraction, hint)

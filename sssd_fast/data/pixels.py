@@ -29,6 +29,7 @@ from torch import Tensor
 from sssd_fast.data.images import ImageArray, ImageError, decode_bytes, read_file, to_channels
 from sssd_fast.data.index import DataIndex, Progress, map_threads
 from sssd_fast.errors import ConfigError
+from sssd_fast.run.files import user_cache
 
 Log = Callable[[str], object]
 
@@ -91,13 +92,9 @@ def cache_folder(setting: str) -> Path | None:
     if setting != "auto":
         return None if setting == "none" else Path(setting)
     try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError as error:
-        # some containers have neither HOME nor an entry in the list of users
-        raise ConfigError(
-            f"data.cache is auto, but {error}; set it to a folder or none, or set HOME"
-        ) from error
-    return Path(base, "sssd_fast", "pixels")
+        return user_cache() / "pixels"
+    except ConfigError as error:
+        raise ConfigError(f"data.cache is auto: {error}, or data.cache to a folder") from error
 
 
 def open_store(

@@ -210,8 +210,8 @@ def curves(records: Sequence[Mapping[str, Any]], *, path: Path) -> Path | None:
         return None
     lines_of_two, columns = -(-len(drawn) // 2), min(2, len(drawn))
     figure = new_figure(3.5 * columns, 2.5 * lines_of_two)
-    all_axes = figure.subplots(lines_of_two, columns, squeeze=False).flat
-    for axes in list(all_axes)[len(drawn) :]:
+    all_axes = figure.subplots(lines_of_two, columns, squeeze=False).ravel()
+    for axes in all_axes[len(drawn) :]:
         axes.set_visible(False)
     for axes, (title, lines) in zip(all_axes, drawn.items(), strict=False):
         for color, (label, points) in zip(COLORS, lines.items(), strict=False):

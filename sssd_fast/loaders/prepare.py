@@ -42,6 +42,9 @@ def prepare_data(run: Run) -> tuple[DataIndex, Split]:
     index = DataIndex.load(out / "index.json")
     split = split_csv(index, out / "split.csv")
     run.data_fingerprint = index.fingerprint([*split.train, *split.val, *split.test])
+    sizes = [f"{name} {len(split.ids(name))}" for name in ("train", "val", "test")]
+    run.data_summary = f"{index.root}: {len(index)} images; {', '.join(sizes)}"
+    run.train_images = len(split.train)
     return index, split
 
 
@@ -144,9 +147,6 @@ def make_loader(
             progress=progress,
             warn=run.console.warn,
         )
-    if augment is not None:
-        run.console.info(f"loader: {loader.reason}")
-        run.console.info(f"loader: {loader.describe()}")
     return loader
 
 

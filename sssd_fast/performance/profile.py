@@ -71,7 +71,7 @@ def profile(
         # torch.profiler's library prints lines at every start and stop without it
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sssd-fast-profile-")))
-        config = config.model_copy(update={"tensorboard": False})
+        config = config.model_copy(update={"tensorboard": False, "logger": "none"})
         run = stack.enter_context(open_run("pretrain", config, folder / "run", here))
         result = _measure(run, build, steps, warmup)
         _show(result, run.console)
@@ -103,6 +103,7 @@ def _measure(run: Run, build: Build, steps: int, warmup: int) -> dict[str, Any]:
     settings, model, device = run.config.pretrain, run.config.model, run.world.device
     cuda = device.type == "cuda"
     step, batches, execution = prepare(run, build, steps + warmup)
+    run.console.info("\n".join(execution.lines))
     with run.console.announce(f"{warmup} + {steps} steps, then {steps} under the profiler"):
         times = time_steps(step, batches, steps, warmup, device)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]

@@ -101,8 +101,6 @@ class Plan(BaseModel, frozen=True):
             update["finetune"] = config.finetune.model_copy(update={"layer_decay": 1.0})
         if model.method == "external":
             update["pretrain"] = config.pretrain.model_copy(update={"extra": self.external})
-            # COVID-CT has such files, and may be the other set
-            data["accept_wrong_extension"] = True
         update["data"] = config.data.model_copy(update=data)
         return config.model_copy(update=update)
 

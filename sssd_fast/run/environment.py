@@ -85,8 +85,8 @@ def print_doctor(env: dict[str, Any]) -> None:
             rows += [("GPU", _facts(gpu)) for gpu in facts or [{"none": env["gpu_reason"]}]]
         elif section == "choices":
             rows += facts.items()
-        elif facts and section != "gpu_reason":
-            rows.append((section.replace("_", " "), _facts(facts)))
+        elif section != "gpu_reason" and (text := _facts(facts)):
+            rows.append((section.replace("_", " "), text))
     for name, text in rows:
         print(f"{name:<11}  {text}")
     print("\n".join(advice(env)))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from sssd_fast.errors import SssdError
+from sssd_fast.errors import ConfigError, SssdError
 
 
 @contextlib.contextmanager
@@ -62,6 +62,19 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def user_cache() -> Path:
+    """Folder of everything that this package keeps between runs; it can be emptied at any time.
+
+    Raises ConfigError if the user has no home folder.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        # some containers have neither HOME nor an entry in the list of users
+        raise ConfigError(f"no cache folder: {error}; set HOME or XDG_CACHE_HOME") from error
+    return Path(base, "sssd_fast")
 
 
 def existing_folder(path: Path) -> Path:

@@ -30,7 +30,10 @@ from sssd_fast.run.metrics_log import Tracker
 
 # Settings that do not change what is computed: a run can be resumed with other values. So can all
 # of the section step but two.
-FREE = "device threads processes tensorboard data.loader data.workers data.cache data.resident_gib"
+FREE = (
+    "device threads processes tensorboard logger data.loader data.workers data.cache "
+    "data.resident_gib"
+)
 FREE_ENDINGS = (".checkpoint_epochs", ".checkpoint_steps", ".keep_last", ".image_epochs")
 FIXED = ("step.residual", "step.optimizer")
 RUN_MARKER = ".sssd-fast-run"
@@ -54,8 +57,17 @@ class Run:
     resume: bool = False
     resume_with: str = ""
     data_fingerprint: str = ""
+    data_summary: str = ""
+    train_images: int = 0
     command: str = ""
     top: Path | None = None
+    position: str = ""  # "stage 1 of 2"
+    later: tuple[str, ...] = ()  # stages after this one
+
+    @property
+    def title(self) -> str:
+        """Such as "pretrain (stage 1 of 2)"."""
+        return f"{self.task} ({self.position})" if self.position else self.task
 
     def describe(self) -> None:
         """Writes settings, command and environment, and starts train.log."""
@@ -131,6 +143,8 @@ def open_run(
     resume_with: str | None = None,
     command: str = "",
     top: Path | None = None,
+    position: str = "",
+    later: tuple[str, ...] = (),
 ) -> Iterator[Run]:
     """Makes or reopens the run folder `out`; writes settings and environment before the work.
 
@@ -140,6 +154,7 @@ def open_run(
         existing: use a finished run without changing its description (evaluate).
         resume_with: the command that continues this run, if not that of `task`.
         top: a folder above `out` that gets a copy of config.yaml.
+        position, later: of this stage among all, for the terminal; see Run.
     """
     out = Path(out)
     if existing and not (out / "config.yaml").is_file():
@@ -162,13 +177,22 @@ def open_run(
             config=config,
             world=world,
             console=console,
-            tracker=Tracker(out, tensorboard=config.tensorboard, enabled=writes, log=console.warn),
+            tracker=Tracker(
+                out,
+                tensorboard=config.tensorboard,
+                logger=config.logger,
+                settings=_flat(to_dict(config)),
+                enabled=writes,
+                log=console.warn,
+            ),
             checkpoints=CheckpointManager(out / "checkpoints", keep_last, log=console.warn),
             precision=pick_precision(config.precision, world.device),
             resume=resume,
             resume_with=resume_with or f"sssd-fast {task} --resume {shlex.quote(str(out))}",
             command=command,
             top=top,
+            position=position,
+            later=later,
         )
         if not (existing or unchecked):
             run.describe()

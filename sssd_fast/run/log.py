@@ -155,9 +155,14 @@ class Console:
     # ---- long work ----
 
     @contextlib.contextmanager
-    def progress(self, total: int, description: str, *, start: int = 0) -> Iterator[Progress]:
-        """A bar (or lines) from step `start` to `total`; total 0 = unknown."""
-        progress = Progress(self, description, total, start)
+    def progress(
+        self, total: int, description: str, *, start: int = 0, later: float = 0.0
+    ) -> Iterator[Progress]:
+        """A bar (or lines) from step `start` to `total`; total 0 = unknown.
+
+        later: work of the stages after this one, in steps of this one; 0 = this is all.
+        """
+        progress = Progress(self, description, total, start, later)
         if not total:
             self._emit(f"{progress.description} ...", plain=True)
         with self._running(progress):
@@ -213,10 +218,18 @@ class Console:
 class Progress:
     """A running count of steps; made by `Console.progress`."""
 
-    def __init__(self, console: Console, description: str, total: int = 0, start: int = 0) -> None:
+    def __init__(
+        self,
+        console: Console,
+        description: str,
+        total: int = 0,
+        start: int = 0,
+        later: float = 0.0,
+    ) -> None:
         self.description = _clean(description)
         self.total = total
         self.step = start
+        self.later = later
         self.metrics: dict[str, Any] = {}
         # its task in the live display
         self.bar: Any = None
@@ -224,6 +237,8 @@ class Progress:
         self._started = time.monotonic()
         # (time, step) of the first update, before which steps compile and caches fill
         self._first: tuple[float, int] | None = None
+        # time of the last update
+        self._updated = self._started
         # time of the last plain line
         self._line_at = -1e9
 
@@ -239,14 +254,15 @@ class Progress:
         self.metrics = {**self.metrics, **metrics}
         last = step >= self.total > self.step
         self.step = step
-        now = time.monotonic()
+        now = self._updated = time.monotonic()
         self._first = self._first or (now, step)
         if self._console._bars is not None:
             self._console._bars.update(self.bar, completed=step)
         if last or now - self._line_at >= INTERVAL_S:
             self._line_at = now
-            left = self._seconds_left(now)
-            times = f"{self.elapsed()} elapsed" + (f", {duration(left)} left" if left else "")
+            each = self._step_s(now)
+            left = f", {duration((self.total - step) * each)} left" if each and not last else ""
+            times = f"{self.elapsed()} elapsed{left}"
             done = f"step {step}/{self.total} ({step / max(1, self.total):.0%})"
             line = "  ".join([f"{self.description}: {done}", *self.fields(), times])
             self._console._emit(line, plain=True)
@@ -254,16 +270,21 @@ class Progress:
     def elapsed(self) -> str:
         return duration(time.monotonic() - self._started)
 
-    def _seconds_left(self, now: float) -> float | None:
-        """From the steps since the first update; None before the second one."""
+    def _step_s(self, now: float) -> float | None:
+        """Mean seconds of the steps since the first update; None before the second one."""
         began, first = self._first or (now, self.step)
         steps = self.step - first
-        return (self.total - self.step) * (now - began) / steps if steps else None
+        return (now - began) / steps if steps else None
 
     def fields(self) -> list[str]:
-        """The metrics with their units."""
+        """The metrics with their units, and the time left for all stages."""
         named = self.metrics.items()
-        return [_clean(format_metric(name, value)) for name, value in named if value is not None]
+        shown = [_clean(format_metric(name, value)) for name, value in named if value is not None]
+        each = self._step_s(self._updated)
+        if self.later and each:
+            left = (self.total - self.step + self.later) * each
+            shown.append(f"all stages {duration(left)} left (estimated)")
+        return shown
 
 
 class _SafeStream:

@@ -12,21 +12,25 @@ import csv
 import io
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from sssd_fast.errors import DataError, SssdError
+from sssd_fast.errors import DataError, DependencyError, SssdError
 from sssd_fast.run.files import atomic_write_text
 
 METRICS_JSONL = "metrics.jsonl"
+Send = Callable[[str, int, Mapping[str, float]], None]
 
 
 class Tracker:
     """Writes the metrics of one run into `folder`. One process writes (rank 0).
 
     Args:
+        logger: also send the metrics to wandb or mlflow (see `_LOGGERS`).
+        settings: the run's settings, which they show.
         enabled: False = every method does nothing.
         log: receives one-line notes (TensorBoard missing, a line that was repaired).
     """
@@ -36,6 +40,8 @@ class Tracker:
         folder: str | Path,
         *,
         tensorboard: bool = True,
+        logger: str = "none",
+        settings: Mapping[str, Any] | None = None,
         enabled: bool = True,
         log: Callable[[str], None] = print,
     ) -> None:
@@ -43,8 +49,11 @@ class Tracker:
         self.enabled = enabled
         self._note = log
         self._tensorboard = tensorboard
+        self._logger = logger
+        self._settings = settings or {}
         self._file: IO[str] | None = None
-        self._writer: Any = None
+        # functions that take (kind, step, numbers), and those that end their logging
+        self._senders: list[tuple[Send, Callable[[], object]]] = []
         # when the run would have started without its pauses
         self._started = 0.0
 
@@ -52,10 +61,12 @@ class Tracker:
         """Opens the files of a run that continues at `step`; call it before `log`.
 
         Records beyond `step` are removed, so that a resumed run leaves the same records as one that
-        was not interrupted.
+        was not interrupted. Raises DependencyError if the package of `logger` is missing.
         """
         if not self.enabled:
             return
+        if self._logger != "none":
+            self._senders.append(_LOGGERS[self._logger](self.folder, self._settings))
         path = self.folder / METRICS_JSONL
         records, damaged = _parse(path) if path.exists() else ([], 0)
         kept = [record for record in records if record["step"] <= step]
@@ -74,7 +85,13 @@ class Tracker:
             return
         # TensorBoard hides what earlier files hold from purge_step on
         purge = step + 1 if step else None
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+        writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+
+        def send(kind: str, step: int, numbers: Mapping[str, float]) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(f"{kind}/{name}", value, step)
+
+        self._senders.append((send, writer.close))
 
     def log(self, kind: str, step: int, **values: Any) -> None:
         """Appends one record and adds `time_s`, the seconds of the run without its pauses.
@@ -102,9 +119,10 @@ class Tracker:
         except OSError as error:
             path = self.folder / METRICS_JSONL
             raise SssdError(f"cannot write {path}: {error.strerror}; free some space") from error
-        for name, value in plain.items() if self._writer is not None else ():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._writer.add_scalar(f"{kind}/{name}", value, int(step))
+        scalars = {n: v for n, v in plain.items() if isinstance(v, int | float)}
+        scalars = {n: v for n, v in scalars.items() if not isinstance(v, bool)}
+        for send, _ in self._senders:
+            send(kind, int(step), scalars)
 
     def close(self) -> None:
         """May be called again."""
@@ -112,9 +130,75 @@ class Tracker:
             self._file.close()
             self._file = None
             _write_csv(self.folder)
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        for _, end in self._senders:
+            end()
+        self._senders = []
+
+
+# ---- other loggers; their environment variables select server, project and offline mode ----
+
+
+def _wandb(folder: Path, settings: Mapping[str, Any]) -> tuple[Send, Callable[[], object]]:
+    """Weights & Biases; WANDB_MODE=offline keeps everything in RUN/wandb."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise DependencyError("logger is wandb: pip install 'sssd-fast[wandb]'") from error
+    known = _known_run(folder, "wandb")
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "sssd-fast"),
+        name=f"{folder.parent.name}/{folder.name}",
+        dir=folder,
+        config=dict(settings),
+        id=known or None,
+        resume="allow",
+    )
+    _remember_run(folder, "wandb", run.id)
+    # a resumed run repeats steps, which wandb's own counter rejects
+    run.define_metric("*", step_metric="step")
+
+    def send(kind: str, step: int, numbers: Mapping[str, float]) -> None:
+        run.log({"step": step} | {f"{kind}/{name}": value for name, value in numbers.items()})
+
+    return send, run.finish
+
+
+def _mlflow(folder: Path, settings: Mapping[str, Any]) -> tuple[Send, Callable[[], object]]:
+    """MLflow; without MLFLOW_TRACKING_URI everything is in RUN/mlflow.db."""
+    try:
+        from mlflow import MlflowClient
+    except ImportError as error:
+        raise DependencyError("logger is mlflow: pip install 'sssd-fast[mlflow]'") from error
+    place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+    client, known = MlflowClient(place), _known_run(folder, "mlflow")
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "sssd-fast")
+    if not known:
+        found = client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else client.create_experiment(name)
+        run = client.create_run(experiment, run_name=f"{folder.parent.name}/{folder.name}")
+        known = run.info.run_id
+        _remember_run(folder, "mlflow", known)
+        for key, value in settings.items():
+            client.log_param(known, key, value)
+
+    def send(kind: str, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            client.log_metric(known, f"{kind}/{name}", value, step=step)
+
+    return send, lambda: client.set_terminated(known)
+
+
+_LOGGERS = {"wandb": _wandb, "mlflow": _mlflow}
+
+
+def _known_run(folder: Path, logger: str) -> str:
+    """The logger's name of this run, if it was started before; "" if not."""
+    path = folder / f"{logger}-run.txt"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _remember_run(folder: Path, logger: str, name: str) -> None:
+    atomic_write_text(folder / f"{logger}-run.txt", name + "\n")
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

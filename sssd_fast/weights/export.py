@@ -19,7 +19,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import mae_kernels
+from sssd_fast import __version__
 from sssd_fast.errors import DependencyError, SssdError
 from sssd_fast.model import Classifier
+from sssd_fast.run.checkpoint import load_checkpoint
 from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
 from sssd_fast.weights.encoder import load_model
 from sssd_fast.weights.files import read_source
@@ -41,6 +43,7 @@ LOADING = {
     "torch": "torch.export.load({!r}).module()(images)",
     "onnx": 'onnxruntime.InferenceSession({!r}).run(None, {{"images": images}})',
 }
+MEAN_POOLED = "MeanPooledViTForImageClassification"  # of mean_pooled_vit.txt
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -172,41 +175,68 @@ def export_encoder(
     model, path = load_model(source)
     written = Path(out)
     if format == "huggingface":
-        save_huggingface(written, model)
+        facts, evaluation = (
+            load_checkpoint(path),
+            path.parents[1] / "eval" / "test" / "metrics.json",
+        )
+        want = save_huggingface(written, model, facts.get("classes"))
+        atomic_write_text(written / "README.md", _model_card(model, facts, evaluation))
     else:
         written = written if written.suffix == ".safetensors" else written / "model.safetensors"
-        save_safetensors(written, model, format)
-    want, got = export_state(model, format), read_source(written).state
+        want = save_safetensors(written, model, "timm")
+    got = read_source(written).state
     for name, tensor in want.items():
         if not torch.equal(tensor, got[name]):
             raise SssdError(
                 f"{written}: {name} differs from {path}; the file system may be damaged"
             )
-    text = f"{written}: {len(want)} tensors of {path} under {format} names, read back equal\n"
-    if format == "timm":
-        return f"{text}load it with: {_timm_call(model, written)}"
-    name, options = huggingface_class(model), ""
-    if name == "ViTModel":
-        options = ", add_pooling_layer=False"
-        if isinstance(model, Classifier):
-            text += (
-                "note: without the head, which classifies the mean of the patch tokens, not the "
-                "cls token; docs/weights.md has the features\n"
-            )
-    return f"{text}load it with: transformers.{name}.from_pretrained({str(written)!r}{options})"
+    call = (
+        _timm_call(model, written) if format == "timm" else _huggingface_call(model, str(written))
+    )
+    return (
+        f"{written}: {len(want)} tensors of {path} under {format} names, read back equal\n"
+        f"load it with: {call}"
+    )
 
 
-def save_safetensors(path: Path, model: Model, format: Literal["timm", "huggingface"]) -> None:
-    """`export_state` as one file; its metadata holds the naming and the configuration as JSON."""
+def save_safetensors(
+    path: Path,
+    model: Model,
+    format: Literal["timm", "huggingface"],
+    state: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """`export_state`, or `state`, as one file; its metadata holds the naming and the configuration
+    as JSON. Returns the tensors.
+    """
+    state = export_state(model, format) if state is None else state
     config = json.dumps(model.config.model_dump(mode="json"))
     # transformers requires format = pt
     metadata = {"format": "pt", "names": format, "config": config}
-    atomic_write_bytes(path, save(export_state(model, format), metadata))
+    atomic_write_bytes(path, save(state, metadata))
+    return state
 
 
-def save_huggingface(folder: Path, model: Model) -> None:
-    """The folder for transformers' from_pretrained: weights, configuration, pixel statistics."""
-    save_safetensors(folder / "model.safetensors", model, "huggingface")
+def save_huggingface(
+    folder: Path, model: Model, classes: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """The folder for transformers' from_pretrained: weights, configuration, pixel statistics and,
+    for a classifier of the mean of the patch tokens, the code of its class. Returns the tensors.
+    """
+    state, config = export_state(model, "huggingface"), huggingface_config(model)
+    if isinstance(model, Classifier):
+        names = classes or [f"LABEL_{i}" for i in range(model.num_classes)]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    if _mean_pooled(model):
+        state = {f"vit.{name}": tensor for name, tensor in state.items()}
+        # not "classifier": ViTForImageClassification would take it for a head of the cls token
+        state |= {f"head.{n}": t.cpu().clone() for n, t in model.head.state_dict().items()}
+        # no module: it imports transformers
+        code = Path(__file__).with_name("mean_pooled_vit.txt")
+        config["architectures"] = [MEAN_POOLED]
+        config["auto_map"] = {"AutoModelForImageClassification": f"{code.stem}.{MEAN_POOLED}"}
+        atomic_write_text(folder / f"{code.stem}.py", code.read_text(encoding="utf-8"))
+    save_safetensors(folder / "model.safetensors", model, "huggingface", state)
     height, width = model.config.image_size
     pixels = {
         "image_processor_type": "ViTImageProcessor",
@@ -215,9 +245,67 @@ def save_huggingface(folder: Path, model: Model) -> None:
         "image_mean": list(model.encoder.mean),
         "image_std": list(model.encoder.std),
     }
-    trees = {"config": huggingface_config(model), "preprocessor_config": pixels}
-    for name, tree in trees.items():
+    for name, tree in {"config": config, "preprocessor_config": pixels}.items():
         atomic_write_text(folder / f"{name}.json", json.dumps(tree, indent=2) + "\n")
+    return state
+
+
+def _mean_pooled(model: Model) -> bool:
+    return isinstance(model, Classifier) and model.pool == "mean"
+
+
+def _huggingface_call(model: Model, folder: str) -> str:
+    if _mean_pooled(model):
+        name, options = "AutoModelForImageClassification", ", trust_remote_code=True"
+    else:
+        name = huggingface_class(model)
+        options = ", add_pooling_layer=False" if name == "ViTModel" else ""
+    return f"transformers.{name}.from_pretrained({folder!r}{options})"
+
+
+def _model_card(model: Model, facts: dict[str, Any], evaluation: Path) -> str:
+    """README.md of an exported model, with the test results if the run has them."""
+    config, settings = model.config, facts["config"]
+    width, depth, heads = config.encoder_shape
+    tuned = isinstance(model, Classifier)
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {'image-classification' if tuned else 'image-feature-extraction'}",
+        "tags: [ct, covid-19, masked-autoencoder, self-distillation]",
+        "---",
+        "",
+        f"# ViT of width {width}, {depth} blocks, {heads} heads",
+        "",
+        f"Trained by sssd_fast {__version__} (`{facts['task']}`) on "
+        f"{Path(str(settings['data']['source'])).name}. Research software: not a medical device, "
+        "not for diagnosis.",
+        "",
+        "```python",
+        "import transformers",
+        "",
+        f"model = {_huggingface_call(model, 'PATH')}",
+        "processor = transformers.AutoImageProcessor.from_pretrained('PATH')",
+        "```",
+        "",
+        f"- Input: {'grey' if config.in_channels == 1 else 'RGB'} images of "
+        f"{config.image_size[0]} x {config.image_size[1]} pixels, (x / 255 - mean) / std with mean "
+        f"{tuple(model.encoder.mean)} and std {tuple(model.encoder.std)}. Training used the "
+        + (
+            "largest centred crop with this aspect."
+            if settings["data"]["fit"] == "crop"
+            else "whole image, stretched to this size."
+        ),
+    ]
+    if tuned:
+        pooled = "mean of the patch tokens" if model.pool == "mean" else "cls token"
+        lines.append(f"- Classes, from the {pooled}: {', '.join(facts['classes'])}.")
+    if tuned and evaluation.is_file():
+        result = json.loads(evaluation.read_text(encoding="utf-8"))["image"]
+        rates = ("accuracy", "sensitivity", "specificity", "auc")
+        found = [f"{rate} {result[rate]:.3f}" for rate in rates if result[rate] is not None]
+        lines.append(f"- Test split, {result['n']} images: {', '.join(found)}.")
+    return "\n".join(lines) + "\n"
 
 
 def _timm_call(model: Model, path: Path) -> str:

@@ -561,7 +561,7 @@ def test_python_blocks_of_the_readme_run(
 ) -> None:
     """Losses before and after agree, and the report is as printed."""
     text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
-    first, *pairs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, *pairs, timing = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
     exec(first, names)
     assert names["tokens"].shape == (8, 197, 384)
@@ -571,6 +571,13 @@ def test_python_blocks_of_the_readme_run(
     monkeypatch.setitem(sys.modules, "models_mae", published)
     load = "transformers.ViTMAEForPreTraining.from_pretrained"
     monkeypatch.setattr(load, lambda name: make_hf())
+    exec(timing, names)
+    times = names["times"]
+    assert all(time.median > 0 for time in times.values())
+    want = names["eager"](names["noise"], 49)
+    got = mae_kernels.random_masking(names["noise"], 49)
+    assert_close([got.ids_keep, got.ids_restore, got.mask], list(want))
+    assert "us'}" in capsys.readouterr().out
     losses = []
     for block in pairs:
         names = {"images": images_for()}

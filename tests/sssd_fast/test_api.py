@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 import sssd_fast as sf
+from sssd_fast.config import load_config, to_yaml
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.split import split_csv
 from sssd_fast.errors import CheckpointError, ConfigError, DataError
 from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
 from sssd_fast.run.folder import RUN_MARKER
+
+ROOT = Path(sf.__file__).resolve().parent.parent
 
 
 def read(path: Path) -> np.ndarray:
@@ -51,6 +57,34 @@ def test_api_functions_give_the_metrics_of_the_commands(
     val = sf.evaluate(fine.out, split="val")
     assert val.metrics["split"] == "val"
     assert (fine.out / "command.txt").read_text() == "sssd_fast.finetune\n"
+
+
+def test_python_blocks_of_the_readme_run(
+    slices: Path, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As printed, but for the folder of images and a small configuration."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    trainer, kernels = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    small = load_config(None, [*tiny, "pretrain.max_steps=2", "finetune.max_steps=2"])
+    (tmp_path / "small.yaml").write_text(to_yaml(small))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(trainer.replace("path/to/ct", str(slices)).replace("8gb", "./small.yaml"), names)
+    assert names["result"].metrics["split"] == "test"
+    assert names["encoder"](torch.zeros(1, 1, 32, 32)).shape == (1, 32)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    sizes |= {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
+    sizes |= {"decoder_hidden_size": 24, "decoder_num_hidden_layers": 1}
+    sizes |= {"decoder_num_attention_heads": 3, "decoder_intermediate_size": 48}
+    config = transformers.ViTMAEConfig(**sizes)
+    names = {"model": transformers.ViTMAEForPreTraining(config)}
+    exec(kernels, names)
+    assert "parts replaced, 0 left to the host" in str(names["report"])
+
+
+def test_dry_run_of_a_resumed_run_is_rejected(trained: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--dry-run tries a new run, --resume continues .*run"):
+        sf.run(resume=trained, dry_run=True)
 
 
 def test_predict_accepts_files_and_arrays(trained: Path, slices: Path) -> None:

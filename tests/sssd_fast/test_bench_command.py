@@ -1,4 +1,5 @@
-"""`sssd-fast bench` passes every word to the benchmarks of this checkout, and to no others."""
+"""`sssd-fast bench` passes every word to the benchmarks of this checkout or package, and to no
+others."""
 
 from __future__ import annotations
 
@@ -100,18 +101,26 @@ def test_bench_errors_are_one_message(checkout: Path, word: str, status: int, me
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("other", [False, True], ids=["alone", "next to another benchmarks"])
-def test_bench_without_a_checkout_gives_instructions(checkout: Path, other: bool) -> None:
+def test_bench_of_an_installed_package_runs_its_own_benchmarks(checkout: Path) -> None:
+    """Also next to another package of that name, and in processes that it starts."""
     site = checkout.parent / "site"
     shutil.copytree(checkout / "sssd_fast", site / "sssd_fast")
-    if other:
-        write_package(site / "benchmarks", OTHER)
-    done = bench("kernels", path=[site], where=checkout.parent)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: bench needs a checkout of the repository: ")
-    assert str(site) in done.stderr
-    assert "clone the repository" in done.stderr
-    assert done.stdout == ""
+    write_package(site / "benchmarks", OTHER)
+    code = """
+from multiprocessing import get_context
+
+def show(words):
+    print(words)
+
+def main(words):
+    process = get_context("spawn").Process(target=show, args=(words,))
+    process.start()
+    process.join()
+    return process.exitcode
+"""
+    write_package(site / "sssd_fast" / "_bench" / "benchmarks", code)
+    done = bench("seven", path=[site], where=checkout.parent)
+    assert (done.stdout, done.returncode) == ("['seven']\n", 0), done.stderr
 
 
 def test_bench_never_runs_another_package_of_that_name(checkout: Path) -> None:

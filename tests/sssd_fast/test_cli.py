@@ -280,3 +280,23 @@ def test_help_and_typos_need_no_slow_imports(line: str) -> None:
     command = [sys.executable, "-c", code, *line.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_data_cache_is_listed_and_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files = [tmp_path / "sssd_fast" / name for name in ("pixels/a", "pixels/b", "inductor/x/c")]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(2**20))
+    other = tmp_path / "other"
+    other.touch()
+    assert main(["data", "cache"]) == 0
+    text = capsys.readouterr().out
+    assert "2.0 MiB in 2 files: pixels (decoded images" in text
+    assert "3.0 MiB in all" in text
+    assert all(path.is_file() for path in files)
+    assert main(["data", "cache", "--empty"]) == 0
+    assert not any(path.is_file() for path in files)
+    assert other.is_file()

@@ -186,25 +186,6 @@ def test_exported_classifier_round_trips_through_vit_for_image_classification(
 
 
 @torch.no_grad()
-def test_exported_mean_classifier_gives_the_same_features_in_vit_model(tmp_path: Path) -> None:
-    """ViTForImageClassification cannot pool the mean: the encoder is exported, fc_norm as its
-    norm."""
-    ours = randomized(Classifier(COLOUR, 3, pool="mean"))
-    save_huggingface(tmp_path, ours)
-    theirs = loaded("ViTModel", tmp_path, add_pooling_layer=False)
-    images = torch.randn(2, 3, 48, 48)
-    hidden = theirs(images, output_hidden_states=True).hidden_states[-1]
-    close(ours.features(images), theirs.layernorm(hidden[:, 1:].mean(1)))
-    # pixels as the model scales them: uint8 -> resize -> (x / 255 - mean) / std
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-    assert (processor.size["height"], processor.size["width"]) == COLOUR.image_size
-    pixels = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)
-    got = torch.as_tensor(processor(pixels, return_tensors="pt")["pixel_values"])[0]
-    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (ours.encoder.mean, ours.encoder.std))
-    torch.testing.assert_close(got, (pixels / 255 - mean) / std, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
 def test_exported_autoencoder_loads_in_vitmae() -> None:
     """With the decoder, which the released facebookresearch weights do not have."""
     ours = randomized(MAE(COLOUR))

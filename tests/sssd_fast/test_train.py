@@ -178,7 +178,7 @@ def _two_processes(task: str, out: Path, *settings: str) -> None:
     else:
         words = [task, "--out", str(out), *settings, "processes=2", "threads=2"]
         run = _command(words)
-        assert run.stdout.count("pretrain: 6 steps,") == 1
+        assert run.stdout.count(" 6 steps, ") == 1
         assert "processes: 2" in run.stdout
     assert run.returncode == 0, run.stderr[-3000:]
 

@@ -74,7 +74,7 @@ def test_every_kind_of_bad_file_is_named_and_excluded(data: Path):
     image(51).save(folder / "gif (really).png", "GIF")
     (folder / "text.jpg").write_text("not an image")
     (folder / "line\nbreak.png").touch()
-    index = check_data(data, max_bad_fraction=0.5)
+    index = check_data(data, max_bad_fraction=0.5, accept_wrong_extension=False)
     reasons = {Path(e.path).name: e.reason for e in index.excluded}
     assert "truncated or damaged PNG" in reasons.pop("truncated.png")
     assert "the content is GIF" in reasons.pop("gif (really).png")
@@ -88,12 +88,12 @@ def test_every_kind_of_bad_file_is_named_and_excluded(data: Path):
     assert "line\\nbreak.png: empty file" in index.summary()
 
 
-def test_images_with_a_wrong_extension_are_kept_on_request_in_one_note(data: Path):
+def test_images_with_a_wrong_extension_are_kept_with_one_note(data: Path):
     names = [f"covid/renamed{i}.jpg" for i in range(3)]
     for i, name in enumerate(names):
         image(50 + i).save(data / name, "PNG")
     out = data.parent / "index.json"
-    index = check_data(data, out=out, accept_wrong_extension=True)
+    index = check_data(data, out=out)
     assert {*names} < {r.path for r in index.records}
     (note,) = index.notes
     assert note.startswith("3 images with a wrong extension kept, such as covid/renamed0.jpg")
@@ -105,17 +105,17 @@ def test_too_many_bad_files_are_an_error_that_lists_them_and_the_options(data: P
     (data / "covid" / "zero.png").touch()
     image(50).save(data / "covid" / "renamed.jpg", "PNG")
     with pytest.raises(DataError) as error:
-        check_data(data)
+        check_data(data, accept_wrong_extension=False)
     for text in (
         "2 of 14 images are unusable (14.3%); the limit is 1.0%",
         "covid/zero.png: empty file",
         "--max-bad-fraction",
         "above 0.143",
         "1 of them are good images with a wrong extension",
-        "--accept-wrong-extension",
+        "omit --reject-wrong-extension",
     ):
         assert text in str(error.value)
-    assert len(check_data(data, max_bad_fraction=0.15)) == 12
+    assert len(check_data(data, max_bad_fraction=0.15)) == 13
     with pytest.raises(DataError, match=r"max_bad_fraction is 1\.5"):
         check_data(data, max_bad_fraction=1.5)
 

@@ -333,6 +333,6 @@ def test_cache_folder_of_each_setting(
         raise RuntimeError("Could not determine home directory.")  # the message of pathlib
 
     monkeypatch.setattr(Path, "home", no_home)
-    match = r"data\.cache is auto.*home directory.*set it to a folder or none"
+    match = r"data\.cache is auto.*home directory.*data\.cache to a folder"
     with pytest.raises(ConfigError, match=match):
         cache_folder("auto")

@@ -92,7 +92,7 @@ def test_official_split_with_missing_files_is_rejected(covid: Path, tmp_path: Pa
 @pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_real_sets_are_the_published_ones(name: str, tmp_path: Path) -> None:
     which, folder = PUBLIC_SETS[name], Path(os.environ["SSSD_FAST_DATA"]) / name
-    index = check_data(image_root(which, folder), accept_wrong_extension=True)
+    index = check_data(image_root(which, folder))
     assert which.departures(index.counts()) == []
     if which.controlled == "official":
         write_official_split(which, folder, tmp_path / "official.csv")

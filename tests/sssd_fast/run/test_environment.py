@@ -176,6 +176,7 @@ def test_doctor_prints_what_was_collected(
 ) -> None:
     env["gpus"] = []
     env["gpu_reason"] = "no device"
+    env["driver"] = {"version": None}
     env["mae_kernels"] = {"info": {"a": None, "b": "cpu", "c": "cpu"}, "reason": None}
     env["providers"]["dali"] = {"version": "2.0", "status": "not usable", "reason": "broken here"}
     print_doctor(env)
@@ -189,6 +190,7 @@ def test_doctor_prints_what_was_collected(
         "kernels Triton for 1 ops: a\nkernels PyTorch fallback (cpu) for 2 ops: b, c\n",
     ):
         assert line in text
+    assert all(len(line.split()) > 1 for line in text.splitlines())  # no driver, no row
     assert re.search(r"disk free [\d.]+ GiB\n", text)
     assert text.splitlines()[-1].startswith("You can train; start with: sssd-fast run --config ")
     env["gpus"] = [GPU]

@@ -155,6 +155,30 @@ def test_console_prints_on_rank_0_only(
     assert bool(out.getvalue()) is (tmp_path / "log").exists() is prints
 
 
+def test_progress_estimates_this_stage_and_those_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """2 s per step from the second step on: 6 steps left, and later work of 10 steps."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    console = Console(stream=out)
+    with console.progress(10, "pretrain (stage 1 of 2)", later=10.0) as bar:
+        now[0] += 30.0  # compiling does not count
+        bar.update(1, loss=1.0)
+        for step in (2, 3, 4):
+            now[0] += 2.0
+            bar.update(step, loss=1.0)
+        assert "all stages 32 s left (estimated)" in bar.fields()[-1]
+        now[0] += 60.0  # a pause does not change the estimate of the display
+        assert "all stages 32 s left (estimated)" in bar.fields()[-1]
+        now[0] -= 56.0
+        bar.update(6, loss=1.0)
+    line = out.getvalue().splitlines()[-2]
+    assert line.startswith("pretrain (stage 1 of 2): step 6/10 (60%)")
+    assert "40 s elapsed, 8.0 s left" in line
+
+
 ON_A_TERMINAL = """
 import os, sys, time
 from sssd_fast.run.log import Console

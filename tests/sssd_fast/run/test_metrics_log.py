@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sssd_fast.errors import DataError, SssdError
+from sssd_fast.errors import DataError, DependencyError, SssdError
 from sssd_fast.run.metrics_log import Tracker, read_metrics
 
 
@@ -140,8 +140,8 @@ def test_tensorboard_forgets_lost_steps(tmp_path: Path) -> None:
     killed = started(tmp_path, tensorboard=True)
     work(killed, 1, 4)
     killed.log("train", 5, loss=99.0)
-    assert killed._writer is not None
-    killed._writer.close()
+    [(_, end)] = killed._senders  # TensorBoard
+    end()
     resumed = started(tmp_path, 4, tensorboard=True)
     resumed.log("train", 5, loss=0.2, skipped=2)
     resumed.close()
@@ -175,3 +175,54 @@ def test_tracker_of_other_ranks_or_without_tensorboard(
     (note,) = notes
     assert 'tensorboard is not installed: pip install "sssd-fast[train]"' in note
     assert len(read_metrics(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("logger", ["wandb", "mlflow"])
+def test_missing_logger_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logger: str
+) -> None:
+    monkeypatch.setitem(sys.modules, logger, None)
+    with pytest.raises(DependencyError, match=rf"pip install 'sssd-fast\[{logger}\]'"):
+        started(tmp_path, logger=logger)
+
+
+@pytest.mark.mlflow
+def test_mlflow_holds_the_metrics_of_a_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run in mlflow.db, with the settings, over the interruption."""
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    options = {"logger": "mlflow", "settings": {"seed": 3, "data.source": "ct"}}
+    tracker = started(tmp_path, **options)
+    work(tracker, 1, 3)
+    tracker.close()
+    tracker = started(tmp_path, 2, **options)
+    work(tracker, 3, 4)
+    tracker.close()
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("sssd-fast")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.data.params == {"seed": "3", "data.source": "ct"}
+    assert run.info.status == "FINISHED"
+    losses = client.get_metric_history(run.info.run_id, "train/loss")
+    assert {m.step: m.value for m in losses} == {1: 1.0, 2: 0.5, 3: 1 / 3, 4: 0.25}
+    assert run.data.metrics["val/accuracy"] == 0.54
+
+
+@pytest.mark.wandb
+def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run keeps its name; files of both parts are in the run folder."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = {"logger": "wandb", "settings": {"seed": 3}}
+    for first in (1, 3):
+        tracker = started(tmp_path, first - 1, **options)
+        work(tracker, first, first + 1)
+        tracker.close()
+    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    name = (tmp_path / "wandb-run.txt").read_text().strip()
+    assert len(files) == 2
+    assert {path.stem for path in files} == {f"run-{name}"}
+    assert all(b"train/loss" in path.read_bytes() for path in files)

@@ -140,6 +140,61 @@ def test_export_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_huggingface_folder_classifies_like_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: str
+) -> None:
+    """transformers loads model, class names and pixel statistics; logits are those by hand."""
+    import transformers
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    tree = {"image_size": 32, "width": 24, "depth": 2, "heads": 3, "mean": 0.4, "std": 0.2}
+    config = Config.model_validate({"model": {**tree, "in_channels": 3}})
+    model = Classifier(config.model, 2, pool)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    state = {"task": "finetune", "model": model.state_dict(), "config": to_dict(config)}
+    path = tmp_path / "run" / "checkpoints" / "step-0000001.pt"
+    save_checkpoint(path, {**state, "classes": ["covid", "a: b"], "pool": pool})
+    evaluation = tmp_path / "run" / "eval" / "test" / "metrics.json"
+    evaluation.parent.mkdir(parents=True)
+    rates = {"n": 9, "accuracy": 0.75, "sensitivity": None, "specificity": 0.5, "auc": 0.5}
+    evaluation.write_text(json.dumps({"image": rates}))
+    out = tmp_path / "exported"
+    call = export_encoder(path, out, "huggingface").partition("load it with: ")[2]
+    assert ("trust_remote_code=True" in call) == (pool == "mean")
+    loaded = eval(call, {"transformers": transformers})
+    assert loaded.config.id2label == {0: "covid", 1: "a: b"}
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    pictures = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    inputs = processor(images=list(pictures), return_tensors="pt")
+    logits = loaded.eval()(**inputs).logits
+    torch.testing.assert_close(logits.double(), by_hand(model, pictures), rtol=1e-4, atol=1e-4)
+    card = (out / "README.md").read_text()
+    assert "Test split, 9 images: accuracy 0.750, specificity 0.500, auc 0.500." in card
+    assert "covid, a: b" in card
+
+
+@pytest.mark.timm
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_timm_call_of_the_export_gives_the_models_outputs(tmp_path: Path, pool: str) -> None:
+    import timm
+
+    model = {"image_size": 32, "width": 24, "depth": 2, "heads": 3, "in_channels": 1}
+    config = Config.model_validate({"model": model})
+    tuned = Classifier(config.model, 2, pool)
+    state = {"task": "finetune", "model": tuned.state_dict(), "config": to_dict(config)}
+    path = tmp_path / "step-0000001.pt"
+    save_checkpoint(path, {**state, "classes": ["a", "b"], "pool": pool})
+    call = export_encoder(path, tmp_path / "e.safetensors", "timm").partition("load it with: ")[2]
+    loaded = eval(call.partition("; images")[0], {"timm": timm})
+    images = images_of(tuned, 2)[:, :, :, :32].repeat(1, 1, 2, 1)[:, :, :32]
+    with torch.no_grad():
+        logits = loaded.eval()((images / 255 - 0.5) / 0.25)
+    torch.testing.assert_close(logits.double(), by_hand(tuned, images), rtol=1e-4, atol=1e-4)
+
+
 def checkpoints(folder: Path) -> tuple[Path, Path, Config]:
     """(pre-training, fine-tuning) checkpoints as the training loop writes them."""
     model = {"image_size": 32, "width": 24, "depth": 2, "heads": 3}
