@@ -65,7 +65,8 @@ def make_run(folder, *, source="ct", evaluated=True, shift=0, patients=None):
     (folder / "images").mkdir(parents=True)
     stage = next((s for s in ("pretrain", "probe") if folder.name.startswith(s)), "finetune")
     config = {"seed": 3, "data": {"source": source}, "model": {"patch_size": 16}}
-    config |= {"pretrain": {"epochs": 4}, "finetune": {"epochs": 2}}
+    config |= {"pretrain": {"epochs": 4, "warmup_epochs": 1}}
+    config |= {"finetune": {"epochs": 2, "warmup_epochs": 1}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "command.txt").write_text(f"sssd-fast {stage} --out '{folder.name}'\n")
     env = {"torch": {"version": "2.99"}, "memory": {"available_gib": shift}}
@@ -312,7 +313,7 @@ def test_report_of_several_runs_averages_over_seeds(tmp_path):
     assert "| Accuracy | 75.0 % ± 7.1 | 70.0 %" in plain  # 7 and 8 of 10
     assert "Per patient: mean ± sample deviation" in html.text
     titles = "Pre-training: seed-0, Fine-tuning: seed-0, Fine-tuning: seed-1"
-    assert f"Data {titles} Source ct" in html.text
+    assert f"Files {titles} ct Unusable files" in html.text
     assert html.text.count("1,234") == html.text.count("torch.version") == 1
     assert "memory.available_gib 0 / -0.3" in html.text
     links = re.findall(r"!\[[^\n]*?\]\(([^)]+)\)", plain)
