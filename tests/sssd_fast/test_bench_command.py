@@ -42,6 +42,9 @@ def checkout(tmp_path: Path) -> Path:
     (root / "sssd_fast").mkdir(parents=True)
     for path in (*PACKAGE.glob("__*__.py"), *PACKAGE.glob("cli*.py"), PACKAGE / "errors.py"):
         shutil.copy(path, root / "sssd_fast")
+    (root / "sssd_fast" / "run").mkdir()
+    for name in ("__init__.py", "files.py"):
+        shutil.copy(PACKAGE / "run" / name, root / "sssd_fast" / "run")
     (root / "kernels" / "mae_kernels").mkdir(parents=True)
     write_package(root / "benchmarks", BENCHMARKS)
     return root
