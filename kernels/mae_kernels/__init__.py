@@ -14,7 +14,7 @@ from .crop_resize import crop_resize
 from .distillation import distillation_loss, sinkhorn_center
 from .gelu_linear import gelu_linear
 from .linear_reconstruction import linear_reconstruction_loss
-from .masking import Masking, random_masking
+from .masking import Masking, masking_from, random_masking
 from .modules import (
     GeluMLP,
     MaskedReconstructionLoss,
@@ -24,7 +24,7 @@ from .modules import (
     ShortAttention,
 )
 from .patches import embed_patches, gather_patches
-from .patching import PatchReport, patch_model, unpatch_model
+from .patching import PatchReport, patch_attention, patch_model, unpatch_model
 from .reconstruction import masked_reconstruction_loss
 from .restore import restore_tokens
 from .short_attention import attention, attention_refusal
@@ -56,6 +56,8 @@ __all__ = [
     "info",
     "linear_reconstruction_loss",
     "masked_reconstruction_loss",
+    "masking_from",
+    "patch_attention",
     "patch_model",
     "random_masking",
     "restore_tokens",

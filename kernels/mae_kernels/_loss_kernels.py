@@ -21,13 +21,13 @@ from torch import Tensor
 from ._pixels import kernel_stats, scale_pixels
 from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, tl
 
-NORM_CODES = {"none": 0, "patch": 1, "channel": 2}
+NORM_CODES = {"none": 0, "patch": 1, "channel": 2, "channel_std": 3}
 MAX_NORM_CHANNELS = 16
 
 
 class Target(NamedTuple):
-    """What predictions are compared with, as the ops take it: norm is "patch", "channel" or "none",
-    stats is pixel_stats; of ids and mask one is None.
+    """What predictions are compared with, as the ops take it: norm is "patch", "channel",
+    "channel_std" or "none", stats is pixel_stats; of ids and mask one is None.
     """
 
     images: Tensor
@@ -62,7 +62,7 @@ def masked_difference(
 
     A patch is P lines of P*C values: what a value of a line is (channel, column) is worked out once
     for all lines and rows. SELECT holds patch ids, or with HAS_MASK the mask. NORM: 0 none, 1
-    patch, 2 channel. WIDE: a patch spans 2^31 elements.
+    patch, 2 channel, 3 channel with EPS added to the deviation. WIDE: a patch spans 2^31 elements.
     """
     PADDED: tl.constexpr = BLOCK_P != P or BLOCK_W != P * C
     line, place = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
@@ -101,12 +101,13 @@ def masked_difference(
         if PADDED:
             x = tl.where(real, x, 0.0)
         x = x * (keep / tl.sqrt(sum_patch(x * x) / (P * P * C - 1) + EPS))[:, None, None]
-    if NORM == 2:
+    if NORM >= 2:
         for c in tl.static_range(C):
             own = real & (channel == c)[None, None, :]
             x = tl.where(own, x - (sum_patch(tl.where(own, x, 0.0)) / (P * P))[:, None, None], x)
             variance = sum_patch(tl.where(own, x * x, 0.0)) / (P * P - 1)
-            x = tl.where(own, x * (keep / tl.sqrt(variance + EPS))[:, None, None], x)
+            deviation = tl.sqrt(variance + EPS) if NORM == 2 else tl.sqrt(variance) + EPS
+            x = tl.where(own, x * (keep / deviation)[:, None, None], x)
     at = image.to(tl.int64) * pred_stride_b + place_of_row.to(tl.int64) * pred_stride_m
     inside = line[:, None] * (P * C) + place[None, :]
     pointers = (PRED + at)[:, None, None] + inside[None, :, :]
@@ -233,16 +234,17 @@ def _losses_kernel(
 @jit
 def _losses_backward_kernel(
     TOTAL, RECONSTRUCTION, DISTILLATION, COUNT, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, PRED,
-    IMAGES, SELECT, STATS, DPRED, num_logit_rows, stride_s, stride_t, num_rows, listed, patches,
-    grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
+    IMAGES, SELECT, STATS, DPRED, FACTORS, num_logit_rows, stride_s, stride_t, num_rows, listed,
+    patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
     WEIGHT: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr,
     NEEDS_TEACHER: tl.constexpr, TAU_S: tl.constexpr, TAU_T: tl.constexpr, C: tl.constexpr,
     P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
     NORM: tl.constexpr, HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr,
-    HAS_STATS: tl.constexpr,
+    HAS_STATS: tl.constexpr, HAS_FACTORS: tl.constexpr,
 ):  # fmt: skip
     """DPRED = gradient * 2 (pred - target) / (V * COUNT); the target is read from the images again.
-    The gradients of both losses, of TOTAL only with logits and patches.
+    The gradients of both losses, of TOTAL only with logits and patches. With HAS_FACTORS the
+    gradient of each patch's loss is read from FACTORS [B,M] instead of the scalars.
     """
     program = tl.program_id(0)
     if K > 0 and program < num_logit_rows:
@@ -261,10 +263,14 @@ def _losses_backward_kernel(
             pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM,
             HAS_MASK, WIDE, EPS, HAS_STATS,
         )  # fmt: skip
-        gradient = tl.load(RECONSTRUCTION)
-        if K > 0:
-            gradient += tl.load(TOTAL) * (1.0 - WEIGHT)
-        d *= gradient * (2.0 / (P * P * C)) / tl.load(COUNT)
+        if HAS_FACTORS:
+            factor = tl.load(FACTORS + row, mask=row < num_rows, other=0.0).to(tl.float32)
+            d *= (factor * (2.0 / (P * P * C)))[:, None, None]
+        else:
+            gradient = tl.load(RECONSTRUCTION)
+            if K > 0:
+                gradient += tl.load(TOTAL) * (1.0 - WEIGHT)
+            d *= gradient * (2.0 / (P * P * C)) / tl.load(COUNT)
         store_gradient(DPRED, d, row, num_rows, C, P, BLOCK_P, BLOCK_W)
 
 
@@ -290,7 +296,7 @@ def _pixel_arguments(
     batch, listed = pred_BMV.shape[:2]
     block_p, block_w = tile_of(side, channels)
     rows, warps = rows_per_program(pred_BMV.device, block_p * block_w)
-    if target.norm == "channel":
+    if target.norm.startswith("channel"):
         # one channel at a time needs more registers: half as many values a thread
         rows, warps = (rows // 2, warps) if rows > 1 else (1, min(2 * warps, 16))
     _, stride_c, stride_h, stride_w = images.stride()
@@ -415,9 +421,11 @@ def launch_losses_backward(
     logits: Logits | None = None,
     weight: float = 0.0,
     needs_teacher: bool = False,
+    factors_BM: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of pred, student and teacher; the teacher's is empty when not needed. Without pred
-    or logits theirs are undefined.
+    or logits theirs are undefined. factors_BM: the gradient of each patch's loss; scalars are not
+    read then.
     """
     inputs, rows, tensors, integers, constants = _arguments(pred, target, logits)
     dpred, dstudent, dteacher = tensors[0], *inputs[:2]
@@ -429,8 +437,10 @@ def launch_losses_backward(
         dstudent = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         dteacher = torch.empty(shape, dtype=teacher.dtype, device=student.device)
     grid = (rows[0] + -(-integers[0] // constants["ROWS"]),)
-    buffers = (*scalars, *inputs, dstudent, dteacher, *tensors, dpred)
+    factors = tensors[0] if factors_BM is None else factors_BM.contiguous()
+    buffers = (*scalars, *inputs, dstudent, dteacher, *tensors, dpred, factors)
     constants |= {"WEIGHT": weight, "NEEDS_TEACHER": needs_teacher}
+    constants["HAS_FACTORS"] = factors_BM is not None
     launch(_losses_backward_kernel, grid, tensors[0], *buffers, *rows, *integers, **constants)
     return dpred, dstudent, dteacher
 
@@ -445,8 +455,8 @@ def target_refusal(target: Target) -> str | None:
             f"a patch has {side * side * channels} values, {lines * places} with padding, "
             f"and the kernel holds at most {MAX_TILE_WIDTH}"
         )
-    if target.norm == "channel" and channels > MAX_NORM_CHANNELS:
-        return f"norm 'channel' is compiled for up to {MAX_NORM_CHANNELS} channels"
+    if target.norm.startswith("channel") and channels > MAX_NORM_CHANNELS:
+        return f"norm {target.norm!r} is compiled for up to {MAX_NORM_CHANNELS} channels"
     return None
 
 

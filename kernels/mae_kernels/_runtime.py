@@ -8,19 +8,21 @@ op. Triton is optional: without it the kernels are plain functions that are neve
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
 from ._samples import OPS
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 tl: Any
 try:
@@ -32,10 +34,6 @@ try:
 except ImportError:
     HAVE_TRITON = False
     tl = None
-    # torch 2.13 warns at each registration that triton is missing; `info()` says so once.
-    logging.getLogger("torch._library.triton").addFilter(
-        lambda record: not record.getMessage().startswith("Triton not available")
-    )
 
     def jit(kernel: Callable[..., Any]) -> Any:
         return kernel
@@ -202,6 +200,35 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constan
         here = here or on.device.index == torch.cuda.current_device()
         with nullcontext() if here else torch.cuda.device(on.device):
             wrap_triton(kernel)[grid](*args, **constants)
+
+
+def triton_op(name: str, *, mutates_args: tuple[str, ...]) -> Callable[..., Any]:
+    """torch.library.triton_op without its search for kernels in the source of the op.
+
+    `launch` hides the kernels from the search, so it finds none. But it imports the compiler, which
+    doubles the time of `import torch`, and warns at each op if triton is missing.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        module: Any = importlib.import_module("torch._library.triton")
+        search = getattr(module, "get_inner_triton_kernels", None)
+        if search is None:
+            return torch.library.triton_op(name, function, mutates_args=mutates_args)
+        module.get_inner_triton_kernels = lambda _: []
+        try:
+            return torch.library.triton_op(name, function, mutates_args=mutates_args)
+        finally:
+            module.get_inner_triton_kernels = search
+
+    return register
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """torch.compiler.assume_constant_result without its import of the compiler: torch.compile calls
+    the function when it traces and keeps the result.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def flat(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from ._runtime import no_autocast, wants_cpu_ops
+from ._runtime import constant_in_graphs, no_autocast, wants_cpu_ops
 
 # The longest sequence for which these products take less time than scaled_dot_product_attention,
 # forward and backward. Measured on an Intel Xeon with AMX, one thread, 32 images of 3 heads or as
@@ -62,7 +62,7 @@ def cpu_refusal(tokens: int, dtype: torch.dtype) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _refused(tokens: int, dtype: torch.dtype) -> bool:
     return cpu_refusal(tokens, dtype) is not None
 

@@ -40,10 +40,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op, triton_op
+from torch.library import custom_op
 
 from ._checks import can_look, check_dtype, check_int, check_same_device, check_shape
-from ._runtime import flat, jit, launch, next_power_of_2, tl, use_triton, wants_reference
+from ._runtime import flat, jit, launch, next_power_of_2, tl, triton_op, use_triton, wants_reference
 from ._samples import Draw, Made, Sample, Size, declares
 
 MAX_SIDE = 2**17  # of an image, and

@@ -30,7 +30,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op
 
 from ._checks import check_choice, check_floating, check_positive, check_same_device, check_shape
 from ._loss_kernels import (
@@ -41,7 +40,7 @@ from ._loss_kernels import (
     logits_refusal,
 )
 from ._pixels import accumulate_dtype
-from ._runtime import flat, use_triton, wants_reference
+from ._runtime import flat, triton_op, use_triton, wants_reference
 from ._samples import Draw, Made, Sample, Size, declares
 
 Kind = Literal["dino", "cosine", "mse", "smooth_l1"]

@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from ._checks import check_floating, check_same_device, check_shape, check_vector
 from ._pixels import accumulate_dtype
@@ -45,6 +44,7 @@ from ._runtime import (
     product_dtype,
     rows_per_program,
     tl,
+    triton_op,
     use_triton,
     wants_reference,
 )

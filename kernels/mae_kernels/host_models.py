@@ -1,15 +1,14 @@
-"""Replacement methods for other people's masked autoencoders.
+"""What the ops replace in other people's models: one Part per method.
 
-Each class below is a mixin that precedes the host's class and overrides one method, with the
-host's signature and outputs. It uses the host's modules and parameters under their usual names and
-adds none. Calls that the op cannot serve go to the host's method; `unless` of its Part lists them.
+A Part is a function with the host method's arguments and outputs. It uses the host's modules and
+parameters under their usual names and adds none. `fits` is False for calls that it cannot serve,
+`trials` are the calls on which patching.py compares it with the host's method.
 
 Hosts, by their public names:
     facebookresearch/mae    MaskedAutoencoderViT (He et al., arXiv 2111.06377)
     transformers 5          ViTMAEForPreTraining
-
-After each mixin comes its trial: the call that patch_model runs on a copy of the host's module,
-with and without the mixin, to compare them.
+    timm, BEiT              Attention with one qkv layer, with or without q_bias and v_bias
+    transformers 5          attention with q_proj, k_proj, v_proj and o_proj
 
 Shapes: B images, C channels, H x W pixels, P patch side, L patches, K visible, N tokens (with the
 class token), D width, Dd decoder width, V = P*P*C values per patch.
@@ -17,7 +16,8 @@ class token), D width, Dd decoder width, V = P*P*C values per patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,46 +30,44 @@ from .reconstruction import masked_reconstruction_loss
 from .restore import restore_tokens
 from .short_attention import attention
 
-# base of the mixins; Any, because the attributes are those of the host's class
-Host: Any = nn.Module
-# (differentiable inputs, outputs)
-Trial = tuple[list[Tensor], Any]
+# a module of the host: its attributes are known by name only
+Host = Any
 
 
 class Part(NamedTuple):
-    """One method of one host module that an op can replace."""
+    """One method of a host's module that an op can replace."""
 
-    mixin: type[nn.Module]
-    method: str
     op: str
-    # calls that still run the host's method, for the report
+    method: str
+    # attributes that the module needs ("a.b"), and methods ("a()")
+    needs: str
+    # (module, *arguments) -> what the method returns
+    own: Callable[..., Any]
+    # (module, *arguments) -> whether `own` can serve this call
+    fits: Callable[..., bool]
+    # calls that do not fit, for the report
     unless: str
-    # (copy of the module, training) -> Trial
-    trial: Callable[[Any, bool], Trial]
+    # module -> the arguments of each call of the comparison
+    trials: Callable[[Host], Iterator[tuple[Any, ...]]]
+    # how many of the method's arguments are understood; the others must have their defaults
+    arguments: int
+    # modules, or lists of them, that `own` and the host call alike: the comparison replaces them
+    stacks: tuple[str, ...] = ()
+    # largest relative difference of outputs and gradients in fp64 (some hosts compute the softmax
+    # in fp32 always)
+    tolerance: float = 1e-10
+    # why no call fits
+    never: str = "no call of the comparison fits"
 
 
 # -------------------------------------------------------------------------------- shared
-def observed(*modules: nn.Module) -> bool:
-    """True if a module has hooks or a replaced forward: its call must not be bypassed."""
-    return any(
-        bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-        or "forward" in m.__dict__
-        for m in modules
-    )
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """True if calling the module is `kind.forward` on its weight and bias and nothing else."""
-    if type(module).forward is not kind.forward or observed(module):
-        return False
-    # quantised and sharded weights have other types
-    return type(module.weight) in (nn.Parameter, Tensor)
+NO_CONVOLUTION = "it has no plain convolution of square patches that do not overlap"
 
 
 def is_patch_convolution(conv: Any) -> bool:
-    """True if the convolution is plain and cuts the image into square, non-overlapping patches."""
+    """True if the convolution cuts the image into square patches that do not overlap."""
     return bool(
-        is_plain(conv, nn.Conv2d)
+        isinstance(conv, nn.Conv2d)
         and conv.kernel_size == conv.stride
         and conv.kernel_size[0] == conv.kernel_size[1]
         and conv.groups == 1
@@ -94,330 +92,380 @@ def visible_tokens(
     return torch.cat((first, tokens), 1), mask, masking.ids_restore
 
 
-def has_other_arguments(*values: Any) -> bool:
-    """True if any argument is set to something other than None or False."""
-    return any(value is not None and value is not False for value in values)
+def are_images(images: Any, shape: tuple[int, ...], weight: Tensor | None = None) -> bool:
+    """Floating point [B, *shape]; in the dtype of `weight`, as its layer needs without autocast."""
+    if not isinstance(images, Tensor) or images.shape[1:] != shape:
+        return False
+    if weight is None or torch.is_autocast_enabled(images.device.type):
+        return images.is_floating_point()
+    return images.dtype == weight.dtype
 
 
 def _leaf(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
-def _mask_ratio(training: bool) -> float:
-    """Two ratios for which int() and round() give different numbers of visible patches."""
-    return 0.4 if training else 0.7
+def _some_images(shape: tuple[int, ...]) -> Tensor:
+    """Values beyond (0, 1); patches of large and of small variance, where an epsilon counts."""
+    images = 3 * torch.randn(3, *shape, dtype=torch.float64)
+    images[..., : shape[-1] // 2] *= 1e-3
+    return images
 
 
 # ---------------------------------------------------------------- facebookresearch/mae
-class MaeEncoder(Host):
-    def forward_encoder(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B,C,H,W] -> (latent [B,1+K,D], mask [B,L] (1 = masked), ids_restore [B,L])."""
-        conv = self.patch_embed.proj
-        patches = self.pos_embed.shape[1] - 1
-        keep = int(patches * (1 - mask_ratio))
-        if (
-            keep < 1
-            or not image_fits(self.patch_embed, x, patches)
-            or observed(self.patch_embed)
-            or not is_patch_convolution(conv)
-            or "random_masking" in self.__dict__
-        ):
-            return super().forward_encoder(x, mask_ratio)
-        noise = torch.rand(x.shape[0], patches, device=x.device)
-        x, mask, ids_restore = visible_tokens(x, noise, keep, conv, self.cls_token, self.pos_embed)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x), mask, ids_restore
+def mae_image_shape(host: Host) -> tuple[int, ...]:
+    """(C, H, W) of the images that the model was made for; it rejects or resizes others."""
+    conv = host.patch_embed.proj
+    size = getattr(host.patch_embed, "img_size", None)
+    if size is None:
+        size = round((host.pos_embed.shape[1] - 1) ** 0.5) * conv.kernel_size[0]
+    return (conv.in_channels, *((size, size) if isinstance(size, int) else size))
 
 
-def image_fits(patch_embed: Any, images: Tensor, patches: int) -> bool:
-    """True if the images have the host's size; it rejects or resizes others by its own rule."""
-    height, width = images.shape[2:]
-    side = patch_embed.proj.kernel_size[0]
-    if height % side or width % side or (height // side) * (width // side) != patches:
-        return False
-    size = getattr(patch_embed, "img_size", None)
-    size = (size, size) if isinstance(size, int) else size
-    return size is None or (height, width) == tuple(size)
+def mae_patch_side(host: Host) -> int:
+    """P of the patches that the loss compares."""
+    size = getattr(host.patch_embed, "patch_size", host.patch_embed.proj.kernel_size)
+    return int(size if isinstance(size, int) else size[0])
 
 
-def _mae_images(trial: Any) -> Tensor:
-    conv, patches = trial.patch_embed.proj, trial.pos_embed.shape[1] - 1
-    size = getattr(trial.patch_embed, "img_size", None)
-    size = round(patches**0.5) * conv.kernel_size[0] if size is None else size
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.rand(2, conv.in_channels, height, width, dtype=torch.float64)
+def mae_encoder(host: Host, images: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Images [B,C,H,W] -> (latent [B,1+K,D], mask [B,L] (1 = masked), ids_restore [B,L])."""
+    patches = host.pos_embed.shape[1] - 1
+    noise = torch.rand(images.shape[0], patches, device=images.device)
+    keep, conv = int(patches * (1 - mask_ratio)), host.patch_embed.proj
+    tokens = visible_tokens(images, noise, keep, conv, host.cls_token, host.pos_embed)
+    x, mask, ids_restore = tokens
+    for block in host.blocks:
+        x = block(x)
+    return host.norm(x), mask, ids_restore
 
 
-def _try_mae_encoder(trial: Any, training: bool) -> Trial:
-    return [], trial.forward_encoder(_mae_images(trial), _mask_ratio(training))
+def _fits_mae_encoder(host: Host, images: Any, mask_ratio: Any) -> bool:
+    conv, patches = host.patch_embed.proj, host.pos_embed.shape[1] - 1
+    return (
+        is_patch_convolution(conv)
+        and are_images(images, mae_image_shape(host), conv.weight)
+        and isinstance(mask_ratio, float)
+        and 1 <= int(patches * (1 - mask_ratio)) < patches
+    )
 
 
-class MaeDecoder(Host):
-    def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
-        """Latent [B,1+K,D] -> predictions of all patches [B,L,V]."""
-        x = self.decoder_embed(x)
-        x = restore_tokens(x, ids_restore, self.mask_token, self.decoder_pos_embed, prefix=1)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+def _try_mae_encoder(host: Host) -> Iterator[tuple[Any, ...]]:
+    # ratios for which int() and round() give different numbers of visible patches
+    for mask_ratio in (0.4, 0.7, 0.75):
+        yield _some_images(mae_image_shape(host)), mask_ratio
 
 
-def _try_mae_decoder(trial: Any, training: bool) -> Trial:
-    patches = trial.pos_embed.shape[1] - 1
-    latent = _leaf(2, 2 + patches // 3, trial.cls_token.shape[-1])
-    return [latent], trial.forward_decoder(latent, torch.rand(2, patches).argsort(1))
+def mae_decoder(host: Host, x: Tensor, ids_restore: Tensor) -> Tensor:
+    """Latent [B,1+K,D] -> predictions of all patches [B,L,V]."""
+    x = host.decoder_embed(x)
+    x = restore_tokens(x, ids_restore, host.mask_token, host.decoder_pos_embed, prefix=1)
+    for block in host.decoder_blocks:
+        x = block(x)
+    return host.decoder_pred(host.decoder_norm(x))[:, 1:]
 
 
-class MaeLoss(Host):
-    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Images [B,C,H,W], predictions [B,L,V], mask [B,L] of 0 and 1 (1 = masked) -> scalar."""
-        if imgs.requires_grad:
-            return super().forward_loss(imgs, pred, mask)
-        side = self.patch_embed.proj.kernel_size[0]
-        norm: Literal["patch"] | None = "patch" if self.norm_pix_loss else None
-        return masked_reconstruction_loss(pred, imgs, mask=mask.bool(), patch_size=side, norm=norm)
+def _fits_decoder(host: Host, x: Any, ids_restore: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and isinstance(ids_restore, Tensor)
+        and ids_restore.dtype == torch.int64
+        and x.dim() == 3
+        and ids_restore.shape == (x.shape[0], host.decoder_pos_embed.shape[1] - 1)
+        and 1 <= x.shape[1] <= host.decoder_pos_embed.shape[1]
+    )
 
 
-def _try_mae_loss(trial: Any, training: bool) -> Trial:
-    images, patches = _mae_images(trial), trial.pos_embed.shape[1] - 1
-    trial.norm_pix_loss = training
-    pred = _leaf(2, patches, trial.decoder_pred.weight.shape[0])
-    mask = (torch.rand(2, patches, dtype=torch.float64) < 0.6).double()
-    mask[0, 0] = 1
-    return [pred], trial.forward_loss(images, pred, mask)
+def _try_decoder(host: Host) -> Iterator[tuple[Any, ...]]:
+    patches = host.decoder_pos_embed.shape[1] - 1
+    latent = _leaf(3, 2 + patches // 3, host.decoder_embed.weight.shape[1])
+    yield latent, torch.rand(3, patches).argsort(1)
 
 
-class PackedAttention(Host):
-    """timm's attention: one qkv layer, heads packed as (3, heads, width)."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[B,N,D] -> [B,N,D]."""
-        dropout: Any = getattr(self, "attn_drop", None)
-        active = isinstance(dropout, nn.Dropout) and dropout.p > 0
-        drops = active and (self.training or dropout.training)
-        watched = isinstance(dropout, nn.Module) and observed(dropout)
-        if drops or watched or has_other_arguments(*args, *kwargs.values()):
-            return super().forward(x, *args, **kwargs)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        x = self.proj(attention(qkv, scale=self.scale).flatten(2))
-        return self.proj_drop(x) if hasattr(self, "proj_drop") else x
+def mae_loss(host: Host, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+    """Images [B,C,H,W], predictions [B,L,V], mask [B,L] of 0 and 1, or of weights -> scalar."""
+    side = mae_patch_side(host)
+    norm: Literal["patch"] | None = "patch" if host.norm_pix_loss else None
+    return masked_reconstruction_loss(pred, images, weights=mask, patch_size=side, norm=norm)
 
 
-def _try_mae_attention(trial: Any, training: bool) -> Trial:
-    x = _leaf(2, 5, trial.qkv.weight.shape[1])
-    return [x], trial(x)
+def _fits_mae_loss(host: Host, images: Any, pred: Any, mask: Any) -> bool:
+    shape, side = mae_image_shape(host), mae_patch_side(host)
+    patches, values = (shape[1] // side) * (shape[2] // side), side * side * shape[0]
+    return (
+        are_images(images, shape)
+        and isinstance(pred, Tensor)
+        and pred.is_floating_point()
+        and pred.shape == (images.shape[0], patches, values)
+        and isinstance(mask, Tensor)
+        and mask.is_floating_point()
+        and mask.shape == (images.shape[0], patches)
+        and not images.requires_grad
+        and not mask.requires_grad
+    )
 
 
-MAE_NEEDS = (
-    "patch_embed.proj.weight cls_token pos_embed blocks norm decoder_embed mask_token "
-    "decoder_pos_embed decoder_blocks decoder_norm decoder_pred norm_pix_loss "
-    "random_masking() forward_encoder() forward_decoder() forward_loss()"
+def _try_mae_loss(host: Host) -> Iterator[tuple[Any, ...]]:
+    (channels, height, width), side = mae_image_shape(host), mae_patch_side(host)
+    patches = (height // side) * (width // side)
+    pred = _leaf(3, patches, side * side * channels)
+    # any weights: a mask of zeros and ones is a special case
+    yield _some_images((channels, height, width)), pred, torch.rand(pred.shape[:2]).double()
+
+
+MAE_PARTS = (
+    Part(
+        "random_masking + embed_patches",
+        "forward_encoder",
+        "patch_embed.proj.weight cls_token pos_embed blocks norm random_masking() "
+        "forward_encoder()",
+        mae_encoder,
+        _fits_mae_encoder,
+        "images of another size or dtype, no visible or no masked patch",
+        _try_mae_encoder,
+        arguments=2,
+        stacks=("blocks", "decoder_blocks"),
+        never=NO_CONVOLUTION,
+    ),
+    Part(
+        "restore_tokens",
+        "forward_decoder",
+        "decoder_embed.weight mask_token decoder_pos_embed decoder_blocks decoder_norm "
+        "decoder_pred forward_decoder()",
+        mae_decoder,
+        _fits_decoder,
+        "another number of patches",
+        _try_decoder,
+        arguments=2,
+        stacks=("blocks", "decoder_blocks"),
+    ),
+    Part(
+        "masked_reconstruction_loss",
+        "forward_loss",
+        "patch_embed.proj.weight pos_embed norm_pix_loss forward_loss()",
+        mae_loss,
+        _fits_mae_loss,
+        "images of another size, images or a mask that require a gradient",
+        _try_mae_loss,
+        arguments=3,
+        stacks=("blocks", "decoder_blocks"),
+    ),
 )
-MAE_ENCODER = Part(
-    MaeEncoder,
-    "forward_encoder",
-    "random_masking + embed_patches",
-    "another image size, no visible patch, hooks on patch_embed, or a random_masking set on the "
-    "instance",
-    _try_mae_encoder,
+
+
+# --------------------------------------------------------------------------- attention
+def packed_attention(host: Host, x: Tensor) -> Tensor:
+    """[B,N,D] -> [B,N,D]; heads packed as (3, heads, width) in one qkv layer, as in timm."""
+    q_bias = getattr(host, "q_bias", None)
+    if q_bias is None:
+        qkv = host.qkv(x)
+    else:
+        # BEiT: no bias for the keys
+        bias = torch.cat((q_bias, torch.zeros_like(host.v_bias), host.v_bias))
+        qkv = F.linear(x, host.qkv.weight, bias)
+    qkv = qkv.unflatten(-1, (3, host.num_heads, -1))
+    x = host.proj(attention(qkv, scale=host.scale).flatten(2))
+    return host.proj_drop(x) if hasattr(host, "proj_drop") else x
+
+
+def _fits_packed(host: Host, x: Any) -> bool:
+    drop = getattr(host, "attn_drop", 0.0)
+    training = host.training or getattr(drop, "training", False)
+    return isinstance(x, Tensor) and x.dim() == 3 and not (training and getattr(drop, "p", drop))
+
+
+def _try_packed(host: Host) -> Iterator[tuple[Any, ...]]:
+    yield (_leaf(3, 5, host.qkv.weight.shape[1]),)
+
+
+def block_with_attention(host: Host, x: Tensor) -> Tensor:
+    """[B,N,D] -> [B,N,D]: a block whose attention also returns its weights, which it drops."""
+    scale_1, scale_2 = getattr(host, "gamma_1", None), getattr(host, "gamma_2", None)
+    y = packed_attention(host.attn, host.norm1(x))
+    x = x + host.drop_path(y if scale_1 is None else scale_1 * y)
+    y = host.mlp(host.norm2(x))
+    return x + host.drop_path(y if scale_2 is None else scale_2 * y)
+
+
+def _fits_block(host: Host, x: Any) -> bool:
+    return _fits_packed(host.attn, x)
+
+
+def _try_block(host: Host) -> Iterator[tuple[Any, ...]]:
+    yield from _try_packed(host.attn)
+
+
+def split_attention(host: Host, x: Tensor) -> tuple[Tensor, None]:
+    """[B,N,D] -> ([B,N,D], None); three layers, one product with a packed result."""
+    layers = (host.q_proj, host.k_proj, host.v_proj)
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if host.q_proj.bias is None else torch.cat([layer.bias for layer in layers])
+    qkv = F.linear(x, weight, bias).unflatten(-1, (3, host.num_attention_heads, host.head_dim))
+    return host.o_proj(attention(qkv, scale=host.scaling).flatten(2)), None
+
+
+def _fits_split(host: Host, x: Any) -> bool:
+    drops = host.training and getattr(host, "attention_dropout", 0.0)
+    return isinstance(x, Tensor) and x.dim() == 3 and not drops
+
+
+def _try_split(host: Host) -> Iterator[tuple[Any, ...]]:
+    yield (_leaf(3, 5, host.q_proj.weight.shape[1]),)
+
+
+ATTENTION_PARTS = (
+    Part(
+        "attention",
+        "forward",
+        "qkv.weight proj.weight num_heads scale",
+        packed_attention,
+        _fits_packed,
+        "dropout of the attention weights in training, a mask or other arguments",
+        _try_packed,
+        arguments=1,
+        tolerance=1e-5,
+    ),
+    Part(
+        "attention",
+        "forward",
+        "q_proj.weight k_proj.weight v_proj.weight o_proj.weight num_attention_heads head_dim "
+        "scaling",
+        split_attention,
+        _fits_split,
+        "dropout of the attention weights in training, a mask or other arguments",
+        _try_split,
+        arguments=1,
+        tolerance=1e-5,
+    ),
 )
-MAE_DECODER = Part(MaeDecoder, "forward_decoder", "restore_tokens", "", _try_mae_decoder)
-MAE_LOSS = Part(
-    MaeLoss,
-    "forward_loss",
-    "masked_reconstruction_loss",
-    "images that require a gradient",
-    _try_mae_loss,
-)
-MAE_ATTENTION = Part(
-    PackedAttention,
-    "forward",
+# for attention that returns its weights always (SD-MAE, DINO), where its block does not
+BLOCK_PART = Part(
     "attention",
-    "attn_drop above 0 in training, hooks on attn_drop, or a mask or other arguments",
-    _try_mae_attention,
-)
-
-
-# ------------------------------------------------------------------------ transformers
-class HFEmbeddings(Host):
-    def forward(
-        self,
-        pixel_values: Tensor,
-        noise: Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B,C,H,W], noise [B,L] -> (tokens [B,1+K,D], mask [B,L], ids_restore [B,L])."""
-        conv = self.patch_embeddings.projection
-        patches = self.position_embeddings.shape[1] - 1
-        keep = int(patches * (1 - self.config.mask_ratio))
-        needed = (conv.weight.shape[1], *self.patch_embeddings.image_size)
-        if (
-            interpolate_pos_encoding
-            or keep < 1
-            or tuple(pixel_values.shape[1:]) != needed
-            or observed(self.patch_embeddings)
-            or not is_patch_convolution(conv)
-            or "random_masking" in self.__dict__
-        ):
-            return super().forward(pixel_values, noise, interpolate_pos_encoding)
-        if noise is None:
-            noise = torch.rand(pixel_values.shape[0], patches, device=pixel_values.device)
-        noise = noise.to(pixel_values.device)
-        pos_embed = self.position_embeddings
-        return visible_tokens(pixel_values, noise, keep, conv, self.cls_token, pos_embed)
-
-
-def _hf_images(embeddings: Any) -> Tensor:
-    channels = embeddings.patch_embeddings.projection.in_channels
-    return torch.rand(2, channels, *embeddings.patch_embeddings.image_size, dtype=torch.float64)
-
-
-def _try_hf_embeddings(trial: Any, training: bool) -> Trial:
-    trial.config.mask_ratio = _mask_ratio(training)
-    images = _hf_images(trial)
-    noise = torch.rand(2, trial.position_embeddings.shape[1] - 1)
-    return [], (trial(images), trial(images, noise=noise))
-
-
-class HFDecoder(Host):
-    # the class that the host returns; `_mae_output` of the patched class is that class
-    _mae_output_name = "ViTMAEDecoderOutput"
-
-    def forward(
-        self, hidden_states: Tensor, ids_restore: Tensor, interpolate_pos_encoding: bool = False
-    ) -> Any:
-        """Latent [B,1+K,D] -> the host's ViTMAEDecoderOutput, logits of all patches [B,L,V]."""
-        if interpolate_pos_encoding:
-            return super().forward(hidden_states, ids_restore, interpolate_pos_encoding)
-        x = self.decoder_embed(hidden_states)
-        ids_restore = ids_restore.to(hidden_states.device)
-        x = restore_tokens(x, ids_restore, self.mask_token, self.decoder_pos_embed, prefix=1)
-        for layer in self.decoder_layers:
-            x = layer(x)
-        return self._mae_output(logits=self.decoder_pred(self.decoder_norm(x))[:, 1:])
-
-
-def _try_hf_decoder(trial: Any, training: bool) -> Trial:
-    patches = trial.decoder_pos_embed.shape[1] - 1
-    latent = _leaf(2, 2 + patches // 3, trial.decoder_embed.weight.shape[1])
-    return [latent], trial(latent, torch.rand(2, patches).argsort(1))
-
-
-class HFLoss(Host):
-    _mae_output_name = "ViTMAEForPreTrainingOutput"
-
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        noise: Tensor | None = None,
-        interpolate_pos_encoding: bool | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Images [B,C,H,W] -> the host's ViTMAEForPreTrainingOutput; a tuple if not return_dict."""
-        if (
-            pixel_values is None
-            or interpolate_pos_encoding
-            or pixel_values.requires_grad
-            or pixel_values.shape[1] != self.config.num_channels
-            or pixel_values.shape[2] != pixel_values.shape[3]
-            or "patchify" in self.__dict__
-        ):
-            arguments = (pixel_values, noise, interpolate_pos_encoding, attention_mask)
-            return super().forward(*arguments, **kwargs)
-        return_dict = kwargs.pop("return_dict", None)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        encoded = self.vit(
-            pixel_values,
-            noise=noise,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            attention_mask=attention_mask,
-            return_dict=True,
-            **kwargs,
-        )
-        logits = self.decoder(encoded.last_hidden_state, encoded.ids_restore).logits
-        loss = masked_reconstruction_loss(
-            logits,
-            pixel_values,
-            mask=encoded.mask.bool(),
-            patch_size=self.config.patch_size,
-            norm="patch" if self.config.norm_pix_loss else None,
-        )
-        output = self._mae_output(
-            loss=loss,
-            logits=logits,
-            mask=encoded.mask,
-            ids_restore=encoded.ids_restore,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
-        return output if return_dict else output.to_tuple()
-
-
-def _try_hf_loss(trial: Any, training: bool) -> Trial:
-    trial.config.norm_pix_loss = training
-    return [], trial(_hf_images(trial.vit.embeddings))
-
-
-class SplitAttention(Host):
-    """transformers' attention: three projections, computed as one product with a packed result."""
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """[B,N,D] -> ([B,N,D], None)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        others = [v for k, v in kwargs.items() if k != "output_hidden_states"]
-        if (
-            has_other_arguments(attention_mask, *others)
-            or getattr(self.config, "output_attentions", False)
-            or (self.training and self.attention_dropout > 0)
-            or not all(is_plain(p, nn.Linear) for p in projections)
-        ):
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        weight = torch.cat([p.weight for p in projections])
-        bias = None if self.q_proj.bias is None else torch.cat([p.bias for p in projections])
-        heads = (3, self.num_attention_heads, self.head_dim)
-        qkv = F.linear(hidden_states, weight, bias).unflatten(-1, heads)
-        return self.o_proj(attention(qkv, scale=self.scaling).flatten(2)), None
-
-
-def _try_hf_attention(trial: Any, training: bool) -> Trial:
-    x = _leaf(2, 5, trial.q_proj.weight.shape[1])
-    return [x], trial(x)[0]
-
-
-HF_NEEDS = (
-    "vit.embeddings.patch_embeddings.projection.weight vit.embeddings.patch_embeddings.image_size "
-    "vit.embeddings.cls_token vit.embeddings.position_embeddings vit.layers decoder.decoder_embed "
-    "decoder.mask_token decoder.decoder_pos_embed decoder.decoder_layers decoder.decoder_norm "
-    "decoder.decoder_pred config.norm_pix_loss config.mask_ratio config.patch_size "
-    "config.num_channels forward()"
-)
-HF_EMBEDDINGS = Part(
-    HFEmbeddings,
     "forward",
-    "random_masking + embed_patches",
-    "interpolate_pos_encoding, another image size, no visible patch, hooks on patch_embeddings, or "
-    "a random_masking set on the instance",
-    _try_hf_embeddings,
+    "attn.qkv.weight attn.proj.weight attn.num_heads attn.scale norm1 norm2 mlp drop_path",
+    block_with_attention,
+    _fits_block,
+    "dropout of the attention weights in training, weights that are requested, other arguments",
+    _try_block,
+    arguments=1,
+    stacks=("mlp", "drop_path"),
+    tolerance=1e-5,
 )
-HF_DECODER = Part(
-    HFDecoder, "forward", "restore_tokens", "interpolate_pos_encoding", _try_hf_decoder
-)
-HF_LOSS = Part(
-    HFLoss,
-    "forward",
-    "masked_reconstruction_loss",
-    "interpolate_pos_encoding, images that require a gradient, or images that the host rejects",
-    _try_hf_loss,
-)
-HF_ATTENTION = Part(
-    SplitAttention,
-    "forward",
-    "attention",
-    "attention_probs_dropout_prob above 0 in training, an attention mask, output_attentions, or "
-    "adapters or hooks on q_proj, k_proj or v_proj",
-    _try_hf_attention,
-)
+
+
+# ---------------------------------------------------------------------- transformers
+def hf_embeddings(
+    host: Host, images: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images [B,C,H,W] -> (encoder input [B,1+K,D], mask [B,L], ids_restore [B,L])."""
+    positions, conv = host.position_embeddings, host.patch_embeddings.projection
+    patches = positions.shape[1] - 1
+    if noise is None:
+        noise = torch.rand(images.shape[0], patches, device=images.device)
+    keep = int(patches * (1 - host.config.mask_ratio))
+    return visible_tokens(images, noise, keep, conv, host.cls_token, positions)
+
+
+def _hf_image_shape(host: Host) -> tuple[int, ...]:
+    embeddings = host.patch_embeddings
+    return (embeddings.projection.in_channels, *embeddings.image_size)
+
+
+def _fits_hf_embeddings(host: Host, images: Any, noise: Any) -> bool:
+    conv, patches = host.patch_embeddings.projection, host.position_embeddings.shape[1] - 1
+    return (
+        is_patch_convolution(conv)
+        and are_images(images, _hf_image_shape(host), conv.weight)
+        and (noise is None or (isinstance(noise, Tensor) and noise.is_floating_point()))
+        and (noise is None or noise.shape == (images.shape[0], patches))
+        and 1 <= int(patches * (1 - host.config.mask_ratio)) < patches
+    )
+
+
+def _try_hf_embeddings(host: Host) -> Iterator[tuple[Any, ...]]:
+    images = _some_images(_hf_image_shape(host))
+    yield images, None
+    yield images, torch.rand(3, host.position_embeddings.shape[1] - 1)
+
+
+def output_class(host: Host, name: str) -> Any:
+    """The class of that name in the module that defines the host's class or one of its bases."""
+    modules = (sys.modules.get(base.__module__) for base in type(host).__mro__)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
+
+
+def hf_decoder(host: Host, x: Tensor, ids_restore: Tensor) -> Any:
+    """Latent [B,1+K,D] -> the host's ViTMAEDecoderOutput, logits of all patches [B,L,V]."""
+    x = host.decoder_embed(x)
+    x = restore_tokens(x, ids_restore, host.mask_token, host.decoder_pos_embed, prefix=1)
+    for layer in host.decoder_layers:
+        x = layer(x)
+    logits = host.decoder_pred(host.decoder_norm(x))[:, 1:]
+    return output_class(host, "ViTMAEDecoderOutput")(logits=logits)
+
+
+def hf_loss(host: Host, images: Tensor, noise: Tensor | None) -> Any:
+    """Images [B,C,H,W] -> the host's ViTMAEForPreTrainingOutput."""
+    encoded = host.vit(images, noise=noise)
+    logits = host.decoder(encoded.last_hidden_state, encoded.ids_restore).logits
+    norm: Literal["patch"] | None = "patch" if host.config.norm_pix_loss else None
+    side, mask = host.config.patch_size, encoded.mask
+    loss = masked_reconstruction_loss(logits, images, weights=mask, patch_size=side, norm=norm)
+    return output_class(host, "ViTMAEForPreTrainingOutput")(
+        loss=loss,
+        logits=logits,
+        mask=mask,
+        ids_restore=encoded.ids_restore,
+        hidden_states=encoded.hidden_states,
+        attentions=encoded.attentions,
+    )
+
+
+def _fits_hf_loss(host: Host, images: Any, noise: Any) -> bool:
+    shape = _hf_image_shape(host.vit.embeddings)
+    return are_images(images, shape) and not images.requires_grad
+
+
+def _try_hf_loss(host: Host) -> Iterator[tuple[Any, ...]]:
+    yield from _try_hf_embeddings(host.vit.embeddings)
+
+
+HF_STACKS = ("vit.layers", "vit.encoder.layer", "decoder.decoder_layers")
+# module of the model -> its part
+HF_PARTS = {
+    "vit.embeddings": Part(
+        "random_masking + embed_patches",
+        "forward",
+        "patch_embeddings.projection.weight patch_embeddings.image_size cls_token "
+        "position_embeddings config.mask_ratio random_masking()",
+        hf_embeddings,
+        _fits_hf_embeddings,
+        "images of another size or dtype, interpolate_pos_encoding",
+        _try_hf_embeddings,
+        arguments=2,
+        never=NO_CONVOLUTION,
+    ),
+    "decoder": Part(
+        "restore_tokens",
+        "forward",
+        "decoder_embed.weight mask_token decoder_pos_embed decoder_layers decoder_norm "
+        "decoder_pred",
+        hf_decoder,
+        _fits_decoder,
+        "another number of patches, interpolate_pos_encoding",
+        _try_decoder,
+        arguments=2,
+        stacks=("decoder_layers",),
+    ),
+    "": Part(
+        "masked_reconstruction_loss",
+        "forward",
+        "vit.embeddings.patch_embeddings.image_size decoder config.norm_pix_loss config.patch_size",
+        hf_loss,
+        _fits_hf_loss,
+        "images of another size or that require a gradient, other arguments than noise",
+        _try_hf_loss,
+        arguments=2,
+        stacks=HF_STACKS,
+    ),
+}

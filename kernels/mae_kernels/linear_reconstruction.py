@@ -23,12 +23,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op
 
 from ._checks import check_floating, check_same_device, check_shape, check_vector
 from ._loss_kernels import Scalars, Target, launch_losses, launch_losses_backward, target_refusal
 from ._pixels import Numbers, accumulate_dtype
-from ._runtime import flat, no_autocast, product_dtype, use_triton, wants_reference
+from ._runtime import flat, no_autocast, product_dtype, triton_op, use_triton, wants_reference
 from ._samples import CT_16, RGB_16, Case, Draw, Made, Sample, Size, declares
 from .reconstruction import Norm, check_target, difference
 from .reconstruction import reference as loss_reference

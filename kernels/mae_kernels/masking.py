@@ -21,10 +21,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
-from ._checks import check_floating, check_int, check_shape
-from ._runtime import jit, launch, next_power_of_2, tl, use_triton, wants_reference
+from ._checks import can_look, check_dtype, check_floating, check_int, check_shape
+from ._runtime import jit, launch, next_power_of_2, tl, triton_op, use_triton, wants_reference
 from ._samples import Draw, Made, Sample, Size, declares
 
 
@@ -140,6 +139,29 @@ def random_masking(noise: Tensor, num_keep: int) -> Masking:
         raise ValueError(f"num_keep: got {num_keep}, needs {limit}")
     noise = noise.detach()
     return Masking(*(reference if wants_reference(noise) else _masking_op)(noise, num_keep))
+
+
+def masking_from(mask: Tensor, num_keep: int) -> Masking:
+    """The ids of a given mask, in ascending order: for masks that are drawn elsewhere (blocks,
+    tubes).
+
+    Args:
+        mask: [B, L] bool, True = masked.
+        num_keep: visible patches per image; each row of the mask has so many (a whole batch has one
+            shape). This is checked on the CPU, and on a GPU with debug_checks.
+
+    Returns: Masking, whose mask equals `mask`.
+
+    Raises: TypeError or ValueError naming the argument.
+    """
+    check_dtype("mask", mask, torch.bool, " with True = masked (use mask.bool())")
+    masking = random_masking(mask.float(), num_keep)
+    if can_look(mask) and not torch.equal(masking.mask, mask):
+        counts = sorted({int(n) for n in (~mask).sum(1)})
+        raise ValueError(
+            f"mask: got rows with {counts} visible patches, needs num_keep = {num_keep} in each"
+        )
+    return masking
 
 
 # ---- samples ----

@@ -229,10 +229,20 @@ class MaskedReconstructionLoss(_PixelTarget, nn.Module):
         return _settings(self, *self.NAMES)
 
     def forward(
-        self, pred: Tensor, images: Tensor, *, ids: Tensor | None = None, mask: Tensor | None = None
+        self,
+        pred: Tensor,
+        images: Tensor,
+        *,
+        ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """pred [B,M,V] with ids [B,M], or [B,L,V] with mask [B,L]; images [B,C,H,W] -> scalar."""
-        return masked_reconstruction_loss(pred, images, ids=ids, mask=mask, **self._target())
+        """pred [B,M,V] with ids [B,M], or [B,L,V] with mask or weights [B,L]; images [B,C,H,W] ->
+        scalar.
+        """
+        return masked_reconstruction_loss(
+            pred, images, ids=ids, mask=mask, weights=weights, **self._target()
+        )
 
 
 class ReconstructionHead(_PixelTarget, nn.Linear):

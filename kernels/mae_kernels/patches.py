@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from ._checks import (
     check_floating,
@@ -57,6 +56,7 @@ from ._runtime import (
     product_dtype,
     rows_per_program,
     tl,
+    triton_op,
     use_triton,
     wants_reference,
 )
@@ -82,12 +82,13 @@ def embed_reference(
     ids_BK: Tensor,
     weight_DCPP: Tensor,
     bias_D: Tensor | None,
-    pos_embed_LD: Tensor,
+    pos_embed_LD: Tensor | None,
     stats_4C: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     x_BKV = gather_reference(images_BCHW, ids_BK, stats_4C, weight_DCPP.shape[-1], dtype)
-    return _project(x_BKV, weight_DCPP, bias_D) + pos_embed_LD[ids_BK]
+    tokens_BKD = _project(x_BKV, weight_DCPP, bias_D)
+    return tokens_BKD if pos_embed_LD is None else tokens_BKD + pos_embed_LD[ids_BK]
 
 
 def _project(x_BKV: Tensor, weight_DCPP: Tensor, bias_D: Tensor | None) -> Tensor:
@@ -200,15 +201,18 @@ def _embed_op(
     ids: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    pos_embed: Tensor,
+    pos_embed: Tensor | None,
     stats: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    dtypes = (images.dtype, weight.dtype, pos_embed.dtype, dtype)
+    of_positions = dtype if pos_embed is None else pos_embed.dtype
+    dtypes = (images.dtype, weight.dtype, of_positions, dtype)
     if not use_triton("embed_patches", images.device, *dtypes):
         return embed_reference(images, ids, weight, bias, pos_embed, stats, dtype)
     x_BKV = _launch_gather(images, ids, stats, weight.shape[-1], dtype)
     tokens_BKD = _project(x_BKV, weight, bias)
+    if pos_embed is None:
+        return tokens_BKD
     wider = torch.promote_types(dtype, pos_embed.dtype)
     return _launch_add_positions(tokens_BKD, pos_embed, ids, wider)
 
@@ -249,7 +253,8 @@ def _embed_backward_op(
 def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     images, ids, weight, _, pos_embed, stats, ctx.dtype = inputs
     ctx.save_for_backward(images, ids, stats)
-    ctx.weight_shape, ctx.patches = weight.shape, pos_embed.shape[0]
+    ctx.weight_shape = weight.shape
+    ctx.patches = 0 if pos_embed is None else pos_embed.shape[0]
 
 
 def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -308,7 +313,7 @@ def embed_patches(
     ids: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    pos_embed: Tensor,
+    pos_embed: Tensor | None,
     *,
     mean: Numbers = None,
     std: Numbers = None,
@@ -322,7 +327,8 @@ def embed_patches(
         ids: [B, K] int64 patch numbers, in any order, repeats included.
         weight: [D, C, P, P] the patch embedding convolution's weight.
         bias: [D] or None.
-        pos_embed: [L, D], or [1, L, D], positions of the L patches (without a class token's row).
+        pos_embed: [L, D], or [1, L, D], positions of the L patches (without a class token's row);
+            [B, L, D] for positions of each image, which plain torch gathers and adds; or None.
         mean, std: as in gather_patches.
 
     Returns: [B, K, D] in the wider of the product's and pos_embed's dtypes, as `conv(x) +
@@ -352,12 +358,19 @@ def embed_patches(
         )
     patches = grid_rows * grid_cols
     check_ids("ids", ids, images.shape[0], patches)
-    check_floating("pos_embed", pos_embed)
-    if pos_embed.dim() == 3 and pos_embed.shape[0] == 1:
-        pos_embed = pos_embed[0]
-    check_shape("pos_embed", pos_embed, (patches, width), "[L, D]")
-    for name, tensor in (("ids", ids), ("weight", weight), ("pos_embed", pos_embed)):
+    for name, tensor in (("ids", ids), ("weight", weight)):
         check_same_device(name, tensor, "images", images)
+    if pos_embed is not None:
+        check_floating("pos_embed", pos_embed)
+        check_same_device("pos_embed", pos_embed, "images", images)
+        if pos_embed.dim() == 3 and pos_embed.shape[0] == 1:
+            pos_embed = pos_embed[0]
+        if pos_embed.dim() == 3:
+            check_shape("pos_embed", pos_embed, (images.shape[0], patches, width), "[B, L, D]")
+            positions = pos_embed.gather(1, ids[..., None].expand(-1, -1, width))
+            tokens = embed_patches(images, ids, weight, bias, None, mean=mean, std=std)
+            return tokens + positions
+        check_shape("pos_embed", pos_embed, (patches, width), "[L, D]")
     check_vector("bias", bias, width, "[D]", "images", images)
     dtype = product_dtype(images.device, weight.dtype)
     stats = pixel_stats(images, mean, std)

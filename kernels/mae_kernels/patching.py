@@ -1,33 +1,35 @@
-"""patch_model: use this package's ops in another project's masked autoencoder.
+"""patch_model, patch_attention: use this package's ops in other people's models.
 
 Neither the code nor the state dict of the host changes. A patched module gets a subclass of its
 own class that overrides one method (host_models.py). No parameter, buffer or attribute is added or
 moved; unpatching restores the module's own class.
 
-Names do not prove that an op computes what the host's method does, so the results are compared
-before anything is patched. A copy of each module with random parameters, in float64 on the CPU,
-runs the host's method and the op on random input, forward and backward, in training and in
-evaluation mode. If they differ, or if the host's method cannot run there, the host keeps its own
-code and the report gives the reason.
+A method is replaced only if it does the same. A copy of the module with random parameters, in
+float64 on the CPU, runs the host's method and the op, forward and backward, in training and in
+evaluation mode, and is observed (_observing.py):
+- Outputs and gradients agree, in values, containers and types; so do the calls of blocks, which
+  are replaced by functions that mix tokens, and the use of random numbers.
+- Every operation on floating point numbers is smooth. So numbers that agree at random points agree
+  everywhere: a clamp, a comparison or a branch on values keeps the host's code.
+- Every attribute that the method read has the same value at each later call; else that call runs
+  the host's code, with a warning. The same for arguments that the op does not know.
+Not followed are variables of the host's Python modules that change after patching.
 """
 
 from __future__ import annotations
 
-import copy
 import copyreg
-import sys
-from collections.abc import Iterator, Mapping
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import host_models as hosts
-from ._runtime import backend
-from .host_models import Part
-
-# transformers' "eager" attention computes the softmax in fp32 for every dtype of the model
-TOLERANCE = 1e-5
+from ._observing import Settings, compare
+from .host_models import ATTENTION_PARTS, BLOCK_PART, HF_PARTS, MAE_PARTS, Part
 
 
 class Replaced(NamedTuple):
@@ -47,7 +49,7 @@ class Left(NamedTuple):
 
 
 class PatchReport(NamedTuple):
-    """What patch_model did: the recognised host, what was replaced, and what was not and why."""
+    """What was replaced in a model, and what was not and why."""
 
     host: str
     replaced: tuple[Replaced, ...]
@@ -78,8 +80,8 @@ class _Site(NamedTuple):
     where: str
     module: nn.Module
     part: Part
-    # children that the compared copy omits, because its method is compared without them
-    emptied: tuple[str, ...] = ()
+    # tried if `part` is not the same as the host's
+    block: _Site | None = None
 
 
 # ------------------------------------------------------------------------------- public
@@ -87,10 +89,11 @@ def patch_model(model: nn.Module) -> PatchReport:
     """Put this package's ops into a masked autoencoder written for another project.
 
     Recognised by attributes, without importing the host: facebookresearch/mae's
-    MaskedAutoencoderViT and models with its names, and ViTMAEForPreTraining of transformers 5.
-    Loss, predictions and gradients stay the same up to rounding, outputs keep their meaning
-    (predictions of all patches), state dict keys and parameter objects stay. The mask passed to
-    the loss must hold zeros and ones; if nothing is masked the loss is 0 where the host's is NaN.
+    MaskedAutoencoderViT and models with its names, ViTMAEForPreTraining of transformers 5, and
+    attention as in patch_attention. A part whose names are missing is left to the host. Loss,
+    predictions and gradients stay the same up to rounding, outputs keep their meaning (predictions
+    of all patches), state dict keys and parameter objects stay. If nothing is masked the loss is 0
+    where the host's is NaN.
 
     Patch the bare model, on any device and in either mode, before it is wrapped
     (DistributedDataParallel, torch.compile). Patching twice equals patching once. Loading a
@@ -105,34 +108,47 @@ def patch_model(model: nn.Module) -> PatchReport:
     if it is not a recognised model.
     """
     unpatch_model(model)
-    name, sites = _recognise(model)
-    replaced, left = [], []
-    mixins: dict[nn.Module, list[type[nn.Module]]] = {}
-    # the layers of a transformer are alike: one comparison per kind of module
-    reasons: dict[Any, str | None] = {}
-    for site in sites:
-        kind = _kind(site)
-        if kind not in reasons:
-            reasons[kind] = _reason_to_keep(site)
-        reason = reasons[kind]
-        if reason is None:
-            replaced.append(Replaced(site.where, site.part.op, site.part.unless))
-            mixins.setdefault(site.module, []).append(site.part.mixin)
-        else:
-            left.append(Left(site.where, site.part.op, reason))
-    for module, parts in mixins.items():
-        # a module that the model uses twice appears twice in the sites
-        module.__class__ = _patched_class(type(module), tuple(dict.fromkeys(parts)))
-    return PatchReport(name, tuple(replaced), tuple(left))
+    hosts = {
+        "facebookresearch/mae": [_Site(part.method, model, part) for part in MAE_PARTS],
+        "transformers": list(_hf_sites(model)),
+    }
+    found = {name: sum(map(_count_found, sites)) for name, sites in hosts.items()}
+    nearest = max(found, key=lambda name: found[name])
+    if all(_missing(site) for site in hosts[nearest]):
+        missing = [need for site in hosts[nearest] for need in _missing(site)]
+        raise ValueError(_not_recognised(model, nearest, missing))
+    return _patch(nearest, [*hosts[nearest], *_attention_sites(model)])
+
+
+def patch_attention(model: nn.Module) -> PatchReport:
+    """Replace the attention in any model: pre-training, fine-tuning and other methods.
+
+    Recognised by attributes: modules with one qkv layer and proj as in timm, also with q_bias and
+    v_bias as in BEiT, and modules with q_proj, k_proj, v_proj and o_proj as in transformers 5. Each
+    is compared and replaced as in patch_model; unpatch_model reverts it.
+
+    Args:
+        model: the model, changed in place.
+
+    Returns: PatchReport; print it. `left` lists every attention that keeps the host's code.
+
+    Raises: TypeError if `model` is not an nn.Module; ValueError if it has no such module.
+    """
+    unpatch_model(model)
+    sites = list(_attention_sites(model))
+    if not sites:
+        needs = " or ".join(part.needs.replace(".weight", "") for part in ATTENTION_PARTS)
+        raise ValueError(f"model: got {type(model).__name__}, needs modules with {needs}")
+    return _patch(type(model).__name__, sites)
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Restore the class, and so the methods, of every module that patch_model changed.
+    """Restore the class, and so the methods, of every module that was patched.
 
     Does nothing to a model that is not patched.
 
     Raises: TypeError if `model` is not an nn.Module; ValueError if other code changed a module's
-    class after patch_model (a parametrization of the module, FSDP): undo that first.
+    class after patching (a parametrization of the module, FSDP): undo that first.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, needs a torch.nn.Module")
@@ -147,40 +163,190 @@ def unpatch_model(model: nn.Module) -> None:
         module.__class__ = type(module)._mae_host
 
 
-# ------------------------------------------------------------------------ patched class
-Mixins = tuple[type[nn.Module], ...]
-_classes: dict[tuple[type[nn.Module], Mixins], type[nn.Module]] = {}
+# ------------------------------------------------------------------------------- recognise
+def _hf_sites(model: nn.Module) -> Iterator[_Site]:
+    for where, part in HF_PARTS.items():
+        module: Any = model
+        for name in where.split(".") if where else ():
+            module = getattr(module, name, None)
+        yield _Site(where or "forward", module, part)
 
 
-def _patched_class(host: type[nn.Module], mixins: Mixins) -> type[nn.Module]:
-    """One subclass per host class and mixins.
+def _attention_sites(model: nn.Module) -> Iterator[_Site]:
+    for name, module in model.named_modules():
+        owner = name.rpartition(".")[0]
+        block = _Site(owner, model.get_submodule(owner), BLOCK_PART)
+        for part in ATTENTION_PARTS:
+            own = not _missing(block) and block.module.attn is module
+            site = _Site(name, module, part, block if own else None)
+            if not _missing(site):
+                yield site
+
+
+def _missing(site: _Site) -> list[str]:
+    """The names that the part needs and the module lacks; for a missing module its own name."""
+    if site.module is None:
+        return [site.where]
+    return [need for need in site.part.needs.split() if not _has(site.module, need)]
+
+
+def _count_found(site: _Site) -> int:
+    if site.module is None:
+        return 0
+    return sum(_has(site.module, need) for need in site.part.needs.split())
+
+
+def _has(module: nn.Module, need: str) -> bool:
+    """Whether the module has the attribute "a.b.c", or its class the method "a()"."""
+    if need.endswith("()"):
+        return callable(getattr(type(module), need[:-2], None))
+    owner: Any = module
+    for name in need.split("."):
+        owner = getattr(owner, name, None)
+        if owner is None:
+            return False
+    return True
+
+
+def _not_recognised(model: nn.Module, nearest: str, missing: list[str]) -> str:
+    names = list(dict.fromkeys(missing))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    inner = (getattr(model, name, None) for name in ("module", "_orig_mod"))
+    if any(isinstance(module, nn.Module) for module in inner):
+        advice = "It wraps another module: patch that one, before wrapping it."
+    elif next(_attention_sites(model), None) is not None:
+        advice = "patch_attention(model) replaces its attention."
+    else:
+        advice = "Other models can use the ops and modules of mae_kernels."
+    return (
+        f"model: got {type(model).__name__}, needs a masked autoencoder as in {nearest}; it lacks "
+        f"{', '.join(names[:5])}{more}. {advice}"
+    )
+
+
+# ----------------------------------------------------------------------------------- patch
+def _patch(host: str, sites: list[_Site]) -> PatchReport:
+    replaced, left = [], []
+    methods: dict[nn.Module, list[tuple[Part, Settings]]] = {}
+    # the layers of a transformer are alike: where a module's class and all that the comparison
+    # read are equal, its result holds for the next module too
+    known: list[tuple[type, Part, Settings, str | None]] = []
+    for site in sites:
+        settings, why = _compare_once(site, known)
+        if why is not None and site.block is not None:
+            settings, other = _compare_once(site.block, known)
+            if other is None:
+                site, why = site.block, None
+        if why is None:
+            unless = site.part.unless + ", or after a change of what it reads"
+            replaced.append(Replaced(site.where, site.part.op, unless))
+            methods.setdefault(site.module, []).append((site.part, settings))
+        else:
+            left.append(Left(site.where, site.part.op, why))
+    for module, parts in methods.items():
+        module.__class__ = _patched_class(type(module), tuple(parts))
+    return PatchReport(host, tuple(replaced), tuple(left))
+
+
+def _compare_once(
+    site: _Site, known: list[tuple[type, Part, Settings, str | None]]
+) -> tuple[Settings, str | None]:
+    """What the comparison depends on, and why the host keeps its method; None if it does not."""
+    _, module, part, _ = site
+    if names := _missing(site):
+        return Settings(), f"it lacks {', '.join(names)}"
+    if part.method in vars(module):
+        return Settings(), f"{part.method} was replaced on the instance"
+    for kind, known_part, settings, why in known:
+        if (kind, known_part) == (type(module), part) and settings.changed(module) is None:
+            return settings, why
+    found, why = compare(module, part)
+    if found is not None:
+        known.append((type(module), part, found, why))
+    return found or Settings(), why
+
+
+Parts = tuple[tuple[Part, Settings], ...]
+_classes: list[tuple[type[nn.Module], Parts, type[nn.Module]]] = []
+
+
+def _patched_class(host: type[nn.Module], parts: Parts) -> type[nn.Module]:
+    """One subclass per host class, parts and settings.
 
     It has the host's name, so that repr and saved configurations do not change.
     """
-    if (host, mixins) in _classes:
-        return _classes[host, mixins]
+    for known_host, known_parts, known in _classes:
+        if known_host is host and known_parts == parts:
+            return known
     attributes: dict[str, Any] = {
         "__module__": host.__module__,
         "__qualname__": host.__qualname__,
         "__doc__": host.__doc__,
         "__reduce_ex__": _reduce,
         "_mae_host": host,
-        "_mae_mixins": mixins,
+        "_mae_parts": parts,
     }
-    for mixin in mixins:
-        if hasattr(mixin, "_mae_output_name"):
-            attributes["_mae_output"] = _defined_with(host, str(mixin._mae_output_name))
-    _classes[host, mixins] = type(host.__name__, (*mixins, host), attributes)
-    return _classes[host, mixins]
+    for part, settings in parts:
+        attributes[part.method] = _replacement(host, part, settings)
+    _classes.append((host, parts, type(host.__name__, (host,), attributes)))
+    return _classes[-1][2]
 
 
-def _defined_with(host: type, name: str) -> type:
-    """The class of that name in the module that defines the host's class or one of its bases."""
-    modules = (sys.modules.get(base.__module__) for base in host.__mro__)
-    found = [getattr(module, name) for module in modules if hasattr(module, name)]
-    if not found:
-        raise AttributeError(f"{name} is not defined next to {host.__name__}")
-    return found[0]
+def _replacement(host: type[nn.Module], part: Part, settings: Settings) -> Any:
+    """The method that runs the op where it is known to do the same, else the host's method."""
+    compared = getattr(host, part.method)
+    parameters = list(inspect.signature(compared).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def known_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The values of the arguments that the op takes; None if the host's method must decide."""
+        if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
+            return None
+        given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        known = names[: part.arguments]
+        for name, value in given.items():
+            default = defaults.get(name)
+            if name not in known and not (value is default or _equal(value, default)):
+                return None
+        return [given[name] for name in known] if all(n in given for n in known) else None
+
+    @functools.wraps(compared)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        known = known_arguments(args, kwargs)
+        if (
+            known is not None
+            and getattr(host, part.method) is compared
+            and not _is_transformed(known)
+            and part.fits(self, *known)
+        ):
+            changed = settings.changed(self)
+            if changed is None:
+                return part.own(self, *known)
+            if not torch.compiler.is_compiling():
+                warnings.warn(
+                    f"{host.__name__}.{part.method} runs its own code instead of {part.op}, "
+                    f"because {changed} changed after patching; patch the model again",
+                    stacklevel=2,
+                )
+        return getattr(host, part.method)(self, *args, **kwargs)
+
+    return method
+
+
+def _equal(value: Any, default: Any) -> bool:
+    plain = isinstance(value, (bool, int, float, str))
+    return plain and type(value) is type(default) and bool(value == default)
+
+
+def _is_transformed(values: list[Any]) -> bool:
+    """torch.jit.trace and torch.func.vmap run the host's own code: the ops cannot be traced so."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.jit.is_tracing() or any(  # type: ignore[attr-defined]
+        isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+        for value in values
+    )
 
 
 def _reduce(self: Any, protocol: int) -> Any:
@@ -192,175 +358,9 @@ def _reduce(self: Any, protocol: int) -> Any:
         raise TypeError(
             f"{cls.__name__} defines its own pickling; call unpatch_model before copying it"
         )
-    return _new_instance, (cls._mae_host, cls._mae_mixins), *reduced[2:]
+    return _new_instance, (cls._mae_host, cls._mae_parts), *reduced[2:]
 
 
-def _new_instance(host: type[nn.Module], mixins: Mixins) -> nn.Module:
-    cls = _patched_class(host, mixins)
+def _new_instance(host: type[nn.Module], parts: Parts) -> nn.Module:
+    cls = _patched_class(host, parts)
     return cls.__new__(cls)
-
-
-# -------------------------------------------------------------------- recognise a model
-def _recognise(model: nn.Module) -> tuple[str, list[_Site]]:
-    missing: list[list[str]] = []
-    for name, needs, sites in (
-        ("facebookresearch/mae", hosts.MAE_NEEDS, _mae_sites),
-        ("transformers", hosts.HF_NEEDS, _hf_sites),
-    ):
-        missing.append([need for need in needs.split() if not _has(model, need)])
-        if not missing[-1]:
-            return name, list(sites(model))
-    inner = (getattr(model, name, None) for name in ("module", "_orig_mod"))
-    wrapped = any(isinstance(module, nn.Module) for module in inner)
-    advice = " It wraps another module: patch that one, before wrapping it." if wrapped else ""
-    mae, hf = map(_first_five, missing)
-    raise ValueError(
-        f"model: got {type(model).__name__}, needs a MaskedAutoencoderViT as in "
-        f"facebookresearch/mae (it lacks {mae}) or ViTMAEForPreTraining of transformers 5 "
-        f"(it lacks {hf}).{advice} Other models can use the ops and modules of mae_kernels."
-    )
-
-
-def _first_five(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
-
-
-def _has(model: nn.Module, need: str) -> bool:
-    """Whether the model has the attribute "a.b.c", or its class the method "a()"."""
-    if need.endswith("()"):
-        return callable(getattr(type(model), need[:-2], None))
-    owner: Any = model
-    for name in need.split("."):
-        owner = getattr(owner, name, None)
-        if owner is None:
-            return False
-    return True
-
-
-def _mae_sites(model: Any) -> Iterator[_Site]:
-    stacks = ("blocks", "decoder_blocks")
-    for part in (hosts.MAE_ENCODER, hosts.MAE_DECODER, hosts.MAE_LOSS):
-        yield _Site(part.method, model, part, stacks)
-    for name in stacks:
-        for i, block in enumerate(getattr(model, name)):
-            attention = getattr(block, "attn", nn.Identity())
-            yield _Site(f"{name}.{i}.attn", attention, hosts.MAE_ATTENTION)
-
-
-def _hf_sites(model: Any) -> Iterator[_Site]:
-    stacks = ("vit.layers", "decoder.decoder_layers")
-    yield _Site("vit.embeddings", model.vit.embeddings, hosts.HF_EMBEDDINGS)
-    yield _Site("decoder", model.decoder, hosts.HF_DECODER, ("decoder_layers",))
-    yield _Site("forward", model, hosts.HF_LOSS, stacks)
-    for name in stacks:
-        layers: Any = model.get_submodule(name)
-        for i, layer in enumerate(layers):
-            attention = getattr(layer, "attention", nn.Identity())
-            yield _Site(f"{name}.{i}.attention", attention, hosts.HF_ATTENTION)
-
-
-# --------------------------------------------------------------------- compare with the op
-def _kind(site: _Site) -> Any:
-    """Equal for modules of the same classes, settings and shapes."""
-    if site.emptied:
-        return site.where
-    settings: list[Any] = []
-    for module in site.module.modules():
-        for name, value in vars(module).items():
-            plain = isinstance(value, (bool, int, float, str, tuple, type(None)))
-            if not name.startswith("_"):
-                settings.append((name, repr(value) if plain else id(value)))
-        settings.append((type(module), len(module._forward_hooks), "forward" in vars(module)))
-    shapes = tuple((name, p.shape) for name, p in site.module.named_parameters())
-    return site.part, tuple(settings), shapes, tuple(id(b) for b in site.module.buffers())
-
-
-def _reason_to_keep(site: _Site) -> str | None:
-    """Why the host keeps its own method; None if the op gives the same numbers."""
-    if site.part.method in vars(site.module):
-        return f"{site.part.method} was replaced on the instance"
-    try:
-        with (
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.device("cpu"),
-            backend("reference"),
-            torch.random.fork_rng(devices=[]),
-        ):
-            copied = _random_copy(site.module, site.emptied)
-            host = type(copied)
-            for training in (True, False):
-                results = []
-                for cls in (host, _patched_class(host, (site.part.mixin,))):
-                    copied.__class__ = cls
-                    torch.default_generator.manual_seed(0)
-                    trial = site.part.trial(copied.train(training), training)
-                    results.append(_outputs_and_gradients(copied, *trial))
-                if (difference := _difference(*results)) is not None:
-                    return f"its own code computes something else ({difference})"
-    except Exception as error:  # noqa: BLE001 - the host's code may fail in any way here
-        text = " ".join(str(error).split())
-        return f"could not be compared on the CPU in float64 ({type(error).__name__}: {text[:160]})"
-    return None
-
-
-def _random_copy(module: nn.Module, emptied: tuple[str, ...]) -> Any:
-    """A deep copy on the CPU in float64, without hooks.
-
-    Its parameters are random: one that is initialised to zero would hide what it does.
-    """
-    memo: dict[int, Any] = {id(module.get_submodule(name)): nn.ModuleList() for name in emptied}
-    dropped = {id(p) for name in emptied for p in module.get_submodule(name).parameters()}
-    for parameter in module.parameters():
-        if id(parameter) not in dropped:
-            fan_in = parameter.shape[1:].numel() if parameter.dim() > 1 else 4
-            random = torch.randn(parameter.shape, dtype=torch.float64) / fan_in**0.5
-            memo[id(parameter)] = nn.Parameter(random)
-    for buffer in module.buffers():
-        dtype = torch.float64 if buffer.is_floating_point() else None
-        memo[id(buffer)] = buffer.detach().to("cpu", dtype, copy=True)
-    copied = copy.deepcopy(module, memo)
-    for child in copied.modules():
-        child._forward_hooks.clear()
-        child._forward_pre_hooks.clear()
-        child._backward_hooks.clear()
-        child._backward_pre_hooks.clear()
-    return copied
-
-
-def _outputs_and_gradients(copied: nn.Module, inputs: list[Tensor], outputs: Any) -> list[Tensor]:
-    """The outputs, and the gradients of inputs and parameters for fixed upstream gradients."""
-    tensors = list(_tensors(outputs))
-    leaves = [*inputs, *copied.parameters()]
-    generator = torch.Generator().manual_seed(1)
-    # connects every leaf, also those that the method does not use
-    total = torch.stack([leaf.sum() for leaf in leaves]).sum() * 0
-    for output in tensors:
-        if output.requires_grad:
-            upstream = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-            total = total + (output * upstream).sum()
-    return [*(t.detach() for t in tensors), *torch.autograd.grad(total, leaves)]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _difference(expected: list[Tensor], got: list[Tensor]) -> str | None:
-    """What differs between the host's results and the op's; None if only rounding does."""
-    if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in got]:
-        host, ours = (", ".join(f"{tuple(t.shape)} {t.dtype}" for t in x) for x in (expected, got))
-        return f"outputs {host} where the op gives {ours}"
-    for want, have in zip(expected, got, strict=True):
-        error = (want.double() - have.double()).abs().max().item()
-        size = want.double().abs().max().item()
-        if not error <= TOLERANCE * max(size, 1.0):
-            return f"values differ by {error:.2g} where the largest is {size:.2g}"
-    return None

@@ -24,11 +24,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from ._checks import check_floating, check_ids, check_int, check_same_device, check_shape
 from ._pixels import accumulate_dtype
-from ._runtime import column_block, jit, launch, rows_per_program, tl, use_triton, wants_reference
+from ._runtime import (
+    column_block,
+    jit,
+    launch,
+    rows_per_program,
+    tl,
+    triton_op,
+    use_triton,
+    wants_reference,
+)
 from ._samples import Draw, Made, Sample, Size, declares
 
 
@@ -215,7 +223,12 @@ _restore_op.register_autograd(_backward, setup_context=_setup)
 
 # ---- public ----
 def restore_tokens(
-    visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, *, prefix: int
+    visible: Tensor,
+    ids_restore: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor | None,
+    *,
+    prefix: int,
 ) -> Tensor:
     """out[b, p + l] = (visible token of patch l, or mask_token) + pos_embed[p + l].
 
@@ -223,7 +236,8 @@ def restore_tokens(
         visible: [B, p+K, D], prefix tokens first, then the visible tokens in the order of ids_keep.
         ids_restore: [B, L] int64, a permutation of 0..L-1 per image (Masking.ids_restore).
         mask_token: [D] or [1, 1, D].
-        pos_embed: [p+L, D] or [1, p+L, D].
+        pos_embed: [p+L, D] or [1, p+L, D]; [B, p+L, D] for positions of each image, which plain
+            torch adds; or None.
         prefix: p, the number of prefix tokens (0 or more).
 
     Returns: [B, p+L, D] in the widest of the three floating dtypes. Gradients reach visible,
@@ -237,7 +251,9 @@ def restore_tokens(
         >>> restore_tokens(visible, ids_restore, token, pos, prefix=1).shape
         torch.Size([8, 197, 512])
     """
-    floating = {"visible": visible, "mask_token": mask_token, "pos_embed": pos_embed}
+    floating = {"visible": visible, "mask_token": mask_token}
+    if pos_embed is not None:
+        floating["pos_embed"] = pos_embed
     for name, tensor in floating.items():
         check_floating(name, tensor)
         check_same_device(name, tensor, "visible", visible)
@@ -256,8 +272,13 @@ def restore_tokens(
     if mask_token.dim() == 3 and mask_token.shape[:2] == (1, 1):
         mask_token = mask_token[0, 0]
     check_shape("mask_token", mask_token, (width,), "[D]")
+    if pos_embed is None:
+        pos_embed = visible.new_zeros(prefix + patches, width)
     if pos_embed.dim() == 3 and pos_embed.shape[0] == 1:
         pos_embed = pos_embed[0]
+    if pos_embed.dim() == 3:
+        check_shape("pos_embed", pos_embed, (batch, prefix + patches, width), "[B, p+L, D]")
+        return restore_tokens(visible, ids_restore, mask_token, None, prefix=prefix) + pos_embed
     check_shape("pos_embed", pos_embed, (prefix + patches, width), "[p+L, D]")
     arguments = (visible, ids_restore, mask_token, pos_embed, prefix)
     return reference(*arguments) if wants_reference(visible) else _restore_op(*arguments)

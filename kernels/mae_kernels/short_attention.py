@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op
 from torch.utils.flop_counter import register_flop_formula
 
 from ._checks import check_floating, check_positive, check_shape
@@ -43,11 +42,13 @@ from ._runtime import (
     INTERPRET,
     always_registered,
     architecture,
+    constant_in_graphs,
     jit,
     launch,
     next_power_of_2,
     no_autocast,
     tl,
+    triton_op,
     use_triton,
     wants_reference,
 )
@@ -331,7 +332,7 @@ def _size_refusal(tokens: int, width: int, arch: int) -> str | None:
     return f"its kernels hold 1 to {most} tokens with heads of {width} on sm_{arch}, not {tokens}"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _architecture(device: torch.device) -> int:
     # under the interpreter the sizes of the oldest one
     return max(architecture(device), OLDEST)

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from . import distillation as _distillation
 from . import reconstruction as _reconstruction
@@ -35,7 +34,7 @@ from ._loss_kernels import (
     target_refusal,
 )
 from ._pixels import Numbers
-from ._runtime import flat, use_triton, wants_reference
+from ._runtime import flat, triton_op, use_triton, wants_reference
 from ._samples import CT_16, RGB_16, Case, Draw, Made, Sample, Size, declares
 from .distillation import CenterMode, Kind, distillation_loss
 from .reconstruction import Norm, masked_reconstruction_loss

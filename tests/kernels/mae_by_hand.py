@@ -102,11 +102,10 @@ class MaskedAutoencoderViT(nn.Module):
         batch, patches, _ = x.shape
         keep = int(patches * (1 - mask_ratio))
         noise = torch.rand(batch, patches, device=x.device)
-        # the place of a patch is the number of patches with less noise; uniform noise in these
-        # tests has no ties
-        ids_restore = (noise[:, None, :] < noise[:, :, None]).sum(2)
-        order = torch.zeros_like(ids_restore)
-        order[torch.arange(batch, device=x.device)[:, None], ids_restore] = torch.arange(
+        order = noise.argsort(1)
+        # the inverse permutation
+        ids_restore = torch.zeros_like(order)
+        ids_restore[torch.arange(batch, device=x.device)[:, None], order] = torch.arange(
             patches, device=x.device
         )
         kept = x[torch.arange(batch, device=x.device)[:, None], order[:, :keep]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mae_kernels import random_masking
+from mae_kernels import masking_from, random_masking
 
 
 def by_hand(noise: torch.Tensor, keep: int) -> tuple[list[list[int]], ...]:
@@ -70,3 +70,16 @@ NOISE = torch.zeros(2, 4)
 def test_random_masking_names_a_bad_argument(noise, keep, error, text: str) -> None:
     with pytest.raises(error, match=text):
         random_masking(noise, keep)
+
+
+def test_masking_from_a_mask_lists_its_patches_in_order() -> None:
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 1, 1]]).bool()
+    masking = masking_from(mask, 2)
+    assert masking.ids_keep.tolist() == [[1, 4], [0, 1]]
+    assert masking.ids_masked.tolist() == [[0, 2, 3], [2, 3, 4]]
+    assert masking.ids_restore.tolist() == [[2, 0, 3, 4, 1], [0, 1, 2, 3, 4]]
+    assert torch.equal(masking.mask, mask)
+    with pytest.raises(ValueError, match=r"mask: got rows with \[2\] visible .* num_keep = 3 in"):
+        masking_from(mask, 3)
+    with pytest.raises(TypeError, match=r"mask: got dtype torch\.float32, needs"):
+        masking_from(mask.float(), 2)

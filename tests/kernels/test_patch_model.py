@@ -282,19 +282,17 @@ def test_compiled_model_is_one_graph_and_notices_the_patch(
 
 
 # --------------------------------------------------------------------------- rejections
-class WithoutLoss(MaskedAutoencoderViT):
-    forward_loss = None
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
             lambda: nn.Linear(2, 2),
-            r"got Linear, needs a MaskedAutoencoderViT .* \(it lacks patch_e",
+            r"got Linear, needs a masked autoencoder as in .*; it lacks .* Other models can use",
         ),
-        (WithoutLoss, r"in facebookresearch/mae \(it lacks forward_loss\(\)\) or ViTMAE"),
-        (lambda: make_hf().vit, r"of transformers 5 \(it lacks vit.embeddings"),
+        (
+            lambda: make_hf().vit,
+            r"got ViTMAEModel, .* it lacks .* patch_attention\(model\) replaces its attention",
+        ),
         (lambda: torch.compile(make_mae()), "It wraps another module: patch that one, before"),
         (lambda: nn.DataParallel(make_mae()), "It wraps another module: patch that one, before"),
     ],
@@ -320,7 +318,7 @@ def test_later_change_of_a_class_is_not_dropped() -> None:
 
 
 # ------------------------------------------------------- methods that the host keeps
-OTHER = "its own code computes something else"
+OTHER = re.compile(r" differs by | where the op gives |may jump with values \(linalg_vector_norm")
 
 
 def left(report: PatchReport) -> dict[str, str]:
@@ -330,7 +328,8 @@ def left(report: PatchReport) -> dict[str, str]:
 def variant(base: type[nn.Module], method: str, change: Callable[..., Any]) -> type[nn.Module]:
     """A subclass with one changed method; change(the base's method, self, *arguments)."""
     own = getattr(base, method)
-    return type("Variant", (base,), {method: lambda self, *args: change(own, self, *args)})
+    changed = functools.wraps(own)(lambda self, *args: change(own, self, *args))
+    return type("Variant", (base,), {method: changed})
 
 
 class WithBias(mae_by_hand.Attention):
@@ -433,10 +432,10 @@ def test_different_code_is_kept(name: str) -> None:
     comparable = name not in ("hidden dropout", "only on a GPU")
     before = results("mae", model, images) if comparable else []
     report = patch_model(model)
-    why = NEEDS_GPU if name == "only on a GPU" else OTHER
+    why = re.compile(re.escape(NEEDS_GPU)) if name == "only on a GPU" else OTHER
     assert list(left(report)) == [where]
-    assert why in left(report)[where]
-    assert f" in {where}: {why[:20]}" in str(report)
+    assert why.search(left(report)[where])
+    assert f" in {where}: {left(report)[where]}" in str(report)
     assert len(report.replaced) == 6
     if comparable:
         assert_close(results("mae", model, images), before, rtol=1e-9, atol=1e-10)
@@ -463,18 +462,21 @@ def test_reported_exceptions_run_the_hosts_code() -> None:
     model, images = make_mae(), images_for()
     report = patch_model(model)
     unless = {part.where: part.unless for part in report.replaced}
-    assert "hooks on patch_embed" in unless["forward_encoder"]
-    assert "attn_drop" in unless["blocks.0.attn"]
+    assert "images of another size" in unless["forward_encoder"]
+    assert "after a change of what it reads" in unless["forward_encoder"]
+    assert "dropout" in unless["blocks.0.attn"]
     plain = make_mae()
     want = results("mae", plain, images)
 
     calls = watch(model.patch_embed.proj)
-    assert_close(results("mae", model, images)[0], want[0])
+    with pytest.warns(UserWarning, match=r"because patch_embed\.proj\._forward_hooks changed"):
+        assert_close(results("mae", model, images)[0], want[0])
     assert calls == ["called"]
 
     order = torch.arange(16).expand(3, 16)
     model.random_masking = lambda x, ratio: (x[:, :4], (order >= 4).float(), order)
-    assert torch.equal(call_mae(model, images)[2], (order >= 4).float())
+    with pytest.warns(UserWarning, match="because .* changed after patching"):
+        assert torch.equal(call_mae(model, images)[2], (order >= 4).float())
     del model.random_masking
 
     with pytest.raises(AssertionError, match="the image has another size than the model"):
@@ -504,17 +506,19 @@ def test_attention_dropout_runs_the_hosts_code_in_training_only(
     model.blocks[0].attn = mae_by_hand.Attention(24, 3, attn_drop=0.5)
     randomised(model).train(training)
     want = results("mae", model, images)
-    assert patch_model(model).left == ()
     own_code = []
     scores = mae_by_hand.Attention.scores
     counted = lambda self, q, k: own_code.append(self) or scores(self, q, k)  # noqa: E731
     monkeypatch.setattr(mae_by_hand.Attention, "scores", counted)
+    assert patch_model(model).left == ()
+    own_code.clear()
     assert_close(results("mae", model, images), want, atol=1e-4)
     assert own_code == ([model.blocks[0].attn] if training else [])
 
     # attention maps are often read like this
     calls = watch(model.blocks[1].attn.attn_drop)
-    assert_close(results("mae", model, images), want, atol=1e-4)
+    with pytest.warns(UserWarning, match=r"because attn_drop\._forward_hooks changed"):
+        assert_close(results("mae", model, images), want, atol=1e-4)
     assert calls == ["called"]
 
 
@@ -523,9 +527,10 @@ def test_transformers_exceptions() -> None:
     images = images_for()
     model, plain = make_hf("eager"), make_hf("eager")
     report = patch_model(model)
-    assert report.left == ()
+    # it returns its weights always
+    assert set(left(report).values()) == {"output 1 is a Tensor where the op gives a NoneType"}
+    assert {part.where for part in report.replaced} == {"vit.embeddings", "decoder", "forward"}
     assert any("interpolate_pos_encoding" in part.unless for part in report.replaced)
-    assert any("output_attentions" in part.unless for part in report.replaced)
     noise = torch.rand(3, 16)
     want = plain(images, noise=noise, output_attentions=True)
     got = model(images, noise=noise, output_attentions=True)
@@ -533,8 +538,9 @@ def test_transformers_exceptions() -> None:
     torch.testing.assert_close(got.attentions, want.attentions)
     model.config.output_attentions = plain.config.output_attentions = True
     torch.testing.assert_close(model(images, noise=noise).attentions, want.attentions)
-    model.config.output_attentions = False
 
+    model, plain = make_hf(), make_hf()
+    assert patch_model(model).left == ()
     larger = torch.rand(2, 3, 48, 48)
     noise = torch.rand(2, 36)
     want = plain(larger, noise=noise, interpolate_pos_encoding=True)
@@ -551,7 +557,8 @@ def test_transformers_exceptions() -> None:
     assert (want.logits - without).abs().max() > 1e-3, "the attention mask must matter"
 
     calls = watch(model.vit.layers[0].attention.k_proj)
-    model(images)
+    with pytest.warns(UserWarning, match=r"because k_proj\._forward_hooks changed"):
+        model(images)
     assert calls == ["called"]
 
 

@@ -156,6 +156,45 @@ def test_embed_patches_sums_every_gradient_of_a_repeated_patch(
     assert torch.equal(got[1], torch.autograd.grad(out, pos, upstream)[0])
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("positions", ["none", "per image"])
+def test_embed_patches_without_positions_or_with_those_of_each_image(positions, device) -> None:
+    images = torch.rand(2, 3, 8, 12, device=device)
+    ids = make_ids(2, 6, 4, images.device)
+    weight, bias = torch.randn(5, 3, 4, 4, device=device), torch.randn(5, device=device)
+    pos = torch.randn(2, 6, 5, device=device)
+    upstream = torch.randn(2, 4, 5, device=device)
+
+    def ours(w, b, p):
+        tokens = embed_patches(images, ids, w, b, None if positions == "none" else p)
+        return tokens + 0 * p.sum()
+
+    def separate(w, b, p):
+        tokens = torch.nn.functional.conv2d(images.to(w.dtype), w, b, stride=4)
+        tokens = tokens.flatten(2).transpose(1, 2) + p * (positions != "none")
+        return tokens.gather(1, ids[..., None].expand(-1, -1, 5))
+
+    assert_equals_reference(ours, separate, (weight, bias, pos), upstream)
+
+
+def test_embed_patches_of_volumes_and_signals_equals_a_convolution() -> None:
+    """The recipe of kernels/README.md: patches as vectors are images of V channels."""
+    ids = make_ids(2, 8, 3, torch.device("cpu"))
+    pos, bias = torch.randn(8, 5), torch.randn(5)
+    at = ids[..., None].expand(-1, -1, 5)
+    volume, weight_3d = torch.randn(2, 3, 4, 8, 12), torch.randn(5, 3, 2, 4, 6)
+    signal, weight_1d = torch.randn(2, 3, 40), torch.randn(5, 3, 5)
+    x = volume.reshape(2, 3, 2, 2, 2, 4, 2, 6).permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(2, 8, -1)
+    y = signal.reshape(2, 3, 8, 5).transpose(1, 2).flatten(2)
+    in_3d = torch.nn.functional.conv3d(volume, weight_3d, bias, stride=(2, 4, 6))
+    in_1d = torch.nn.functional.conv1d(signal, weight_1d, bias, stride=5)
+    for vectors, weight, tokens in ((x, weight_3d, in_3d), (y, weight_1d, in_1d)):
+        weight = weight.flatten(1)[..., None, None]
+        got = embed_patches(vectors.transpose(1, 2)[..., None], ids, weight, bias, pos)
+        want = (tokens.flatten(2).transpose(1, 2) + pos).gather(1, at)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_gradcheck_of_float_images() -> None:
     ids = make_ids(2, 6, 3, torch.device("cpu"))
     weight, bias, pos = (torch.randn(n, dtype=torch.float64) for n in ((3, 3, 2, 2), (3,), (6, 3)))

@@ -36,7 +36,10 @@ def by_hand(pred, images, ids, patch, norm, eps=1e-6, mean=None, std=None, dtype
                 n = patch * patch * (channels if norm == "patch" else 1)
                 centre = t.sum(dims, keepdim=True) / n
                 variance = ((t - centre) ** 2).sum(dims, keepdim=True) / (n - 1)
-                t = (t - centre) / (variance + eps) ** 0.5
+                if norm == "channel_std":
+                    t = (t - centre) / (variance**0.5 + eps)
+                else:
+                    t = (t - centre) / (variance + eps) ** 0.5
             total = total + ((pred[b, m].to(dtype) - t.reshape(-1)) ** 2).mean()
     return total / max(ids.numel(), 1)
 
@@ -65,6 +68,7 @@ CASES = [  # B, C, H, W, P, M, norm, image dtype, pred dtype, layout
     (2, 1, 10, 15, 5, 5, "channel", torch.float16, torch.float32, "expanded"),
     (2, 4, 12, 12, 6, 2, None, torch.uint8, torch.float32, "nhwc"),
     (2, 4, 12, 12, 6, 2, "channel", torch.float32, torch.float16, "nchw"),
+    (2, 3, 12, 12, 6, 2, "channel_std", torch.float32, torch.float32, "nchw"),
 ]
 
 
@@ -77,13 +81,16 @@ def test_masked_reconstruction_loss_equals_a_loop(case, scaled, device) -> None:
     ids, patch, channels = masking.ids_masked, sizes[4], sizes[1]
     stats = (MEAN[:channels], STD[:channels]) if scaled else (None, None)
     options = {"patch_size": patch, "norm": norm, "mean": stats[0], "std": stats[1]}
+    if norm == "channel_std":
+        # as large as the deviation, so that its place counts
+        options["eps"] = 0.5
 
     def ours(p):
         return masked_reconstruction_loss(p, images, ids=ids, **options)
 
     def loop(p):
         dtype = torch.promote_types(p.dtype, torch.float32)
-        return by_hand(p, images, ids, patch, norm, 1e-6, *stats, dtype)
+        return by_hand(p, images, ids, patch, norm, options.get("eps", 1e-6), *stats, dtype)
 
     got = assert_equals_reference(ours, loop, [pred])
     assert got[0].dtype == torch.float32
@@ -103,6 +110,96 @@ def test_mask_equals_ids_and_ignores_visible_predictions(norm, device) -> None:
     torch.testing.assert_close(by_ids[0], by_mask[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(by_mask[1].gather(1, rows), by_ids[1])
     assert (by_mask[1][~masking.mask] == 0).all()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("select", ["ids", "mask", "weights"])
+def test_weights_and_losses_of_patches_equal_loops(select, device) -> None:
+    """sum(w * loss) / sum(w), and w * loss of each patch, with gradients to pred and weights."""
+    pred, images, masking = make(2, 3, 16, 24, 8, 4, torch.uint8, torch.float32, device)
+    weights = torch.rand(2, 4, device=device) - 0.2
+    weights[0, 1] = 0
+    upstream = torch.randn(2, 4, device=device)
+    ids, rows = masking.ids_masked, masking.ids_masked[..., None].expand(-1, -1, 192)
+
+    def losses(p, w, reduction):
+        options = {"patch_size": 8, "reduction": reduction}
+        if select == "ids":
+            return masked_reconstruction_loss(p, images, ids=ids, weights=w, **options)
+        full = p.new_zeros(2, 6, 192).scatter(1, rows, p)
+        # a visible patch has another weight than 0 only where the mask excludes it
+        w = w.new_full((2, 6), float(select == "mask")).scatter(1, ids, w)
+        options["mask"] = masking.mask if select == "mask" else None
+        out = masked_reconstruction_loss(full, images, weights=w, **options)
+        return out if reduction == "mean" else out.gather(1, ids)
+
+    def patches(p):
+        pairs = [(b, m) for b in range(2) for m in range(4)]
+        one = [by_hand(p[b : b + 1, m : m + 1], images[b : b + 1], ids[b : b + 1, m : m + 1], 8,
+                       "patch", dtype=torch.float64) for b, m in pairs]  # fmt: skip
+        return torch.stack(one).view(2, 4)
+
+    mean = run(lambda p, w: losses(p, w, "mean"), [pred, weights])
+    none = run(lambda p, w: (losses(p, w, "none") * upstream).sum(), [pred, weights])
+    by_loop = run(lambda p, w: (patches(p) * w).sum() / w.sum(), [pred, weights])
+    each = run(lambda p, w: (patches(p) * w * upstream).sum(), [pred, weights])
+    for got, want in zip((*mean, *none), (*by_loop, *each), strict=True):
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1"])
+@pytest.mark.parametrize("select", ["ids", "mask"])
+def test_losses_of_valid_pixels_equal_loops(loss, select) -> None:
+    """The last patch of the first image has no valid pixel: its loss is 0, and it counts."""
+    pred, images, masking = make(2, 3, 16, 24, 8, 4, torch.float32, torch.float32, "cpu")
+    ids, valid = masking.ids_masked, torch.rand(2, 1, 16, 24) < 0.7
+    row, column = divmod(int(ids[0, 3]), 3)
+    valid[0, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = False
+    forms = {
+        "mse": lambda d: d**2,
+        "l1": lambda d: d.abs(),
+        "smooth_l1": lambda d: torch.where(d.abs() < 1, 0.5 * d**2, d.abs() - 0.5),
+    }
+
+    def loop(p):
+        total = 0.0
+        for b in range(2):
+            for m in range(4):
+                row, column = divmod(int(ids[b, m]), 3)
+                place = (slice(row * 8, row * 8 + 8), slice(column * 8, column * 8 + 8))
+                t = images[b][:, place[0], place[1]].double().permute(1, 2, 0)
+                t = (t - t.mean()) / (t.var() + 1e-6).sqrt()
+                d = (p[b, m].double() - t.flatten()).view(64, 3)
+                kept = forms[loss](d[valid[b, 0][place].flatten()])
+                total = total + (kept.mean() if kept.numel() else 0)
+        return total / 8
+
+    def ours(p):
+        options = {"patch_size": 8, "loss": loss, "valid": valid}
+        if select == "ids":
+            return masked_reconstruction_loss(p, images, ids=ids, **options)
+        rows = ids[..., None].expand(-1, -1, 192)
+        full = p.new_full((2, 6, 192), 7.0).scatter(1, rows, p)
+        return masked_reconstruction_loss(full, images, mask=masking.mask, **options)
+
+    for got, want in zip(run(ours, [pred]), run(loop, [pred]), strict=True):
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-4, atol=1e-6)
+    refused = pytest.raises(RuntimeError, match=r"the tensors are on the CPU|its kernels comp")
+    with backend("triton"), refused:
+        masked_reconstruction_loss(pred, images, ids=ids, patch_size=8, loss="l1", valid=valid)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("norm", ["patch", None])
+def test_targets_that_are_patches_equal_images(norm, device) -> None:
+    pred, images, masking = make(2, 3, 16, 24, 8, 4, torch.float32, torch.float32, device)
+    x = images.reshape(2, 3, 2, 8, 3, 8)
+    targets = torch.einsum("nchpwq->nhwpqc", x).reshape(2, 6, 192)
+    ids = masking.ids_masked
+    ours = run(lambda p: masked_reconstruction_loss(p, targets, ids=ids, norm=norm), [pred])
+    want = run(lambda p: by_hand(p, images, ids, 8, norm), [pred])
+    for got, expected in zip(ours, want, strict=True):
+        torch.testing.assert_close(got, expected.to(got.dtype), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.kernel
@@ -197,7 +294,10 @@ GOOD = {"pred": PRED, "images": torch.zeros(2, 3, 8, 8), "ids": IDS, "patch_size
         ({"pred": PRED[..., 1:]}, ValueError, "pred: got shape"),
         ({"pred": PRED.long()}, TypeError, "pred: got dtype torch.int64"),
         ({"ids": IDS + 2}, ValueError, "ids: got ids from 2 to 4, needs ids from 0 to 3"),
-        ({"norm": "pixel"}, ValueError, "norm: got 'pixel', needs one of 'patch', 'channel', None"),
+        ({"norm": "pixel"}, ValueError, "norm: got 'pixel', needs one of 'patch', 'channel'"),
+        ({"reduction": "sum"}, ValueError, "reduction: got 'sum', needs one of 'mean', 'none'"),
+        ({"weights": torch.ones(2, 4)}, ValueError, r"weights: got shape \(2, 4\), needs \[B, M\]"),
+        ({"images": torch.zeros(2, 4, 48)}, ValueError, "patch_size: got 4, needs None for targ"),
         ({"eps": 0}, ValueError, "eps: got 0, needs a positive number"),
         ({"patch_size": 1, "norm": "channel"}, ValueError, "norm: got 'channel' over 1 value"),
     ],

@@ -51,6 +51,23 @@ def test_restore_tokens_equals_a_loop(batch, patches, keep, prefix, width, half,
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("positions", ["none", "per image"])
+def test_restore_tokens_without_positions_or_with_those_of_each_image(positions, device) -> None:
+    visible, ids, mask_token, _ = make(2, 12, 3, 1, 24, device)
+    pos, upstream = (torch.randn(2, 13, 24, device=device) for _ in range(2))
+
+    def ours(v, m, p):
+        given = None if positions == "none" else p
+        return restore_tokens(v, ids, m, given, prefix=1) + 0 * p.sum()
+
+    def loop(v, m, p):
+        own = p * (positions != "none")
+        return torch.cat([by_hand(v[b : b + 1], ids[b : b + 1], m, own[b], 1) for b in range(2)])
+
+    assert_equals_reference(ours, loop, (visible, mask_token, pos), upstream)
+
+
+@pytest.mark.kernel
 def test_restore_tokens_in_several_steps_of_each_program(device, monkeypatch) -> None:
     # the function hides its module
     monkeypatch.setattr(sys.modules["mae_kernels.restore"], "BACKWARD_PROGRAMS", 2)
