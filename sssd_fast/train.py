@@ -256,16 +256,24 @@ def _first_screen(
     processes = f", {world.size} processes" if world.size > 1 else ""
     rows = {
         "data": run.data_summary,
-        "loader": f"{loader.reason}; {loader.describe()}",
+        "loader": loader.reason,
+        "": loader.describe(),
         "model": f"ViT, {depth} blocks of width {width}, {heads} heads, {size} pixels, patches of "
         f"{config.model.patch_size}; {millions:.2f} million parameters in training",
         "training": f"{schedule.total_steps} steps, {schedule.steps_per_epoch} per epoch, "
         f"effective batch {schedule.effective_batch}, peak lr {schedule.peak_lr:.3g}",
         "device": f"{world.device}{processes}",
-        **dict(line.split(": ", 1) for line in execution.lines),
+        **dict(map(_choice, execution.lines)),
         "run folder": str(run.out),
     }
     run.console.table(run.title, ("", ""), list(rows.items()))
+
+
+def _choice(line: str) -> tuple[str, str]:
+    """ "attention (37 tokens): fused, because ..." -> ("attention", "fused, ... (37 tokens)")."""
+    name, _, reason = line.partition(": ")
+    name, _, detail = name.partition(" (")
+    return name, f"{reason} ({detail}" if detail else reason
 
 
 def _later_steps(run: Run, images: int, effective_batch: int) -> float:
