@@ -295,6 +295,12 @@ def gather_patches(
     path.
 
     Raises: TypeError or ValueError naming the argument.
+
+    Example:
+        >>> images = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> gather_patches(images, torch.tensor([[3, 0]]), patch_size=2)
+        tensor([[[10., 11., 14., 15.],
+                 [ 0.,  1.,  4.,  5.]]])
     """
     grid_rows, grid_cols = check_images(images, patch_size)
     check_ids("ids", ids, images.shape[0], grid_rows * grid_cols)

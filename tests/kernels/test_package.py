@@ -88,6 +88,7 @@ def test_example_in_the_docstring_runs(op: str) -> None:
     function = getattr(mae_kernels, op)
     names = {"torch": torch, **{n: getattr(mae_kernels, n) for n in mae_kernels.__all__}}
     (test,) = doctest.DocTestFinder(recurse=False).find(function, op, globs=names)
+    assert test.examples
     assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
 
 
