@@ -75,11 +75,11 @@ def reconstruction_picture(
     _write_png(np.hstack(list(rows.pop("reconstruction"))), strips / f"e{epoch:04d}.png")
     if not sheet:
         return
-    rows |= _strips(strips, epoch, width)
+    shown: dict[str, Sequence[Bytes] | Bytes] = {**rows, **_strips(strips, epoch, width)}
     caption = f"{mask.float().mean():.0%} of patches masked"
     if norm != "none":
         caption += "; predictions have the mean and standard deviation of the target patches"
-    _sheet(rows, names, caption, folder / f"reconstruction-e{epoch:04d}.png")
+    _sheet(shown, names, caption, folder / f"reconstruction-e{epoch:04d}.png")
 
 
 def _strips(folder: Path, epoch: int, width: int) -> dict[str, list[Bytes]]:
@@ -246,9 +246,10 @@ def data_pictures(index: DataIndex, folder: Path) -> list[Path]:
             continue
         shown = [own[len(own) * k // SAMPLES] for k in range(SAMPLES)]
         images = [Image.fromarray(decode_image(index.file(i))).convert("RGB") for i in shown]
-        rows[short_name(name)] = [np.asarray(ImageOps.pad(image, (128, 128))) for image in images]
-        sizes = [(index.records[i].width, index.records[i].height) for i in own]
-        axes.scatter(*np.array(sizes).T, s=10, alpha=0.5, label=f"{short_name(name)} ({len(own)})")
+        rows[name] = [np.asarray(ImageOps.pad(image, (128, 128))) for image in images]
+        widths = [index.records[i].width for i in own]
+        heights = [index.records[i].height for i in own]
+        axes.scatter(widths, heights, s=10, alpha=0.5, label=f"{short_name(name)} ({len(own)})")
     paths = [folder / "samples.png", folder / "sizes.png"]
     _sheet(rows, [""] * SAMPLES, "", paths[0])
     style_axes(axes, title="Image sizes in pixels", xlabel="width", ylabel="height")
@@ -351,7 +352,10 @@ def _sheet(
     titles = [short_name(PurePath(name).name, 18) for name in names]
     columns = [(i + 0.5) * (width + gap) - gap / 2 for i in range(len(titles))]
     axes.set_xticks(columns, titles)
-    axes.set_yticks([(i + 0.5) * (height + gap) - gap / 2 for i in range(len(rows))], list(rows))
+    axes.set_yticks(
+        [(i + 0.5) * (height + gap) - gap / 2 for i in range(len(rows))],
+        list(map(short_name, rows)),
+    )
     axes.set_xlabel(textwrap.fill(caption, int(16 * sheet_w)), fontsize=7.5, color=QUIET)
     save_figure(figure, path)
 

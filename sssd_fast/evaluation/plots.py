@@ -93,7 +93,7 @@ def precision_recall_plot(
         for color, (name, (truth_N, score_N)) in zip(COLORS * 20, curves.items(), strict=False):
             precision, recall, _ = precision_recall_curve(truth_N, score_N)
             mean = average_precision_score(truth_N, score_N)
-            axes.axhline(np.mean(truth_N), color=color, lw=1, ls="--", alpha=0.5)
+            axes.axhline(np.asarray(truth_N).mean(), color=color, lw=1, ls="--", alpha=0.5)
             label = f"{short_name(name)}, average {mean:.3f}"
             axes.plot(recall, precision, color=color, lw=1.8, label=label)
         if chosen is not None and chosen["precision"] is not None:

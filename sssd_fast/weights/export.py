@@ -227,7 +227,7 @@ def save_huggingface(
         names = classes or [f"LABEL_{i}" for i in range(model.num_classes)]
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
         config["label2id"] = {name: i for i, name in enumerate(names)}
-    if _mean_pooled(model):
+    if isinstance(model, Classifier) and _mean_pooled(model):
         state = {f"vit.{name}": tensor for name, tensor in state.items()}
         # not "classifier": ViTForImageClassification would take it for a head of the cls token
         state |= {f"head.{n}": t.cpu().clone() for n, t in model.head.state_dict().items()}
