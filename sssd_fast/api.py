@@ -133,6 +133,8 @@ def probe(
     **start: Unpack[Start],
 ) -> Result:
     """Fits logistic regression on the frozen encoder in `init` and evaluates it on `split`."""
+    if start.get("resume"):
+        raise ConfigError("a probe cannot be resumed; start it again with out and overwrite")
     with _opened("probe", start, data, init) as run:
         from sssd_fast.evaluation.evaluate import evaluate_run
         from sssd_fast.probe import probe as train

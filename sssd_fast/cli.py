@@ -8,6 +8,7 @@ name in api.py.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import shlex
 import sys
@@ -36,7 +37,7 @@ from sssd_fast.cli_options import (
     several,
     text,
 )
-from sssd_fast.errors import DataError, SssdError
+from sssd_fast.errors import DataError, EndedByMain, SssdError
 from sssd_fast.run.files import user_cache
 
 HELP = """Train SSSD-COVID (masked autoencoder + self-distillation for CT slices) fast on limited
@@ -60,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with suppress(SssdError):  # no home folder
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "inductor"))
     words = list(sys.argv[1:] if argv is None else argv)
+    # a file name may hold bytes that are not UTF-8
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command = typer.main.get_command(app)
         line = shlex.join(["sssd-fast", *words])
@@ -72,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.show()  # type: ignore[attr-defined]
         return error.exit_code
     except SssdError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, EndedByMain):
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -82,7 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         from sssd_fast.run.device import is_out_of_memory
+        from sssd_fast.run.files import unusable_file
 
+        problem = unusable_file(error) if isinstance(error, OSError) else None
+        if problem is not None:
+            print(f"error: {problem}", file=sys.stderr)
+            return 2
         if not is_out_of_memory(error):
             raise
         print(f"error: out of memory ({str(error).splitlines()[0]})", file=sys.stderr)
@@ -168,7 +179,10 @@ def predict(
     from sssd_fast import api
     from sssd_fast.evaluation.predict import find_images, write_predictions
 
-    paths = find_images(images)
+    notes: list[str] = []
+    paths = find_images(images, notes)
+    for note in notes:
+        print(f"note: {note}")
     found = api.predict(model, paths, device=device, precision=precision, batch_size=batch_size)
     write_predictions(Path(out), found.classes, paths, found.scores)
     for path, label, row in list(zip(paths, found.labels, found.scores, strict=True))[:20]:

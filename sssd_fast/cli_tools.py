@@ -37,6 +37,9 @@ def data_check(
     max_bad_fraction: float = BAD_FRACTION,
     manifest: str | None = MANIFEST,
     reject_wrong_extension: bool = WRONG_EXTENSION,
+    grey_range: tuple[int, int] | None = option(
+        None, "Values of 16-bit images that become black, white (data.grey_range).", "LOW HIGH"
+    ),
 ) -> None:
     """Decode every image once; list bad files, duplicates and leakage between splits."""
     from sssd_fast.data.index import check_data
@@ -48,6 +51,7 @@ def data_check(
         out=out,
         max_bad_fraction=max_bad_fraction,
         accept_wrong_extension=not reject_wrong_extension,
+        grey_range=grey_range,
     )
     print(index.summary())
     if any(record.split for record in index.records):
@@ -73,6 +77,8 @@ def data_split(
     else:
         accept = config.accept_wrong_extension
         index = check_data(source, config.manifest, accept_wrong_extension=accept)
+    for note in index.notes:
+        print(f"note: {note}")
     every = config.split == "kfold"
     for number in range(config.folds) if every else [config.fold]:
         split = make_split(config.model_copy(update={"fold": number}), index)

@@ -49,7 +49,7 @@ VIT_SIZES = {
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
 }
-SPLITS = ("random", "block", "patient", "kfold", "manifest")
+SPLITS = ("auto", "random", "block", "patient", "kfold", "manifest")
 # Keys of earlier versions, with what to do instead.
 REMOVED = {
     "log_seconds": "remove it; a plain log line is written at least every 10 s",
@@ -85,7 +85,11 @@ class DataConfig(Section):
     manifest: str | None = Field(None, description="CSV path,label[,split][,patient] below source.")
     synthetic_images: int = Field(1600, ge=40, description="Number of synthetic slices.")
     synthetic_seed: Index = Field(0, description="Seed of the synthetic slices.")
-    split: str = Field("random", description="random, block, patient, kfold, manifest or FILE.csv.")
+    split: str = Field(
+        "auto",
+        description="auto (as listed with the data, else random), random, block, patient, kfold, "
+        "manifest or FILE.csv.",
+    )
     test_fraction: OpenFraction = Field(0.2, description="Fraction of all images for testing.")
     val_fraction: BelowOne = Field(0.1, description="Fraction of all images for validation.")
     folds: int = Field(5, ge=2, description="Number of folds of split=kfold.")
@@ -95,6 +99,9 @@ class DataConfig(Section):
     max_bad_fraction: Fraction = Field(0.01, description="Allowed fraction of unusable files.")
     accept_wrong_extension: bool = Field(
         True, description="Keep images named as another format; false = they are unusable."
+    )
+    grey_range: tuple[Index, Count] | None = Field(
+        None, description="Values of 16-bit images that become black, white; null = by the set."
     )
     fit: Literal["crop", "stretch"] = Field("crop", description="Centred crop, or all stretched.")
     loader: Literal["auto", "resident", "dali", "torch"] = Field(
@@ -109,6 +116,8 @@ class DataConfig(Section):
             yield f"fold is {self.fold}, needs to be below folds ({self.folds})"
         if self.split not in SPLITS and not self.split.endswith(".csv"):
             yield f"split is {self.split!r}, needs {', '.join(SPLITS)} or a .csv file"
+        if self.grey_range and self.grey_range[0] >= self.grey_range[1]:
+            yield f"grey_range is {self.grey_range}, needs the smaller value first"
         # A mistyped word must not become a folder.
         if self.cache not in ("auto", "none") and "/" not in self.cache:
             yield f"cache is {self.cache!r}, needs auto, none or a folder like ./pixels"

@@ -42,6 +42,14 @@ class NumericsError(SssdError):
     exit_code = 3
 
 
+class EndedByMain(SssdError):
+    """The main process of several has ended with an error, which it prints."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the first process of this run ended; its own message has the reason")
+        self.exit_code = exit_code
+
+
 class Interrupted(SssdError):
     """A signal ended the run after a checkpoint; `exit_code` is 128 + the signal's number."""
 

@@ -12,12 +12,16 @@ from torch.nn import functional as F
 from sssd_fast.config import FinetuneConfig
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.split import Split
-from sssd_fast.errors import DataError
 from sssd_fast.evaluation.metrics import classification_metrics
 from sssd_fast.evaluation.predict import predict
 from sssd_fast.loaders import Batch
 from sssd_fast.loaders.augment import mix_batch, random_erasing, soft_targets
-from sssd_fast.loaders.prepare import make_loader, positive_label, prepare_data
+from sssd_fast.loaders.prepare import (
+    make_loader,
+    positive_label,
+    prepare_data,
+    require_classes,
+)
 from sssd_fast.model import Classifier
 from sssd_fast.optim import parameter_groups
 from sssd_fast.run.device import generator
@@ -40,11 +44,7 @@ class FinetuneTask:
         self.settings: FinetuneConfig = config.finetune
         self.best: tuple[str, bool] = (self.settings.select, self.settings.select != "loss")
         self.num_classes = len(index.classes)
-        if self.num_classes < 2:
-            raise DataError(
-                f"the data have {self.num_classes} class ({', '.join(index.classes)}); a "
-                "classifier needs 2 or more"
-            )
+        require_classes(index)
         torch.manual_seed(config.seed)
         self.module = Classifier(
             config.model, self.num_classes, self.settings.pool, self.settings.drop_path
@@ -109,7 +109,12 @@ class FinetuneTask:
         return {name: value for name, value in values.items() if value is not None}
 
     def extra_state(self) -> dict[str, Any]:
-        return {"classes": list(self.index.classes), "pool": self.settings.pool}
+        # predict shows 16-bit images as they were shown in training
+        return {
+            "classes": list(self.index.classes),
+            "pool": self.settings.pool,
+            "grey_range": self.index.grey_range,
+        }
 
 
 def finetune(run: Run, init: str | None, norm: Norm | None = None) -> Progress:

@@ -51,6 +51,7 @@ def run_all(
         "top": out,
     }
     with world(config.device) as here:
+        here.on_main(lambda: out.mkdir(parents=True, exist_ok=True))
         if not resume:
             log = print if here.main else lambda text: None
             data = config.data
@@ -96,8 +97,6 @@ def _once(
     """One run of all stages. When resuming, a complete stage is not trained again."""
     init = None
     result: dict[str, Any] = {}
-    if here.main:
-        top.mkdir(parents=True, exist_ok=True)
     for number, stage in enumerate(stages, 1):
         place, position = out / stage, f"stage {number} of {len(stages)}"
         again = resume and (place / "config.yaml").exists()

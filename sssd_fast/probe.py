@@ -35,6 +35,7 @@ def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
     config, settings = run.config, run.config.probe
     model = Classifier(config.model, len(index.classes), settings.pool).to(run.world.device)
     run.console.info(load_into(model, init, source_norm=norm).summary)
+    run.accept()
     model.eval()
     width, context = model.head.in_features, autocast(run.precision, run.world.device)
     x, y = {}, {}
@@ -70,6 +71,7 @@ def probe(run: Run, init: str, norm: Norm | None = None) -> dict[str, float]:
         "config": to_dict(config),
         "classes": list(index.classes),
         "pool": settings.pool,
+        "grey_range": index.grey_range,
         "inverse_penalty": c,
     }
     run.checkpoints.save(state, 1, best=True)

@@ -50,6 +50,7 @@ from sssd_fast.step import Step, StepResult, TaskLoss
 COMPILING = "compiling the training step; this can take minutes, later runs use the cache"
 # Number of non-finite steps in a row that ends a run. fp16 starts with a loss scale of 65536, which
 # such steps reduce.
+MOST_SKIPPED = 0.5  # of the steps of a run; a run with more has not trained
 SKIPS_ALLOWED = {"fp32": 3, "bf16": 3, "fp16": 25}
 
 
@@ -177,6 +178,7 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
     images = schedule.total_steps * schedule.effective_batch // world.size
     step, execution = make_step(task, run, config, images)
     progress = _restore(task, step, run) if run.resume else Progress()
+    run.accept()
     run.tracker.start(progress.step)
     _first_screen(task, run, schedule, loader, execution)
     if config.processes not in ("auto", world.share):
@@ -240,6 +242,8 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                 # Checking the other processes needs a collective call: not in every step.
                 if world.size == 1 or progress.step % 10 == 0:
                     _stop_on_signal(signals, task, step, progress, run)
+            if progress.step == schedule.total_steps:
+                guard.check_applied(progress.step, run.precision)
             _end_epoch(task, step, progress, schedule, run)
     run.tracker.close()
     return progress
@@ -418,7 +422,7 @@ def _restore(task: Task, step: Step, run: Run) -> Progress:
             f"{run.out} holds no checkpoint to resume from; start again with --overwrite"
         )
     state = load_checkpoint(newest, map_location=run.world.device)
-    run.check_resumable(state, newest)
+    run.world.on_main(lambda: run.check_resumable(state, newest))
     task.module.load_state_dict(state["model"])
     step.optimizer.load_state_dict(state["optimizer"])
     if step.scaler is not None and state["scaler"] is not None:
@@ -461,6 +465,24 @@ class FiniteGuard:
             f"step {step}{values}. None of these steps was applied: parameters and checkpoints are "
             "intact. Try precision=bf16 (fp32 on hardware without it), a lower base_lr, or a "
             "smaller clip_grad." + self._write(step, context)
+        )
+
+    def check_applied(self, steps: int, precision: str) -> None:
+        """Raises NumericsError if less than half of the `steps` of the run were applied; those
+        before a resume count as applied.
+        """
+        # a dry run trains two steps, which fp16 may skip until it finds its loss scale
+        if steps <= 2 or self.skipped <= MOST_SKIPPED * steps:
+            return
+        reason = "loss or gradients were not finite; lower base_lr, or set precision=fp32"
+        if precision == "fp16":
+            reason = (
+                "the gradients overflow until fp16's loss scale, which starts at 65536, is small "
+                "enough; train more steps, or set precision=bf16 or fp32"
+            )
+        raise NumericsError(
+            f"only {steps - self.skipped} of {steps} steps were applied: {reason}. No checkpoint "
+            "of the last epoch was saved."
         )
 
     def _write(self, step: int, context: str) -> str:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
@@ -43,7 +44,14 @@ from PIL import Image
 from sssd_fast import __version__
 from sssd_fast.convert.dicom import BURNED_IN
 from sssd_fast.convert.volumes import Log, Volume, find_volumes, list_files, read_volume
-from sssd_fast.convert.window import Unusable, Window, parse_window, to_grey
+from sssd_fast.convert.window import (
+    PRESETS,
+    HounsfieldCheck,
+    Unusable,
+    Window,
+    parse_window,
+    to_grey,
+)
 from sssd_fast.data.images import MIN_SIDE, ImageArray, printable
 from sssd_fast.data.manifest import first_lines, new_folder, refuse_bad_files, write_manifest
 from sssd_fast.errors import ConfigError, DataError
@@ -69,9 +77,11 @@ class Converted:
         for label, n in classes.items():
             sizes = f"{n['slices']} slices, {n['volumes']} volumes, {n['patients']} patients"
             lines.append(f"  {printable(label)}: {sizes}")
-        in_hu = f" (level {window['level_hu']:g}, width {window['width_hu']:g} HU)"
-        lines.append(f"  window: {window['name']}{in_hu if window['width_hu'] else ''}")
-        lines += [f"  note: {note}" for note in self.record["notes"]]
+        in_hu = ""
+        if window["width_hu"] is not None:
+            in_hu = f" (level {window['level_hu']:g}, width {window['width_hu']:g} HU)"
+        lines.append(f"  window: {window['name']}{in_hu}")
+        lines += [f"  note: {note}" for note in (*self.log.layout, *self.record["notes"])]
         return "\n".join(lines + _not_converted(self.log))
 
 
@@ -107,8 +117,8 @@ def convert_volumes(
     if not 0 <= max_bad_fraction <= 1:
         raise ConfigError(f"max_bad_fraction is {max_bad_fraction}; 0 to 1 is needed")
     target = Path(out)
-    files = list_files(Path(source), manifest)
     log = Log()
+    files = list_files(Path(source), manifest, log.layout)
     console = console or Console(enabled=False)
     root = Path(source) if Path(source).is_dir() else Path(source).parent
     if target.resolve().is_relative_to(root.resolve()):
@@ -146,21 +156,30 @@ def _write_volume(
     folder.mkdir()
     limits = None
     if window.name == "minmax":
-        slices = read_volume(volume, window, every, Log())
+        slices = read_volume(volume, every, Log())
         inside = (picture.inside() for _, _, picture in slices)
         ends = [end for values in inside if values.size for end in (values.min(), values.max())]
         limits = (min(ends), max(ends)) if ends else None
     digests = {}
-    for path, number, picture in read_volume(volume, window, every, log):
+    sources: dict[Path, None] = {}
+    check = HounsfieldCheck()
+    for path, number, picture in read_volume(volume, every, log):
         try:
             grey = to_grey(picture, window, limits)
         except Unusable as problem:
             log.add(path, problem)
             continue
+        check.add(picture.inside())
+        sources[path] = None
         Image.fromarray(_resized(grey, size)).save(folder / f"{number:04d}.png")
         digests[number] = hashlib.blake2b(np.ascontiguousarray(picture.values_HW).data).digest()
+    misfit = check.problem() if window.name in PRESETS else None
+    if misfit is not None:
+        for path in sources:
+            log.add(path, Unusable(misfit))
+        digests = {}
     if not digests:
-        folder.rmdir()
+        shutil.rmtree(folder)
     volume.slices = len(digests)
     ordered = [digests[number] for number in sorted(digests)]
     volume.digest = hashlib.blake2b(b"".join(ordered)).digest()

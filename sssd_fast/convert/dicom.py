@@ -4,7 +4,8 @@
   followed by rows and columns. File names do not matter.
 - Hounsfield units: CT images (by SOP class, or Modality CT if that is missing or private) whose
   RescaleType is HU or missing (C.8.2.1), and others with RescaleType HU. HU = stored * RescaleSlope
-  + RescaleIntercept (C.11.1.1.2); a CT without the two counts as slope 1, intercept 0, with a note.
+  + RescaleIntercept (C.11.1.1.2); of a CT, a missing slope counts as 1 and a missing intercept as
+  0, with a note. window.py checks the values.
 - Refused files: `_refuse` has all rules.
 - PixelPaddingValue, to PixelPaddingRangeLimit if present, was not scanned (C.7.5.1.1.2).
 - Multi-frame files: one slice per frame; position, orientation, rescaling and window from the
@@ -22,6 +23,7 @@ HW: rows and columns.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +60,13 @@ _CT = {
     "1.2.840.10008.5.1.4.1.1.2.1",  # Enhanced CT Image Storage
     "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT Image Storage
 }
+# Modalities (C.7.3.1.1.1) whose pixels, if any, are no picture: their SOP class may be newer than
+# the installed pydicom.
+_NO_PICTURE = {"SEG", "SR", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "PR", "KO", "FID", "M3D", "DOC"}
+SECONDARY = (
+    "slices that are derived and secondary according to ImageType (screen save, MIP or reformat): "
+    "look at them"
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class Frame:
     index: int  # frame in its file
     instance: str  # SOPInstanceUID, "" if missing
     series: str  # SeriesInstanceUID, "" if missing
+    study: str  # StudyInstanceUID, "" if missing
     patient: str  # PatientID, else StudyInstanceUID, else ""
     number: int | None  # InstanceNumber
     orientation: Orientation | None  # None: missing or wrong
@@ -167,6 +177,8 @@ def _refuse(ds: Any, window: Window) -> None:
     name = _standard_name(sop)
     if "Image Storage" not in name and name != _UNKNOWN:
         raise Unusable(f"not an image: {name}", damaged=False)
+    if (modality := str(ds.get("Modality") or "").upper()) in _NO_PICTURE:
+        raise Unusable(f"not an image: Modality {modality}", damaged=False)
     if "Rows" not in ds or "Columns" not in ds:
         raise Unusable("DICOM header without rows and columns (truncated?)")
     if "LOCALIZER" in [str(value).upper() for value in _values(ds.get("ImageType"))]:
@@ -188,6 +200,12 @@ def _refuse(ds: Any, window: Window) -> None:
     # 3. values that the window cannot be applied to
     if "ModalityLUTSequence" in ds:
         raise Unusable("a Modality LUT, which is not supported; RescaleSlope and Intercept are")
+    for index in range(count):
+        slope, intercept = _rescaling(ds, index)
+        if slope == 0 or not np.isfinite(slope):
+            raise Unusable(f"RescaleSlope is {'0' if slope == 0 else 'not finite'}")
+        if not np.isfinite(intercept):
+            raise Unusable("RescaleIntercept is not finite")
     unit = str(_attribute(ds, 0, "RescaleType") or "").upper()
     # US is the code for unspecified
     if window.hounsfield and unit != "HU" and not (_is_ct(ds) and unit in ("", "US")):
@@ -228,9 +246,14 @@ def _frame(ds: Any, path: Path, index: int) -> Frame:
         height_mm = float(np.sign(normal[2] or 1) * normal @ position)
     patient = str(ds.get("PatientID") or "").strip()
     number = ds.get("InstanceNumber")
+    neutral = {"RescaleSlope": 1, "RescaleIntercept": 0}
+    missing = [name for name in neutral if _attribute(ds, index, name) is None]
+    taken = " and ".join(str(neutral[name]) for name in missing)
+    kinds = [str(value).upper() for value in _values(ds.get("ImageType"))]
     notes = {
-        "slices of CT without RescaleSlope and RescaleIntercept, taken as 1 and 0": _is_ct(ds)
-        and _rescaling(ds, index) is None,
+        f"slices of CT without {' and '.join(missing)}, taken as {taken}": bool(missing)
+        and _is_ct(ds),
+        SECONDARY: kinds[:2] == ["DERIVED", "SECONDARY"] or bool({"MIP", "MPR"} & {*kinds}),
         "slices without orientation, kept as stored": orientation is None,
         "slices without PatientID, whose study counts as the patient": not patient,
         "MONOCHROME1 slices, inverted": _inverted(ds),
@@ -241,6 +264,7 @@ def _frame(ds: Any, path: Path, index: int) -> Frame:
         index=index,
         instance=str(ds.get("SOPInstanceUID") or ""),
         series=str(ds.get("SeriesInstanceUID") or ""),
+        study=str(ds.get("StudyInstanceUID") or ""),
         patient=patient or str(ds.get("StudyInstanceUID") or ""),
         number=int(number) if number not in (None, "") else None,
         orientation=orientation,
@@ -272,7 +296,7 @@ def _turn(picture_HW: npt.NDArray[Any], orientation: Orientation | None) -> npt.
 
 
 def _slice(ds: Any, frame: Frame, stored_HW: npt.NDArray[Any]) -> Slice:
-    slope, intercept = _rescaling(ds, frame.index) or (1.0, 0.0)
+    slope, intercept = _rescaling(ds, frame.index)
     values_HW = stored_HW.astype(np.float64) * slope + intercept
     low, high = _padding(ds)
     outside_HW = (stored_HW >= low) & (stored_HW <= high)
@@ -285,9 +309,16 @@ def _slice(ds: Any, frame: Frame, stored_HW: npt.NDArray[Any]) -> Slice:
     return Slice(values_HW, outside_HW, _inverted(ds), window)
 
 
-def _rescaling(ds: Any, index: int) -> tuple[float, float] | None:
+def _rescaling(ds: Any, index: int) -> tuple[float, float]:
+    """(slope, intercept), each with its neutral value if it is missing."""
     slope, intercept = (_attribute(ds, index, f"Rescale{name}") for name in ("Slope", "Intercept"))
-    return None if slope is None or intercept is None else (float(slope), float(intercept))
+    return 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
+
+
+def pixel_digest(path: Path) -> bytes:
+    """Hash of the stored pixels of a file, as they are encoded. Raises Unusable."""
+    with _problems():
+        return hashlib.blake2b(_read(path, pixels=True).get("PixelData") or b"").digest()
 
 
 def _padding(ds: Any) -> tuple[float, float]:

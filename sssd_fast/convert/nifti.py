@@ -1,9 +1,7 @@
 """NIfTI volumes (.nii, .nii.gz, recognised by content) as axial slices.
 
 - Values: stored * scl_slope + scl_inter (NIfTI-1, nifti1.h; a slope of 0 means unscaled). They are
-  Hounsfield units by convention; the file does not say so. A preset window therefore needs air
-  (-500 HU or less) in the volume: many published volumes store 0 to 255 or HU + 1024 instead,
-  which a preset would turn into white images.
+  Hounsfield units by convention; the file does not say so (window.py checks the values).
 - Orientation: the axes nearest to Right, Anterior, Superior. Slices are along the last axis, the
   lowest first, with the patient's right on the left and anterior up, as for DICOM.
 - Two dimensions are one slice; four are refused unless the last is 1.
@@ -22,13 +20,12 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from sssd_fast.convert.window import PRESETS, Slice, Unusable, Window, quiet
+from sssd_fast.convert.window import Slice, Unusable, quiet
 from sssd_fast.data.images import MAX_PIXELS, MIN_SIDE
 from sssd_fast.errors import DependencyError
 
 HEADER_BYTES = 352  # the magic of NIfTI-1 is at byte 344, that of NIfTI-2 at 4
 _GZIP = b"\x1f\x8b"
-_AIR_HU = -500.0
 
 
 def nifti_kind(path: Path, head: bytes) -> str | None:
@@ -47,7 +44,7 @@ def nifti_kind(path: Path, head: bytes) -> str | None:
 
 
 def read_nifti(
-    path: Path, kind: str, window: Window, every: int, notes: Counter[str]
+    path: Path, kind: str, every: int, notes: Counter[str]
 ) -> Iterator[tuple[int, Slice]]:
     """(number, slice) of every `every`-th slice; number 0 is the lowest (towards the feet).
 
@@ -82,16 +79,6 @@ def read_nifti(
     slope, inter = float(proxy.slope), float(proxy.inter)
     if min(stored_XYZ.shape[:2]) < MIN_SIDE:
         raise Unusable(f"slices of fewer than {MIN_SIDE} x {MIN_SIDE} pixels")
-    integers = stored_XYZ.dtype.kind in "iu"
-    finite = stored_XYZ if integers else stored_XYZ[np.isfinite(stored_XYZ)]
-    if window.name in PRESETS and finite.size:
-        # a slope can be negative
-        lowest = min(float(end) * slope + inter for end in (finite.min(), finite.max()))
-        if lowest > _AIR_HU:
-            raise Unusable(
-                f"no value of {_AIR_HU:g} or less, so it is not in Hounsfield units (already "
-                "windowed?); use --window minmax, or LEVEL,WIDTH in its own units"
-            )
     if not (image.header["sform_code"] or image.header["qform_code"]):
         notes[
             "NIfTI without orientation (sform and qform 0): taken as Left, Anterior, Superior"

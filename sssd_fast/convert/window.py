@@ -88,6 +88,46 @@ class Slice:
         return self.values_HW[np.isfinite(self.values_HW) & np.logical_not(self.outside_HW)]
 
 
+class HounsfieldCheck:
+    """Whether the values of a volume can be Hounsfield units, of which a preset window makes sense.
+
+    Many published volumes hold 0 to 255, HU + 1024 or MR intensities instead, which a preset would
+    turn into white images. In a CT of the body, air (about -1000) fills a real share of the pixels,
+    and hardly any is above 3100 (12 bits with an intercept of -1024 end at 3071). Values below
+    -1500 are padding outside of the scan.
+    """
+
+    AIR = (-1500.0, -500.0)
+    LEAST_AIR = 0.001  # of the pixels that are not padding
+    HIGHEST = 3100.0
+    MOST_ABOVE = 0.01
+
+    def __init__(self) -> None:
+        self.pixels = 0
+        self.air = 0
+        self.above = 0
+
+    def add(self, values_N: npt.NDArray[np.float64]) -> None:
+        """values_N: those inside the scan of one slice."""
+        low, high = self.AIR
+        scanned_N = values_N[values_N > low]
+        self.pixels += len(scanned_N)
+        self.air += int((scanned_N <= high).sum())
+        self.above += int((scanned_N > self.HIGHEST).sum())
+
+    def problem(self) -> str | None:
+        """Why the values are not in HU, or None."""
+        advice = "use --window minmax, or --window=LEVEL,WIDTH in their own units"
+        if self.air < self.LEAST_AIR * self.pixels:
+            low, high = self.AIR
+            share = f"less than {self.LEAST_AIR:.1%} of the values are air ({low:g} to {high:g} HU)"
+            return f"{share}: not in Hounsfield units, or already windowed; {advice}"
+        if self.above > self.MOST_ABOVE * self.pixels:
+            share = f"more than {self.MOST_ABOVE:.0%} of the values are above {self.HIGHEST:g}"
+            return f"{share}: not in Hounsfield units; {advice}"
+        return None
+
+
 def parse_window(text: str) -> Window:
     """`lung`, `mediastinum`, `file`, `minmax` or LEVEL,WIDTH. Raises ConfigError."""
     if text in PRESETS:

@@ -1,6 +1,6 @@
 """The checked list of images: every file is decoded once and every bad one named before training.
 
-Sources: a folder with one folder per class (any depth below), or a CSV manifest with the columns
+Sources: a folder with one folder per class (layout.py), or a CSV manifest with the columns
 path,label[,split][,patient], paths relative to the data folder. A label is the position of the
 class in the sorted class names.
 
@@ -21,21 +21,26 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+import numpy as np
+
 from sssd_fast.config import DataConfig
 from sssd_fast.data.images import (
     SUFFIXES,
+    WHITES,
+    GreyRange,
     ImageError,
     decode_bytes,
     pixel_hash,
     printable,
     read_file,
 )
-from sssd_fast.data.manifest import first_lines, read_manifest, refuse_bad_files, walk_files
+from sssd_fast.data.layout import list_classes
+from sssd_fast.data.manifest import find_file, first_lines, read_manifest, refuse_bad_files
 from sssd_fast.data.synthetic import is_synthetic
 from sssd_fast.errors import DataError, SssdError
 from sssd_fast.run.files import atomic_write_text
@@ -45,8 +50,9 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 _FORMAT = {"format": "sssd_fast.index", "version": 1}
-_CACHE_VERSION = 2  # raise it when images.py decodes by other rules
+_CACHE_VERSION = 3  # raise it when images.py decodes by other rules
 _SETTLED_S = 2.0
+FEW_LEVELS = 32  # of 256 grey levels; images that use fewer are noted
 _NEGATION = re.compile(
     r"(?i)(^|[^a-z])(non?($|[^a-z]|covid)|normal|neg|healthy|control|benign|uninfected)"
 )
@@ -65,6 +71,8 @@ class ImageRecord:
     patient: str | None = None
     plain: bool = False  # any decoder gives the same image (images.Decoded)
     format: str = ""  # by content (images.Decoded)
+    # of 16-bit grey: 0.1 and 99.9 % percentile, number of pixels over 255 and over 4095
+    grey16: list[int] = field(default_factory=list)
 
     @property
     def wrong_extension(self) -> str:
@@ -91,6 +99,7 @@ class DataIndex:
     records: list[ImageRecord]
     excluded: list[Excluded] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # ignored files and the like; not errors
+    grey_range: GreyRange | None = None  # of all 16-bit images; None: there are none
 
     def __len__(self) -> int:
         return len(self.records)
@@ -132,9 +141,7 @@ class DataIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DataIndex:
-        """Raises DataError if the file is not an index, is damaged, or its data folder is
-        missing.
-        """
+        """Raises DataError if the file is not an index, or is damaged."""
         try:
             body = json.loads(Path(path).read_text(encoding="utf-8"))
             if {**body, **_FORMAT} != body:
@@ -145,6 +152,8 @@ class DataIndex:
                 records=[ImageRecord(**r) for r in body["records"]],
                 excluded=[Excluded(**e) for e in body["excluded"]],
                 notes=list(body["notes"]),
+                # without it: an index of an earlier version, with a range for each file
+                grey_range=tuple(body["grey_range"]) if body.get("grey_range") else None,
             )
             if not all(0 <= label < len(index.classes) for label in index.labels):
                 raise ValueError(f"a label outside its {len(index.classes)} classes")
@@ -153,12 +162,34 @@ class DataIndex:
                 f"{path}: not an index, of another version, or damaged ({error}); make it again "
                 "with `sssd-fast data check`"
             ) from error
-        if not index.root.is_dir():
-            raise DataError(
-                f"{path}: its data folder {index.root} does not exist; move it back, or make the "
-                "index again with `sssd-fast data check`"
-            )
         return index
+
+    def moved_to(self, root: Path, setting: str) -> DataIndex:
+        """This index with another data folder of the same files.
+
+        Raises DataError if a file is missing there or has another content. `setting` names the
+        setting of the folder.
+        """
+
+        def problem(record: ImageRecord) -> str:
+            try:
+                data = read_file(root / record.path)
+            except ImageError as error:
+                return f"{printable(record.path)}: {error.reason}"
+            same = hashlib.sha256(data).hexdigest() == record.sha256
+            return "" if same else f"{printable(record.path)}: another content"
+
+        problems = [p for p in map_threads(problem, self.records, os.cpu_count() or 1) if p]
+        if problems:
+            where = printable(str(root))
+            lines = [
+                f"{where} does not hold the images that were checked in {self.root}: "
+                f"{len(problems)} of {len(self)} are missing or changed; give the folder that "
+                f"holds them, {setting}=DIR",
+                *first_lines(problems),
+            ]
+            raise DataError("\n".join(lines))
+        return replace(self, root=root)
 
     def summary(self) -> str:
         """Several lines: counts, sizes, modes, notes, excluded files, duplicates."""
@@ -221,7 +252,7 @@ def count_images(config: DataConfig) -> int:
         return len(read_manifest(config.manifest or root))
     if not root.is_dir():
         raise DataError(f"{printable(str(root))}: no such file or folder")
-    return len(_scan_folders(root, []))
+    return len(list_classes(root, tuple(SUFFIXES), []))
 
 
 def check_data(
@@ -232,18 +263,24 @@ def check_data(
     max_bad_fraction: float = 0.01,
     accept_wrong_extension: bool = True,
     index_cache: Path | None = None,
+    grey_range: GreyRange | None = None,
+    labelled: bool = True,
 ) -> DataIndex:
     """Decode every image once and return the index of the good ones.
 
-    source: the data folder (one folder per class, or with `manifest` the folder its paths are
-        relative to), or a CSV manifest in the data folder.
+    source: the data folder (one folder per class, see layout.py; with `manifest` the folder its
+        paths are relative to), or a CSV manifest in the data folder.
     out: also save the index there.
     accept_wrong_extension: keep files such as a JPEG named .png, which decode well (COVID-CT has 34
         of them), with a note; else they are excluded like other bad files.
+    grey_range: for 16-bit grey images; None = the smallest of 8, 12 and 16 bits that 99.9 % of
+        the pixels of all those images fit in.
     index_cache: folder that stores the results, so that unchanged files are not decoded again.
 
-    Raises DataError: nothing found, a bad manifest (all problems at once), a class without a usable
-    image, or more than `max_bad_fraction` of the files unusable.
+    labelled: False = the folders are no classes.
+
+    Raises DataError: nothing found, an unknown layout, a bad manifest (all problems at once), a
+    class without a usable image, or more than `max_bad_fraction` of the files unusable.
     """
     if not 0 <= max_bad_fraction <= 1:
         raise DataError(f"max_bad_fraction is {max_bad_fraction}; a fraction from 0 to 1 is needed")
@@ -258,7 +295,10 @@ def check_data(
             )
         root, manifest = root.parent, root
     notes: list[str] = []
-    rows = _scan_folders(root, notes) if manifest is None else read_manifest(manifest, notes)
+    if manifest is None:
+        rows = list_classes(root, tuple(SUFFIXES), notes, labelled=labelled)
+    else:
+        rows = _on_disk(root, read_manifest(manifest, notes), notes)
     classes = sorted({row["label"] for row in rows})
     name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:32] + ".checked.json"
     stored = index_cache / name if index_cache else None
@@ -289,7 +329,8 @@ def check_data(
         )
     listed = [str(e) for e in excluded]
     refuse_bad_files("images", listed, len(rows), max_bad_fraction, hint)
-    index = DataIndex(root, classes, records, excluded, notes)
+    grey_range = _grey_range(records, grey_range, notes)
+    index = DataIndex(root, classes, records, excluded, notes, grey_range)
     empty = index.empty_classes()
     if empty:
         lines = [f"no usable image left in class {empty}; excluded:"]
@@ -297,6 +338,24 @@ def check_data(
     if out is not None:
         index.save(out)
     return index
+
+
+def _on_disk(root: Path, rows: list[dict[str, str]], notes: list[str]) -> list[dict[str, str]]:
+    """The rows with the paths as the file system has them (see `find_file`)."""
+
+    def exists(path: str) -> bool:
+        return (root / path).exists()
+
+    found = [{**row, "path": find_file(exists, row["path"])} for row in rows]
+    other = [row["path"] for row, new in zip(rows, found, strict=True) if row != new]
+    if other:
+        notes.append(
+            f"{len(other)} paths of the manifest have \\ or another Unicode form than the file, "
+            f"such as {printable(other[0])}; the file is used"
+        )
+    if len({row["path"] for row in found}) < len(found):
+        raise DataError(f"{printable(str(root))}: several rows of the manifest name one file")
+    return found
 
 
 def map_threads(
@@ -345,22 +404,58 @@ def _examine(
             return ImageRecord(**{**cache[path][1], **given})
     try:
         data = read_file(root / path)
-        pixels, mode, kind, plain = decode_bytes(data, path)
+        pixels, mode, kind, plain, values = decode_bytes(data, path)
     except ImageError as error:
         return Excluded(path, error.reason)
     facts: dict[str, Any] = {
         "path": path,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "pixel_hash": pixel_hash(pixels),
+        "pixel_hash": pixel_hash(pixels if values is None else values),
         "height": pixels.shape[0],
         "width": pixels.shape[1],
         "mode": mode,
         "plain": plain,
         "format": kind,
     }
+    if values is not None:
+        ends = np.percentile(values, (0.1, 99.9), method="nearest")
+        facts["grey16"] = [*map(int, ends), *(int((values > top).sum()) for top in WHITES[:2])]
     if stamp and now - stamp[1] / 1e9 > _SETTLED_S:
         cache[path] = [stamp, facts]
     return ImageRecord(**facts, **given)
+
+
+def _grey_range(
+    records: Sequence[ImageRecord], given: GreyRange | None, notes: list[str]
+) -> GreyRange | None:
+    """The range of all 16-bit images, and notes about it; None if there are none."""
+    deep = [r for r in records if r.grey16]
+    if not deep:
+        return None
+    pixels = sum(r.height * r.width for r in deep)
+    # a few pixels of metal must not make every image darker
+    allowed = 0.001 * pixels
+    over = [sum(r.grey16[2 + place] for r in deep) for place in (0, 1)]
+    fits = [white for white, n in zip(WHITES, over, strict=False) if n <= allowed]
+    low, high = given or (0, [*fits, WHITES[-1]][0])
+    above = sum(r.grey16[1] > high for r in deep)
+    notes.append(
+        f"16-bit images: {len(deep)} of {len(records)}; values from {low} to {high} are shown from "
+        f"black to white{f', more than 0.1 % of the pixels of {above} are above' * (above > 0)}"
+    )
+    levels = [(min(r.grey16[1], high) - max(r.grey16[0], low)) * 255 / (high - low) for r in deep]
+    flat = [r for r, n in zip(deep, levels, strict=True) if n < FEW_LEVELS]
+    if len(flat) > 0.1 * len(deep):
+        ends = min(r.grey16[0] for r in flat), max(r.grey16[1] for r in flat)
+        advice = f"show more contrast with data.grey_range=[{ends[0]},{max(ends[1], ends[0] + 1)}]"
+        if 31000 < ends[0] < 32768 < ends[1] + 300:
+            # DeepLesion and others store HU + 32768; level -600, width 1500
+            advice += "; if they are HU + 32768, the lung window is data.grey_range=[31418,32918]"
+        notes.append(
+            f"{len(flat)} of the 16-bit images use fewer than {FEW_LEVELS} of 256 grey levels, "
+            f"their values are {ends[0]} to {ends[1]}; {advice}"
+        )
+    return low, high
 
 
 def positive_class(classes: Sequence[str]) -> int:
@@ -374,28 +469,3 @@ def positive_class(classes: Sequence[str]) -> int:
         raise DataError(f"a positive class needs 2 classes, got {len(classes)}: {list(classes)}")
     negative = [_NEGATION.search(name) for name in classes]
     return 0 if negative[1] and not negative[0] else 1
-
-
-def _scan_folders(root: Path, notes: list[str]) -> list[dict[str, str]]:
-    """One row per image file below root/<class>/. Other files are counted by suffix."""
-    rows: list[dict[str, str]] = []
-    ignored: Counter[str] = Counter()
-    for file in walk_files(root):
-        path = file.relative_to(root)
-        suffix = file.suffix.lower()
-        if len(path.parts) == 1:
-            ignored[f"{suffix or 'no suffix'} directly in the folder"] += 1
-        elif suffix in SUFFIXES:
-            rows.append({"path": path.as_posix(), "label": path.parts[0]})
-        else:
-            ignored[suffix or "no suffix"] += 1
-    listed = ", ".join(f"{n} {printable(kind)}" for kind, n in sorted(ignored.items()))
-    if not rows:
-        found = f"ignored {listed}" if listed else "no files"
-        raise DataError(
-            f"{printable(str(root))}: no images found ({found}); needed: one folder per class with "
-            f"{', '.join(SUFFIXES)} files, or a CSV manifest path,label[,split][,patient]"
-        )
-    if ignored:
-        notes.append(f"ignored {ignored.total()} files that are not images of a class: {listed}")
-    return rows

@@ -4,14 +4,18 @@ path,label[,split][,patient]: a row per image, paths relative to the data folder
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from sssd_fast.data.images import printable
 from sssd_fast.errors import DataError
@@ -19,20 +23,26 @@ from sssd_fast.run.files import atomic_write_bytes, existing_folder
 
 SPLIT_NAMES = ("train", "val", "test")
 _COLUMNS = ("label", "split", "patient")
+_BYTES = "surrogateescape"  # keeps bytes that are not UTF-8
 _LISTED = 20  # lines of a list printed before "and N more"
 
 
 def read_manifest(
     manifest: str | os.PathLike[str], notes: list[str] | None = None
 ) -> list[dict[str, str]]:
-    """Rows of the CSV with normalised paths. Raises DataError listing every problem at once."""
+    """Rows of the CSV with normalised paths. Raises DataError listing every problem at once.
+
+    The file is UTF-8, or UTF-16 with its mark. Paths may have any bytes, as file names do.
+    """
     where = printable(str(manifest))
     try:
-        with open(manifest, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = list(reader.fieldnames or [])
-            lines = [(reader.line_num, row) for row in reader]
-    except (OSError, csv.Error) as error:
+        data = Path(manifest).read_bytes()
+        wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = data.decode("utf-16" if wide else "utf-8-sig", "strict" if wide else _BYTES)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        header = list(reader.fieldnames or [])
+        lines = [(reader.line_num, row) for row in reader]
+    except (OSError, csv.Error, UnicodeError) as error:
         raise DataError(f"{where}: cannot be read as CSV ({error})") from error
     missing = [name for name in ("path", "label") if name not in header]
     if missing:
@@ -70,14 +80,33 @@ def _row_problems(cell: str, row: Mapping[str, str], seen: Mapping[str, int]) ->
     name = printable(cell)
     if not cell.strip():
         yield "empty path"
-    elif path.is_absolute() or ".." in path.parts:
+    elif path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:[\\/]", cell):
         yield f"path {name} leaves the data folder; only relative paths without .. are read"
     elif path.as_posix() in seen:
         yield f"path {name} was already in line {seen[path.as_posix()]}"
     if not row["label"]:
         yield "empty label"
+    for column in ("label", "patient"):
+        if not is_utf8(row.get(column, "")):
+            yield f"{column} {printable(row[column])} is not UTF-8; save the table as UTF-8"
     if row.get("split", "train") not in SPLIT_NAMES:
         yield f"split {printable(row['split'])!r} is not one of {', '.join(SPLIT_NAMES)}"
+
+
+def is_utf8(text: str) -> bool:
+    """False if a name has bytes that are not UTF-8."""
+    return not any("\udc80" <= c <= "\udcff" for c in text)
+
+
+def find_file(known: Callable[[str], bool], path: str) -> str:
+    """`path`, or the form of it that is `known`: with / for the \\ of Windows, or with accents as
+    one character (NFC) or two (NFD), which macOS and zip tools exchange.
+    """
+    if known(path):
+        return path
+    slashes = PurePosixPath(path.replace("\\", "/")).as_posix()
+    forms = [normalize(form, slashes) for form in ("NFC", "NFD")]
+    return next((form for form in (slashes, *forms) if known(form)), path)
 
 
 def first_lines(lines: list[str]) -> list[str]:
@@ -92,10 +121,13 @@ def refuse_bad_files(kind: str, bad: list[str], total: int, limit: float, hint: 
         return
     share = len(bad) / total
     listed = "\n".join(first_lines(bad))
+    advice = "Repair or remove them"
+    if len(bad) < total:
+        needed = math.ceil(1000 * share) / 1000
+        advice += f", or raise the limit: --max-bad-fraction (data.max_bad_fraction) {needed:g}"
     raise DataError(
         f"{len(bad)} of {total} {kind} are unusable ({share:.1%}); the limit is {limit:.1%}:\n"
-        f"{listed}\nRepair or remove them, or raise the limit: --max-bad-fraction "
-        f"(max_bad_fraction) above {share:.3f}.{hint}"
+        f"{listed}\n{advice}.{hint}"
     )
 
 
@@ -112,14 +144,26 @@ def write_manifest(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     )
     writer.writeheader()
     writer.writerows(rows)
-    atomic_write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    atomic_write_bytes(path, text.getvalue().encode("utf-8", _BYTES))
 
 
 # ---- folders ----
 
 
+# folders that storage systems and archives add
+_HELPERS = {
+    *("@eadir", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin"),
+    *("system volume information", "lost+found", "__pycache__"),
+}
+
+
+def is_helper(name: str) -> bool:
+    """True for a hidden file or folder and for folders that storage systems add."""
+    return name.startswith(".") or name.lower() in _HELPERS
+
+
 def walk_files(root: Path) -> Iterator[Path]:
-    """Every file below `root`, sorted within its folder, without hidden names and linked folders.
+    """Every file below `root`, sorted within its folder, without helpers and linked folders.
 
     Raises DataError if a folder cannot be listed: its files would be missing without a message.
     """
@@ -129,8 +173,8 @@ def walk_files(root: Path) -> Iterator[Path]:
         raise DataError(f"{where}: folder cannot be read ({error.strerror})") from error
 
     for folder, subfolders, names in os.walk(root, onerror=refuse):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        subfolders[:] = sorted(name for name in subfolders if not is_helper(name))
+        yield from (Path(folder, name) for name in sorted(names) if not is_helper(name))
 
 
 @contextmanager

@@ -81,7 +81,8 @@ def read_record(index: DataIndex, i: int) -> bytes:
 
 def decode_record(index: DataIndex, i: int, channels: int) -> ImageArray:
     """Record i as uint8 [H, W] (channels 1) or [H, W, 3]. Raises ImageError as `read_record`."""
-    return to_channels(decode_bytes(read_record(index, i), str(index.file(i))).pixels, channels)
+    decoded = decode_bytes(read_record(index, i), str(index.file(i)), index.grey_range)
+    return to_channels(decoded.pixels, channels)
 
 
 def cache_folder(setting: str) -> Path | None:
@@ -150,8 +151,11 @@ def open_store(
 
 
 def store_key(index: DataIndex, channels: int) -> str:
-    """Name of the cache file: a hash of the content of the images in order, and of `channels`."""
-    digest = hashlib.sha256(json.dumps([_VERSION, channels]).encode())
+    """Name of the cache file: a hash of the content of the images in order, their grey range, and
+    `channels`.
+    """
+    range_ = [] if index.grey_range is None else [index.grey_range]
+    digest = hashlib.sha256(json.dumps([_VERSION, channels, *range_]).encode())
     for r in index.records:
         digest.update(json.dumps([r.sha256, r.height, r.width]).encode())
     return digest.hexdigest()[:32]

@@ -19,7 +19,13 @@ import numpy as np
 from sssd_fast.config import DataConfig
 from sssd_fast.data.images import printable
 from sssd_fast.data.index import DataIndex, identical_images, named_groups
-from sssd_fast.data.manifest import SPLIT_NAMES, first_lines, read_manifest, write_manifest
+from sssd_fast.data.manifest import (
+    SPLIT_NAMES,
+    find_file,
+    first_lines,
+    read_manifest,
+    write_manifest,
+)
 from sssd_fast.errors import DataError
 
 _PROPOSALS = 200  # random groupings tried by _cut_patients; the best balanced one is used
@@ -59,8 +65,10 @@ def make_split(config: DataConfig, index: DataIndex) -> Split:
     """The split that data.split names. A given split without validation images gets val_fraction of
     them from its training split.
     """
-    val, seed = config.val_fraction, config.split_seed
-    if config.split == "random":
+    val, seed, name = config.val_fraction, config.split_seed, config.split
+    if name == "auto":
+        name = "manifest" if any(r.split for r in index.records) else "random"
+    if name == "random":
         return split_random(index, config.test_fraction, seed, val=val)
     if config.split == "block":
         return split_block(index, config.test_fraction, val=val)
@@ -68,7 +76,12 @@ def make_split(config: DataConfig, index: DataIndex) -> Split:
         return split_patient(index, config.test_fraction, seed, val=val)
     if config.split == "kfold":
         return split_kfold(index, config.folds, config.fold, seed, val=val)
-    given = split_manifest(index) if config.split == "manifest" else split_csv(index, config.split)
+    given = split_manifest(index) if name == "manifest" else split_csv(index, name)
+    if config.split == "auto" and not given.test:
+        raise DataError(
+            "the split that is given with the data has no test images; name a folder test or set "
+            "data.split=random, which draws another split of all images"
+        )
     return given if given.val or val == 0 else carve_validation(index, given, val, seed)
 
 
@@ -89,7 +102,10 @@ def split_block(index: DataIndex, test: float = 0.2, *, val: float = 0.0) -> Spl
     Neighbouring file numbers are mostly slices of one patient, so patients mostly stay whole.
     """
     if test + val >= 1:
-        raise DataError(f"test {test:g} + val {val:g} leave no training images; reduce them")
+        raise DataError(
+            f"data.test_fraction {test:g} + data.val_fraction {val:g} leave no training images; "
+            "reduce them"
+        )
     train: list[int] = []
     valid: list[int] = []
     held_out: list[int] = []
@@ -114,7 +130,8 @@ def split_patient(index: DataIndex, test: float = 0.2, seed: int = 0, *, val: fl
     if unknown:
         raise DataError(
             f"{len(unknown)} of {len(index)} images have no patient, such as "
-            f"{printable(unknown[0])}; add a patient column to the manifest, or use the block split"
+            f"{printable(unknown[0])}; add a patient column to the manifest, or set "
+            "data.split=block"
         )
     train, held_out = _cut_patients(index, range(len(index)), test, seed, "test")
     train, valid = _cut_validation(index, train, val, seed, len(index))
@@ -163,10 +180,10 @@ def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
     split_of: dict[int, str] = {}
     problems = []
     for row in rows:
-        i = number.get(row["path"])
-        name = printable(row["path"])
+        path = find_file(lambda path: path in number or path in excluded, row["path"])
+        i, name = number.get(path), printable(path)
         if i is None:
-            if row["path"] not in excluded:
+            if path not in excluded:
                 problems.append(f"{name} is not in the index")
             continue
         label = index.classes[index.records[i].label]
@@ -183,14 +200,14 @@ def split_csv(index: DataIndex, path: str | os.PathLike[str]) -> Split:
 
 
 def split_manifest(index: DataIndex) -> Split:
-    """The split in the manifest of the index."""
+    """The split that the manifest or the folders of the index give."""
     split_of = {i: r.split for i, r in enumerate(index.records) if r.split}
     if not split_of:
         raise DataError(
             "the index has no split column; use a manifest path,label,split, or `sssd-fast data "
             "split`"
         )
-    return _listed(split_of, "manifest", "given by the manifest")
+    return _listed(split_of, "manifest", "given with the data")
 
 
 def carve_validation(index: DataIndex, split: Split, val: float, seed: int = 0) -> Split:
@@ -264,8 +281,12 @@ def _need_every_class(index: DataIndex, ids: Sequence[int], split: str) -> None:
     if empty:
         raise DataError(
             f"{split} would have no image of class {empty}; the classes have "
-            f"{index.counts()}: use another fraction or more images"
+            f"{_counted(index)}: use another data.{split}_fraction, or more images"
         )
+
+
+def _counted(index: DataIndex, ids: Sequence[int] | None = None) -> str:
+    return ", ".join(f"{printable(name)} {n}" for name, n in index.counts(ids).items())
 
 
 def _portion(count: int, fraction: float) -> int:
@@ -281,25 +302,33 @@ def _cut_validation(
     share = val * total / len(train)
     if share >= 1:
         raise DataError(
-            f"val {val:g} of {total} images leaves none of the {len(train)} training images"
+            f"data.val_fraction {val:g} of {total} images leaves none of the {len(train)} training "
+            "images; reduce it"
         )
-    cut = _cut_patients if all(index.records[i].patient for i in train) else _cut_images
-    return cut(index, train, share, seed + 1, "val")
+    if all(index.records[i].patient for i in train):
+        return _cut_patients(index, train, share, seed + 1, "val")
+    return _cut_images(index, train, share, seed + 1, "val", val)
 
 
 def _cut_images(
-    index: DataIndex, ids: Sequence[int], fraction: float, seed: int, split: str
+    index: DataIndex,
+    ids: Sequence[int],
+    fraction: float,
+    seed: int,
+    split: str,
+    given: float | None = None,
 ) -> tuple[list[int], list[int]]:
-    """(kept, cut), stratified."""
+    """(kept, cut), stratified. given: what the user calls `fraction`, if it is of all images."""
     from sklearn.model_selection import StratifiedShuffleSplit
 
     labels = [index.records[i].label for i in ids]
     counts = Counter(labels)
     size = sum(_portion(n, fraction) for n in counts.values())
     if size < len(counts) or min(counts.values()) < 2:
+        setting = f"data.{split}_fraction {fraction if given is None else given:g}"
         raise DataError(
-            f"{fraction:.3g} of {index.counts(ids)} images leaves {split} without an image of some "
-            "class; use a larger fraction or more images"
+            f"{setting} leaves {split} without an image of some class: the images it is taken from "
+            f"are {_counted(index, ids)}; use a larger fraction or more images"
         )
     splitter = StratifiedShuffleSplit(n_splits=1, test_size=size, random_state=seed)
     kept, cut = (sorted(ids[i] for i in part) for part in next(splitter.split(labels, labels)))

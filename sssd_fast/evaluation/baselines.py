@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sssd_fast.data.images import decode_image, to_channels
+from sssd_fast.data.images import GreyRange, decode_image, to_channels
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.split import Split
 from sssd_fast.evaluation.metrics import Floats
@@ -50,7 +50,7 @@ def _nearest(index: DataIndex, known: list[int], queries: list[int]) -> NDArray[
     """Position in `known` of the image with the smallest squared distance to each of `queries`."""
     with ThreadPoolExecutor() as pool:
         files = [index.file(i) for i in (*known, *queries)]
-        pixels = np.stack(list(pool.map(_pixels, files)))
+        pixels = np.stack(list(pool.map(lambda file: _pixels(file, index.grey_range), files)))
     known_IP, query_NP = pixels[: len(known)], pixels[len(known) :]
     # |a - k|^2 without |a|^2, which is the same for every k
     norms_I = (known_IP**2).sum(1)
@@ -59,6 +59,6 @@ def _nearest(index: DataIndex, known: list[int], queries: list[int]) -> NDArray[
 
 
 @lru_cache(maxsize=MAX_IMAGES)
-def _pixels(path: Path) -> NDArray[np.float32]:
-    view = evaluation_crop(to_channels(decode_image(path), 1), (32, 32), "stretch")
+def _pixels(path: Path, grey_range: GreyRange | None) -> NDArray[np.float32]:
+    view = evaluation_crop(to_channels(decode_image(path, grey_range), 1), (32, 32), "stretch")
     return view.astype(np.float32).ravel() / np.float32(255)

@@ -17,8 +17,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sssd_fast.data.images import decode_image
-from sssd_fast.data.index import DataIndex
-from sssd_fast.data.split import split_csv
 from sssd_fast.errors import DataError
 from sssd_fast.evaluation import metrics, pictures
 from sssd_fast.evaluation.baselines import baseline_scores
@@ -26,7 +24,7 @@ from sssd_fast.evaluation.metrics import Floats, Ints
 from sssd_fast.evaluation.pictures import Bytes
 from sssd_fast.evaluation.plots import PLOTS, write_plots
 from sssd_fast.evaluation.predict import load_trained, predict
-from sssd_fast.loaders.prepare import make_loader, positive_label
+from sssd_fast.loaders.prepare import load_data, make_loader, positive_label
 from sssd_fast.run.device import autocast
 from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
 from sssd_fast.run.folder import Run
@@ -38,8 +36,7 @@ MAX_CORRECT = 4  # all classes together
 def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
     """Evaluate the best checkpoint on a split; writes eval/SPLIT/ and prints a table."""
     trained, config = load_trained(run.out, run.world.device), run.config
-    index = DataIndex.load(run.out / "index.json")
-    splits = split_csv(index, run.out / "split.csv")
+    index, splits = load_data(run)
     ids = splits.ids(split)
     if not ids:
         raise DataError(
@@ -76,7 +73,7 @@ def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
         paths=[r.path for r in records],
         classes=classes,
         split=split,
-        load_image=lambda path: decode_image(index.root / path),
+        load_image=lambda path: decode_image(index.root / path, index.grey_range),
         attend=attend,
         baselines=baselines,
         patients=[r.patient for r in records],

@@ -17,16 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sssd_fast.config import Config, from_dict
-from sssd_fast.data.images import decode_image, to_channels
+from sssd_fast.data.images import SUFFIXES, GreyRange, ImageError, decode_image, to_channels
+from sssd_fast.data.layout import list_classes
 from sssd_fast.errors import CheckpointError, DataError
 from sssd_fast.loaders import Loader
 from sssd_fast.loaders.crops import evaluation_crop
 from sssd_fast.model import Classifier
 from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
 from sssd_fast.run.device import World, autocast, pick_precision
-from sssd_fast.run.files import atomic_write_text
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+from sssd_fast.run.files import atomic_write_bytes
 
 
 @dataclass
@@ -37,6 +36,7 @@ class Trained:
     config: Config
     classes: list[str]
     path: Path
+    grey_range: GreyRange | None = None  # of 16-bit images
 
 
 def load_trained(path: str | Path, device: torch.device) -> Trained:
@@ -51,7 +51,8 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     config, classes = from_dict(state["config"]), list(state["classes"])
     model = Classifier(config.model, len(classes), state["pool"])
     model.load_state_dict(state["model"])
-    return Trained(model.to(device).eval(), config, classes, path)
+    grey_range = state.get("grey_range")
+    return Trained(model.to(device).eval(), config, classes, path, grey_range)
 
 
 def predict_files(
@@ -69,10 +70,11 @@ def predict_files(
         images: dict[int, Tensor] = {}
         for row, image in enumerate(inputs[start : start + batch_size], start):
             try:
-                image = decode_image(image) if isinstance(image, Path) else image
+                if isinstance(image, Path):
+                    image = decode_image(image, trained.grey_range)
                 picture = to_channels(image, config.model.in_channels)
             except (DataError, OSError) as error:
-                bad[row] = str(error)
+                bad[row] = error.reason if isinstance(error, ImageError) else str(error)
                 continue
             view = evaluation_crop(picture, config.model.image_size, config.data.fit)
             # a copy, since decoded images may be read-only; [H, W] or [H, W, C] -> [C, H, W]
@@ -84,16 +86,19 @@ def predict_files(
     return scores, bad
 
 
-def find_images(targets: Sequence[str]) -> list[Path]:
-    """Image files, and those in folders, sorted. Raises DataError if there are none."""
+def find_images(targets: Sequence[str], notes: list[str]) -> list[Path]:
+    """Image files, and those in folders by the rules of `check_data`, sorted; `notes` receives what
+    was ignored. Raises DataError if there are none.
+    """
     found: list[Path] = []
     for target in map(Path, targets):
         if not target.exists():
             raise DataError(f"{target} does not exist; give image files or folders")
-        inside = sorted(p for p in target.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        found += [p for p in inside if p.is_file()] if target.is_dir() else [target]
-    if not found:
-        raise DataError(f"no image ({', '.join(IMAGE_SUFFIXES)}) below {', '.join(targets)}")
+        if target.is_dir():
+            rows = list_classes(target, tuple(SUFFIXES), notes, labelled=False)
+            found += [target / row["path"] for row in rows]
+        else:
+            found.append(target)
     return found
 
 
@@ -108,7 +113,8 @@ def write_predictions(
         known = bool(np.isfinite(row).all())
         cells = [f"{value:.9g}" for value in row] if known else [""] * len(row)
         writer.writerow([str(path), classes[int(row.argmax())] if known else "", *cells])
-    atomic_write_text(out, text.getvalue())
+    # a file name keeps its bytes
+    atomic_write_bytes(out, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def predict(

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from sssd_fast.config import AugmentConfig, Config, DataConfig
+from sssd_fast.config import AugmentConfig, Config, DataConfig, load_config
+from sssd_fast.data.images import GreyRange, printable
 from sssd_fast.data.index import DataIndex, check_data, duplicate_lines, positive_class
 from sssd_fast.data.pixels import cache_folder
 from sssd_fast.data.split import (
@@ -21,7 +22,7 @@ from sssd_fast.data.split import (
     split_summary,
 )
 from sssd_fast.data.synthetic import is_synthetic, write_synthetic_dataset
-from sssd_fast.errors import DataError
+from sssd_fast.errors import CheckpointError, DataError
 from sssd_fast.loaders import Loader, SampleOrder, build_loader
 from sssd_fast.run.folder import Run
 from sssd_fast.run.log import Progress as Bar
@@ -35,12 +36,14 @@ def prepare_data(run: Run) -> tuple[DataIndex, Split]:
     uses the recorded index and split, so a file added to the folder meanwhile cannot change the
     run.
     """
-    out, world = run.out, run.world
-    if world.main and not (run.resume and (out / "index.json").exists()):
-        _make(run)
-    world.barrier()
-    index = DataIndex.load(out / "index.json")
-    split = split_csv(index, out / "split.csv")
+
+    def first() -> None:
+        if not (run.resume and (run.out / "index.json").exists()):
+            _make(run)
+        load_data(run)
+
+    run.world.on_main(first)
+    index, split = load_data(run)
     run.data_fingerprint = index.fingerprint([*split.train, *split.val, *split.test])
     sizes = [f"{name} {len(split.ids(name))}" for name in ("train", "val", "test")]
     run.data_summary = f"{index.root}: {len(index)} images; {', '.join(sizes)}"
@@ -48,24 +51,62 @@ def prepare_data(run: Run) -> tuple[DataIndex, Split]:
     return index, split
 
 
+def load_data(run: Run) -> tuple[DataIndex, Split]:
+    """The recorded index and split of a run.
+
+    A data folder that was moved is given by data.source; its files are compared with the index.
+    """
+    index = _load_index(run, "index.json", "data.source")
+    return index, split_csv(index, run.out / "split.csv")
+
+
+def _load_index(run: Run, name: str, setting: str) -> DataIndex:
+    """Recorded index `name` of the folder that `setting` names."""
+    path, (section, key) = run.out / name, setting.split(".")
+    index = DataIndex.load(path)
+    given = getattr(getattr(run.config, section), key)
+    before = getattr(getattr(load_config(run.out / "config.yaml"), section), key)
+    if given == before and index.root.is_dir():
+        return index
+    place = _synthetic_slices(run) if is_synthetic(given) else Path(given)
+    place = place.parent if place.is_file() else place
+    if not place.is_dir():
+        missing = index.root if given == before else place
+        raise DataError(
+            f"{path}: the data folder {printable(str(missing))} does not exist; if it was moved, "
+            f"add {setting}=DIR to the command. The images are then compared with the index"
+        )
+    return index.moved_to(place, setting)
+
+
 def pretraining_images(run: Run, index: DataIndex, split: Split) -> tuple[DataIndex, list[int]]:
     """Images for pre-training: the training split and the images of pretrain.extra, without labels.
 
-    An extra image with the pixels of any image of `index` is excluded. The result is recorded in
-    the run folder (extra.json), is included in the fingerprint of the data, and is used again on
+    An extra image with the pixels of any image of `index` is excluded. The check is recorded in the
+    run folder (extra.json), is included in the fingerprint of the data, and is used again on
     resume.
     """
     folder, recorded = run.config.pretrain.extra, run.out / "extra.json"
     if folder is None:
         return index, split.train
-    if run.world.main and not (run.resume and recorded.exists()):
+    if run.resume and not recorded.exists():
+        raise CheckpointError(
+            f"pretrain.extra is {folder}, but {run.out} was trained without additional images; "
+            "omit it, or start a new run"
+        )
+
+    def first() -> None:
         with run.console.announce(f"checking every image in {folder}"):
-            extra = _check(run.config.data, folder)
-        _joined(index, split.train, extra).save(recorded)
-    run.world.barrier()
-    both = DataIndex.load(recorded)
+            known = index.grey_range
+            extra = _check(run.config.data, folder, grey_range=known, labelled=False)
+        extra.save(recorded)
+
+    if not run.resume:
+        run.world.on_main(first)
+    extra = _load_index(run, recorded.name, "pretrain.extra")
+    both = _joined(index, split.train, extra)
     run.console.info("\n".join(both.notes))
-    fingerprints = f"{run.data_fingerprint} {both.fingerprint()}"
+    fingerprints = f"{run.data_fingerprint} {extra.fingerprint()}"
     run.data_fingerprint = hashlib.sha256(fingerprints.encode()).hexdigest()
     return both, list(range(len(both)))
 
@@ -86,7 +127,19 @@ def _joined(index: DataIndex, train: Sequence[int], extra: DataIndex) -> DataInd
         f"{len(extra) - len(new)} images there have the pixels of an image of {index.root} and are "
         f"excluded; {len(extra.excluded)} are unusable",
     ]
-    return DataIndex(root, ["no label"], records, extra.excluded, notes)
+    grey_range = index.grey_range or extra.grey_range
+    return DataIndex(root, ["no label"], records, extra.excluded, notes, grey_range)
+
+
+def require_classes(index: DataIndex) -> None:
+    """Raises DataError if a classifier cannot be trained on the images."""
+    if len(index.classes) < 2:
+        names = ", ".join(map(printable, index.classes))
+        notes = "".join(f"\n  note: {note}" for note in index.notes)
+        raise DataError(
+            f"the data have {len(index.classes)} class ({names}); a classifier needs 2 or more"
+            f"{notes}"
+        )
 
 
 def positive_label(config: Config, index: DataIndex) -> int:
@@ -156,6 +209,9 @@ def _make(run: Run) -> None:
     source = _synthetic_slices(run) if synthetic else Path(config.source)
     with console.announce(f"checking every image in {source}"):
         index = _check(config, source, config.manifest)
+    # a command of several stages: before the first one is trained
+    if run.top is not None:
+        require_classes(index)
     split = make_split(config, index)
     index.save(run.out / "index.json")
     save_split(split, run.out / "split.csv", index)
@@ -177,13 +233,21 @@ def _make(run: Run) -> None:
     run.write_json("data.json", facts)
 
 
-def _check(config: DataConfig, source: str | Path, manifest: str | None = None) -> DataIndex:
+def _check(
+    config: DataConfig,
+    source: str | Path,
+    manifest: str | None = None,
+    grey_range: GreyRange | None = None,
+    labelled: bool = True,
+) -> DataIndex:
     return check_data(
         source,
         manifest,
         max_bad_fraction=config.max_bad_fraction,
         accept_wrong_extension=config.accept_wrong_extension,
         index_cache=cache_folder(config.cache),
+        grey_range=grey_range or config.grey_range,
+        labelled=labelled,
     )
 
 

@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from sssd_fast.config import Config, from_dict, load_config
-from sssd_fast.data.index import DataIndex
 from sssd_fast.data.manifest import SPLIT_NAMES
-from sssd_fast.data.split import split_csv
 from sssd_fast.errors import CheckpointError, ConfigError, DataError, RunExistsError
 from sssd_fast.evaluation.baselines import NEAREST
 from sssd_fast.evaluation.evaluate import evaluate_run
 from sssd_fast.finetune import finetune
+from sssd_fast.loaders.prepare import load_data
 from sssd_fast.performance.batch_size import resolve_batch
 from sssd_fast.pretrain import pretrain
 from sssd_fast.report.report import write_report
@@ -220,8 +219,7 @@ def _train(
     if not here.main:
         return
     write_report(place)
-    index = DataIndex.load(place / "index.json")
-    split = split_csv(index, place / "split.csv")
+    index, split = load_data(run)
     # seconds over all starts, compilation included
     times = {f"{s}_s": max(r["time_s"] for r in read_metrics(f)) for s, f in folders.items()}
     if NEAREST not in result["baselines"]:

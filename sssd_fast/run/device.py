@@ -14,7 +14,7 @@ import re
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_kernels import cpu_bf16_units
-from sssd_fast.errors import ConfigError, SssdError
+from sssd_fast.errors import ConfigError, EndedByMain, SssdError
 from sssd_fast.run.files import existing_folder
 
 PEER_WAIT_S = 10.0  # longer than the launcher needs to see that a process has failed
@@ -67,6 +67,26 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def on_main(self, function: Callable[[], object]) -> None:
+        """Runs `function` on the main process while the others wait.
+
+        An error there ends them with the same exit code; the main process prints the message.
+        """
+        code: list[int | None] = [None]
+        failure: SssdError | OSError | None = None
+        if self.main:
+            try:
+                function()
+            except (SssdError, OSError) as error:
+                failure = error
+                code[0] = error.exit_code if isinstance(error, SssdError) else 2
+        if self.size > 1:
+            dist.broadcast_object_list(code, device=self.device)
+        if failure is not None:
+            raise failure
+        if code[0] is not None:
+            raise EndedByMain(code[0])
 
     def barrier(self) -> None:
         if self.size > 1:

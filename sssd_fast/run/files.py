@@ -77,6 +77,30 @@ def user_cache() -> Path:
     return Path(base, "sssd_fast")
 
 
+# errno of files and folders that cannot be used as they are
+UNUSABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.ESTALE),
+)
+
+
+def unusable_file(error: OSError) -> str | None:
+    """The message for an OSError that a full, read-only, protected or damaged place causes, else
+    None.
+    """
+    if error.errno not in UNUSABLE:
+        return None
+    if error.filename is None:
+        return f"{error.strerror}: free some space, check the permissions, or use another folder"
+    path = Path(os.fsdecode(error.filename))
+    folder = existing_folder(path)
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    return (
+        f"{path}: {error.strerror} ({free_gib:.2f} GiB free in {folder}). Free some space, check "
+        "the permissions, or use another folder"
+    )
+
+
 def existing_folder(path: Path) -> Path:
     """`path`, or the closest folder above it that exists."""
     path = path.absolute()

@@ -24,20 +24,25 @@ from sssd_fast.errors import CheckpointError, ConfigError, RunExistsError
 from sssd_fast.run.checkpoint import CheckpointManager
 from sssd_fast.run.device import World, keep_freed_memory, pick_precision
 from sssd_fast.run.environment import collect_environment
-from sssd_fast.run.files import atomic_write_text
+from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
 from sssd_fast.run.log import Console
 from sssd_fast.run.metrics_log import Tracker
 
 # Settings that do not change what is computed: a run can be resumed with other values. So can all
 # of the section step but two.
+# The fingerprint of the images covers their folders.
 FREE = (
     "device threads processes tensorboard logger data.loader data.workers data.cache "
-    "data.resident_gib"
+    "data.resident_gib data.source pretrain.extra"
 )
 FREE_ENDINGS = (".checkpoint_epochs", ".checkpoint_steps", ".keep_last", ".image_epochs")
 FIXED = ("step.residual", "step.optimizer")
 RUN_MARKER = ".sssd-fast-run"
 _MARKER_TEXT = b"A run folder of sssd-fast. With --overwrite, everything in it may be deleted.\n"
+# Subfolders of a run folder that is overwritten: what is moved out or back, what is out until the
+# new run is accepted, and what is deleted then. Each change of state is one rename: a process
+# can be killed at any time.
+MOVING, REPLACED, DISCARDED = ".moving", ".replaced", ".discarded"
 # descriptors of the markers that this process has locked
 _held: list[int] = []
 
@@ -63,6 +68,7 @@ class Run:
     top: Path | None = None
     position: str = ""  # "stage 1 of 2"
     later: tuple[str, ...] = ()  # stages after this one
+    accepted: bool = False
 
     @property
     def title(self) -> str:
@@ -74,12 +80,25 @@ class Run:
         self.console.hold_log = False
         if not self.world.main:
             return
-        for folder in filter(None, (self.out, self.top)):
-            atomic_write_text(folder / "config.yaml", to_yaml(self.config))
+        atomic_write_text(self.out / "config.yaml", to_yaml(self.config))
         # a resumed run lists every command
         with open(self.out / "command.txt", "a", encoding="utf-8") as file:
             file.write(self.command + "\n")
         self.write_json("env.json", collect_environment(self.out))
+
+    def accept(self) -> None:
+        """Call it when settings, data and weights are loaded: deletes what the run replaces.
+
+        If an error ends the command earlier, the replaced run is restored.
+        """
+        self.accepted = True
+        if not self.world.main:
+            return
+        if (self.out / REPLACED).is_dir():
+            (self.out / REPLACED).rename(self.out / DISCARDED)
+        shutil.rmtree(self.out / DISCARDED, ignore_errors=True)
+        if self.top is not None:
+            atomic_write_text(self.top / "config.yaml", to_yaml(self.config))
 
     def local_batch(self, batch_size: int) -> int:
         """Images of a batch that this process computes."""
@@ -88,7 +107,8 @@ class Run:
     def write_json(self, name: str, content: Any) -> None:
         if self.world.main:
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            atomic_write_text(self.out / name, text)
+            # bytes of a file name that are not UTF-8 are escaped as JSON does it
+            atomic_write_bytes(self.out / name, text.encode("utf-8", "backslashreplace"))
 
     def check_resumable(self, state: dict[str, Any], path: Path) -> None:
         """Describes the resumed run in its folder, which is unchanged until then.
@@ -159,9 +179,9 @@ def open_run(
     out = Path(out)
     if existing and not (out / "config.yaml").is_file():
         raise CheckpointError(f"{out} is not the folder of a run: config.yaml is missing")
-    if world.main and not existing:
-        require_run_folder(out, resume=resume, overwrite=overwrite)
-    world.barrier()
+    if not existing:
+        flags = {"resume": resume, "overwrite": overwrite}
+        world.on_main(lambda: require_run_folder(out, **flags))
     if config.threads:
         torch.set_num_threads(max(1, config.threads // world.share))
     if world.device.type == "cpu":
@@ -200,12 +220,15 @@ def open_run(
             yield run
         finally:
             run.tracker.close()
+            if writes and not run.accepted:
+                _restore_replaced(out)
 
 
 def require_run_folder(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Makes a new run folder, or reopens (resume) or empties (overwrite) an old one.
+    """Makes a new run folder, or reopens an old one (resume), or moves its content to REPLACED
+    (overwrite).
 
-    Nothing is deleted in a folder without the marker file. A run that ended before its first
+    Nothing is moved in a folder without the marker file. A run that ended before its first
     checkpoint can be started again without `overwrite`. The marker is locked until the process
     ends, so that two processes cannot write to one run. Call it on rank 0.
 
@@ -216,6 +239,10 @@ def require_run_folder(path: str | Path, *, resume: bool = False, overwrite: boo
     marker = path / RUN_MARKER
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one of them")
+    if marker.is_file():
+        _hold(marker)
+        # left by a process that was killed
+        _restore_replaced(path)
     if path.exists() and not path.is_dir():
         raise RunExistsError(f"{path} is a file; choose another folder for the run")
     if resume and not marker.is_file():
@@ -232,10 +259,11 @@ def require_run_folder(path: str | Path, *, resume: bool = False, overwrite: boo
                 f"{path} already holds a run. Continue it with --resume, delete it and start again "
                 "with --overwrite, or choose another folder"
             )
-    path.mkdir(parents=True, exist_ok=True)
-    _hold(marker)
+    if not marker.is_file():
+        path.mkdir(parents=True, exist_ok=True)
+        _hold(marker)
     if overwrite:
-        _empty(path)
+        _set_aside(path)
     return path
 
 
@@ -260,13 +288,33 @@ def _hold(marker: Path) -> None:
         os.write(descriptor, _MARKER_TEXT)
 
 
-def _empty(path: Path) -> None:
-    """Deletes everything but the marker, so that an interrupted deletion can be repeated."""
+def _set_aside(path: Path) -> None:
+    """Moves everything but the marker into the subfolder REPLACED."""
     working = Path.cwd()
     if path.resolve() in (working, *working.parents, Path.home()):
         raise RunExistsError(f"cannot empty {path}: it holds the working directory or is your home")
-    for item in path.iterdir():
-        if item.is_dir() and not item.is_symlink():
-            shutil.rmtree(item)
-        elif item.name != RUN_MARKER:
-            item.unlink()
+    items = [item for item in path.iterdir() if item.name not in (RUN_MARKER, DISCARDED)]
+    if not items:
+        return
+    (path / MOVING).mkdir()
+    for item in items:
+        item.rename(path / MOVING / item.name)
+    (path / MOVING).rename(path / REPLACED)
+
+
+def _restore_replaced(path: Path) -> None:
+    """Moves a replaced run back; what was written instead of it is deleted."""
+    if (path / REPLACED).is_dir():
+        for item in path.iterdir():
+            if item.name in (RUN_MARKER, REPLACED, DISCARDED):
+                continue
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item)
+            else:
+                item.unlink()
+        (path / REPLACED).rename(path / MOVING)
+    if (path / MOVING).is_dir():
+        for item in (path / MOVING).iterdir():
+            item.rename(path / item.name)
+        (path / MOVING).rmdir()
+    shutil.rmtree(path / DISCARDED, ignore_errors=True)

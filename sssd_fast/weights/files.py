@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,10 @@ from sssd_fast.weights.formats import strip_wrappers
 # (mean, std) of x / 255, one value or one per channel
 Norm = tuple[Sequence[float], Sequence[float]]
 Read = tuple[dict[str, Tensor], dict[str, Any]]
+# names under which training programs save a state dict; teacher: DINO and iBOT, which evaluate it
+WRAPPERS = ("model", "state_dict", "module", "teacher", "target_encoder")
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_SHARD = r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$"  # Hugging Face's names of several files
 _ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
 _ACCEPTED = f"{', '.join(_ENDINGS)} or .safetensors file, or a Hugging Face folder"
 # what torch.load and safetensors raise for damaged files
@@ -39,16 +44,17 @@ class Source(NamedTuple):
     heads: int | None = None
     decoder_heads: int | None = None
     norm: Norm | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_source(path: str | Path | Mapping[str, Tensor]) -> Source:
     """The tensors of a weight file, a Hugging Face folder or a run folder, on the CPU.
 
     Torch files are read with weights_only=True; the only class that is accepted is
-    argparse.Namespace, plain data that facebookresearch/mae saves with the weights. Unwraps
-    {"model"}, {"state_dict"}, {"module"} and removes `module.` and `_orig_mod.`. Raises
-    WeightsError if anything is missing, damaged, without tensors, not finite, or would have to run
-    code; CheckpointError if a checksum does not fit.
+    argparse.Namespace, plain data that facebookresearch/mae saves with the weights. Unwraps the
+    WRAPPERS and removes `module.` and `_orig_mod.`. Raises WeightsError if anything is missing,
+    damaged, without tensors, not finite, or would have to run code; CheckpointError if a checksum
+    does not fit.
     """
     if isinstance(path, Mapping):
         return Source(strip_wrappers(path), "the state dict")
@@ -60,12 +66,10 @@ def read_source(path: str | Path | Mapping[str, Tensor]) -> Source:
         tensors, facts = _read_folder(path)
     elif not path.is_file():
         raise WeightsError(f"weights {path} do not exist; give a {_ACCEPTED}")
-    elif path.suffix == ".safetensors":
-        tensors, facts = _read_safetensors(path)
-    elif path.suffix in _ENDINGS:
-        tensors, facts = _read_torch(path)
+    elif re.search(_SHARD, path.name):
+        raise WeightsError(f"weights {path} are one file of several; give the folder {path.parent}")
     else:
-        raise WeightsError(f"weights {path} end in {path.suffix!r}; needs a {_ACCEPTED}")
+        tensors, facts = _read_file(path)
     broken = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
     if broken:
         raise WeightsError(
@@ -74,10 +78,28 @@ def read_source(path: str | Path | Mapping[str, Tensor]) -> Source:
     return Source(strip_wrappers(tensors), str(path), **facts)
 
 
+def _read_file(path: Path) -> Read:
+    if path.suffix not in (*_ENDINGS, ".safetensors"):
+        raise WeightsError(f"weights {path} end in {path.suffix!r}; needs a {_ACCEPTED}")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path} is a pointer of Git LFS; run in its repository: git lfs pull")
+    # more than "<": the length in front of a safetensors file can begin with it
+    if re.match(rb"(?i)\s*<(!doctype|html|head|\?xml)", head):
+        raise WeightsError(f"{path} is an HTML page, not weights; download the file itself")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
 def _read_torch(path: Path) -> Read:
     # a checkpoint of this package
     if path.with_name(path.name + ".sha256").is_file():
         verify_checkpoint(path)
+    if _is_torchscript(path):
+        raise WeightsError(
+            f"weights {path} are a TorchScript program; save its state dict: torch.save("
+            f"torch.jit.load({str(path)!r}).state_dict(), 'weights.pth')"
+        )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -86,17 +108,34 @@ def _read_torch(path: Path) -> Read:
     except _UNREADABLE as error:
         raise WeightsError(_damaged(path, error)) from error
     config = content.get("config") if isinstance(content, Mapping) else None
+    notes: list[str] = []
     while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
-        wrapper = next((key for key in ("model", "state_dict", "module") if key in content), None)
+        wrapper = next((key for key in WRAPPERS if key in content), None)
+        others = [str(k) for k, v in content.items() if k != wrapper and _is_state(v)]
+        notes += [f"{wrapper!r} of the file is used, not {listed(others)}"] if others else []
         content = content[wrapper] if wrapper else listed([*map(str, content)])
     if not isinstance(content, Mapping):
         what = content if isinstance(content, str) else f"a {type(content).__name__}"
         raise WeightsError(
             f"weights {path} hold {what}, needs a state dict (name -> tensor), or one under "
-            "'model', 'state_dict' or 'module'"
+            + ", ".join(map(repr, WRAPPERS))
         )
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    return tensors, _own_facts(config.get("model")) if isinstance(config, dict) else {}
+    facts = _own_facts(config.get("model")) if isinstance(config, dict) else {}
+    return tensors, facts | {"notes": tuple(notes)}
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith("/constants.pkl") for name in file.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
+def _is_state(value: Any) -> bool:
+    """True for a state dict, False for the state of an optimizer and others."""
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
 
 def _refused(path: Path, message: str) -> str:
@@ -106,7 +145,8 @@ def _refused(path: Path, message: str) -> str:
         return _damaged(path, message.rpartition("WeightsUnpickler error:")[2])
     return (
         f"weights {path} hold {found[1]}, which cannot be read without running code from the file: "
-        "refused. Weights need no code: if you trust its origin, save its state dict alone"
+        "refused. Weights need no code: in the project that wrote it, save the state dict alone, "
+        "torch.save(model.state_dict(), 'weights.pth')"
     )
 
 
@@ -122,13 +162,14 @@ def _read_safetensors(path: Path) -> Read:
 
 
 def _read_folder(folder: Path) -> Read:
-    if (folder / "model.safetensors").is_file():
-        tensors, facts = _read_safetensors(folder / "model.safetensors")
-    elif (folder / "pytorch_model.bin").is_file():
-        tensors, facts = _read_torch(folder / "pytorch_model.bin")
-    else:
+    whole = next((folder / name for name in _WHOLE if (folder / name).is_file()), None)
+    files = _shards(folder) if whole is None else [whole]
+    if not files:
         needed = "model.safetensors, pytorch_model.bin or checkpoints/"
         raise WeightsError(f"folder {folder} holds no {needed}")
+    parts = [_read_file(path) for path in files]
+    tensors = {name: tensor for part, _ in parts for name, tensor in part.items()}
+    facts = parts[0][1]
     config = folder / "config.json"
     if config.is_file():
         try:
@@ -136,6 +177,19 @@ def _read_folder(folder: Path) -> Read:
         except (ValueError, OSError, AttributeError) as error:
             raise WeightsError(_damaged(config, error)) from error
     return tensors, facts
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files of weights that are saved in several; [] if there are none."""
+    for suffix in ("safetensors", "bin"):
+        files = sorted(folder.glob(f"*-of-*.{suffix}"))
+        match = re.search(_SHARD, files[0].name) if files else None
+        if match is not None:
+            if len(files) != int(match[1]):
+                found = f"{len(files)} of the {int(match[1])} files of its weights"
+                raise WeightsError(f"folder {folder} holds {found}")
+            return files
+    return []
 
 
 def _own_facts(tree: Any) -> dict[str, Any]:

@@ -79,15 +79,28 @@ def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def detect_format(state: Mapping[str, Tensor]) -> Format:
-    """Raises WeightsError, with the first names, if no known patch projection is found."""
+def detect_format(state: Mapping[str, Tensor]) -> tuple[Format, str]:
+    """(format, prefix of its names), such as "backbone." of DINO, by the patch projection.
+
+    Raises WeightsError, with the first names, if there is none or several.
+    """
     for name in state:
-        if name.endswith("encoder.patch_embed.proj.weight"):
-            return "sssd_fast"
+        if name in ("encoder.patch_embed.proj.weight", "mae.encoder.patch_embed.proj.weight"):
+            return "sssd_fast", ""
         if name.endswith("embeddings.patch_embeddings.projection.weight"):
-            return "huggingface"
-        if name == "patch_embed.proj.weight":
-            return "timm"
+            return "huggingface", ""
+    key = "patch_embed.proj.weight"
+    prefixes = [name.removesuffix(key) for name in state if name.endswith(key)]
+    if "" in prefixes or len(prefixes) == 1:
+        return "timm", "" if "" in prefixes else prefixes[0]
+    if prefixes:
+        prefix = prefixes[0]
+        raise WeightsError(
+            f"several encoders, {', '.join(prefixes)}; save the one to use, such as {prefix}: "
+            'python -c "import torch; from sssd_fast.weights.files import read_source; s = '
+            f"read_source('FILE').state; torch.save({{k.removeprefix('{prefix}'): v for k, v in "
+            f"s.items() if k.startswith('{prefix}')}}, 'encoder.pth')\""
+        )
     raise WeightsError(
         f"not the weights of a ViT under known names: none of {len(state)} tensors is "
         "patch_embed.proj.weight (timm, facebookresearch/mae), encoder.patch_embed.proj.weight or "
@@ -99,12 +112,15 @@ def detect_format(state: Mapping[str, Tensor]) -> Format:
 def to_own_names(state: Mapping[str, Tensor]) -> tuple[Format, Named]:
     """Names and layouts of this package, still in the source's sizes; unknown names are kept.
 
-    Joins q, k, v and drops the batch axis of position tables.
+    Joins q, k, v and drops the batch axis of position tables. Tensors outside of a prefix, such as
+    the projection head of DINO, are omitted.
     """
-    format_ = detect_format(state)
+    format_, prefix = detect_format(state)
     named: Named = {}
     for source, tensor in state.items():
-        name = _own_name(source, format_)
+        if not source.startswith(prefix):
+            continue
+        name = _own_name(source.removeprefix(prefix), format_)
         if name in ("encoder.pos_embed", "decoder.pos_embed") and tensor.ndim == 3:
             tensor = tensor.squeeze(0)
         named[name] = Converted(tensor, source)
@@ -115,6 +131,10 @@ def to_own_names(state: Mapping[str, Tensor]) -> tuple[Format, Named]:
             joined = torch.cat([q.tensor, k.tensor, v.tensor])
             whole = name.replace(".attn.q.", ".attn.qkv.")
             named[whole] = Converted(joined, q.source, "q, k, v joined")
+    if not any(name.startswith("decoder.blocks.") for name in named):
+        # iBOT and DINOv2 mask the input of the encoder
+        token = named.pop("decoder.mask_token", None)
+        named |= {} if token is None else {"mask_token": token}
     return format_, named
 
 

@@ -69,10 +69,11 @@ class LoadReport:
     @property
     def summary(self) -> str:
         n = Counter(row.status for row in self.tensors)
+        notes = "".join(f"\nnote: {note}" for note in self.notes)
         return (
             f"{n['matched'] + n['converted']} tensors loaded from {self.path} ({self.format}), "
             f"{n['converted']} of them converted; {n['missing']} missing, {n['new']} new by "
-            f"design, {n['unexpected']} unexpected, {n['not used']} not used"
+            f"design, {n['unexpected']} unexpected, {n['not used']} not used{notes}"
         )
 
     def table(self) -> str:
@@ -85,7 +86,7 @@ class LoadReport:
                 name, source = (re.sub(r"\.\d+\.", ".*.", text) for text in (row.name, row.source))
                 row = row._replace(name=name, source=source)
             kinds[row] += 1
-        lines = [self.summary, *(f"note: {note}" for note in self.notes)]
+        lines = [self.summary]
         for (status, name, source, how), count in kinds.items():
             arrow = f" <- {source}" if source not in ("", name) else ""
             times = f" ({count} tensors)" if count > 1 else ""
@@ -110,8 +111,12 @@ def load_into(
     try:
         format_, named = to_own_names(given.state)
     except WeightsError as error:
-        raise WeightsError(f"{given.path}: {error}") from None
-    report = LoadReport(given.path, format_)
+        raise WeightsError(f"{given.path}: {str(error).replace('FILE', given.path)}") from None
+    report = LoadReport(given.path, format_, notes=list(given.notes))
+    used = {found.source for found in named.values()}
+    if format_ == "timm" and "patch_embed.proj.weight" not in used:
+        prefix = named[f"{PROJECTION}.weight"].source.removesuffix("patch_embed.proj.weight")
+        report.notes.append(f"only the tensors named {prefix}* are used")
     if source_norm is not None:
         _fold_norm(named, model, source_norm)
     elif given.norm is not None:
@@ -140,6 +145,7 @@ def load_into(
         else:
             how = "; ".join(filter(None, [found.how, how]))
             report.add("converted" if how else "matched", name, found.source, how)
+            report.notes += [f"{name}: {how}"] if "guessed" in how else []
             fitted[name] = fit
     for name, found in named.items():
         if name not in target:
@@ -164,6 +170,8 @@ def _unused(name: str, model: Model) -> str:
         return "mean pooling has its own fc_norm after the pooling"
     if name == "encoder.cls_token":
         return "this model has no cls token"
+    if name.endswith("mask_token"):
+        return "mask token of another method"
     if name.startswith(("student_head.", "teacher_head.")) or name == "center":
         return "self-distillation of pre-training"
     return "pooler of Hugging Face's ViT" if name.startswith("pooler.") else ""
@@ -216,6 +224,8 @@ def _fit_positions(
         image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
         table_LD = image.permute(0, 2, 3, 1).flatten(0, 2)
         how.append(f"{rows} x {columns} -> {grid[0]} x {grid[1]} patches: bicubic")
+    if has_cls and prefix == 0 and given.grid is None:
+        how.append(f"guessed: a grid of {rows} x {columns}, without a row for the cls token")
     if prefix != p:
         how.append(f"{prefix} -> {p} prefix rows")
     kept = min(prefix, p)

@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from sssd_fast.config import load_config, to_yaml
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.split import split_csv
 from sssd_fast.errors import CheckpointError, ConfigError, DataError
+from sssd_fast.evaluation.predict import load_trained, predict_files
+from sssd_fast.finetune import FinetuneTask
 from sssd_fast.run.checkpoint import find_checkpoint, load_checkpoint
 from sssd_fast.run.folder import RUN_MARKER
 
@@ -103,6 +107,24 @@ def test_predict_accepts_files_and_arrays(trained: Path, slices: Path) -> None:
     assert files.labels == [files.classes[i] for i in files.scores.argmax(1)]
     with pytest.raises(DataError, match=r"image 1 is float64 \[8, 8\], needs uint8"):
         sf.predict(trained, [paths[0], np.zeros((8, 8))])
+
+
+def test_predict_shows_16_bit_images_as_in_training(trained: Path, tmp_path: Path) -> None:
+    """The value 4096 in one pixel must not change the scale of the others."""
+    model = replace(load_trained(trained / "finetune", torch.device("cpu")), grey_range=(0, 4095))
+    values = np.random.default_rng(0).integers(0, 2000, (32, 32), dtype=np.uint16)
+    values[0, 0] = 4096
+    Image.fromarray(values).save(tmp_path / "a.png")
+    scaled = np.rint(np.minimum(values, 4095) * 255.0 / 4095).astype(np.uint8)
+    scores, bad = predict_files(model, [tmp_path / "a.png", scaled], batch_size=2, precision="fp32")
+    assert not bad
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+
+
+def test_classifiers_record_the_grey_range_of_their_images() -> None:
+    index = DataIndex(Path("ct"), ["a", "b"], [], grey_range=(0, 4095))
+    task: Any = SimpleNamespace(index=index, settings=SimpleNamespace(pool="mean"))
+    assert FinetuneTask.extra_state(task)["grey_range"] == (0, 4095)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])

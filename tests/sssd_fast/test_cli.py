@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import errno
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import sssd_fast
+from sssd_fast import config
 from sssd_fast.cli import app, main
-from sssd_fast.errors import ConfigError, Interrupted, NumericsError
+from sssd_fast.errors import ConfigError, EndedByMain, Interrupted, NumericsError
 from sssd_fast.run import environment
 
 Captured = pytest.CaptureFixture[str]
@@ -218,6 +225,10 @@ def test_configs_lists_prints_and_exports_a_schema(capsys: Captured) -> None:
         (NumericsError("the loss is not finite"), 3, "error: the loss is not finite\n"),
         (Interrupted("saved", signal.SIGTERM), 143, "error: saved\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        # printed by the main process of several
+        (EndedByMain(2), 2, ""),
+        (OSError(errno.EROFS, "Read-only", "/"), 2, "error: /: Read-only ("),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device: "),
         (torch.OutOfMemoryError("CUDA out of memory\nmuch more"), 2, "error: out of memory (CUDA"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -238,17 +249,97 @@ def test_main_maps_exceptions_to_exit_codes(
     assert main(["doctor", "--json"]) == status
     error = capsys.readouterr().err
     assert error.startswith(message)
+    assert message or not error
     assert "Traceback" not in error
     assert "much more" not in error
 
 
-def test_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [ZeroDivisionError, FileNotFoundError])
+def test_unexpected_error_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
     def collect(probe: bool) -> None:
-        raise ZeroDivisionError("a mistake in the program")
+        raise kind("a mistake in the program")
 
     monkeypatch.setattr(environment, "collect_environment", collect)
-    with pytest.raises(ZeroDivisionError, match="a mistake in the program"):
+    with pytest.raises(kind, match="a mistake in the program"):
         main(["doctor", "--json"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["pretrain", "run", "run --dry-run", "finetune data.source=synthetic", "data split SLICES"],
+)
+def test_place_that_cannot_be_written_is_one_line(
+    command: str, slices: Path, tiny: list[str], tmp_path: Path, capsys: Captured
+) -> None:
+    """A folder below a file stands for a read-only one, which does not stop root."""
+    (tmp_path / "file").touch()
+    words = [str(slices) if word == "SLICES" else word for word in command.split()]
+    assert main([*words, *tiny, "--out", str(tmp_path / "file" / "new")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert str(tmp_path / "file") in error
+    assert "GiB free" in error
+
+
+# ---- advice in messages ----
+
+
+def strings() -> Iterator[tuple[str, str]]:
+    """(file, text) of every string of the package but docstrings; values become a word."""
+    package = Path(sssd_fast.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        skipped = {id(n.body[0]) for n in ast.walk(tree) if isinstance(n, documented) and n.body}
+        inside = {id(v) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for v in n.values}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and id(node) in skipped:
+                inside.add(id(node.value))
+            elif isinstance(node, ast.JoinedStr):
+                parts = (v.value if isinstance(v, ast.Constant) else "X" for v in node.values)
+                yield path.name, "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and id(node) not in inside:
+                yield path.name, str(node.value)
+
+
+def options(command: Any) -> set[str]:
+    """The options of a command and of the commands below it."""
+    own = {name for p in command.params for name in p.opts}
+    return own.union(*(options(c) for c in getattr(command, "commands", {}).values()))
+
+
+def test_every_command_option_and_setting_in_a_message_exists() -> None:
+    """Advice that cannot be followed as printed is worse than none."""
+    import typer
+
+    root: Any = typer.main.get_command(app)
+    known = options(root) | {"--help", "--raw"}  # --raw: of gdcmconv
+    settings = {*config._keys(), *config.Config.model_fields, *config.REMOVED}
+    settings |= {key.rpartition(".")[0] for key in settings}
+    sections = "|".join(config.Config.model_fields)
+    wrong, commands = [], 0
+    for place, text in strings():
+        for line in re.findall(r"sssd-fast ([a-z][^`;:\n]*)", text):
+            command, words = root, line.split()
+            while words and getattr(command, "commands", {}) and words[0].isalpha():
+                command = command.commands.get(words.pop(0))
+                if command is None:
+                    wrong.append(f"{place}: sssd-fast {line}")
+                    break
+            commands += 1
+            unknown = {w.rstrip(".,)") for w in words if w.startswith("--")} - {"--help"}
+            if command is not None and not unknown <= options(command):
+                wrong.append(f"{place}: sssd-fast {line}")
+        if place != "environment.py":  # has the options of git
+            named = re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)
+            wrong += [f"{place}: {name}" for name in named if name not in known]
+        for key in re.findall(rf"(?<![\w./-])(?:{sections})\.[a-z_]+(?:\.[a-z_]+)*\b(?!\()", text):
+            if key not in settings and not key.endswith((".json", ".png", ".safetensors")):
+                wrong.append(f"{place}: {key}")
+    assert wrong == []
+    assert commands >= 12
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:

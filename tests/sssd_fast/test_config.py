@@ -117,7 +117,10 @@ def test_every_problem_is_reported_at_once() -> None:
         ),
         ("model.mask_ratio=1.5", "model.mask_ratio: got 1.5, needs to be less than 1"),
         ("model.mean=[0.1,0.2]", "mean has 2 values, needs 1 or one per channel"),
-        ("data.split=randm", "split is 'randm', needs random, block, patient, kfold, manifest"),
+        (
+            "data.split=randm",
+            "split is 'randm', needs auto, random, block, patient, kfold, manifest",
+        ),
         ("data.split=manifest", "needs data.manifest=FILE.csv with splits"),
         ("data.cache=ram", "cache is 'ram', needs auto, none or a folder like"),
         ("data.loader=ffcv", "data.loader: got 'ffcv'"),

@@ -47,6 +47,24 @@ def test_finite_guard_ends_the_run_after_three_skipped_steps_in_a_row() -> None:
         FiniteGuard(limit=0)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_run_that_applied_less_than_half_of_its_steps_has_failed(precision: str) -> None:
+    guard = FiniteGuard(limit=25)
+    for step in range(1, 4):
+        guard.check(False, step)
+    guard.check_applied(6, precision)
+    with pytest.raises(NumericsError, match="only 2 of 5 steps were applied") as error:
+        guard.check_applied(5, precision)
+    assert error.value.exit_code == 3
+    advice = "train more steps, or set precision=bf16 or fp32" if precision == "fp16" else "base_lr"
+    assert advice in str(error.value)
+    # a dry run
+    dry = FiniteGuard(limit=25)
+    dry.check(False, 1)
+    dry.check(False, 2)
+    dry.check_applied(2, precision)
+
+
 def test_finite_guard_writes_valid_json(tmp_path: Path) -> None:
     """NaN is not JSON, and tools reject a file with it."""
     guard = FiniteGuard(limit=1, folder=tmp_path)

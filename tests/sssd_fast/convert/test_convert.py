@@ -91,7 +91,7 @@ def test_nifti_of_two_and_four_dimensions_other_names_and_damage(tmp_path: Path)
     (folder / "letter.gz").write_bytes(gzip.compress(b"dear"))
     result = convert(tmp_path / "ct", max_bad_fraction=0.9)
     found = {name: text.split(";")[0] for name, text in reasons(result.log.excluded).items()}
-    assert found.pop("window.nii").startswith("no value of -500 or less")
+    assert found.pop("window.nii").startswith("less than 0.1% of the values are air")
     assert found == {
         "phases.nii": "a NIfTI of 4 dimensions (10 x 12 x 2 x 5)",
         "cut.nii": "truncated or damaged NIfTI",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -338,3 +341,121 @@ def test_series_in_one_folder_become_volumes_of_their_patients(source: Path):
     }
     assert result.record["patients"] == 3
     assert "slices without PatientID, whose study counts as the patient (2)" in result.summary()
+
+
+ONE_SERIES = {"SeriesInstanceUID": uid(77)}
+
+
+def test_one_equal_identifier_neither_joins_patients_nor_drops_slices(source: Path):
+    """Programs that make data anonymous write one UID into every file."""
+    for patient in (1, 2, 3):
+        tags = {"PatientID": f"P{patient}", "StudyInstanceUID": uid(5, patient)}
+        write_series(source / "covid" / f"p{patient}", 10 * patient, **tags, **ONE_SERIES)
+    result = convert(source)
+    sizes = {"patients": 3, "volumes": 3, "slices": 9}
+    assert result.record["classes"] == {"covid": sizes}
+    # one patient and study for all: folders with slices at the same positions stay apart
+    for patient in (1, 2):
+        write_series(source / "all" / f"p{patient}", 40 + patient, **ONE_SERIES)
+    result = convert(source, "b")
+    assert result.record["classes"]["all"] == {"patients": 1, "volumes": 2, "slices": 6}
+    assert "slices at the same positions, one volume each (1)" in result.summary()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_copy_of_a_slice_has_its_position_or_its_pixels(source: Path, known: bool):
+    same = {"SOPInstanceUID": "1.2.3.4"}
+    for i in range(4):
+        z = {"z": 5.0 * i} if known else {}
+        write_slice(source / "c" / f"{i}", noise(i), number=i + 1, **z, **same)
+    shutil.copy(source / "c" / "2", source / "c" / "again")
+    result = convert(source)
+    assert_slices(result, [each(noise(i)) for i in range(4)])
+    assert reasons(result.log.skipped) == {"again": "copy of another slice"}
+    assert "slices that share SOPInstanceUID with another one, kept (3)" in result.summary()
+
+
+@pytest.mark.parametrize(
+    ("tags", "factor", "offset", "note"),
+    [
+        ({"RescaleSlope": None, "RescaleIntercept": -1024}, 1, -1024, "RescaleSlope, taken as 1"),
+        ({"RescaleSlope": 2, "RescaleIntercept": None}, 2, 0, "RescaleIntercept, taken as 0"),
+    ],
+)
+def test_rescaling_uses_what_is_present(
+    source: Path, tags: dict[str, Any], factor: int, offset: int, note: str
+):
+    stored = noise(3, low=-700, high=700)
+    write_slice(source / "c" / "a", stored, **tags)
+    result = convert(source)
+    assert_slices(result, [each(stored * float(factor) + offset)])
+    assert f"slices of CT without {note} (1)" in result.summary()
+
+
+def test_senseless_rescaling_is_refused(source: Path):
+    write_series(source / "c", 1)
+    write_slice(source / "c" / "zero", noise(2), series=2, RescaleSlope=0)
+    # pydicom cannot write 1e400: the text of the tag is replaced, in the same length
+    huge = write_slice(source / "c" / "huge", noise(2), series=3, RescaleSlope="1.2345")
+    huge.write_bytes(huge.read_bytes().replace(b"1.2345", b"1.e400"))
+    result = convert(source, max_bad_fraction=0.5)
+    assert reasons(result.log.excluded) == {
+        "zero": "RescaleSlope is 0",
+        "huge": "RescaleSlope is not finite",
+    }
+
+
+PADDED = np.where(np.indices((12, 10))[0] < 4, -2000, 24 + noise(5, low=0, high=1000))
+VALUES_NOT_IN_HU = {
+    "HU + 1024 inside of padding": (PADDED, "air (-1500 to -500 HU)"),
+    "0 to 2000": (noise(6, low=0, high=2000), "air (-1500 to -500 HU)"),
+    "MR": (noise(7, low=-610, high=30393), "of the values are above 3100"),
+}
+
+
+@pytest.mark.parametrize(("values", "reason"), VALUES_NOT_IN_HU.values(), ids=VALUES_NOT_IN_HU)
+@pytest.mark.parametrize("kind", ["dicom", "nifti"])
+def test_values_that_cannot_be_hounsfield_units_are_refused(
+    source: Path, kind: str, values: np.ndarray, reason: str
+):
+    write_series(source / "c", 1)
+    if values.max() > 3100:
+        values = values.copy()
+        values[0, :3] = -600  # some air
+    if kind == "dicom":
+        bad = write_slice(source / "c" / "bad", values.astype(np.int16), series=2, z=0)
+    else:
+        bad = write_nifti(source / "c" / "bad.nii", values.astype(np.int16)[:, :, None], np.eye(4))
+    result = convert(source, max_bad_fraction=0.5)
+    [(path, found)] = result.log.excluded
+    assert path == bad
+    assert reason in found
+    assert "use --window minmax, or --window=LEVEL,WIDTH" in found
+    assert result.record["classes"]["c"]["slices"] == 3
+    assert len(list(result.out.rglob("*.png"))) == 3
+    # any other window shows them
+    assert convert(source, "b", window="500,1000").record["classes"]["c"]["volumes"] == 2
+
+
+def test_what_is_no_plain_ct_slice_is_named(source: Path):
+    newer = "1.2.840.10008.5.1.4.1.1.66.999"  # a class that pydicom does not know
+    write_slice(source / "c" / "seg", noise(1), series=9, SOPClassUID=newer, Modality="SEG")
+    for series in (1, 2):  # a lung and a soft kernel
+        for i in range(3):
+            path = source / "c" / f"{series}{i}"
+            write_slice(path, noise(10 * series + i), series=series, number=i + 1, z=5.0 * i)
+    for i, kind in enumerate((["DERIVED", "SECONDARY"], ["DERIVED", "PRIMARY", "AXIAL", "MIP"])):
+        write_slice(source / "c" / f"d{i}", noise(40 + i), series=3, z=100 + i, ImageType=kind)
+    (source / "c" / "a.dcm.gz").write_bytes(gzip.compress((source / "c" / "10").read_bytes()))
+    (source / "c" / "b.mha").write_bytes(b"ObjectType = Image\nNDims = 3\n")
+    result = convert(source, window="minmax")
+    assert reasons(result.log.skipped) == {"seg": "not an image: Modality SEG"}
+    text = result.summary()
+    for line in (
+        "another one of their study (another kernel or phase?), kept (2)",
+        "according to ImageType (screen save, MIP or reformat): look at them (2)",
+        "1 MetaImage (.mha, convert it to NIfTI)",
+        "1 packed DICOM (.dcm.gz, unpack them with gunzip)",
+        "window: minmax\n",
+    ):
+        assert line in text

@@ -63,6 +63,22 @@ def test_16_bit_grey_is_scaled_by_the_smallest_range_that_fits(top, full, kind):
     np.testing.assert_array_equal(decode(encode(values, kind)), expected)
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "WEBP"])
+def test_file_of_several_pictures_is_refused(kind):
+    pages = [Image.fromarray(np.roll(GREY, i, axis=0)) for i in range(3)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(pages[0], kind, save_all=True, append_images=pages[1:], **options)
+    with pytest.raises(ImageError, match=rf"x: 3 pictures in one file \({kind}\); save each one"):
+        decode(data)
+
+
+def test_reason_of_a_damaged_file_names_no_object_in_memory():
+    with pytest.raises(ImageError) as raised:
+        decode(encode(GREY)[:30])
+    assert "truncated or damaged PNG" in str(raised.value)
+    assert "BytesIO" not in str(raised.value)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 0.9])
 def test_truncated_file_is_an_error_that_names_it(kind, fraction):
@@ -109,6 +125,7 @@ def test_enormous_images_are_refused_before_decoding(side):
         (b"<!DOCTYPE html><p>404", "the content is HTML"),
         (b"\0" * 128 + b"DICM" + b"\0" * 40, "the content is DICOM"),
         (b"hello", "not a known image format"),
+        (b"II+\0\x08\0\0\0" + b"\0" * 40, "the content is BigTIFF .save it as a classic TIFF"),
         (encode(np.zeros((1, 1), np.uint8)), "1 x 1 pixels; at least 8 x 8"),
         (encode(np.full((9, 9), -5, np.int32), "TIFF"), "from -5 to .*window the CT values first"),
         (encode(np.ones((9, 9), np.float32), "TIFF"), "mode 'F' have no fixed range"),

@@ -5,18 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from sssd_fast.config import DataConfig
 from sssd_fast.data import index as index_module
 from sssd_fast.data.index import DataIndex, check_data, identical_images
 from sssd_fast.data.manifest import read_manifest
-from sssd_fast.data.split import Split, find_leaks
+from sssd_fast.data.pixels import decode_record, store_key
+from sssd_fast.data.split import Split, find_leaks, make_split, split_csv
 from sssd_fast.errors import DataError
+from sssd_fast.evaluation.predict import find_images, write_predictions
+from sssd_fast.run.device import World
+from sssd_fast.run.folder import Run
 
 ODD_NAMES = [
     "with space.png",
@@ -110,7 +120,7 @@ def test_too_many_bad_files_are_an_error_that_lists_them_and_the_options(data: P
         "2 of 14 images are unusable (14.3%); the limit is 1.0%",
         "covid/zero.png: empty file",
         "--max-bad-fraction",
-        "above 0.143",
+        "--max-bad-fraction (data.max_bad_fraction) 0.143",
         "1 of them are good images with a wrong extension",
         "omit --reject-wrong-extension",
     ):
@@ -208,16 +218,190 @@ def test_manifest_without_the_needed_columns_is_refused(data: Path, text: str, m
         check_data(data, manifest(data, text))
 
 
+# ---- names and encodings ----
+
+
+def test_manifest_of_windows_or_macos_names_the_files_on_disk(tmp_path: Path):
+    root = tmp_path / "ct"
+    for i, name in enumerate(("caf\u00e9.png", "b.png", "c.png")):
+        save(root / "images" / name, i)
+    table = root / "list.csv"
+    text = "path,label,split\r\nimages\\cafe\u0301.png,a,train\r\nimages\\b.png,b,test\r\n"
+    table.write_bytes(text.encode("utf-16"))
+    index = check_data(table)
+    assert [r.path for r in index.records] == ["images/caf\u00e9.png", "images/b.png"]
+    assert index.notes[0].startswith("2 paths of the manifest have \\ or another Unicode form")
+    split = split_csv(index, table)
+    assert (split.train, split.test) == ([0], [1])
+    table.write_text("path,label\nimages\\b.png,a\nimages/b.png,a\n")
+    with pytest.raises(DataError, match="several rows of the manifest name one file"):
+        check_data(table)
+    table.write_text("path,label\nC:\\ct\\b.png,a\n")
+    with pytest.raises(DataError, match="leaves the data folder; only relative paths"):
+        check_data(table)
+
+
+def test_names_that_are_not_utf8_are_kept_for_files_and_refused_for_classes(tmp_path: Path):
+    odd = os.fsdecode(b"caf\xe9.png")
+    root = tmp_path / "ct"
+    save(root / "a" / odd, 1)
+    save(root / "b" / "2.png", 2)
+    (root / "b" / os.fsdecode(b"bad\xe9.png")).write_text("x")
+    index = check_data(root, max_bad_fraction=0.5, out=tmp_path / "index.json")
+    assert DataIndex.load(tmp_path / "index.json").records[0].path == f"a/{odd}"
+    write_predictions(tmp_path / "p.csv", ["x", "y"], [root / "a" / odd], np.array([[0.25, 0.75]]))
+    assert b"a/caf\xe9.png,y,0.25,0.75\n" in (tmp_path / "p.csv").read_bytes()
+    excluded = [asdict(e) for e in index.excluded]
+    run = cast(Any, SimpleNamespace(world=World(torch.device("cpu")), out=tmp_path))
+    Run.write_json(run, "x.json", excluded)
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == excluded
+    save(root / os.fsdecode(b"n\xe3o") / "3.png", 3)
+    with pytest.raises(DataError, match=r"class folder n\\udce3o is not UTF-8; rename it"):
+        check_data(root)
+    (root / "list.csv").write_bytes(b"path,label,patient\nb/2.png,n\xe3o,p\nb/2.png,b,J\xf6rg\n")
+    with pytest.raises(DataError) as raised:
+        check_data(root / "list.csv")
+    assert "line 2: label n\\udce3o is not UTF-8; save the table as UTF-8" in str(raised.value)
+    assert "line 3: patient J\\udcf6rg is not UTF-8" in str(raised.value)
+
+
+# ---- layouts ----
+
+
+def layout(root: Path, text: str) -> Path:
+    """An image for each word A/B/N: N images in the folder A/B; N = 0 makes an empty folder."""
+    for place, count in (word.rsplit("/", 1) for word in text.split()):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for i in range(int(count)):
+            save(root / place / f"{i}.png", hash((place, i)) % 2**32)
+    return root
+
+
+def test_split_folders_above_or_below_the_classes_are_read_as_the_split(tmp_path: Path):
+    above = "Train/covid/6 train/normal/6 valid/covid/2 valid/normal/2 test_set/covid/3 "
+    above += "test_set/normal/4"
+    below = "covid/training/6 normal/training/6 covid/val/2 normal/val/2 covid/Test/3 normal/Test/4"
+    for name, text in (("above", above), ("below", below)):
+        index = check_data(layout(tmp_path / name, text))
+        assert index.counts() == {"covid": 11, "normal": 12}
+        split = make_split(DataConfig(), index)
+        sizes = {s: index.counts(split.ids(s)) for s in ("train", "val", "test")}
+        assert sizes["train"] == {"covid": 6, "normal": 6}
+        assert sizes["val"] == {"covid": 2, "normal": 2}
+        assert sizes["test"] == {"covid": 3, "normal": 4}
+        assert "give the split; data.split=random draws another one" in index.notes[0]
+        assert len(make_split(DataConfig(split="random"), index).test) == 4
+    only = check_data(layout(tmp_path / "no test", "train/a/2 train/b/2 val/a/2 val/b/2"))
+    with pytest.raises(DataError, match=r"no test images; .*data\.split=random"):
+        make_split(DataConfig(), only)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("wrap/covid/2 wrap/normal/2", r"only folder, wrap, holds covid, normal; give .*wrap$"),
+        ("d/train/a/2 d/train/b/2 d/test/a/2 d/test/b/2", r"only folder, d, holds test, train"),
+        ("train/a/2 train/b/2", r"only folder, train, is a split, and a, b are its classes"),
+        ("fold1/a/2 fold1/b/2 fold2/a/2 fold2/b/2", "folds of the classes a, b.*split=kfold"),
+        ("train/2 test/2", "hold.* images that are in no class folder; needed: SPLIT/CLASS"),
+        ("train/a/2 test/a/2 notes/2", "test, train are splits, but notes is none"),
+        ("a/train/2 a/test/2 b/2", r"splits below them \(test, train\), but b also holds images"),
+        ("covid/2 normal/0", "no file in the folder normal"),
+    ],
+)
+def test_layout_that_would_be_misread_is_refused_with_what_was_seen(
+    tmp_path: Path, text: str, reason: str
+):
+    with pytest.raises(DataError, match=reason):
+        check_data(layout(tmp_path, text))
+    # without labels every image counts
+    files = sum(int(word.rsplit("/", 1)[1]) for word in text.split())
+    assert len(check_data(tmp_path, labelled=False)) == files
+
+
+def test_masks_helper_folders_and_almost_equal_classes_are_named(tmp_path: Path):
+    text = "COVID/images/3 COVID/masks/3 covid/2 normal/2 normal/lung masks/2 docs/0 __MACOSX/a/1"
+    root = layout(tmp_path, text.replace("lung masks", "Masks"))
+    for helper in ("@eaDir", ".ipynb_checkpoints"):
+        layout(root, f"{helper}/1 normal/{helper}/1")
+    (root / "docs" / "readme.txt").write_text("x")
+    index = check_data(root)
+    assert index.counts() == {"COVID": 3, "covid": 2, "normal": 2}
+    assert index.notes == [
+        "ignored 6 files that are not images of a class: 1 .txt, 2 in folders named Masks, "
+        "3 in folders named masks",
+        "no image of a class in the folder docs",
+        "separate classes with almost the same name: COVID, covid",
+    ]
+    found = find_images([str(root)], notes := [])
+    assert sorted(found) == sorted(index.root / r.path for r in index.records)
+    assert notes[0] == index.notes[0]
+    patients = check_data(layout(tmp_path / "one", "all/p1/1 all/p2/1"))
+    assert "1 class, all; if its 2 folders (p1, p2) are the classes, give" in patients.notes[0]
+
+
+# ---- 16-bit images ----
+
+
+def save_16_bit(folder: Path, offset: int, *extra: int) -> Path:
+    """Four slices of air (-1000 HU) and tissue (40 HU) + `offset`; `extra`: pixels of one."""
+    for i in range(4):
+        hu = np.where(np.indices((20, 24))[1] < 12, -1000, 40 + i).astype(np.int64) + offset
+        if i == 0:
+            hu[0, : len(extra)] = extra
+        path = folder / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(hu.astype(np.uint16)).save(path)
+    return folder
+
+
+def test_16_bit_images_of_a_set_have_one_grey_range(tmp_path: Path):
+    """One metal pixel over 12 bits made its image 16 times darker than the others."""
+    index = check_data(save_16_bit(tmp_path / "ct", 1024, 5000), out=tmp_path / "index.json")
+    assert index.grey_range == (0, 4095)
+    assert DataIndex.load(tmp_path / "index.json") == index
+    first, third = (decode_record(index, i, 1) for i in (0, 1))
+    assert (first[9, 20], third[9, 20]) == (66, 66)  # 1064 and 1066 of 4095, of 255
+    assert (first[0, 0], first[9, 3]) == (255, 1)
+    assert "values from 0 to 4095 are shown from black to white" in index.notes[0]
+    assert len(index.notes) == 1
+    # most of the pixels decide
+    bright = check_data(save_16_bit(tmp_path / "bright", 9000))
+    assert bright.grey_range == (0, 65535)
+    # another set, such as additional images, is shown in the same range
+    again = check_data(bright.root, grey_range=index.grey_range)
+    assert (decode_record(again, 0, 1) == 255)[:, 12:].all()
+    assert "more than 0.1 % of the pixels of 4 are above" in again.notes[0]
+    assert store_key(bright, 1) != store_key(again, 1)
+    assert check_data(save(tmp_path / "8" / "a" / "1.png", 0).parents[1]).grey_range is None
+
+
+def test_16_bit_images_of_few_grey_levels_are_noted_with_the_setting_that_helps(tmp_path: Path):
+    index = check_data(save_16_bit(tmp_path / "ct", 32768))
+    note = index.notes[1]
+    assert note.startswith("4 of the 16-bit images use fewer than 32 of 256 grey levels")
+    lung = re.search(r"lung window is data.grey_range=\[(\d+),(\d+)\]", note)
+    assert lung
+    low, high = map(int, lung.groups())
+    assert (low, high) == (32768 - 600 - 750, 32768 - 600 + 750)
+    index = check_data(index.root, grey_range=(low, high))
+    assert len(index.notes) == 1
+    # (-1000 + 1350) / 1500 and (40 + 1350) / 1500, of 255
+    assert [int(decode_record(index, 0, 1)[9, x]) for x in (3, 20)] == [60, 236]
+
+
 # ---- saved index, duplicates ----
 
 
-def test_index_round_trip_and_missing_data(data: Path, tmp_path: Path):
+def test_index_round_trip_and_moved_data(data: Path, tmp_path: Path):
     out = tmp_path / "deep" / "index.json"
     index = check_data(data, out=out)
     assert DataIndex.load(out) == index
-    data.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="does not exist; move it back, or make the index again"):
-        DataIndex.load(out)
+    moved = data.rename(tmp_path / "moved")
+    assert index.moved_to(moved, "data.source") == replace(index, root=moved)
+    (moved / index.records[3].path).unlink()
+    with pytest.raises(DataError, match=r"1 of 12 are missing(.|\n)*no such file"):
+        index.moved_to(moved, "data.source")
 
 
 @pytest.mark.parametrize(

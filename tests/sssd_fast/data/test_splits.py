@@ -189,12 +189,16 @@ def test_manifest_split_and_validation_cut_from_it():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda i: split_random(i, 0.4, val=0.6), "val 0.6 of 10 images leaves none of the 6"),
+        (
+            lambda i: split_random(i, 0.4, val=0.6),
+            r"data.val_fraction 0.6 of 10 images leaves none of the 6",
+        ),
         (lambda i: split_block(i, 0.5, val=0.5), "leave no training images"),
-        (lambda i: split_random(i, 0.05), "leaves test without an image of some class"),
+        (lambda i: split_random(i, 0.05), r"data.test_fraction 0.05 leaves test without"),
+        (lambda i: split_random(i, 0.4, val=0.1), r"data.val_fraction 0.1 leaves val without"),
         (lambda i: split_block(i, 0.05), "test would have no image of class CT_COVID, CT_NonCOVID"),
         (lambda i: split_block(i, 0.2, val=0.01), "val would have no image"),
-        (lambda i: split_patient(i), "10 of 10 images have no patient.*use the block split"),
+        (lambda i: split_patient(i), "10 of 10 images have no patient.*set data.split=block"),
         (lambda i: split_kfold(i, 6, 0), "class CT_COVID has 5 images; 6 folds need 6"),
         (lambda i: Split("x", [0, 1], [], [1], ""), "1 images are listed twice"),
         (lambda i: Split("x", [], [], [1], ""), "train is empty"),

@@ -304,7 +304,7 @@ KINDS: dict[str, tuple[bytes, np.ndarray, float]] = {
         0,
     ),
     "16 bits.png": (save(FINE), GREY, 0),
-    "12 in 16 bits.png": (save(GREY.astype(np.uint16) * 16), GREY * (16 * 255 / 4095), 1),
+    "12 in 16 bits.png": (save(GREY.astype(np.uint16) * 16), GREY * (16 * 255 / 65535), 1),
     "16 bits rgb.png": (png(RGB.astype(np.uint16) * 257, 2, 16), RGB, 0),
     "16 bits rgb with solid alpha.png": (
         png(np.dstack([RGB, SOLID]).astype(np.uint16) * 257, 6, 16),

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sssd_fast.config import load_config
-from sssd_fast.errors import ConfigError
+from sssd_fast.errors import ConfigError, EndedByMain, NumericsError
 from sssd_fast.run import processes
-from sssd_fast.run.device import SHARED_BATCH
+from sssd_fast.run.device import SHARED_BATCH, World
 
 BOTH = ("pretrain", "finetune")
 
@@ -60,3 +60,29 @@ def test_error_of_a_later_process_is_shown_with_its_exit_code(
         monkeypatch.setenv(name, os.environ.get(name, ""))
     assert processes.launch(["pretrain"], 2, 1) == 3
     assert capfd.readouterr().err.strip() == "boom"
+
+
+def test_error_of_the_main_process_ends_all_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would otherwise wait in the next collective call until the connection ends."""
+    sent: list[object] = []
+
+    def broadcast(values: list[object], device: torch.device) -> None:
+        if sent:
+            values[:] = sent
+        sent[:] = values
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    main, other = (World(torch.device("cpu"), rank, 2) for rank in (0, 1))
+
+    def fail() -> None:
+        raise NumericsError("not finite")
+
+    for world, kind in ((main, NumericsError), (other, EndedByMain)):
+        with pytest.raises(kind) as error:
+            world.on_main(fail)
+        assert error.value.exit_code == NumericsError.exit_code
+    sent.clear()
+    called: list[int] = []
+    for world in (main, other):
+        world.on_main(lambda: called.append(1))
+    assert called == [1]

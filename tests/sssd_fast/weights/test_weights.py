@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,64 @@ def test_positions_may_lack_a_row_for_the_cls_token() -> None:
     assert new.encoder.pos_embed[0].abs().max() == 0
 
 
+def test_ambiguous_position_table_is_said_to_be_guessed() -> None:
+    """25 rows: 5 x 5 patches, or 24 patches and a row for the cls token."""
+    target = mae()
+    state = timm(mae()) | {"pos_embed": torch.randn(1, 25, 24)}
+    report = load_into(target, state)
+    guess = "guessed: a grid of 5 x 5, without a row for the cls token"
+    assert guess in report.summary
+    assert guess not in load_into(target, timm(mae())).summary
+
+
+# ---- encoders of other methods ----
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "prefix", "more"),
+    [
+        ("teacher", "backbone.", ["head.mlp.0.weight"]),  # DINO
+        ("state_dict", "module.momentum_encoder.", ["module.queue"]),
+        ("model", "", ["mask_token"]),  # iBOT, DINOv2
+        ("target_encoder", "module.", []),  # I-JEPA
+    ],
+)
+def test_encoder_of_another_method_is_taken_out_of_its_file(
+    tmp_path: Path, wrapper: str, prefix: str, more: list[str]
+) -> None:
+    source, target = mae(), mae()
+    state = {prefix + name: t for name, t in timm(source).items()}
+    state |= {name: torch.zeros(1, 24) for name in more}
+    student = {name: -t for name, t in state.items()}
+    torch.save({"student": student, wrapper: state, "epoch": 3}, tmp_path / "a.pth")
+    before = {n: t for n, t in snapshot(target).items() if n.startswith("decoder.")}
+    report = load_into(target, tmp_path / "a.pth")
+    for name, tensor in source.encoder.state_dict().items():
+        assert torch.equal(target.encoder.state_dict()[name], tensor), name
+    after = {n: t for n, t in target.state_dict().items() if n.startswith("decoder.")}
+    assert same(before, after)
+    assert f"'{wrapper}' of the file is used, not student" in report.summary
+    stripped = prefix.removeprefix("module.")
+    assert (f"only the tensors named {stripped}* are used" in report.summary) is bool(stripped)
+
+
+def test_file_of_several_encoders_names_the_command_that_takes_one_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = mae(), mae()
+    state = {f"module.base_encoder.{n}": t for n, t in timm(source).items()}
+    state |= {f"module.momentum_encoder.{n}": -t for n, t in timm(source).items()}
+    torch.save({"state_dict": state}, tmp_path / "moco.pth")
+    with pytest.raises(WeightsError, match=r"base_encoder\., momentum_encoder\.") as error:
+        load_into(target, tmp_path / "moco.pth")
+    command = shlex.split(str(error.value).partition("such as base_encoder.: ")[2])
+    assert command[:2] == ["python", "-c"]
+    monkeypatch.chdir(tmp_path)
+    exec(command[2], {})
+    load_into(target, tmp_path / "encoder.pth")
+    assert torch.equal(target.encoder.norm.weight, source.encoder.norm.weight)
+
+
 # ---- what is rejected ----
 
 QK_NORMS = {
@@ -503,6 +562,13 @@ def test_read_weights_reports_truncated_files(tmp_path: Path, kind: str) -> None
     [
         ("none.pth", None, "do not exist"),
         ("", None, "holds no model.safetensors"),
+        (
+            "a.pth",
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "pointer of Git LFS",
+        ),
+        ("a.pth", b"\n<!DOCTYPE html><p>404", "is an HTML page, not weights"),
+        ("model-00001-of-00002.safetensors", b"x", "one file of several; give the folder"),
         ("a.npz", b"PK", "end in '.npz'; needs a .pth, .pt, .bin, .ckpt or .safetensors file"),
         ("a.pt", {"epoch": 3, "scores": [1.0]}, "hold epoch, scores, needs a state dict"),
         ("a.pt", [torch.ones(2)], "hold a list, needs a state dict"),
@@ -522,6 +588,28 @@ def test_read_weights_rejects_other_paths_and_contents(
         torch.save(content, tmp_path / name)
     with pytest.raises(WeightsError, match=message):
         read_weights(tmp_path / name)
+
+
+def test_torchscript_is_rejected_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
+    recwarn.clear()
+    with pytest.raises(WeightsError, match=r"TorchScript .*torch.jit.load\('.*a.pt'\).state_dict"):
+        read_weights(tmp_path / "a.pt")
+    assert not recwarn.list
+
+
+def test_weights_in_several_files_are_joined(tmp_path: Path) -> None:
+    state = timm(mae())
+    names = sorted(state)
+    for i, part in enumerate((names[:20], names[20:]), 1):
+        shard = {name: state[name] for name in part}
+        save_file(shard, tmp_path / f"model-0000{i}-of-00002.safetensors")
+    assert same(read_weights(tmp_path), state)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WeightsError, match="holds 1 of the 2 files of its weights"):
+        read_weights(tmp_path)
 
 
 def test_read_weights_accepts_a_run_folder_and_its_best(tmp_path: Path) -> None:
