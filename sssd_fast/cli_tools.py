@@ -119,7 +119,8 @@ def data_convert(
         )
     print(done.summary())
     folder, table = (shlex.quote(str(path)) for path in (out, Path(out, "manifest.csv")))
-    print(f"to train on it: data.source={folder} data.manifest={table} data.split=patient")
+    given = "manifest" if any(volume.split for volume in done.written) else "patient"
+    print(f"to train on it: data.source={folder} data.manifest={table} data.split={given}")
 
 
 @data_app.command("cache")
