@@ -39,7 +39,7 @@ from sssd_fast.data.images import (
     printable,
     read_file,
 )
-from sssd_fast.data.layout import list_classes
+from sssd_fast.data.layout import list_classes, note_variants
 from sssd_fast.data.manifest import find_file, first_lines, read_manifest, refuse_bad_files
 from sssd_fast.data.synthetic import is_synthetic
 from sssd_fast.errors import DataError, SssdError
@@ -299,6 +299,7 @@ def check_data(
         rows = list_classes(root, tuple(SUFFIXES), notes, labelled=labelled)
     else:
         rows = _on_disk(root, read_manifest(manifest, notes), notes)
+        note_variants({row["label"] for row in rows}, notes)
     classes = sorted({row["label"] for row in rows})
     name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:32] + ".checked.json"
     stored = index_cache / name if index_cache else None

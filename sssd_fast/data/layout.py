@@ -104,7 +104,7 @@ def list_classes(
         raise DataError(
             f"{where}: the name of the class folder {_names(odd)} is not UTF-8; rename it"
         )
-    _note_variants({row["label"] for row in rows}, notes)
+    note_variants({row["label"] for row in rows}, notes)
     return rows
 
 
@@ -193,7 +193,7 @@ def _with_split(
     return rows
 
 
-def _note_variants(labels: set[str], notes: list[str]) -> None:
+def note_variants(labels: set[str], notes: list[str]) -> None:
     """Notes labels that differ only by case, spaces or the way a number is written."""
     groups: dict[str, list[str]] = {}
     for label in sorted(labels):

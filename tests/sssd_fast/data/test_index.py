@@ -233,6 +233,8 @@ def test_manifest_of_windows_or_macos_names_the_files_on_disk(tmp_path: Path):
     assert index.notes[0].startswith("2 paths of the manifest have \\ or another Unicode form")
     split = split_csv(index, table)
     assert (split.train, split.test) == ([0], [1])
+    table.write_text("path,label\nimages/b.png,1\nimages/c.png,1.0\n")
+    assert check_data(table).notes == ["separate classes with almost the same name: 1, 1.0"]
     table.write_text("path,label\nimages\\b.png,a\nimages/b.png,a\n")
     with pytest.raises(DataError, match="several rows of the manifest name one file"):
         check_data(table)
