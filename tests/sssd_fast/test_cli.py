@@ -42,7 +42,8 @@ def test_predict_gives_the_scores_of_evaluate(
     trained: Path, slices: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     out = tmp_path / "scores.csv"
-    command = ["predict", str(trained), str(slices), "--out", str(out)]
+    # the run was trained and evaluated in fp32
+    command = ["predict", str(trained), str(slices), "--out", str(out), "--precision", "fp32"]
     assert main(command) == 0
     mine = {str(Path(r["path"]).relative_to(slices)): r for r in rows(out)}
     theirs = rows(trained / "finetune" / "eval/test/predictions.csv")
