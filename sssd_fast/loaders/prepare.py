@@ -104,14 +104,14 @@ def pretraining_images(run: Run, index: DataIndex, split: Split) -> tuple[DataIn
     if not run.resume:
         run.world.on_main(first)
     extra = _load_index(run, recorded.name, "pretrain.extra")
-    both = _joined(index, split.train, extra)
+    both = joined(index, split.train, extra)
     run.console.info("\n".join(both.notes))
     fingerprints = f"{run.data_fingerprint} {extra.fingerprint()}"
     run.data_fingerprint = hashlib.sha256(fingerprints.encode()).hexdigest()
     return both, list(range(len(both)))
 
 
-def _joined(index: DataIndex, train: Sequence[int], extra: DataIndex) -> DataIndex:
+def joined(index: DataIndex, train: Sequence[int], extra: DataIndex) -> DataIndex:
     """Records `train` of `index`, then those of `extra` whose pixels are new, all in one class."""
     root = Path(os.path.commonpath([index.root.absolute(), extra.root.absolute()]))
     seen = {record.pixel_hash for record in index.records}

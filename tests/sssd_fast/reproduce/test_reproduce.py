@@ -17,8 +17,10 @@ from PIL import Image
 from sssd_fast.cli import main
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.manifest import read_manifest
+from sssd_fast.data.split import split_csv
 from sssd_fast.errors import CheckpointError, Interrupted
 from sssd_fast.evaluation import pictures
+from sssd_fast.loaders.prepare import joined
 from sssd_fast.reproduce import reproduce as module
 from sssd_fast.reproduce import table
 from sssd_fast.reproduce.reproduce import Model, Plan, load_plan
@@ -249,7 +251,9 @@ def test_external_images_are_used_without_labels_and_without_leaks(
     assert "its folder with --external DIR" in capsys.readouterr().err.replace("\n", " ")
     assert run(covid, out, f"--external {other} {words}") == 0
     folder = out / "controlled" / "seed-0" / "pretrain-external"
-    both = DataIndex.load(folder / "extra.json")
+    index = DataIndex.load(folder / "index.json")
+    extra = DataIndex.load(folder / "extra.json")
+    both = joined(index, split_csv(index, folder / "split.csv").train, extra)
     train = {str((covid / row["path"]).absolute()) for row in official if row["split"] == "train"}
     files = {str(both.file(i)) for i in range(len(both))}
     assert files == {*train, str(other / "COVID" / "new.png")}
