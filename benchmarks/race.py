@@ -86,8 +86,13 @@ class Cache:
 
 def first_call(call: Call, device: torch.device) -> float:
     """Seconds of the first call, including compilation and allocation."""
+
+    def finished() -> None:
+        call()
+        wait(device)
+
     wait(device)
-    return _seconds(lambda: (call(), wait(device)))
+    return _seconds(finished)
 
 
 def race(

@@ -136,8 +136,12 @@ class FusedAdamW(torch.optim.AdamW):
                 self.state[p]["step"] = torch.zeros((), device=p.device)
                 self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=keep)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=keep)
-        moments = [[self.state[p][n] for p in params] for n in ("exp_avg", "exp_avg_sq", "step")]
-        return Group(params, [], *moments, lr, *group["betas"], group["eps"], group["weight_decay"])
+        first, second, steps = (
+            [self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
+        beta1, beta2 = group["betas"]
+        decay = group["weight_decay"]
+        return Group(params, [], first, second, steps, lr, beta1, beta2, group["eps"], decay)
 
 
 @torch.no_grad()

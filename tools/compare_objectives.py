@@ -4,7 +4,8 @@
         --json benchmarks/results/objectives/covid-ct.json pretrain.epochs=100 finetune.epochs=30
 
 For each seed, every form is trained with the same data, order, masks and number of steps. The test
-split stays unread. A finished model is not trained again. The table is docs/self-distillation.md's.
+split stays unread. A finished model is not trained again. The table and the picture are those of
+docs/self-distillation.md.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--picture", type=Path, help="PNG of the monitor of collapse")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_intermixed_args()
     for seed in args.seeds:
@@ -58,6 +60,8 @@ def main() -> None:
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
+    if args.picture:
+        picture(record, args.picture)
 
 
 def _model(args: argparse.Namespace, seed: int, form: str) -> dict[str, Any]:
@@ -127,6 +131,36 @@ def table(record: dict[str, Any]) -> str:
         cells.append(f"rank {ranks[0]:.1f} / {ranks[1]:.1f}" if ranks else "")
         lines.append(f"| {form} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def picture(record: dict[str, Any], path: Path) -> None:
+    """The monitor over the epochs of pre-training, mean over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = {
+        "rank_student": "effective rank, student",
+        "rank_teacher": "effective rank, teacher",
+        "entropy": "entropy of the mean assignment",
+    }
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for color, form in enumerate(FORMS):
+            curves = [m["monitor"] for m in record["models"] if m["form"] == form]
+            if not curves or name not in curves[0][0]:
+                continue
+            epochs = [point["epoch"] for point in curves[0]]
+            rows = zip(*([point[name] for point in curve] for curve in curves), strict=True)
+            means = [statistics.fmean(row) for row in rows]
+            axis.plot(epochs, means, color=f"C{color}", label=form)
+        axis.set_title(title)
+        axis.set_xlabel("epoch of pre-training")
+        axis.set_ylim(bottom=0)
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def _spread(values: list[float]) -> str:

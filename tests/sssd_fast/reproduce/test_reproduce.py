@@ -29,6 +29,7 @@ from tests.sssd_fast.conftest import TINY
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SHORT = [*TINY, "pretrain.max_steps=1", "finetune.max_steps=1", "data.val_fraction=0.2"]
+SHORT += ["finetune.layer_decay=0.75", "finetune.base_lr=1e-3"]  # whatever the recipe has
 METHODS = ("sssd", "mae", "supervised")
 Captured = pytest.CaptureFixture[str]
 
