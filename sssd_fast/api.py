@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
+    from sssd_fast.evaluation.volumes import VolumeScores
     from sssd_fast.objective import SSSD
     from sssd_fast.run.folder import Run
     from sssd_fast.weights.encoder import FeatureExtractor
@@ -63,6 +64,16 @@ class Predictions:
         """The class with the highest score of each image; None for files that cannot be read."""
         best = [self.classes[i] for i in self.scores.argmax(1)] if len(self.scores) else []
         return [None if row in self.failed else label for row, label in enumerate(best)]
+
+
+@dataclass(frozen=True)
+class VolumePredictions:
+    """Scores of volumes, and the files that were not used."""
+
+    classes: list[str]
+    volumes: list[VolumeScores]
+    failed: dict[Path, str]  # file -> reason
+    checkpoint: Path
 
 
 class Start(TypedDict, total=False):
@@ -234,6 +245,36 @@ def predict(
     trained = load_trained(model, pick_device(device))
     scores, bad = predict_files(trained, inputs, batch_size=batch_size, precision=precision)
     return Predictions(trained.classes, scores, bad, trained.path)
+
+
+def predict_volumes(
+    model: PathLike,
+    volumes: PathLike | Sequence[PathLike],
+    *,
+    window: str = "lung",
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    batch_size: int = 64,
+) -> VolumePredictions:
+    """Scores the slices of CT volumes, converted in memory by the rules of `data convert`.
+
+    Args:
+        model: run folder or checkpoint of `finetune` or `probe`.
+        volumes: NIfTI files, DICOM files or folders of them. A DICOM series is one volume.
+        window: that of the training images: lung, mediastinum, LEVEL,WIDTH, file or minmax.
+    """
+    from sssd_fast.evaluation.predict import load_trained
+    from sssd_fast.evaluation.volumes import score_volumes, volume_files
+    from sssd_fast.run.device import pick_device
+
+    many = [volumes] if isinstance(volumes, str | Path) else list(volumes)
+    files = volume_files(many)
+    if not files:
+        raise DataError(f"no DICOM or NIfTI file in {', '.join(map(str, many))}")
+    trained = load_trained(model, pick_device(device))
+    options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
+    found, failed = score_volumes(trained, files, window, **options)
+    return VolumePredictions(trained.classes, found, failed, trained.path)
 
 
 def load_encoder(path: PathLike, *, device: str = "cpu") -> FeatureExtractor:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import typer
 
@@ -144,6 +144,8 @@ for name, help, options in (
     add_training(app, name, help, options)
 
 
+SHOWN = 20  # images whose scores predict prints
+
 # ---- use of a model --------------------------------------------------------------------------
 
 
@@ -164,38 +166,84 @@ def evaluate(
 @app.command()
 def predict(
     model: str = argument("RUN|CHECKPOINT", "Fine-tuned model."),
-    images: list[str] = argument("IMAGE|DIR", "Images to score."),
+    images: list[str] = argument(
+        "IMAGE|VOLUME|DIR", "Images, NIfTI volumes, DICOM series (folders) to score."
+    ),
     out: str = option("predictions.csv", "Table to write.", "FILE.csv"),
     overwrite: bool = flag("--overwrite", "Replace an existing table."),
+    window: str = option("lung", "Window of volumes, as in data convert.", "W"),
     device: str = option("auto", "cpu, cuda, cuda:N or auto."),
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "Precision; auto = by device."
     ),
     batch_size: int = option(64, "Images per batch.", "N", min=1),
 ) -> None:
-    """Score images with a fine-tuned model."""
+    """Score images or CT volumes with a fine-tuned model."""
     if Path(out).exists() and not overwrite:
         raise DataError(f"{out} exists; give another --out, or replace it with --overwrite")
+    import numpy as np
+
     from sssd_fast import api
     from sssd_fast.evaluation.predict import find_images, write_predictions
+    from sssd_fast.evaluation.volumes import volume_files
 
     notes: list[str] = []
-    paths = find_images(images, notes)
-    for note in notes:
+    files = volume_files(images)
+    paths: list[Path] = []
+    for target in images:
+        if Path(target) not in files:
+            try:
+                paths += find_images([target], notes)
+            except DataError:
+                # a folder of volumes alone
+                if not any(Path(target) in file.parents for file in files):
+                    raise
+    for note in notes if not files else ():
         print(f"note: {note}")
-    found = api.predict(model, paths, device=device, precision=precision, batch_size=batch_size)
-    write_predictions(Path(out), found.classes, paths, found.scores)
-    for path, label, row in list(zip(paths, found.labels, found.scores, strict=True))[:20]:
-        if label is not None:
-            named = zip(found.classes, row, strict=True)
-            print(f"{path}: {label} ({', '.join(f'{name} {score:.3f}' for name, score in named)})")
-    scored = len(paths) - len(found.failed)
-    print(f"{scored} images scored with {found.checkpoint}; written to {out}")
-    for row, reason in found.failed.items():
-        print(f"not scored: {paths[row]}: {reason}", file=sys.stderr)
-    if found.failed:
-        problem = f"{len(found.failed)} of {len(paths)} files cannot be read"
+    options: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
+    failed: dict[Path, str] = {}
+    table: list[tuple[Path, str, Any]] = []  # path, slice, scores
+    if paths:
+        found = api.predict(model, paths, **options)
+        classes, used = found.classes, found.checkpoint
+        failed |= {paths[row]: reason for row, reason in found.failed.items()}
+        table += [(path, "", row) for path, row in zip(paths, found.scores, strict=True)]
+        scored = [label for label in found.labels if label is not None]
+        for path, label, row in list(zip(paths, found.labels, found.scores, strict=True))[:SHOWN]:
+            if label is not None:
+                print(f"{path}: {label} ({_scores(classes, row)})")
+        if scored and len(paths) > SHOWN:
+            each = (f"{name} {scored.count(name)}" for name in classes)
+            mean = _scores(classes, np.nanmean(found.scores, axis=0))
+            print(f"... of {len(scored)} images: {', '.join(each)}; mean scores {mean}")
+        print(f"{len(scored)} images scored with {used}; written to {out}")
+    if files:
+        volumes = api.predict_volumes(model, files, window=window, **options)
+        classes, used = volumes.classes, volumes.checkpoint
+        failed |= volumes.failed
+        for volume in volumes.volumes:
+            label = classes[int(volume.mean.argmax())]
+            mean, largest = (_scores(classes, row) for row in (volume.mean, volume.maximum))
+            slices = f"{len(volume.slices)} slices"
+            print(f"{volume.path}: {label}, {slices}, mean {mean}, largest {largest}")
+            rows = zip(map(str, volume.slices), volume.scores, strict=True)
+            table += [(volume.path, "mean", volume.mean), (volume.path, "max", volume.maximum)]
+            table += [(volume.path, number, row) for number, row in rows]
+        print(f"{len(volumes.volumes)} volumes scored with {used}; written to {out}")
+    if not table:
+        raise DataError("\n".join(f"not scored: {path}: {why}" for path, why in failed.items()))
+    names, slices_of, rows_of = zip(*table, strict=True)
+    write_predictions(Path(out), classes, names, np.stack(rows_of), slices_of if files else ())
+    for path, reason in failed.items():
+        print(f"not scored: {path}: {reason}", file=sys.stderr)
+    unread = [path for path in failed if path in paths]
+    if unread:
+        problem = f"{len(unread)} of {len(paths)} files cannot be read"
         raise DataError(f"{problem}; their rows in {out} are empty")
+
+
+def _scores(classes: Sequence[str], row: Any) -> str:
+    return ", ".join(f"{name} {score:.3f}" for name, score in zip(classes, row, strict=True))
 
 
 @app.command()

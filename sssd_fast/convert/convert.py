@@ -30,7 +30,7 @@ import os
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +47,7 @@ from sssd_fast.convert.volumes import Log, Volume, find_volumes, list_files, rea
 from sssd_fast.convert.window import (
     PRESETS,
     HounsfieldCheck,
+    Slice,
     Unusable,
     Window,
     parse_window,
@@ -147,20 +148,21 @@ def convert_volumes(
 # ---- one volume ----
 
 
-def _write_volume(
-    volume: Volume, folder: Path, window: Window, every: int, size: int | None, log: Log
-) -> int:
-    """Writes folder/0000.png, ... and returns how many; the names count all slices of the volume,
-    before `every`.
+def grey_slices(
+    volume: Volume, window: Window, every: int, log: Log
+) -> Iterator[tuple[int, Slice, ImageArray]]:
+    """(number, slice, its grey image [H, W]) of every `every`-th slice that is usable; the numbers
+    count all slices of the volume. Problems go to `log`.
+
+    Raises Unusable at the end if the values are not in the unit that the window needs: the slices
+    are then to be discarded.
     """
-    folder.mkdir()
     limits = None
     if window.name == "minmax":
         slices = read_volume(volume, every, Log())
         inside = (picture.inside() for _, _, picture in slices)
         ends = [end for values in inside if values.size for end in (values.min(), values.max())]
         limits = (min(ends), max(ends)) if ends else None
-    digests = {}
     sources: dict[Path, None] = {}
     check = HounsfieldCheck()
     for path, number, picture in read_volume(volume, every, log):
@@ -171,12 +173,28 @@ def _write_volume(
             continue
         check.add(picture.inside())
         sources[path] = None
-        Image.fromarray(_resized(grey, size)).save(folder / f"{number:04d}.png")
-        digests[number] = hashlib.blake2b(np.ascontiguousarray(picture.values_HW).data).digest()
-    misfit = check.problem() if window.name in PRESETS else None
-    if misfit is not None:
+        yield number, picture, grey
+    reason = check.problem() if window.name in PRESETS else None
+    if sources and reason is not None:
         for path in sources:
-            log.add(path, Unusable(misfit))
+            log.add(path, Unusable(reason))
+        raise Unusable(reason)
+
+
+def _write_volume(
+    volume: Volume, folder: Path, window: Window, every: int, size: int | None, log: Log
+) -> int:
+    """Writes folder/0000.png, ... and returns how many; the names count all slices of the volume,
+    before `every`.
+    """
+    folder.mkdir()
+    digests = {}
+    try:
+        for number, picture, grey in grey_slices(volume, window, every, log):
+            Image.fromarray(_resized(grey, size)).save(folder / f"{number:04d}.png")
+            values = np.ascontiguousarray(picture.values_HW)
+            digests[number] = hashlib.blake2b(values.data).digest()
+    except Unusable:
         digests = {}
     if not digests:
         shutil.rmtree(folder)

@@ -103,16 +103,27 @@ def find_images(targets: Sequence[str], notes: list[str]) -> list[Path]:
 
 
 def write_predictions(
-    out: Path, classes: Sequence[str], paths: Sequence[Path], scores: NDArray[np.float64]
+    out: Path,
+    classes: Sequence[str],
+    paths: Sequence[Path],
+    scores: NDArray[np.float64],
+    slices: Sequence[str] = (),
 ) -> None:
-    """CSV path,prediction,score_CLASS...; empty cells where a file could not be read."""
+    """CSV path[,slice],prediction,score_CLASS...; empty cells where a file could not be read.
+
+    slices: with volumes, the number of each row's slice, "mean" or "max" over them, "" of an image.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "prediction", *(f"score_{name}" for name in classes)])
-    for path, row in zip(paths, scores, strict=True):
+    names = [f"score_{name}" for name in classes]
+    writer.writerow(["path", *(["slice"] if slices else []), "prediction", *names])
+    for number, (path, row) in enumerate(zip(paths, scores, strict=True)):
+        place = [slices[number]] if slices else []
         known = bool(np.isfinite(row).all())
         cells = [f"{value:.9g}" for value in row] if known else [""] * len(row)
-        writer.writerow([str(path), classes[int(row.argmax())] if known else "", *cells])
+        # the largest scores of the classes are of different slices
+        label = classes[int(row.argmax())] if known and place != ["max"] else ""
+        writer.writerow([str(path), *place, label, *cells])
     # a file name keeps its bytes
     atomic_write_bytes(out, text.getvalue().encode("utf-8", "surrogateescape"))
 
