@@ -85,23 +85,21 @@ def gelu_linear(x: Tensor, bias: Tensor, weight: Tensor, out_bias: Tensor, **_: 
     return F.linear(F.gelu(x + bias), weight, out_bias)
 
 
-# ---- losses ----
-
-
 def target(images_BCHW: Tensor, patch: int, norm: str | None) -> Tensor:
-    """[B,L,V] of normalised images; "patch" and "channel": zero mean and unit variance of all
-    values of a patch, or of those of each channel."""
+    """[B,L,V] of normalised images: mean 0, variance 1 of a patch, or of each of its channels."""
     x_BLV = patchify(images_BCHW, patch, "rcc")
     if norm == "patch":
         return _unit(x_BLV)
-    if norm == "channel":
+    if norm in ("channel", "channel_std"):
         x_BLCA = x_BLV.unflatten(-1, (patch**2, -1)).transpose(-1, -2)
-        return _unit(x_BLCA).transpose(-1, -2).flatten(-2)
+        return _unit(x_BLCA, norm == "channel_std").transpose(-1, -2).flatten(-2)
     return x_BLV
 
 
-def _unit(x: Tensor) -> Tensor:
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + EPS).sqrt()
+def _unit(x: Tensor, eps_outside: bool = False) -> Tensor:
+    var = x.var(-1, keepdim=True)
+    scale = var.sqrt() + EPS if eps_outside else (var + EPS).sqrt()
+    return (x - x.mean(-1, keepdim=True)) / scale
 
 
 def masked_reconstruction_loss(
@@ -112,16 +110,17 @@ def masked_reconstruction_loss(
     mask: Tensor | None = None,
     patch_size: int,
     norm: str | None = "patch",
+    reduction: str = "mean",
     **stats: Any,
 ) -> Tensor:
     dtype = wide(pred.dtype)
     target_BLV = target(normalised(images, dtype=dtype, **stats), patch_size, norm)
     if ids is not None:
-        return (pred.to(dtype) - repeated(target_BLV, ids)).square().mean()
+        each_BM = (pred.to(dtype) - repeated(target_BLV, ids)).square().mean(-1)
+        return each_BM if reduction == "none" else each_BM.mean()
     assert mask is not None
     each_BL = (pred.to(dtype) - target_BLV).square().mean(-1)
-    loss: Tensor = (each_BL * mask.to(dtype)).sum() / mask.to(dtype).sum()
-    return loss
+    return torch.div((each_BL * mask.to(dtype)).sum(), mask.to(dtype).sum())
 
 
 def linear_reconstruction_loss(

@@ -416,7 +416,7 @@ def refusal(qkv_BN3Hd: Tensor) -> str | None:
     return _size_refusal(tokens, width, _architecture(qkv_BN3Hd.device))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _kernels_run(device: torch.device, dtype: torch.dtype, refused: str | None) -> bool:
     return use_triton("attention", device, dtype, refused=refused)
 
