@@ -195,7 +195,7 @@ class ModelConfig(Section):
                 yield f"{name} has {len(values)} values, {what}"
 
 
-# Forms of the distillation: what a name stands for, unless a key is given beside it.
+# Forms of the distillation: the keys that objective.name sets. Keys that are given take precedence.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "published": {"center": "prob", "stop_gradient": "none"},
     "centred": {"pooling": "token", "center": "logit", "stop_gradient": "teacher"},
@@ -248,7 +248,7 @@ class ObjectiveConfig(Section):
         if self.heads == "student" and self.kind == "dino":
             yield "kind is 'dino', which needs heads 'both'; a predictor needs another kind"
         if self.heads == "student" and self.stop_gradient == "none":
-            yield "heads is 'student', which needs stop_gradient=teacher"
+            yield "heads is 'student', which needs stop_gradient=teacher (or decoder)"
 
 
 class AugmentConfig(Section):

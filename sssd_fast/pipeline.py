@@ -54,6 +54,8 @@ def run_all(
         here.on_main(lambda: out.mkdir(parents=True, exist_ok=True))
         if not resume:
             log = print if here.main else lambda text: None
+            for stage in stages:
+                config = resolve_batch(config, stage, here, log=log)
             data = config.data
             images = round(count_images(data) * (1 - data.test_fraction - data.val_fraction))
             config = fit_minutes(config, stages, images, minutes, here, log)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sssd_fast.config import PretrainConfig
 from sssd_fast.data.index import DataIndex
 from sssd_fast.data.split import Split
-from sssd_fast.evaluation.collapse import collapse_warning, monitor
+from sssd_fast.evaluation.collapse import ROWS, collapse_warning, evenly, monitor
 from sssd_fast.evaluation.pictures import (
     MAX_EPOCHS,
     attention_picture,
@@ -118,7 +118,8 @@ class PretrainTask:
                 values = [out.total, *terms, torch.ones_like(out.total)]
                 sums += torch.stack(values).double() * len(images)
                 if out.compared is not None:
-                    compared.append(tuple(t for t in out.compared if t is not None))
+                    rows = -(-ROWS // loader.steps_per_epoch)
+                    compared.append(tuple(evenly(t, rows) for t in out.compared if t is not None))
         self.module.train()
         world.mean_(sums)
         found = {name: float(sums[i] / sums[-1]) for i, name in enumerate(names)}

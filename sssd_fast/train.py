@@ -48,9 +48,9 @@ from sssd_fast.run.signals import SignalGuard
 from sssd_fast.step import Step, StepResult, TaskLoss
 
 COMPILING = "compiling the training step; this can take minutes, later runs use the cache"
+MOST_SKIPPED = 0.5  # of the steps of a run; a run with more has not trained
 # Number of non-finite steps in a row that ends a run. fp16 starts with a loss scale of 65536, which
 # such steps reduce.
-MOST_SKIPPED = 0.5  # of the steps of a run; a run with more has not trained
 SKIPS_ALLOWED = {"fp32": 3, "bf16": 3, "fp16": 25}
 
 

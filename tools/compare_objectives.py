@@ -103,7 +103,8 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         f"**{record['set']}**, {record['models'][0]['validation_images']} validation images",
         "",
-        "| form | probe: accuracy | AUC | fine-tuned: accuracy | AUC | minus none | collapse |",
+        "| form | probe: accuracy | AUC | fine-tuned: accuracy | AUC | minus none "
+        "| rank of student / teacher |",
         "|---|---|---|---|---|---|---|",
     ]
     by = {(m["form"], m["seed"]): m for m in record["models"]}
@@ -125,10 +126,10 @@ def table(record: dict[str, Any]) -> str:
         last = [m["monitor"][-1] for m in group]
         ranks = (
             [statistics.fmean(v[f"rank_{s}"] for v in last) for s in ("student", "teacher")]
-            if ("rank_student" in last[0])
+            if "rank_student" in last[0]
             else []
         )
-        cells.append(f"rank {ranks[0]:.1f} / {ranks[1]:.1f}" if ranks else "")
+        cells.append(f"{ranks[0]:.1f} / {ranks[1]:.1f}" if ranks else "")
         lines.append(f"| {form} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from sssd_fast.data.images import decode_image
 from sssd_fast.errors import DataError
 from sssd_fast.evaluation import metrics, pictures
-from sssd_fast.evaluation.baselines import baseline_scores
+from sssd_fast.evaluation.baselines import NEAREST, baseline_scores
 from sssd_fast.evaluation.metrics import Floats, Ints
 from sssd_fast.evaluation.pictures import Bytes
 from sssd_fast.evaluation.plots import PLOTS, write_plots
@@ -176,6 +176,13 @@ def write_evaluation(
         "notes": notes,
         "num_mistakes": int((predicted_N != labels_N).sum()),
     }
+    nearest = result["baselines"].get(NEAREST)
+    if nearest is not None and image["accuracy"] < nearest["accuracy"]:
+        notes.append(
+            f"The accuracy, {100 * image['accuracy']:.1f} %, is below that of the {NEAREST} on 32 "
+            f"x 32 pixels, {100 * nearest['accuracy']:.1f} %: this model has learned less than a "
+            "comparison of pixels. Train longer, or see docs/recipes.md."
+        )
     stale = [out / f"{name}.png" for name in PLOTS]
     for file in [*stale, *out.glob("mistakes/*.png"), *out.glob("correct/*.png")]:
         file.unlink(missing_ok=True)

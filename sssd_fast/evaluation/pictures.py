@@ -245,7 +245,10 @@ def data_pictures(index: DataIndex, folder: Path) -> list[Path]:
         if not own:
             continue
         shown = [own[len(own) * k // SAMPLES] for k in range(SAMPLES)]
-        images = [Image.fromarray(decode_image(index.file(i))).convert("RGB") for i in shown]
+        images = [
+            Image.fromarray(decode_image(index.file(i), index.grey_range)).convert("RGB")
+            for i in shown
+        ]
         rows[name] = [np.asarray(ImageOps.pad(image, (128, 128))) for image in images]
         widths = [index.records[i].width for i in own]
         heights = [index.records[i].height for i in own]

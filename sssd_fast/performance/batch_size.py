@@ -131,16 +131,20 @@ def steps_fit(config: Config, task: str, classes: int, world: World, kept: int, 
         log(f"{what}: out of memory")
         return False
     finally:
-        # the next trial, and the run, start like the first
         del held
-        torch._dynamo.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
+        release(device)
     log(f"{what}: fits")
     return True
+
+
+def release(device: torch.device) -> None:
+    """Frees what trial steps leave, so that the next trial, and the run, start like the first."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def time_steps(

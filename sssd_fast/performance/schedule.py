@@ -13,12 +13,12 @@ import torch
 
 from sssd_fast.config import Config
 from sssd_fast.errors import ConfigError
-from sssd_fast.performance.batch_size import time_steps
+from sssd_fast.performance.batch_size import release, time_steps
 from sssd_fast.run.device import GIB, World
 
 STEPS = 8  # timed on random images, for each stage
-# Of the time of the steps: loading, validation, checkpoints, evaluation and start (measured: 8 to
-# 15 % of the recipes for two CPU cores).
+# Start, loading, validation, checkpoints, evaluation and report, as a fraction of the steps' time.
+# With it `run --minutes 4` on COVID-CT took 3.7 minutes on two CPU cores.
 OTHER = 0.15
 SMALL_SET = 1200  # images; below, the recipe of COVID-CT (746), else that of SARS-CoV-2 CT (2481)
 GPU_CONFIGS = ((20.0, "24gb"), (12.0, "16gb"), (0.0, "8gb"))  # from so many GiB on
@@ -45,10 +45,13 @@ def fit_minutes(
     """`config` with all epochs multiplied by one factor, so that the stages take `minutes`.
 
     Warm-ups keep their fraction. minutes None: `config` as it is. The expected time, from a few
-    steps on random images, is logged in both cases. Raises ConfigError if one epoch takes longer.
+    steps on random images, is logged in both cases, but not on a GPU without `minutes`: there the
+    steps would be compiled twice. Raises ConfigError if one epoch takes longer.
 
     images: of the training split.
     """
+    if minutes is None and world.device.type == "cuda":
+        return config
     seconds = {stage: _seconds(config, stage, images, world) for stage in stages}
     total = sum(seconds.values())
     if minutes is None:
@@ -85,6 +88,8 @@ def _seconds(config: Config, stage: str, images: int, world: World) -> float:
     if settings.max_steps is not None:
         steps = min(steps, settings.max_steps)
     measured = torch.tensor(time_steps(config, stage, 2, world, local, STEPS), device=world.device)
+    if world.device.type == "cuda" or config.step.compile is True:
+        release(world.device)
     measured *= max(1.0, settings.accumulate / 2)
     return float(world.mean_(measured)) * steps * (1 + OTHER)
 

@@ -10,6 +10,7 @@ import torch
 from sssd_fast.evaluation.collapse import (
     collapse_warning,
     effective_rank,
+    evenly,
     information,
     mean_entropy,
     monitor,
@@ -25,6 +26,12 @@ def test_effective_rank_of_matrices_with_known_singular_values() -> None:
     want = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     assert effective_rank(two) == pytest.approx(want)
     assert math.isnan(effective_rank(torch.full((2, 2), math.nan)))
+
+
+def test_rows_are_evenly_spaced() -> None:
+    x = torch.arange(10.0)[:, None]
+    assert evenly(x, 4).flatten().tolist() == [0, 3, 6, 9]
+    assert torch.equal(evenly(x, 10), x) and torch.equal(evenly(x, 99), x)
 
 
 def test_entropy_and_information_of_known_assignments() -> None:

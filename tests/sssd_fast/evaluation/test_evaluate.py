@@ -228,6 +228,29 @@ def test_rates_over_thresholds_equal_those_of_each_threshold():
         assert rates["F1"][place] == pytest.approx(wanted["f1"])
 
 
+@pytest.mark.parametrize(("right", "said"), [(7, True), (8, False)])
+def test_accuracy_below_the_nearest_neighbour_is_a_note(tmp_path, right, said):
+    """The nearest neighbour is right for 8 of 10 images."""
+
+    def scores(correct):
+        return np.array([[0.9, 0.1] if i < correct else [0.1, 0.9] for i in range(10)])
+
+    result = write_evaluation(
+        tmp_path,
+        labels=np.zeros(10, dtype=int),
+        probabilities=scores(right),
+        paths=[f"{i}.png" for i in range(10)],
+        classes=["negative", "positive"],
+        split="test",
+        load_image=lambda path: np.zeros((8, 8), dtype=np.uint8),
+        baselines={NEAREST: scores(8)},
+        positive=1,
+        resamples=100,
+    )
+    below = [note for note in result["notes"] if "70.0 %, is below" in note and "80.0 %" in note]
+    assert len(below) == said
+
+
 def test_baselines_of_a_split(slices):
     """Nearest neighbour as scikit-learn's; validation images are known only to the test split."""
     index = check_data(slices)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sssd_fast import api
+from sssd_fast import api, pipeline
 from sssd_fast.config import Config, load_config, shipped_configs
 from sssd_fast.errors import ConfigError
 from sssd_fast.performance import schedule
@@ -60,6 +60,31 @@ def test_shared_batches_and_accumulation_count_as_in_the_schedule_of_a_run() -> 
     # 5 steps of four micro-batches; two of them are timed
     fit_minutes(accumulate, ("pretrain",), 1000, None, CPU, lines.append)
     assert "100 epochs of pretrain in about 1.9 minutes" in lines[0]
+
+
+def test_steps_are_timed_with_the_batch_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """batch: auto may be much smaller than the batch of the settings, which may not fit."""
+
+    def two_images(config: Config, stage: str, *_: object, **__: object) -> Config:
+        fits = getattr(config, stage).model_copy(update={"batch_size": 2, "batch": None})
+        return config.model_copy(update={stage: fits})
+
+    timed: list[int] = []
+
+    def seconds(
+        config: Config, stage: str, classes: int, world: World, images: int, *_: int
+    ) -> float:
+        timed.append(images)
+        return 0.1
+
+    monkeypatch.setattr(pipeline, "resolve_batch", two_images)
+    monkeypatch.setattr(pipeline, "_once", lambda *_, **__: {})
+    monkeypatch.setattr(schedule, "time_steps", seconds)
+    config = load_config(None, ["pretrain.batch=auto", "finetune.batch=auto", "device=cpu"])
+    pipeline.run_all(config, tmp_path / "run")
+    assert timed == [2, 2]
 
 
 def test_auto_chooses_by_images_and_device(
