@@ -214,7 +214,7 @@ class ObjectiveConfig(Section):
     """Pre-training loss: reconstruction and self-distillation (docs/self-distillation.md)."""
 
     name: Literal["published", "centred", "sinkhorn", "predictor"] = Field(
-        "published", description="Form of the distillation; sets the five keys that follow it."
+        "predictor", description="Form of the distillation; sets the five keys that follow it."
     )
     kind: Literal["dino", "cosine", "mse", "smooth_l1"] = Field("dino", description="Distance.")
     heads: Literal["both", "student"] = Field(
