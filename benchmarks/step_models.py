@@ -113,8 +113,9 @@ class Setup:
 
 
 def configuration(name: str, task: str) -> Config:
-    """A key of MODELS or a shipped configuration. "MAE": the distillation has no weight;
-    "finetune": from the cls token, without stochastic depth.
+    """A key of MODELS or a shipped configuration. "SSSD": the published form, which the published
+    models have too; "MAE": without distillation; "finetune": from the cls token, without
+    stochastic depth.
     """
     from sssd_fast.config import from_dict, load_config
 
@@ -124,8 +125,12 @@ def configuration(name: str, task: str) -> Config:
 
 
 def for_task(config: Config, task: str) -> Config:
+    from sssd_fast.config import FORM_KEYS, ObjectiveConfig
+
+    published = ObjectiveConfig(name="published")
+    form = {key: getattr(published, key) for key in ("name", *FORM_KEYS)}
     weight = {} if task == "SSSD" else {"weight": 0.0}
-    objective = config.objective.model_copy(update=weight)
+    objective = config.objective.model_copy(update={**form, **weight})
     tuning = config.finetune.model_copy(update={"pool": "cls", "drop_path": 0.0})
     return config.model_copy(update={"objective": objective, "finetune": tuning})
 

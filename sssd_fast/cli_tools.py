@@ -234,7 +234,9 @@ def configs(
     if schema:
         print(json_module.dumps(Config.model_json_schema(), indent=2))
     elif source is None and not words:
-        print("\n".join(f"{key:18}{purpose}" for key, purpose in shipped_configs().items()))
+        found = shipped_configs()
+        width = max(map(len, found)) + 2
+        print("\n".join(f"{key:{width}}{purpose}" for key, purpose in found.items()))
         print(
             "auto, the default of run, is one of these. At its start run prints the expected time "
             "on this machine; run --minutes M chooses the epochs."
