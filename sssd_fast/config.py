@@ -246,7 +246,10 @@ class ObjectiveConfig(Section):
 
     def _problems(self) -> Iterator[str]:
         if self.heads == "student" and self.kind == "dino":
-            yield "kind is 'dino', which needs heads 'both'; a predictor needs another kind"
+            yield (
+                "kind is 'dino', which needs heads 'both' (as in name 'published'); a predictor "
+                "needs another kind"
+            )
         if self.heads == "student" and self.stop_gradient == "none":
             yield "heads is 'student', which needs stop_gradient=teacher (or decoder)"
 

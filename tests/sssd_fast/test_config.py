@@ -84,7 +84,7 @@ def test_objective_name_sets_its_keys_unless_they_are_given() -> None:
     assert (
         renamed == load_config(None, ["objective.name=sinkhorn", "objective.weight=0.5"]).objective
     )
-    assert "needs heads 'both'" in problems(["objective.heads=student"])
+    assert "needs heads 'both'" in problems(["objective.kind=dino"])
 
 
 def test_every_problem_is_reported_at_once() -> None:

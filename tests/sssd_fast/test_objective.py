@@ -17,7 +17,8 @@ SMALL += ["objective.head_hidden=20", "objective.head_bottleneck=12", "objective
 
 def _build(*overrides: str, channels: int = 1) -> tuple[SSSD, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    config = load_config(None, [*SMALL, f"model.in_channels={channels}", *overrides])
+    form = ["objective.name=published", f"model.in_channels={channels}"]
+    config = load_config(None, [*SMALL, *form, *overrides])
     module = SSSD(config.model, config.objective)
     images = torch.randint(0, 256, (3, channels, 32, 48), dtype=torch.uint8)
     return module, images, torch.rand(3, 24)

@@ -134,7 +134,7 @@ def test_nan_ends_the_run_and_keeps_the_last_finite_state(
     calls = [0]
     monkeypatch.setattr(SSSD, "forward", poisoned)
     out = tmp_path / "run"
-    settings = [*tiny, "pretrain.max_steps=12"]
+    settings = [*tiny, "objective.name=published", "pretrain.max_steps=12"]
     settings += ["pretrain.checkpoint_steps=1", "pretrain.keep_last=20"]
     assert main(["pretrain", "--out", str(out), *settings]) == 3
     assert "finite" in capsys.readouterr().err

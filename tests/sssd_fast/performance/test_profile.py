@@ -45,7 +45,7 @@ slow_layer_norm.register_autograd(lambda ctx, dy: slow_gelu(dy))
 
 
 def test_profile_finds_delays_in_stage_and_kind(tiny: list[str], tmp_path: Path) -> None:
-    config = load_config(None, [*tiny, "pretrain.accumulate=2"])
+    config = load_config(None, [*tiny, "objective.name=published", "pretrain.accumulate=2"])
     with open_run("pretrain", config, tmp_path / "run", World(CPU)) as run:
         step, batches, _ = profiler.prepare(run, build, 4)
     step.module.mae.decoder.pred.register_forward_hook(lambda _m, _i, out: slow_layer_norm(out))
