@@ -309,6 +309,9 @@ class FinetuneConfig(TrainConfig):
     beta2: BelowOne = Field(0.999, description="Second momentum of AdamW.")
     layer_decay: Area = Field(0.65, description="Learning rate of a block / of the next one.")
     drop_path: BelowOne = Field(0.1, description="Largest drop rate of stochastic depth.")
+    patch_drop: BelowOne = Field(
+        0.0, description="Fraction of the patches that a training step leaves out."
+    )
     mixup: NonNegative = Field(0.0, description="Alpha of mixup; 0 = off (MAE's recipe: 0.8).")
     cutmix: NonNegative = Field(0.0, description="Alpha of cutmix; 0 = off (MAE's recipe: 1.0).")
     label_smoothing: BelowOne = Field(0.1, description="Label smoothing.")

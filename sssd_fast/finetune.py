@@ -46,9 +46,8 @@ class FinetuneTask:
         self.num_classes = len(index.classes)
         require_classes(index)
         torch.manual_seed(config.seed)
-        self.module = Classifier(
-            config.model, self.num_classes, self.settings.pool, self.settings.drop_path
-        )
+        s = self.settings
+        self.module = Classifier(config.model, self.num_classes, s.pool, s.drop_path, s.patch_drop)
         self.module.to(run.world.device)
         counts = np.bincount(
             [index.records[i].label for i in split.train], minlength=self.num_classes

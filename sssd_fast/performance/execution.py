@@ -264,7 +264,8 @@ def attention_choices(
     device; (0, 0) = ask the device.
     """
     mae = model if isinstance(model, Classifier) else model.mae
-    tokens = [mae.encoder.num_prefix + mae.config.num_patches]
+    kept = model.kept if isinstance(model, Classifier) else mae.config.num_patches
+    tokens = [mae.encoder.num_prefix + kept]
     if isinstance(model, SSSD):
         tokens.insert(0, mae.encoder.num_prefix + mae.config.num_visible)
     choices = []

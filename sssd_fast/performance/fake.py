@@ -36,7 +36,8 @@ class DirectDevice(TorchDispatchMode):
 def make_model(config: Config, task: str, classes: int) -> SSSD | Classifier:
     if task == "pretrain":
         return SSSD(config.model, config.objective)
-    return Classifier(config.model, classes, config.finetune.pool, config.finetune.drop_path)
+    s = config.finetune
+    return Classifier(config.model, classes, s.pool, s.drop_path, s.patch_drop)
 
 
 def random_inputs(config: Config, task: str, images: int, device: torch.device) -> list[Tensor]:
