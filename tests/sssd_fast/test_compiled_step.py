@@ -85,12 +85,12 @@ def test_compiled_pretraining_agrees_and_exchanges_checkpoints(
 
 
 FINETUNE = ["finetune.mixup=0.8", "finetune.random_erasing=0.5", "finetune.drop_path=0.3"]
-FINETUNE += ["finetune.max_steps=4", "model.depth=1"]
+FINETUNE += ["finetune.patch_drop=0.5", "finetune.max_steps=4", "model.depth=1"]
 
 
 @pytest.mark.usefixtures("_traced")
 def test_compiled_fine_tuning_draws_the_same_numbers(tiny: list[str], tmp_path: Path) -> None:
-    """Drop path draws inside the compiled graph, mixing and erasing outside."""
+    """Drop path and patch drop draw inside the compiled graph, mixing and erasing outside."""
     losses = [
         _train("finetune", tmp_path / name, *tiny, *FINETUNE, f"step.compile={name}")
         for name in ("false", "true")

@@ -193,6 +193,24 @@ def test_drop_path_is_the_identity_in_evaluation_and_keeps_the_expectation_in_tr
     assert bool((dropped == 0).flatten(1).all(1).eq(~kept).all())  # a whole image at a time
 
 
+def test_patch_drop_reads_random_patches_in_training_and_all_in_evaluation() -> None:
+    model = Classifier(small(image_size=(32, 32), patch_size=8), 2, patch_drop=0.6)
+    randomize(model)
+    used = torch.zeros(16)
+    for _ in range(40):
+        images = torch.randn(3, 1, 32, 32, requires_grad=True)
+        model.train()(images).sum().backward()
+        assert images.grad is not None
+        read_BL = images.grad.abs().unfold(2, 8, 8).unfold(3, 8, 8).sum((1, 4, 5)).flatten(1) > 0
+        assert read_BL.sum(1).tolist() == [7, 7, 7]  # 16 - int(16 * 0.6)
+        used += read_BL.sum(0)
+    assert used.min() >= 27  # expected 52.5 of 120, standard deviation 5.4
+    images = torch.randn(3, 1, 32, 32)
+    whole = Classifier(small(image_size=(32, 32), patch_size=8), 2)
+    whole.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(images), whole.eval()(images))
+
+
 def test_drop_path_grows_linearly_with_depth() -> None:
     model = Classifier(small(image_size=(32, 32), depth=5), 2, drop_path=0.2)
     rates = [block.drop_path for block in model.encoder.blocks]
