@@ -264,7 +264,7 @@ def export(
         print(export_encoder(model, Path(out), format))
         return
     trained = load_trained(model, torch.device("cpu"))
-    print(export_classifier(trained.model, Path(out), format, trained.classes))
+    print(export_classifier(trained.model, Path(out), format, trained.classes, trained.grey_range))
 
 
 @app.command()

@@ -58,13 +58,18 @@ class _LogitsAndScores(nn.Module):
 
 
 def export_classifier(
-    model: Classifier, out: str | Path, format: Literal["torch", "onnx"], classes: Sequence[str]
+    model: Classifier,
+    out: str | Path,
+    format: Literal["torch", "onnx"],
+    classes: Sequence[str],
+    grey_range: tuple[int, int] | None = None,
 ) -> str:
     """Writes `model`; returns what was written and the call that loads it.
 
     Args:
         out: a file with the format's ending (.pt2, .onnx), or a folder for classifier.ENDING.
         classes: stored as `classes.json` in a .pt2, as the metadata "classes" (JSON) in ONNX.
+        grey_range: values of 16-bit images that are 0 and 255 for the model, stored likewise.
 
     Raises DependencyError without the export extra, SssdError if outputs differ by more than
     TOLERANCE (nothing is written).
@@ -85,14 +90,23 @@ def export_classifier(
             module, example = _LogitsAndScores(copy).eval(), (_example(copy, 3),)
             program = torch.export.export(module, example, dynamic_shapes=shapes)
         write = _torch_file if format == "torch" else _onnx_file
-        content, run = write(program, json.dumps(list(classes)))
+        facts = {"classes": json.dumps(list(classes))}
+        if grey_range is not None:
+            facts["grey_range"] = json.dumps(list(grey_range))
+        content, run = write(program, facts)
         difference = _compare(copy, run, path)
     atomic_write_bytes(path, content)
     shape = ", ".join(map(str, _example(copy, 1).shape[1:]))
+    scaled = "" if grey_range is None else f"\n{_scaling(grey_range)}"
+    call = LOADING[format].format(str(path))
     return (
         f"{path}: {len(content) / 1e6:.1f} MB, uint8 [batch, {shape}] -> logits, scores; outputs "
-        f"within {difference:.1e} of the model's\nload it with: {LOADING[format].format(str(path))}"
+        f"within {difference:.1e} of the model's{scaled}\nload it with: {call}"
     )
+
+
+def _scaling(grey_range: Sequence[int]) -> str:
+    return f"scale 16-bit images first: values {grey_range[0]} to {grey_range[1]} become 0 to 255"
 
 
 def _example(model: Classifier, batch: int) -> Tensor:
@@ -101,15 +115,16 @@ def _example(model: Classifier, batch: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded)
 
 
-def _torch_file(program: ExportedProgram, classes: str) -> tuple[bytes, Run]:
+def _torch_file(program: ExportedProgram, facts: dict[str, str]) -> tuple[bytes, Run]:
     file = io.BytesIO()
-    torch.export.save(program, file, extra_files={"classes.json": classes})
+    extra = {f"{name}.json": text for name, text in facts.items()}
+    torch.export.save(program, file, extra_files=extra)
     file.seek(0)
     loaded = torch.export.load(file).module()
     return file.getvalue(), lambda images: loaded(images)
 
 
-def _onnx_file(program: ExportedProgram, classes: str) -> tuple[bytes, Run]:
+def _onnx_file(program: ExportedProgram, facts: dict[str, str]) -> tuple[bytes, Run]:
     try:
         import onnx
         import onnxruntime
@@ -123,7 +138,7 @@ def _onnx_file(program: ExportedProgram, classes: str) -> tuple[bytes, Run]:
     exported = torch.onnx.export(program, dynamo=True, verbose=False, output_names=names)
     assert exported is not None
     proto = exported.model_proto
-    onnx.helper.set_model_props(proto, {"classes": classes})
+    onnx.helper.set_model_props(proto, facts)
     content: bytes = proto.SerializeToString()
     onnx.checker.check_model(content)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -297,6 +312,8 @@ def _model_card(model: Model, facts: dict[str, Any], evaluation: Path) -> str:
             else "whole image, stretched to this size."
         ),
     ]
+    if facts.get("grey_range"):
+        lines.append(f"- {_scaling(facts['grey_range']).capitalize()}.")
     if tuned:
         pooled = "mean of the patch tokens" if model.pool == "mean" else "cls token"
         lines.append(f"- Classes, from the {pooled}: {', '.join(facts['classes'])}.")

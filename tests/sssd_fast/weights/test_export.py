@@ -62,7 +62,7 @@ def by_hand(model: Classifier, images: Tensor) -> Tensor:
 def test_onnx_file_gives_the_models_outputs_for_any_batch(tmp_path: Path, name: str) -> None:
     model = model_of(name)
     path = tmp_path / "classifier.onnx"
-    text = export_classifier(model, tmp_path, "onnx", CLASSES)
+    text = export_classifier(model, tmp_path, "onnx", CLASSES, (100, 1500))
     assert text.startswith(f"{path}: ")
     assert f"onnxruntime.InferenceSession({str(path)!r}).run(None, " + '{"images": images})' in text
     # standard operators only
@@ -71,7 +71,9 @@ def test_onnx_file_gives_the_models_outputs_for_any_batch(tmp_path: Path, name: 
     (taken,) = session.get_inputs()
     assert (taken.name, taken.type) == ("images", "tensor(uint8)")
     assert taken.shape[1:] == [model.encoder.in_channels, 24, 40]
-    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == CLASSES
+    facts = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+    assert facts == {"classes": CLASSES, "grey_range": [100, 1500]}
+    assert "values 100 to 1500 become 0 to 255" in text
     for batch in (1, 2, 7):
         images = images_of(model, batch)
         logits, scores = session.run(["logits", "scores"], {"images": images.numpy()})
@@ -87,16 +89,17 @@ def test_torch_program_runs_without_this_package(tmp_path: Path) -> None:
     models = [model_of(name) for name in CASES]
     for i, model in enumerate(models):
         path = tmp_path / f"{i}.pt2"
-        assert export_classifier(model, path, "torch", CLASSES).startswith(f"{path}: ")
+        assert export_classifier(model, path, "torch", CLASSES, (0, i)).startswith(f"{path}: ")
     saved = [[images_of(model, batch) for batch in (1, 2, 7)] for model in models]
     torch.save(saved, tmp_path / "images.pt")
     script = """
 import json, sys, torch
 outputs = []
 for i, batches in enumerate(torch.load("images.pt")):
-    extra = {"classes.json": ""}
+    extra = {"classes.json": "", "grey_range.json": ""}
     program = torch.export.load(f"{i}.pt2", extra_files=extra).module()
     assert json.loads(extra["classes.json"]) == ["a", "b c", "ü"]
+    assert json.loads(extra["grey_range.json"]) == [0, i]
     outputs.append([program(images) for images in batches])
 assert not {"sssd_fast", "mae_kernels"} & set(sys.modules)
 torch.save(outputs, "outputs.pt")
@@ -156,7 +159,8 @@ def test_huggingface_folder_classifies_like_the_model(
             parameter.add_(0.2 * torch.randn_like(parameter))
     state = {"task": "finetune", "model": model.state_dict(), "config": to_dict(config)}
     path = tmp_path / "run" / "checkpoints" / "step-0000001.pt"
-    save_checkpoint(path, {**state, "classes": ["covid", "a: b"], "pool": pool})
+    state |= {"classes": ["covid", "a: b"], "pool": pool, "grey_range": (0, 4095)}
+    save_checkpoint(path, state)
     evaluation = tmp_path / "run" / "eval" / "test" / "metrics.json"
     evaluation.parent.mkdir(parents=True)
     rates = {"n": 9, "accuracy": 0.75, "sensitivity": None, "specificity": 0.5, "auc": 0.5}
@@ -174,6 +178,7 @@ def test_huggingface_folder_classifies_like_the_model(
     card = (out / "README.md").read_text()
     assert "Test split, 9 images: accuracy 0.750, specificity 0.500, auc 0.500." in card
     assert "covid, a: b" in card
+    assert "values 0 to 4095 become 0 to 255" in card
 
 
 @pytest.mark.timm
