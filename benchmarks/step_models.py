@@ -208,7 +208,7 @@ def reference_losses(
 
 def missing(family: str) -> str | None:
     """Why providers of the family are not available on this machine; None if they are."""
-    needed = ["pydantic"] + ["transformers"] * (family == "transformers")
+    needed = ["pydantic", "omegaconf"] + ["transformers"] * (family == "transformers")
     absent = [name for name in needed if find_spec(name) is None]
     return f"{' and '.join(absent)} not installed" if absent else None
 

@@ -108,15 +108,16 @@ def specialise(launch: Launch) -> Specialised:
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], Any] = {}
     aligned = [["tt.divisibility", 16]]
+    fixed = {p.name for p in launch.kernel.params if p.do_not_specialize}
     for i, (name, value) in enumerate(zip(parameters, launch.args, strict=False)):
         if isinstance(value, Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             attributes[(i,)] = aligned
-        elif value is None or value == 1:
+        elif value is None or (value == 1 and name not in fixed):
             constants[name] = value
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in fixed:
                 attributes[(i,)] = aligned
     signature |= dict.fromkeys(constants, "constexpr")
     return {name: signature[name] for name in parameters}, constants, attributes, options

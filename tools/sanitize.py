@@ -283,6 +283,13 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     if args.action != "check" and args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; `cases --device cpu` runs without one")
+    if args.device == "cuda" and torch.cuda.is_available():
+        refused = {op: why for op, why in mk.info().items() if why and op in args.op}
+        for op, why in refused.items():
+            print(f"skipped: {op}: {why}", flush=True)
+        args.op = [op for op in args.op if op not in refused]
+        if not args.op:
+            return 0
     return ACTIONS[args.action](args)
 
 

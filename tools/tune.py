@@ -187,7 +187,7 @@ def tuned_kernels() -> list[TunedKernel]:
 
     tried = [Candidate(warps=warps) for warps in (1, 2, 4, 8)]
     add("random_masking", "masking", FORWARD, "masking_kernel", tried)
-    shapes = ((8, 64, 4, 1), (8, 128, 4, 2), (8, 128, 8, 1), (16, 64, 4, 1), (16, 128, 4, 2))
+    shapes = ((8, 64, 4, 1), (8, 128, 4, 1), (8, 128, 4, 2), (16, 64, 8, 1), (16, 128, 4, 2))
     tried = [
         Candidate({"TILE": one[:3]}, one[3]) for one in (*shapes, (4, 128, 4, 1), (8, 32, 4, 1))
     ]

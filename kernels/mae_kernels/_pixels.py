@@ -14,13 +14,12 @@ Shapes: B images, C channels, P patch side, K listed patches, V = P*P*C values p
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ._runtime import jit, tl
+from ._runtime import is_eager, jit, tl
 
 # What the public functions take as mean and std: one number for all channels, or one per channel
 Numbers = float | Sequence[float] | None
@@ -48,23 +47,27 @@ def pixel_stats(images: Tensor, mean: Numbers, std: Numbers) -> Tensor | None:
     rows = (means, stds, tuple(1 / (unit * s) for s in stds), shifts)
     device = images.device
     dtype = torch.float64 if device.type == "cpu" else torch.float32
-    plain = type(images) is Tensor and not torch.compiler.is_compiling()
-    if plain and not (images.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return _kept_stats(rows, device, dtype)
-    # in a trace, on fake tensors and in a CUDA graph's capture: fills on the device, which a
-    # compiler joins to one kernel
+    if type(images) is Tensor and not torch.compiler.is_compiling():
+        found = _kept_stats.get(key := (rows, device, dtype))
+        if found is not None:
+            return found
+        if is_eager() and not (images.is_cuda and torch.cuda.is_current_stream_capturing()):
+            # a tensor made in inference mode could not be saved for a backward
+            with torch.inference_mode(False):
+                found = torch.tensor(rows, dtype=dtype, device=device)
+            if len(_kept_stats) < MOST_KEPT:
+                _kept_stats[key] = found
+            return found
+    # in a trace, under a mode, and in the capture of a CUDA graph without an earlier call: fills on
+    # the device, which a compiler joins to one kernel
     fills = [torch.full((1,), x, dtype=dtype, device=device) for row in rows for x in row]
     return torch.cat(fills).view(4, len(means))
 
 
-@functools.lru_cache(maxsize=256)
-def _kept_stats(
-    rows: tuple[tuple[float, ...], ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Copied to the device once per set of numbers: a copy per call would wait for the host."""
-    # a tensor made in inference mode could not be saved for a backward
-    with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=dtype, device=device)
+# Copied to the device once per set of numbers: a copy per call would wait for the host. Never
+# removed: captured CUDA graphs read them.
+MOST_KEPT = 256
+_kept_stats: dict[tuple[object, torch.device, torch.dtype], Tensor] = {}
 
 
 def _per_channel(name: str, value: float | Sequence[float], images: Tensor) -> tuple[float, ...]:

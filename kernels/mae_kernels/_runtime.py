@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import wrap_triton
 
 from ._samples import OPS
@@ -30,13 +31,13 @@ try:
     import triton.language as tl  # type: ignore[no-redef]
 
     HAVE_TRITON = True
-    jit: Callable[[Callable[..., Any]], Any] = triton.jit
+    jit: Callable[..., Any] = triton.jit
 except ImportError:
     HAVE_TRITON = False
     tl = None
 
-    def jit(kernel: Callable[..., Any]) -> Any:
-        return kernel
+    def jit(kernel: Any = None, **options: Any) -> Any:
+        return kernel or jit
 
 
 # TRITON_INTERPRET=1 makes Triton run kernels in Python on CPU tensors: for tests, with the backend
@@ -184,6 +185,17 @@ def as_on_gpu(capability: tuple[int, int]) -> Iterator[None]:
         yield
     finally:
         _recording, _pretending = None, False
+
+
+def is_eager() -> bool:
+    """False if a compiler, a dispatch mode or a transformation sees what the ops do."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
+    )
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:

@@ -122,9 +122,13 @@ class ResidentLoader(Loader):
     def _from_host(self, epoch: int, steps: range) -> Iterator[tuple[Tensor, Crops]]:
         """A thread copies the rows of the next batch into pinned memory while the GPU computes."""
 
+        # pinning makes a context on the thread's device, which is 0 in a new one; -1: no change
+        here = torch.cuda.device(self.device if self.device.type == "cuda" else -1)
+
         def fill(step: int) -> tuple[Crops, Tensor, Ints]:
             crops = self.order.crops(epoch, step)
-            return crops, *self._rows(self._places(crops))
+            with here:
+                return crops, *self._rows(self._places(crops))
 
         with ThreadPoolExecutor(1, thread_name_prefix="stage") as thread:
             coming = thread.submit(fill, steps[0])

@@ -64,6 +64,7 @@ def test_autocast(sample: Sample, cuda: torch.device) -> None:
 
 
 @EACH
+@pytest.mark.unpoisoned
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_compiled(sample: Sample, dtype: torch.dtype, cuda: torch.device) -> None:
     calls.check_compiled(sample, dtype, cuda, BATCH, "inductor")

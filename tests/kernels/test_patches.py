@@ -104,6 +104,8 @@ def test_python_numbers_are_copied_to_the_device_once() -> None:
     assert pixel_stats(images, [0.125], (0.5, 0.25, 2)) is first
     with FakeTensorMode() as mode:
         assert isinstance(pixel_stats(mode.from_tensor(images), 0.125, 0.5), FakeTensor)
+        pixel_stats(images, 0.25, 0.5)  # made under a mode: not kept
+    assert not isinstance(pixel_stats(images, 0.25, 0.5), FakeTensor)
 
 
 @pytest.mark.kernel

@@ -14,6 +14,7 @@ from mae_kernels import (
     masked_reconstruction_loss,
     random_masking,
 )
+from mae_kernels.linear_reconstruction import CHUNKS
 from tests.kernels.calls import assert_equals_reference, run
 
 MEAN, STD = [0.4, 0.5, 0.6, 0.1], [0.2, 0.3, 0.25, 1.5]
@@ -276,6 +277,18 @@ def test_linear_reconstruction_loss_equals_the_head_then_the_loss(with_bias, dev
         return by_hand(pred, images, ids, 8, "patch", dtype=h.dtype)
 
     assert_equals_reference(ours, separate, leaves, atol=2e-6)
+
+
+def test_linear_reconstruction_loss_adds_the_bias_inside_the_products() -> None:
+    """One matrix product per part for the predictions, and two for the gradients."""
+    images, ids = torch.rand(2, 3, 32, 32), torch.arange(16).expand(2, 16)
+    shapes = ((2, 16, 20), (192, 20), (192,))
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    with backend("registered"), torch.autograd.profiler.profile() as profile:
+        linear_reconstruction_loss(*leaves, images, ids, patch_size=8).backward()
+    names = [event.name for event in profile.function_events or ()]
+    counts = {op: names.count(f"aten::{op}") for op in ("addmm", "mm", "bmm")}
+    assert counts == {"addmm": CHUNKS, "mm": 2 * CHUNKS, "bmm": 0}
 
 
 PRED = torch.zeros(2, 3, 48)
