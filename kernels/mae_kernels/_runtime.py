@@ -1,8 +1,9 @@
 """Which implementation of an op runs, and how a kernel is started.
 
-Each op is a functional `torch.library.triton_op` that branches on the device inside its function,
-because that function is what torch.compile traces again, on any device. Its backward is a second
-op. Triton is optional: without it the kernels are plain functions that are never called.
+Each op is a functional `triton_op` that branches on the device inside its function, because that
+function is what torch.compile traces again, on any device. Its backward is a second op. Eager code
+calls the function past torch's dispatcher, which would take longer on the host than a small kernel
+on a GPU. Triton is optional: without it the kernels are plain functions that are never called.
 """
 
 from __future__ import annotations
@@ -192,6 +193,7 @@ def is_eager() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0
@@ -210,29 +212,70 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constan
     else:
         here = not (on.is_cuda and torch.cuda.is_initialized())
         here = here or on.device.index == torch.cuda.current_device()
+        start = kernel if is_eager() else wrap_triton(kernel)
         with nullcontext() if here else torch.cuda.device(on.device):
-            wrap_triton(kernel)[grid](*args, **constants)
+            start[grid](*args, **constants)
 
 
 def triton_op(name: str, *, mutates_args: tuple[str, ...]) -> Callable[..., Any]:
+    """torch.library.triton_op; eager code on plain tensors calls the function itself, with an
+    autograd function made of the formula that `register_autograd` got.
+
+    Compilers, dispatch modes, tensor subclasses, transformations and the profiler get the
+    registered op.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        registered = _registered(name, function, mutates_args)
+        overload = registered._opoverload
+        # without a formula the registered op, whose backward raises
+        with_gradients = [overload]
+
+        def call(*args: Any) -> Any:
+            if not is_eager() or torch._C._autograd._profiler_enabled():
+                return overload(*args)
+            needs_grad = False
+            for x in args:
+                if isinstance(x, Tensor):
+                    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+                        return overload(*args)
+                    needs_grad = needs_grad or x.requires_grad
+            needs_grad = needs_grad and torch.is_grad_enabled()
+            return with_gradients[0](*args) if needs_grad else function(*args)
+
+        def register_autograd(backward: Any, *, setup_context: Any) -> None:
+            registered.register_autograd(backward, setup_context=setup_context)
+
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = function(*args)
+                setup_context(ctx, args, output)
+                return output
+
+            methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+            node: Any = type(name.partition("::")[2], (torch.autograd.Function,), methods)
+            with_gradients[0] = node.apply
+
+        call.register_autograd = register_autograd  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _registered(name: str, function: Callable[..., Any], mutates_args: tuple[str, ...]) -> Any:
     """torch.library.triton_op without its search for kernels in the source of the op.
 
     `launch` hides the kernels from the search, so it finds none. But it imports the compiler, which
     doubles the time of `import torch`, and warns at each op if triton is missing.
     """
-
-    def register(function: Callable[..., Any]) -> Any:
-        module: Any = importlib.import_module("torch._library.triton")
-        search = getattr(module, "get_inner_triton_kernels", None)
-        if search is None:
-            return torch.library.triton_op(name, function, mutates_args=mutates_args)
-        module.get_inner_triton_kernels = lambda _: []
-        try:
-            return torch.library.triton_op(name, function, mutates_args=mutates_args)
-        finally:
-            module.get_inner_triton_kernels = search
-
-    return register
+    module: Any = importlib.import_module("torch._library.triton")
+    search = getattr(module, "get_inner_triton_kernels", None)
+    if search is None:
+        return torch.library.triton_op(name, function, mutates_args=mutates_args)
+    module.get_inner_triton_kernels = lambda _: []
+    try:
+        return torch.library.triton_op(name, function, mutates_args=mutates_args)
+    finally:
+        module.get_inner_triton_kernels = search
 
 
 def constant_in_graphs(function: Function) -> Function:

@@ -1,17 +1,21 @@
 """The registered ops on the CPU: opcheck, gradcheck, one compiled graph.
 
 The public functions use torch's own autograd on the CPU; the backend "registered" makes them call
-the registered op and its own backward.
+the op and its own backward, past the dispatcher as on a GPU.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.testing._internal.two_tensor import TwoTensor
 
 import mae_kernels as mk
 from mae_kernels import Sample
@@ -19,6 +23,7 @@ from tests.kernels import calls
 from tests.kernels.calls import Tensors, made, with_leaves
 
 # the second backward of one graph is tested by calls.check_accuracy
+IDS = torch.arange(4).expand(2, 4)
 DIFFERENTIABLE = pytest.mark.parametrize(
     "sample", [sample for sample in calls.SMALL if sample.gradients], ids=str
 )
@@ -80,3 +85,99 @@ def test_one_compiled_graph_for_every_batch_size(sample: Sample) -> None:
                 if leaves:
                     found[-1] += torch.autograd.grad(out.square().sum(), leaves)
             torch.testing.assert_close(*found)
+
+
+@FIRST
+def test_eager_call_has_the_results_of_the_registered_op(sample: Sample) -> None:
+    tensors, options = made(sample)
+    eager = calls.results(sample, tensors, options)
+    with calls.RecordOps() as recorded:
+        dispatched = calls.results(sample, tensors, options)
+    assert recorded.ops
+    assert all(torch.equal(a, b) for a, b in zip(eager, dispatched, strict=True))
+    with mk.backend("auto"), torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.isfinite(x).all() for x in calls.results(sample, tensors, options))
+
+
+class Subclass(TwoTensor):
+    """A tensor subclass of torch's own tests; records the ops that it gets."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        cls.seen.append(func.name())
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def in_subclass(x: Tensor) -> list[str]:
+    Subclass.seen.clear()
+    losses(Subclass(x, x.clone()))
+    return Subclass.seen
+
+
+def in_profile(x: Tensor) -> list[str]:
+    with torch.autograd.profiler.profile() as profile:
+        losses(x)
+    return [event.name for event in profile.function_events or ()]
+
+
+def in_dispatch_mode(x: Tensor) -> list[str]:
+    with calls.RecordOps() as recorded:
+        losses(x)
+    return [op.name() for op in recorded.ops]
+
+
+def in_fake_mode(x: Tensor) -> list[str]:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, calls.RecordOps() as recorded:
+        assert isinstance(losses(mode.from_tensor(x)), FakeTensor)
+    return [op.name() for op in recorded.ops]
+
+
+def in_graph(module: torch.fx.GraphModule) -> list[str]:
+    return [
+        str(node.target).removesuffix(".default").replace(".", "::") for node in module.graph.nodes
+    ]
+
+
+def in_make_fx(x: Tensor) -> list[str]:
+    return in_graph(make_fx(losses)(x))
+
+
+def in_pre_dispatch(x: Tensor) -> list[str]:
+    return in_graph(make_fx(losses, pre_dispatch=True)(x))
+
+
+def in_export(x: Tensor) -> list[str]:
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return losses(x)
+
+    return in_graph(torch.export.export(Module(), (x,)).graph_module)
+
+
+def losses(x: Tensor) -> Tensor:
+    return mk.attention(x).square().sum()
+
+
+WAYS = [in_subclass, in_profile, in_dispatch_mode, in_fake_mode]
+
+
+@pytest.mark.parametrize("way", [*WAYS, in_make_fx, in_pre_dispatch, in_export])
+def test_registered_op_is_what_tools_of_torch_see(way: Callable[[Tensor], list[str]]) -> None:
+    assert "mae_kernels::attention" in way(torch.randn(2, 5, 3, 2, 16))
+
+
+def test_eager_call_refuses_what_the_registered_op_refuses() -> None:
+    """A second derivative and torch.func; torch.library has no formula for them."""
+    pred, images = torch.randn(2, 4, 16, requires_grad=True), torch.rand(2, 1, 8, 8)
+
+    def loss(pred: Tensor) -> Tensor:
+        return mk.masked_reconstruction_loss(pred, images, patch_size=4, ids=IDS)
+
+    assert "defaultBackward" not in str(loss(pred).grad_fn)  # of torch.library
+    first = torch.autograd.grad(loss(pred), pred, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        first.sum().backward()
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(loss)(pred.detach())
