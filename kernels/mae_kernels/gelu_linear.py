@@ -73,15 +73,25 @@ def _hidden(x_NF: Tensor, bias_F: Tensor | None) -> Tensor:
 
 # ---- kernels ----
 @jit
-def _normal(h):
+def _normal(h, EXACT: tl.constexpr):
     """Standard normal distribution and density at h, fp32.
 
-    A finite h gives no NaN: pdf is 0 long before h overflows.
+    A finite h gives no NaN: pdf is 0 long before h overflows. Without EXACT the relative error of
+    cdf is at most 6e-6, a hundredth of a rounding to half precision.
     """
-    cdf = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
     # exp2 with log2(e) / 2 in the factor: exp takes four instructions more
-    pdf = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * h * h)
-    return cdf, pdf
+    bell = tl.exp2(-0.7213475204444817 * h * h)
+    if EXACT:
+        cdf = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
+    else:
+        # Form of Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 7.1.26: a
+        # polynomial times the exponential that pdf needs anyway. They bound the absolute error;
+        # these numbers are a least squares fit of the relative one, for |h| up to 14
+        t = 1.0 / (1.0 + 0.3111269837220809 * tl.abs(h))
+        tail = (-0.0730556649 * t + 0.1753342766) * t + 0.0203571292
+        tail = (((tail * t + 0.1317971660) * t + 0.1212839427) * t + 0.1242805669) * t * bell
+        cdf = tl.where(h < 0, tail, 1.0 - tail)
+    return cdf, 0.3989422804014327 * bell
 
 
 @jit
@@ -95,7 +105,7 @@ def _gelu_kernel(
     h = tl.load(X + (row[:, None] * stride_n + col[None, :]), mask=wanted, other=0.0).to(tl.float32)
     if HAS_BIAS:
         h += tl.load(BIAS + col, mask=col < F, other=0.0).to(tl.float32)[None, :]
-    cdf, _ = _normal(h)
+    cdf, _ = _normal(h, X.dtype.element_ty == tl.float32)
     tl.store(G + (row[:, None] * F + col[None, :]), (h * cdf).to(G.dtype.element_ty), mask=wanted)
 
 
@@ -121,7 +131,7 @@ def _gelu_backward_kernel(
         dg = tl.load(DG + at, mask=wanted, other=0.0).to(tl.float32)
         if HAS_BIAS:
             h += bias[None, :]
-        cdf, pdf = _normal(h)
+        cdf, pdf = _normal(h, X.dtype.element_ty == tl.float32)
         dh = dg * (cdf + h * pdf)
         tl.store(DH + at, dh.to(DH.dtype.element_ty), mask=wanted)
         if WRITE_G:
