@@ -4,7 +4,9 @@ VENV_PYTHON := .venv/bin/python
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 SLOW ?=
-MINUTES ?= 9
+MINUTES ?=
+CALL ?=
+WHEELS ?=
 BENCH_ARGS ?=
 SANITIZE_ARGS ?=
 STAGES ?=
@@ -62,8 +64,8 @@ bench-cpu: setup ## time the CPU hot paths and compare with the previous run (.b
 	$(VENV_PYTHON) -m pytest tests/benchmarks/test_hot_paths.py -q -p no:xdist --benchmark-only --benchmark-autosave \
 	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) $(PYTEST_ARGS)
 
-gpu: ## GPU tests, compute-sanitizer, benchmarks and tuning within MINUTES (9), results in OUT (runs/gpu); installs nothing
-	OUT="$(OUT)" MINUTES="$(MINUTES)" PYTHON="$(PYTHON)" benchmarks/gpu.sh $(STAGES)
+gpu: ## what needs a GPU, in 8 minutes (CALL=2: reruns, tuning and counters in 4), results in OUT (runs/gpu); installs nothing
+	OUT="$(OUT)" MINUTES="$(MINUTES)" PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" benchmarks/gpu.sh $(or $(STAGES),$(CALL))
 
 test-gpu: ## run the tests marked gpu with the torch of PYTHON (python3 if not given); installs nothing
 	$(if $(PYTHON),"$(PYTHON)",python3) -m pytest -q -m gpu $(PYTEST_ARGS)
@@ -72,7 +74,7 @@ sanitize-gpu: ## every kernel at small shapes under compute-sanitizer (of the CU
 	$(if $(PYTHON),"$(PYTHON)",python3) tools/sanitize.py $(SANITIZE_ARGS)
 
 bench-gpu: ## run all benchmarks on the GPU within MINUTES (9); every row is saved at once; installs nothing
-	PYTHONPATH=.:kernels $(if $(PYTHON),"$(PYTHON)",python3) -m benchmarks all --device cuda --minutes $(MINUTES) $(BENCH_ARGS)
+	PYTHONPATH=.:kernels $(if $(PYTHON),"$(PYTHON)",python3) -m benchmarks all --device cuda --minutes $(or $(MINUTES),9) $(BENCH_ARGS)
 
 constraints: ## for maintainers: resolve constraints.txt again (needs uv)
 	@tmp=$$(mktemp -d) && trap 'rm -r "$$tmp"' EXIT && \
