@@ -443,7 +443,7 @@ def _folder(out: Path, start: Start) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix=".dry-run-", dir=out.absolute().parent))
     try:
         yield place / "run"
-        _log(f"dry run: all stages worked for two steps; nothing was kept ({out} is untouched)")
+        _log(f"dry run: all stages worked for two steps; their files are deleted, not {out}")
     finally:
         shutil.rmtree(place)
 

@@ -7,7 +7,6 @@ cols patches, S = P * P pixels of a patch, N = prefix + L tokens. Images are uin
 from __future__ import annotations
 
 import io
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
@@ -219,9 +218,9 @@ def curves(records: Sequence[Mapping[str, Any]], *, path: Path) -> Path | None:
             if len(points):
                 marker = "o" if len(points) < 25 else None
                 axes.plot(*points.T, color=color, lw=1.4, label=label, marker=marker, ms=3)
-        # ranks of a collapsed distillation, 1 to 2, are readable on a linear scale only
-        least = {"distillation": 0.0, "effective": 10.0}.get(title.partition(" ")[0], math.inf)
-        if axes.dataLim.ymax > least:
+        # less than a decade has no readable labels on a logarithmic scale
+        wide = axes.dataLim.ymax > 10 * axes.dataLim.ymin
+        if wide and title.partition(" ")[0] in ("distillation", "effective"):
             axes.set_yscale("log", nonpositive="mask")
         if title.startswith("use"):
             axes.set_ylim(-0.02, 1.02)

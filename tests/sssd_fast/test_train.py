@@ -262,7 +262,7 @@ def test_dry_run_trains_two_steps_and_keeps_nothing(
         text = capsys.readouterr().out
         assert "dry run:" in text
         assert "2/2" in text
-        assert "nothing was kept" in text
+        assert "their files are deleted" in text
         if task == "pretrain":
             # it would name a deleted file
             assert "report:" not in text
