@@ -114,8 +114,7 @@ def _is_local(host: str) -> bool:
 @pytest.fixture(autouse=True)
 def _poison_ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In tests of the ops, torch.empty and similar return NaN or the largest integer, which shows
-    unwritten memory. Not if marked `unpoisoned`: AOTAutograd cannot trace the fills, and Dynamo
-    knows the real functions only if they were in place when it first compiled.
+    unwritten memory. Not if marked `unpoisoned`: AOTAutograd cannot trace the fills.
     """
     if REPOSITORY / "tests" / "kernels" not in request.path.parents:
         return

@@ -27,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: uninitialised memory stays as it is")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _dynamo_lists_the_real_functions() -> None:
+    """Dynamo lists torch's functions once; later it could not trace a poisoned torch.empty."""
+    from torch._dynamo.trace_rules import get_torch_obj_rule_map
+
+    get_torch_obj_rule_map()
+
+
 @pytest.fixture(autouse=True)
 def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """References in fp32 are to be fp32 on a GPU, where convolutions round to TF32 by default."""

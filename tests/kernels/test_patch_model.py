@@ -260,7 +260,6 @@ def test_save_pretrained_does_not_see_the_patch(tmp_path: Path) -> None:
     assert_equal(list(loaded.state_dict().values()), list(model.state_dict().values()))
 
 
-@pytest.mark.unpoisoned
 @pytest.mark.parametrize(
     ("host", "options"), [("mae", {"depth": 1, "decoder_depth": 1}), ("transformers", HF_SHALLOW)]
 )

@@ -145,7 +145,7 @@ def test_curves_draw_the_recorded_values(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
     train = [
-        {"kind": "train", "epoch": s / 10, "loss_reconstruction": 1 / s, "loss_distillation": 5.0}
+        {"kind": "train", "epoch": s / 10, "loss_reconstruction": 1 / s, "loss_distillation": 5 / s}
         for s in range(1, 41)
     ]
     train[4]["loss_reconstruction"] = None
