@@ -53,7 +53,7 @@ _TAGS = """
     PixelPaddingValue PixelPaddingRangeLimit BurnedInAnnotation RescaleSlope RescaleIntercept
     RescaleType WindowCenter WindowWidth VOILUTFunction ModalityLUTSequence PixelData
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence ExtendedOffsetTable
-    ExtendedOffsetTableLengths
+    ExtendedOffsetTableLengths PixelPresentation
 """
 _CT = {
     "1.2.840.10008.5.1.4.1.1.2",  # CT Image Storage
@@ -108,7 +108,8 @@ def read_frames(path: Path, window: Window, *, certain: bool = True) -> list[Fra
     try:
         with _problems():
             ds = _read(path, pixels=False)
-            if not certain and ("Rows" not in ds or "Columns" not in ds):
+            sized = "Rows" in ds and "Columns" in ds
+            if not certain and not sized and _standard_name(ds.get("SOPClassUID")) == _UNKNOWN:
                 return []
             _refuse(ds, window)
             return [_frame(ds, path, i) for i in range(int(ds.get("NumberOfFrames") or 1))]
@@ -186,6 +187,8 @@ def _refuse(ds: Any, window: Window) -> None:
     kind = str(ds.get("PhotometricInterpretation") or "MONOCHROME2")
     if int(ds.get("SamplesPerPixel") or 1) != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise Unusable("colour", damaged=False)
+    if "COLOR" in str(ds.get("PixelPresentation")).upper():  # C.8.16.2.1.1.1: a perfusion map
+        raise Unusable("values for a colour map, not Hounsfield units", damaged=False)
 
     # 2. sizes
     rows, columns, count = int(ds.Rows), int(ds.Columns), int(ds.get("NumberOfFrames") or 1)

@@ -182,6 +182,9 @@ def _fit(
 ) -> tuple[Tensor | None, str]:
     """(tensor in the model's size, what was done), or (None, reason)."""
     how = []
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        return None, f"{kind} values; quantised weights have to be converted to float first"
     if tensor.dtype not in (torch.float32, torch.float64):
         how.append(f"from {str(tensor.dtype).removeprefix('torch.')}")
         tensor = tensor.float()

@@ -281,6 +281,7 @@ def test_files_that_are_not_ct_slices_are_named_with_the_reason(source: Path):
             "SOPClassUID": storage + "88.11",
         },
         "rgb": {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"},
+        "perfusion": {"PixelPresentation": "COLOR"},
         "cut": {},
         "empty": {"PixelData": None},
     }
@@ -288,6 +289,7 @@ def test_files_that_are_not_ct_slices_are_named_with_the_reason(source: Path):
         write_slice(folder / name, noise(i), series=2, z=i, number=11 + i, **tags)
     (folder / "cut").write_bytes((folder / "cut").read_bytes()[:-30])
     (folder / "copy").write_bytes(whole)
+    (folder / "bare report").write_bytes((folder / "report").read_bytes()[132:])  # no preamble
     (folder / "header.dcm").write_bytes(whole[:400])
     (folder / ".hidden").write_bytes(whole)
     (folder / "zero.nii").touch()
@@ -311,7 +313,9 @@ def test_files_that_are_not_ct_slices_are_named_with_the_reason(source: Path):
         "scout": "localizer",
         "seg": "not an image: Segmentation Storage",
         "report": "not an image: Basic Text SR Storage",
+        "bare report": "not an image: Basic Text SR Storage",
         "rgb": "colour",
+        "perfusion": "values for a colour map, not Hounsfield units",
         "IM00": "copy of another slice",  # the copy whose name comes first is kept
     }
     assert excluded.pop("jpeg").startswith("compressed (JPEG Lossless, Non-Hierarchical")

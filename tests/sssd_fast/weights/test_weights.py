@@ -505,6 +505,14 @@ def test_half_precision_weights_load_as_float32(tmp_path: Path) -> None:
     assert {row.how for row in report.rows("converted")} == {"from bfloat16"}
 
 
+def test_quantised_weights_are_not_taken_for_numbers(tmp_path: Path) -> None:
+    state = timm(mae())
+    state["norm.weight"] = state["norm.weight"].to(torch.int8)
+    save_file(state, tmp_path / "int8.safetensors")
+    with pytest.raises(WeightsError, match="int8 values; quantised weights"):
+        load_into(mae(), tmp_path / "int8.safetensors")
+
+
 class Evil:
     def __init__(self, function: Callable[..., object], *arguments: str) -> None:
         self.call = function, arguments
