@@ -18,7 +18,7 @@ export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$out/cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$out/cache/inductor}
 
-# Packages from wheels that were brought along, before the machine's own. Wheels are archives.
+# Extra packages from WHEELS, found before those of the machine. Wheels are zip archives.
 if [ -n "${WHEELS:-}" ]; then
   for wheel in "$WHEELS"/*.whl; do
     "$python" -m zipfile -e "$wheel" "$out/packages" || exit 2
