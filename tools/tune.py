@@ -163,7 +163,7 @@ def tuned_kernels() -> list[TunedKernel]:
     add(op, losses, FORWARD, forward, tried)
     add(op, losses, BOTH, backward, [Candidate(warps=warps) for warps in (4, 8, 16)])
 
-    tried = [_merged(*one) for one in ((2, 4), (4, 4), (2, 8), (4, 8), (8, 8), (4, 16), (8, 16))]
+    tried = [_merged(*one) for one in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 8))]
     add("sssd_loss", losses, FORWARD, forward, tried)
     add("sssd_loss", losses, BOTH, backward, tried)
 
@@ -210,9 +210,9 @@ def _tile(block: int | None, rows: int, warps: int, programs: int | None = None)
 
 
 def _merged(rows: int, warps: int) -> Candidate:
-    """The kernels of sssd_loss get the constants of both losses."""
-    own = {"num_warps": warps, "ROWS": rows}
-    return Candidate({"_constants": lambda pixels, logits: {**pixels, **logits, **own}})
+    """The warps of the kernels of sssd_loss are the larger number of both losses'."""
+    own: dict[str, Any] = {"rows_per_program": lambda device, width: (rows, warps)}
+    return Candidate(own | {"_warps": lambda width, shared: warps})
 
 
 def _attention() -> Iterator[TunedKernel]:

@@ -22,7 +22,6 @@ from ._pixels import kernel_stats, scale_pixels
 from ._runtime import MAX_TILE_WIDTH, jit, launch, next_power_of_2, tl
 
 NORM_CODES = {"none": 0, "patch": 1, "channel": 2, "channel_std": 3}
-MAX_NORM_CHANNELS = 16
 
 
 class Target(NamedTuple):
@@ -54,20 +53,27 @@ class Logits(NamedTuple):
 def masked_difference(
     PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
     pred_stride_m, stride_b, stride_c, stride_h, stride_w, C: tl.constexpr, P: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, NORM: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, NORM: tl.constexpr, HAS_MASK: tl.constexpr,
     WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
-    """pred - target of some rows, fp32 [ROWS, BLOCK_P, BLOCK_W]; zeros for visible patches and
-    beyond the ends.
+    """pred - target of some rows, fp32 [ROWS, BLOCK_P, BLOCK_P, BLOCK_C]; zeros for visible patches
+    and beyond the ends.
 
-    A patch is P lines of P*C values: what a value of a line is (channel, column) is worked out once
-    for all lines and rows. SELECT holds patch ids, or with HAS_MASK the mask. NORM: 0 none, 1
-    patch, 2 channel, 3 channel with EPS added to the deviation. WIDE: a patch spans 2^31 elements.
+    Pixels of several channels are read as [channel, line, column], where a line of a plane is one
+    access of up to 16 bytes, and turned into pred's order (line, column, channel) after the
+    normalisation. SELECT holds patch ids, or with HAS_MASK the mask. NORM: 0 none, 1 patch, 2
+    channel, 3 channel with EPS added to the deviation. WIDE: a patch spans 2^31 elements.
     """
-    PADDED: tl.constexpr = BLOCK_P != P or BLOCK_W != P * C
-    line, place = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
-    channel = place % C
-    real = ((line < P)[:, None] & (place < P * C)[None, :])[None, :, :]
+    PADDED: tl.constexpr = BLOCK_P != P or BLOCK_C != C
+    PLANES: tl.constexpr = C > 1
+    side, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    if PLANES:
+        channel = channel[:, None, None]
+        line, col = side[None, :, None], side[None, None, :]
+    else:
+        channel = channel[None, None, :]
+        line, col = side[:, None, None], side[None, :, None]
+    real = ((channel < C) & (line < P) & (col < P))[None, :, :, :]
     chosen = row < num_rows
     image, place_of_row = row // listed, row % listed
     if HAS_MASK:
@@ -81,81 +87,138 @@ def masked_difference(
     corner = image.to(tl.int64) * stride_b + (patch // grid_cols * P).to(tl.int64) * stride_h
     corner += (patch % grid_cols * P).to(tl.int64) * stride_w
     if WIDE:
-        line_at = line.to(tl.int64) * stride_h
-        place_at = channel.to(tl.int64) * stride_c + (place // C).to(tl.int64) * stride_w
+        inside = channel.to(tl.int64) * stride_c + line.to(tl.int64) * stride_h
+        inside += col.to(tl.int64) * stride_w
     else:
-        line_at = line * stride_h
-        place_at = channel * stride_c + place // C * stride_w
-    pointers = (IMAGES + corner)[:, None, None] + (line_at[:, None] + place_at[None, :])[None, :, :]
-    x = tl.load(pointers, mask=(chosen & in_range)[:, None, None] & real, other=0)
-    x = scale_pixels(x, STATS, channel[None, None, :], C, HAS_STATS)
+        inside = channel * stride_c + line * stride_h + col * stride_w
+    pointers = (IMAGES + corner)[:, None, None, None] + inside[None, :, :, :]
+    x = tl.load(pointers, mask=(chosen & in_range)[:, None, None, None] & real, other=0)
+    x = scale_pixels(x, STATS, channel[None, :, :, :], C, HAS_STATS)
     if PADDED:
         x = tl.where(real, x, 0.0)
     # by row: the gradient and loss of a visible patch are exactly 0, those of an id out of range
     # NaN
-    keep = tl.where(chosen, tl.where(in_range, 1.0, float("nan")), 0.0)
+    keep = tl.where(chosen, tl.where(in_range, 1.0, float("nan")), 0.0)[:, None, None, None]
     if NORM == 0:
-        x = tl.where(chosen[:, None, None], x, 0.0) + (keep - keep)[:, None, None]
+        x = tl.where(chosen[:, None, None, None], x, 0.0) + (keep - keep)
     if NORM == 1:
-        x = x - (sum_patch(x) / (P * P * C))[:, None, None]
+        x = x - sum_patch(x)[:, None, None, None] / (P * P * C)
         if PADDED:
             x = tl.where(real, x, 0.0)
-        x = x * (keep / tl.sqrt(sum_patch(x * x) / (P * P * C - 1) + EPS))[:, None, None]
+        variance = sum_patch(x * x)[:, None, None, None] / (P * P * C - 1)
+        x = x * (keep / tl.sqrt(variance + EPS))
     if NORM >= 2:
-        for c in tl.static_range(C):
-            own = real & (channel == c)[None, None, :]
-            x = tl.where(own, x - (sum_patch(tl.where(own, x, 0.0)) / (P * P))[:, None, None], x)
-            variance = sum_patch(tl.where(own, x * x, 0.0)) / (P * P - 1)
-            deviation = tl.sqrt(variance + EPS) if NORM == 2 else tl.sqrt(variance) + EPS
-            x = tl.where(own, x * (keep / deviation)[:, None, None], x)
+        x = x - sum_channel(x, PLANES) / (P * P)
+        if PADDED:
+            x = tl.where(real, x, 0.0)
+        variance = sum_channel(x * x, PLANES) / (P * P - 1)
+        deviation = tl.sqrt(variance + EPS) if NORM == 2 else tl.sqrt(variance) + EPS
+        x = x * (keep / deviation)
+    if PLANES:
+        x = tl.permute(x, (0, 2, 3, 1))
+    place, wanted = place_in_patch(C, P, BLOCK_C, BLOCK_P)
     at = image.to(tl.int64) * pred_stride_b + place_of_row.to(tl.int64) * pred_stride_m
-    inside = line[:, None] * (P * C) + place[None, :]
-    pointers = (PRED + at)[:, None, None] + inside[None, :, :]
-    pred = tl.load(pointers, mask=chosen[:, None, None] & real, other=0.0)
+    pointers = (PRED + at)[:, None, None, None] + place
+    pred = tl.load(pointers, mask=chosen[:, None, None, None] & wanted, other=0.0)
     return pred.to(tl.float32) - x
 
 
 @jit
+def place_in_patch(C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Where in a patch the values [1, line, column, channel] are, and which exist."""
+    line = tl.arange(0, BLOCK_P)[:, None, None]
+    col = tl.arange(0, BLOCK_P)[None, :, None]
+    channel = tl.arange(0, BLOCK_C)[None, None, :]
+    place = line * (P * C) + col * C + channel
+    return place[None, :, :, :], ((line < P) & (col < P) & (channel < C))[None, :, :, :]
+
+
+@jit
 def sum_patch(x):
-    """[ROWS]: the sum of each row of [ROWS, BLOCK_P, BLOCK_W]."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] * x.shape[2]]), 1)
+    """[ROWS]: the sum of each row of a tensor with four dimensions."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] * x.shape[2] * x.shape[3]]), 1)
+
+
+@jit
+def sum_channel(x, PLANES: tl.constexpr):
+    """[ROWS, BLOCK_C, 1, 1]: the sum of each channel of [ROWS, BLOCK_C, BLOCK_P, BLOCK_P]; without
+    PLANES there is one channel.
+    """
+    if PLANES:
+        flat = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]])
+        return tl.sum(flat, 2)[:, :, None, None]
+    else:
+        return sum_patch(x)[:, None, None, None]
 
 
 @jit
 def store_gradient(
-    DPRED, d, row, num_rows, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    DPRED, d, row, num_rows, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Rows of [ROWS, BLOCK_P, BLOCK_W] to the contiguous DPRED [B,M,V]."""
-    line, place = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
-    real = (line < P)[:, None] & (place < P * C)[None, :]
-    inside = line[:, None] * (P * C) + place[None, :]
-    pointers = (DPRED + row.to(tl.int64) * (P * P * C))[:, None, None] + inside[None, :, :]
-    wanted = (row < num_rows)[:, None, None] & real[None, :, :]
+    """Rows of [ROWS, BLOCK_P, BLOCK_P, BLOCK_C] to the contiguous DPRED [B,M,V]."""
+    place, wanted = place_in_patch(C, P, BLOCK_C, BLOCK_P)
+    pointers = (DPRED + row.to(tl.int64) * (P * P * C))[:, None, None, None] + place
+    wanted = (row < num_rows)[:, None, None, None] & wanted
     tl.store(pointers, d.to(DPRED.dtype.element_ty), mask=wanted)
 
 
 # ---- logits ----
 @jit
-def softmax_pair(
-    STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_CENTER: tl.constexpr, TAU_S: tl.constexpr, TAU_T: tl.constexpr,
+def load_logits(
+    STUDENT, TEACHER, CENTER, row, first, stride_s, stride_t, K: tl.constexpr,
+    BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, TAU_S: tl.constexpr, TAU_T: tl.constexpr,
 ):  # fmt: skip
-    """Raw teacher logits, P, -log Q (0 beyond K) and the loss of one row, in fp32."""
-    col = tl.arange(0, BLOCK_K)
+    """BLOCK_K logits of a row from `first`: the teacher's raw, the teacher's as they enter softmax,
+    the student's; fp32, -inf beyond K for the last two.
+    """
+    col = first + tl.arange(0, BLOCK_K)
     inside = col < K
     t = tl.load(TEACHER + row * stride_t + col, mask=inside, other=0.0).to(tl.float32)
     z = t
     if HAS_CENTER:
         z = t - tl.load(CENTER + col, mask=inside, other=0.0).to(tl.float32)
-    z = tl.where(inside, z / TAU_T, float("-inf"))
-    p = tl.exp(z - tl.max(z, 0))
-    p = p / tl.sum(p, 0)
     s = tl.load(STUDENT + row * stride_s + col, mask=inside, other=0.0).to(tl.float32)
-    s = tl.where(inside, s / TAU_S, float("-inf"))
-    s = s - tl.max(s, 0)
-    minus_log_q = tl.where(inside, tl.log(tl.sum(tl.exp(s), 0)) - s, 0.0)
-    return t, p, minus_log_q, tl.sum(p * minus_log_q, 0)
+    minus_inf = float("-inf")
+    return t, tl.where(inside, z / TAU_T, minus_inf), tl.where(inside, s / TAU_S, minus_inf)
+
+
+@jit
+def softmax_statistics(
+    STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_CENTER: tl.constexpr, TAU_S: tl.constexpr, TAU_T: tl.constexpr,
+):  # fmt: skip
+    """Of one row: the teacher's largest logit and its sum of exponentials relative to it, and the
+    log-sum-exp of the student.
+    """
+    # finite: -inf - -inf would be NaN
+    max_t, max_s = tl.full([], -3.0e38, tl.float32), tl.full([], -3.0e38, tl.float32)
+    sum_t, sum_s = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
+    for first in range(0, K, BLOCK_K):
+        _, z, s = load_logits(
+            STUDENT, TEACHER, CENTER, row, first, stride_s, stride_t, K, BLOCK_K, HAS_CENTER, TAU_S,
+            TAU_T,
+        )  # fmt: skip
+        before_t, before_s = max_t, max_s
+        max_t, max_s = tl.maximum(max_t, tl.max(z, 0)), tl.maximum(max_s, tl.max(s, 0))
+        sum_t = sum_t * tl.exp(before_t - max_t) + tl.sum(tl.exp(z - max_t), 0)
+        sum_s = sum_s * tl.exp(before_s - max_s) + tl.sum(tl.exp(s - max_s), 0)
+    return max_t, sum_t, max_s, tl.log(sum_s)
+
+
+@jit
+def softmax_pair(
+    STUDENT, TEACHER, CENTER, row, first, stride_s, stride_t, max_t, sum_t, max_s, log_sum_s,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, TAU_S: tl.constexpr,
+    TAU_T: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_K values of a row from `first`: raw teacher logits, P and -log Q; 0 beyond K."""
+    t, z, s = load_logits(
+        STUDENT, TEACHER, CENTER, row, first, stride_s, stride_t, K, BLOCK_K, HAS_CENTER, TAU_S,
+        TAU_T,
+    )  # fmt: skip
+    inside = first + tl.arange(0, BLOCK_K) < K
+    return t, tl.exp(z - max_t) / sum_t, tl.where(inside, log_sum_s - (s - max_s), 0.0)
 
 
 @jit
@@ -167,19 +230,25 @@ def distillation_group(
     """The losses of a group of rows, and the sum of their P (LOGIT: teacher logits) as the group's
     partial centre.
     """
-    col = tl.arange(0, BLOCK_K)
-    total = tl.zeros([BLOCK_K], tl.float32)
-    first = group.to(tl.int64) * group_rows
-    for row in range(first, tl.minimum(first + group_rows, num_rows)):
-        t, p, _, loss = softmax_pair(
+    begin = group.to(tl.int64) * group_rows
+    for row in range(begin, tl.minimum(begin + group_rows, num_rows)):
+        max_t, sum_t, max_s, log_sum_s = softmax_statistics(
             STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K, BLOCK_K, HAS_CENTER, TAU_S, TAU_T
         )
+        loss = tl.full([], 0.0, tl.float32)
+        for first in range(0, K, BLOCK_K):
+            t, p, minus_log_q = softmax_pair(
+                STUDENT, TEACHER, CENTER, row, first, stride_s, stride_t, max_t, sum_t, max_s,
+                log_sum_s, K, BLOCK_K, HAS_CENTER, TAU_S, TAU_T,
+            )  # fmt: skip
+            loss += tl.sum(p * minus_log_q, 0)
+            col = first + tl.arange(0, BLOCK_K)
+            at = PARTIAL + group.to(tl.int64) * K + col
+            total = tl.load(at, mask=(col < K) & (row > begin), other=0.0)
+            tl.store(at, total + (t if LOGIT else p), mask=col < K)
         tl.store(LOSSES + row, loss)
-        if LOGIT:
-            total += t
-        else:
-            total += p
-    tl.store(PARTIAL + group.to(tl.int64) * K + col, total, mask=col < K)
+        # the next row reads PARTIAL, perhaps in other threads
+        tl.debug_barrier()
 
 
 @jit
@@ -191,16 +260,29 @@ def distillation_gradient_row(
     """d student = factor (Q - P) / student_temp, d teacher = factor P (-log Q - loss) /
     teacher_temp.
     """
-    _, p, minus_log_q, loss = softmax_pair(
+    max_t, sum_t, max_s, log_sum_s = softmax_statistics(
         STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K, BLOCK_K, HAS_CENTER, TAU_S, TAU_T
     )
-    col = tl.arange(0, BLOCK_K)
-    at = row * K + col
-    ds = (tl.exp(-minus_log_q) - p) * (factor / TAU_S)
-    tl.store(DSTUDENT + at, ds.to(DSTUDENT.dtype.element_ty), mask=col < K)
+    loss = tl.full([], 0.0, tl.float32)
     if NEEDS_TEACHER:
-        dt = p * (minus_log_q - loss) * (factor / TAU_T)
-        tl.store(DTEACHER + at, dt.to(DTEACHER.dtype.element_ty), mask=col < K)
+        for first in range(0, K, BLOCK_K):
+            _, p, minus_log_q = softmax_pair(
+                STUDENT, TEACHER, CENTER, row, first, stride_s, stride_t, max_t, sum_t, max_s,
+                log_sum_s, K, BLOCK_K, HAS_CENTER, TAU_S, TAU_T,
+            )  # fmt: skip
+            loss += tl.sum(p * minus_log_q, 0)
+    for first in range(0, K, BLOCK_K):
+        _, p, minus_log_q = softmax_pair(
+            STUDENT, TEACHER, CENTER, row, first, stride_s, stride_t, max_t, sum_t, max_s,
+            log_sum_s, K, BLOCK_K, HAS_CENTER, TAU_S, TAU_T,
+        )  # fmt: skip
+        col = first + tl.arange(0, BLOCK_K)
+        at = row * K + col
+        ds = (tl.exp(-minus_log_q) - p) * (factor / TAU_S)
+        tl.store(DSTUDENT + at, ds.to(DSTUDENT.dtype.element_ty), mask=col < K)
+        if NEEDS_TEACHER:
+            dt = p * (minus_log_q - loss) * (factor / TAU_T)
+            tl.store(DTEACHER + at, dt.to(DTEACHER.dtype.element_ty), mask=col < K)
 
 
 # ---- kernels ----
@@ -211,7 +293,7 @@ def _losses_kernel(
     pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w, K: tl.constexpr,
     BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr, LOGIT: tl.constexpr,
     TAU_S: tl.constexpr, TAU_T: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
     HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, HAS_STATS: tl.constexpr,
 ):  # fmt: skip
     """PATCH_LOSSES[row] = mean squared difference of the patch; 0 for a visible one."""
@@ -225,7 +307,7 @@ def _losses_kernel(
         row = (program - groups) * ROWS + tl.arange(0, ROWS)
         d = masked_difference(
             PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
-            pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM,
+            pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_C, BLOCK_P, NORM,
             HAS_MASK, WIDE, EPS, HAS_STATS,
         )  # fmt: skip
         tl.store(PATCH_LOSSES + row, sum_patch(d * d) / (P * P * C), mask=row < num_rows)
@@ -238,7 +320,7 @@ def _losses_backward_kernel(
     patches, grid_cols, pred_stride_b, pred_stride_m, stride_b, stride_c, stride_h, stride_w,
     WEIGHT: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CENTER: tl.constexpr,
     NEEDS_TEACHER: tl.constexpr, TAU_S: tl.constexpr, TAU_T: tl.constexpr, C: tl.constexpr,
-    P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
+    P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
     NORM: tl.constexpr, HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr,
     HAS_STATS: tl.constexpr, HAS_FACTORS: tl.constexpr,
 ):  # fmt: skip
@@ -260,23 +342,26 @@ def _losses_backward_kernel(
         row = (program - num_logit_rows) * ROWS + tl.arange(0, ROWS)
         d = masked_difference(
             PRED, IMAGES, SELECT, STATS, row, num_rows, listed, patches, grid_cols, pred_stride_b,
-            pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_P, BLOCK_W, NORM,
+            pred_stride_m, stride_b, stride_c, stride_h, stride_w, C, P, BLOCK_C, BLOCK_P, NORM,
             HAS_MASK, WIDE, EPS, HAS_STATS,
         )  # fmt: skip
         if HAS_FACTORS:
             factor = tl.load(FACTORS + row, mask=row < num_rows, other=0.0).to(tl.float32)
-            d *= (factor * (2.0 / (P * P * C)))[:, None, None]
+            d *= (factor * (2.0 / (P * P * C)))[:, None, None, None]
         else:
             gradient = tl.load(RECONSTRUCTION)
             if K > 0:
                 gradient += tl.load(TOTAL) * (1.0 - WEIGHT)
             d *= gradient * (2.0 / (P * P * C)) / tl.load(COUNT)
-        store_gradient(DPRED, d, row, num_rows, C, P, BLOCK_P, BLOCK_W)
+        store_gradient(DPRED, d, row, num_rows, C, P, BLOCK_C, BLOCK_P)
 
 
 # ---- launchers ----
-# Programs of the forward: enough to fill every GPU; each leaves one partial centre of K numbers
+# Programs of the forward that take logits: enough to fill every GPU. Each leaves one partial centre
+# of K numbers. Next to patches a program has few warps and must end before the patches do: it takes
+# one row, as long as the partial centres have at most so many numbers.
 FORWARD_GROUPS = 128
+SHARED_CENTER_VALUES = 2**22
 VALUES_PER_WARP = 1024
 
 
@@ -294,15 +379,12 @@ def _pixel_arguments(
     select = target.mask if target.ids is None else target.ids
     assert select is not None
     batch, listed = pred_BMV.shape[:2]
-    block_p, block_w = tile_of(side, channels)
-    rows, warps = rows_per_program(pred_BMV.device, block_p * block_w)
-    if target.norm.startswith("channel"):
-        # one channel at a time needs more registers: half as many values a thread
-        rows, warps = (rows // 2, warps) if rows > 1 else (1, min(2 * warps, 16))
+    block_c, block_p = tile_of(side, channels)
+    rows, warps = rows_per_program(pred_BMV.device, block_c * block_p * block_p)
     _, stride_c, stride_h, stride_w = images.stride()
     span = (channels - 1) * stride_c + (side - 1) * (stride_h + stride_w)
     sizes = (batch * listed, listed, patches, grid_cols)
-    constants: dict[str, Any] = {"C": channels, "P": side, "BLOCK_P": block_p, "BLOCK_W": block_w}
+    constants: dict[str, Any] = {"C": channels, "P": side, "BLOCK_C": block_c, "BLOCK_P": block_p}
     constants |= {"ROWS": rows, "NORM": NORM_CODES[target.norm], "HAS_MASK": target.ids is None}
     constants |= {"WIDE": span >= 2**31, "EPS": target.eps, "HAS_STATS": has_stats}
     constants["num_warps"] = warps
@@ -311,8 +393,8 @@ def _pixel_arguments(
 
 
 def tile_of(patch_size: int, channels: int) -> tuple[int, int]:
-    """Lines and values of a line that the kernels hold of a patch: powers of two."""
-    return next_power_of_2(patch_size), next_power_of_2(patch_size * channels)
+    """Channels and lines (or columns) that the kernels hold of a patch: powers of two."""
+    return next_power_of_2(channels), next_power_of_2(patch_size)
 
 
 def rows_per_program(device: torch.device, width: int) -> tuple[int, int]:
@@ -325,40 +407,45 @@ def rows_per_program(device: torch.device, width: int) -> tuple[int, int]:
     return max(1, VALUES_PER_WARP // width), max(1, min(width // VALUES_PER_WARP, 16))
 
 
-def warps_for(block: int) -> int:
-    """One row of logits in the registers of so many warps."""
-    return 4 if block <= 1024 else 8 if block <= 4096 else 16
+# Logits of each tensor that one warp holds at a time: as many registers as a warp of patches needs
+LOGITS_PER_WARP = 512
 
 
 def _logit_arguments(
     logits: Logits,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], int, tuple[int, int], dict[str, Any]]:
-    """(student, teacher, center) as [R,K], R, the two row strides, and the constants, num_warps
-    included.
-    """
+    """(student, teacher, center) as [R,K], R, the two row strides, and constants."""
     width, center = logits.student.shape[-1], logits.center
     s_RK, t_RK = (t.reshape(-1, width) for t in logits[:2])
     s_RK, t_RK = (t if t.stride(1) == 1 else t.contiguous() for t in (s_RK, t_RK))
     # without a centre the kernel does not read it
     center_K = s_RK if center is None else center.detach().reshape(-1).contiguous()
-    constants: dict[str, Any] = {"K": width, "BLOCK_K": next_power_of_2(width)}
+    constants: dict[str, Any] = {"K": width, "HAS_CENTER": center is not None}
     constants |= {"TAU_S": logits.student_temp, "TAU_T": logits.teacher_temp}
-    constants |= {"HAS_CENTER": center is not None, "num_warps": warps_for(constants["BLOCK_K"])}
     return (s_RK, t_RK, center_K), s_RK.shape[0], (s_RK.stride(0), t_RK.stride(0)), constants
+
+
+def _warps(width: int, shared: bool) -> int:
+    """For rows of `width` logits. Alone: a row at once, up to 8 warps. In one kernel with patches,
+    whose many programs need one warp: a row in up to 16 parts.
+    """
+    parts = -(-width // LOGITS_PER_WARP)
+    return min(next_power_of_2(-(-parts // 16) if shared else parts), 8)
 
 
 def _constants(pixels: dict[str, Any], logits: dict[str, Any]) -> dict[str, Any]:
     """Both parts' constants; the wider of the two picks the warps, and a program takes as many
     patches as fill them.
     """
-    warps = max(pixels["num_warps"], logits["num_warps"])
-    rows = pixels["ROWS"] * warps // pixels["num_warps"]
-    return {**pixels, **logits, "num_warps": warps, "ROWS": rows}
+    width, least = logits["K"], pixels["num_warps"]
+    warps = max(least, _warps(width, shared=pixels["P"] > 0)) if width else least
+    block = min(next_power_of_2(width), LOGITS_PER_WARP * warps) if width else 1
+    rows = pixels["ROWS"] * warps // least
+    return {**pixels, **logits, "BLOCK_K": block, "num_warps": warps, "ROWS": rows}
 
 
-NO_LOGITS: dict[str, Any] = {"K": 0, "BLOCK_K": 1, "TAU_S": 1.0, "TAU_T": 1.0}
-NO_LOGITS |= {"HAS_CENTER": False, "num_warps": 1}
-NO_PATCHES: dict[str, Any] = {"C": 1, "P": 0, "BLOCK_P": 1, "BLOCK_W": 1, "ROWS": 1, "NORM": 0}
+NO_LOGITS: dict[str, Any] = {"K": 0, "TAU_S": 1.0, "TAU_T": 1.0, "HAS_CENTER": False}
+NO_PATCHES: dict[str, Any] = {"C": 1, "P": 0, "BLOCK_C": 1, "BLOCK_P": 1, "ROWS": 1, "NORM": 0}
 NO_PATCHES |= {"HAS_MASK": False, "WIDE": False, "EPS": 0.0, "HAS_STATS": False, "num_warps": 1}
 
 
@@ -389,7 +476,10 @@ def launch_losses(
     pred or logits theirs are undefined.
     """
     inputs, (rows, *strides), tensors, integers, constants = _arguments(pred, target, logits)
-    group_rows = max(1, -(-rows // FORWARD_GROUPS))
+    most_groups = FORWARD_GROUPS
+    if pred is not None and logits is not None:
+        most_groups = max(FORWARD_GROUPS, SHARED_CENTER_VALUES // constants["K"])
+    group_rows = max(1, -(-rows // most_groups))
     groups = -(-rows // group_rows)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": tensors[0].device}
     losses_BM, losses_R, partial_GK = tensors[0], inputs[0], inputs[0]
@@ -449,20 +539,11 @@ def launch_losses_backward(
 def target_refusal(target: Target) -> str | None:
     """Why the kernels cannot take such patches; None when they can."""
     side, channels = target.patch_size, target.images.shape[1]
-    lines, places = tile_of(side, channels)
-    if lines * places > MAX_TILE_WIDTH:
+    block_c, block_p = tile_of(side, channels)
+    padded = block_c * block_p * block_p
+    if padded > MAX_TILE_WIDTH:
         return (
-            f"a patch has {side * side * channels} values, {lines * places} with padding, "
+            f"a patch has {side * side * channels} values, {padded} with padding, "
             f"and the kernel holds at most {MAX_TILE_WIDTH}"
         )
-    if target.norm.startswith("channel") and channels > MAX_NORM_CHANNELS:
-        return f"norm {target.norm!r} is compiled for up to {MAX_NORM_CHANNELS} channels"
-    return None
-
-
-def logits_refusal(logits: Logits) -> str | None:
-    """Why the kernels cannot take such rows; None when they can."""
-    width = logits.student.shape[-1]
-    if next_power_of_2(width) > MAX_TILE_WIDTH:
-        return f"a row has {width} logits and the kernel holds at most {MAX_TILE_WIDTH}"
     return None

@@ -37,7 +37,6 @@ from ._loss_kernels import (
     Scalars,
     launch_losses,
     launch_losses_backward,
-    logits_refusal,
 )
 from ._pixels import accumulate_dtype
 from ._runtime import flat, triton_op, use_triton, wants_reference
@@ -97,9 +96,7 @@ def finish(losses_R: Tensor, partial_GK: Tensor) -> tuple[Tensor, Tensor]:
 # ---- registration ----
 def _use_triton(logits: Logits) -> bool:
     (student, teacher), op = logits[:2], "distillation_loss"
-    return use_triton(
-        op, student.device, student.dtype, teacher.dtype, refused=logits_refusal(logits)
-    )
+    return use_triton(op, student.device, student.dtype, teacher.dtype)
 
 
 @triton_op("mae_kernels::distillation_loss", mutates_args=())
@@ -288,10 +285,13 @@ def _sample(size: Size, name: str, rows: int, logits: int, center: bool, **optio
 
 @declares("distillation_loss")
 def samples() -> list[Sample]:
-    """Both modes of the centre, with and without one; 4096 and 65536 / 4 logits."""
+    """Both modes of the centre, with and without one; rows in one part and in several; the 65536
+    logits of DINO.
+    """
     return [
         _sample("small", "41", 2, 41, True),
         _sample("small", "1500 logit", 1, 1500, False, center_mode="logit", detach_teacher=True),
+        _sample("small", "5000", 1, 5000, True),
         _sample("model", "4096", 1, 4096, True),
-        _sample("model", "16384", 1, 16384, True),
+        _sample("model", "65536", 1, 65536, True),
     ]

@@ -372,7 +372,9 @@ def samples() -> list[Sample]:
         _sample("small", "channel_std", Case(3, (24, 16), 8), reduction="none"),
         _sample("model", "patch", RGB_16),
         _sample("model", "patch", CT_16),
-        _sample("model", "channel", Case(3, (224, 224), 16, "nhwc uint8")),
-        _sample("model", None, Case(3, (224, 224), 16, "nhwc float", "mask")),
+        _sample("model", "channel", Case(3, (224, 224), 16)),
+        # three interleaved channels: no 16 bytes in a row are of one channel
+        _sample("model", "channel", Case(3, (224, 224), 16, "nhwc uint8"), wide=False),
+        _sample("model", None, Case(3, (224, 224), 16, "nhwc float", "mask"), wide=False),
         _sample("model", "patch", Case(3, (224, 224), 14), wide=False),
     ]
