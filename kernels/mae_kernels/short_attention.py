@@ -129,9 +129,17 @@ def _attention_kernel(
         n2 = T0 + T1 + tl.arange(0, T2)
         k2 = _load_rows(K, n2, 3 * H * D, N, D)
         v2 = _load_rows(V, n2, 3 * H * D, N, D)
-    for block in tl.range(0, (N + ROWS - 1) // ROWS, num_stages=1):
+    BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    # the next queries are loaded while these are computed, where registers are left for them
+    AHEAD: tl.constexpr = BLOCKS > 1 and D <= 32
+    q = _load_rows(Q, tl.arange(0, ROWS), 3 * H * D, N, D)
+    for block in tl.range(0, BLOCKS, num_stages=1):
         m = block * ROWS + tl.arange(0, ROWS)
-        q = _load_rows(Q, m, 3 * H * D, N, D)
+        q_next = q
+        if AHEAD:
+            q_next = _load_rows(Q, m + ROWS, 3 * H * D, N, D)
+        elif BLOCKS > 1:
+            q = _load_rows(Q, m, 3 * H * D, N, D)
         s0 = _scores(q, k0, n0, N, T0 > N)
         top = tl.max(s0, 1)
         if T1 > 0:
@@ -155,6 +163,7 @@ def _attention_kernel(
         _store_rows(OUT + first, m, o * (1.0 / total)[:, None], H * D, N, D)
         if KEEP_LSE:
             tl.store(LSE + head.to(tl.int64) * N + m, top + tl.log2(total), mask=m < N)
+        q = q_next
 
 
 @jit
