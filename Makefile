@@ -7,12 +7,13 @@ SLOW ?=
 MINUTES ?=
 CALL ?=
 WHEELS ?=
+FAKEGPU ?=
 BENCH_ARGS ?=
 SANITIZE_ARGS ?=
 STAGES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format gpu test-gpu sanitize-gpu bench-gpu constraints clean bench-cpu
+.PHONY: help setup demo test check format gpu test-gpu test-fakegpu sanitize-gpu bench-gpu constraints clean bench-cpu
 
 help: ## list the targets
 	@echo "Targets (PYTHON=/path/to/python3 chooses the interpreter):"
@@ -69,6 +70,10 @@ gpu: ## what needs a GPU, in 8 minutes (CALL=2: reruns, tuning and counters in 4
 
 test-gpu: ## run the tests marked gpu with the torch of PYTHON (python3 if not given); installs nothing
 	$(if $(PYTHON),"$(PYTHON)",python3) -m pytest -q -m gpu $(PYTEST_ARGS)
+
+test-fakegpu: ## run the host's code for a GPU on a fake CUDA device: FAKEGPU is the command that provides one (docs/gpu.md)
+	@if [ -z "$(FAKEGPU)" ]; then echo "skipped: FAKEGPU names no fake CUDA device (docs/gpu.md)"; exit 0; fi; \
+	  PYTHONPATH=.:kernels $(FAKEGPU) python -m pytest -q -p no:cacheprovider tests/test_fakegpu.py $(PYTEST_ARGS)
 
 sanitize-gpu: ## every kernel at small shapes under compute-sanitizer (of the CUDA toolkit); installs nothing
 	$(if $(PYTHON),"$(PYTHON)",python3) tools/sanitize.py $(SANITIZE_ARGS)

@@ -80,6 +80,9 @@ def _rows(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
     return x_BND.gather(1, ids_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
 
 
+QUERIES_AT_ONCE = 256
+
+
 class Attention(nn.Module):
     # "fused" is mae_kernels.attention. performance.execution sets the provider chosen for this
     # machine.
@@ -97,12 +100,19 @@ class Attention(nn.Module):
         out: Tensor = self.proj(out_BNHd.reshape(B, N, D))
         return out
 
-    def probabilities(self, x_BND: Tensor) -> Tensor:
-        """[B, H, N, N] softmax(q k^T / sqrt(d)): row = query."""
+    def probabilities(self, x_BND: Tensor, queries: slice) -> Tensor:
+        """[B, H, N] softmax(q k^T / sqrt(d)), the mean over the queries; a few at a time, since
+        [B, H, N, N] may need more memory than training.
+        """
         B, N, D = x_BND.shape
         qkv_BN3Hd = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads)
         q_BHNd, k_BHNd, _ = qkv_BN3Hd.permute(2, 0, 3, 1, 4).float()
-        return (q_BHNd @ k_BHNd.transpose(-1, -2) * (D // self.heads) ** -0.5).softmax(-1)
+        q_BHQd = q_BHNd[:, :, queries] * (D // self.heads) ** -0.5
+        total_BHN = torch.zeros_like(k_BHNd[..., 0])
+        for i in range(B):
+            for q_HSd in q_BHQd[i].split(QUERIES_AT_ONCE, 1):
+                total_BHN[i] += (q_HSd @ k_BHNd[i].transpose(-1, -2)).softmax(-1).sum(1)
+        return total_BHN / q_BHQd.shape[2]
 
 
 class MLP(nn.Module):
@@ -253,12 +263,15 @@ class Encoder(nn.Module):
         return out
 
     @torch.no_grad()
-    def attention_maps(self, images_BCHW: Tensor) -> Tensor:
-        """[B, H, N, N] attention probabilities of the last block over all patches, N = p + L."""
-        x_BND = self.blocks(self.tokens(images_BCHW, None), skip=1)
+    def attention_maps(self, images_BCHW: Tensor, *, cls: bool = True) -> Tensor:
+        """[B, H, L] attention to each patch in the last block: that of the class token; without
+        one, or with cls=False (a classifier of the mean token), the mean over the patches'.
+        """
+        x_BND, p = self.blocks(self.tokens(images_BCHW, None), skip=1), self.num_prefix
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        return last.attn.probabilities(last.norm1(x_BND))
+        queries = slice(0, 1) if cls and p else slice(p, None)
+        return last.attn.probabilities(last.norm1(x_BND), queries)[:, :, p:]
 
 
 class Decoder(nn.Module):
@@ -292,8 +305,9 @@ class Decoder(nn.Module):
         x_BNE = restore_tokens(
             self.embed(x_BND), ids_restore_BL, mask_token_E, self.pos_embed, prefix=p
         )
-        out: Tensor = self.blocks(x_BNE, select or (lambda x_BNE: x_BNE[:, p:]))
-        return out
+        if select is None:  # not `or`: Dynamo of torch 2.11 cannot take the truth of a function
+            return self.blocks(x_BNE, lambda y_BNE: y_BNE[:, p:])
+        return self.blocks(x_BNE, select)
 
 
 class MAE(nn.Module):

@@ -39,13 +39,17 @@ torch.set_num_threads(1)
 NEEDED = ("pydantic", "omegaconf", "typer", "yaml", "rich", "PIL", "sklearn", "safetensors")
 TRAINER_NEEDS = [name for name in NEEDED if find_spec(name) is None]
 collect_ignore_glob = (
-    ["sssd_fast/*", "benchmarks/test_[!g]*.py", "test_layout.py"] if TRAINER_NEEDS else []
+    ["sssd_fast/*", "benchmarks/test_[!g]*.py", "test_layout.py", "test_fakegpu.py"]
+    if TRAINER_NEEDS
+    else []
 )
 NO_PARAMETERS = SimpleNamespace(params={})
 # marker: why this machine cannot run its tests
 REASONS = {}
 if not torch.cuda.is_available():
     REASONS["gpu"] = "no CUDA device"
+if not find_spec("fakegpu"):
+    REASONS["fakegpu"] = "no fake CUDA device (docs/gpu.md)"
 if not os.environ.get("SSSD_FAST_DATA"):
     REASONS["realdata"] = "SSSD_FAST_DATA does not name a folder with the CT data sets"
 if not (find_spec("nvidia") and find_spec("nvidia.dali")):

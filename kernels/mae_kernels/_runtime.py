@@ -97,9 +97,20 @@ def always_registered() -> bool:
     return _backend == "registered"
 
 
-@functools.cache
+def constant_in_graphs(function: Function) -> Function:
+    """torch.compiler.assume_constant_result without its import of the compiler: torch.compile calls
+    the function when it traces and keeps the result.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+_read_capability = functools.cache(torch.cuda.get_device_capability)
+
+
+@constant_in_graphs
 def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    return _read_capability(index)
 
 
 def architecture(device: torch.device) -> int:
@@ -276,14 +287,6 @@ def _registered(name: str, function: Callable[..., Any], mutates_args: tuple[str
         return torch.library.triton_op(name, function, mutates_args=mutates_args)
     finally:
         module.get_inner_triton_kernels = search
-
-
-def constant_in_graphs(function: Function) -> Function:
-    """torch.compiler.assume_constant_result without its import of the compiler: torch.compile calls
-    the function when it traces and keeps the result.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def flat(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,8 +62,7 @@ def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
         shown = [ids[row] for row in rows]
         first = make_loader(run, index, shown, batch_size=len(shown), shard=False)
         images, encoder = next(iter(first.epoch(0))).images, trained.model.encoder
-        prefix, pool = encoder.num_prefix, trained.model.pool
-        maps = pictures.attention_maps(encoder.attention_maps(images), prefix, pool == "cls")
+        maps = encoder.attention_maps(images, cls=trained.model.pool == "cls")
         return pictures.overlays(images, maps.mean(1), encoder.grid)
 
     result = write_evaluation(

@@ -123,7 +123,7 @@ def unnormalise(
 
 def attention_picture(
     images: Tensor,
-    attention: Tensor,
+    maps_nhL: Tensor,
     grid: tuple[int, int],
     num_prefix: int,
     *,
@@ -132,10 +132,8 @@ def attention_picture(
 ) -> None:
     """One column per image: the image, then the attention of the mean of heads and of each head.
 
-    attention [n, heads, N, N] probabilities, rows = queries. With a prefix the query is token 0
-    (cls); without one, the mean over all queries. Each map is scaled to its own maximum.
+    maps [n, heads, L] are those of Encoder.attention_maps. Each is scaled to its own maximum.
     """
-    maps_nhL = attention_maps(attention, num_prefix)
     shown = {"mean of heads": maps_nhL.mean(1)}
     shown |= {f"head {k + 1}": maps_nhL[:, k] for k in range(min(MAX_HEADS, maps_nhL.shape[1]))}
     rows = {"image": _pixels(images)}
@@ -145,19 +143,9 @@ def attention_picture(
     _sheet(rows, names, caption, path)
 
 
-def attention_maps(attention_nhNN: Tensor, num_prefix: int, cls: bool = True) -> Tensor:
-    """Probabilities -> [n, heads, L] of the cls token; without one, or with cls=False (a classifier
-    of the mean of the patch tokens), of the mean query of the patches.
-    """
-    attention_nhNN = attention_nhNN.detach().cpu().double()
-    of_cls = cls and num_prefix > 0
-    queries = attention_nhNN[:, :, 0] if of_cls else attention_nhNN[:, :, num_prefix:].mean(2)
-    return queries[:, :, num_prefix:]
-
-
 def overlays(images: Tensor, maps_nL: Tensor, grid: tuple[int, int]) -> list[Bytes]:
     """Each image [H, W, 3] under its map [L]; each map is scaled to its own maximum."""
-    pairs = zip(_pixels(images), maps_nL.unflatten(1, grid), strict=True)
+    pairs = zip(_pixels(images), maps_nL.cpu().double().unflatten(1, grid), strict=True)
     return [_overlay(image, map_hw.numpy()) for image, map_hw in pairs]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sssd_fast.model
 from sssd_fast.config import ModelConfig
 from sssd_fast.model import MAE, Block, Classifier, sincos_positions
 from sssd_fast.weights.formats import export_state
@@ -100,15 +101,21 @@ def test_autoencoder_equals_the_reference(name: str) -> None:
     torch.testing.assert_close(out.student_BKD, x[:, prefix:], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("cls", [True, False])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_attention_maps_are_the_probabilities_of_the_last_block(name: str) -> None:
+def test_attention_maps_are_the_probabilities_of_the_last_block(
+    name: str, cls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sssd_fast.model, "QUERIES_AT_ONCE", 3)
     config = small(**GEOMETRIES[name])
     model = MAE(config).double().eval()
     randomize(model)
     images = images_for(config)
-    maps = model.encoder.attention_maps(images)
+    maps = model.encoder.attention_maps(images, cls=cls)
     weights = export_state(model, "timm")
     _, want = vit_by_hand.encode(images, weights, config.encoder_shape[2], config.norm_eps)
+    p = model.encoder.num_prefix
+    want = want[:, :, 0, p:] if cls and p else want[:, :, p:, p:].mean(2)
     # computed in float32 by design
     torch.testing.assert_close(maps.double(), want, rtol=1e-5, atol=1e-7)
 

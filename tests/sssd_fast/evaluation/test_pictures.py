@@ -114,23 +114,11 @@ def test_reconstructions_of_earlier_epochs_are_kept(tmp_path, sheets, channels):
         assert (row == round(25.5 * epoch)).all()
 
 
-def test_attention_maps_of_the_class_token_or_of_all_queries():
-    """Row 0 without the prefix column with a cls token; the mean over the patches' rows without
-    one, or if the classifier does not use it.
-    """
-    attention = torch.rand(2, 3, 7, 7, dtype=torch.float64)
-    assert torch.equal(pictures.attention_maps(attention, 1), attention[:, :, 0, 1:])
-    without = pictures.attention_maps(attention[:, :, 1:, 1:], 0)
-    mean = sum(attention[1, 2, 1 + query, 5] for query in range(6)) / 6
-    assert without[1, 2, 4].item() == pytest.approx(mean.item())
-    assert torch.equal(pictures.attention_maps(attention, 1, cls=False), without)
-
-
 def test_attention_picture_is_bright_where_attention_is(tmp_path, sheets):
     """A peak at the upper right patch lights the upper right of its head, not the lower left."""
     images = torch.zeros(1, 1, 40, 60, dtype=torch.uint8)
-    attention = torch.full((1, 2, 7, 7), 1e-3)
-    attention[0, 1, 0, 1 + 2] = 1.0  # patch (row 0, column 2) of 2 x 3
+    attention = torch.full((1, 2, 6), 1e-3)
+    attention[0, 1, 2] = 1.0  # patch (row 0, column 2) of 2 x 3
     path = tmp_path / "a.png"
     pictures.attention_picture(images, attention, (2, 3), 1, names=["a"], path=path)
     assert list(sheets[0][0]) == ["image", "mean of heads", "head 1", "head 2"]
