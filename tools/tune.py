@@ -129,12 +129,19 @@ def choosing(tuned: TunedKernel, candidate: Candidate) -> Iterator[list[Started]
     names = {"launch": launch, **candidate.names}
     before = {name: getattr(tuned.module, name) for name in names}
     try:
-        for name, value in names.items():
-            setattr(tuned.module, name, value)
+        _set(tuned.module, names)
         yield started
     finally:
-        for name, value in before.items():
-            setattr(tuned.module, name, value)
+        _set(tuned.module, before)
+
+
+def _set(module: ModuleType, names: dict[str, Any]) -> None:
+    """Replaces names of a module, and forgets what it chose before."""
+    for name, value in names.items():
+        setattr(module, name, value)
+    for value in list(vars(module).values()):
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
 
 
 # ---- kernels and candidates ----

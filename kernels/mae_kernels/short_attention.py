@@ -27,6 +27,7 @@ facebookresearch/mae.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -341,16 +342,23 @@ def _size_refusal(tokens: int, width: int, arch: int) -> str | None:
     return f"its kernels hold 1 to {most} tokens with heads of {width} on sm_{arch}, not {tokens}"
 
 
+_kept_size_refusal = functools.cache(_size_refusal)
+
+
 @constant_in_graphs
 def _architecture(device: torch.device) -> int:
     # under the interpreter the sizes of the oldest one
     return max(architecture(device), OLDEST)
 
 
-def sizes_for(table: tuple[Sizes, ...], device: torch.device, tokens: int, width: int) -> Sizes:
-    """The line of the table for sizes that `refusal` lets through."""
-    lines = lines_for(table, _architecture(device), width)
-    return next(line for line in lines if tokens <= line.tokens)
+@functools.cache
+def sizes_for(
+    backward: bool, arch: int, tokens: int, width: int
+) -> tuple[Sizes, tuple[int, int, int]]:
+    """The line of FORWARD or BACKWARD for sizes that `refusal` lets through, and the key tiles."""
+    lines = lines_for(BACKWARD if backward else FORWARD, arch, width)
+    sizes = next(line for line in lines if tokens <= line.tokens)
+    return sizes, key_tiles(tokens, sizes.split)
 
 
 def tile_of(tokens: int) -> int:
@@ -369,12 +377,12 @@ def key_tiles(tokens: int, split: bool) -> tuple[int, int, int]:
 def _launch_attention(qkv_BN3Hd: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     qkv_BN3Hd = qkv_BN3Hd.contiguous()
     batch, tokens, heads, width = _sizes(qkv_BN3Hd)
-    sizes = sizes_for(FORWARD, qkv_BN3Hd.device, tokens, width)
+    arch = _architecture(qkv_BN3Hd.device)
+    sizes, (t0, t1, t2) = sizes_for(False, arch, tokens, width)
     keep = tokens > ROWS_KERNEL_TOKENS
     device, lse_shape = qkv_BN3Hd.device, (batch, heads, tokens) if keep else (0,)
     out_BNHd = torch.empty((batch, tokens, heads, width), dtype=qkv_BN3Hd.dtype, device=device)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
-    t0, t1, t2 = key_tiles(tokens, sizes.split)
     constants = {"N": tokens, "H": heads, "D": width, "T0": t0, "T1": t1, "T2": t2}
     constants |= {"ROWS": min(sizes.rows, tile_of(tokens)), "KEEP_LSE": keep}
     tensors, scales = (qkv_BN3Hd, out_BNHd, lse), {"SCALE_LOG2": scale * LOG2_E}
@@ -401,10 +409,10 @@ def _launch_attention_backward(
         constants |= {"TILE": tile_of(tokens), "num_warps": 4 if width <= 64 else 8}
         launch(_backward_rows_kernel, grid, qkv_BN3Hd, *tensors, dqkv_BN3Hd, **constants)
         return dqkv_BN3Hd
-    sizes = sizes_for(BACKWARD, qkv_BN3Hd.device, tokens, width)
+    arch = _architecture(qkv_BN3Hd.device)
+    sizes, (t0, t1, t2) = sizes_for(True, arch, tokens, width)
     assert out_BNHd is not None and lse_BHN is not None
     tensors += (out_BNHd.contiguous(), lse_BHN.contiguous())
-    t0, t1, t2 = key_tiles(tokens, sizes.split)
     constants |= {"T0": t0, "T1": t1, "T2": t2, "ROWS": sizes.rows, "num_warps": sizes.warps}
     launch(_backward_keys_kernel, grid, qkv_BN3Hd, *tensors, dqkv_BN3Hd, **constants)
     return dqkv_BN3Hd
@@ -422,7 +430,9 @@ def refusal(qkv_BN3Hd: Tensor) -> str | None:
     tokens, width = qkv_BN3Hd.shape[1], qkv_BN3Hd.shape[4]
     if qkv_BN3Hd.is_cuda and qkv_BN3Hd.dtype == torch.float32:
         return "tensor cores would round the fp32 products"
-    return _size_refusal(tokens, width, _architecture(qkv_BN3Hd.device))
+    # a compiler may see a symbolic number of tokens
+    check = _size_refusal if torch.compiler.is_compiling() else _kept_size_refusal
+    return check(tokens, width, _architecture(qkv_BN3Hd.device))
 
 
 @constant_in_graphs
