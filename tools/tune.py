@@ -211,14 +211,14 @@ def tiles(*choices: tuple[int, ...], block: int | None = None) -> list[Candidate
 
 
 def _tile(block: int | None, rows: int, warps: int, programs: int | None = None) -> Candidate:
-    names: dict[str, Any] = {"rows_per_program": lambda device, width: (rows, warps)}
+    names: dict[str, Any] = {"rows_per_program": lambda *width: (rows, warps)}
     names |= {} if block is None else {"column_block": lambda width: block}
     return Candidate(names | ({} if programs is None else {"BACKWARD_PROGRAMS": programs}), warps)
 
 
 def _merged(rows: int, warps: int) -> Candidate:
     """The warps of the kernels of sssd_loss are the larger number of both losses'."""
-    own: dict[str, Any] = {"rows_per_program": lambda device, width: (rows, warps)}
+    own: dict[str, Any] = {"rows_per_program": lambda width: (rows, warps)}
     return Candidate(own | {"_warps": lambda width, shared: warps})
 
 

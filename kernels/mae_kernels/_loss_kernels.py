@@ -13,6 +13,7 @@ R rows of K logits.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -365,10 +366,31 @@ SHARED_CENTER_VALUES = 2**22
 VALUES_PER_WARP = 1024
 
 
+class Pixels(NamedTuple):
+    """What of the pixels a kernel is compiled for; without patches, P = 0."""
+
+    C: int = 1
+    P: int = 0
+    norm: str = "none"
+    has_mask: bool = False
+    wide: bool = False
+    eps: float = 0.0
+    has_stats: bool = False
+
+
+class Rows(NamedTuple):
+    """What of the logits a kernel is compiled for; without logits, K = 0."""
+
+    K: int = 0
+    tau_s: float = 1.0
+    tau_t: float = 1.0
+    has_center: bool = False
+
+
 def _pixel_arguments(
     pred_BMV: Tensor, target: Target
-) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
-    """(pred, images, select, stats), the integers, and the constants num_warps included."""
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], Pixels]:
+    """(pred, images, select, stats), the integers, and what the kernel is compiled for."""
     images, side = target.images, target.patch_size
     stats, has_stats = kernel_stats(images, target.stats)
     channels, height, width = images.shape[1:]
@@ -379,17 +401,13 @@ def _pixel_arguments(
     select = target.mask if target.ids is None else target.ids
     assert select is not None
     batch, listed = pred_BMV.shape[:2]
-    block_c, block_p = tile_of(side, channels)
-    rows, warps = rows_per_program(pred_BMV.device, block_c * block_p * block_p)
     _, stride_c, stride_h, stride_w = images.stride()
     span = (channels - 1) * stride_c + (side - 1) * (stride_h + stride_w)
     sizes = (batch * listed, listed, patches, grid_cols)
-    constants: dict[str, Any] = {"C": channels, "P": side, "BLOCK_C": block_c, "BLOCK_P": block_p}
-    constants |= {"ROWS": rows, "NORM": NORM_CODES[target.norm], "HAS_MASK": target.ids is None}
-    constants |= {"WIDE": span >= 2**31, "EPS": target.eps, "HAS_STATS": has_stats}
-    constants["num_warps"] = warps
+    kinds = (target.norm, target.ids is None, bool(span >= 2**31), target.eps, has_stats)
     tensors = (pred_BMV, images, select.contiguous(), stats)
-    return tensors, (*sizes, *pred_BMV.stride()[:2], *images.stride()), constants
+    integers = (*sizes, *pred_BMV.stride()[:2], *images.stride())
+    return tensors, integers, Pixels(int(channels), side, *kinds)
 
 
 def tile_of(patch_size: int, channels: int) -> tuple[int, int]:
@@ -397,7 +415,7 @@ def tile_of(patch_size: int, channels: int) -> tuple[int, int]:
     return next_power_of_2(channels), next_power_of_2(patch_size)
 
 
-def rows_per_program(device: torch.device, width: int) -> tuple[int, int]:
+def rows_per_program(width: int) -> tuple[int, int]:
     """Patches of `width` values (padding counts) that one program handles, and its warps.
 
     32 values a thread share what a thread works out about its columns, and up to 1024 values need
@@ -413,16 +431,17 @@ LOGITS_PER_WARP = 512
 
 def _logit_arguments(
     logits: Logits,
-) -> tuple[tuple[Tensor, Tensor, Tensor], int, tuple[int, int], dict[str, Any]]:
-    """(student, teacher, center) as [R,K], R, the two row strides, and constants."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], int, tuple[int, int], Rows]:
+    """(student, teacher, center) as [R,K], R, the two row strides, and what the kernel is compiled
+    for.
+    """
     width, center = logits.student.shape[-1], logits.center
     s_RK, t_RK = (t.reshape(-1, width) for t in logits[:2])
     s_RK, t_RK = (t if t.stride(1) == 1 else t.contiguous() for t in (s_RK, t_RK))
     # without a centre the kernel does not read it
     center_K = s_RK if center is None else center.detach().reshape(-1).contiguous()
-    constants: dict[str, Any] = {"K": width, "HAS_CENTER": center is not None}
-    constants |= {"TAU_S": logits.student_temp, "TAU_T": logits.teacher_temp}
-    return (s_RK, t_RK, center_K), s_RK.shape[0], (s_RK.stride(0), t_RK.stride(0)), constants
+    compiled_for = Rows(int(width), logits.student_temp, logits.teacher_temp, center is not None)
+    return (s_RK, t_RK, center_K), s_RK.shape[0], (s_RK.stride(0), t_RK.stride(0)), compiled_for
 
 
 def _warps(width: int, shared: bool) -> int:
@@ -433,20 +452,22 @@ def _warps(width: int, shared: bool) -> int:
     return min(next_power_of_2(-(-parts // 16) if shared else parts), 8)
 
 
-def _constants(pixels: dict[str, Any], logits: dict[str, Any]) -> dict[str, Any]:
-    """Both parts' constants; the wider of the two picks the warps, and a program takes as many
-    patches as fill them.
+@functools.cache
+def _constants(pixels: Pixels, logits: Rows) -> dict[str, Any]:
+    """The constants of both parts, num_warps included. The wider of the two picks the warps, and a
+    program takes as many patches as fill them.
     """
-    width, least = logits["K"], pixels["num_warps"]
-    warps = max(least, _warps(width, shared=pixels["P"] > 0)) if width else least
-    block = min(next_power_of_2(width), LOGITS_PER_WARP * warps) if width else 1
-    rows = pixels["ROWS"] * warps // least
-    return {**pixels, **logits, "BLOCK_K": block, "num_warps": warps, "ROWS": rows}
-
-
-NO_LOGITS: dict[str, Any] = {"K": 0, "TAU_S": 1.0, "TAU_T": 1.0, "HAS_CENTER": False}
-NO_PATCHES: dict[str, Any] = {"C": 1, "P": 0, "BLOCK_C": 1, "BLOCK_P": 1, "ROWS": 1, "NORM": 0}
-NO_PATCHES |= {"HAS_MASK": False, "WIDE": False, "EPS": 0.0, "HAS_STATS": False, "num_warps": 1}
+    block_c, block_p = tile_of(pixels.P, pixels.C) if pixels.P else (1, 1)
+    rows, least = rows_per_program(block_c * block_p * block_p) if pixels.P else (1, 1)
+    warps = max(least, _warps(logits.K, shared=pixels.P > 0)) if logits.K else least
+    block_k = min(next_power_of_2(logits.K), LOGITS_PER_WARP * warps) if logits.K else 1
+    constants: dict[str, Any] = {"C": pixels.C, "P": pixels.P}
+    constants |= {"BLOCK_C": block_c, "BLOCK_P": block_p}
+    constants |= {"ROWS": rows * warps // least, "NORM": NORM_CODES[pixels.norm]}
+    constants |= {"HAS_MASK": pixels.has_mask, "WIDE": pixels.wide, "EPS": pixels.eps}
+    constants |= {"HAS_STATS": pixels.has_stats, "K": logits.K, "BLOCK_K": block_k}
+    constants |= {"TAU_S": logits.tau_s, "TAU_T": logits.tau_t, "HAS_CENTER": logits.has_center}
+    return constants | {"num_warps": warps}
 
 
 def _arguments(
@@ -460,9 +481,9 @@ def _arguments(
     if pred is not None and target is not None:
         tensors, integers, of_pixels = _pixel_arguments(pred, target)
     if logits is None:
-        inputs, rows, strides, of_logits = (tensors[0],) * 3, 0, (0, 0), NO_LOGITS
+        inputs, rows, strides, of_logits = (tensors[0],) * 3, 0, (0, 0), Rows()
     if pred is None:
-        tensors, integers, of_pixels = (inputs[0],) * 4, (0,) * 10, NO_PATCHES
+        tensors, integers, of_pixels = (inputs[0],) * 4, (0,) * 10, Pixels()
     return inputs, [rows, *strides], tensors, integers, _constants(of_pixels, of_logits)
 
 
@@ -529,9 +550,10 @@ def launch_losses_backward(
     grid = (rows[0] + -(-integers[0] // constants["ROWS"]),)
     factors = tensors[0] if factors_BM is None else factors_BM.contiguous()
     buffers = (*scalars, *inputs, dstudent, dteacher, *tensors, dpred, factors)
-    constants |= {"WEIGHT": weight, "NEEDS_TEACHER": needs_teacher}
-    constants["HAS_FACTORS"] = factors_BM is not None
-    launch(_losses_backward_kernel, grid, tensors[0], *buffers, *rows, *integers, **constants)
+    own = {"WEIGHT": weight, "NEEDS_TEACHER": needs_teacher, "HAS_FACTORS": factors_BM is not None}
+    launch(
+        _losses_backward_kernel, grid, tensors[0], *buffers, *rows, *integers, **constants, **own
+    )
     return dpred, dstudent, dteacher
 
 
