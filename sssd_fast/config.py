@@ -337,6 +337,11 @@ class EvaluateConfig(Section):
     batch_size: Count = Field(64, description="Images per batch.")
     bootstrap: int = Field(2000, ge=100, description="Resamples for the confidence intervals.")
     threshold: Fraction = Field(0.5, description="Score from which an image counts as positive.")
+    crops: Literal[1, 5] = Field(
+        1,
+        description="5 = mean of the scores of an image and of its four corners, in the evaluation "
+        "and in predictions; validation during training takes 1.",
+    )
 
 
 class StepConfig(Section):

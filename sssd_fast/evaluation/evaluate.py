@@ -45,7 +45,8 @@ def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
     loader = make_loader(run, index, ids, batch_size=config.evaluate.batch_size, shard=True)
     context = autocast(run.precision, run.world.device)
     classes = trained.classes
-    labels, scores = predict(trained.model, loader, ids, len(classes), run.world, context)
+    crops = config.evaluate.crops
+    labels, scores = predict(trained.model, loader, ids, len(classes), run.world, context, crops)
     if not run.world.main:
         return {}
     records = [index.records[i] for i in ids]

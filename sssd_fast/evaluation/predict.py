@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sssd_fast.config import Config, from_dict
 from sssd_fast.data.images import SUFFIXES, GreyRange, ImageError, decode_image, to_channels
@@ -55,6 +57,35 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     return Trained(model.to(device).eval(), config, classes, path, grey_range)
 
 
+# area of a corner, and where the corners are: weights of the remaining height and width
+CORNER_AREA = 0.85
+CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
+
+
+def logits_of(model: nn.Module, images_BCHW: Tensor, crops: int) -> Tensor:
+    """[B, classes] logits; with 5 crops the logarithm of the mean softmax score over the images and
+    their corners.
+
+    Source: the averaging over crops of Krizhevsky et al., NeurIPS 2012, section 4.1.
+    """
+    logits_BC: Tensor = model(images_BCHW)
+    if crops == 1:
+        return logits_BC
+    views = [logits_BC, *(model(corner(images_BCHW, *place)) for place in CORNERS)]
+    logs = torch.stack([view.float().log_softmax(1) for view in views])
+    return logs.logsumexp(0) - math.log(len(views))
+
+
+def corner(images_BCHW: Tensor, down: int, right: int) -> Tensor:
+    """uint8 images: one corner of CORNER_AREA, resized to the size of the image."""
+    height, width = images_BCHW.shape[2:]
+    h, w = round(height * CORNER_AREA**0.5), round(width * CORNER_AREA**0.5)
+    top, left = down * (height - h), right * (width - w)
+    cut = images_BCHW[:, :, top : top + h, left : left + w].float()
+    cut = F.interpolate(cut, size=(height, width), mode="bicubic", antialias=True)
+    return cut.round().clamp(0, 255).to(images_BCHW.dtype)
+
+
 def predict_files(
     trained: Trained, inputs: Sequence[Path | NDArray[np.uint8]], *, batch_size: int, precision: str
 ) -> tuple[NDArray[np.float64], dict[int, str]]:
@@ -81,7 +112,8 @@ def predict_files(
             images[row] = torch.tensor(np.atleast_3d(view)).permute(2, 0, 1).contiguous()
         if images:
             with torch.no_grad(), context:
-                logits = trained.model(torch.stack(list(images.values())).to(device))
+                stacked = torch.stack(list(images.values())).to(device)
+                logits = logits_of(trained.model, stacked, config.evaluate.crops)
             scores[list(images)] = logits.double().softmax(1).cpu().numpy()
     return scores, bad
 
@@ -135,11 +167,14 @@ def predict(
     num_classes: int,
     world: World,
     autocast: torch.autocast,
+    crops: int = 1,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Labels [N] and softmax scores [N, classes] of the images `ids`, from all processes."""
     training = model.training
     model.eval()
-    labels_N, logits_NC = outputs(model, loader, ids, num_classes, world, autocast)
+    labels_N, logits_NC = outputs(
+        lambda images: logits_of(model, images, crops), loader, ids, num_classes, world, autocast
+    )
     model.train(training)
     if not torch.isfinite(logits_NC).all():
         raise DataError(
