@@ -161,7 +161,7 @@ def test_load_encoder_returns_the_features_of_the_model(
 
 def test_probe_is_logistic_regression_on_frozen_features(trained: Path, tmp_path: Path) -> None:
     """The folded head gives scikit-learn's probabilities on the pre-trained encoder's features."""
-    settings = {"probe.inverse_penalties": [0.1], "precision": "fp32"}
+    settings = {"probe.inverse_penalties": [0.1], "precision": "fp32", "evaluate.crops": 1}
     run = sf.probe(init=trained / "pretrain", out=tmp_path / "probe", settings=settings).out
     before = load_checkpoint(find_checkpoint(trained / "pretrain", "last"))["model"]
     after = load_checkpoint(find_checkpoint(run))["model"]
