@@ -175,7 +175,7 @@ def reproduce(
 
 def _check_same(out: Path, before: Plan, now: Plan) -> None:
     """Raises CheckpointError if the models of `before` are not those of the plan `now`."""
-    changes = differences(from_dict(before.config), from_dict(now.config))
+    changes = differences(from_dict(before.config), from_dict(now.config), evaluation=True)
     # folders may be moved between two starts
     if before.external and Path(before.external).name != Path(str(now.external)).name:
         changes.append(f"external was {before.external}, is {now.external}")

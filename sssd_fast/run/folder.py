@@ -131,10 +131,11 @@ class Run:
         self.describe()
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """One line per setting that changes what a run computes."""
+def differences(old: Config, new: Config, *, evaluation: bool = False) -> list[str]:
+    """One line per setting that changes what training computes, with `evaluation` also results."""
     before, after = _flat(to_dict(old)), _flat(to_dict(new))
-    free = [key for key in before if key.startswith("step.") and key not in FIXED] + FREE.split()
+    sections = ("step.",) if evaluation else ("step.", "evaluate.")
+    free = [key for key in before if key.startswith(sections) and key not in FIXED] + FREE.split()
     return [
         f"{key} was {before[key]!r}, is {after[key]!r}"
         for key in before
