@@ -139,8 +139,6 @@ def _attention_kernel(
         q_next = q
         if AHEAD:
             q_next = _load_rows(Q, m + ROWS, 3 * H * D, N, D)
-        elif BLOCKS > 1:
-            q = _load_rows(Q, m, 3 * H * D, N, D)
         s0 = _scores(q, k0, n0, N, T0 > N)
         top = tl.max(s0, 1)
         if T1 > 0:
@@ -164,6 +162,8 @@ def _attention_kernel(
         _store_rows(OUT + first, m, o * (1.0 / total)[:, None], H * D, N, D)
         if KEEP_LSE:
             tl.store(LSE + head.to(tl.int64) * N + m, top + tl.log2(total), mask=m < N)
+        if BLOCKS > 1 and not AHEAD:
+            q_next = _load_rows(Q, m + ROWS, 3 * H * D, N, D)
         q = q_next
 
 

@@ -204,7 +204,7 @@ def samples() -> list[Sample]:
     grey = Case(1, (15, 25), 5, select="mask")
     return [
         _sample("small", "rgb", Case(3, (21, 35), 7), 41),
-        _sample("small", "grey mask", grey, 1100),
+        _sample("small", "grey mask", grey, 600),
         _sample("model", "rgb", RGB_16, 4096),
         _sample("model", "ct", CT_16, 4096),
     ]

@@ -27,6 +27,9 @@ Addresses = np.ndarray[Any, Any]
 CACHED = {"POS", "MASK_TOKEN", "CENTER", "BIAS", "STATS", "IDS"}
 # of crop_resize: a pixel is read for each output that it contributes to
 CACHED |= {"PIXELS", "OFFSETS", "SHAPES", "BOXES", "FLIPS"}
+# a row of logits is read again, in parts, after its largest value is known; with several rows per
+# program the partial centre is read and written again
+AGAIN = {"STUDENT", "TEACHER", "PARTIAL"}
 
 
 class Launch:
@@ -107,13 +110,17 @@ def test_each_element_is_read_and_written_once(sample: Sample, launches: list[La
     assert launches
     for launch in launches:
         unknown = np.concatenate(launch.read + launch.written)
+        # an absent tensor is replaced by one of the others
+        again = {launch.tensors[n].untyped_storage().data_ptr() for n in AGAIN & {*launch.tensors}}
         for name, x in launch.tensors.items():
             where = f"{launch.name}, {name}"
             read, written = inside(launch.read, x), inside(launch.written, x)
             unknown = np.setdiff1d(unknown, np.concatenate([read, written]))
             if name in needed:
                 assert read.size == needed[name], where
-            elif x.numel() > 1 and name not in CACHED:
+            elif (
+                name not in CACHED and x.untyped_storage().data_ptr() not in again and x.numel() > 1
+            ):
                 assert np.unique(read).size == read.size, where
             if written.size:
                 assert x.untyped_storage().data_ptr() not in inputs, where
