@@ -189,8 +189,8 @@ def softmax_statistics(
     STUDENT, TEACHER, CENTER, row, stride_s, stride_t, K: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_CENTER: tl.constexpr, TAU_S: tl.constexpr, TAU_T: tl.constexpr,
 ):  # fmt: skip
-    """Of one row: the teacher's largest logit and its sum of exponentials relative to it, and the
-    log-sum-exp of the student.
+    """Of one row, in parts of BLOCK_K: the teacher's largest logit and the sum of its exponentials
+    relative to that, the student's largest logit and the logarithm of such a sum.
     """
     # finite: -inf - -inf would be NaN
     max_t, max_s = tl.full([], -3.0e38, tl.float32), tl.full([], -3.0e38, tl.float32)

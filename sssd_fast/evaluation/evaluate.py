@@ -50,7 +50,7 @@ def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
     if not run.world.main:
         return {}
     records = [index.records[i] for i in ids]
-    notes: list[str] = []
+    notes = [] if crops == 1 else [f"Scores are means over {crops} crops of each image."]
     baselines: dict[str, Floats] = {}
     try:
         with run.console.doing("nearest neighbours"):

@@ -57,7 +57,7 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     return Trained(model.to(device).eval(), config, classes, path, grey_range)
 
 
-# area of a corner, and where the corners are: weights of the remaining height and width
+# part of the image's area, and whether the corner is at the bottom and at the right
 CORNER_AREA = 0.85
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
@@ -77,7 +77,7 @@ def logits_of(model: nn.Module, images_BCHW: Tensor, crops: int) -> Tensor:
 
 
 def corner(images_BCHW: Tensor, down: int, right: int) -> Tensor:
-    """uint8 images: one corner of CORNER_AREA, resized to the size of the image."""
+    """[B, C, H, W] uint8 images -> one corner of each, CORNER_AREA of it, resized to [H, W]."""
     height, width = images_BCHW.shape[2:]
     h, w = round(height * CORNER_AREA**0.5), round(width * CORNER_AREA**0.5)
     top, left = down * (height - h), right * (width - w)

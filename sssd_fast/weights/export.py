@@ -321,7 +321,9 @@ def _model_card(model: Model, facts: dict[str, Any], evaluation: Path) -> str:
         result = json.loads(evaluation.read_text(encoding="utf-8"))["image"]
         rates = ("accuracy", "sensitivity", "specificity", "auc")
         found = [f"{rate} {result[rate]:.3f}" for rate in rates if result[rate] is not None]
-        lines.append(f"- Test split, {result['n']} images: {', '.join(found)}.")
+        crops = settings.get("evaluate", {}).get("crops", 1)
+        views = f", scores averaged over {crops} crops" if crops > 1 else ""
+        lines.append(f"- Test split, {result['n']} images{views}: {', '.join(found)}.")
     return "\n".join(lines) + "\n"
 
 

@@ -251,6 +251,8 @@ def test_resume_rejects_another_run(
     assert "a checkpoint of `pretrain`, not of `finetune`" in capsys.readouterr().err
     # not a byte of the run was changed
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # no part of the training
+    assert main(["pretrain", "--resume", str(out), "evaluate.crops=5"]) == 0
     assert main(["pretrain", "--resume", str(tmp_path / "nothing")]) == 2
 
 

@@ -174,6 +174,8 @@ def test_resume_rejects_other_settings_and_folders(
 ) -> None:
     assert resume(done, "finetune.base_lr=0.5") == 2
     assert "finetune.base_lr was 0.001, is 0.5" in capsys.readouterr().err
+    assert resume(done, "evaluate.crops=1") == 2  # all models are evaluated in the same way
+    assert "evaluate.crops was 5, is 1" in capsys.readouterr().err
     assert resume(done, "threads=2", "--minutes", "0") == 0  # changes no result
     assert resume(tmp_path) == 2
     assert "no plan of `sssd-fast reproduce` there" in capsys.readouterr().err
