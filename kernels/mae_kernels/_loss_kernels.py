@@ -2,7 +2,8 @@
 
 One kernel forward and one backward. Their first programs take rows of logits, the others patches;
 an op without logits or without patches starts the kernel with K = 0 or P = 0, and that part is not
-compiled. The formulas are in reconstruction.py and distillation.py.
+compiled. A second, small kernel of the forward adds up what the first one leaves, in a fixed order.
+The formulas are in reconstruction.py and distillation.py.
 
 Shapes: B images, C channels, P patch side, L patches, M masked patches, V = P*P*C values per patch,
 R rows of K logits.
@@ -315,6 +316,53 @@ def _losses_kernel(
 
 
 @jit
+def _sums_kernel(
+    PATCH_LOSSES, MASK, LOGIT_LOSSES, PARTIAL, TOTAL, RECONSTRUCTION, DISTILLATION, BATCH_CENTER,
+    MASKED, num_rows, num_logit_rows, groups, WEIGHT: tl.constexpr, K: tl.constexpr,
+    HAS_PATCHES: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The first program makes the scalars, each other one BLOCK_K values of the batch's centre."""
+    program = tl.program_id(0)
+    if program == 0:
+        reconstruction = tl.full([], 0.0, tl.float32)
+        if HAS_PATCHES:
+            masked = num_rows
+            if HAS_MASK:
+                masked = sum_values(MASK, num_rows, BLOCK, tl.int32)
+            count = tl.maximum(masked, 1).to(tl.float32)
+            reconstruction = sum_values(PATCH_LOSSES, num_rows, BLOCK, tl.float32) / count
+            tl.store(RECONSTRUCTION, reconstruction)
+            tl.store(MASKED, count)
+        if K > 0:
+            distillation = sum_values(LOGIT_LOSSES, num_logit_rows, BLOCK, tl.float32)
+            distillation /= tl.maximum(num_logit_rows, 1)
+            tl.store(DISTILLATION, distillation)
+            if HAS_PATCHES:
+                tl.store(TOTAL, WEIGHT * distillation + (1.0 - WEIGHT) * reconstruction)
+    elif K > 0:
+        col = (program - 1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        sums = tl.zeros([BLOCK_G, BLOCK_K], tl.float32)
+        for first in range(0, groups, BLOCK_G):
+            group = first + tl.arange(0, BLOCK_G)
+            wanted = (group < groups)[:, None] & (col < K)[None, :]
+            at = (group.to(tl.int64) * K)[:, None] + col[None, :]
+            sums += tl.load(PARTIAL + at, mask=wanted, other=0.0)
+        center = tl.sum(sums, 0) / tl.maximum(num_logit_rows, 1)
+        tl.store(BATCH_CENTER + col, center, mask=col < K)
+
+
+@jit
+def sum_values(VALUES, count, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """The sum of a vector: BLOCK running sums, then theirs."""
+    sums = tl.zeros([BLOCK], dtype)
+    for first in range(0, count, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        sums += tl.load(VALUES + at, mask=at < count, other=0).to(dtype)
+    return tl.sum(sums, 0)
+
+
+@jit
 def _losses_backward_kernel(
     TOTAL, RECONSTRUCTION, DISTILLATION, COUNT, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER, PRED,
     IMAGES, SELECT, STATS, DPRED, FACTORS, num_logit_rows, stride_s, stride_t, num_rows, listed,
@@ -323,16 +371,19 @@ def _losses_backward_kernel(
     NEEDS_TEACHER: tl.constexpr, TAU_S: tl.constexpr, TAU_T: tl.constexpr, C: tl.constexpr,
     P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
     NORM: tl.constexpr, HAS_MASK: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr,
-    HAS_STATS: tl.constexpr, HAS_FACTORS: tl.constexpr,
+    HAS_STATS: tl.constexpr, HAS_FACTORS: tl.constexpr, HAS_TOTAL: tl.constexpr,
+    HAS_RECONSTRUCTION: tl.constexpr, HAS_DISTILLATION: tl.constexpr,
 ):  # fmt: skip
     """DPRED = gradient * 2 (pred - target) / (V * COUNT); the target is read from the images again.
-    The gradients of both losses, of TOTAL only with logits and patches. With HAS_FACTORS the
-    gradient of each patch's loss is read from FACTORS [B,M] instead of the scalars.
+    TOTAL, RECONSTRUCTION and DISTILLATION are gradients of scalars. With HAS_FACTORS the gradient
+    of each patch's loss is read from FACTORS [B,M] instead.
     """
     program = tl.program_id(0)
     if K > 0 and program < num_logit_rows:
-        factor = tl.load(DISTILLATION)
-        if P > 0:
+        factor = tl.full([], 0.0, tl.float32)
+        if HAS_DISTILLATION:
+            factor += tl.load(DISTILLATION)
+        if HAS_TOTAL:
             factor += tl.load(TOTAL) * WEIGHT
         distillation_gradient_row(
             factor / num_logit_rows, STUDENT, TEACHER, CENTER, DSTUDENT, DTEACHER,
@@ -350,8 +401,10 @@ def _losses_backward_kernel(
             factor = tl.load(FACTORS + row, mask=row < num_rows, other=0.0).to(tl.float32)
             d *= (factor * (2.0 / (P * P * C)))[:, None, None, None]
         else:
-            gradient = tl.load(RECONSTRUCTION)
-            if K > 0:
+            gradient = tl.full([], 0.0, tl.float32)
+            if HAS_RECONSTRUCTION:
+                gradient += tl.load(RECONSTRUCTION)
+            if HAS_TOTAL:
                 gradient += tl.load(TOTAL) * (1.0 - WEIGHT)
             d *= gradient * (2.0 / (P * P * C)) / tl.load(COUNT)
         store_gradient(DPRED, d, row, num_rows, C, P, BLOCK_C, BLOCK_P)
@@ -516,12 +569,53 @@ def launch_losses(
     return losses_BM, losses_R, partial_GK
 
 
-class Scalars(NamedTuple):
-    """The gradients of total, reconstruction and distillation; the number of masked patches."""
+# Few programs with many loads under way, since nothing else runs then.
+SUMS_TILE: dict[str, int] = {"BLOCK": 8192, "BLOCK_G": 128, "BLOCK_K": 32, "num_warps": 16}
 
-    total: Tensor
-    reconstruction: Tensor
-    distillation: Tensor
+
+def launch_sums(
+    losses_BM: Tensor | None = None,
+    mask_BL: Tensor | None = None,
+    losses_R: Tensor | None = None,
+    partial_GK: Tensor | None = None,
+    weight: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(total, reconstruction, distillation, batch_center [K], number of masked patches as fp32) of
+    what launch_losses leaves; what needs absent losses is undefined.
+    """
+    some = losses_R if losses_BM is None else losses_BM
+    assert some is not None
+    total = reconstruction = distillation = batch_center = masked = some
+    rows = logit_rows = groups = width = 0
+    new: dict[str, Any] = {"dtype": torch.float32, "device": some.device}
+    if losses_BM is not None:
+        rows = losses_BM.numel()
+        reconstruction, masked = torch.empty((), **new), torch.empty((), **new)
+    if losses_R is not None and partial_GK is not None:
+        logit_rows, (groups, width) = losses_R.shape[0], partial_GK.shape
+        distillation, batch_center = torch.empty((), **new), torch.empty(width, **new)
+        total = some if losses_BM is None else torch.empty((), **new)
+    # absent tensors are not accessed
+    inputs = [some if x is None else x for x in (losses_BM, mask_BL, losses_R, partial_GK)]
+    outputs = (total, reconstruction, distillation, batch_center, masked)
+    has = {"HAS_PATCHES": losses_BM is not None, "HAS_MASK": mask_BL is not None}
+    grid = (1 + -(-width // SUMS_TILE["BLOCK_K"]),)
+    sizes = (rows, logit_rows, groups)
+    launch(
+        _sums_kernel, grid, some, *inputs, *outputs, *sizes, WEIGHT=weight, K=width, **has,
+        **SUMS_TILE,
+    )  # fmt: skip
+    return outputs
+
+
+class Scalars(NamedTuple):
+    """The gradients of total, reconstruction and distillation, None = 0; the number of masked
+    patches.
+    """
+
+    total: Tensor | None
+    reconstruction: Tensor | None
+    distillation: Tensor | None
     masked: Tensor
 
 
@@ -549,8 +643,11 @@ def launch_losses_backward(
         dteacher = torch.empty(shape, dtype=teacher.dtype, device=student.device)
     grid = (rows[0] + -(-integers[0] // constants["ROWS"]),)
     factors = tensors[0] if factors_BM is None else factors_BM.contiguous()
-    buffers = (*scalars, *inputs, dstudent, dteacher, *tensors, dpred, factors)
+    given = [scalars.masked if x is None else x for x in scalars]
+    buffers = (*given, *inputs, dstudent, dteacher, *tensors, dpred, factors)
     own = {"WEIGHT": weight, "NEEDS_TEACHER": needs_teacher, "HAS_FACTORS": factors_BM is not None}
+    for name, x in zip(scalars._fields[:3], scalars, strict=False):
+        own["HAS_" + name.upper()] = x is not None
     launch(
         _losses_backward_kernel, grid, tensors[0], *buffers, *rows, *integers, **constants, **own
     )

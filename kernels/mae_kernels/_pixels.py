@@ -15,6 +15,7 @@ Shapes: B images, C channels, P patch side, K listed patches, V = P*P*C values p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,42 +40,59 @@ def pixel_stats(images: Tensor, mean: Numbers, std: Numbers) -> Tensor | None:
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     if mean is None and std is None and unit == 1:
         return None
-    means = _per_channel("mean", 0.0 if mean is None else mean, images)
-    stds = _per_channel("std", 1.0 if std is None else std, images)
-    if not all(s > 0 for s in stds):
-        raise ValueError(f"std: got {stds}, needs positive numbers")
-    shifts = tuple(-m / s for m, s in zip(means, stds, strict=True))
-    rows = (means, stds, tuple(1 / (unit * s) for s in stds), shifts)
-    device = images.device
+    device, channels = images.device, int(images.shape[1])
+    mean, std = _plain("mean", mean), _plain("std", std)
     dtype = torch.float64 if device.type == "cpu" else torch.float32
-    if type(images) is Tensor and not torch.compiler.is_compiling():
-        found = _kept_stats.get(key := (rows, device, dtype))
-        if found is not None:
-            return found
-        if is_eager() and not (images.is_cuda and torch.cuda.is_current_stream_capturing()):
-            # a tensor made in inference mode could not be saved for a backward
-            with torch.inference_mode(False):
-                found = torch.tensor(rows, dtype=dtype, device=device)
-            if len(_kept_stats) < MOST_KEPT:
-                _kept_stats[key] = found
-            return found
-    # in a trace, under a mode, and in the capture of a CUDA graph without an earlier call: fills on
-    # the device, which a compiler joins to one kernel
-    fills = [torch.full((1,), x, dtype=dtype, device=device) for row in rows for x in row]
-    return torch.cat(fills).view(4, len(means))
+    if type(images) is not Tensor or torch.compiler.is_compiling():
+        return _filled(_rows(mean, std, channels, unit), dtype, device)
+    found = _kept_stats.get(key := (mean, std, channels, unit, device))
+    if found is not None:
+        return found
+    rows = _rows(mean, std, channels, unit)
+    if not is_eager() or (images.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _filled(rows, dtype, device)
+    # a tensor made in inference mode could not be saved for a backward
+    with torch.inference_mode(False):
+        found = torch.tensor(rows, dtype=dtype, device=device)
+    if len(_kept_stats) < MOST_KEPT:
+        _kept_stats[key] = found
+    return found
 
 
 # Copied to the device once per set of numbers: a copy per call would wait for the host. Never
 # removed: captured CUDA graphs read them.
 MOST_KEPT = 256
-_kept_stats: dict[tuple[object, torch.device, torch.dtype], Tensor] = {}
+_kept_stats: dict[tuple[object, ...], Tensor] = {}
 
 
-def _per_channel(name: str, value: float | Sequence[float], images: Tensor) -> tuple[float, ...]:
+def _filled(
+    rows: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """In a trace, under a mode, and in the capture of a CUDA graph without an earlier call: fills
+    on the device, which a compiler joins to one kernel.
+    """
+    fills = [torch.full((1,), x, dtype=dtype, device=device) for row in rows for x in row]
+    return torch.cat(fills).view(len(rows), -1)
+
+
+def _plain(name: str, value: Numbers) -> float | tuple[float, ...] | None:
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: got a tensor, needs Python numbers (use .tolist())")
-    values = (value,) if isinstance(value, (int, float)) else tuple(value)
-    channels = int(images.shape[1])
+    return value if value is None or isinstance(value, (int, float)) else tuple(value)
+
+
+def _rows(mean: Any, std: Any, channels: int, unit: float) -> tuple[tuple[float, ...], ...]:
+    """The numbers of `stats`."""
+    means = _per_channel("mean", 0.0 if mean is None else mean, channels)
+    stds = _per_channel("std", 1.0 if std is None else std, channels)
+    if not all(s > 0 for s in stds):
+        raise ValueError(f"std: got {stds}, needs positive numbers")
+    shifts = tuple(-m / s for m, s in zip(means, stds, strict=True))
+    return means, stds, tuple(1 / (unit * s) for s in stds), shifts
+
+
+def _per_channel(name: str, value: float | tuple[float, ...], channels: int) -> tuple[float, ...]:
+    values = (value,) if isinstance(value, (int, float)) else value
     if len(values) not in (1, channels):
         raise ValueError(
             f"{name}: got {len(values)} numbers, needs one, or one per image channel = {channels}"

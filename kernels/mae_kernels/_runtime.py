@@ -14,7 +14,6 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import islice
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
@@ -199,12 +198,16 @@ def as_on_gpu(capability: tuple[int, int]) -> Iterator[None]:
         _recording, _pretending = None, False
 
 
+# of the dispatcher: there while a mode sees calls before autograd does (torch.export)
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
 def is_eager() -> bool:
     """False if a compiler, a dispatch mode or a transformation sees what the ops do."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0
@@ -297,15 +300,17 @@ def flat(function: Callable[..., Any]) -> Callable[..., Any]:
     returned = kinds.pop("return")
     either = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters: list[inspect.Parameter] = []
-    makers: list[tuple[Callable[..., Any], int]] = []
+    spans: list[tuple[Callable[..., Any] | None, int, int]] = []
     for name, kind in kinds.items():
-        fields = get_type_hints(kind) if hasattr(kind, "_fields") else {name: kind}
+        nested = hasattr(kind, "_fields")
+        fields = get_type_hints(kind) if nested else {name: kind}
+        first = len(parameters)
         parameters += [inspect.Parameter(n, either, annotation=t) for n, t in fields.items()]
-        makers.append((kind if hasattr(kind, "_fields") else lambda x: x, len(fields)))
+        spans.append((kind if nested else None, first, len(parameters)))
 
     def flattened(*args: Any) -> Any:
-        rest = iter(args)
-        return function(*(make(*islice(rest, count)) for make, count in makers))
+        packed = [args[i] if make is None else make(*args[i:j]) for make, i, j in spans]
+        return function(*packed)
 
     signature = inspect.Signature(parameters, return_annotation=returned)
     flattened.__signature__ = signature  # type: ignore[attr-defined]

@@ -15,9 +15,9 @@ Source: Caron et al., DINO, arXiv 2104.14294, equation 2 and section 3.1; Luo et
 2203.16983, for "prob" and for letting the gradient reach the teacher; "cosine" as in SdAE, arXiv
 2208.00449.
 
-On a GPU "dino" is one kernel and the sums of what its programs leave, in a fixed order; the
-backward makes both softmaxes again from the logits, so nothing but the inputs is kept. The other
-kinds are plain torch everywhere.
+On a GPU "dino" is one kernel, and a small one that adds up what its programs leave in a fixed
+order; the backward makes both softmaxes again from the logits, so nothing but the inputs is kept.
+The other kinds are plain torch everywhere.
 
 Shapes: [..., K]: any leading dimensions (rows), K logits or features.
 """
@@ -37,6 +37,7 @@ from ._loss_kernels import (
     Scalars,
     launch_losses,
     launch_losses_backward,
+    launch_sums,
 )
 from ._pixels import accumulate_dtype
 from ._runtime import flat, triton_op, use_triton, wants_reference
@@ -87,12 +88,6 @@ def gradients(grad: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
     return ds.to(student.dtype), dt.to(teacher.dtype)
 
 
-def finish(losses_R: Tensor, partial_GK: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, batch_center) of what the kernel leaves."""
-    rows = max(losses_R.shape[0], 1)
-    return losses_R.sum() / rows, partial_GK.sum(0) / rows
-
-
 # ---- registration ----
 def _use_triton(logits: Logits) -> bool:
     (student, teacher), op = logits[:2], "distillation_loss"
@@ -104,7 +99,8 @@ def _use_triton(logits: Logits) -> bool:
 def _distillation_op(logits: Logits, logit: bool) -> tuple[Tensor, Tensor]:
     """Kind "dino": (loss, batch_center)."""
     if _use_triton(logits):
-        return finish(*launch_losses(logits=logits, logit=logit)[1:])
+        _, losses_R, partial_GK = launch_losses(logits=logits, logit=logit)
+        return launch_sums(losses_R=losses_R, partial_GK=partial_GK)[2:4]
     return dino_reference(logits, logit)
 
 
@@ -115,7 +111,7 @@ def _distillation_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of student and teacher; the teacher's is empty when not needed."""
     if _use_triton(logits):
-        scalars = Scalars(grad, grad, grad, grad)
+        scalars = Scalars(None, None, grad, grad)
         return launch_losses_backward(scalars, logits=logits, needs_teacher=needs_teacher)[1:]
     dstudent, dteacher = gradients(grad, logits)
     return dstudent, dteacher if needs_teacher else dteacher.new_empty(0)

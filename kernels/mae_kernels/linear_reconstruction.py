@@ -76,7 +76,7 @@ def _linear_op(
     unit = torch.ones((), dtype=acc, device=device)
     # the backward of the loss multiplies by 2 grad / (V count)
     grad = torch.full((), KEPT_SCALE * weight.shape[0] / 2, dtype=acc, device=device)
-    scalars = Scalars(grad, grad, grad, unit)
+    scalars = Scalars(None, grad, None, unit)
     losses = []
     shapes = [hidden.shape, weight.shape, weight.shape[:1]] if needs_grad else [(0,)] * 3
     dhidden_BMD = torch.empty(shapes[0], dtype=hidden.dtype, device=device)

@@ -13,10 +13,10 @@ facebookresearch/mae's norm_pix_loss, "channel" is the variant of SD-MAE (arXiv 
 "channel_std" is what the code of SD-MAE, MAE-pytorch and VideoMAE computes: it differs from
 "channel" for patches of a small variance.
 
-On a GPU one kernel reads each masked patch and its prediction once; the losses of the patches are
-then summed in a fixed order. The target is never written: the backward reads the pixels again and
-writes the gradient of pred, nothing else. A patch id out of range, which only debug_checks reports
-on a GPU, gives NaN and reads nothing.
+On a GPU one kernel reads each masked patch and its prediction once, and a small one adds up the
+losses of the patches in a fixed order. The target is never written: the backward reads the pixels
+again and writes the gradient of pred, nothing else. A patch id out of range, which only
+debug_checks reports on a GPU, gives NaN and reads nothing.
 
 Shapes: B images, C channels, P patch side, L patches, M masked patches, V = P*P*C values per patch.
 """
@@ -45,6 +45,7 @@ from ._loss_kernels import (
     Target,
     launch_losses,
     launch_losses_backward,
+    launch_sums,
     target_refusal,
 )
 from ._pixels import Numbers, accumulate_dtype, listed_pixels, pixel_stats
@@ -133,7 +134,9 @@ def _use_triton(pred: Tensor, target: Target) -> bool:
 def _loss_op(pred: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """(loss, number of masked patches), both scalars."""
     if _use_triton(pred, target):
-        return finish(launch_losses(pred, target)[0], target.mask)
+        mask = None if target.mask is None else target.mask.contiguous()
+        sums = launch_sums(launch_losses(pred, target)[0], mask)
+        return sums[1], sums[4]
     return finish(difference(pred, target).square().mean(2), target.mask)
 
 
@@ -141,7 +144,7 @@ def _loss_op(pred: Tensor, target: Target) -> tuple[Tensor, Tensor]:
 @flat
 def _loss_backward_op(grad: Tensor, count: Tensor, pred: Tensor, target: Target) -> Tensor:
     if _use_triton(pred, target):
-        return launch_losses_backward(Scalars(grad, grad, grad, count), pred, target)[0]
+        return launch_losses_backward(Scalars(None, grad, None, count), pred, target)[0]
     d_BMV = difference(pred, target)
     return (d_BMV * (grad * 2 / (count * d_BMV.shape[2]))).to(pred.dtype)
 
@@ -176,7 +179,7 @@ def _patch_losses_op(pred: Tensor, target: Target) -> Tensor:
 @flat
 def _patch_losses_backward_op(grad: Tensor, pred: Tensor, target: Target) -> Tensor:
     if _use_triton(pred, target):
-        scalars = Scalars(grad, grad, grad, grad)
+        scalars = Scalars(None, None, None, grad)
         return launch_losses_backward(scalars, pred, target, factors_BM=grad)[0]
     d_BMV = difference(pred, target)
     return (d_BMV * (grad * 2 / d_BMV.shape[2])[..., None]).to(pred.dtype)

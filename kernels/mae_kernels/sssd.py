@@ -7,9 +7,9 @@ et al., SD-MAE, arXiv 2203.16983, for the form and weight = 0.2. The two terms a
 masked_reconstruction_loss and distillation_loss.
 
 On a GPU, with kind "dino", both terms are one kernel launch forward and one backward: the first
-programs take rows of logits, the others patches. Small torch sums, in a fixed order, finish what
-the programs leave. Nothing but the inputs and the number of masked patches is kept for the
-backward.
+programs take rows of logits, the others patches. A second, small launch of the forward adds up
+what the programs leave, in a fixed order. Nothing but the inputs and the number of masked patches
+is kept for the backward.
 
 Shapes: B images, M masked patches, V = P*P*C values per patch, R rows of K logits.
 """
@@ -30,6 +30,7 @@ from ._loss_kernels import (
     Target,
     launch_losses,
     launch_losses_backward,
+    launch_sums,
     target_refusal,
 )
 from ._pixels import Numbers
@@ -52,11 +53,11 @@ def _sssd_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Kind "dino": (total, reconstruction, distillation, batch_center, masked patches)."""
     if _use_triton(pred, target, logits):
-        losses_BM, *rest = launch_losses(pred, target, logits, logit)
-        loss, batch_center = _distillation.finish(*rest)
-    else:
-        losses_BM = _reconstruction.difference(pred, target).square().mean(2)
-        loss, batch_center = _distillation.dino_reference(logits, logit)
+        losses_BM, *of_logits = launch_losses(pred, target, logits, logit)
+        mask = None if target.mask is None else target.mask.contiguous()
+        return launch_sums(losses_BM, mask, *of_logits, weight)
+    losses_BM = _reconstruction.difference(pred, target).square().mean(2)
+    loss, batch_center = _distillation.dino_reference(logits, logit)
     reconstruction, count = _reconstruction.finish(losses_BM, target.mask)
     return weight * loss + (1 - weight) * reconstruction, reconstruction, loss, batch_center, count
 
@@ -75,10 +76,12 @@ def _sssd_backward_op(
     if _use_triton(pred, target, logits):
         return launch_losses_backward(scalars, pred, target, logits, weight, needs_teacher)
     d_BMV = _reconstruction.difference(pred, target)
-    factor = scalars.reconstruction + scalars.total * (1 - weight)
+    total, reconstruction, distillation = (
+        d_BMV.new_zeros(()) if x is None else x for x in scalars[:3]
+    )
+    factor = reconstruction + total * (1 - weight)
     dpred = (d_BMV * (factor * 2 / (scalars.masked * d_BMV.shape[2]))).to(pred.dtype)
-    grad = scalars.distillation + scalars.total * weight
-    dstudent, dteacher = _distillation.gradients(grad, logits)
+    dstudent, dteacher = _distillation.gradients(distillation + total * weight, logits)
     return dpred, dstudent, dteacher if needs_teacher else dteacher.new_empty(0)
 
 
@@ -86,17 +89,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.target_options, ctx.temps, ctx.weight = inputs[5:8], inputs[11:13], inputs[14]
     ctx.save_for_backward(output[4], *inputs[:5], *inputs[8:11])
     ctx.mark_non_differentiable(output[3], output[4])
+    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
 
 
-def _backward(
-    ctx: Any, total: Tensor, reconstruction: Tensor, distillation: Tensor, *_: Tensor
-) -> tuple[Any, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     count, pred, *tensors = ctx.saved_tensors
     target, logits = (*tensors[:4], *ctx.target_options), (*tensors[4:], *ctx.temps)
     needs_teacher = ctx.needs_input_grad[9]
-    scalars = (total, reconstruction, distillation, count)
     dpred, dstudent, dteacher = _sssd_backward_op(
-        *scalars, pred, *target, *logits, ctx.weight, needs_teacher
+        *grads[:3], count, pred, *target, *logits, ctx.weight, needs_teacher
     )
     return dpred, *[None] * 7, dstudent, dteacher if needs_teacher else None, *[None] * 5
 

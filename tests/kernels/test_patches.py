@@ -101,7 +101,7 @@ def test_mean_and_std_are_one_number_or_one_per_channel() -> None:
 def test_python_numbers_are_copied_to_the_device_once() -> None:
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     first = pixel_stats(images, 0.125, [0.5, 0.25, 2.0])
-    assert pixel_stats(images, [0.125], (0.5, 0.25, 2)) is first
+    assert pixel_stats(images, 0.125, (0.5, 0.25, 2)) is first
     with FakeTensorMode() as mode:
         assert isinstance(pixel_stats(mode.from_tensor(images), 0.125, 0.5), FakeTensor)
         pixel_stats(images, 0.25, 0.5)  # made under a mode: not kept
