@@ -48,7 +48,7 @@ demo: setup ## pre-train, fine-tune and evaluate on synthetic slices, with a rep
 	$(VENV_PYTHON) -m sssd_fast run --config cpu_smoke --out runs/demo --overwrite
 
 test: setup ## run the tests that need no GPU and no network; SLOW=1 includes those marked slow
-	timeout --foreground -k 30 40m $(VENV_PYTHON) -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --benchmark-disable \
+	timeout --foreground -k 30 40m $(VENV_PYTHON) -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder --benchmark-disable \
 	  $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
 check: setup ## check lint, formatting, import order and types

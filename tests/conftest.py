@@ -44,6 +44,8 @@ collect_ignore_glob = (
     else []
 )
 NO_PARAMETERS = SimpleNamespace(params={})
+# By time, so that no worker is left alone with a long file at the end.
+LONGEST = ("test_train.py", "test_step.py", "test_execution.py", "test_reproduce.py")
 # marker: why this machine cannot run its tests
 REASONS = {}
 if not torch.cuda.is_available():
@@ -60,7 +62,9 @@ for _name in ("mlflow", "timm", "wandb"):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what this machine cannot run; `pytest_terminal_summary` prints why."""
+    """Deselects what this machine cannot run; `pytest_terminal_summary` prints why. Sorts the long
+    files first.
+    """
     kept, skipped = [], []
     for item in items:
         values = getattr(item, "callspec", NO_PARAMETERS).params.values()
@@ -68,7 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("dali")
         (skipped if any(map(item.get_closest_marker, REASONS)) else kept).append(item)
     config.hook.pytest_deselected(items=skipped)
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -38,6 +38,7 @@ THUMBNAIL = 192  # longer side, pixels
 MAX_EPOCHS = 4  # in a picture of reconstructions
 SAMPLES = 8  # images of a class in the overview of the data
 DPI = 160
+LAYOUT = "constrained"  # draws twice; tests do without
 
 
 def reconstruction_picture(
@@ -258,7 +259,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DependencyError('pictures need matplotlib: pip install "sssd-fast[train]"') from error
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    return Figure(figsize=(width, height), dpi=DPI, layout=LAYOUT, facecolor="white")
 
 
 def style_axes(axes: Any, *, title: str, xlabel: str, ylabel: str = "", grid: bool = True) -> None:

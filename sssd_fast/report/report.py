@@ -7,13 +7,14 @@ images/curves.png. The HTML file embeds its pictures and needs neither network n
 from __future__ import annotations
 
 import base64
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import torch
@@ -30,6 +31,9 @@ from sssd_fast.performance.fake import make_model
 from sssd_fast.report.read import STAGES, RunFiles, read_run, section
 from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.log import duration
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 # The configuration's sections that a stage uses in addition to data, model and the top level.
 SECTIONS = {
@@ -354,12 +358,26 @@ def _lines(items: Sequence[Any]) -> list[str]:
 
 
 def _write(folder: Path, values: dict[str, Any]) -> tuple[Path, Path]:
-    """Render both templates. HTML is escaped by jinja2, Markdown by `_markdown` on every value."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    """Render both templates."""
+    written = []
+    for name in ("report.md", "report.html"):
+        text = _template(name).render(values | {"folder": folder})
+        # bytes of a file name that are not UTF-8 become question marks
+        atomic_write_text(folder / name, text.encode("utf-8", "replace").decode("utf-8"))
+        written.append(folder / name)
+    return written[0], written[1]
+
+
+@functools.cache
+def _template(name: str) -> Template:
+    """HTML is escaped by jinja2, Markdown by `_markdown` on every value."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
+    from jinja2.runtime import Context
     from markupsafe import Markup
 
-    def link(path: Path) -> Markup:
-        return Markup(quote(Path(os.path.relpath(path, folder)).as_posix()))
+    @pass_context
+    def link(values: Context, path: Path) -> Markup:
+        return Markup(quote(Path(os.path.relpath(path, values["folder"])).as_posix()))
 
     def code(text: str) -> Markup:
         # longer than any run of backticks in the text
@@ -369,23 +387,18 @@ def _write(folder: Path, values: dict[str, Any]) -> tuple[Path, Path]:
     def data(path: Path) -> str:
         return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
-    written = []
-    for name, escape in (("report.md", False), ("report.html", True)):
-        environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent),
-            autoescape=escape,
-            finalize=None if escape else _markdown,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        environment.filters |= {"link": link, "code": code, "data": data, "lines": _lines}
-        text = environment.get_template(f"{name}.j2").render(values)
-        # bytes of a file name that are not UTF-8 become question marks
-        atomic_write_text(folder / name, text.encode("utf-8", "replace").decode("utf-8"))
-        written.append(folder / name)
-    return written[0], written[1]
+    escape = name.endswith(".html")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=escape,
+        finalize=None if escape else _markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"link": link, "code": code, "data": data, "lines": _lines}
+    return environment.get_template(f"{name}.j2")
 
 
 def _markdown(value: Any) -> Any:

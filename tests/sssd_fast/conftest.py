@@ -52,4 +52,5 @@ def _coarse_pictures() -> Iterator[None]:
     """Drawing in full resolution would take most of the time of a run of two steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "DPI", 40)
+        patch.setattr(pictures, "LAYOUT", None)
         yield

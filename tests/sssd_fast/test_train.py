@@ -19,6 +19,7 @@ from mae_kernels import cpu_attention
 from sssd_fast.cli import main
 from sssd_fast.config import load_config
 from sssd_fast.run.checkpoint import CheckpointManager, load_checkpoint
+from sssd_fast.run.device import SHARED_BATCH
 from sssd_fast.train import Schedule
 
 # Runs the command line in a separate process and sends it a signal right before optimizer step
@@ -150,19 +151,25 @@ def test_nan_ends_the_run_and_keeps_the_last_finite_state(
     assert [r.get("skipped_steps") for r in train if r["step"] > 4] == [None, 1, 2]
 
 
-def _command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sssd_fast", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restores what the launcher of several processes sets."""
+    for name in ("OMP_NUM_THREADS", SHARED_BATCH, "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
-def test_error_of_any_process_is_shown_once(tiny: list[str], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("launcher")
+def test_error_of_any_process_is_shown_once(
+    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     words = ["pretrain", "--out", str(tmp_path / "run"), *tiny, "processes=2", "threads=2"]
-    wrong = _command([*words, "data.source=/nowhere"])
-    assert wrong.returncode == 2
-    assert wrong.stderr.count("/nowhere") == 1 and "Traceback" not in wrong.stderr
-    odd = _command([*words, "pretrain.batch_size=7"])
-    assert odd.returncode == 2
-    assert "processes is 2, which does not divide pretrain.batch_size 7" in odd.stderr
+    assert main([*words, "data.source=/nowhere"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("/nowhere") == 1 and "Traceback" not in error
+    assert main([*words, "pretrain.batch_size=7"]) == 2
+    error = capfd.readouterr().err
+    assert "processes is 2, which does not divide pretrain.batch_size 7" in error
 
 
 def _torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -171,22 +178,13 @@ def _torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
 
-def _two_processes(task: str, out: Path, *settings: str) -> None:
-    """torchrun, with a batch for each process; or `processes`, which divides the batch."""
-    if task == "finetune":
-        run = _torchrun(2, [task, "--out", str(out), *settings, f"{task}.batch_size=4"])
-    else:
-        words = [task, "--out", str(out), *settings, "processes=2", "threads=2"]
-        run = _command(words)
-        assert run.stdout.count(" 6 steps, ") == 1
-        assert "processes: 2" in run.stdout
-    assert run.returncode == 0, run.stderr[-3000:]
-
-
+@pytest.mark.usefixtures("launcher")
 @pytest.mark.parametrize(
     ("task", "form"), [("pretrain", "published"), ("pretrain", "sinkhorn"), ("finetune", "")]
 )
-def test_two_processes_train_as_one(task: str, form: str, tiny: list[str], tmp_path: Path) -> None:
+def test_two_processes_train_as_one(
+    task: str, form: str, tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The same images, masks and centre: losses and weights of 2 x batch 4 equal those of 1 x
     batch 8.
     """
@@ -195,7 +193,15 @@ def test_two_processes_train_as_one(task: str, form: str, tiny: list[str], tmp_p
     settings += ["objective.center_momentum=0.5"]
     one, two = tmp_path / "one", tmp_path / "two"
     _train(task, one, *settings, f"{task}.batch_size=8")
-    _two_processes(task, two, *settings)
+    capfd.readouterr()
+    if task == "finetune":  # torchrun, with a batch for each process
+        run = _torchrun(2, [task, "--out", str(two), *settings, f"{task}.batch_size=4"])
+        assert run.returncode == 0, run.stderr[-3000:]
+    else:  # `processes`, which divides the batch
+        assert main([task, "--out", str(two), *settings, "processes=2", "threads=2"]) == 0
+        text = capfd.readouterr().out
+        assert text.count(" 6 steps, ") == 1
+        assert "processes: 2" in text
     records = [_records(out) for out in (one, two)]
     first = [next(r for r in found if r["kind"] == "train") for found in records]
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-6)
@@ -209,8 +215,8 @@ def test_two_processes_train_as_one(task: str, form: str, tiny: list[str], tmp_p
     if task == "pretrain":
         a, b = _last(one)["model"]["center"], _last(two)["model"]["center"]
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)
-        resumed = _command([task, "--resume", str(two), "processes=1"])
-        assert resumed.returncode == 0 and "resuming from step-0000006.pt" in resumed.stdout
+        assert main([task, "--resume", str(two), "processes=1"]) == 0
+        assert "resuming from step-0000006.pt" in capfd.readouterr().out
     else:
         files = [out / "eval" / "test" / "predictions.csv" for out in (one, two)]
         paths = [[row.split(",")[0] for row in f.read_text().splitlines()] for f in files]
