@@ -10,7 +10,7 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ THUMBNAIL = 192  # longer side, pixels
 MAX_EPOCHS = 4  # in a picture of reconstructions
 SAMPLES = 8  # images of a class in the overview of the data
 DPI = 160
-LAYOUT = "constrained"  # draws twice; tests do without
+LAYOUT: Literal["constrained"] | None = "constrained"  # draws twice; tests do without
 
 
 def reconstruction_picture(
