@@ -40,7 +40,6 @@ HELP = {
     "report": "tables and pictures from results",
 }
 FILES = ("compare", "report")
-MODULES = {"attention": "ops"}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -86,18 +85,16 @@ def _measure(args: argparse.Namespace, words: Sequence[str], console: Console) -
     kind, device = args.kind, torch.device(args.device)
     module = _module(kind)
     console.info(f"{kind}: measuring the rate of a large copy and of a large matrix product")
-    results = Results(kind, device, args.dtypes, words, args.out, quick=args.quick)
-    with results:
+    with Results(kind, device, args.dtypes, words, args.out, quick=args.quick) as results:
         bench = Bench(device, console, results, Cache(device), args.quick, args.samples)
         bench.deadline = args.minutes and time.monotonic() + 60 * args.minutes
         bench.only = args.provider or []
         module.run(args, bench)
     head = results.head
-    document: dict[str, Any] = {**head, "rows": results.rows}
     head["doubts"] = doubts(results.rows)
     results.save()
     console.rule(f"{kind}: {head['device']['name']}, torch {head['versions']['torch']}")
-    for table in tables(document):
+    for table in tables({**head, "rows": results.rows}):
         console.table(table.title, table.columns, table.cells)
         for text in table.doubts:
             console.warn(f"doubtful verdicts: {text}")
@@ -111,10 +108,9 @@ def _measure(args: argparse.Namespace, words: Sequence[str], console: Console) -
 def _module(kind: str) -> ModuleType:
     """Raises DependencyError if packages are missing: the loader needs those of the trainer."""
     try:
-        return importlib.import_module(f"benchmarks.{MODULES.get(kind, kind)}")
+        return importlib.import_module(f"benchmarks.{'ops' if kind == 'attention' else kind}")
     except ImportError as error:
-        hint = "pip install '.[train]'"
-        raise DependencyError(f"bench {kind} needs {error.name}: {hint}") from error
+        raise DependencyError(f"bench {kind} needs {error.name}: pip install '.[train]'") from error
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
