@@ -60,8 +60,10 @@ def test_processes_agree_on_what_fits_in_all_of_them() -> None:
     assert search(64, likely, fits, Other(torch.device("cpu"), size=2)) == 8
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (4, 6), (1, 13), (96, 3)])
-@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+@pytest.mark.parametrize(
+    ("task", "batch_size", "accumulate"),
+    [("pretrain", 8, 1), ("pretrain", 1, 13), ("finetune", 4, 6), ("finetune", 96, 3)],
+)
 def test_the_effective_batch_stays(
     tiny: list[str], batch_size: int, accumulate: int, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

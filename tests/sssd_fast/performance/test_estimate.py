@@ -53,8 +53,14 @@ def loss_of(module: nn.Module, inputs: list[Tensor], precision: str) -> Tensor:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("task", ["pretrain", "finetune"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "task"),
+    [
+        *((case, "pretrain") for case in CASES),
+        ("odd shapes", "finetune"),
+        ("eager attention", "finetune"),
+    ],
+)
 def test_estimate_equals_what_a_real_run_saves_and_allocates(
     tiny: list[str], case: str, task: str, precision: str
 ) -> None:
@@ -207,10 +213,9 @@ def test_peak_adds_batch_gradients_and_copies() -> None:
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "gigaflops"), [("base", 58.1), ("large", 123.8)])
-def test_standard_flops_are_the_published_numbers(name: str, gigaflops: float) -> None:
-    config = load_config(None, [f"model.name={name}", "model.in_channels=3"])
-    assert standard_flops(config) / 1e9 == pytest.approx(gigaflops, rel=2e-3)
+def test_standard_flops_are_the_published_numbers() -> None:
+    config = load_config(None, ["model.name=base", "model.in_channels=3"])
+    assert standard_flops(config) / 1e9 == pytest.approx(58.1, rel=2e-3)
 
 
 def products(shapes: Iterable[tuple[int, int, int]]) -> int:
