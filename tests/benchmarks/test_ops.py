@@ -154,6 +154,19 @@ def test_wrong_or_failing_provider_is_not_timed_and_the_others_are(
         assert plain.time is not None and plain.versus is None
 
 
+def test_op_whose_reference_fails_leaves_the_next_op_measured(bench: Bench) -> None:
+    broken = op_of("restore_tokens")
+    broken = replace(broken, providers={**broken.providers, "published": Provider(_raises)})
+    harness.measure_all(bench, [broken, op_of("random_masking")], "ops")
+    by_op: dict[str, list[dict[str, Any]]] = {}
+    for row in bench.results.rows:
+        by_op.setdefault(row["case"], []).append(row)
+    failed, measured = by_op["restore_tokens"], by_op["random_masking"]
+    reason = "fp64 reference: fails: RuntimeError: no kernel image"
+    assert {row["reason"] for row in failed if row["provider"] in broken.providers} == {reason}
+    assert any(row["time"] for row in measured) and not any(row["time"] for row in failed)
+
+
 def test_provider_that_fails_in_the_race_leaves_the_others_timed(bench: Bench) -> None:
     calls = 0
 
