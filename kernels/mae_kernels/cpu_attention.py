@@ -63,8 +63,9 @@ def cpu_refusal(tokens: int, dtype: torch.dtype) -> str | None:
 
 
 @constant_in_graphs
-def _refused(tokens: int, dtype: torch.dtype) -> bool:
-    return cpu_refusal(tokens, dtype) is not None
+def _longest(dtype: torch.dtype) -> int:
+    """The most tokens that the products take here."""
+    return 0 if cpu_bf16_units() is None else LONGEST.get(dtype, 0)
 
 
 def takes_products(qkv_BN3Hd: Tensor) -> bool:
@@ -73,7 +74,8 @@ def takes_products(qkv_BN3Hd: Tensor) -> bool:
     """
     if not wants_cpu_ops(qkv_BN3Hd) or not (qkv_BN3Hd.requires_grad and torch.is_grad_enabled()):
         return False
-    return not _refused(int(qkv_BN3Hd.shape[1]), qkv_BN3Hd.dtype)
+    # a compiler may see a symbolic number of tokens
+    return qkv_BN3Hd.shape[1] <= _longest(qkv_BN3Hd.dtype)
 
 
 # ---- formula ----

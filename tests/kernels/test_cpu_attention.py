@@ -116,6 +116,18 @@ def test_compiled_graph_keeps_the_op() -> None:
     assert torch.equal(gradient, torch.autograd.grad(attention(qkv).sum(), qkv)[0])
 
 
+def test_compiled_attention_takes_any_number_of_tokens() -> None:
+    """The compiler makes the number symbolic at the second one."""
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 12, LONGEST[torch.bfloat16], LONGEST[torch.bfloat16] + 1):
+        qkv = qkv_of((1, tokens, 2, 16), torch.bfloat16)
+        out, expected = compiled(qkv), attention(qkv)
+        torch.testing.assert_close(out, expected)
+        gradients = [torch.autograd.grad(x.float().square().sum(), qkv)[0] for x in (out, expected)]
+        torch.testing.assert_close(*gradients)
+
+
 def test_bf16_units_come_from_the_capabilities_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     found: dict[str, bool] = {}
