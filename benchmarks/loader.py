@@ -165,10 +165,10 @@ def difference(loader: Loader, reference: Loader) -> dict[str, float]:
         raise SssdError(f"{loader.steps_per_epoch} batches, needs {reference.steps_per_epoch}")
     total = largest = pixels = 0
     for step, (batch, wanted) in enumerate(zip(loader.epoch(0), reference.epoch(0), strict=True)):
-        for name in ("indices", "labels", "valid"):
+        for name in ("indices", "labels"):
             if not torch.equal(getattr(batch, name).cpu(), getattr(wanted, name)):
                 raise SssdError(f"wrong: batch {step} has other {name} than the torch loader")
-        off_RCHW = (batch.images.cpu().short() - wanted.images.short()).abs()[wanted.valid]
+        off_RCHW = (batch.images.cpu().short() - wanted.images.short()).abs()[: wanted.count]
         total += int(off_RCHW.sum())
         largest = max(largest, int(off_RCHW.max()))
         pixels += off_RCHW.numel()

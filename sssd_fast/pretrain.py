@@ -110,13 +110,13 @@ class PretrainTask:
         self.module.eval()
         for i, batch in enumerate(loader.epoch(0)):
             noise = self._noise(len(batch.images), VALIDATION_SEED, i)
-            images, noise = batch.images[batch.valid], noise[batch.valid]
-            if len(images):
+            if count := batch.count:
+                images, noise = batch.images[:count], noise[:count]
                 with step.autocast():
                     out = self.module(images, noise)
                 terms = (out.losses[name] for name in self.module.loss_names)
                 values = [out.total, *terms, torch.ones_like(out.total)]
-                sums += torch.stack(values).double() * len(images)
+                sums += torch.stack(values).double() * count
                 if out.compared is not None:
                     rows = -(-ROWS // loader.steps_per_epoch)
                     compared.append(tuple(evenly(t, rows) for t in out.compared if t is not None))

@@ -198,13 +198,13 @@ def outputs(
     values_NX = torch.zeros(len(ids), width, device=world.device)
     labels_N = torch.zeros(len(ids), device=world.device, dtype=torch.int64)
     for batch in loader.epoch(0):
-        keep = batch.valid
-        found = [row_of[i] for i in batch.indices[keep].tolist()]
+        count = batch.count
+        found = [row_of[i] for i in batch.indices[:count].tolist()]
         rows = torch.tensor(found, dtype=torch.int64, device=world.device)
         with autocast:
             values = function(batch.images)
-        values_NX[rows] = values[keep].float()
-        labels_N[rows] = batch.labels[keep]
+        values_NX[rows] = values[:count].float()
+        labels_N[rows] = batch.labels[:count]
     # every image belongs to one process, the other rows are 0
     world.sum_(values_NX)
     world.sum_(labels_N)

@@ -29,14 +29,14 @@ PAD_LABEL = -100  # the label that torch's cross_entropy ignores
 
 @dataclass
 class Batch:
-    """B images. A padded row (evaluation only) has valid False, zero pixels, index -1, label
+    """B rows: `count` images, then (evaluation only) padding of zero pixels, index -1, label
     -100.
     """
 
     images: Tensor  # uint8 [B, C, H, W]
     labels: Tensor  # int64 [B]
     indices: Tensor  # int64 [B], record numbers of the DataIndex
-    valid: Tensor  # bool [B]
+    count: int
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -140,7 +140,7 @@ class Loader:
         if missing := order.batch_size - rows:
             padding = images_RCHW.new_zeros(missing, *images_RCHW.shape[1:])
             images_RCHW = torch.cat([images_RCHW, padding])
-        return Batch(images_RCHW, labels, indices, indices != PAD_INDEX)
+        return Batch(images_RCHW, labels, indices, rows)
 
     def describe(self) -> str:
         """One line: provider, images, batch, what happens to the last batch, memory."""

@@ -115,7 +115,7 @@ def test_race_times_epochs_after_settling_and_alternates() -> None:
             seen.append((self.name, epoch, start))
             for _ in range(self.steps_per_epoch - start):
                 now += self.seconds
-                yield Batch(torch.zeros(1, 1, 1, 1), *[torch.zeros(1)] * 3)
+                yield Batch(torch.zeros(1, 1, 1, 1), torch.zeros(1), torch.zeros(1), 1)
 
     loaders: Any = {"a": Fake("a", 0.1), "b": Fake("b", 0.2)}
     rates = module.race(loaders, 8, 2, CPU, clock=lambda: now)

@@ -115,8 +115,7 @@ def test_fine_tuning_loss_never_waits_for_the_device(cuda: torch.device) -> None
     model = Classifier(config.model, 2, drop_path=0.1).to(cuda)
     images = torch.randint(0, 256, (8, 1, 224, 224), dtype=torch.uint8, device=cuda)
     labels = torch.zeros(8, dtype=torch.int64, device=cuda)
-    kept = torch.ones(8, dtype=torch.bool, device=cuda)
-    batch = Batch(images, labels, labels, kept)
+    batch = Batch(images, labels, labels, 8)
     task.loss(model, batch, 0, 0).total.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:

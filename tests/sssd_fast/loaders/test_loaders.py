@@ -69,7 +69,8 @@ def same(first: Iterable[Batch], second: Iterable[Batch]) -> None:
     first, second = list(first), list(second)
     assert len(first) == len(second) > 0
     for a, b in zip(first, second, strict=True):
-        for name in ("images", "labels", "indices", "valid"):
+        assert a.count == b.count
+        for name in ("images", "labels", "indices"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
@@ -83,8 +84,8 @@ def assert_images(
                 pixels = to_channels(decode_image(index.file(i)), len(image))
                 expected = torch.from_numpy(crop(pixels, i).reshape(24, 32, -1).copy())
                 assert_near(image, expected.permute(2, 0, 1), *EXACTNESS[provider])
-        labels = [index.records[i].label for i in batch.indices[batch.valid].tolist()]
-        assert batch.labels[batch.valid].tolist() == labels
+        labels = [index.records[i].label for i in batch.indices[: batch.count].tolist()]
+        assert batch.labels[: batch.count].tolist() == labels
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -163,7 +164,8 @@ def test_ranks_tile_the_global_batch(
     ]
     assert {len(r) for r in ranks} == {len(one)}
     for step, whole in enumerate(one):
-        for name in ("images", "labels", "indices", "valid"):
+        assert sum(rank[step].count for rank in ranks) == whole.count
+        for name in ("images", "labels", "indices"):
             woven = torch.stack([getattr(ranks[r][step], name) for r in range(world)], 1).flatten(
                 0, 1
             )
@@ -182,11 +184,10 @@ def test_evaluation_returns_every_image_once_in_order(
             found = []
             for batch in loader.epoch(epoch):
                 assert len(batch) == len(batch.images) == batch_size
-                padded = ~batch.valid
-                assert (batch.indices[padded] == PAD_INDEX).all()
-                assert (batch.labels[padded] == PAD_LABEL).all()
-                assert not batch.images[padded].any()
-                found += batch.indices[batch.valid].tolist()
+                assert (batch.indices[batch.count :] == PAD_INDEX).all()
+                assert (batch.labels[batch.count :] == PAD_LABEL).all()
+                assert not batch.images[batch.count :].any()
+                found += batch.indices[: batch.count].tolist()
         seen += found
     assert sorted(seen) == list(range(COUNT))
     if world == 1:

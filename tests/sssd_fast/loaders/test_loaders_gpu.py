@@ -65,7 +65,7 @@ def test_images_equal_those_of_pillow_on_a_gpu(
     expected = list(make("torch", train, device="cpu", channels=channels).epoch(1))
     for a, b in zip(expected, make(provider, train, channels=channels).epoch(1), strict=True):
         assert b.images.is_cuda
-        for name in ("labels", "indices", "valid"):
+        for name in ("labels", "indices"):
             assert torch.equal(getattr(a, name), getattr(b, name).cpu()), name
         assert_near(b.images.cpu(), a.images, *EXACTNESS[provider])
 
