@@ -6,9 +6,8 @@
 Source: He et al., arXiv 2111.06377, section 3: the decoder's last layer is a linear projection to
 P*P*C pixel values.
 
-Neither the predictions nor their gradient exist at full size: the patches are cut into CHUNKS
-parts, and each part's predictions, loss and gradients are made and dropped before the next. A part
-of hidden is copied to consecutive rows, so that each product is one matrix product with its bias.
+Neither the predictions nor their gradient exist at full size: the batch is cut into CHUNKS parts,
+and each part's predictions, loss and gradients are made and dropped before the next.
 The gradients of hidden, weight and bias are made in the forward, up to the factor that only the
 backward knows, and are what is kept for it. Above the inputs, forward and backward hold two
 gradients of hidden, two parts (predictions and their gradient), and a few copies of the weight.
@@ -81,15 +80,18 @@ def _linear_op(
     shapes = [hidden.shape, weight.shape, weight.shape[:1]] if needs_grad else [(0,)] * 3
     dhidden_BMD = torch.empty(shapes[0], dtype=hidden.dtype, device=device)
     dweight_VD, dbias_V = (torch.zeros(shape, dtype=acc, device=device) for shape in shapes[1:])
-    batch, masked = ids.shape
-    chunks = max(1, min(CHUNKS, masked))
+    # Parts of the batch are views. A symbolic batch cannot be counted and a small one not cut: then
+    # parts of the masked patches, copied, since of strided slices torch would make B products.
+    cut = 0 if isinstance(ids.shape[0], int) and ids.shape[0] >= CHUNKS else 1
+    chunks = max(1, min(CHUNKS, ids.shape[cut]))
     for i in range(chunks):
-        first, last = masked * i // chunks, masked * (i + 1) // chunks
-        # N = B * M of this part; of a strided slice torch would make B small products
-        shape = (batch, last - first, hidden.shape[2])
-        h_ND = hidden.narrow(1, first, last - first).to(dtype).flatten(0, 1)
-        pred_BMV = _predict(h_ND, w_VD, b_V).unflatten(0, shape[:2])
-        chunk = target._replace(ids=ids.narrow(1, first, last - first))
+        first, last = (ids.shape[cut] * j // chunks for j in (i, i + 1))
+        part = (cut, first, last - first)
+        h_BMD = hidden.narrow(*part)
+        h_ND = h_BMD.to(dtype).flatten(0, 1)  # N = B * M of this part
+        pred_BMV = _predict(h_ND, w_VD, b_V).unflatten(0, h_BMD.shape[:2])
+        images = target.images.narrow(*part) if cut == 0 else target.images
+        chunk = target._replace(images=images, ids=ids.narrow(*part))
         if triton:
             losses.append(launch_losses(pred_BMV, chunk)[0])
             dpred_BMV = None
@@ -102,12 +104,12 @@ def _linear_op(
         if dpred_BMV is not None:
             dpred_NV = dpred_BMV.flatten(0, 1)
             with no_autocast(device):
-                dhidden_BMD.narrow(1, first, last - first).copy_((dpred_NV @ w_VD).view(shape))
+                dhidden_BMD.narrow(*part).copy_((dpred_NV @ w_VD).view(h_BMD.shape))
                 dweight_VD = dweight_VD + dpred_NV.t() @ h_ND
             dbias_V = dbias_V + dpred_NV.sum(0, dtype=acc)
             del dpred_NV
-        del h_ND, pred_BMV, dpred_BMV  # before the next part's are made
-    loss = torch.cat(losses, 1).sum() / max(ids.numel(), 1)
+        del h_BMD, h_ND, pred_BMV, dpred_BMV  # before the next part's are made
+    loss = torch.cat(losses, cut).sum() / max(ids.numel(), 1)
     return loss, dhidden_BMD, dweight_VD, dbias_V
 
 

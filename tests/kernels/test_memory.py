@@ -90,16 +90,19 @@ def test_peak_is_gradients_and_outputs(sample: Sample) -> None:
 
 
 @pytest.mark.kernel
-def test_linear_reconstruction_loss_holds_an_eighth_of_the_predictions() -> None:
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    ids = torch.stack([torch.randperm(64) for _ in range(2)])
-    hidden, weight = torch.randn(2, 64, 16), torch.randn(192, 16)
+@pytest.mark.parametrize(("batch", "masked"), [(2, 64), (16, 8)])
+def test_linear_reconstruction_loss_holds_an_eighth_of_the_predictions(
+    batch: int, masked: int
+) -> None:
+    images = torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8)
+    ids = torch.stack([torch.randperm(64)[:masked] for _ in range(batch)])
+    hidden, weight = torch.randn(batch, masked, 16), torch.randn(192, 16)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     backend = mk.backend("triton" if INTERPRET else "registered")
     with backend, LiveBytes([images, ids, *leaves]) as live:
         loss = mk.linear_reconstruction_loss(hidden, weight, None, images, ids, patch_size=8)
         torch.autograd.grad(loss, leaves)
-    eighth = 2 * 64 * weight.shape[0] * 4 // 8
+    eighth = batch * masked * weight.shape[0] * 4 // 8
     assert live.largest <= max(eighth, hidden.nbytes)
     # two gradients of hidden; an eighth of the predictions and their gradient (in plain torch the
     # target and the difference too); gradients of the weight

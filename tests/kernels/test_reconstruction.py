@@ -263,9 +263,10 @@ def test_masked_reconstruction_loss_is_facebookresearch_formula() -> None:
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_linear_reconstruction_loss_equals_the_head_then_the_loss(with_bias, device) -> None:
-    _, images, masking = make(5, 3, 16, 24, 8, 4, torch.uint8, torch.float32, device)
-    leaves = [torch.randn(5, 4, 20, device=device), torch.randn(192, 20, device=device) / 4]
+@pytest.mark.parametrize("batch", [5, 11])
+def test_linear_reconstruction_loss_equals_the_head_then_the_loss(with_bias, batch, device) -> None:
+    _, images, masking = make(batch, 3, 16, 24, 8, 4, torch.uint8, torch.float32, device)
+    leaves = [torch.randn(batch, 4, 20, device=device), torch.randn(192, 20, device=device) / 4]
     leaves += [torch.randn(192, device=device)] * with_bias
     ids = masking.ids_masked
 
@@ -279,10 +280,11 @@ def test_linear_reconstruction_loss_equals_the_head_then_the_loss(with_bias, dev
     assert_equals_reference(ours, separate, leaves, atol=2e-6)
 
 
-def test_linear_reconstruction_loss_adds_the_bias_inside_the_products() -> None:
+@pytest.mark.parametrize("batch", [2, 19])
+def test_linear_reconstruction_loss_adds_the_bias_inside_the_products(batch: int) -> None:
     """One matrix product per part for the predictions, and two for the gradients."""
-    images, ids = torch.rand(2, 3, 32, 32), torch.arange(16).expand(2, 16)
-    shapes = ((2, 16, 20), (192, 20), (192,))
+    images, ids = torch.rand(batch, 3, 32, 32), torch.arange(16).expand(batch, 16)
+    shapes = ((batch, 16, 20), (192, 20), (192,))
     leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
     with backend("registered"), torch.autograd.profiler.profile() as profile:
         linear_reconstruction_loss(*leaves, images, ids, patch_size=8).backward()
