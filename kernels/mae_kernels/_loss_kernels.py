@@ -595,8 +595,9 @@ def launch_sums(
         logit_rows, (groups, width) = losses_R.shape[0], partial_GK.shape
         distillation, batch_center = torch.empty((), **new), torch.empty(width, **new)
         total = some if losses_BM is None else torch.empty((), **new)
+    mask = None if mask_BL is None else mask_BL.contiguous()
     # absent tensors are not accessed
-    inputs = [some if x is None else x for x in (losses_BM, mask_BL, losses_R, partial_GK)]
+    inputs = [some if x is None else x for x in (losses_BM, mask, losses_R, partial_GK)]
     outputs = (total, reconstruction, distillation, batch_center, masked)
     has = {"HAS_PATCHES": losses_BM is not None, "HAS_MASK": mask_BL is not None}
     grid = (1 + -(-width // SUMS_TILE["BLOCK_K"]),)

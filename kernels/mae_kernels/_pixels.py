@@ -15,7 +15,6 @@ Shapes: B images, C channels, P patch side, K listed patches, V = P*P*C values p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ._runtime import is_eager, jit, tl
 
 # What the public functions take as mean and std: one number for all channels, or one per channel
 Numbers = float | Sequence[float] | None
+Plain = float | tuple[float, ...] | None  # the same, hashable
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
@@ -75,13 +75,13 @@ def _filled(
     return torch.cat(fills).view(len(rows), -1)
 
 
-def _plain(name: str, value: Numbers) -> float | tuple[float, ...] | None:
+def _plain(name: str, value: Numbers) -> Plain:
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: got a tensor, needs Python numbers (use .tolist())")
     return value if value is None or isinstance(value, (int, float)) else tuple(value)
 
 
-def _rows(mean: Any, std: Any, channels: int, unit: float) -> tuple[tuple[float, ...], ...]:
+def _rows(mean: Plain, std: Plain, channels: int, unit: float) -> tuple[tuple[float, ...], ...]:
     """The numbers of `stats`."""
     means = _per_channel("mean", 0.0 if mean is None else mean, channels)
     stds = _per_channel("std", 1.0 if std is None else std, channels)

@@ -7,10 +7,11 @@ Source: He et al., arXiv 2111.06377, section 3: the decoder's last layer is a li
 P*P*C pixel values.
 
 Neither the predictions nor their gradient exist at full size: the batch is cut into CHUNKS parts,
-and each part's predictions, loss and gradients are made and dropped before the next.
-The gradients of hidden, weight and bias are made in the forward, up to the factor that only the
-backward knows, and are what is kept for it. Above the inputs, forward and backward hold two
-gradients of hidden, two parts (predictions and their gradient), and a few copies of the weight.
+and each part's predictions, loss and gradients are made and dropped before the next. A batch that
+is symbolic or smaller than CHUNKS is cut by masked patches instead. The gradients of hidden, weight
+and bias are made in the forward, up to the factor that only the backward knows, and are what is
+kept for it. Above the inputs, forward and backward hold two gradients of hidden, two parts
+(predictions and their gradient), and a few copies of the weight.
 
 Shapes: B images, M masked patches, D decoder width, V = P*P*C values per patch, (row, column,
 channel).

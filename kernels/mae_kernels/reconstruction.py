@@ -134,8 +134,7 @@ def _use_triton(pred: Tensor, target: Target) -> bool:
 def _loss_op(pred: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """(loss, number of masked patches), both scalars."""
     if _use_triton(pred, target):
-        mask = None if target.mask is None else target.mask.contiguous()
-        sums = launch_sums(launch_losses(pred, target)[0], mask)
+        sums = launch_sums(launch_losses(pred, target)[0], target.mask)
         return sums[1], sums[4]
     return finish(difference(pred, target).square().mean(2), target.mask)
 

@@ -54,8 +54,7 @@ def _sssd_op(
     """Kind "dino": (total, reconstruction, distillation, batch_center, masked patches)."""
     if _use_triton(pred, target, logits):
         losses_BM, losses_R, partial_GK = launch_losses(pred, target, logits, logit)
-        mask = None if target.mask is None else target.mask.contiguous()
-        return launch_sums(losses_BM, mask, losses_R, partial_GK, weight)
+        return launch_sums(losses_BM, target.mask, losses_R, partial_GK, weight)
     losses_BM = _reconstruction.difference(pred, target).square().mean(2)
     loss, batch_center = _distillation.dino_reference(logits, logit)
     reconstruction, count = _reconstruction.finish(losses_BM, target.mask)

@@ -166,16 +166,34 @@ def test_sssd_loss_is_the_weighted_sum(use_mask, device) -> None:
 
     def with_gradients(loss: torch.Tensor) -> list[torch.Tensor]:
         leaves = (pred, student, teacher)
-        return [loss.detach(), *torch.autograd.grad(loss, leaves, retain_graph=True)]
+        options = {"retain_graph": True, "materialize_grads": True}
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, **options)]
 
     (rec, dis, statistic) = apart(torch.float64)
     (rec32, dis32, _) = apart(torch.float32)
     for got, want, eager in (
         (out.total, 0.3 * dis + 0.7 * rec, 0.3 * dis32 + 0.7 * rec32),
         (out.reconstruction * 2 + out.distillation, 2 * rec + dis, 2 * rec32 + dis32),
+        (out.reconstruction, rec, rec32),
+        (out.distillation, dis, dis32),
     ):
         assert_close(*map(with_gradients, (got, want, eager)), atol=2e-6)
     torch.testing.assert_close(out.batch_center.double(), statistic, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.kernel
+def test_sssd_loss_adds_up_many_patches_and_rows(device) -> None:
+    """More than the kernel that adds up holds at a time."""
+    images, mask = torch.rand(4, 1, 96, 96, device=device), torch.rand(4, 2304, device=device) > 0.3
+    pred = torch.randn(4, 2304, 4, device=device)
+    student, teacher = (torch.randn(300, 21, device=device) for _ in range(2))
+    which = {"mask": mask, "patch_size": 2, "norm": None}
+    found = sssd_loss(pred, images, student, teacher, **which)
+    with backend("reference"):
+        wide = (x.double() for x in (pred, images, student, teacher))
+        expected = sssd_loss(*wide, **which)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
 
 
 S = torch.zeros(2, 5)
