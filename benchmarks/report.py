@@ -1,12 +1,12 @@
 """`bench report`: docs/benchmarks.md and its pictures from the files in benchmarks/results.
 
-Of each kind and device the newest file is used, quick runs never.
+Of each kind and device the newest rows of each case, shape and dtype are used, quick runs never:
+a benchmark can be measured in several runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.tables import Document, ceiling_text, device_name, markdown, significant, tables
-from sssd_fast.errors import DependencyError, SssdError
-from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
+from sssd_fast.errors import SssdError
+from sssd_fast.evaluation.pictures import new_figure, save_figure, style_axes
+from sssd_fast.run.files import atomic_write_text
 from sssd_fast.run.log import Console
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,23 +34,38 @@ OTHERS = "#e69f00"
 
 
 def find(folder: Path) -> tuple[list[Document], list[str]]:
-    """The newest document of each kind and device, GPUs first, and warnings.
+    """Documents with the rows that are reported, GPUs first, then by time; and warnings.
 
     Raises SssdError for a file that is not a result of this version.
     """
-    newest, warnings = dict[tuple[str, str], Document](), list[str]()
+    documents, warnings = list[Document](), list[str]()
     loaded = [{**results.load(path), "file": path.name} for path in sorted(folder.glob("*.json"))]
-    for document in sorted(loaded, key=lambda one: str(one["started"])):
+    measured: set[tuple[str, ...]] = set()
+    for document in sorted(loaded, key=lambda one: str(one["started"]), reverse=True):
         if document["kind"] not in SECTIONS:
             known = ", ".join(SECTIONS)
             raise SssdError(f"{document['file']}: kind {document['kind']!r}, known are {known}")
         if document["quick"]:
             warnings.append(f"{document['file']} is a quick run and not reported")
             continue
-        newest[document["kind"], document["device"]["name"]] = document
+        what = document["kind"], device_name(document)
+        keys = [(*what, row["case"], row["shape"], row["dtype"]) for row in document["rows"]]
+        rows = [row for row, key in zip(document["rows"], keys, strict=True) if key not in measured]
+        if not rows:
+            warnings.append(f"{document['file']}: later runs measured all of it; delete it")
+            continue
+        measured.update(keys)
+        documents.insert(0, {**document, "rows": rows})
         if not document["finished"]:
             warnings.append(f"{document['file']} is unfinished; the page says so")
-    return sorted(newest.values(), key=lambda one: one["device"]["type"] != "cuda"), warnings
+    return sorted(documents, key=lambda one: one["device"]["type"] != "cuda"), warnings
+
+
+def by_device(documents: Sequence[Document], kind: str) -> list[list[Document]]:
+    """The documents of a kind, those of one device together."""
+    mine = [one for one in documents if one["kind"] == kind]
+    names = dict.fromkeys(map(device_name, mine))
+    return [[one for one in mine if device_name(one) == name] for name in names]
 
 
 # ---- the page ----
@@ -72,33 +88,38 @@ the commit that it measured.
 def page(documents: Sequence[Document]) -> str:
     blocks = [INTRODUCTION, *overview(documents)]
     for kind, title in SECTIONS.items():
-        mine = [one for one in documents if one["kind"] == kind]
-        have = {document["device"]["type"] for document in mine}
+        devices = by_device(documents, kind)
+        have = {runs[0]["device"]["type"] for runs in devices}
         missing = [n for t, n in (("cuda", "NVIDIA GPU"), ("cpu", "CPU")) if t not in have]
         blocks += [f"## {title}", *(f"{name}: not measured." for name in missing)]
-        for document in mine:
-            blocks += section(document)
+        for runs in devices:
+            blocks += section(runs)
     return "\n\n".join(blocks) + "\n"
 
 
-def section(document: Document) -> list[str]:
-    """Picture, caption, ceilings and tables; of the ops those of the first shape."""
-    kind, rows = document["kind"], document["rows"]
-    blocks = [f"### {device_name(document)}"]
-    if pictured(document):
-        text = f"Images per second of a training step, {device_name(document)}"
-        blocks.append(f"![{text}](benchmarks/{picture_name(document)})")
-    blocks.append(caption(document))
-    if kind in ("ops", "attention", "step") and document["ceilings"]:
-        blocks.append(ceiling_text(document))
-    if kind == "ops":
-        rows = [row for row in rows if row["shape"] == rows[0]["shape"]]
-        blocks.append(f"{len(rows)} of the {len(document['rows'])} rows; the file has all shapes.")
-    for table in tables({**document, "rows": rows}):
-        blocks += [f"#### {table.title}", markdown(table.columns, table.cells)]
-        if table.doubts:
-            lines = "\n".join(f"- {text}" for text in table.doubts)
-            blocks.append(f"The verdicts of these races are doubtful:\n\n{lines}")
+def section(runs: Sequence[Document]) -> list[str]:
+    """Picture of a device, and of each run caption, ceilings and tables; of the ops those of the
+    first shape.
+    """
+    name = device_name(runs[0])
+    blocks = [f"### {name}"]
+    if pictured(runs):
+        text = f"Images per second of a training step, {name}"
+        blocks.append(f"![{text}](benchmarks/{picture_name(runs)})")
+    for document in runs:
+        kind, rows = document["kind"], document["rows"]
+        blocks.append(caption(document))
+        if kind in ("ops", "attention", "step") and document["ceilings"]:
+            blocks.append(ceiling_text(document))
+        if kind == "ops":
+            rows = [row for row in rows if row["shape"] == rows[0]["shape"]]
+            count = len(document["rows"])
+            blocks.append(f"{len(rows)} of the {count} rows; the file has all shapes.")
+        for table in tables({**document, "rows": rows}):
+            blocks += [f"#### {table.title}", markdown(table.columns, table.cells)]
+            if table.doubts:
+                lines = "\n".join(f"- {text}" for text in table.doubts)
+                blocks.append(f"The verdicts of these races are doubtful:\n\n{lines}")
     return blocks
 
 
@@ -137,55 +158,43 @@ def overview(documents: Sequence[Document]) -> list[str]:
         slower = sum(one["verdict"] == "faster" for one in found)
         lines.append([*words, f"{significant(mean)}×", f"{slower} of {len(found)}"])
     columns = ["what", "hardware", "relative to", "dtype", "time / ours", "rows with ours slower"]
-    text = "Geometric mean over all rows of the file: shapes and passes."
+    text = "Geometric mean over all rows of the device: shapes and passes."
     return ["## Overview", markdown(columns, lines), text] if lines else ["Nothing is measured."]
 
 
 # ---- the picture ----
 
 
-def pictured(document: Document) -> dict[str, dict[str, float]]:
+def pictured(runs: Sequence[Document]) -> dict[str, dict[str, float]]:
     """Shape -> provider -> images per second: of a step the first two cases of "MAE"."""
     cases: dict[str, dict[str, float]] = {}
-    for row in document["rows"] if document["kind"] == "step" else []:
+    for row in [row for run in runs if run["kind"] == "step" for row in run["rows"]]:
         if row["time"] and row["case"] == "MAE":
             rate = row["more"]["images_per_s"]
             cases.setdefault(row["shape"], {})[f"{row['provider']}, {row['dtype']}"] = rate
     return dict(list(cases.items())[:2])
 
 
-def picture_name(document: Document) -> str:
-    return f"step-{results.slug(document['device']['name'])}.png"
+def picture_name(runs: Sequence[Document]) -> str:
+    return f"step-{results.slug(runs[0]['device']['name'])}.png"
 
 
-def draw(document: Document) -> bytes:
-    """PNG; equal bytes for equal results and an equal version of matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        hint = "pip install 'sssd-fast[train]'"
-        raise DependencyError(f"pictures need matplotlib: {hint}") from error
-    cases = pictured(document)
+def draw(runs: Sequence[Document], path: Path) -> None:
+    """Writes a PNG; equal bytes for equal results and an equal version of matplotlib."""
+    cases = pictured(runs)
     # 9 inches wide: letters of 8 points stay readable at 900 pixels
-    height = 1.1 + 0.2 * max(map(len, cases.values()))
-    figure = Figure(figsize=(9, height), dpi=130, layout="constrained")
+    figure = new_figure(9, 1.1 + 0.2 * max(map(len, cases.values())))
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for axes, (shape, rates) in zip(panels, cases.items(), strict=True):
         for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
-            color = COLORS.get(name.split(",")[0].split()[0], OTHERS)
-            axes.barh(name, rate, 0.75, color=color)
+            axes.barh(name, rate, 0.75, color=COLORS.get(name.split(",")[0].split()[0], OTHERS))
             axes.annotate(f" {rate:.0f}", (rate, name), va="center", fontsize=7)
         axes.invert_yaxis()
-        axes.set_title(shape, fontsize=9, loc="left")
-        axes.set_xlabel("images per second", fontsize=8)
-        axes.tick_params(labelsize=7)
         axes.margins(x=0.12)
-        axes.spines[["top", "right"]].set_visible(False)
-    title = f"MAE pre-training, {device_name(document)}"
+        style_axes(axes, title=shape, xlabel="images per second", grid=False)
+    title = f"MAE pre-training, {device_name(runs[0])}"
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    save_figure(figure, path)
 
 
 # ---- command line ----
@@ -214,9 +223,10 @@ def main(args: argparse.Namespace, root: Path = ROOT) -> int:
             return 1
         (root / FOLDER).mkdir(parents=True, exist_ok=True)
         atomic_write_text(target, text)
-        drawn = {picture_name(one): draw(one) for one in documents if pictured(one)}
-        for name, png in drawn.items():
-            atomic_write_bytes(root / FOLDER / name, png)
+        devices = filter(pictured, by_device(documents, "step"))
+        drawn = {picture_name(runs): runs for runs in devices}
+        for name, runs in drawn.items():
+            draw(runs, root / FOLDER / name)
         console.info(f"wrote {PAGE} and {len(drawn)} pictures")
         for path in sorted((root / FOLDER).glob("*.*")):
             if path.name not in drawn:

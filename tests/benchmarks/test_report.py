@@ -58,7 +58,7 @@ def test_doubtful_verdicts_are_listed_with_the_table() -> None:
     found["rows"][0]["load"] = 0.5
     (doubt,) = next(tables(found)).doubts
     assert "other processes used 50% of the CPUs" in doubt and BOTH in doubt
-    assert "doubtful" in "".join(report.section(found))
+    assert "doubtful" in "".join(report.section([found]))
 
 
 def test_overview_has_geometric_means_and_counts_losses() -> None:
@@ -133,30 +133,51 @@ def test_report_writes_the_page_and_pictures_and_check_finds_differences(
     assert "docs/benchmarks.md is out of date" in capsys.readouterr().err
 
 
-def test_newest_file_of_a_kind_and_device_is_used_and_quick_runs_never(tmp_path: Path) -> None:
+def test_newest_rows_of_a_kind_and_device_are_used_and_quick_runs_never(tmp_path: Path) -> None:
     save(tmp_path, "a.json", ops(started="2026-01-01T00:00:00+00:00"))
     save(tmp_path, "b.json", ops(started="2026-02-01T00:00:00+00:00", finished=False))
     save(tmp_path, "c.json", ops(started="2026-03-01T00:00:00+00:00", quick=True))
     save(tmp_path, "d.json", ops("cuda"))
     found, warned = report.find(tmp_path)
-    assert [one["file"] for one in found] == ["d.json", "b.json"] and len(warned) == 2
+    assert [one["file"] for one in found] == ["d.json", "b.json"] and len(warned) == 3
+    assert any("a.json: later runs measured all of it" in text for text in warned)
     assert "**Unfinished" in report.caption(found[1])
     save(tmp_path, "e.json", document("cooking", []))
     with pytest.raises(SssdError, match=r"e\.json: kind 'cooking'"):
         report.find(tmp_path)
 
 
+def test_cases_measured_in_several_runs_share_one_section(tmp_path: Path) -> None:
+    def part(started: str, *shapes: str) -> dict[str, Any]:
+        rows = [one for one in step_document()["rows"] if one["shape"] in shapes]
+        return {**document("step", rows, started=started), "command": f"bench {started}"}
+
+    save(tmp_path, "a.json", part("2026-01-01", "ViT-T-128", "ViT-T-224"))
+    save(tmp_path, "b.json", part("2026-02-01", "ViT-T-224"))
+    found, warned = report.find(tmp_path)
+    assert [{row["shape"] for row in one["rows"]} for one in found] == [
+        {"ViT-T-128"},
+        {"ViT-T-224"},
+    ]
+    assert not warned
+    page = report.page(found)
+    assert page.count("### Made-up CPU") == 1 and page.count("ViT-T-224, step") == 2
+    assert page.index("bench 2026-01-01") < page.index("ViT-T-128, step")
+    assert page.index("ViT-T-128, step") < page.index("bench 2026-02-01")
+    assert list(report.pictured(found)) == ["ViT-T-128", "ViT-T-224"]
+
+
 def test_picture_has_the_first_two_cases_of_mae() -> None:
     rates = {"transformers, eager, fp32": 20.0, "ours, bf16": 40.0}
     expected = {"ViT-T-128": rates, "ViT-T-224": rates}
-    assert report.pictured(step_document()) == expected
-    assert report.pictured(ops()) == {}
+    assert report.pictured([step_document()]) == expected
+    assert report.pictured([ops()]) == {}
 
 
 def test_ops_of_the_page_are_those_of_one_shape(tmp_path: Path) -> None:
     found = ops()
     other = [{**one, "shape": "ViT-S, 8 images"} for one in found["rows"]]
-    text = "\n".join(report.section({**found, "rows": [*found["rows"], *other]}))
+    text = "\n".join(report.section([{**found, "rows": [*found["rows"], *other]}]))
     assert "5 of the 10 rows" in text and "ViT-S" not in text
 
 
@@ -164,7 +185,7 @@ def test_committed_page_agrees_with_the_committed_results() -> None:
     found, _ = report.find(results.FOLDER)
     committed = (report.ROOT / report.PAGE).read_text(encoding="utf-8")
     assert committed == report.page(found), "run `sssd-fast bench report`"
-    for one in filter(report.pictured, found):
+    for one in filter(report.pictured, report.by_device(found, "step")):
         assert (report.ROOT / report.FOLDER / report.picture_name(one)).is_file()
 
 
