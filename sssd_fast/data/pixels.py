@@ -204,9 +204,14 @@ def _lock(path: Path, log: Log) -> Iterator[None]:
     with open(path.with_suffix(".lock"), "w") as lock:
         # On a file system without locks two processes may build; both rename complete files.
         with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            # the other processes of a run hold it for the moment that opening takes
+            for _ in range(20):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
+            else:
                 log(f"waiting for another process that builds {path}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             for stale in path.parent.glob(f"{path.stem}.*.part"):
