@@ -41,9 +41,8 @@ def compare(a: Document, b: Document, over: float) -> list[Line]:
     pairs += [(f"the size of {n}", rows_a[n]["sizes"], rows_b[n]["sizes"]) for n in both]
     for what, in_a, in_b in pairs:
         if in_a != in_b:
-            raise SssdError(
-                f"cannot compare: {what} is {in_a} in A and {in_b} in B; measure both alike"
-            )
+            differ = f"{what} is {in_a} in A and {in_b} in B"
+            raise SssdError(f"cannot compare: {differ}; measure both alike")
     if not both:
         raise SssdError("cannot compare: A and B have no row in common; measure the same cases")
     margin = MARGIN_BYTES if a["kind"] == "memory" else MARGIN_US[a["device"]["type"]]
@@ -98,8 +97,6 @@ def main(args: argparse.Namespace) -> int:
         console.table(title, [*results.KEY, "A", "B", "B / A", "verdict"], cells)
         verdicts = [line.verdict for line in lines]
         worse, fails, better, runs = map(verdicts.count, (WORSE, FAILS, BETTER, RUNS))
-        console.info(
-            f"{worse} of {len(lines)} rows regressed, {fails} fail now, {better} better, "
-            f"{runs} run now"
-        )
+        changed = f"{fails} fail now, {better} better, {runs} run now"
+        console.info(f"{worse} of {len(lines)} rows regressed, {changed}")
     return int(worse + fails > 0)

@@ -301,9 +301,8 @@ def gate(
             row.error = error
             row.allowed = allowed
         if not error <= allowed:
-            raise SssdError(
-                f"wrong: its error is {error:.1e} of the largest value, allowed are {allowed:.1e}"
-            )
+            found = f"{error:.1e} of the largest value"
+            raise SssdError(f"wrong: its error is {found}, allowed are {allowed:.1e}")
 
     probe = next(iter(rows.values()))
     if not attempt(probe, compare):

@@ -108,11 +108,9 @@ def speed(
         row.more |= {"start_s": time.perf_counter() - begin, "how": loader.describe()}
         touch(batches)
         row.more |= difference(loader, make(PROVIDERS[0], torch.device("cpu")))
-        if row.more["mean"] > MAX_MEAN:
-            raise SssdError(
-                f"wrong: {row.more['mean']:.2f} grey levels from Pillow on average, "
-                f"allowed are {MAX_MEAN:g}"
-            )
+        if (mean := row.more["mean"]) > MAX_MEAN:
+            allowed = f"allowed are {MAX_MEAN:g}"
+            raise SssdError(f"wrong: {mean:.2f} grey levels from Pillow on average, {allowed}")
         loaders[row.provider] = loader
 
     with ExitStack() as stack:

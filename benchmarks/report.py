@@ -98,9 +98,7 @@ def page(documents: Sequence[Document]) -> str:
 
 
 def section(runs: Sequence[Document]) -> list[str]:
-    """Picture of a device, and of each run caption, ceilings and tables; of the ops those of the
-    first shape.
-    """
+    """A device's picture; per run caption, ceilings and tables, of ops those of the first shape."""
     name = device_name(runs[0])
     blocks = [f"### {name}"]
     if pictured(runs):
@@ -192,8 +190,7 @@ def draw(runs: Sequence[Document], path: Path) -> None:
         axes.invert_yaxis()
         axes.margins(x=0.12)
         style_axes(axes, title=shape, xlabel="images per second", grid=False)
-    title = f"MAE pre-training, {device_name(runs[0])}"
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle(f"MAE pre-training, {device_name(runs[0])}", fontsize=10, x=0.01, ha="left")
     save_figure(figure, path)
 
 
@@ -223,8 +220,7 @@ def main(args: argparse.Namespace, root: Path = ROOT) -> int:
             return 1
         (root / FOLDER).mkdir(parents=True, exist_ok=True)
         atomic_write_text(target, text)
-        devices = filter(pictured, by_device(documents, "step"))
-        drawn = {picture_name(runs): runs for runs in devices}
+        drawn = {picture_name(d): d for d in by_device(documents, "step") if pictured(d)}
         for name, runs in drawn.items():
             draw(runs, root / FOLDER / name)
         console.info(f"wrote {PAGE} and {len(drawn)} pictures")
