@@ -14,7 +14,7 @@ Shapes: B images, C channels, P patch side, K listed patches, V = P*P*C values p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -116,8 +116,11 @@ def listed_pixels(
     x = torch.unflatten(images_BCHW, 3, (grid_cols, patch_size))
     x = torch.unflatten(x, 2, (-1, patch_size))  # B C gr P gc P
     x = x.permute(0, 2, 4, 1, 3, 5) if order == "crp" else x.permute(0, 2, 4, 3, 5, 1)
+    has_lines = images_BCHW.device.type == "cpu" and images_BCHW.is_contiguous()
     if ids_BK is None:
         x = x.flatten(1, 2)
+    elif has_lines and not images_BCHW.requires_grad and (pick := _line_picker()) is not None:
+        x = pick(images_BCHW, ids_BK, patch_size, order)
     else:
         batch = torch.arange(x.shape[0], device=x.device)[:, None]
         x = x[batch, ids_BK // grid_cols, ids_BK % grid_cols]
@@ -129,6 +132,53 @@ def listed_pixels(
         mean, std = stats_4C[0].to(dtype), stats_4C[1].to(dtype)
         x = (x - mean.view(per_channel)) / std.view(per_channel)
     return x.flatten(2)
+
+
+def listed_lines(images: Tensor, ids: Tensor, patch_size: int, order: str) -> Tensor:
+    """The listed patches of contiguous images as they are: [B,K,C,P,P] for order "crp",
+    [B,K,P,P,C] for "rpc".
+
+    For a CPU: copies whole lines of a patch. An index into six dimensions takes four times as long
+    (one channel).
+    """
+    (batch, channels, height, _), side = images.shape, patch_size
+    lines_NP = images.view(-1, side)
+    grid_cols = images.shape[3] // side
+    patches = height // side * grid_cols
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < patches:
+        # a compiled call has not checked them; lines of another image would be copied
+        raise IndexError(f"ids: got {int(ids.min())} to {int(ids.max())}, needs 0 to {patches - 1}")
+    first_B1 = torch.arange(batch)[:, None] * (channels * height)
+    first_BK = (first_B1 + ids // grid_cols * side) * grid_cols + ids % grid_cols
+    of_channel_C1 = torch.arange(channels)[:, None] * (height * grid_cols)
+    numbers_BKCP = first_BK[..., None, None] + of_channel_C1 + torch.arange(side) * grid_cols
+    if order == "rpc":
+        numbers_BKCP = numbers_BKCP.transpose(2, 3)  # B K P C
+    x = lines_NP.index_select(0, numbers_BKCP.flatten()).view(*numbers_BKCP.shape, side)
+    return x if order == "crp" else x.transpose(3, 4).contiguous()
+
+
+# For torch.compile, to which the op is opaque: Inductor would read the pixels through the ids in
+# every pass over them, one by one.
+listed_lines_op = torch.library.custom_op(
+    "mae_kernels::listed_lines", listed_lines, mutates_args=()
+)
+
+
+@listed_lines_op.register_fake
+def _(images: Tensor, ids: Tensor, patch_size: int, order: str) -> Tensor:
+    channels, P = images.shape[1], patch_size
+    patch = (channels, P, P) if order == "crp" else (P, P, channels)
+    return images.new_empty((*ids.shape, *patch))
+
+
+def _line_picker() -> Callable[..., Tensor] | None:
+    """How to call `listed_lines`; None where torch's own operators are needed: in an export, under
+    a dispatch mode, in a transformation.
+    """
+    if torch.compiler.is_compiling():
+        return None if torch.compiler.is_exporting() else listed_lines_op
+    return listed_lines if is_eager() else None
 
 
 def kernel_stats(images_BCHW: Tensor, stats_4C: Tensor | None) -> tuple[Tensor, bool]:

@@ -86,6 +86,30 @@ def test_gather_patches_equals_slicing(
     assert torch.equal(plain, gather_patches(images, ids, patch))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_compiled_code_on_a_cpu_copies_lines_with_one_operator(channels: int) -> None:
+    graphs: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(gather_patches, backend=record, fullgraph=True)
+    images = make_images("nchw", torch.uint8, (2, channels, 8, 12), torch.device("cpu"))
+    ids = make_ids(2, 6, 3, images.device)
+    expected = by_hand(images, ids, 4).float()
+    torch.testing.assert_close(compiled(images, ids, 4), expected)
+    assert "listed_lines" in graphs[0]
+    with pytest.raises(IndexError, match="needs 0 to 5"):
+        compiled(images, ids + 6, 4)
+    # needs a gradient, is not contiguous: torch's own operators
+    for odd in (images.float().requires_grad_(), images.transpose(2, 3).contiguous().mT):
+        torch._dynamo.reset()
+        compiled(odd, ids, 4)
+        assert "listed_lines" not in graphs[-1]
+
+
 def test_mean_and_std_are_one_number_or_one_per_channel() -> None:
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     ids = make_ids(2, 4, 3, torch.device("cpu"))
