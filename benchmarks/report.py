@@ -34,7 +34,7 @@ OTHERS = "#e69f00"
 
 
 def find(folder: Path) -> tuple[list[Document], list[str]]:
-    """Documents with the rows that are reported, GPUs first, then by time; and warnings.
+    """Documents with the rows that are reported, GPUs first, by kind and time; and warnings.
 
     Raises SssdError for a file that is not a result of this version.
     """
@@ -58,7 +58,8 @@ def find(folder: Path) -> tuple[list[Document], list[str]]:
         documents.insert(0, {**document, "rows": rows})
         if not document["finished"]:
             warnings.append(f"{document['file']} is unfinished; the page says so")
-    return sorted(documents, key=lambda one: one["device"]["type"] != "cuda"), warnings
+    documents.sort(key=lambda d: (d["device"]["type"] != "cuda", [*SECTIONS].index(d["kind"])))
+    return documents, warnings
 
 
 def by_device(documents: Sequence[Document], kind: str) -> list[list[Document]]:
