@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mae_kernels import backend, embed_patches, gather_patches
-from mae_kernels._pixels import pixel_stats
+from mae_kernels._pixels import listed_lines_op, pixel_stats
 from tests.kernels.calls import assert_equals_reference
 
 
@@ -101,6 +101,8 @@ def test_compiled_code_on_a_cpu_copies_lines_with_one_operator(channels: int) ->
     expected = by_hand(images, ids, 4).float()
     torch.testing.assert_close(compiled(images, ids, 4), expected)
     assert "listed_lines" in graphs[0]
+    for order in ("crp", "rpc"):
+        torch.library.opcheck(listed_lines_op, (images, ids, 4, order))
     with pytest.raises(IndexError, match="needs 0 to 5"):
         compiled(images, ids + 6, 4)
     # needs a gradient, is not contiguous: torch's own operators
