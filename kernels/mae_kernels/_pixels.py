@@ -14,6 +14,7 @@ Shapes: B images, C channels, P patch side, K listed patches, V = P*P*C values p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -138,8 +139,8 @@ def listed_lines(images: Tensor, ids: Tensor, patch_size: int, order: str) -> Te
     """The listed patches of contiguous images as they are: [B,K,C,P,P] for order "crp",
     [B,K,P,P,C] for "rpc".
 
-    For a CPU: copies whole lines of a patch. An index into six dimensions takes four times as long
-    (one channel).
+    For a CPU: copies whole lines of a patch. An index into six dimensions takes three times as
+    long (one channel). Raises IndexError for an id out of range.
     """
     (batch, channels, height, _), side = images.shape, patch_size
     lines_NP = images.view(-1, side)
@@ -148,10 +149,11 @@ def listed_lines(images: Tensor, ids: Tensor, patch_size: int, order: str) -> Te
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < patches:
         # a compiled call has not checked them; lines of another image would be copied
         raise IndexError(f"ids: got {int(ids.min())} to {int(ids.max())}, needs 0 to {patches - 1}")
-    first_B1 = torch.arange(batch)[:, None] * (channels * height)
+    count = functools.partial(torch.arange, device=images.device)
+    first_B1 = count(batch)[:, None] * (channels * height)
     first_BK = (first_B1 + ids // grid_cols * side) * grid_cols + ids % grid_cols
-    of_channel_C1 = torch.arange(channels)[:, None] * (height * grid_cols)
-    numbers_BKCP = first_BK[..., None, None] + of_channel_C1 + torch.arange(side) * grid_cols
+    of_channel_C1 = count(channels)[:, None] * (height * grid_cols)
+    numbers_BKCP = first_BK[..., None, None] + of_channel_C1 + count(side) * grid_cols
     if order == "rpc":
         numbers_BKCP = numbers_BKCP.transpose(2, 3)  # B K P C
     x = lines_NP.index_select(0, numbers_BKCP.flatten()).view(*numbers_BKCP.shape, side)

@@ -105,6 +105,8 @@ def test_compiled_code_on_a_cpu_copies_lines_with_one_operator(channels: int) ->
         torch.library.opcheck(listed_lines_op, (images, ids, 4, order))
     with pytest.raises(IndexError, match="needs 0 to 5"):
         compiled(images, ids + 6, 4)
+    with torch.device("meta"):  # the default device does not matter
+        torch.testing.assert_close(gather_patches(images, ids, 4), expected)
     # needs a gradient, is not contiguous: torch's own operators
     for odd in (images.float().requires_grad_(), images.transpose(2, 3).contiguous().mT):
         torch._dynamo.reset()

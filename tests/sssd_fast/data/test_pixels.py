@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -247,6 +248,18 @@ pixels.os.replace = replace
         "full",
     ]
     assert_complete(cache)
+
+
+def test_waiting_for_a_moment_prints_nothing(index: DataIndex, cache: Path) -> None:
+    path = Path(str(open_store(index, 1, cache, log=print).path))
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        release = threading.Timer(0.3, fcntl.flock, (lock, fcntl.LOCK_UN))
+        release.start()
+        messages: list[str] = []
+        store = open_store(index, 1, cache, progress=never, log=messages.append)
+        release.join()
+    assert messages == [] and store.path == path
 
 
 # ---- folders that cannot hold the file ----
