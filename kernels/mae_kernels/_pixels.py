@@ -125,14 +125,15 @@ def listed_pixels(
     else:
         batch = torch.arange(x.shape[0], device=x.device)[:, None]
         x = x[batch, ids_BK // grid_cols, ids_BK % grid_cols]
-    x = x.to(dtype)
+    x = x.flatten(2).to(dtype)
     if stats_4C is not None:
         if images_BCHW.dtype == torch.uint8:
             x = x / 255
-        per_channel = (-1, 1, 1) if order == "crp" else (-1,)
-        mean, std = stats_4C[0].to(dtype), stats_4C[1].to(dtype)
-        x = (x - mean.view(per_channel)) / std.view(per_channel)
-    return x.flatten(2)
+        # one number per value: torch's loops over three channels are not vectorised
+        area = patch_size * patch_size
+        to_values = (lambda t: t.repeat_interleave(area)) if order == "crp" else (lambda t: t.repeat(area))
+        x = (x - to_values(stats_4C[0].to(dtype))) / to_values(stats_4C[1].to(dtype))
+    return x
 
 
 def listed_lines(images: Tensor, ids: Tensor, patch_size: int, order: str) -> Tensor:
