@@ -356,7 +356,7 @@ class StepConfig(Section):
     attention: AttentionProvider = Field("auto", description="Attention of the encoder.")
     decoder_attention: AttentionProvider = Field("auto", description="Attention of the decoder.")
     mlp: Literal["auto", "fused", "plain"] = Field(
-        "auto", description="fused = mae_kernels.gelu_linear; auto = fused if its kernels run."
+        "auto", description="fused = mae_kernels.gelu_linear; auto = fused where it is faster."
     )
     residual: Literal["fp32", "bf16"] = Field(
         "fp32", description="Dtype between the blocks with precision bf16; statistics stay fp32."

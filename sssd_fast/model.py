@@ -128,7 +128,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
             h = F.linear(x, self.fc1.weight)
-            return gelu_linear(h, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            second = (self.fc2.weight, self.fc2.bias)
+            # on a CPU keeping costs memory that is there, making it again costs time
+            return gelu_linear(h, self.fc1.bias, *second, recompute=x.is_cuda)
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 

@@ -131,7 +131,9 @@ def listed_pixels(
             x = x / 255
         # one number per value: torch's loops over three channels are not vectorised
         area = patch_size * patch_size
-        to_values = (lambda t: t.repeat_interleave(area)) if order == "crp" else (lambda t: t.repeat(area))
+        to_values = (
+            (lambda t: t.repeat_interleave(area)) if order == "crp" else (lambda t: t.repeat(area))
+        )
         x = (x - to_values(stats_4C[0].to(dtype))) / to_values(stats_4C[1].to(dtype))
     return x
 

@@ -81,7 +81,7 @@ def configure_model(
     compile_it, why = pick_compile(step, device, expected_s)
     _check(step, compile_it, why, precision)
     choices = attention_choices(model, step, dtype, device, compile_it)
-    fused, why_fused = pick_mlp(step.mlp, device)
+    fused, why_fused = pick_mlp(step.mlp, device, dtype, compile_it)
     set_execution(model, step, precision, [name for name, _ in choices], fused_mlp=fused)
     lines = [f"precision: {precision}, {precision_reason(config.precision, device)}"]
     lines.append(f"compile: {'on' if compile_it else 'off'}, {why}")
@@ -236,20 +236,24 @@ def pick_graphs(
     return busy_s < launch_s, f"{expected}, the kernels {busy_s * 1e3:.1f} ms"
 
 
-def pick_mlp(setting: str, device: torch.device) -> tuple[bool, str]:
+def pick_mlp(
+    setting: str, device: torch.device, dtype: torch.dtype, compile_it: bool
+) -> tuple[bool, str]:
     """(whether the second half of an MLP is mae_kernels.gelu_linear, why)."""
-    reason = mae_kernels.info()["gelu_linear"]
-    if device.type != "cuda":
-        reason = f"the kernels of gelu_linear need a CUDA device, this is {device}"
+    reason, better = mae_kernels.info()["gelu_linear"], "it moves and keeps fewer bytes than "
+    better += "compiled code (counted, not measured)"
+    if device.type == "cpu" and compile_it and dtype == torch.bfloat16:
+        reason, better = None, "compiled in bf16 it computes GELU faster (measured)"
+    elif device.type != "cuda":
+        needs = "a CUDA device, or a CPU with step.compile and precision bf16"
+        reason = f"gelu_linear needs {needs}; this is {device}"
     if setting == "fused" and reason is not None:
         raise ConfigError(
             f"step.mlp is fused, which cannot run here: {reason}. Set step.mlp to auto or plain"
         )
     if setting != "auto":
         return setting == "fused", f"step.mlp is {setting}"
-    if reason is not None:
-        return False, reason
-    return True, "it moves and keeps fewer bytes than compiled code (counted, not measured)"
+    return reason is None, reason or better
 
 
 def attention_choices(

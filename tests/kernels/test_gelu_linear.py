@@ -73,6 +73,46 @@ def test_normal_distribution_for_half_precision(monkeypatch, dtype, most, error)
     torch.testing.assert_close(pdf.double(), density, rtol=error, atol=0)
 
 
+@pytest.mark.parametrize(("name", "column"), [("CDF", 0), ("SLOPE", 1)])
+def test_rational_functions_for_bf16_on_a_cpu(name, column) -> None:
+    h = torch.cat([torch.linspace(-14, 14, 40001), torch.tensor([1e-30, -1e-30, 1e30, -1e30])])
+    exact = torch.tensor([gelu_by_hand(v) for v in h.tolist()], dtype=torch.float64)
+    exact[:, 0] = 0.5 * torch.erfc(-h.double() / math.sqrt(2))
+    got = MODULE._rational(h, *getattr(MODULE, name))
+    assert (got - exact[:, column]).abs().max() <= 3e-7
+    beyond = torch.tensor([6.0, 1e30, -6.0, -1e30])
+    assert MODULE._rational(beyond, *getattr(MODULE, name)).tolist() == [1, 1, 0, 0]
+    for value in (math.inf, -math.inf, math.nan):
+        assert MODULE._rational(torch.tensor(value), *getattr(MODULE, name)).isnan()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "name", "expected"),
+    [
+        (torch.bfloat16, "auto", True),
+        (torch.bfloat16, "reference", False),
+        (torch.float32, "auto", False),
+    ],
+)
+def test_compiled_bf16_on_a_cpu_takes_the_rational_functions(
+    dtype, name, expected, recompute, monkeypatch
+) -> None:
+    used = []
+    rational = MODULE._rational
+    monkeypatch.setattr(MODULE, "_rational", lambda *a: used.append(1) or rational(*a))
+    torch._dynamo.reset()
+    call = torch.compile(
+        lambda *t: gelu_linear(*t, recompute=recompute), backend="aot_eager", fullgraph=True
+    )
+    tensors = make((7, 3), 24, 6, dtype=dtype)
+    upstream = torch.randn(7, 3, 6).to(dtype)
+    with backend(name):
+        got = run(call, tensors, upstream)
+    assert bool(used) == expected
+    assert_close(got, by_hand(*tensors, upstream), run(in_torch, tensors, upstream))
+
+
 def in_torch(x, bias, weight, out_bias):
     """What a model writes, in x's dtype."""
     bias, weight, out_bias = (

@@ -20,7 +20,7 @@ from sssd_fast.model import MLP, Blocks, Classifier, pick_patches
 from sssd_fast.objective import SSSD
 from sssd_fast.performance import ceilings
 from sssd_fast.performance import execution as compute
-from sssd_fast.performance.execution import configure_model, pick_compile, pick_graphs
+from sssd_fast.performance.execution import configure_model, pick_compile, pick_graphs, pick_mlp
 from sssd_fast.performance.fake import FakeStep
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -261,6 +261,21 @@ def test_cuda_graphs_pay_below_a_batch_that_the_rule_computes(
         assert "launches are expected to take" in why
     found = pick_graphs(model, config, CPU, 1, torch.float32, compile_it=True)
     assert found == (False, "the device is cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compile_it", "expected"),
+    [
+        (torch.bfloat16, True, True),
+        (torch.bfloat16, False, False),
+        (torch.float32, True, False),
+    ],
+)
+def test_a_cpu_fuses_the_mlp_in_compiled_bf16(dtype, compile_it, expected) -> None:
+    assert pick_mlp("auto", CPU, dtype, compile_it)[0] is expected
+    assert pick_mlp("plain", CPU, dtype, compile_it)[0] is False
+    if expected:
+        assert pick_mlp("fused", CPU, dtype, compile_it)[0] is True
 
 
 @pytest.mark.parametrize(
