@@ -116,9 +116,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    # True: mae_kernels.gelu_linear computes GELU and the second layer. Set by
-    # performance.execution.
-    fused = False
+    # Set by performance.execution. fused: mae_kernels.gelu_linear computes GELU and the second
+    # layer. keep_gelu: it keeps GELU for the backward, which takes memory and saves time.
+    fused = keep_gelu = False
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -129,8 +129,7 @@ class MLP(nn.Module):
         if self.fused:
             h = F.linear(x, self.fc1.weight)
             second = (self.fc2.weight, self.fc2.bias)
-            # on a CPU keeping costs memory that is there, making it again costs time
-            return gelu_linear(h, self.fc1.bias, *second, recompute=x.is_cuda)
+            return gelu_linear(h, self.fc1.bias, *second, recompute=not self.keep_gelu)
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 

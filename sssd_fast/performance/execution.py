@@ -82,7 +82,9 @@ def configure_model(
     _check(step, compile_it, why, precision)
     choices = attention_choices(model, step, dtype, device, compile_it)
     fused, why_fused = pick_mlp(step.mlp, device, dtype, compile_it)
-    set_execution(model, step, precision, [name for name, _ in choices], fused_mlp=fused)
+    providers = [name for name, _ in choices]
+    keep_gelu = device.type == "cpu"  # where memory is not what limits training
+    set_execution(model, step, precision, providers, fused_mlp=fused, keep_gelu=keep_gelu)
     lines = [f"precision: {precision}, {precision_reason(config.precision, device)}"]
     lines.append(f"compile: {'on' if compile_it else 'off'}, {why}")
     lines += [line for _, line in choices]
@@ -102,6 +104,7 @@ def set_execution(
     providers: Sequence[str],
     *,
     fused_mlp: bool,
+    keep_gelu: bool = False,
 ) -> None:
     """The only place that sets how the modules of `model` compute.
 
@@ -119,7 +122,7 @@ def set_execution(
             if isinstance(module, Attention):
                 module.provider = provider
             elif isinstance(module, MLP):
-                module.fused = fused_mlp
+                module.fused, module.keep_gelu = fused_mlp, keep_gelu
 
 
 def block_stacks(model: SSSD | Classifier) -> list[Blocks]:
