@@ -18,8 +18,8 @@ compiler that sees the pieces writes dh, then reads it again for dbias, because 
 cannot join an element-wise kernel that tiles rows. Each program sums its own rows in fp32, and the
 programs' sums are added in a fixed order: no atomics, equal reruns. Kept for the backward are x,
 bias and weight (in the dtype of the product), and g too with recompute=False; plain torch keeps h
-and g. On a CPU a compiled call in bf16 has rational functions in place of erf and exp; other calls
-there are plain torch.
+and g. On a CPU a compiled call in bf16 uses rational functions instead of erf and exp; other calls
+are plain torch.
 
 Shapes: N rows (all leading dimensions together), F hidden width, D width.
 """

@@ -108,8 +108,9 @@ def set_execution(
 ) -> None:
     """The only place that sets how the modules of `model` compute.
 
-    providers: of attention, one for each of `block_stacks(model)`. The residual dtype and
-    recomputation follow from `step` and `precision`.
+    providers: of attention, one for each of `block_stacks(model)`. keep_gelu: the fused MLP keeps
+    GELU for the backward instead of computing it again. The residual dtype and recomputation follow
+    from `step` and `precision`.
     """
     residual = None
     if precision != "fp32":
@@ -243,13 +244,14 @@ def pick_mlp(
     setting: str, device: torch.device, dtype: torch.dtype, compile_it: bool
 ) -> tuple[bool, str]:
     """(whether the second half of an MLP is mae_kernels.gelu_linear, why)."""
-    reason, better = mae_kernels.info()["gelu_linear"], "it moves and keeps fewer bytes than "
-    better += "compiled code (counted, not measured)"
-    if device.type == "cpu" and compile_it and dtype == torch.bfloat16:
-        reason, better = None, "compiled in bf16 it computes GELU faster (measured)"
-    elif device.type != "cuda":
+    if device.type == "cuda":
+        reason = mae_kernels.info()["gelu_linear"]
+        better = "it moves and keeps fewer bytes than compiled code (counted, not measured)"
+    else:
         needs = "a CUDA device, or a CPU with step.compile and precision bf16"
-        reason = f"gelu_linear needs {needs}; this is {device}"
+        compiled_bf16 = device.type == "cpu" and compile_it and dtype == torch.bfloat16
+        reason = None if compiled_bf16 else f"gelu_linear needs {needs}; this is {device}"
+        better = "compiled in bf16 it computes GELU faster (measured)"
     if setting == "fused" and reason is not None:
         raise ConfigError(
             f"step.mlp is fused, which cannot run here: {reason}. Set step.mlp to auto or plain"
