@@ -7,6 +7,7 @@ state, and a resumed run continues bit for bit with the same number of threads.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -209,7 +210,10 @@ def fit(task: Task, loader: Loader, run: Run) -> Progress:
                 seed = generator(world.device, config.seed, progress.step, world.rank)
                 torch.manual_seed(seed.initial_seed())
                 if compiling:
-                    with run.console.announce(COMPILING):
+                    with (
+                        run.console.announce(COMPILING),
+                        _stop_with_compiler(signals, task, step, progress, run),
+                    ):
                         result = step(batches, progress.step, lr)
                         float(result.grad_norm)  # waits until the device has finished
                     run.console.info(compile_summary())
@@ -325,11 +329,32 @@ def _stop_on_signal(
     signals: SignalGuard, task: Task, step: Step, progress: Progress, run: Run
 ) -> None:
     """Saves a checkpoint and raises Interrupted if any process received a signal."""
-    if not run.world.any(signals.requested is not None):
-        return
-    signum = signals.requested or signal.SIGTERM
-    _save(task, step, progress, run)
-    raise Interrupted(
+    if run.world.any(signals.requested is not None):
+        _save(task, step, progress, run)
+        raise _interrupted(signals, progress, run)
+
+
+@contextlib.contextmanager
+def _stop_with_compiler(
+    signals: SignalGuard, task: Task, step: Step, progress: Progress, run: Run
+) -> Iterator[None]:
+    """A signal to the process group (Ctrl-C, `timeout`) ends the compiler too, and the step fails.
+
+    No parameter has changed then, so the state before the step is saved, without waiting for other
+    processes, which may be in the middle of the step.
+    """
+    try:
+        yield
+    except Exception as error:
+        if signals.requested is None:
+            raise
+        _write(task, step, progress, run)
+        raise _interrupted(signals, progress, run) from error
+
+
+def _interrupted(signals: SignalGuard, progress: Progress, run: Run) -> Interrupted:
+    signum = signals.requested or signal.SIGTERM  # another process received it
+    return Interrupted(
         f"stopped by {signal.Signals(signum).name} at step {progress.step}; a checkpoint was "
         f"saved. Continue with:\n  {run.resume_with}",
         signum,
@@ -399,6 +424,11 @@ def _save(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = 
     """Saves a checkpoint on the main process; the others wait, so that none runs ahead
     of a failing disk.
     """
+    _write(task, step, progress, run, best=best)
+    run.world.barrier()
+
+
+def _write(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = False) -> None:
     if run.world.main:
         state = {
             "task": task.name,
@@ -412,7 +442,6 @@ def _save(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = 
             **task.extra_state(),
         }
         run.checkpoints.save(state, progress.step, best=best)
-    run.world.barrier()
 
 
 def _restore(task: Task, step: Step, run: Run) -> Progress:

@@ -117,6 +117,32 @@ def test_sigterm_saves_and_prints_the_command_that_resumes(tiny: list[str], tmp_
     _assert_same(_last(whole)["model"], _last(broken)["model"])
 
 
+def test_signal_that_also_ends_the_compiler_saves_a_checkpoint(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    """Ctrl-C and `timeout` signal the whole process group; here the C++ compiler does."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *--version*) exec c++ "$@";; esac\nkill -TERM 0\n')
+    compiler.chmod(0o755)
+    out = tmp_path / "run"
+    settings = [*tiny, "step.compile=true", "pretrain.max_steps=2"]
+    environment = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "sssd_fast", "pretrain", "--out", str(out), *settings]
+    stopped = subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert stopped.returncode == 143, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert f"sssd-fast pretrain --resume {out}" in stopped.stderr
+    assert _last(out)["progress"]["step"] == 0
+
+
 def test_nan_ends_the_run_and_keeps_the_last_finite_state(
     tiny: list[str],
     tmp_path: Path,
