@@ -96,12 +96,14 @@ def _once(
     command: str,
     top: Path,
 ) -> dict[str, Any]:
-    """One run of all stages. When resuming, a complete stage is not trained again."""
+    """One run of all stages. When resuming, a complete stage is not trained again, and one without
+    a checkpoint starts again.
+    """
     init = None
     result: dict[str, Any] = {}
     for number, stage in enumerate(stages, 1):
         place, position = out / stage, f"stage {number} of {len(stages)}"
-        again = resume and (place / "config.yaml").exists()
+        again = resume and any((place / "checkpoints").glob("*.pt"))
         if not again:
             config = resolve_batch(
                 config, stage, here, log=print if here.main else lambda text: None

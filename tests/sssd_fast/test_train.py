@@ -105,6 +105,22 @@ def test_killed_run_resumes_bit_for_bit(task: str, tiny: list[str], tmp_path: Pa
     assert [step for step, _ in _losses(whole)] == list(range(1, 11))
 
 
+def test_run_killed_before_the_first_checkpoint_of_a_stage_resumes_with_that_stage(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    settings = [*tiny, "pretrain.max_steps=1", "finetune.max_steps=11"]
+    settings += ["finetune.validate_epochs=3", "finetune.checkpoint_epochs=3"]
+    # Before it trains, `run` times the steps 0 to 7.
+    killed = _child(["run", "--out", str(out), *settings], 9, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = _last(out / "pretrain")
+    assert CheckpointManager(out / "finetune" / "checkpoints").latest() is None
+    assert main(["run", "--resume", str(out)]) == 0
+    assert _last(out / "finetune")["progress"]["step"] == 11
+    _assert_same(before["model"], _last(out / "pretrain")["model"])
+
+
 def test_sigterm_saves_and_prints_the_command_that_resumes(tiny: list[str], tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "my runs"
     settings = [*tiny, "pretrain.max_steps=8"]
