@@ -340,13 +340,14 @@ def _stop_with_compiler(
 ) -> Iterator[None]:
     """A signal to the process group (Ctrl-C, `timeout`) ends the compiler too, and the step fails.
 
-    No parameter has changed then, so the state before the step is saved, without waiting for other
-    processes, which may be in the middle of the step.
+    The forward or backward failed, so no parameter has changed, and the state before the step is
+    saved, without waiting for other processes, which may be in the middle of the step. adamw8bit
+    compiles its update too, and may have changed some parameters: nothing is saved then.
     """
     try:
         yield
     except Exception as error:
-        if signals.requested is None:
+        if signals.requested is None or run.config.step.optimizer == "adamw8bit":
             raise
         _write(task, step, progress, run)
         raise _interrupted(signals, progress, run) from error
@@ -429,6 +430,7 @@ def _save(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = 
 
 
 def _write(task: Task, step: Step, progress: Progress, run: Run, *, best: bool = False) -> None:
+    """Saves a checkpoint on the main process, without waiting for the others."""
     if run.world.main:
         state = {
             "task": task.name,

@@ -107,7 +107,8 @@ def launch(words: Sequence[str], processes: int, threads: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # the launcher logs each signal and each failed process, which this command reports itself
-    for name in ("", ".agent.server.api"):  # the second has a level of its own
+    # (the second logger sets its own level)
+    for name in ("", ".agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ[SHARED_BATCH] = "1"
