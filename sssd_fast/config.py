@@ -10,6 +10,7 @@ configs NAME` prints the descriptions.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -336,7 +337,11 @@ class EvaluateConfig(Section):
 
     batch_size: Count = Field(64, description="Images per batch.")
     bootstrap: int = Field(2000, ge=100, description="Resamples for the confidence intervals.")
-    threshold: Fraction = Field(0.5, description="Score from which an image counts as positive.")
+    threshold: Literal["auto"] | Fraction = Field(
+        0.5,
+        description="Score from which an image counts as positive; auto = that of the highest "
+        "sensitivity + specificity of the validation images.",
+    )
     crops: Literal[1, 5] = Field(
         1,
         description="5 = mean of the scores of an image and of its four corners, in the evaluation "
@@ -481,7 +486,10 @@ def _validate(
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems += [_explain(detail) for detail in error.errors()]
+        found: dict[str, list[ErrorDetails]] = {}
+        for detail in error.errors():
+            found.setdefault(_key_of(detail["loc"]), []).append(detail)
+        problems += [_explain(key, details) for key, details in found.items()]
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         lines = "".join(f"\n  - {problem}" for problem in problems)
@@ -576,9 +584,25 @@ def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> list[str]:
     return starts[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
 
 
-def _explain(detail: ErrorDetails) -> str:
-    """One line for one error of pydantic."""
-    key = ".".join(map(str, detail["loc"]))
+def _key_of(place: Sequence[int | str]) -> str:
+    """Dotted key of the place of an error of pydantic, which ends in a type if a setting has
+    several.
+    """
+    section: Any = Config
+    parts = []
+    for part in place:
+        if section is None and isinstance(part, str):
+            continue
+        parts.append(str(part))
+        field = None if section is None else section.model_fields.get(part)
+        kind = None if field is None else field.annotation
+        section = kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    return ".".join(parts)
+
+
+def _explain(key: str, details: Sequence[ErrorDetails]) -> str:
+    """One line for the errors of pydantic for one key: several if it has several types."""
+    detail = details[0]
     if key in REMOVED:
         return f"{key}: a setting of an earlier version; {REMOVED[key]}"
     if detail["type"] == "extra_forbidden":
@@ -590,5 +614,6 @@ def _explain(detail: ErrorDetails) -> str:
         return f"{key}: unknown key; {near[0] if near else '`sssd-fast configs NAME` lists all'}"
     if detail["type"] == "value_error":
         return f"{key}: {detail['ctx']['error']}" if key else str(detail["ctx"]["error"])
-    text = detail["msg"].replace("Input should", "needs to").replace("Value should", "needs to")
+    texts = [re.sub("^(Input|Value) should ", "needs to ", each["msg"]) for each in details]
+    text = " or ".join([texts[0], *(each.removeprefix("needs to ") for each in texts[1:])])
     return f"{key}: got {detail['input']!r}, {text[0].lower()}{text[1:]}"

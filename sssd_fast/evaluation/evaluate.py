@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sssd_fast.data.images import decode_image
+from sssd_fast.data.index import DataIndex
 from sssd_fast.errors import DataError
 from sssd_fast.evaluation import metrics, pictures
 from sssd_fast.evaluation.baselines import NEAREST, baseline_scores
 from sssd_fast.evaluation.metrics import Floats, Ints
 from sssd_fast.evaluation.pictures import Bytes
 from sssd_fast.evaluation.plots import PLOTS, write_plots
-from sssd_fast.evaluation.predict import load_trained, predict
-from sssd_fast.loaders.prepare import load_data, make_loader, positive_label
+from sssd_fast.evaluation.predict import Trained, load_trained, predict
+from sssd_fast.loaders.prepare import load_data, make_loader, positive_label, require_threshold
 from sssd_fast.run.device import autocast
 from sssd_fast.run.files import atomic_write_bytes, atomic_write_text
 from sssd_fast.run.folder import Run
@@ -42,15 +43,23 @@ def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
         raise DataError(
             f"the data of {run.out} have no {split} images; choose a --split that data.json lists"
         )
-    loader = make_loader(run, index, ids, batch_size=config.evaluate.batch_size, shard=True)
-    context = autocast(run.precision, run.world.device)
-    classes = trained.classes
-    crops = config.evaluate.crops
-    labels, scores = predict(trained.model, loader, ids, len(classes), run.world, context, crops)
+    require_threshold(config, splits)
+    classes, crops = trained.classes, config.evaluate.crops
+    positive = positive_label(config, index) if len(classes) == 2 else None
+    notes = [] if crops == 1 else [f"Scores are means over {crops} crops of each image."]
+    threshold = config.evaluate.threshold
+    if threshold == "auto":
+        threshold, chosen = 0.5, "not used: more than two classes"
+        if positive is not None:
+            val_labels, val_scores = _predict(run, trained, index, splits.val)
+            threshold = metrics.best_threshold(val_labels == positive, val_scores[:, positive])
+            chosen = f"{threshold:.3g}, that of the highest sensitivity + specificity of the "
+            chosen += f"{len(val_labels)} validation images"
+        notes.append(f"Threshold {chosen} (evaluate.threshold is auto).")
+    labels, scores = _predict(run, trained, index, ids)
     if not run.world.main:
         return {}
     records = [index.records[i] for i in ids]
-    notes = [] if crops == 1 else [f"Scores are means over {crops} crops of each image."]
     baselines: dict[str, Floats] = {}
     try:
         with run.console.doing("nearest neighbours"):
@@ -77,8 +86,8 @@ def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
         attend=attend,
         baselines=baselines,
         patients=[r.patient for r in records],
-        positive=positive_label(config, index) if len(classes) == 2 else None,
-        threshold=config.evaluate.threshold,
+        positive=positive,
+        threshold=threshold,
         seed=config.seed,
         resamples=config.evaluate.bootstrap,
         notes=notes,
@@ -89,6 +98,17 @@ def evaluate_run(run: Run, split: str = "test") -> dict[str, Any]:
     for note in result["notes"]:
         run.console.info(note)
     return result
+
+
+def _predict(
+    run: Run, trained: Trained, index: DataIndex, ids: Sequence[int]
+) -> tuple[Ints, Floats]:
+    """Labels [N] and scores [N, K] of the images `ids`."""
+    settings = run.config.evaluate
+    loader = make_loader(run, index, ids, batch_size=settings.batch_size, shard=True)
+    context = autocast(run.precision, run.world.device)
+    classes = len(trained.classes)
+    return predict(trained.model, loader, ids, classes, run.world, context, settings.crops)
 
 
 def write_evaluation(

@@ -203,6 +203,25 @@ def predict_classes(scores_N: Floats, threshold: float) -> Ints:
     return predicted.astype(np.int64)
 
 
+def best_threshold(labels: ArrayLike, scores: ArrayLike) -> float:
+    """The threshold of the highest sensitivity + specificity, between two neighbouring scores.
+
+    `labels` [N] of 0 and 1, `scores` [N] of the positive class, in [0, 1]. Of equal ones that
+    nearest to 0.5; 0.5 without images of both classes. Source: Youden, Cancer 3, 1950.
+    """
+    from sklearn.metrics import roc_curve
+
+    labels_N, scores_N = check_scores(labels, scores)
+    if len(np.unique(labels_N)) < 2:
+        return 0.5
+    false_T, true_T, score_T = roc_curve(labels_N, scores_N, drop_intermediate=False)
+    # a point of the curve holds for the thresholds from the next lower score to its own
+    between_T = (np.clip(score_T, 0, 1) + np.append(score_T[1:], 0)) / 2
+    gain_T = np.round(true_T - false_T, 12)
+    best = between_T[gain_T == gain_T.max()]
+    return float(best[np.abs(best - 0.5).argmin()])
+
+
 def _weighted_metrics(
     labels_N: Ints, scores_N: Floats, threshold: float, weights_RN: Floats
 ) -> tuple[Floats, dict[str, Floats]]:

@@ -142,6 +142,15 @@ def require_classes(index: DataIndex) -> None:
         )
 
 
+def require_threshold(config: Config, split: Split) -> None:
+    """Raises DataError if evaluate.threshold is auto without validation images."""
+    if config.evaluate.threshold == "auto" and not split.val:
+        raise DataError(
+            "evaluate.threshold is auto, which needs validation images, and the split has none; "
+            "set data.val_fraction=0.1 or a number, such as evaluate.threshold=0.5"
+        )
+
+
 def positive_label(config: Config, index: DataIndex) -> int:
     """The class of sensitivity and scores: data.positive, or the one not named as a negation."""
     name = config.data.positive
@@ -213,6 +222,7 @@ def _make(run: Run) -> None:
     if run.top is not None:
         require_classes(index)
     split = make_split(config, index)
+    require_threshold(run.config, split)
     index.save(run.out / "index.json")
     save_split(split, run.out / "split.csv", index)
     console.info(index.summary())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sssd_fast.config import Config
+from sssd_fast.config import Config, TrainConfig
 from sssd_fast.errors import ConfigError
 from sssd_fast.performance.batch_size import release, time_steps
 from sssd_fast.run.device import GIB, World
@@ -96,8 +96,13 @@ def _seconds(config: Config, stage: str, images: int, world: World) -> float:
 
 def _times(config: Config, seconds: dict[str, float]) -> str:
     parts = [
-        f"{getattr(config, stage).epochs} epochs of {stage} in about {value / 60:.1f} minutes"
+        f"{_length(getattr(config, stage))} of {stage} in about {value / 60:.1f} minutes"
         for stage, value in seconds.items()
     ]
     total = sum(seconds.values()) / 60
     return f"{' and '.join(parts)}; together about {total:.0f} minutes on this machine"
+
+
+def _length(settings: TrainConfig) -> str:
+    steps = settings.max_steps
+    return f"{settings.epochs} epochs" if steps is None else f"at most {steps} steps"

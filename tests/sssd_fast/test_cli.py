@@ -23,6 +23,7 @@ import sssd_fast
 from sssd_fast import config
 from sssd_fast.cli import app, main
 from sssd_fast.errors import ConfigError, EndedByMain, Interrupted, NumericsError
+from sssd_fast.evaluation.metrics import best_threshold
 from sssd_fast.run import environment
 
 Captured = pytest.CaptureFixture[str]
@@ -86,6 +87,34 @@ def test_evaluate_accepts_split_and_settings_in_any_order(
     assert (
         "evaluate.threshold" not in (run / "config.yaml").read_text()
     )  # the run keeps its settings
+
+
+def test_automatic_threshold_is_chosen_on_the_validation_images(
+    trained: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "finetune", run)
+    assert main(["evaluate", str(run), "--split", "val"]) == 0
+    val = rows(run / "eval/val/predictions.csv")
+    positive = json.loads((run / "eval/val/metrics.json").read_text())["positive_class"]
+    truth = [row["label"] == positive for row in val]
+    scores = [float(row["score"]) for row in val]
+    assert main(["evaluate", str(run), "evaluate.threshold=auto"]) == 0
+    found = json.loads((run / "eval/test/metrics.json").read_text())
+    assert found["threshold"] == pytest.approx(best_threshold(truth, scores))
+    assert f"of the {len(val)} validation images" in capsys.readouterr().out
+    test = rows(run / "eval/test/predictions.csv")
+    for row in test:
+        assert (row["prediction"] == positive) == (float(row["score"]) >= found["threshold"])
+
+
+def test_automatic_threshold_without_validation_images_is_refused_before_training(
+    slices: Path, tiny: list[str], tmp_path: Path, capsys: Captured
+) -> None:
+    none = ["data.val_fraction=0", "evaluate.threshold=auto"]
+    assert main(["run", *tiny, *none, "--out", str(tmp_path / "run")]) == 2
+    assert "set data.val_fraction=0.1 or a number" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_predict_rejects_a_pretraining_run(trained: Path, capsys: Captured) -> None:

@@ -116,6 +116,14 @@ def test_every_problem_is_reported_at_once() -> None:
             "leaves 0 of 144 patches visible; needs at least 1 visible and 1 masked",
         ),
         ("model.mask_ratio=1.5", "model.mask_ratio: got 1.5, needs to be less than 1"),
+        (
+            "evaluate.threshold=2",
+            "evaluate.threshold: got 2, needs to be 'auto' or be less than or equal to 1",
+        ),
+        (
+            "processes=x",
+            "processes: got 'x', needs to be 'auto' or be a valid integer",
+        ),
         ("model.mean=[0.1,0.2]", "mean has 2 values, needs 1 or one per channel"),
         (
             "data.split=randm",

@@ -21,6 +21,7 @@ from sssd_fast.evaluation.metrics import (
     UNDEFINED,
     aggregate_by_patient,
     aggregate_runs,
+    best_threshold,
     bootstrap_intervals,
     calibration,
     classification_metrics,
@@ -226,6 +227,28 @@ def test_rates_over_thresholds_equal_those_of_each_threshold():
         assert rates["sensitivity"][place] == pytest.approx(wanted["sensitivity"])
         assert rates["specificity"][place] == pytest.approx(wanted["specificity"])
         assert rates["F1"][place] == pytest.approx(wanted["f1"])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_best_threshold_maximizes_sensitivity_plus_specificity(seed):
+    """Against every threshold of a fine grid; scores with ties, and scores that all are low."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(40) % 2
+    scores = np.round(random.random(40) * 0.3 + 0.1 * labels * (seed % 3), seed % 4 + 1)
+
+    def gain(threshold):
+        rates = classification_metrics(labels, scores, threshold)
+        return rates["sensitivity"] + rates["specificity"]
+
+    found = best_threshold(labels, scores)
+    best = max(gain(threshold) for threshold in np.linspace(0, 1, 20001))
+    assert gain(found) == pytest.approx(best)
+    assert found not in scores
+
+
+def test_best_threshold_of_scores_without_errors_is_between_the_classes():
+    assert best_threshold([0, 1, 0, 1], [0.1, 0.3, 0.2, 0.9]) == pytest.approx(0.25)
+    assert best_threshold([1, 1], [0.1, 0.3]) == 0.5
 
 
 @pytest.mark.parametrize(("right", "said"), [(7, True), (8, False)])
