@@ -8,7 +8,7 @@ All providers and precisions of a case are in one race; "ours" has the precision
 precision=auto selects. A row has, besides its time: images per second; mfu, the FLOPs of a plain
 model relative to the matrix product rate of this device in the provider's dtype; peak_bytes, the
 peak of a step beyond parameters, moments and batch; what was selected and why ("how"). On a CPU
-also ours, and the best of transformers, in one process per core.
+also ours, and the best of transformers and of published, in one process per core.
 """
 
 from __future__ import annotations
@@ -162,9 +162,10 @@ def contest(bench: Bench, setup: Setup, dtypes: Sequence[torch.dtype]) -> None:
             if not bench.time_is_up(f"{setup.task}, {setup.shape}, {provider.name}"):
                 check(provider)
         several = max((provider.processes for provider in steps), default=1)
-        theirs = [provider for provider in steps if provider.family == "transformers"]
-        if several > 1 and theirs:
-            check(replace(min(theirs, key=seconds.__getitem__), processes=several))
+        for family in ("transformers", "published") if several > 1 else ():
+            theirs = [provider for provider in steps if provider.family == family]
+            if theirs:
+                check(replace(min(theirs, key=seconds.__getitem__), processes=several))
         samples = bench.samples
         if bench.device.type == "cpu":
             one_round = sum(seconds[provider] for provider in steps)

@@ -4,6 +4,8 @@
     dP = dout v^T,  dS = P * (dP - rowsum(P * dP)),  dq = dS k * scale,  dk = dS^T q * scale,
     dv = P^T dout
 
+Under torch.compile only the forward is written (`traced`).
+
 oneDNN computes bf16 products with the CPU's bf16 units. torch's scaled_dot_product_attention uses
 them in the forward only: its backward in bf16 is slower than in fp32. P is kept for the backward.
 
@@ -19,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
+from ._pixels import accumulate_dtype
 from ._runtime import constant_in_graphs, no_autocast, wants_cpu_ops
 
 # The longest sequence for which these products take less time than scaled_dot_product_attention,
@@ -116,64 +118,8 @@ def _scaled_product(a_SNK: Tensor, b_SKM: Tensor, scale: float, out_SNM: Tensor)
     return torch.baddbmm(out_SNM, a_SNK, b_SKM, beta=0, alpha=scale, out=out_SNM)
 
 
-# ---- registration ----
-# For torch.compile, to which the op is opaque: Inductor would turn the products back into
-# scaled_dot_product_attention. Calling a registered op takes about 0.1 ms longer.
-attention_products = torch.library.custom_op(
-    "mae_kernels::attention_products", products, mutates_args=()
-)
-attention_products_backward = torch.library.custom_op(
-    "mae_kernels::attention_products_backward", products_backward, mutates_args=()
-)
-
-
-@attention_products.register_fake
-def _(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, _, heads, width = qkv.shape
-    sequences = batch * heads
-    return (
-        qkv.new_empty((batch, tokens, heads, width)),
-        qkv.new_empty((3, sequences, tokens, width)),
-        qkv.new_empty((sequences, tokens, tokens)),
-    )
-
-
-@attention_products_backward.register_fake
-def _(dout: Tensor, qkv_3SNd: Tensor, p_SNN: Tensor, scale: float) -> Tensor:
-    batch, tokens, heads, width = dout.shape
-    return dout.new_empty((batch, tokens, 3, heads, width))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.scale = inputs[1]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
-    ctx.save_for_backward(*output[1:])
-
-
-def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
-    if dout is None:
-        return None, None
-    return attention_products_backward(dout, *ctx.saved_tensors, ctx.scale), None
-
-
-attention_products.register_autograd(_backward, setup_context=_setup)
-
-
-@register_flop_formula(torch.ops.mae_kernels.attention_products)
-def _flops(qkv_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    batch, tokens, _, heads, width = qkv_shape
-    return int(4 * batch * heads * tokens * tokens * width)
-
-
-@register_flop_formula(torch.ops.mae_kernels.attention_products_backward)
-def _backward_flops(dout_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    batch, tokens, heads, width = dout_shape
-    return int(8 * batch * heads * tokens * tokens * width)
-
-
 class AttentionProducts(torch.autograd.Function):
-    """The same without a compiler."""
+    """The products without a compiler."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, scale: float) -> Tensor:
@@ -189,9 +135,20 @@ class AttentionProducts(torch.autograd.Function):
         return products_backward(grads[0], qkv_3SNd, p_SNN, ctx.scale), None
 
 
+def traced(qkv: Tensor, scale: float) -> Tensor:
+    """The same for torch.compile: Inductor fuses scale, softmax and copies.
+
+    Scaling after the cast keeps Inductor from replacing it by scaled_dot_product_attention.
+    """
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    with no_autocast(qkv.device):
+        scores_BHNN = (q @ k.transpose(-1, -2)).to(accumulate_dtype(qkv)) * scale
+        return (scores_BHNN.softmax(-1).to(v.dtype) @ v).transpose(1, 2).contiguous()
+
+
 def attention_on_cpu(qkv: Tensor, scale: float) -> Tensor:
     """out [B,N,H,d], for a qkv that `takes_products`."""
     if torch.compiler.is_compiling():
-        return attention_products(qkv, scale)[0]
+        return traced(qkv, scale)
     out: Tensor = AttentionProducts.apply(qkv, scale)
     return out

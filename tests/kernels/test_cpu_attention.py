@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.backends.common import aot_autograd
-from torch.library import opcheck
+from torch._dynamo.utils import counters
 
 import mae_kernels
 from mae_kernels import attention, attention_refusal, backend, cpu_attention
-from mae_kernels.cpu_attention import (
-    LONGEST,
-    AttentionProducts,
-    attention_products,
-    attention_products_backward,
-)
+from mae_kernels.cpu_attention import LONGEST, AttentionProducts, traced
 from tests.kernels.test_attention import by_hand
 
 SHAPES = [(2, 7, 2, 16), (1, 1, 1, 8), (3, 65, 1, 32), (0, 5, 2, 16)]
@@ -37,15 +31,11 @@ def test_products_equal_einsum_in_fp64(shape, scale) -> None:
     factor = shape[3] ** -0.5 if scale is None else scale
     want = by_hand(qkv, scale)
     upstream = torch.randn_like(want)
-    out = AttentionProducts.apply(qkv, factor)
-    registered = attention_products(qkv, factor)[0]
-    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
-    got = torch.autograd.grad(out, qkv, upstream)
-    assert torch.equal(out, registered)
-    assert torch.equal(got[0], torch.autograd.grad(registered, qkv, upstream)[0])
-    torch.testing.assert_close(
-        got, torch.autograd.grad(want, qkv, upstream), rtol=1e-11, atol=1e-12
-    )
+    gradient = torch.autograd.grad(want, qkv, upstream)
+    for out in (AttentionProducts.apply(qkv, factor), traced(qkv, factor)):
+        torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+        got = torch.autograd.grad(out, qkv, upstream)
+        torch.testing.assert_close(got, gradient, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(2, 65, 3, 64), (2, 197, 2, 32)])
@@ -58,18 +48,12 @@ def test_bf16_is_as_accurate_as_eager(shape) -> None:
         out = function(inputs)
         return out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))
 
-    exact = results(by_hand, wide)
-    ours, eager = results(attention, qkv), results(by_hand, qkv)
+    exact, eager = results(by_hand, wide), results(by_hand, qkv)
     assert "AttentionProducts" in type(attention(qkv).grad_fn).__name__
-    for mine, theirs, truth in zip(ours, eager, exact, strict=True):
-        allowed = 2 * (theirs.double() - truth).abs().max() + 1e-3
-        assert (mine.double() - truth).abs().max() <= allowed
-
-
-def test_ops_pass_opcheck() -> None:
-    opcheck(attention_products, (qkv_of((2, 7, 2, 16), torch.bfloat16), 0.3))
-    inputs = torch.randn(2, 7, 2, 16), torch.randn(3, 4, 7, 16), torch.rand(4, 7, 7)
-    opcheck(attention_products_backward, (*(x.bfloat16() for x in inputs), 0.3))
+    for function in (attention, lambda x: traced(x, shape[3] ** -0.5)):
+        for mine, theirs, truth in zip(results(function, qkv), eager, exact, strict=True):
+            allowed = 2 * (theirs.double() - truth).abs().max() + 1e-3
+            assert (mine.double() - truth).abs().max() <= allowed
 
 
 def test_sdpa_computes_what_it_computes_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,23 +81,17 @@ def test_refusal_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no bf16 units" in str(attention_refusal(197, 64, torch.bfloat16, None))
 
 
-def test_compiled_graph_keeps_the_op() -> None:
-    graphs = []
-
-    def record(graph, inputs):
-        graphs.append(graph.print_readable(print_output=False))
-        return graph
-
-    compiled = torch.compile(
-        attention, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record)
-    )
+def test_inductor_keeps_the_products() -> None:
+    """It would replace other forms by scaled_dot_product_attention."""
+    counters.clear()
     qkv = qkv_of((2, 9, 2, 16), torch.bfloat16)
-    out = compiled(qkv)
-    (gradient,) = torch.autograd.grad(out.sum(), qkv)
-    assert "attention_products" in graphs[0] and "attention_products_backward" in graphs[1]
-    assert not any("scaled_dot_product" in graph for graph in graphs)
-    assert torch.equal(out, attention(qkv))
-    assert torch.equal(gradient, torch.autograd.grad(attention(qkv).sum(), qkv)[0])
+    out = torch.compile(attention, fullgraph=True)(qkv)
+    (gradient,) = torch.autograd.grad(out.float().square().sum(), qkv)
+    assert counters["inductor"]["fuse_attention"] == 0
+    wanted = attention(qkv)
+    torch.testing.assert_close(out, wanted)
+    (expected,) = torch.autograd.grad(wanted.float().square().sum(), qkv)
+    torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.02)
 
 
 def test_compiled_attention_takes_any_number_of_tokens() -> None:
@@ -123,9 +101,9 @@ def test_compiled_attention_takes_any_number_of_tokens() -> None:
     for tokens in (9, 12, LONGEST[torch.bfloat16], LONGEST[torch.bfloat16] + 1):
         qkv = qkv_of((1, tokens, 2, 16), torch.bfloat16)
         out, expected = compiled(qkv), attention(qkv)
-        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(out, expected, rtol=0.02, atol=0.01)
         gradients = [torch.autograd.grad(x.float().square().sum(), qkv)[0] for x in (out, expected)]
-        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(*gradients, rtol=0.02, atol=0.04)
 
 
 def test_bf16_units_come_from_the_capabilities_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
