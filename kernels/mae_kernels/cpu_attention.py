@@ -4,8 +4,6 @@
     dP = dout v^T,  dS = P * (dP - rowsum(P * dP)),  dq = dS k * scale,  dk = dS^T q * scale,
     dv = P^T dout
 
-Under torch.compile only the forward is written (`traced`).
-
 oneDNN computes bf16 products with the CPU's bf16 units. torch's scaled_dot_product_attention uses
 them in the forward only: its backward in bf16 is slower than in fp32. P is kept for the backward.
 
@@ -136,9 +134,8 @@ class AttentionProducts(torch.autograd.Function):
 
 
 def traced(qkv: Tensor, scale: float) -> Tensor:
-    """The same for torch.compile: Inductor fuses scale, softmax and copies.
-
-    Scaling after the cast keeps Inductor from replacing it by scaled_dot_product_attention.
+    """The same for torch.compile, which derives the backward: Inductor fuses scale, softmax and
+    copies.
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     with no_autocast(qkv.device):
