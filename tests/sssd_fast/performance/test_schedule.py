@@ -62,6 +62,12 @@ def test_shared_batches_and_accumulation_count_as_in_the_schedule_of_a_run() -> 
     assert "100 epochs of pretrain in about 1.9 minutes" in lines[0]
 
 
+def test_a_limit_of_steps_is_announced_instead_of_the_epochs() -> None:
+    lines: list[str] = []
+    fit_minutes(_config("pretrain.max_steps=1200"), STAGES, 1000, None, CPU, lines.append)
+    assert "at most 1200 steps of pretrain in about 2.3 minutes and 20 epochs" in lines[0]
+
+
 def test_steps_are_timed_with_the_batch_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
