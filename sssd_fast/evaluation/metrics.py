@@ -207,7 +207,8 @@ def best_threshold(labels: ArrayLike, scores: ArrayLike) -> float:
     """The threshold of the highest sensitivity + specificity, between two neighbouring scores.
 
     `labels` [N] of 0 and 1, `scores` [N] of the positive class, in [0, 1]. Of equal ones that
-    nearest to 0.5; 0.5 without images of both classes. Source: Youden, Cancer 3, 1950.
+    nearest to 0.5; 0.5 without images of both classes. Raises DataError for scores that are not
+    finite. Source: Youden, Cancer 3, 1950.
     """
     from sklearn.metrics import roc_curve
 

@@ -89,7 +89,8 @@ def test_compiled_attention_takes_any_number_of_tokens() -> None:
         out, expected = compiled(qkv), attention(qkv)
         torch.testing.assert_close(out, expected, rtol=0.02, atol=0.01)
         gradients = [torch.autograd.grad(x.float().square().sum(), qkv)[0] for x in (out, expected)]
-        torch.testing.assert_close(*gradients, rtol=0.02, atol=0.04)
+        difference = (gradients[0] - gradients[1]).float().norm()
+        assert difference <= 0.02 * gradients[1].float().norm()
 
 
 def test_bf16_units_come_from_the_capabilities_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,8 +183,11 @@ def test_the_compiled_module_is_one_graph_with_every_gradient(
     found_loss, found = _gradients(compiled, model, inputs, bf16=bf16)  # type: ignore[arg-type]
     # in bf16 the attention rounds at other places under a compiler
     torch.testing.assert_close(found_loss, loss, rtol=1e-3 if bf16 else 1e-5, atol=1e-6)
-    rtol, atol = (5e-2, 1e-2) if bf16 else (1e-4, 1e-6)
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+    if bf16:
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() <= 0.05 * gradient.norm(), name
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     if kind == "detached teacher":
         wanted = {name for name in wanted if not name.startswith("teacher_head.")}
