@@ -134,8 +134,8 @@ class AttentionProducts(torch.autograd.Function):
 
 
 def traced(qkv: Tensor, scale: float) -> Tensor:
-    """out [B,N,H,d] of qkv [B,N,3,H,d] for torch.compile, which derives the backward and fuses scale,
-    softmax and copies.
+    """out [B,N,H,d] of qkv [B,N,3,H,d], for torch.compile: it derives the backward, and fuses
+    scale, softmax and copies.
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     with no_autocast(qkv.device):
